@@ -1,0 +1,7 @@
+"""Supervised fine-tuning with EMO (Earth Mover Distance Optimization, arXiv 2310.04691)."""
+
+from stanford_alpaca.attach import attach_objective
+from stanford_alpaca.losses import Objective, emo_loss, linear_emo_loss
+
+__version__ = "0.1.0"
+__all__ = ["Objective", "attach_objective", "emo_loss", "linear_emo_loss"]

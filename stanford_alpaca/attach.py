@@ -1,0 +1,195 @@
+"""Puts an objective into any Hugging Face causal language model, and takes it out again."""
+
+from types import MethodType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.losses.formulas import Objective
+from stanford_alpaca.losses.linear import BACKENDS, linear_loss_and_stats
+from stanford_alpaca.token_stats import Head, TokenStats
+
+
+class Sums(NamedTuple):
+    """Sums over supervised tokens."""
+
+    tokens: float
+    loss: float
+    nll: float
+    emo: float  # 0 where it was not computed
+    target_prob: float
+
+
+class Meter:
+    """Running sums over supervised tokens, kept on the device, float64, until they are drained."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, stats: TokenStats, objective: Objective) -> None:
+        nll = stats.nll.double()
+        emo = torch.zeros_like(nll) if stats.log_emo is None else stats.log_emo.double().exp()
+        loss = objective(stats.nll, stats.log_emo).double()
+        new = torch.stack([torch.ones_like(nll), loss, nll, emo, torch.exp(-nll)]).sum(1)
+        self._sums = new if self._sums is None else self._sums + new
+
+    def drain(self, device: torch.device | str, over_ranks: bool = False) -> Sums:
+        """The sums so far and a fresh start; ``over_ranks`` costs one all-reduce of 5 float64 on the device."""
+        sums = torch.zeros(5, dtype=torch.float64, device=device) if self._sums is None else self._sums.to(device)
+        self._sums = None
+        if over_ranks:
+            torch.distributed.all_reduce(sums)
+        return Sums(*sums.tolist())
+
+
+class AttachedObjective:
+    """The objective inside a model: ``model.emo_objective``.
+
+    Attributes:
+        cost: the frozen CostEmbedding, or None (no cost, or the adaptive one).
+        train_meter, eval_meter: sums over the tokens seen with and without gradients.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        cost: CostEmbedding | None,
+        adaptive: str | None,
+        backend: str,
+    ):
+        self.objective, self.cost, self.backend = objective, cost, backend
+        self.adaptive = adaptive  # the kind of the adaptive cost, taken from the live head at every call
+        self.train_meter, self.eval_meter = Meter(), Meter()
+        self._model = model
+        self._original = model.forward
+        original = self._original.__func__
+
+        def forward(model, *args, labels: Tensor | None = None, **kwargs):
+            if labels is None:
+                return original(model, *args, **kwargs)
+            return model.emo_objective._forward(model, labels, *args, **kwargs)
+
+        forward.__wrapped__ = original  # generate() and the Trainer read the signature
+        model.emo_objective = self
+        model.forward = MethodType(forward, model)
+
+    @property
+    def has_cost(self) -> bool:
+        """Whether emo can be computed: in evaluation it then is, under every mode."""
+        return self.cost is not None or self.adaptive is not None
+
+    def detach(self) -> None:
+        """Restores the model's own forward."""
+        self._model.__dict__.pop("forward", None)
+        if self._original.__func__ is not type(self._model).forward:
+            self._model.forward = self._original  # somebody had patched the instance before
+        self._model.__dict__.pop("emo_objective", None)
+
+    def _forward(self, model, labels: Tensor, *args, num_items_in_batch: Tensor | int | None = None, **kwargs):
+        kwargs.pop("logits_to_keep", None)
+        kwargs.pop("return_dict", None)
+        outputs = model.base_model(*args, **kwargs)
+        head = head_of(model)
+        learning = torch.is_grad_enabled()
+        cost = self.cost
+        if self.adaptive is not None:
+            cost = CostEmbedding(head.weight, self.adaptive)
+        if learning and not self.objective.needs_emo:
+            cost = None  # training pays for nothing it does not use
+        loss, stats = linear_loss_and_stats(
+            outputs[0][:, :-1], head, labels[:, 1:], cost, self.objective,
+            backend=self.backend, num_items=num_items_in_batch,
+        )  # fmt: skip
+        (self.train_meter if learning else self.eval_meter).add(stats, self.objective)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+
+def attach_objective(
+    model: PreTrainedModel,
+    mode: str | Objective = "emo",
+    cost: str | Tensor | CostEmbedding | None = "frozen",
+    *,
+    cost_kind: str = "cosine",
+    backend: str = "auto",
+    **options,
+) -> AttachedObjective:
+    """Makes a Hugging Face causal LM compute the objective inside its own forward when it is given ``labels``.
+
+    The loss is computed within ``model(**batch)``, so DDP, FSDP and ZeRO see an ordinary forward pass; labels are shifted,
+    -100 is ignored, ``num_items_in_batch`` is honoured, no logits are returned. Without labels, and in ``generate()``,
+    the model is what it was.
+
+    Args:
+        mode: a name of DESIGN's modes (``mle``, ``emo``, ``emo2``, ...) or an ``Objective``.
+        cost: ``frozen``: a copy of the output embedding as it is now; ``adaptive``: the live one, detached, at every step;
+            a [V, D] tensor or CostEmbedding of any width; None for modes without emo.
+        cost_kind: ``cosine`` or ``identity``.
+        backend: as in ``linear_emo_loss``.
+        options: fields of ``Objective``, e.g. ``emo_weighting="upstream"``.
+
+    Returns:
+        The AttachedObjective; its ``detach()`` restores the model.
+
+    Raises:
+        ValueError: an unknown mode, cost or backend, a cost of another vocabulary, or a model whose logits are not its
+            output layer applied to its last hidden state.
+    """
+    if hasattr(model, "emo_objective"):
+        raise ValueError("this model has an objective already: detach it first")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose from auto, {', '.join(BACKENDS)}")
+    objective = mode if isinstance(mode, Objective) else Objective(mode, **options)
+    if isinstance(mode, Objective) and options:
+        raise ValueError("give options in the Objective or by name, not both")
+    head = head_of(model)
+    _check_head(model, head)
+    adaptive = None
+    if isinstance(cost, str) and cost == "adaptive":
+        adaptive, cost = cost_kind, None
+    elif isinstance(cost, str):
+        if cost != "frozen":
+            raise ValueError(f"unknown cost {cost!r}: choose frozen, adaptive or give an embedding")
+        cost = CostEmbedding(head.weight, cost_kind)
+    elif isinstance(cost, Tensor):
+        cost = CostEmbedding(cost, cost_kind)
+    if cost is not None:
+        cost.check(head.weight.shape[0])
+    elif adaptive is None and objective.needs_emo:
+        raise ValueError(f"mode {objective.mode} needs a cost embedding")
+    return AttachedObjective(model, objective, cost, adaptive, backend)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output layer of a causal LM. Its weight is the live parameter, so gradients reach it."""
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no linear output layer to attach an objective to")
+    return Head(layer.weight, layer.bias)
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, head: Head) -> None:
+    """A probe: the model's own logits have to be its output layer applied to its last hidden state."""
+    training = model.training
+    model.eval()
+    ids = torch.arange(2, device=head.weight.device)[None]
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False)[0]
+    bias = None if head.bias is None else head.bias.to(hidden.dtype)
+    logits = nn.functional.linear(hidden, head.weight.to(hidden.dtype), bias).float()
+    model.train(training)
+    if not torch.allclose(logits, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item()):
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the output layer (a soft cap or a scale): "
+            "attach_objective cannot serve it yet"
+        )

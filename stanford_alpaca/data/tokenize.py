@@ -1,0 +1,138 @@
+"""From records to examples: token ids, and labels that train the response only.
+
+Prompt and response are encoded in one go, and the labels follow from character offsets: a token is trained if its span
+starts at or after the response. A token that straddles the boundary (it holds the end of the prompt and the start of the
+response) is not trained, and counted. Wherever no token straddles, ids and labels are those of the original Alpaca recipe.
+"""
+
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from stanford_alpaca.data.prompts import format_prompt
+from stanford_alpaca.errors import UserError
+
+IGNORE_INDEX = -100
+VERSION = "1"  # raise it when the same record would give other examples, so that old caches are not used
+PARALLEL_FROM = 10_000  # records; below, starting processes costs more than it saves
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the records of one source."""
+
+    records: int
+    kept: int
+    dropped: int  # no target left: an empty response, or a prompt that fills the length
+    truncated: int  # kept, but cut at the length (the end-of-sequence token is lost)
+    straddling: int  # a token holds both prompt and response: not trained
+    tokens: int
+    supervised_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kept:,} of {self.records:,} examples, {self.tokens:,} tokens, {self.supervised_tokens:,} supervised; "
+            f"dropped without a target: {self.dropped:,}, truncated: {self.truncated:,}, straddling: {self.straddling:,}"
+        )
+
+
+def tokenize_records(
+    records: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, num_proc: int = 1
+) -> tuple[Dataset, DataReport]:
+    """Tokenizes and masks every record, in parallel and cached, and drops those without a target.
+
+    Returns:
+        Examples with ``input_ids`` and ``labels`` (lists of int of one length, at most max_length), and the report.
+
+    Raises:
+        UserError: no example is left.
+    """
+    key = "\n".join([VERSION, records._fingerprint, str(max_length), _identity(tokenizer)])
+    encoded = records.map(
+        encode_batch,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
+        remove_columns=records.column_names,
+        num_proc=num_proc if len(records) >= PARALLEL_FROM else None,
+        new_fingerprint=sha256(key.encode()).hexdigest()[:32],
+        desc="Tokenizing",
+    )
+    counts = {name: encoded.data[name].to_numpy() for name in ("supervised", "truncated", "straddling", "length")}
+    kept = counts["supervised"] > 0
+    report = DataReport(
+        records=len(encoded),
+        kept=int(kept.sum()),
+        dropped=int((~kept).sum()),
+        truncated=int(counts["truncated"][kept].sum()),
+        straddling=int(counts["straddling"][kept].sum()),
+        tokens=int(counts["length"][kept].sum()),
+        supervised_tokens=int(counts["supervised"].sum()),
+    )
+    if report.kept == 0:
+        raise UserError(f"no example has a token to train on: {report}; raise --model_max_length or mend the data")
+    examples = encoded if report.dropped == 0 else encoded.select(kept.nonzero()[0])
+    return examples.select_columns(["input_ids", "labels"]), report
+
+
+def encode_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
+    """Encodes lists of instruction, input and output. Special-token text in them stays text."""
+    prompts = [
+        format_prompt({"instruction": instruction, "input": text})
+        for instruction, text in zip(batch["instruction"], batch["input"], strict=True)
+    ]
+    encoded = tokenizer(
+        [prompt + output for prompt, output in zip(prompts, batch["output"], strict=True)],
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        split_special_tokens=True,
+    )
+    rows: dict[str, list[Any]] = {
+        name: [] for name in ("input_ids", "labels", "supervised", "truncated", "straddling", "length")
+    }
+    for i, (prompt, output) in enumerate(zip(prompts, batch["output"], strict=True)):
+        ids, spans, special = (encoded[name][i] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
+        row = label_response(ids, spans, special, len(prompt), tokenizer.eos_token_id, max_length)
+        if not output:  # nothing was asked for: the end-of-sequence token alone teaches nothing
+            row.update(labels=[IGNORE_INDEX] * row["length"], supervised=0)
+        for name, value in row.items():
+            rows[name].append(value)
+    return rows
+
+
+def label_response(
+    ids: list[int],
+    spans: list[tuple[int, int]],  # characters [start, end) of every token; (0, 0) for added special tokens
+    special: list[int],  # 1 for tokens that the tokenizer added
+    boundary: int,  # characters of the prompt
+    eos_id: int,
+    max_length: int,
+) -> dict[str, Any]:
+    """Appends the end-of-sequence token and labels what belongs to the response, then cuts at max_length tokens."""
+    if ids and special[-1] and ids[-1] == eos_id:  # the tokenizer adds one itself
+        ids, spans = ids[:-1], spans[:-1]
+    labels = [token if start >= boundary else IGNORE_INDEX for token, (start, _) in zip(ids, spans, strict=True)]
+    straddling = any(start < boundary < end for start, end in spans)
+    ids, labels = [*ids, eos_id], [*labels, eos_id]
+    truncated = len(ids) > max_length
+    ids, labels = ids[:max_length], labels[:max_length]
+    # the first position is never predicted, so it is no target
+    supervised = sum(label != IGNORE_INDEX for label in labels[1:])
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "supervised": supervised,
+        "truncated": truncated,
+        "straddling": straddling,
+        "length": len(ids),
+    }
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What makes two tokenizers equal for this purpose: everything that decides ids and offsets."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer (tokenizer.json) is needed")
+    return f"{backend.to_str()}\n{tokenizer.eos_token_id}"

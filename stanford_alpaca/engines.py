@@ -1,0 +1,47 @@
+"""Where a run computes: devices, ranks, FSDP2 also on CPU, memory."""
+
+import os
+import resource
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
+
+from stanford_alpaca.errors import UserError
+
+
+def activate_fsdp(trainer) -> None:
+    """Makes ``--fsdp`` mean FSDP2 on CPU too, where accelerate would ignore it and train with DDP.
+
+    Raises:
+        UserError: FSDP was asked for where there is nothing to shard over.
+    """
+    if not trainer.args.fsdp:
+        return
+    if trainer.args.world_size == 1:
+        raise UserError("--fsdp needs at least 2 processes: launch with torchrun, or drop the flag")
+    state = trainer.accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+        state.distributed_type = DistributedType.FSDP
+        trainer.is_fsdp_enabled = True
+    if state.distributed_type != DistributedType.FSDP:
+        raise UserError(f"--fsdp was asked for, but accelerate chose {state.distributed_type}")
+
+
+def check_fsdp(trainer) -> None:
+    """Raises UserError if FSDP was asked for and the wrapped model is not sharded."""
+    if trainer.args.fsdp and not isinstance(trainer.model_wrapped, FSDPModule):
+        raise UserError(f"--fsdp was asked for, but the model is a {type(trainer.model_wrapped).__name__}")
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def peak_memory_mib() -> float:
+    """The most memory this process has held: on the GPU if there is one, else resident in RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

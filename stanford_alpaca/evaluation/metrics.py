@@ -1,0 +1,174 @@
+"""Checkpoints on held-out instructions: ``python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE``.
+
+Prints a table (nll, emo, perplexity, token accuracy, exact match) with a column per checkpoint, and samples side by side.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stanford_alpaca.attach import head_of
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.data.batching import PadCollator
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
+from stanford_alpaca.errors import UserError, exit_on_user_error, nearest
+from stanford_alpaca.generate import Sampling, format_sample, generate_batch, load_for_generation, write_jsonl
+from stanford_alpaca.model import check_model
+from stanford_alpaca.token_stats import reference
+
+ROWS = 1024  # supervised tokens whose logits are held at a time
+
+
+@torch.inference_mode()
+def teacher_forced(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Dataset,  # input_ids and labels
+    cost: CostEmbedding,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """nll and emo (means per supervised token), perplexity and token accuracy of the references.
+
+    Sums over all supervised tokens and divides once, so the batch size does not matter.
+    """
+    collate, device = PadCollator(tokenizer.pad_token_id), model.device
+    cost.to(device)
+    model.eval()
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # tokens, nll, emo, correct
+    for start in tqdm(range(0, len(order), batch_size), desc="Evaluating"):
+        batch = collate([examples[i] for i in order[start : start + batch_size]])
+        labels = batch.pop("labels")[:, 1:].to(device)
+        hidden = model.base_model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)[0][:, :-1]
+        keep = labels != IGNORE_INDEX
+        for rows, targets in zip(hidden[keep].split(ROWS), labels[keep].split(ROWS), strict=True):
+            logits = reference.logits_of(rows, head_of(model))
+            stats = reference.token_stats(logits, targets, cost)
+            assert stats.log_emo is not None
+            correct = logits.argmax(1) == targets
+            ones = torch.ones_like(stats.nll)
+            sums += torch.stack([ones, stats.nll, stats.log_emo.exp(), correct.to(ones.dtype)]).double().sum(1)
+    tokens, nll, emo, correct = sums.tolist()
+    nll /= tokens
+    return {
+        "nll": nll,
+        "emo": emo / tokens,
+        "perplexity": math.exp(min(nll, 700.0)),
+        "token_accuracy": correct / tokens,
+        "supervised_tokens": int(tokens),
+    }
+
+
+def exact_match(responses: list[str], references: list[str]) -> float:
+    """The share of responses that are the reference, leading and trailing white space aside."""
+    equal = sum(response.strip() == text.strip() for response, text in zip(responses, references, strict=True))
+    return equal / len(references)
+
+
+def run(
+    *checkpoints: str,
+    data: str | None = None,
+    cost: str | None = None,
+    out: str | None = None,
+    samples: int = 12,
+    limit: int | None = None,
+    max_new_tokens: int = 64,
+    max_length: int = 512,
+    batch_size: int = 32,
+    **unknown: Any,
+) -> None:
+    """Evaluates checkpoints on Alpaca-form data and shows samples of each.
+
+    Args:
+        checkpoints: folders or hub names, the base model first.
+        data: a .json or .jsonl file, or a hub name, with reference outputs.
+        cost: the model whose output embedding prices emo, the same for all; the first checkpoint by default.
+        out: a folder for metrics.json and samples.jsonl; neither may exist.
+        samples: how many samples to print.
+        limit: only the first records.
+    """
+    flags = [name for name in run.__kwdefaults__ or {}]
+    for name in unknown:
+        raise UserError(f"unknown argument --{name}{nearest(name, flags)}")
+    if not checkpoints or data is None:
+        raise UserError("give one or more checkpoints and --data FILE")
+    for name, value, least in [("samples", samples, 0), ("limit", limit or 1, 1), ("batch_size", batch_size, 1)]:
+        if not isinstance(value, int) or value < least:
+            raise UserError(f"--{name} {value}: give a whole number from {least}")
+    files = [Path(str(out)) / name for name in ("metrics.json", "samples.jsonl")] if out is not None else []
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} exists: give another --out or remove it")
+    names = [str(checkpoint) for checkpoint in dict.fromkeys(checkpoints)]
+    for name in [*names, cost or names[0]]:
+        check_model(str(name))
+
+    records = load_records(str(data))
+    if limit is not None:
+        records = records.select(range(min(limit, len(records))))
+    base, _ = load_for_generation(str(cost or names[0]))
+    shared_cost = CostEmbedding(head_of(base).weight)
+    del base
+    results, responses = {}, {}
+    for name in names:
+        model, tokenizer = load_for_generation(name)
+        examples, _ = tokenize_records(records, tokenizer, max_length)
+        results[name] = teacher_forced(model, tokenizer, examples, shared_cost, batch_size)
+        sampling = Sampling(max_new_tokens=max_new_tokens)
+        responses[name] = generate_batch(model, tokenizer, list(records), sampling, batch_size=batch_size)
+        results[name]["exact_match"] = exact_match(responses[name], records["output"][:])
+        results[name] |= training_figures(name)
+        del model
+    shown = [
+        {**record, "reference": record["output"], "responses": {name: responses[name][i] for name in names}}
+        for i, record in enumerate(records)
+    ]
+    if files:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        files[0].write_text(json.dumps({"data": str(data), "results": results}, indent=1) + "\n")
+        write_jsonl(files[1], shown)
+    for sample in shown[:samples]:
+        print(format_sample(sample))
+    print(f"{len(records)} examples of {data}")
+    print(format_table(results))
+
+
+def training_figures(checkpoint: str) -> dict[str, float]:
+    """What training measured, where the folder has it: supervised tokens/s and peak memory."""
+    file = Path(checkpoint) / "train_results.json"
+    figures = json.loads(file.read_text()) if file.is_file() else {}
+    names = {"train_supervised_tokens_per_s": "supervised tokens/s", "train_peak_memory_mib": "peak memory, MiB"}
+    return {shown: figures[name] for name, shown in names.items() if name in figures}
+
+
+def format_table(results: dict[str, dict[str, float]]) -> str:
+    """Measures down, checkpoints across."""
+    measures = list(dict.fromkeys(measure for column in results.values() for measure in column))
+    cells = [["", *results]]
+    cells += [[measure.replace("_", " "), *(_number(results[name].get(measure)) for name in results)] for measure in measures]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in cells]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.4f}"
+
+
+def main() -> None:
+    """The command."""
+    exit_on_user_error(lambda: fire.Fire(run))
+
+
+if __name__ == "__main__":
+    main()

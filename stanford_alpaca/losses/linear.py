@@ -1,0 +1,135 @@
+"""The public loss functions: ``emo_loss`` from logits, ``linear_emo_loss`` from hidden states and the output layer."""
+
+import torch
+from torch import Tensor
+
+from stanford_alpaca.cost import CostEmbedding, as_cost
+from stanford_alpaca.losses.formulas import Objective, as_objective
+from stanford_alpaca.token_stats import Head, TokenStats, chunked, reference
+
+BACKENDS = {"reference": reference.linear_loss, "chunked": chunked.linear_loss}
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def emo_loss(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...] token ids
+    cost_embedding: Tensor | CostEmbedding | None,  # [V, D]
+    *,
+    mode: str | Objective = "emo",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:  # [] or, unreduced, [...] with 0 at ignored positions
+    """EMO and its relatives from logits; like ``F.cross_entropy`` it does not shift, and ignored targets do not count.
+
+    Args:
+        cost_embedding: rows of any width, usually the pre-trained output embedding; ``None`` for modes without emo.
+        mode: a name, or an ``Objective`` that carries options.
+
+    Returns:
+        float32 (float64 for float64 logits). A batch without any target gives 0 with zero gradients, not NaN.
+
+    Raises:
+        ValueError: shapes that do not fit, a target outside the vocabulary, an unknown mode or reduction.
+    """
+    objective, cost, keep = _checked(mode, cost_embedding, logits, targets, reduction, ignore_index, logits.shape[-1])
+    stats = reference.token_stats(logits[keep], targets[keep], cost)
+    loss = objective(*stats)
+    return _reduced(loss.sum() if reduction != "none" else loss, keep, reduction, None)
+
+
+def linear_emo_loss(
+    hidden: Tensor,  # [..., H] hidden states before the output layer
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [...] token ids
+    cost_embedding: Tensor | CostEmbedding | None,  # [V, D]
+    *,
+    mode: str | Objective = "emo",
+    bias: Tensor | None = None,  # [V]
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    backend: str = "auto",
+    num_items: Tensor | int | None = None,
+) -> Tensor:  # [] or, unreduced, [...]
+    """Equals ``emo_loss(softcap(logit_scale * (hidden @ weight.T + bias)), targets, cost_embedding)``, in less memory.
+
+    Ignored tokens are dropped before the output layer. Gradients reach ``hidden``, ``weight`` and ``bias``, never the cost.
+
+    Args:
+        softcap: z becomes softcap * tanh(z / softcap), as in Gemma 2.
+        backend: ``chunked``, ``reference`` (materialises all logits) or ``auto``.
+        num_items: what ``mean`` divides by instead of the targets of this call: the global count of a step, so that
+            losses of micro-batches and ranks add up.
+
+    Raises:
+        ValueError: shapes that do not fit, a target outside the vocabulary, an unknown mode, reduction or backend.
+    """
+    head = Head(weight, bias, softcap, logit_scale)
+    return linear_loss_and_stats(
+        hidden, head, targets, cost_embedding, mode,
+        reduction=reduction, ignore_index=ignore_index, backend=backend, num_items=num_items,
+    )[0]  # fmt: skip
+
+
+def linear_loss_and_stats(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    cost_embedding: Tensor | CostEmbedding | None,
+    mode: str | Objective,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    backend: str = "auto",
+    num_items: Tensor | int | None = None,
+) -> tuple[Tensor, TokenStats]:
+    """``linear_emo_loss`` and the detached statistics of the supervised tokens, in the order of the rows.
+
+    If a cost is given, log emo is computed whether or not the mode reads it.
+    """
+    vocab_size, width = head.weight.shape
+    if hidden.shape[-1] != width:
+        raise ValueError(f"hidden has width {hidden.shape[-1]} but the weight is {tuple(head.weight.shape)}")
+    objective, cost, keep = _checked(mode, cost_embedding, hidden, targets, reduction, ignore_index, vocab_size)
+    device = hidden.device.type
+    kept = hidden[keep]
+    if torch.is_autocast_enabled(device):  # the output layer's own precision under autocast
+        kept = kept.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):  # statistics and costs stay in float32
+        inner = "none" if reduction == "none" else "sum"
+        loss, stats = _backend(backend)(kept, head, targets[keep], cost, objective, inner)
+    return _reduced(loss, keep, reduction, num_items), stats
+
+
+def _backend(name: str):
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose from auto, {', '.join(BACKENDS)}")
+    return BACKENDS["chunked" if name == "auto" else name]
+
+
+def _checked(mode, cost_embedding, rows: Tensor, targets: Tensor, reduction: str, ignore_index: int, vocab_size: int):
+    """The objective, the cost on the right device, and the mask of supervised positions."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}: choose from {', '.join(REDUCTIONS)}")
+    if rows.shape[:-1] != targets.shape:
+        raise ValueError(f"targets have shape {tuple(targets.shape)}, wanted {tuple(rows.shape[:-1])}")
+    objective, cost = as_objective(mode), as_cost(cost_embedding)
+    if cost is None and objective.needs_emo:
+        raise ValueError(f"mode {objective.mode} needs a cost embedding")
+    if cost is not None:
+        cost.to(rows.device).check(vocab_size)
+    keep = targets != ignore_index
+    outside = keep & ((targets < 0) | (targets >= vocab_size))
+    if outside.any():
+        raise ValueError(f"target {targets[outside][0].item()} is outside the vocabulary of {vocab_size} tokens")
+    return objective, cost, keep
+
+
+def _reduced(loss: Tensor, keep: Tensor, reduction: str, num_items: Tensor | int | None) -> Tensor:
+    if reduction == "none":
+        return loss.new_zeros(keep.shape).masked_scatter(keep, loss)
+    if reduction == "sum":
+        return loss
+    return loss / (keep.sum().clamp_min(1) if num_items is None else num_items)

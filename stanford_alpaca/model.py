@@ -1,0 +1,65 @@
+"""Loads a tokenizer and a causal LM from a folder or the hub, ready for fine-tuning: float32 weights, a pad token."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from stanford_alpaca.errors import UserError
+
+PAD_TOKEN, EOS_TOKEN = "[PAD]", "</s>"  # Alpaca's names for the tokens a tokenizer lacks
+
+
+def check_model(path: str, cache_dir: str | None = None) -> None:
+    """Raises UserError if there is no causal LM to load, before anything larger is read."""
+    try:
+        AutoConfig.from_pretrained(path, cache_dir=cache_dir)
+    except Exception as error:  # OSError, ValueError or a hub error, depending on what is wrong
+        raise _cannot_load(path, error) from None
+
+
+def load_tokenizer(path: str, max_length: int | None = None, cache_dir: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the right. Missing pad and end-of-sequence tokens are added, as Alpaca does."""
+    options = {} if max_length is None else {"model_max_length": max_length}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, padding_side="right", **options)
+    except Exception as error:
+        raise _cannot_load(path, error) from None
+    missing = {}
+    if tokenizer.eos_token is None:
+        missing["eos_token"] = EOS_TOKEN
+    if tokenizer.pad_token is None:
+        missing["pad_token"] = PAD_TOKEN
+    tokenizer.add_special_tokens(missing)
+    return tokenizer
+
+
+def load_model(path: str, cache_dir: str | None = None, dtype: torch.dtype = torch.float32, **options) -> PreTrainedModel:
+    """The causal LM in ``dtype``: float32 masters by default, whatever the checkpoint holds."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, cache_dir=cache_dir, dtype=dtype, **options)
+    except Exception as error:
+        raise _cannot_load(path, error) from None
+
+
+@torch.no_grad()
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Grows the embeddings to the tokenizer's size, new rows the mean of the old ones; never shrinks padded ones.
+
+    Returns:
+        The number of rows added. Also sets the model's pad and end-of-sequence ids.
+    """
+    old = model.get_input_embeddings().weight.shape[0]
+    added = max(0, len(tokenizer) - old)
+    if added:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[old:] = layer.weight[:old].mean(dim=0)
+    for config in (model.config, model.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id
+        if config.eos_token_id is None:
+            config.eos_token_id = tokenizer.eos_token_id
+    return added
+
+
+def _cannot_load(path: str, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"{path}: cannot load a model from here ({reason}); give a Hugging Face folder or a hub name")

@@ -1,0 +1,67 @@
+"""The specification: statistics from materialised logits, differentiated by autograd.
+
+Everything stays in log space. The published implementations compute 1 - <sum_i p_i e_i, e_y>, which subtracts nearly equal
+numbers as soon as the model is confident; here nothing is subtracted that could cancel:
+
+    nll     = log(1 + exp(logsumexp_{i != y}(z_i) - z_y))
+    log emo = logsumexp_i(z_i + log c_i) - logsumexp_i(z_i)
+"""
+
+import torch
+from torch import Tensor
+
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.token_stats import Head, Objective, TokenStats
+
+
+def token_stats(
+    logits: Tensor,  # [N, V] float32 or float64; lower precisions are raised to float32
+    targets: Tensor,  # [N] token ids
+    cost: CostEmbedding | None,
+) -> TokenStats:
+    """nll and, if a cost is given, log emo of every token. Differentiable in the logits.
+
+    emo = 0 (log emo = -inf, without gradient) where no token with a cost above 0 has any probability.
+    """
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    column = targets[:, None]
+    others = z.scatter(1, column, torch.finfo(z.dtype).min)
+    margin = others.logsumexp(1) - z.gather(1, column).squeeze(1)
+    nll = torch.logaddexp(margin, torch.zeros_like(margin))
+    if cost is None:
+        return TokenStats(nll, None)
+
+    costs = cost.costs(targets, z.shape[1])  # [N, V]
+    costly = (costs > 0) & (z > -torch.inf)
+    free = ~costly.any(dim=1)  # nothing that costs anything can be reached
+    weighted = torch.where(costly, z + costs.log().to(z.dtype), -torch.inf)
+    weighted = torch.where(free[:, None], torch.zeros_like(z), weighted)  # keeps the gradient of free rows finite
+    log_emo = weighted.logsumexp(1) - z.logsumexp(1)
+    return TokenStats(nll, torch.where(free, -torch.inf, log_emo))
+
+
+def logits_of(hidden: Tensor, head: Head) -> Tensor:  # [N, H] -> [N, V] in the dtype of hidden
+    """The logits of an output layer, in the working precision of ``hidden``."""
+    logits = hidden @ head.weight.to(hidden.dtype).T
+    if head.bias is not None:
+        logits = logits + head.bias.to(hidden.dtype)
+    if head.logit_scale is not None:
+        logits = logits * head.logit_scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits
+
+
+def linear_loss(
+    hidden: Tensor,  # [N, H] rows of supervised tokens
+    head: Head,
+    targets: Tensor,  # [N]
+    cost: CostEmbedding | None,
+    objective: Objective,
+    reduction: str,  # "sum" or "none"
+) -> tuple[Tensor, TokenStats]:
+    """The loss, [] or [N], and the detached statistics."""
+    stats = token_stats(logits_of(hidden, head), targets, cost)
+    loss = objective(*stats)
+    log_emo = None if stats.log_emo is None else stats.log_emo.detach()
+    return loss.sum() if reduction == "sum" else loss, TokenStats(stats.nll.detach(), log_emo)

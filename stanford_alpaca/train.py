@@ -1,0 +1,222 @@
+"""Supervised fine-tuning: ``python -m stanford_alpaca.train --model_name_or_path M --data_path D --output_dir O``.
+
+Also ``torchrun --nproc_per_node 4 stanford_alpaca/train.py ...``. All arguments of the Hugging Face TrainingArguments hold,
+and those of the classes below.
+"""
+
+import sys
+from pathlib import Path
+
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: our modules must not shadow others'
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+
+import transformers
+from datasets import Dataset
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
+
+from stanford_alpaca.attach import attach_objective
+from stanford_alpaca.cost import COST_KINDS, CostEmbedding
+from stanford_alpaca.data.batching import PadCollator
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.tokenize import tokenize_records
+from stanford_alpaca.engines import check_fsdp, is_main_process, peak_memory_mib
+from stanford_alpaca.errors import UserError, exit_on_user_error, nearest
+from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
+from stanford_alpaca.losses.linear import BACKENDS
+from stanford_alpaca.model import check_model, fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.trainer import EmoTrainer
+
+
+def choice(*values: str, default: str, help: str):
+    """A dataclass field that takes one of a few words."""
+    return field(default=default, metadata={"choices": list(values), "help": help})
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "A Hugging Face folder or a hub name."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+
+
+@dataclass
+class DataArguments:
+    data_path: str = field(metadata={"help": "Alpaca-form JSON or JSONL, or a hub name."})
+    eval_path: str | None = field(default=None, metadata={"help": "Held-out data, in the same form."})
+    eval_fraction: float | None = field(default=None, metadata={"help": "Holds out this share of --data_path."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+
+@dataclass
+class ObjectiveArguments:
+    mode: str = choice(*MODES, default="mle", help="The objective; see the README's table of modes.")
+    cost: str = field(default="frozen", metadata={"help": "frozen, adaptive, or a safetensors file with a [V, D] tensor."})
+    cost_kind: str = choice(*COST_KINDS, default="cosine", help="identity: every wrong token costs 1.")
+    emo_weighting: str = choice(*WEIGHTINGS, default="paper", help="upstream: as in the published LLaMA code.")
+    emo_ratio_cap: float | None = field(default=None, metadata={"help": "Upper bound of nll / emo; EMOLoss uses 3."})
+    emo_weight: float = field(default=0.5, metadata={"help": "w of mode mix: (1 - w) nll + w emo."})
+    tailr_gamma: float = field(default=1e-7, metadata={"help": "gamma of mode tailr."})
+    tailr_floor: float = field(default=0.2, metadata={"help": "The least weight of mode tailr."})
+    mixce_eta: float = field(default=0.5, metadata={"help": "eta of mode mixce."})
+    loss_backend: str = choice("auto", *BACKENDS, default="auto", help="How the loss is computed.")
+
+    def objective(self) -> Objective:
+        names = [f.name for f in dataclasses.fields(Objective)]
+        try:
+            return Objective(**{name: getattr(self, name) for name in names})
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's models and data are kept."})
+    model_max_length: int = field(default=512, metadata={"help": "Tokens per example; longer ones are cut."})
+    global_batch: int | None = field(
+        default=None, metadata={"help": "Examples per optimizer step; sets --gradient_accumulation_steps."}
+    )
+    remove_unused_columns: bool = False
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):  # type: ignore[override]
+        raise UserError(message)
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments]:
+    """The arguments of a run. Raises UserError for anything argparse or Hugging Face rejects."""
+    classes = (ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments)
+    parser = _Parser(classes, allow_abbrev=False)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except (ValueError, ImportError) as error:
+        raise UserError(str(error)) from None
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        name = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument {name}{nearest(name, flags)}")
+    return tuple(parsed)
+
+
+def check(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
+    """What can be found out before anything is loaded or written."""
+    output = Path(training.output_dir)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output} is a file; give a folder")
+    if output.exists() and any(output.iterdir()) and not training.resume_from_checkpoint:
+        raise UserError(f"--output_dir {output} is not empty; give another, or --resume_from_checkpoint")
+    if data.eval_path is not None and data.eval_fraction is not None:
+        raise UserError("--eval_path and --eval_fraction exclude each other")
+    if data.eval_fraction is not None and not 0 < data.eval_fraction < 1:
+        raise UserError(f"--eval_fraction {data.eval_fraction}: give a share between 0 and 1")
+    if not training.learning_rate > 0:
+        raise UserError(f"--learning_rate {training.learning_rate}: give a number above 0")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "model_max_length"):
+        if getattr(training, name) < 1:
+            raise UserError(f"--{name} {getattr(training, name)}: give 1 or more")
+    if training.global_batch is not None:
+        per_step = training.train_batch_size * training.world_size
+        if training.global_batch < 1 or training.global_batch % per_step:
+            raise UserError(
+                f"--global_batch {training.global_batch} is no multiple of {per_step} "
+                f"({training.world_size} processes of {training.train_batch_size})"
+            )
+        training.gradient_accumulation_steps = training.global_batch // per_step
+    check_model(model.model_name_or_path, training.cache_dir)
+
+
+def load_data(
+    data: DataArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None]:
+    """Tokenized training and evaluation examples; the report of each goes to the terminal."""
+    sources = {"training": load_records(data.data_path, training.cache_dir)}
+    if data.eval_path is not None:
+        sources["evaluation"] = load_records(data.eval_path, training.cache_dir)
+    elif data.eval_fraction is not None:
+        if len(sources["training"]) < 2:
+            raise UserError("--eval_fraction needs at least 2 records")
+        split = sources["training"].train_test_split(test_size=data.eval_fraction, seed=training.seed)
+        sources = {"training": split["train"], "evaluation": split["test"]}
+    workers = data.preprocessing_num_workers or len(os.sched_getaffinity(0))
+    examples = {}
+    for name, records in sources.items():
+        examples[name], report = tokenize_records(records, tokenizer, training.model_max_length, workers)
+        say(f"{name} data: {report}")
+    return examples["training"], examples.get("evaluation")
+
+
+def say(line: str) -> None:
+    """Prints a line once for all ranks."""
+    if is_main_process():
+        print(line, flush=True)
+
+
+def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:
+    """What ``attach_objective`` takes as its cost."""
+    if args.cost in ("frozen", "adaptive"):
+        return args.cost
+    try:
+        return CostEmbedding.from_file(args.cost, args.cost_kind)
+    except Exception as error:  # no such file, no safetensors, no embedding
+        raise UserError(f"--cost {args.cost}: not frozen, not adaptive, and no safetensors file ({error})") from None
+
+
+def train(argv: list[str]) -> None:
+    """Runs one fine-tuning from its command line to the saved model."""
+    model_args, data_args, objective_args, args = parse(argv)
+    objective = objective_args.objective()
+    check(model_args, data_args, args)
+    cost = make_cost(objective_args)
+
+    tokenizer = load_tokenizer(model_args.model_name_or_path, args.model_max_length, args.cache_dir)
+    with args.main_process_first(desc="tokenizing"):
+        train_examples, eval_examples = load_data(data_args, args, tokenizer)
+
+    model = load_model(model_args.model_name_or_path, args.cache_dir, attn_implementation=model_args.attn_implementation)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and args.model_max_length > positions:
+        raise UserError(f"--model_max_length {args.model_max_length} is more than the model's {positions} positions")
+    fit_vocabulary(model, tokenizer)
+    wants_cost = objective.needs_emo or eval_examples is not None
+    try:
+        attached = attach_objective(
+            model, objective, cost if wants_cost else None,
+            cost_kind=objective_args.cost_kind, backend=objective_args.loss_backend,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+    trainer = EmoTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_examples,
+        eval_dataset=eval_examples,
+        data_collator=PadCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    say(f"mode {objective.mode}, cost {objective_args.cost}, {args.world_size} process(es), global batch {per_step}")
+    metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    check_fsdp(trainer)
+    if eval_examples is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    attached.detach()
+    trainer.save_model()
+    trainer.save_state()
+    rate = trainer.supervised_tokens_per_s()
+    metrics |= {"train_peak_memory_mib": peak_memory_mib()}
+    metrics |= {} if rate is None else {"train_supervised_tokens_per_s": rate}
+    trainer.save_metrics("train", metrics)
+    say(f"saved the {str(model.dtype).removeprefix('torch.')} model to {args.output_dir}")
+
+
+def main() -> None:
+    """The command."""
+    exit_on_user_error(lambda: train(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

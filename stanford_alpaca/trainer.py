@@ -1,0 +1,132 @@
+"""The Hugging Face Trainer with what EMO needs and no more: its numbers in the log, token-weighted evaluation."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput
+
+from stanford_alpaca.attach import AttachedObjective
+from stanford_alpaca.data.batching import PadCollator, fill_up
+from stanford_alpaca.engines import activate_fsdp
+
+
+class Stopwatch:
+    """Wall time in seconds that can be paused. It does not run until it is started."""
+
+    def __init__(self) -> None:
+        self._seconds, self._since = 0.0, 0.0
+        self.running = False
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds + (time.perf_counter() - self._since if self.running else 0.0)
+
+    def start(self) -> None:
+        if not self.running:
+            self._since, self.running = time.perf_counter(), True
+
+    def stop(self) -> None:
+        self._seconds, self.running = self.seconds, False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        running = self.running
+        self.stop()
+        yield
+        if running:
+            self.start()
+
+
+class EmoTrainer(Trainer):
+    """A Trainer for a model with an attached objective and a PadCollator.
+
+    Each log entry of training also has ``nll``, ``emo`` (where the mode computes it), ``target_prob`` (means over the
+    supervised tokens of all ranks since the last entry) and ``supervised_tokens_per_s`` (all ranks together, without the
+    first step, evaluation and saves). Evaluation sums over the supervised tokens of all ranks and divides once, so it does
+    not depend on batch size or world size. The last global batch of an epoch is filled up with fully masked rows.
+
+    Collectives of its own: one all-reduce of 5 float64 per log entry and per evaluation.
+    """
+
+    data_collator: PadCollator
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.emo: AttachedObjective = self.accelerator.unwrap_model(self.model).emo_objective
+        self.watch = Stopwatch()
+        self._steps, self._tokens = 0, 0  # of this call of train(); the tokens without the first step's
+        if self.train_dataset is not None:
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            self.train_dataset = fill_up(self.train_dataset, batch, self.data_collator.pad_id)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        activate_fsdp(self)
+
+    # ---- training ------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any):
+        if self._steps == 1:
+            self.watch.start()  # the first step, with its warming up, has ended
+        samples, num_items = super().get_batch_samples(*args, **kwargs)
+        if self._steps >= 1:
+            self._tokens = self._tokens + num_items  # a tensor on the device: no synchronisation here
+        self._steps += 1
+        return samples, num_items
+
+    def supervised_tokens_per_s(self) -> float | None:
+        """Targets that entered the loss on all ranks per second of training, or None in the first step."""
+        return float(self._tokens) / self.watch.seconds if self.watch.seconds > 0 else None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            sums = self.emo.train_meter.drain(self.args.device, over_ranks=self.args.world_size > 1)
+            if sums.tokens:
+                logs["nll"] = sums.nll / sums.tokens
+                logs["target_prob"] = sums.target_prob / sums.tokens
+                if self.emo.objective.needs_emo:
+                    logs["emo"] = sums.emo / sums.tokens
+            rate = self.supervised_tokens_per_s()
+            if rate is not None:
+                logs["supervised_tokens_per_s"] = rate
+        super().log(logs, start_time)
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader, description, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        """Token-weighted: loss, nll, perplexity, target_prob and, with a cost, emo."""
+        self.emo.eval_meter.drain("cpu")
+        with self.watch.paused():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only=True, metric_key_prefix=metric_key_prefix
+            )
+            sums = self.emo.eval_meter.drain(self.args.device, over_ranks=self.args.world_size > 1)
+        nll = sums.nll / sums.tokens
+        metrics = {"loss": sums.loss / sums.tokens, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+        metrics["target_prob"] = sums.target_prob / sums.tokens
+        if self.emo.has_cost:
+            metrics["emo"] = sums.emo / sums.tokens
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(None, None, metrics, output.num_samples)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        batch = self.args.eval_batch_size * self.args.world_size
+        return super().get_eval_dataloader(fill_up(dataset, batch, self.data_collator.pad_id))
+
+    # ---- saving --------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.watch.paused():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # a pickle that nobody here reads
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)

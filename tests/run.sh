@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs what is missing and runs all checks: `bash tests/run.sh [pytest arguments]`.
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$ROOT/stanford_alpaca/ensure_env.sh"
+ensure_env requirements.txt tests/requirements.txt
+cd "$ROOT"
+export PYTHON HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+exec "$PYTHON" -m pytest -n "${WORKERS:-$(nproc)}" --dist loadgroup "$@"

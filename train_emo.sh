@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Fine-tunes a causal LM with EMO.
+#
+#   bash train_emo.sh                                  the embedded base model on the shipped instructions, then a
+#                                                      table before/after and samples: a few minutes on two CPU cores
+#   bash train_emo.sh MODEL_PATH [MODE] [train flags]  the published recipe on your model: a folder or a hub name;
+#                                                      MODE is emo (default), mle, emo2, emd, mix, tailr, mixce or dft
+#
+# Environment: DATA_PATH   Alpaca-form JSON or JSONL, or a hub name (default: the shipped instructions)
+#              OUTPUT_DIR  where the model goes (default: output/MODEL-MODE, which must not exist)
+#              NPROC       processes (default: the visible GPUs, or 1)
+#              ENGINE      none, ddp, fsdp, zero2 or zero3 (default: fsdp with several GPUs, else none; ddp with several
+#                          processes on a CPU)
+# Flags after MODE go to stanford_alpaca/train.py and win over the recipe's.
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+die() { echo "error: $*" >&2; exit 2; }
+
+case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+source "$ROOT/stanford_alpaca/ensure_env.sh"
+ensure_env requirements.txt
+
+DEMO=
+if [ $# -eq 0 ]; then
+    DEMO=1
+    set -- "$ROOT/data/tiny-base" emo --learning_rate 2e-3 --num_train_epochs 6 --global_batch 32 \
+        --per_device_train_batch_size 32 --logging_steps 20 --save_strategy no
+fi
+MODEL_PATH=$1
+shift
+MODE=emo
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then MODE=$1; shift; fi
+
+# ---- where to run ----
+GPUS=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
+NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
+[[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC: give a number of processes"
+if [ "$NPROC" -eq 1 ]; then ENGINE=${ENGINE:-none}; elif [ "$GPUS" -gt 0 ]; then ENGINE=${ENGINE:-fsdp}; else ENGINE=${ENGINE:-ddp}; fi
+case $ENGINE in
+    none | ddp) ENGINE_FLAGS=() ;;
+    fsdp) ENGINE_FLAGS=(--fsdp) ;;
+    zero2 | zero3) ENGINE_FLAGS=(--deepspeed "$ROOT/ds_configs/$ENGINE.json") ;;
+    *) die "ENGINE=$ENGINE: choose none, ddp, fsdp, zero2 or zero3" ;;
+esac
+PRECISION=()
+if [ "$GPUS" -gt 0 ]; then
+    "$PYTHON" -c "import torch; raise SystemExit(not torch.cuda.is_bf16_supported())" && PRECISION=(--bf16 True)
+else
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = $(nproc) / NPROC) > 0 ? n : 1))}
+fi
+
+# ---- the published recipe: 128 examples a step ----
+flag() { # the value of flag $1 among the arguments after it, else nothing
+    local name=$1 value=
+    shift
+    while [ $# -gt 0 ]; do
+        case $1 in "$name") value=${2:-} ;; "$name"=*) value=${1#*=} ;; esac
+        shift
+    done
+    echo "$value"
+}
+BATCH=()
+if [ -z "$(flag --global_batch "$@")$(flag --gradient_accumulation_steps "$@")" ]; then
+    per_device=$(flag --per_device_train_batch_size "$@")
+    [[ ${per_device:=4} =~ ^[1-9][0-9]*$ ]] || die "--per_device_train_batch_size $per_device: give 1 or more"
+    at_once=$((per_device * NPROC))
+    global=$((at_once > 128 ? at_once : 128 / at_once * at_once))
+    [ "$global" -eq 128 ] || echo "global batch $global: 128 cannot be had from $NPROC processes of $per_device"
+    BATCH=(--global_batch "$global")
+fi
+
+# ---- train ----
+DATA_PATH=${DATA_PATH:-$ROOT/data/instructions/train.json}
+if [ -z "${OUTPUT_DIR:-}" ]; then
+    OUTPUT_DIR=$ROOT/output/$(basename "$MODEL_PATH")-$MODE
+    if [ -n "$DEMO" ]; then # run as often as you like
+        n=1 first=$OUTPUT_DIR
+        while [ -e "$OUTPUT_DIR" ]; do n=$((n + 1)); OUTPUT_DIR=$first-$n; done
+    fi
+fi
+if [ "$NPROC" -gt 1 ]; then
+    LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m stanford_alpaca.train)
+else
+    LAUNCH=("$PYTHON" -m stanford_alpaca.train)
+fi
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+"${LAUNCH[@]}" --model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" --mode "$MODE" \
+    --num_train_epochs 3 --per_device_train_batch_size 4 --learning_rate 2e-5 --lr_scheduler_type cosine \
+    --warmup_steps 0.03 --weight_decay 0 --model_max_length 512 --logging_steps 1 \
+    --save_strategy steps --save_steps 2000 --save_total_limit 1 \
+    "${PRECISION[@]}" "${ENGINE_FLAGS[@]}" "${BATCH[@]}" "$@"
+
+if [ -n "$DEMO" ]; then
+    "$PYTHON" -m stanford_alpaca.evaluation.metrics "$MODEL_PATH" "$OUTPUT_DIR" \
+        --data "$ROOT/data/instructions/held_out.json" --out "$OUTPUT_DIR/evaluation"
+fi
+echo "checkpoint: $OUTPUT_DIR"
+echo "samples:    python -m stanford_alpaca.generate $OUTPUT_DIR --interactive"
