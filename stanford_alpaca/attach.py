@@ -1,5 +1,6 @@
 """Puts an objective into any Hugging Face causal language model, and takes it out again."""
 
+import functools
 from types import MethodType
 from typing import NamedTuple
 
@@ -69,12 +70,12 @@ class AttachedObjective:
         self._original = model.forward
         original = self._original.__func__
 
+        @functools.wraps(original)  # generate() and the Trainer read the signature
         def forward(model, *args, labels: Tensor | None = None, **kwargs):
             if labels is None:
                 return original(model, *args, **kwargs)
             return model.emo_objective._forward(model, labels, *args, **kwargs)
 
-        forward.__wrapped__ = original  # generate() and the Trainer read the signature
         model.emo_objective = self
         model.forward = MethodType(forward, model)
 

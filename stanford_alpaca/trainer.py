@@ -55,12 +55,14 @@ class EmoTrainer(Trainer):
     """
 
     data_collator: PadCollator
+    train_dataset: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.emo: AttachedObjective = self.accelerator.unwrap_model(self.model).emo_objective
         self.watch = Stopwatch()
-        self._steps, self._tokens = 0, 0  # of this call of train(); the tokens without the first step's
+        self._steps = 0  # of this call of train()
+        self._tokens: Any = 0  # the targets of its steps, without the first step's
         if self.train_dataset is not None:
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             self.train_dataset = fill_up(self.train_dataset, batch, self.data_collator.pad_id)
@@ -129,4 +131,4 @@ class EmoTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # a pickle that nobody here reads
-            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)

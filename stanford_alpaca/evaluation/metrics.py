@@ -152,11 +152,15 @@ def training_figures(checkpoint: str) -> dict[str, float]:
 def format_table(results: dict[str, dict[str, float]]) -> str:
     """Measures down, checkpoints across."""
     measures = list(dict.fromkeys(measure for column in results.values() for measure in column))
-    cells = [["", *results]]
-    cells += [[measure.replace("_", " "), *(_number(results[name].get(measure)) for name in results)] for measure in measures]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in cells]
-    return "\n".join(lines)
+    table = [["", *results]]
+    table += [
+        [measure.replace("_", " "), *(_number(column.get(measure)) for column in results.values())] for measure in measures
+    ]
+    first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
+    return "\n".join(
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
+        for row in table
+    )
 
 
 def _number(value: float | None) -> str:

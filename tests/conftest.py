@@ -1,0 +1,74 @@
+"""Small random models, costs and a naive float64 oracle that shares no code with the package."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def exact_statistics(logits: torch.Tensor, targets: torch.Tensor, embedding: torch.Tensor):
+    """nll and emo in float64 by their definitions, with costs from differences of unit rows (no cancellation).
+
+    Independent of the package: softmax by exponentials, 1 - p_y as a sum over the others, c_i = |u_i - u_y|^2 / 2.
+    """
+    z, e = logits.double(), embedding.double()
+    norms = e.norm(dim=1, keepdim=True)
+    units = torch.where(norms > 0, e / norms.clamp_min(1e-300), 0.0)
+    rows = torch.arange(len(targets))
+    p = torch.softmax(z, dim=1)
+    others = p.clone()
+    others[rows, targets] = 0
+    nll = torch.where(p[rows, targets] > 0.5, -torch.log1p(-others.sum(1)), -torch.log(p[rows, targets]))
+    costs = torch.stack([(units - units[t]).pow(2).sum(1) / 2 for t in targets])
+    zero = norms.squeeze(1) == 0  # a row of zeros has cosine 0 with every row
+    for row, t in enumerate(targets.tolist()):
+        costs[row, zero] = 1.0
+        if zero[t]:
+            costs[row] = 1.0
+        costs[row, t] = 0.0
+    costs = torch.where(costs < 1e-6, 0.0, costs)
+    return nll, (p * costs).sum(1), p, costs
+
+
+@pytest.fixture
+def exact():
+    """The oracle ``exact_statistics``."""
+    return exact_statistics
+
+
+def tiny_model(family: str, vocab_size: int = 97):
+    """A randomly initialised model of two layers in eval mode: ``llama``, ``qwen2`` or ``gpt2`` (tied head)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    if family == "gpt2":
+        config = AutoConfig.for_model("gpt2", vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    else:
+        config = AutoConfig.for_model(
+            family, vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
+        )  # fmt: skip
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def make_model():
+    """The builder ``tiny_model``."""
+    return tiny_model

@@ -1,0 +1,145 @@
+"""An attached objective: the reference's loss and gradients inside the model, and the model unharmed."""
+
+import copy
+
+import pytest
+import torch
+
+from stanford_alpaca import Objective, attach_objective, emo_loss
+from stanford_alpaca.cost import CostEmbedding
+
+FAMILIES = ("llama", "qwen2", "gpt2")
+
+
+@pytest.fixture
+def batch():
+    """Ids, a mask with right padding, and labels with a masked prompt: [3, 12]."""
+    ids = torch.randint(3, 97, (3, 12))
+    mask = torch.ones_like(ids)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    for row, length in enumerate((12, 9, 6)):
+        ids[row, length:], mask[row, length:], labels[row, length:] = 0, 0, -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("cost", ["frozen", "adaptive"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_the_logits(make_model, batch, family, cost):
+    plain, attached = make_model(family), make_model(family)
+    embedding = plain.get_output_embeddings().weight.detach().clone()
+    if cost == "frozen":  # the cost is the embedding before training, whatever the weights are later
+        attach_objective(attached, "emo", cost)
+    with torch.no_grad():
+        for model in (plain, attached):
+            model.get_output_embeddings().weight.mul_(1.5).add_(0.01 * torch.arange(97)[:, None])
+    if cost == "adaptive":
+        attach_objective(attached, "emo", cost)
+        embedding = plain.get_output_embeddings().weight.detach().clone()
+    labels = batch.pop("labels")
+    want = emo_loss(plain(**batch).logits[:, :-1], labels[:, 1:], embedding)
+    want.backward()
+    out = attached(**batch, labels=labels)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, want, rtol=1e-5, atol=1e-6)
+    assert out.logits is None
+    theirs, ours = gradients(plain), gradients(attached)
+    assert theirs.keys() == ours.keys()
+    for name, grad in theirs.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mle_equals_the_models_own_loss(make_model, batch, family):
+    model = make_model(family)
+    want = model(**batch).loss
+    counted = model(**batch, num_items_in_batch=torch.tensor(31)).loss
+    attach_objective(model, "mle", None)
+    torch.testing.assert_close(model(**batch).loss, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(**batch, num_items_in_batch=torch.tensor(31)).loss, counted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_and_plain_calls_are_untouched_and_detach_restores(make_model, batch, family):
+    model = make_model(family)
+    prompt = {"input_ids": batch["input_ids"][:1, :6], "attention_mask": batch["attention_mask"][:1, :6]}
+    logits, text = model(**prompt).logits, model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    keys, forward = set(model.state_dict()), type(model).forward
+    handle = attach_objective(model, "emo")
+    assert torch.equal(model(**prompt).logits, logits)
+    assert torch.equal(model.generate(**prompt, max_new_tokens=8, do_sample=False), text)
+    assert set(model.state_dict()) == keys  # the cost is not saved
+    with pytest.raises(ValueError, match="detach it first"):
+        attach_objective(model, "emo")
+    handle.detach()
+    assert model.forward.__func__ is forward and not hasattr(model, "emo_objective")
+    assert model(**batch).logits is not None
+
+
+def test_a_copied_model_computes_with_its_own_weights(make_model, batch):
+    model = make_model("llama")
+    attach_objective(model, "emo")
+    before = model(**batch).loss
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    torch.testing.assert_close(twin(**batch).loss, before)
+    assert not torch.allclose(model(**batch).loss, before)
+
+
+def test_training_under_mle_computes_no_emo_and_evaluation_does(make_model, batch):
+    model = make_model("llama")
+    handle = attach_objective(model, "mle")
+    model(**batch)
+    with torch.no_grad():
+        model(**batch)
+    train, evaluation = handle.train_meter.drain("cpu"), handle.eval_meter.drain("cpu")
+    assert train.tokens == evaluation.tokens == 8 + 5 + 2
+    assert train.emo == 0 and evaluation.emo > 0
+    assert train.nll == pytest.approx(evaluation.nll, rel=1e-6)
+    assert handle.eval_meter.drain("cpu").tokens == 0
+
+
+def test_costs_of_every_kind(make_model, batch):
+    model = make_model("llama")
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    wide = torch.randn(97, 80)
+    for cost, kind, embedding in [
+        (wide, "cosine", wide),
+        (CostEmbedding(wide), "cosine", wide),
+        (None, "identity", CostEmbedding(None, "identity")),
+    ]:
+        cost = CostEmbedding(None, kind) if kind == "identity" else cost
+        handle = attach_objective(model, Objective("emd"), cost)
+        want = emo_loss(logits, batch["labels"][:, 1:], embedding, mode="emd")
+        torch.testing.assert_close(model(**batch).loss, want, rtol=1e-5, atol=1e-6)
+        handle.detach()
+    handle = attach_objective(model, "emd", "frozen", cost_kind="identity")
+    torch.testing.assert_close(model(**batch).loss, want, rtol=1e-5, atol=1e-6)
+
+
+def test_models_that_cannot_be_served_and_bad_arguments(make_model):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = make_model("llama")
+    with pytest.raises(ValueError, match="unknown cost 'frosen'"):
+        attach_objective(model, "emo", "frosen")
+    with pytest.raises(ValueError, match="unknown mode"):
+        attach_objective(model, "emoo")
+    with pytest.raises(ValueError, match="needs a cost"):
+        attach_objective(model, "emo", None)
+    with pytest.raises(ValueError, match="96 rows but there are 97 logits"):
+        attach_objective(model, "emo", torch.randn(96, 4))
+    with pytest.raises(ValueError, match="unknown backend"):
+        attach_objective(model, "emo", backend="triton")
+    assert not hasattr(model, "emo_objective")
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.05,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="changes its logits after the output layer"):
+        attach_objective(AutoModelForCausalLM.from_config(config), "emo")

@@ -1,0 +1,53 @@
+"""Loading for fine-tuning: float32 weights, missing special tokens, a vocabulary that grows by the mean."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.model import check_model, fit_vocabulary, load_model, load_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path, root, make_model):
+    """A bfloat16 GPT-2 (tied head) with a tokenizer that has neither pad nor end-of-sequence token."""
+    tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    make_model("gpt2", vocab_size=2048).bfloat16().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_float32_weights_and_new_rows_that_are_the_mean(folder):
+    tokenizer, model = load_tokenizer(str(folder), 64), load_model(str(folder))
+    assert model.dtype == torch.float32
+    assert (tokenizer.pad_token, tokenizer.model_max_length, tokenizer.padding_side) == ("[PAD]", 64, "right")
+    assert tokenizer.eos_token == "</s>"
+    old = model.get_input_embeddings().weight.detach().clone()
+    added = fit_vocabulary(model, tokenizer)
+    assert added == len(tokenizer) - 2048 > 0
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        torch.testing.assert_close(layer.weight[:2048], old)
+        torch.testing.assert_close(layer.weight[2048:], old.mean(0, keepdim=True).expand(added, -1))
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_padded_vocabulary_is_not_cut(root, make_model):
+    tokenizer, model = load_tokenizer(str(root / "data" / "tiny-base")), make_model("llama", vocab_size=2100)
+    assert fit_vocabulary(model, tokenizer) == 0
+    assert model.get_output_embeddings().weight.shape[0] == 2100
+
+
+def test_what_is_no_model(tmp_path):
+    for path in (str(tmp_path), str(tmp_path / "none"), "nobody/nothing-here"):
+        for load in (check_model, load_tokenizer, load_model):
+            with pytest.raises(UserError, match="cannot load a model"):
+                load(path)
+
+
+def test_the_shipped_base_model(root):
+    folder = root / "data" / "tiny-base"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= 8 * 2**20

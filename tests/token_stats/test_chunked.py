@@ -1,0 +1,142 @@
+"""``chunked`` against ``reference``: every mode, option and degenerate case, in value and gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.losses import MODES, Objective
+from stanford_alpaca.token_stats import Head, chunked, reference
+
+
+def run(backend, hidden, weight, bias, targets, cost, objective, reduction="sum", upstream=None, **head):
+    """Loss, statistics and the gradients of hidden, weight and bias."""
+    leaves = [x.detach().clone().requires_grad_() if x is not None else None for x in (hidden, weight, bias)]
+    loss, stats = backend.linear_loss(leaves[0], Head(leaves[1], leaves[2], **head), targets, cost, objective, reduction)
+    (loss if upstream is None else loss * upstream).sum().backward()
+    return loss.detach(), stats, [x.grad for x in leaves if x is not None]
+
+
+def assert_equal(one, two, rtol=2e-4, atol=2e-6):
+    torch.testing.assert_close(one[0], two[0], rtol=rtol, atol=atol)
+    torch.testing.assert_close(one[1].nll, two[1].nll, rtol=rtol, atol=atol)
+    if one[1].log_emo is not None:
+        torch.testing.assert_close(one[1].log_emo.exp(), two[1].log_emo.exp(), rtol=rtol, atol=atol)
+    for a, b in zip(one[2], two[2], strict=True):
+        scale = b.abs().sum().item() / max(1, b.numel())
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol + 1e-4 * scale)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setitem(chunked.CHUNK_LOGITS, "cpu", 16 * 50)  # 16 rows at a time: several chunks and a remainder
+
+
+def problem(n=50, vocab=50, width=12):
+    hidden, weight = torch.randn(n, width), torch.randn(vocab, width)
+    return hidden, weight, torch.randn(vocab), torch.randint(vocab, (n,)), CostEmbedding(torch.randn(vocab, 7))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode(mode, reduction):
+    hidden, weight, bias, targets, cost = problem()
+    upstream = torch.rand(50) if reduction == "none" else torch.tensor(0.37)
+    args = (hidden, weight, bias, targets, cost, Objective(mode), reduction, upstream)
+    assert_equal(run(chunked, *args), run(reference, *args))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective("emo", emo_weighting="upstream"),
+        Objective("emo2", emo_weighting="upstream"),
+        Objective("emo", emo_ratio_cap=0.7),
+        Objective("emo", emo_weighting="upstream", emo_ratio_cap=0.7),
+        Objective("mix", emo_weight=0.2),
+    ],
+    ids=str,
+)
+def test_options_of_the_objective(objective):
+    args = (*problem(), objective)
+    assert_equal(run(chunked, *args), run(reference, *args))
+
+
+@pytest.mark.parametrize("head", [{"softcap": 3.0}, {"logit_scale": 0.3}, {"softcap": 2.0, "logit_scale": 1.7}], ids=str)
+def test_softcap_and_scale(head):
+    args = (*problem(), Objective("emo"))
+    assert_equal(run(chunked, *args, **head), run(reference, *args, **head))
+
+
+def test_without_cost_and_without_bias():
+    hidden, weight, _, targets, _ = problem()
+    args = (hidden, weight, None, targets, None, Objective("mle"))
+    result = run(chunked, *args)
+    assert_equal(result, run(reference, *args))
+    assert result[1].log_emo is None
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(result[0], expected, rtol=1e-5, atol=0)
+
+
+def test_duplicates_zero_rows_and_identity():
+    hidden, weight, bias, targets, _ = problem()
+    embedding = torch.randn(50, 7)
+    embedding[3] = embedding[4]
+    embedding[40:] = 0
+    targets[:6] = torch.tensor([3, 4, 45, 49, 3, 4])
+    for cost in (CostEmbedding(embedding), CostEmbedding(None, "identity"), CostEmbedding(torch.ones(50, 3))):
+        args = (hidden, weight, bias, targets, cost, Objective("emo"))
+        assert_equal(run(chunked, *args), run(reference, *args))
+
+
+def test_no_tokens_give_zero_loss_and_zero_gradients():
+    hidden, weight, bias, _, cost = problem()
+    loss, stats, grads = run(chunked, hidden[:0], weight, bias, torch.empty(0, dtype=torch.long), cost, Objective("emo"))
+    assert loss.item() == 0 and stats.nll.numel() == 0
+    assert all(grad.abs().sum().item() == 0 for grad in grads)
+
+
+def test_frozen_weight_gets_no_gradient_and_evaluation_none_at_all():
+    hidden, weight, bias, targets, cost = problem()
+    hidden.requires_grad_()
+    loss, _ = chunked.linear_loss(hidden, Head(weight, bias), targets, cost, Objective("emo"), "sum")
+    loss.backward()
+    assert weight.grad is None and hidden.grad is not None
+    with torch.no_grad():
+        evaluated, _ = chunked.linear_loss(hidden, Head(weight, bias), targets, cost, Objective("emo"), "sum")
+    assert not evaluated.requires_grad
+    torch.testing.assert_close(evaluated, loss.detach())
+
+
+def test_bfloat16_error_is_that_of_pytorch_cross_entropy():
+    hidden, weight, _, targets, cost = problem(n=200, vocab=50, width=64)
+    hidden, weight = hidden / 4, weight / 4
+    true = run(reference, hidden.double(), weight.double(), None, targets, cost, Objective("emo"))
+    low = run(chunked, hidden.bfloat16(), weight.bfloat16(), None, targets, cost, Objective("emo"))
+
+    def torch_error():
+        def grads(dtype):
+            h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+            torch.nn.functional.cross_entropy((h @ w.T).float(), targets, reduction="sum").backward()
+            return [h.grad.double(), w.grad.double()]
+
+        return [(a - b).norm() / b.norm() for a, b in zip(grads(torch.bfloat16), grads(torch.float64), strict=True)]
+
+    for ours, want, allowed in zip(low[2], true[2], torch_error(), strict=True):
+        assert (ours.double() - want).norm() / want.norm() <= 2 * allowed + 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(0, 40), vocab=st.integers(2, 60), width=st.integers(1, 9), scale=st.sampled_from([1e-3, 1.0, 30.0]),
+    mode=st.sampled_from(MODES), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_random_shapes_and_scales(n, vocab, width, scale, mode, seed):
+    torch.manual_seed(seed)
+    hidden, weight = torch.randn(n, width, dtype=torch.float64), scale * torch.randn(vocab, width, dtype=torch.float64)
+    embedding = torch.randint(-1, 2, (vocab, 3), dtype=torch.float64)  # many duplicates and zero rows
+    args = (hidden, weight, None, torch.randint(vocab, (n,)), CostEmbedding(embedding), Objective(mode))
+    one, two = run(chunked, *args), run(reference, *args)
+    assert all(torch.isfinite(g).all() for g in one[2])
+    assert_equal(one, two, rtol=1e-8, atol=1e-10)
