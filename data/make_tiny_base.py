@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from stanford_alpaca.data.prompts import format_prompt
 
 HERE = Path(__file__).parent
-BLOCK, BATCH = 128, 48
+BLOCK, BATCH = 160, 40
 
 
 # ---- the text ----------------------------------------------------------------------------------------------------------
@@ -172,15 +172,115 @@ def story(rng):
     ])  # fmt: skip
 
 
-KINDS = {
+STATEMENTS = {
     synonym_fact: 4, antonym_fact: 3, capital_fact: 3, category_fact: 4, odd_one: 3, review: 2, tenses: 2, whereabouts: 3,
     listing: 2, sizes: 2, reworded: 2, work: 2, story: 3,
 }  # fmt: skip
 
 
+def question(rng):
+    """A text that may be empty, a question about it or about the world, and the answer."""
+    person = rng.choice(w.PEOPLE)
+    one, two = rng.sample(rng.choice(w.SYNONYMS), 2)
+    good, bad = rng.sample(rng.choice(w.ANTONYMS), 2)
+    country, city = rng.choice(w.CAPITALS)
+    member = rng.choice(list(w.CATEGORY_OF))
+    role, does = rng.choice(w.WORKERS)
+    kind = w.PLURAL[w.CATEGORY_OF[member]]
+    say = rng.choice
+    return say([
+        lambda: ("", say([f"How else can one say {one}?", f"Who knows a word like {one}?"]),
+                 say([f"One can say {two} instead of {one}.", f"Another word for {one} is {two}."])),
+        lambda: ("", f"What would be the contrary of {good}?",
+                 say([f"{w.capital(bad)} is the contrary of {good}.", f"The opposite of {good} is {bad}."])),
+        lambda: ("", f"Where does the government of {country} sit?",
+                 say([f"The government of {country} sits in {city}.", f"The capital of {country} is {city}."])),
+        lambda: ("", f"Which country is governed from {city}?",
+                 say([f"{country} is governed from {city}.", f"{city} is the capital of {country}."])),
+        lambda: ("", f"To which kind of things does {member} belong?",
+                 say([f"{w.capital(member)} belongs to the {kind}.", f"{w.capital(w.is_a(member))}."])),
+        lambda: ("", f"Tell me the work of {w.a(role)}!", say([f"The {role} {does}.", f"{w.capital(w.a(role))} {does}."])),
+        lambda: ("", f"Whose work is it if somebody {does}?", say([f"The {role} {does}.", f"{w.capital(w.a(role))} {does}."])),
+        lambda: about_sizes(rng),
+        lambda: about_scene(rng, person),
+        lambda: about_scene(rng, person),
+        lambda: about_list(rng),
+        lambda: about_list(rng),
+        lambda: about_review(rng),
+        lambda: about_sentence(rng),
+        lambda: about_sentence(rng),
+    ])()  # fmt: skip
+
+
+def about_sizes(rng):
+    small, large = sorted(rng.sample(w.SIZES, 2), key=w.SIZES.index)
+    one, two = rng.sample([small, large], 2)
+    answers = [f"The bigger one is {w.a(large)}, not {w.a(small)}.", f"{w.capital(w.a(large))} is larger than {w.a(small)}."]
+    return "", f"Is {w.a(one)} or {w.a(two)} the bigger one?", rng.choice(answers)
+
+
+def about_scene(rng, person):
+    people, places = [person, *rng.sample([p for p in w.PEOPLE if p != person], 2)], rng.sample(w.PLACES, 3)
+    lines = [f"{who} is in the {place}." for who, place in zip(people, places, strict=True)]
+    rng.shuffle(lines)
+    ask = rng.choice([f"Who knows where {person} may be?", f"Where should one look for {person}?"])
+    return " ".join(lines), ask, f"{person} {rng.choice(['must be', 'is'])} in the {places[0]}."
+
+
+def about_list(rng):
+    kind, other = rng.sample(list(w.MEMBERS), 2)
+    one, two, three = rng.sample(w.MEMBERS[kind], 3)
+    odd = rng.choice(w.MEMBERS[other])
+    if rng.random() < 0.5:
+        thing = rng.choice(w.THINGS)
+        text = f"The {one} and the {thing} were near the {two}."
+        return text, f"Which {w.PLURAL[kind]} stood there?", f"The {w.PLURAL[kind]} there were {one} and {two}."
+    words = rng.sample([one, two, three, odd], 4)
+    answers = [f"It is {odd}, for the rest are {w.PLURAL[kind]}."]
+    answers += [f"The odd one out is {odd}, because the others are {w.PLURAL[kind]}."]
+    return ", ".join(words) + ".", "Which one is not like the rest?", rng.choice(answers)
+
+
+def about_review(rng):
+    verdict, words = rng.choice([("good", w.PRAISE), ("bad", w.BLAME)])
+    (first, second), (one, two) = rng.sample(w.REVIEWED, 2), rng.sample(words, 2)
+    return f"The {first} was {one}, and the {second} was {two}.", "Is that good or bad?", f"That is {verdict}."
+
+
+def about_sentence(rng):
+    role, thing, place = rng.choice(w.ROLES), rng.choice(w.THINGS), rng.choice(w.PLACES)
+    if rng.random() < 0.5:
+        verb = rng.choice(list(w.PAST))
+        text = f"The {role} {verb} the {thing}."
+        return text, "And how was it yesterday?", f"Yesterday the {role} {w.PAST[verb]} the {thing}."
+    one, two = rng.sample(rng.choice(w.ADJECTIVE_PAIRS), 2)
+    text = f"The {one} {role} is in the {place}."
+    return text, f"Say it without the word {one}!", f"So the {two} {role} is in the {place}."
+
+
+def exchange(rng):
+    """Somebody asks and, after other talk, somebody answers: what was asked about has to be found again."""
+    text, ask, answer = question(rng)
+
+    def talk():
+        kinds = rng.choices(list(STATEMENTS), STATEMENTS.values(), k=rng.choice([0, 0, 1, 2]))
+        return " ".join(kind(rng) for kind in kinds)
+
+    one, two = rng.sample(w.PEOPLE, 2)
+    parts = rng.choice([
+        [text, f'"{ask}" asked {one}.', talk(), f'"{answer}" said {two}.'],
+        [f'"{ask}" said the teacher.', text, talk(), f"{one} thought about it and said: {answer}"],
+        [f"{one} wrote a task for {two}: {ask}", text, talk(), f"{two} wrote below it: {answer}"],
+        [f"Task. {ask}", text, talk(), f"Solution. {answer}"],
+    ])  # fmt: skip
+    return " ".join(part for part in parts if part)
+
+
 def document(rng: random.Random) -> str:
-    """One to four passages of the world's text."""
-    return " ".join(kind(rng) for kind in rng.choices(list(KINDS), KINDS.values(), k=rng.randint(1, 4)))
+    """One to four statements about the world, or one or two exchanges."""
+    if rng.random() < 0.6:
+        return " ".join(exchange(rng) for _ in range(rng.randint(1, 2)))
+    return " ".join(kind(rng) for kind in rng.choices(list(STATEMENTS), STATEMENTS.values(), k=rng.randint(1, 4)))
 
 
 # ---- tokenizer and model -----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from stanford_alpaca.data.formats import checked_record, parse_file
 from stanford_alpaca.data.prompts import format_prompt
+from stanford_alpaca.data.tokenize import text_only
 from stanford_alpaca.errors import UserError, exit_on_user_error, nearest
 from stanford_alpaca.model import check_model, load_model, load_tokenizer
 
@@ -72,7 +73,7 @@ class Sampling:
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, records: list[dict[str, str]], room: int | None) -> list[list[int]]:
     """Token ids of the prompts, as training saw them. ``room``: the most tokens that leave space for an answer."""
     prompts = [format_prompt(record) for record in records]
-    ids = [strip_eos(row, tokenizer) for row in tokenizer(prompts, split_special_tokens=True)["input_ids"]]
+    ids = [strip_eos(row, tokenizer) for row in text_only(tokenizer)(prompts)["input_ids"]]
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if room is not None and len(ids[longest]) > room:
         raise UserError(

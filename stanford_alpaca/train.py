@@ -14,6 +14,7 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 
+import torch
 import transformers
 from datasets import Dataset
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
@@ -80,6 +81,12 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     remove_unused_columns: bool = False
 
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # without it, the ranks of torchrun would train alone, each for itself
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+
 
 class _Parser(HfArgumentParser):
     def error(self, message: str):  # type: ignore[override]
@@ -117,6 +124,8 @@ def check(model: ModelArguments, data: DataArguments, training: TrainingArgument
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "model_max_length"):
         if getattr(training, name) < 1:
             raise UserError(f"--{name} {getattr(training, name)}: give 1 or more")
+    if training.world_size != int(os.environ.get("WORLD_SIZE", "1")):
+        raise UserError(f"launched as {os.environ['WORLD_SIZE']} processes, but {training.world_size} found each other")
     if training.global_batch is not None:
         per_step = training.train_batch_size * training.world_size
         if training.global_batch < 1 or training.global_batch % per_step:

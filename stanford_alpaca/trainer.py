@@ -12,6 +12,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from stanford_alpaca.attach import AttachedObjective
+from stanford_alpaca.checkpoint import full_state_dict
 from stanford_alpaca.data.batching import PadCollator, fill_up
 from stanford_alpaca.engines import activate_fsdp
 
@@ -127,6 +128,12 @@ class EmoTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.watch.paused():
             super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A plain Hugging Face folder in the masters' dtype, from every engine."""
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, full_state_dict(self.model, keep=self.args.should_save))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -5,11 +5,14 @@ starts at or after the response. A token that straddles the boundary (it holds t
 response) is not trained, and counted. Wherever no token straddles, ids and labels are those of the original Alpaca recipe.
 """
 
+import json
+from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 from datasets import Dataset
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from stanford_alpaca.data.prompts import format_prompt
@@ -83,11 +86,10 @@ def encode_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase
         format_prompt({"instruction": instruction, "input": text})
         for instruction, text in zip(batch["instruction"], batch["input"], strict=True)
     ]
-    encoded = tokenizer(
+    encoded = text_only(tokenizer)(
         [prompt + output for prompt, output in zip(prompts, batch["output"], strict=True)],
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
-        split_special_tokens=True,
     )
     rows: dict[str, list[Any]] = {
         name: [] for name in ("input_ids", "labels", "supervised", "truncated", "straddling", "length")
@@ -100,6 +102,27 @@ def encode_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase
         for name, value in row.items():
             rows[name].append(value)
     return rows
+
+
+def text_only(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer that finds no special token in any text; those it adds itself stay.
+
+    ``split_special_tokens`` is not enough where the pieces of the model itself hold the special tokens' names, as those of
+    a unigram model do: there the pieces are given a name that is no text (U+FFFF is no character), under the same id.
+    """
+    copy = deepcopy(tokenizer)
+    copy.split_special_tokens = True
+    found = [
+        token
+        for token, token_id in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        if token_id in copy(token, add_special_tokens=False)["input_ids"]
+    ]
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if found and state["model"]["type"] == "Unigram":
+        vocab = state["model"]["vocab"]
+        state["model"]["vocab"] = [[f"\uffff{piece}" if piece in found else piece, score] for piece, score in vocab]
+        copy._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return copy
 
 
 def label_response(

@@ -51,7 +51,7 @@ def test_a_changed_file_is_read_anew(tmp_path):
     [
         ("a.json", b"[]", "there is no record"),
         ("a.json", b"", "there is no record"),
-        ("a.json", b'[{"instruction": "a", "output": "b"}', "broken JSON.*line 1 column 3"),
+        ("a.json", b'[{"instruction": "a", "output": "b"}', r"broken JSON.*line 1 column 3"),
         ("a.jsonl", b'{"instruction": "a", "output": "b"}\n{"instr', "a.jsonl:line 2: broken JSON"),
         ("a.json", b'[{"instruction": "a"}]', "a.json:record 1: no field 'output'; it has instruction"),
         ("a.json", b'[{"output": "a"}]', "no field 'instruction'"),
@@ -76,7 +76,7 @@ def test_bad_files(tmp_path, name, content, message):
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_records(tmp_path / "none.json")
-    with pytest.raises(UserError, match="not a .json or .jsonl file"):
+    with pytest.raises(UserError, match=r"not a \.json or \.jsonl file"):
         load_records(tmp_path)
     with pytest.raises(UserError, match="the hub did not give it"):
         load_records("nobody/nothing-here")

@@ -1,6 +1,7 @@
 """Ids and labels against the original Alpaca recipe, on three kinds of tokenizer, and the rules it does not have."""
 
 import io
+import json
 
 import pytest
 from datasets import Dataset
@@ -41,7 +42,7 @@ def tokenizers(tmp_path_factory, root):
     folder = tmp_path_factory.mktemp("tokenizers")
     (folder / "spm").mkdir()
     (folder / "spm" / "tokenizer.model").write_bytes(sentencepiece_model("bpe"))
-    (folder / "spm" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "model_max_length": 512}')
+    (folder / "spm" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
 
     unigram = Tokenizer(models.Unigram())
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -141,7 +142,7 @@ def test_parallel_and_serial_agree_and_the_cache_serves(tokenizers, tmp_path, mo
     from stanford_alpaca.data import formats, tokenize
 
     file = tmp_path / "data.json"
-    file.write_text("\n".join(__import__("json").dumps(record) for record in RECORDS * 4))
+    file.write_text("\n".join(json.dumps(record) for record in RECORDS * 4))
     monkeypatch.setattr(tokenize, "PARALLEL_FROM", 10)
     records = formats.load_records(file, str(tmp_path / "cache"))
     parallel, _ = tokenize_records(records, tokenizers["byte-level"], 512, num_proc=2)

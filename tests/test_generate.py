@@ -1,0 +1,152 @@
+"""Samples: batching and padding change nothing, seeds repeat, bad input ends before anything is written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stanford_alpaca.data.prompts import format_prompt
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.generate import Sampling, generate_batch, load_for_generation, run
+
+RECORDS = [
+    {"instruction": "Say what a robin is.", "input": "", "output": "A robin is a bird."},
+    {"instruction": "Put the sentence into the past.", "input": "The cook washes the pot again and again.", "output": ""},
+    {"instruction": "Why?", "input": "", "output": ""},
+]
+
+
+@pytest.fixture(scope="module")
+def base(root):
+    return load_for_generation(str(root / "data" / "tiny-base"))
+
+
+@pytest.fixture(scope="module")
+def folder(root):
+    return str(root / "data" / "tiny-base")
+
+
+def one_by_one(model, tokenizer, records, tokens):
+    """Greedy decoding with nothing but the model's logits."""
+    texts = []
+    for record in records:
+        ids = tokenizer(format_prompt(record))["input_ids"]
+        start = len(ids)
+        while len(ids) < start + tokens and ids[-1] != tokenizer.eos_token_id:
+            with torch.no_grad():
+                ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        texts.append(tokenizer.decode(ids[start:], skip_special_tokens=True).strip())
+    return texts
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_greedy_batches_with_left_padding_equal_one_at_a_time(base, batch_size):
+    want = one_by_one(*base, RECORDS, 12)
+    assert len(set(want)) == 3
+    got = generate_batch(*base, RECORDS, Sampling(max_new_tokens=12), batch_size=batch_size, progress=False)
+    assert got == want
+
+
+def test_sampling_repeats_by_seed(base):
+    sampled = [
+        generate_batch(*base, RECORDS, Sampling(12, temperature=1.5, top_k=50, top_p=0.95), seed=seed, progress=False)
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_beams_find_likelier_text_than_greedy(base, make_model):
+    model, tokenizer = make_model("llama", vocab_size=2048), base[1]
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # a random model that is sure enough of itself for a search to matter
+
+    def likelihood(num_beams):
+        prompt = torch.tensor([tokenizer("Why?")["input_ids"]])
+        config = Sampling(6, num_beams=num_beams).config(tokenizer)
+        config.eos_token_id = None
+        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        with torch.no_grad():
+            logs = model(input_ids=ids).logits[0, :-1].log_softmax(1).gather(1, ids[0, 1:, None])
+        return logs[prompt.shape[1] - 1 :].sum().item()
+
+    assert likelihood(16) > likelihood(1) + 1e-3
+
+
+def test_the_command_writes_jsonl_side_by_side(folder, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(record) for record in RECORDS))
+    (tmp_path / "copy").symlink_to(folder)
+    out = tmp_path / "samples" / "s.jsonl"
+    run(folder, str(tmp_path / "copy"), prompts=str(tmp_path / "p.jsonl"), out=str(out), max_new_tokens=5)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["instruction"] for row in rows] == [record["instruction"] for record in RECORDS]
+    assert rows[0]["reference"] == "A robin is a bird."
+    assert rows[0]["sampling"]["max_new_tokens"] == 5 and rows[0]["sampling"]["seed"] == 0
+    for row in rows:
+        one, two = row["responses"].values()
+        assert one == two != ""
+    assert "reference:   A robin is a bird." in capsys.readouterr().out
+
+
+def test_prompts_from_a_text_file_and_the_command_line(folder, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("Say what a robin is.\n\nWhy?\n")
+    run(folder, prompts=str(tmp_path / "p.txt"), max_new_tokens=5)
+    lines = capsys.readouterr().out
+    assert lines.count("instruction: ") == 2
+    run(folder, instruction="Why?", max_new_tokens=5)
+    answer = [line for line in capsys.readouterr().out.splitlines() if " | " in line]
+    assert answer[0] in lines
+
+
+def test_interactive_streams_until_an_empty_line(folder, monkeypatch, capsys):
+    typed = iter(["Say what a robin is.", "word " * 2000, ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    run(folder, interactive=True, max_new_tokens=5)
+    shown = capsys.readouterr().out
+    assert shown.strip() and "leaves room for 1019" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"promts": "x"}, "unknown argument --promts; did you mean prompts"),
+        ({}, "give the prompts"),
+        ({"prompts": "none.json"}, "none.json: no such file"),
+        ({"prompts": "broken.json"}, "broken JSON"),
+        ({"prompts": "empty.txt"}, "there is no prompt"),
+        ({"prompts": "p.txt", "instruction": "x"}, "give the prompts"),
+        ({"instruction": "x", "temperature": -1}, "--temperature -1"),
+        ({"instruction": "x", "temperature": "hot"}, "--temperature hot"),
+        ({"instruction": "x", "top_p": 0.5}, "belong to sampling"),
+        ({"instruction": "x", "top_p": 1.5, "temperature": 1}, "--top_p 1.5"),
+        ({"instruction": "x", "num_beams": 2, "temperature": 1}, "give one of them"),
+        ({"instruction": "x", "max_new_tokens": 0}, "--max_new_tokens 0"),
+        ({"instruction": "x", "batch_size": 0}, "--batch_size 0"),
+        ({"instruction": "x", "out": "p.txt"}, "--out p.txt exists"),
+        ({"instruction": "word " * 2000}, "prompt 1 has 20.. tokens"),
+        ({"interactive": True, "out": "o"}, "--interactive takes one checkpoint"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, dict) else None,
+)
+def test_bad_arguments(folder, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("kept\n")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "broken.json").write_text('[{"instruction": ')
+    with pytest.raises(UserError, match=message):
+        run(folder, **flags)
+    assert (tmp_path / "p.txt").read_text() == "kept\n"
+    with pytest.raises(UserError, match="cannot load a model"):
+        run("no/such-model", instruction="x")
+    with pytest.raises(UserError, match="give a checkpoint"):
+        run(instruction="x")
+
+
+def test_the_command_line_rejects_an_unknown_flag_before_it_writes(root, folder, tmp_path):
+    out = tmp_path / "s.jsonl"
+    command = [sys.executable, "-m", "stanford_alpaca.generate", folder, "--instruction", "x", "--out", str(out), "--sed", "1"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: unknown argument --sed; did you mean seed?" in done.stderr
+    assert "Traceback" not in done.stderr and not out.exists()

@@ -1,0 +1,37 @@
+"""Imports go one way: a layer never reaches up."""
+
+import ast
+
+LAYERS = [
+    {"errors"},
+    {"data", "model", "cost"},
+    {"token_stats"},
+    {"losses"},
+    {"attach"},
+    {"generate", "checkpoint"},
+    {"evaluation"},
+    {"engines"},
+    {"trainer"},
+    {"train"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def test_no_module_imports_from_a_higher_layer(root):
+    package, seen = root / "stanford_alpaca", set()
+    for file in package.rglob("*.py"):
+        parts = file.relative_to(package).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        here = parts[0]
+        seen.add(here)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("stanford_alpaca."):
+                there = node.module.split(".")[1]
+                assert RANK[there] < RANK[here] or there == here, f"{file.name} imports {node.module}"
+    assert seen == set(RANK)
+
+
+def test_no_module_is_named_like_a_package_that_others_import(root):
+    names = {file.stem for file in (root / "stanford_alpaca").glob("*.py")}
+    assert not names & {"evaluate", "math", "triton", "datasets", "tokenizers", "types", "copy"}

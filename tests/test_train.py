@@ -1,0 +1,176 @@
+"""The training command: what it writes, what it logs, what it refuses, and that two processes equal one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.data.tokenize import tokenize_records
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.evaluation.metrics import teacher_forced
+from stanford_alpaca.losses.formulas import MODES
+from stanford_alpaca.train import train
+
+
+@pytest.fixture
+def arguments(root, tmp_path):
+    """A short run of the tiny base model on 40 of the shipped examples; returns its argv with changes."""
+    records = json.loads((root / "data" / "instructions" / "train.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps(records[:40]))
+    (tmp_path / "held.json").write_text(json.dumps(records[40:51]))
+    defaults = {
+        "model_name_or_path": root / "data" / "tiny-base", "data_path": tmp_path / "train.json", "output_dir": tmp_path / "out",
+        "cache_dir": tmp_path / "cache", "mode": "emo", "max_steps": 3, "per_device_train_batch_size": 4, "global_batch": 16,
+        "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+
+    def argv(*flags, **changes):
+        chosen = {name: value for name, value in (defaults | changes).items() if value is not None}
+        return [text for name, value in chosen.items() for text in (f"--{name}", str(value))] + list(flags)
+
+    return argv
+
+
+def history(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def steps(folder: Path) -> list[dict]:
+    return [entry for entry in history(folder) if "loss" in entry]
+
+
+def test_a_run_writes_a_plain_model_and_logs_what_it_says(arguments, tmp_path, root):
+    train(arguments(eval_path=tmp_path / "held.json", per_device_eval_batch_size=3))
+    out = tmp_path / "out"
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.float32}
+    assert not list(out.rglob("*.bin"))
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert (out / "generation_config.json").exists()
+    for entry in steps(out):
+        assert {"loss", "nll", "emo", "target_prob", "grad_norm", "learning_rate"} <= entry.keys()
+        assert entry["loss"] == pytest.approx(entry["nll"], rel=1e-5)
+    assert "supervised_tokens_per_s" in steps(out)[-1]
+    results = json.loads((out / "train_results.json").read_text())
+    assert results["train_supervised_tokens_per_s"] > 0 and results["train_peak_memory_mib"] > 50
+
+    # evaluation is a sum over sums: an independent pass in other batches gives the same numbers
+    from stanford_alpaca.data.formats import load_records
+
+    base = AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base")
+    examples, _ = tokenize_records(load_records(tmp_path / "held.json", str(tmp_path / "cache")), tokenizer, 512)
+    want = teacher_forced(model, tokenizer, examples, CostEmbedding(base.lm_head.weight), batch_size=5)
+    got = json.loads((out / "eval_results.json").read_text())
+    for name in ("nll", "emo", "perplexity"):
+        assert got[f"eval_{name}"] == pytest.approx(want[name], rel=1e-4)
+
+
+def test_every_mode_raises_the_probability_of_the_targets(arguments, tmp_path):
+    for mode in MODES:
+        train(arguments(mode=mode, output_dir=tmp_path / mode, max_steps=4, per_device_train_batch_size=20, global_batch=40))
+        log = steps(tmp_path / mode)
+        assert log[-1]["target_prob"] > log[0]["target_prob"] + 0.02, mode
+        assert ("emo" in log[0]) == (mode in ("emo", "emo2", "emd", "mix"))
+
+
+def test_accumulation_does_not_change_a_step(arguments, tmp_path):
+    train(arguments(output_dir=tmp_path / "a", per_device_train_batch_size=16))
+    train(arguments(output_dir=tmp_path / "b", per_device_train_batch_size=2))
+    for one, two in zip(steps(tmp_path / "a"), steps(tmp_path / "b"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_two_processes_equal_one_step_by_step(arguments, tmp_path, root, engine):
+    """Same global batch, 40 examples in steps of 16: the last step of an epoch is filled up with masked rows."""
+    held = tmp_path / "held.json"
+    train(arguments(output_dir=tmp_path / "one", max_steps=5, eval_path=held))
+    argv = arguments(*engine, output_dir=tmp_path / "two", max_steps=5, eval_path=held)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(root / "stanford_alpaca" / "train.py")  # run as a file, as torchrun users do
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, script, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es), global batch 16" in done.stdout
+    assert len(steps(tmp_path / "one")) == 5
+    for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        assert one["nll"] == pytest.approx(two["nll"], rel=1e-5)
+    assert history(tmp_path / "one")[-1]["eval_emo"] == pytest.approx(history(tmp_path / "two")[-1]["eval_emo"], rel=1e-4)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "two", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    want = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, want[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_cost_from_a_file_is_used(arguments, tmp_path, root):
+    from safetensors.torch import save_file
+
+    save_file({"cost": torch.eye(2048)}, tmp_path / "cost.safetensors")  # the identity cost in disguise
+    train(arguments(output_dir=tmp_path / "file", cost=tmp_path / "cost.safetensors"))
+    train(arguments(output_dir=tmp_path / "kind", cost_kind="identity"))
+    for one, two in zip(steps(tmp_path / "file"), steps(tmp_path / "kind"), strict=True):
+        assert one["emo"] == pytest.approx(two["emo"], rel=1e-4)
+        assert one["emo"] != pytest.approx(1 - one["target_prob"], rel=1e-9) or one["emo"] < 1
+        assert one["emo"] == pytest.approx(1 - one["target_prob"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        ({"data_path": "none.json"}, [], "none.json: no such file"),
+        ({"data_path": "broken.json"}, [], "broken JSON"),
+        ({"data_path": "field.json"}, [], "record 2: no field 'output'"),
+        ({"mode": "emoo"}, [], "invalid choice: 'emoo'"),
+        ({}, ["--learning_rat", "1"], "unknown argument --learning_rat; did you mean --learning_rate"),
+        ({"model_name_or_path": "no/such-model-here"}, [], "no/such-model-here: cannot load a model"),
+        ({"model_name_or_path": None}, [], "model_name_or_path"),
+        ({"learning_rate": -1}, [], "--learning_rate -1"),
+        ({"learning_rate": "nan"}, [], "--learning_rate nan"),
+        ({"learning_rate": "fast"}, [], "invalid float value: 'fast'"),
+        ({"per_device_train_batch_size": 0}, [], "--per_device_train_batch_size 0"),
+        ({"global_batch": 10}, [], "--global_batch 10 is no multiple of 4"),
+        ({"model_max_length": 4096}, [], "more than the model's 1024 positions"),
+        ({"model_max_length": 16}, [], "no example has a token to train on"),
+        ({"eval_fraction": 1.5}, [], "--eval_fraction 1.5"),
+        ({"eval_path": "none.json"}, [], "none.json: no such file"),
+        ({"cost": "froze"}, [], "--cost froze"),
+        ({"mode": "dft", "emo_weighting": "upstream"}, [], "belongs to the modes emo and emo2"),
+        ({"mode": "mix", "emo_weight": 2}, [], "emo_weight is 2.0"),
+        ({}, ["--fsdp"], "--fsdp needs at least 2 processes"),
+        ({"output_dir": "full"}, [], "is not empty"),
+        ({"output_dir": "broken.json"}, [], "is a file"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list | dict) else None,
+)
+def test_what_users_mistype_is_one_line_and_nothing_is_written(arguments, tmp_path, monkeypatch, changes, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text('[{"instruction": "a", ')
+    Path("field.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]')
+    Path("full").mkdir()
+    Path("full/precious").write_text("kept")
+    with pytest.raises(UserError, match=message) as error:
+        train(arguments(*flags, **changes))
+    assert "\n" not in str(error.value).strip()
+    assert not Path("out").exists()
+    assert [file.name for file in Path("full").iterdir()] == ["precious"]
+
+
+def test_the_command_exits_with_status_2_and_one_line(root, tmp_path):
+    command = [sys.executable, "-m", "stanford_alpaca.train", "--model_name_or_path", "x", "--data_path", "y", "--mode", "emoo"]
+    done = subprocess.run([*command, "--output_dir", str(tmp_path / "out")], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "--mode" in line and "emo2" in line
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
