@@ -9,7 +9,7 @@
 # Environment: DATA_PATH   Alpaca-form JSON or JSONL, or a hub name (default: the shipped instructions)
 #              OUTPUT_DIR  where the model goes (default: output/MODEL-MODE, which must not exist)
 #              NPROC       processes (default: the visible GPUs, or 1)
-#              ENGINE      none, ddp, fsdp, zero2 or zero3 (default: fsdp with several GPUs, else none; ddp with several
+#              ENGINE      none, ddp, fsdp or zero2 (default: fsdp with several GPUs, else none; ddp with several
 #                          processes on a CPU)
 # Flags after MODE go to stanford_alpaca/train.py and win over the recipe's.
 set -euo pipefail
@@ -39,8 +39,8 @@ if [ "$NPROC" -eq 1 ]; then ENGINE=${ENGINE:-none}; elif [ "$GPUS" -gt 0 ]; then
 case $ENGINE in
     none | ddp) ENGINE_FLAGS=() ;;
     fsdp) ENGINE_FLAGS=(--fsdp) ;;
-    zero2 | zero3) ENGINE_FLAGS=(--deepspeed "$ROOT/ds_configs/$ENGINE.json") ;;
-    *) die "ENGINE=$ENGINE: choose none, ddp, fsdp, zero2 or zero3" ;;
+    zero2) ENGINE_FLAGS=(--deepspeed "$ROOT/ds_configs/$ENGINE.json") ;;
+    *) die "ENGINE=$ENGINE: choose none, ddp, fsdp or zero2" ;;
 esac
 PRECISION=()
 if [ "$GPUS" -gt 0 ]; then

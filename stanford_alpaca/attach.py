@@ -131,7 +131,7 @@ def attach_objective(
     the model is what it was.
 
     Args:
-        mode: a name of DESIGN's modes (``mle``, ``emo``, ``emo2``, ...) or an ``Objective``.
+        mode: ``mle``, ``emo``, ``emo2``, ... (see ``Objective``), or an ``Objective``.
         cost: ``frozen``: a copy of the output embedding as it is now; ``adaptive``: the live one, detached, at every step;
             a [V, D] tensor or CostEmbedding of any width; None for modes without emo.
         cost_kind: ``cosine`` or ``identity``.

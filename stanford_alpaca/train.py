@@ -134,6 +134,9 @@ def check(model: ModelArguments, data: DataArguments, training: TrainingArgument
                 f"({training.world_size} processes of {training.train_batch_size})"
             )
         training.gradient_accumulation_steps = training.global_batch // per_step
+    deepspeed = getattr(training, "hf_deepspeed_config", None)
+    if deepspeed is not None and deepspeed.is_zero3():
+        raise UserError("--deepspeed with ZeRO-3 is not supported yet: use ds_configs/zero2.json or --fsdp")
     check_model(model.model_name_or_path, training.cache_dir)
 
 
@@ -191,13 +194,14 @@ def train(argv: list[str]) -> None:
     fit_vocabulary(model, tokenizer)
     wants_cost = objective.needs_emo or eval_examples is not None
     try:
-        attached = attach_objective(
+        attach_objective(
             model, objective, cost if wants_cost else None,
             cost_kind=objective_args.cost_kind, backend=objective_args.loss_backend,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
 
+    use_cache = model.config.use_cache  # the Trainer turns it off and leaves it so
     trainer = EmoTrainer(
         model=model,
         args=args,
@@ -212,7 +216,7 @@ def train(argv: list[str]) -> None:
     check_fsdp(trainer)
     if eval_examples is not None:
         trainer.save_metrics("eval", trainer.evaluate())
-    attached.detach()
+    model.config.use_cache = use_cache
     trainer.save_model()
     trainer.save_state()
     rate = trainer.supervised_tokens_per_s()

@@ -100,7 +100,11 @@ def run(
         raise UserError(f"unknown argument --{name}{nearest(name, flags)}")
     if not checkpoints or data is None:
         raise UserError("give one or more checkpoints and --data FILE")
-    for name, value, least in [("samples", samples, 0), ("limit", 1 if limit is None else limit, 1), ("batch_size", batch_size, 1)]:
+    for name, value, least in [
+        ("samples", samples, 0),
+        ("limit", 1 if limit is None else limit, 1),
+        ("batch_size", batch_size, 1),
+    ]:
         if not isinstance(value, int) or value < least:
             raise UserError(f"--{name} {value}: give a whole number from {least}")
     files = [Path(str(out)) / name for name in ("metrics.json", "samples.jsonl")] if out is not None else []

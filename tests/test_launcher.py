@@ -1,0 +1,74 @@
+"""train_emo.sh: where it runs, what it chooses, what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def launch(root, tmp_path):
+    """Runs the launcher from a folder with 40 shipped examples as data; returns the finished process."""
+    records = json.loads((root / "data" / "instructions" / "train.json").read_text())[:40]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+
+    def run(*arguments, cwd=root, script="train_emo.sh", **environment):
+        env = os.environ | {
+            "PYTHON": sys.executable,
+            "DATA_PATH": str(tmp_path / "data.json"),
+            "OUTPUT_DIR": str(tmp_path / "out"),
+        }
+        done = subprocess.run(
+            ["bash", script, *map(str, arguments)], cwd=cwd, env=env | environment, capture_output=True, text=True
+        )
+        assert "Traceback" not in done.stderr, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+def test_the_real_form_with_the_published_recipe(launch, tmp_path):
+    done = launch("data/tiny-base", "emo", "--max_steps", 1)
+    assert done.returncode == 0, done.stderr
+    assert "mode emo, cost frozen, 1 process(es), global batch 128" in done.stdout
+    assert f"checkpoint: {tmp_path / 'out'}" in done.stdout
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["train_batch_size"] == 4
+    again = launch("data/tiny-base", "emo", "--max_steps", 1)
+    assert again.returncode == 2 and "is not empty" in again.stderr
+
+
+def test_from_inside_the_package_folder_with_two_processes_and_an_inexact_batch(launch, root):
+    arguments = ("../data/tiny-base", "dft", "--max_steps", 1, "--per_device_train_batch_size", 24)
+    done = launch(*arguments, cwd=root / "stanford_alpaca", NPROC="2", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "global batch 96: 128 cannot be had from 2 processes of 24" in done.stdout
+    assert "mode dft, cost frozen, 2 process(es), global batch 96" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (("data/tiny-base", "emoo"), {}, "argument --mode: invalid choice: 'emoo'"),
+        (("data/tiny-base", "emo", "--sed", "1"), {}, "unknown argument --sed; did you mean --seed"),
+        (("no/such-model", "emo"), {}, "no/such-model: cannot load a model"),
+        (("data/tiny-base", "emo"), {"DATA_PATH": "none.json"}, "none.json: no such file"),
+        (("data/tiny-base", "emo"), {"ENGINE": "fsdp2"}, "ENGINE=fsdp2: choose"),
+        (("data/tiny-base", "emo"), {"NPROC": "two"}, "NPROC=two"),
+        (("data/tiny-base", "emo", "--per_device_train_batch_size", "x"), {}, "--per_device_train_batch_size x"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(launch, tmp_path, arguments, environment, message):
+    done = launch(*arguments, **environment)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_the_header(launch):
+    done = launch("--help")
+    assert done.returncode == 0
+    assert "bash train_emo.sh MODEL_PATH [MODE] [train flags]" in done.stdout and "OUTPUT_DIR" in done.stdout
