@@ -1,4 +1,7 @@
-"""Loads a tokenizer and a causal LM from a folder or the hub, ready for fine-tuning: float32 weights, a pad token."""
+"""Loads a tokenizer and a causal LM from a folder or the hub, ready for fine-tuning: float32 weights, a pad token.
+
+Code that a model's repository brings along is never run.
+"""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -11,7 +14,7 @@ PAD_TOKEN, EOS_TOKEN = "[PAD]", "</s>"  # Alpaca's names for the tokens a tokeni
 def check_model(path: str, cache_dir: str | None = None) -> None:
     """Raises UserError if there is no causal LM to load, before anything larger is read."""
     try:
-        AutoConfig.from_pretrained(path, cache_dir=cache_dir)
+        AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError or a hub error, depending on what is wrong
         raise _cannot_load(path, error) from None
 
@@ -20,7 +23,9 @@ def load_tokenizer(path: str, max_length: int | None = None, cache_dir: str | No
     """The tokenizer, padding on the right. Missing pad and end-of-sequence tokens are added, as Alpaca does."""
     options = {} if max_length is None else {"model_max_length": max_length}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, padding_side="right", **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, cache_dir=cache_dir, padding_side="right", trust_remote_code=False, **options
+        )
     except Exception as error:
         raise _cannot_load(path, error) from None
     missing = {}
@@ -35,7 +40,7 @@ def load_tokenizer(path: str, max_length: int | None = None, cache_dir: str | No
 def load_model(path: str, cache_dir: str | None = None, dtype: torch.dtype = torch.float32, **options) -> PreTrainedModel:
     """The causal LM in ``dtype``: float32 masters by default, whatever the checkpoint holds."""
     try:
-        return AutoModelForCausalLM.from_pretrained(path, cache_dir=cache_dir, dtype=dtype, **options)
+        return AutoModelForCausalLM.from_pretrained(path, cache_dir=cache_dir, dtype=dtype, trust_remote_code=False, **options)
     except Exception as error:
         raise _cannot_load(path, error) from None
 

@@ -1,4 +1,4 @@
-"""The specification against the naive float64 oracle: values, gradients, degenerate cases."""
+"""The specification, and ``chunked`` beside it, against the naive float64 oracle: values, gradients, degenerate cases."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.losses import Objective
+from stanford_alpaca.token_stats import Head, chunked, reference
 from stanford_alpaca.token_stats.reference import token_stats
 
 
@@ -34,7 +35,8 @@ def gradients(objective: Objective, nll, emo, p, costs, targets) -> torch.Tensor
 
 @pytest.mark.parametrize("one_minus_p", [0.9, 1e-2, 1e-4, 1e-8, 1e-12])
 @pytest.mark.parametrize("mode", ["emo", "emo2", "emd"])
-def test_gradient_given_float32_logits_is_exact_to_1e_5(exact, mode, one_minus_p):
+@pytest.mark.parametrize("backend", [reference, chunked], ids=["reference", "chunked"])
+def test_gradient_given_float32_logits_is_exact_to_1e_5(exact, backend, mode, one_minus_p):
     vocab = 512
     embedding = torch.randn(vocab, 48)
     embedding[5] = embedding[6] = embedding[7]  # duplicates
@@ -46,9 +48,10 @@ def test_gradient_given_float32_logits_is_exact_to_1e_5(exact, mode, one_minus_p
         targets[row] = y
     logits.requires_grad_()
     nll, emo, p, costs = exact(logits.detach(), targets, embedding)
-    stats = token_stats(logits, targets, CostEmbedding(embedding))
     objective = Objective(mode)
-    objective(*stats).sum().backward()
+    head = Head(torch.eye(vocab))  # logits @ identity: the logits, exactly
+    loss, stats = backend.linear_loss(logits, head, targets, CostEmbedding(embedding), objective, "sum")
+    loss.backward()
     want = gradients(objective, nll, emo, p, costs, targets)
     error = (logits.grad - want).norm(dim=1) / want.norm(dim=1)
     assert error.max() <= 1e-5
