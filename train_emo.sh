@@ -3,6 +3,7 @@
 #
 #   bash train_emo.sh                                  the embedded base model on the shipped instructions, then a
 #                                                      table before/after and samples: a few minutes on two CPU cores
+#                                                      (MODE=mle bash train_emo.sh: the same with another objective)
 #   bash train_emo.sh MODEL_PATH [MODE] [train flags]  the published recipe on your model: a folder or a hub name;
 #                                                      MODE is emo (default), mle, emo2, emd, mix, tailr, mixce or dft
 #
@@ -23,7 +24,7 @@ ensure_env requirements.txt
 DEMO=
 if [ $# -eq 0 ]; then
     DEMO=1
-    set -- "$ROOT/data/tiny-base" emo --learning_rate 2e-3 --num_train_epochs 6 --global_batch 32 \
+    set -- "$ROOT/data/tiny-base" "${MODE:-emo}" --learning_rate 2e-3 --num_train_epochs 6 --global_batch 32 \
         --per_device_train_batch_size 32 --logging_steps 20 --save_strategy no
 fi
 MODEL_PATH=$1
@@ -35,6 +36,10 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then MODE=$1; shift; fi
 GPUS=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
 NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC: give a number of processes"
+if [ "$NPROC" -eq 1 ] && [ "$GPUS" -gt 1 ]; then # one process, one GPU: the first of the visible ones
+    CUDA_VISIBLE_DEVICES=$(cut -d, -f1 <<<"${CUDA_VISIBLE_DEVICES:-0}")
+    export CUDA_VISIBLE_DEVICES
+fi
 if [ "$NPROC" -eq 1 ]; then ENGINE=${ENGINE:-none}; elif [ "$GPUS" -gt 0 ]; then ENGINE=${ENGINE:-fsdp}; else ENGINE=${ENGINE:-ddp}; fi
 case $ENGINE in
     none | ddp) ENGINE_FLAGS=() ;;
@@ -96,4 +101,4 @@ if [ -n "$DEMO" ]; then
         --data "$ROOT/data/instructions/held_out.json" --out "$OUTPUT_DIR/evaluation"
 fi
 echo "checkpoint: $OUTPUT_DIR"
-echo "samples:    python -m stanford_alpaca.generate $OUTPUT_DIR --interactive"
+echo "talk to it: PYTHONPATH=$ROOT $PYTHON -m stanford_alpaca.generate $OUTPUT_DIR --interactive"

@@ -126,6 +126,8 @@ def check(model: ModelArguments, data: DataArguments, training: TrainingArgument
             raise UserError(f"--{name} {getattr(training, name)}: give 1 or more")
     if training.world_size != int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError(f"launched as {os.environ['WORLD_SIZE']} processes, but {training.world_size} found each other")
+    if training.n_gpu > 1:
+        raise UserError(f"one process sees {training.n_gpu} GPUs: launch with torchrun, or set CUDA_VISIBLE_DEVICES to one")
     if training.global_batch is not None:
         per_step = training.train_batch_size * training.world_size
         if training.global_batch < 1 or training.global_batch % per_step:
