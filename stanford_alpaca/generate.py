@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from stanford_alpaca.data.formats import checked_record, parse_file
 from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.data.tokenize import text_only
-from stanford_alpaca.errors import UserError, exit_on_user_error, nearest
+from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.model import check_model, load_model, load_tokenizer
 
 
@@ -38,19 +38,12 @@ class Sampling:
     num_beams: int = 1
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens": (int, self.max_new_tokens, 1, 2**31),
-            "temperature": (float, self.temperature, 0, 1e3),
-            "top_k": (int, self.top_k, 0, 2**31),
-            "top_p": (float, self.top_p, 1e-6, 1),
-            "num_beams": (int, self.num_beams, 1, 1024),
-        }
-        for name, (kind, value, low, high) in checks.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or (kind is int and not isinstance(value, int)) or not low <= value <= high:
-                raise UserError(
-                    f"--{name} {value}: give {'a whole number' if kind is int else 'a number'} from {low} to {high}"
-                )
+        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("num_beams", 1)):
+            check_whole(name, getattr(self, name), least)
+        for name, most in (("temperature", 100.0), ("top_p", 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+                raise UserError(f"--{name} {value}: give a number from 0 to {most:g}")
         if self.num_beams > 1 and self.temperature > 0:
             raise UserError("--num_beams searches and --temperature samples: give one of them")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
@@ -223,9 +216,7 @@ def run(
         temperature: 0 is greedy; top_k and top_p narrow the sampling; num_beams searches instead.
         seed: the same command with the same seed gives the same text.
     """
-    flags = [name for name in run.__kwdefaults__ or {}]
-    for name in unknown:
-        raise UserError(f"unknown argument --{name}{nearest(name, flags)}")
+    refuse_unknown(unknown, run)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, num_beams)
     if not checkpoints:
         raise UserError("give a checkpoint: a folder that training wrote, or a hub name")
@@ -233,8 +224,8 @@ def run(
         raise UserError("--interactive takes one checkpoint and no --prompts, --instruction, --out or --num_beams")
     if out is not None and Path(str(out)).exists():
         raise UserError(f"--out {out} exists: give another name or remove it")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise UserError(f"--batch_size {batch_size}: give 1 or more")
+    check_whole("batch_size", batch_size, 1)
+    check_whole("seed", seed, 0)
     records = [] if interactive else read_prompts(prompts, instruction, input)
     names = [str(checkpoint) for checkpoint in checkpoints]
     for name in names:

@@ -19,7 +19,7 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
-from stanford_alpaca.errors import UserError, exit_on_user_error, nearest
+from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generate import Sampling, format_sample, generate_batch, load_for_generation, write_jsonl
 from stanford_alpaca.model import check_model
 from stanford_alpaca.token_stats import reference
@@ -95,18 +95,14 @@ def run(
         samples: how many samples to print.
         limit: only the first records.
     """
-    flags = [name for name in run.__kwdefaults__ or {}]
-    for name in unknown:
-        raise UserError(f"unknown argument --{name}{nearest(name, flags)}")
+    refuse_unknown(unknown, run)
     if not checkpoints or data is None:
         raise UserError("give one or more checkpoints and --data FILE")
-    for name, value, least in [
-        ("samples", samples, 0),
-        ("limit", 1 if limit is None else limit, 1),
-        ("batch_size", batch_size, 1),
-    ]:
-        if not isinstance(value, int) or value < least:
-            raise UserError(f"--{name} {value}: give a whole number from {least}")
+    check_whole("samples", samples, 0)
+    check_whole("limit", 1 if limit is None else limit, 1)
+    check_whole("batch_size", batch_size, 1)
+    check_whole("max_length", max_length, 2)
+    sampling = Sampling(max_new_tokens=max_new_tokens)
     files = [Path(str(out)) / name for name in ("metrics.json", "samples.jsonl")] if out is not None else []
     for file in files:
         if file.exists():
@@ -126,7 +122,6 @@ def run(
         model, tokenizer = load_for_generation(name)
         examples, _ = tokenize_records(records, tokenizer, max_length)
         results[name] = teacher_forced(model, tokenizer, examples, shared_cost, batch_size)
-        sampling = Sampling(max_new_tokens=max_new_tokens)
         responses[name] = generate_batch(model, tokenizer, list(records), sampling, batch_size=batch_size)
         results[name]["exact_match"] = exact_match(responses[name], records["output"][:])
         results[name] |= training_figures(name)
