@@ -24,7 +24,7 @@ ensure_env requirements.txt
 DEMO=
 if [ $# -eq 0 ]; then
     DEMO=1
-    set -- "$ROOT/data/tiny-base" "${MODE:-emo}" --learning_rate 2e-3 --num_train_epochs 6 --global_batch 32 \
+    set -- "$ROOT/data/tiny-base" "${MODE:-emo}" --learning_rate 4e-4 --num_train_epochs 6 --global_batch 32 \
         --per_device_train_batch_size 32 --logging_steps 20 --save_strategy no
 fi
 MODEL_PATH=$1
