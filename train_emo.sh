@@ -3,7 +3,7 @@
 #
 #   bash train_emo.sh                                  the embedded base model on the shipped instructions, then a
 #                                                      table before/after and samples: a few minutes on two CPU cores
-#                                                      (MODE=mle bash train_emo.sh: the same with another objective)
+#                                                      (DEMO_MODE=mle bash train_emo.sh: with another objective)
 #   bash train_emo.sh MODEL_PATH [MODE] [train flags]  the published recipe on your model: a folder or a hub name;
 #                                                      MODE is emo (default), mle, emo2, emd, mix, tailr, mixce or dft
 #
@@ -24,16 +24,21 @@ ensure_env requirements.txt
 DEMO=
 if [ $# -eq 0 ]; then
     DEMO=1
-    set -- "$ROOT/data/tiny-base" "${MODE:-emo}" --learning_rate 4e-4 --num_train_epochs 6 --global_batch 32 \
+    NPROC=1 ENGINE=none
+    set -- "$ROOT/data/tiny-base" "${DEMO_MODE:-emo}" --learning_rate 4e-4 --num_train_epochs 6 --global_batch 32 \
         --per_device_train_batch_size 32 --logging_steps 20 --save_strategy no
 fi
 MODEL_PATH=$1
+[ "${MODEL_PATH#-}" = "$MODEL_PATH" ] || die "$MODEL_PATH: give MODEL_PATH first, then the mode, then flags"
 shift
 MODE=emo
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then MODE=$1; shift; fi
 
 # ---- where to run ----
-GPUS=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
+read -r GPUS BF16 < <("$PYTHON" -c "
+import torch
+count = torch.cuda.device_count()
+print(count, int(count > 0 and torch.cuda.is_bf16_supported(including_emulation=False)))")
 NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC: give a number of processes"
 if [ "$NPROC" -eq 1 ] && [ "$GPUS" -gt 1 ]; then # one process, one GPU: the first of the visible ones
@@ -49,18 +54,18 @@ case $ENGINE in
 esac
 PRECISION=()
 if [ "$GPUS" -gt 0 ]; then
-    "$PYTHON" -c "import torch; raise SystemExit(not torch.cuda.is_bf16_supported())" && PRECISION=(--bf16 True)
+    [ "$BF16" -eq 0 ] || PRECISION=(--bf16 True)
 else
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = $(nproc) / NPROC) > 0 ? n : 1))}
 fi
 
 # ---- the published recipe: 128 examples a step ----
-flag() { # the value of flag $1 among the arguments after it, else nothing
-    local name=$1 value=
+flag() { # the value of flag $1 among the arguments after it (--a_b or --a-b), else nothing
+    local name=${1//-/_} value=
     shift
     while [ $# -gt 0 ]; do
-        case $1 in "$name") value=${2:-} ;; "$name"=*) value=${1#*=} ;; esac
+        case ${1//-/_} in "$name") value=${2:-} ;; "$name"=*) value=${1#*=} ;; esac
         shift
     done
     echo "$value"
@@ -78,18 +83,20 @@ fi
 # ---- train ----
 DATA_PATH=${DATA_PATH:-$ROOT/data/instructions/train.json}
 if [ -z "${OUTPUT_DIR:-}" ]; then
-    OUTPUT_DIR=$ROOT/output/$(basename "$MODEL_PATH")-$MODE
+    name=$MODEL_PATH
+    [ ! -d "$name" ] || name=$(cd "$name" && pwd)
+    OUTPUT_DIR=$ROOT/output/$(basename "$name")-$MODE
     if [ -n "$DEMO" ]; then # run as often as you like
         n=1 first=$OUTPUT_DIR
         while [ -e "$OUTPUT_DIR" ]; do n=$((n + 1)); OUTPUT_DIR=$first-$n; done
     fi
 fi
-if [ "$NPROC" -gt 1 ]; then
-    LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m stanford_alpaca.train)
+if [ "$NPROC" -gt 1 ] || [ "$ENGINE" = zero2 ]; then
+    LAUNCH=("$PYTHON" -m stanford_alpaca.launch --standalone --nproc_per_node "$NPROC" -m stanford_alpaca.train)
 else
     LAUNCH=("$PYTHON" -m stanford_alpaca.train)
 fi
-export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 # our modules, and none of the current folder's
 "${LAUNCH[@]}" --model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" --mode "$MODE" \
     --num_train_epochs 3 --per_device_train_batch_size 4 --learning_rate 2e-5 --lr_scheduler_type cosine \
     --warmup_steps 0.03 --weight_decay 0 --model_max_length 512 --logging_steps 1 \
@@ -101,4 +108,4 @@ if [ -n "$DEMO" ]; then
         --data "$ROOT/data/instructions/held_out.json" --out "$OUTPUT_DIR/evaluation"
 fi
 echo "checkpoint: $OUTPUT_DIR"
-echo "talk to it: PYTHONPATH=$ROOT $PYTHON -m stanford_alpaca.generate $OUTPUT_DIR --interactive"
+printf 'talk to it: PYTHONPATH=%q %q -m stanford_alpaca.generate %q --interactive\n' "$ROOT" "$PYTHON" "$OUTPUT_DIR"

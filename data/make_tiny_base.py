@@ -172,9 +172,17 @@ def story(rng):
     ])  # fmt: skip
 
 
+def echo(rng):
+    """Words of all kinds said once more: what makes a small model learn to look back and copy."""
+    words = " ".join(rng.sample(WORDS, rng.randint(4, 9)))
+    one, two = rng.sample(w.PEOPLE, 2)
+    return rng.choice([f"{one} read: {words}. {two} repeated: {words}.", f'"{words}," said {one}. "{words}," said {two}.'])
+
+
+WORDS = [*w.PEOPLE, *w.PLACES, *w.ROLES, *w.THINGS, *w.CATEGORY_OF, *(word for pair in w.SYNONYMS for word in pair)]
 STATEMENTS = {
     synonym_fact: 4, antonym_fact: 3, capital_fact: 3, category_fact: 4, odd_one: 3, review: 2, tenses: 2, whereabouts: 3,
-    listing: 2, sizes: 2, reworded: 2, work: 2, story: 3,
+    listing: 2, sizes: 2, reworded: 2, work: 2, story: 3, echo: 6,
 }  # fmt: skip
 
 

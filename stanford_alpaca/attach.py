@@ -1,6 +1,6 @@
 """Puts an objective into any Hugging Face causal language model, and takes it out again."""
 
-import functools
+import inspect
 from types import MethodType
 from typing import NamedTuple
 
@@ -70,12 +70,13 @@ class AttachedObjective:
         self._original = model.forward
         original = self._original.__func__
 
-        @functools.wraps(original)  # generate() and the Trainer read the signature
         def forward(model, *args, labels: Tensor | None = None, **kwargs):
             if labels is None:
                 return original(model, *args, **kwargs)
             return model.emo_objective._forward(model, labels, *args, **kwargs)
 
+        # generate() and the Trainer read the signature; __wrapped__ would let accelerate unwrap us
+        forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         model.emo_objective = self
         model.forward = MethodType(forward, model)
 
@@ -93,8 +94,7 @@ class AttachedObjective:
 
     def _forward(self, model, labels: Tensor, *args, num_items_in_batch: Tensor | int | None = None, **kwargs):
         kwargs.pop("logits_to_keep", None)
-        kwargs.pop("return_dict", None)
-        outputs = model.base_model(*args, **kwargs)
+        outputs = model.base_model(*args, **kwargs | {"return_dict": True})
         head = head_of(model)
         learning = torch.is_grad_enabled()
         cost = self.cost
@@ -149,11 +149,11 @@ def attach_objective(
         raise ValueError("this model has an objective already: detach it first")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose from auto, {', '.join(BACKENDS)}")
-    objective = mode if isinstance(mode, Objective) else Objective(mode, **options)
     if isinstance(mode, Objective) and options:
         raise ValueError("give options in the Objective or by name, not both")
+    objective = mode if isinstance(mode, Objective) else Objective(mode, **options)
     head = head_of(model)
-    _check_head(model, head)
+    check_head(model)
     adaptive = None
     if isinstance(cost, str) and cost == "adaptive":
         adaptive, cost = cost_kind, None
@@ -179,18 +179,37 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, head: Head) -> None:
-    """A probe: the model's own logits have to be its output layer applied to its last hidden state."""
-    training = model.training
+def check_head(model: PreTrainedModel) -> None:
+    """A probe, exact: the output layer has to read the last hidden state, and the logits have to be what it returns.
+
+    Raises:
+        ValueError: a soft cap or a scale behind the output layer, another input, or a loss of the model's own beside it.
+    """
+    layer = model.get_output_embeddings()
+    ids = torch.arange(2, device=layer.weight.device)[None]
+    ramp = torch.linspace(-50, 50, layer.weight.shape[0], dtype=layer.weight.dtype, device=ids.device).expand(1, 2, -1)
+    seen = []
+
+    def replace_output(layer, inputs, output):
+        seen.append(inputs[0])
+        return ramp
+
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    ids = torch.arange(2, device=head.weight.device)[None]
-    expected = model(input_ids=ids, use_cache=False).logits.float()
-    hidden = model.base_model(input_ids=ids, use_cache=False)[0]
-    bias = None if head.bias is None else head.bias.to(hidden.dtype)
-    logits = nn.functional.linear(hidden, head.weight.to(hidden.dtype), bias).float()
-    model.train(training)
-    if not torch.allclose(logits, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item()):
+    hook = layer.register_forward_hook(replace_output)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = model.base_model(input_ids=ids, use_cache=False, return_dict=True)[0]
+    finally:
+        hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    if not torch.equal(logits.to(ramp.dtype), ramp) or not torch.equal(seen[0], hidden):
         raise ValueError(
-            f"{type(model).__name__} changes its logits after the output layer (a soft cap or a scale): "
+            f"{type(model).__name__} does more to its logits than its output layer (a soft cap or a scale): "
             "attach_objective cannot serve it yet"
+        )
+    if getattr(model.config, "output_router_logits", False):
+        raise ValueError(
+            f"{type(model).__name__} adds a router loss of its own, which would be lost: set output_router_logits=False"
         )

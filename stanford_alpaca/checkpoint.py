@@ -11,9 +11,15 @@ def full_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]:
 
     Every rank has to call it: one all-gather per parameter, so no device ever holds more than one whole parameter extra.
     """
-    state = {}
+    owner = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    state: dict[str, Tensor] = {}
+    gathered: dict[object, Tensor | None] = {}  # tied weights stay one tensor, so that they are written once
     for name, value in model.state_dict().items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if keep:
-            state[name] = whole.cpu().clone() if whole.device.type == "cpu" else whole.cpu()
+        key = owner.get(name, name)
+        if key not in gathered:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            gathered[key] = whole.to("cpu", copy=True) if keep else None
+        tensor = gathered[key]
+        if tensor is not None:
+            state[name] = tensor
     return state

@@ -1,11 +1,11 @@
 """Where a run computes: devices, ranks, FSDP2 also on CPU, memory."""
 
-import os
 import resource
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from stanford_alpaca.errors import UserError
 
@@ -23,21 +23,20 @@ def activate_fsdp(trainer) -> None:
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
-        state.distributed_type = DistributedType.FSDP
+        # every new AcceleratorState copies PartialState's, so both have to know
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         trainer.is_fsdp_enabled = True
     if state.distributed_type != DistributedType.FSDP:
         raise UserError(f"--fsdp was asked for, but accelerate chose {state.distributed_type}")
+    if trainer.args.bf16:  # accelerate's own policy would round the loss to bf16 and sum gradients in bf16
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        state.fsdp_plugin.mixed_precision_policy = policy
 
 
 def check_fsdp(trainer) -> None:
     """Raises UserError if FSDP was asked for and the wrapped model is not sharded."""
     if trainer.args.fsdp and not isinstance(trainer.model_wrapped, FSDPModule):
         raise UserError(f"--fsdp was asked for, but the model is a {type(trainer.model_wrapped).__name__}")
-
-
-def is_main_process() -> bool:
-    """Whether this process writes and prints for all."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def peak_memory_mib() -> float:

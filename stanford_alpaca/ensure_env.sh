@@ -36,6 +36,6 @@ ensure_env() {
     PYTHON=$ROOT/.venv/bin/python
     satisfied "$PYTHON" "$extra" && return
     echo "installing ${*} into $ROOT/.venv" >&2
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "${arguments[@]}" packaging || {
+    "$PYTHON" -m pip install --disable-pip-version-check "${arguments[@]}" packaging >&2 || {
         echo "error: the installation failed: see the lines above" >&2; exit 2; }
 }

@@ -2,9 +2,11 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from difflib import get_close_matches
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 
@@ -17,9 +19,16 @@ def exit_on_user_error(command: Callable[[], Any]) -> None:
     try:
         command()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            time.sleep(5)  # the first rank to end takes the others down: let it be the one that speaks
         sys.exit(2)
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints for all."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -29,11 +38,14 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def refuse_unknown(unknown: dict[str, Any], command: Callable) -> None:
-    """Raises UserError for flags that a command does not have.
+    """Raises UserError for flags that a command does not have; ``--help`` prints its docstring and ends.
 
     fire calls a function before it rejects unknown flags; a command that is to write nothing then collects them in
     ``**unknown`` and calls this first.
     """
+    if "help" in unknown:
+        print(command.__doc__)
+        sys.exit(0)
     for name in unknown:
         raise UserError(f"unknown argument --{name}{nearest(name, list(signature(command).parameters))}")
 
@@ -42,3 +54,14 @@ def check_whole(name: str, value: Any, least: int) -> None:
     """Raises UserError unless the flag's value is a whole number from ``least`` on."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"--{name} {value}: give a whole number from {least} on")
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raises UserError unless a file or folder could be made at the path."""
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if parent != path.absolute() and not parent.is_dir():
+        raise UserError(f"--{name} {path}: {parent} is a file; give another path")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"--{name} {path}: {parent} cannot be written to; give another path")

@@ -13,14 +13,15 @@ from typing import Any
 
 import fire
 import torch
+from fire.decorators import SetParseFns
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from stanford_alpaca.data.formats import checked_record, parse_file
 from stanford_alpaca.data.prompts import format_prompt
-from stanford_alpaca.data.tokenize import text_only
-from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
-from stanford_alpaca.model import check_model, load_model, load_tokenizer
+from stanford_alpaca.data.tokenize import TextEncoder
+from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
+from stanford_alpaca.model import check_model, fit_vocabulary, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,16 @@ class Sampling:
         )
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, records: list[dict[str, str]], room: int | None) -> list[list[int]]:
+def encode_prompts(encoder: TextEncoder, records: list[dict[str, str]], room: int | None) -> list[list[int]]:
     """Token ids of the prompts, as training saw them. ``room``: the most tokens that leave space for an answer."""
-    prompts = [format_prompt(record) for record in records]
-    ids = [strip_eos(row, tokenizer) for row in text_only(tokenizer)(prompts)["input_ids"]]
-    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
-    if room is not None and len(ids[longest]) > room:
-        raise UserError(
-            f"prompt {longest + 1} has {len(ids[longest])} tokens; the model's context leaves room for {room}: "
-            "shorten it or lower --max_new_tokens"
-        )
-    return ids
-
-
-def strip_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Without the end-of-sequence token that some tokenizers add by themselves."""
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    prompts = [ids for ids, _ in encoder([format_prompt(record) for record in records])]
+    for number, ids in enumerate(prompts, 1):
+        if room is not None and len(ids) > room:
+            raise UserError(
+                f"prompt {number} has {len(ids)} tokens; the model's context leaves room for {room}: "
+                "shorten it or lower --max_new_tokens"
+            )
+    return prompts
 
 
 @torch.inference_mode()
@@ -97,7 +92,7 @@ def generate_batch(
     Repeatable: the same arguments give the same text. Under sampling the batch size is one of those arguments.
     """
     context = getattr(model.config, "max_position_embeddings", None)
-    prompts = encode_prompts(tokenizer, records, None if context is None else context - sampling.max_new_tokens)
+    prompts = encode_prompts(TextEncoder.of(tokenizer), records, None if context is None else context - sampling.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses = [""] * len(prompts)
     torch.manual_seed(seed)
@@ -126,10 +121,18 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def load_for_generation(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint on the GPU in bf16 if there is one, else on the CPU in float32."""
+    """A checkpoint on the GPU in bf16 if there is one, else on the CPU in float32.
+
+    The vocabulary is made to fit as in training (a base model without a pad token gets one), and the sampling settings
+    that the folder may bring along are dropped: what is asked for is what is done.
+    """
     gpu = torch.cuda.is_available()
-    model = load_model(path, dtype=torch.bfloat16 if gpu else torch.float32)
-    return model.to("cuda" if gpu else "cpu"), load_tokenizer(path)
+    model, tokenizer = load_model(path, dtype=torch.bfloat16 if gpu else torch.float32), load_tokenizer(path)
+    fit_vocabulary(model, tokenizer)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model.to("cuda" if gpu else "cpu"), tokenizer
 
 
 def read_prompts(prompts: str | None, instruction: str | None, input: str | None) -> list[dict[str, str]]:
@@ -147,7 +150,7 @@ def read_prompts(prompts: str | None, instruction: str | None, input: str | None
         records = [checked_record(record, where, needs_output=False) for where, record in parse_file(file)]
     else:
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
         records = [{"instruction": line.strip(), "input": "", "output": ""} for line in lines if line.strip()]
@@ -162,9 +165,10 @@ def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: S
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     context = getattr(model.config, "max_position_embeddings", None)
     room = None if context is None else context - sampling.max_new_tokens
+    encoder = TextEncoder.of(tokenizer)
     for record in _typed():
         try:
-            ids = torch.tensor(encode_prompts(tokenizer, [record], room), device=model.device)
+            ids = torch.tensor(encode_prompts(encoder, [record], room), device=model.device)
         except UserError as error:
             print(error)
             continue
@@ -182,13 +186,14 @@ def _typed() -> Iterator[dict[str, str]]:
     while True:
         try:
             line = input("> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         if not line:
             return
         yield {"instruction": line, "input": ""}
 
 
+@SetParseFns(prompts=str, instruction=str, input=str, out=str)  # fire would read "a, b" as a tuple
 def run(
     *checkpoints: str,
     prompts: str | None = None,
@@ -222,8 +227,10 @@ def run(
         raise UserError("give a checkpoint: a folder that training wrote, or a hub name")
     if interactive and (len(checkpoints) > 1 or prompts or instruction or out or num_beams > 1):
         raise UserError("--interactive takes one checkpoint and no --prompts, --instruction, --out or --num_beams")
-    if out is not None and Path(str(out)).exists():
-        raise UserError(f"--out {out} exists: give another name or remove it")
+    if out is not None:
+        if out == "True" or Path(out).exists():
+            raise UserError(f"--out {out}: give the name of a file that does not exist yet")
+        check_writable("out", Path(out))
     check_whole("batch_size", batch_size, 1)
     check_whole("seed", seed, 0)
     records = [] if interactive else read_prompts(prompts, instruction, input)
@@ -248,7 +255,7 @@ def run(
         for i, record in enumerate(records)
     ]
     if out is not None:
-        write_jsonl(Path(str(out)), [{**sample, "sampling": {**asdict(sampling), "seed": seed}} for sample in samples])
+        write_jsonl(Path(out), [{**sample, "sampling": {**asdict(sampling), "seed": seed}} for sample in samples])
     for sample in samples:
         print(format_sample(sample))
 

@@ -11,6 +11,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: our modules must not shadow others'
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -18,14 +19,16 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import get_last_checkpoint
 
 from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.cost import COST_KINDS, CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
-from stanford_alpaca.engines import check_fsdp, is_main_process, peak_memory_mib
-from stanford_alpaca.errors import UserError, exit_on_user_error, nearest
+from stanford_alpaca.engines import peak_memory_mib
+from stanford_alpaca.errors import UserError, check_writable, exit_on_user_error, is_main_process, nearest
 from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.losses.linear import BACKENDS
 from stanford_alpaca.model import check_model, fit_vocabulary, load_model, load_tokenizer
@@ -95,11 +98,13 @@ class _Parser(HfArgumentParser):
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments]:
     """The arguments of a run. Raises UserError for anything argparse or Hugging Face rejects."""
+    if any(flag.split("=")[0] == "--deepspeed" for flag in argv) and "RANK" not in os.environ:
+        raise UserError("--deepspeed needs a launcher, also for one process: torchrun --nproc_per_node 1 ...")
     classes = (ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments)
     parser = _Parser(classes, allow_abbrev=False)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise UserError(str(error)) from None
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
@@ -110,18 +115,55 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ObjectiveArgu
 
 def check(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
     """What can be found out before anything is loaded or written."""
-    output = Path(training.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output_dir {output} is a file; give a folder")
-    if output.exists() and any(output.iterdir()) and not training.resume_from_checkpoint:
-        raise UserError(f"--output_dir {output} is not empty; give another, or --resume_from_checkpoint")
+    check_output(training)
+    check_batches(training)
+    has_eval = data.eval_path is not None or data.eval_fraction is not None
     if data.eval_path is not None and data.eval_fraction is not None:
         raise UserError("--eval_path and --eval_fraction exclude each other")
     if data.eval_fraction is not None and not 0 < data.eval_fraction < 1:
         raise UserError(f"--eval_fraction {data.eval_fraction}: give a share between 0 and 1")
-    if not training.learning_rate > 0:
+    if training.eval_strategy != "no" and not has_eval:
+        raise UserError(f"--eval_strategy {training.eval_strategy.value} needs --eval_path or --eval_fraction")
+    if not (training.learning_rate > 0 and math.isfinite(training.learning_rate)):
         raise UserError(f"--learning_rate {training.learning_rate}: give a number above 0")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "model_max_length"):
+    if training.seed < 0:
+        raise UserError(f"--seed {training.seed}: give 0 or more")
+    deepspeed = getattr(training, "hf_deepspeed_config", None)
+    if deepspeed is not None and deepspeed.is_zero3():
+        raise UserError("--deepspeed with ZeRO-3 is not supported yet: use ds_configs/zero2.json or --fsdp")
+    if training.label_smoothing_factor or training.use_liger_kernel or not training.average_tokens_across_devices:
+        raise UserError(
+            "--label_smoothing_factor, --use_liger_kernel and --average_tokens_across_devices False would train "
+            "something else than --mode says: drop them"
+        )
+    try:
+        get_reporting_integration_callbacks(training.report_to)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"--report_to: {error}") from None
+    check_model(model.model_name_or_path, training.cache_dir)
+
+
+def check_output(training: TrainingArguments) -> None:
+    """An output folder that can be made, and is new unless a run is resumed from a checkpoint that is there."""
+    output, resume = Path(training.output_dir), training.resume_from_checkpoint
+    if resume is not None and str(resume).lower() in ("true", "false"):  # Hugging Face's way to say: the newest one
+        resume = get_last_checkpoint(output) if str(resume).lower() == "true" and output.is_dir() else None
+        if resume is None and str(training.resume_from_checkpoint).lower() == "true":
+            raise UserError(f"--resume_from_checkpoint: no checkpoint in {output}")
+    if resume is not None and not (Path(resume) / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {resume}: not a checkpoint of a run")
+    training.resume_from_checkpoint = resume
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output} is a file; give a folder")
+    if resume is None and output.exists() and any(output.iterdir()):
+        raise UserError(f"--output_dir {output} is not empty; give another, or --resume_from_checkpoint")
+    check_writable("output_dir", output)
+
+
+def check_batches(training: TrainingArguments) -> None:
+    """Processes that found each other, sizes of at least 1, and the accumulation that makes the global batch."""
+    names = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "model_max_length")
+    for name in names:
         if getattr(training, name) < 1:
             raise UserError(f"--{name} {getattr(training, name)}: give 1 or more")
     if training.world_size != int(os.environ.get("WORLD_SIZE", "1")):
@@ -135,11 +177,10 @@ def check(model: ModelArguments, data: DataArguments, training: TrainingArgument
                 f"--global_batch {training.global_batch} is no multiple of {per_step} "
                 f"({training.world_size} processes of {training.train_batch_size})"
             )
-        training.gradient_accumulation_steps = training.global_batch // per_step
-    deepspeed = getattr(training, "hf_deepspeed_config", None)
-    if deepspeed is not None and deepspeed.is_zero3():
-        raise UserError("--deepspeed with ZeRO-3 is not supported yet: use ds_configs/zero2.json or --fsdp")
-    check_model(model.model_name_or_path, training.cache_dir)
+        accumulation = training.global_batch // per_step
+        if training.gradient_accumulation_steps not in (1, accumulation):
+            raise UserError(f"--global_batch {training.global_batch} asks for --gradient_accumulation_steps {accumulation}")
+        training.gradient_accumulation_steps = accumulation
 
 
 def load_data(
@@ -150,8 +191,9 @@ def load_data(
     if data.eval_path is not None:
         sources["evaluation"] = load_records(data.eval_path, training.cache_dir)
     elif data.eval_fraction is not None:
-        if len(sources["training"]) < 2:
-            raise UserError("--eval_fraction needs at least 2 records")
+        count = len(sources["training"])
+        if not 0 < round(count * data.eval_fraction) < count:
+            raise UserError(f"--eval_fraction {data.eval_fraction} of {count} records leaves one side empty")
         split = sources["training"].train_test_split(test_size=data.eval_fraction, seed=training.seed)
         sources = {"training": split["train"], "evaluation": split["test"]}
     workers = data.preprocessing_num_workers or len(os.sched_getaffinity(0))
@@ -172,6 +214,8 @@ def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:
     """What ``attach_objective`` takes as its cost."""
     if args.cost in ("frozen", "adaptive"):
         return args.cost
+    if args.cost_kind == "identity":
+        raise UserError(f"--cost {args.cost} would not be used: --cost_kind identity needs no embedding")
     try:
         return CostEmbedding.from_file(args.cost, args.cost_kind)
     except Exception as error:  # no such file, no safetensors, no embedding
@@ -215,16 +259,15 @@ def train(argv: list[str]) -> None:
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     say(f"mode {objective.mode}, cost {objective_args.cost}, {args.world_size} process(es), global batch {per_step}")
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
-    check_fsdp(trainer)
-    if eval_examples is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
-    model.config.use_cache = use_cache
-    trainer.save_model()
-    trainer.save_state()
     rate = trainer.supervised_tokens_per_s()
     metrics |= {"train_peak_memory_mib": peak_memory_mib()}
     metrics |= {} if rate is None else {"train_supervised_tokens_per_s": rate}
+    model.config.use_cache = use_cache
+    trainer.save_model()
     trainer.save_metrics("train", metrics)
+    if eval_examples is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_state()
     say(f"saved the {str(model.dtype).removeprefix('torch.')} model to {args.output_dir}")
 
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from stanford_alpaca.attach import AttachedObjective
 from stanford_alpaca.checkpoint import full_state_dict
 from stanford_alpaca.data.batching import PadCollator, fill_up
-from stanford_alpaca.engines import activate_fsdp
+from stanford_alpaca.engines import activate_fsdp, check_fsdp
 
 
 class Stopwatch:
@@ -50,7 +50,8 @@ class EmoTrainer(Trainer):
     Each log entry of training also has ``nll``, ``emo`` (where the mode computes it), ``target_prob`` (means over the
     supervised tokens of all ranks since the last entry) and ``supervised_tokens_per_s`` (all ranks together, without the
     first step, evaluation and saves). Evaluation sums over the supervised tokens of all ranks and divides once, so it does
-    not depend on batch size or world size. The last global batch of an epoch is filled up with fully masked rows.
+    not depend on batch size or world size. The training set is filled up to whole global batches with fully masked rows,
+    which the sampler shuffles in: no example is seen twice or dropped, whatever the world size.
 
     Collectives of its own: one all-reduce of 5 float64 per log entry and per evaluation.
     """
@@ -75,6 +76,8 @@ class EmoTrainer(Trainer):
     # ---- training ------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
+        if self._steps == 0:
+            check_fsdp(self)
         if self._steps == 1:
             self.watch.start()  # the first step, with its warming up, has ended
         samples, num_items = super().get_batch_samples(*args, **kwargs)

@@ -52,17 +52,17 @@ def exact():
     return exact_statistics
 
 
-def tiny_model(family: str, vocab_size: int = 97):
+def tiny_model(family: str, vocab_size: int = 97, positions: int = 128):
     """A randomly initialised model of two layers in eval mode: ``llama``, ``qwen2`` or ``gpt2`` (tied head)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
     if family == "gpt2":
-        config = AutoConfig.for_model("gpt2", vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+        config = AutoConfig.for_model("gpt2", vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=positions)
     else:
         config = AutoConfig.for_model(
             family, vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=positions, tie_word_embeddings=False,
         )  # fmt: skip
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
     return AutoModelForCausalLM.from_config(config).eval()

@@ -9,7 +9,7 @@ import torch
 
 from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.generate import Sampling, generate_batch, load_for_generation, run
+from stanford_alpaca.generate import Sampling, generate_batch, load_for_generation, main, run
 
 RECORDS = [
     {"instruction": "Say what a robin is.", "input": "", "output": "A robin is a bird."},
@@ -28,6 +28,15 @@ def folder(root):
     return str(root / "data" / "tiny-base")
 
 
+@pytest.fixture
+def lively(base, make_model):
+    """A random model that is sure enough of itself to say different things, with the base's tokenizer."""
+    model = make_model("llama", vocab_size=2048, positions=512)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model, base[1]
+
+
 def one_by_one(model, tokenizer, records, tokens):
     """Greedy decoding with nothing but the model's logits."""
     texts = []
@@ -42,10 +51,10 @@ def one_by_one(model, tokenizer, records, tokens):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_greedy_batches_with_left_padding_equal_one_at_a_time(base, batch_size):
-    want = one_by_one(*base, RECORDS, 12)
+def test_greedy_batches_with_left_padding_equal_one_at_a_time(lively, batch_size):
+    want = one_by_one(*lively, RECORDS, 12)
     assert len(set(want)) == 3
-    got = generate_batch(*base, RECORDS, Sampling(max_new_tokens=12), batch_size=batch_size, progress=False)
+    got = generate_batch(*lively, RECORDS, Sampling(max_new_tokens=12), batch_size=batch_size, progress=False)
     assert got == want
 
 
@@ -57,10 +66,8 @@ def test_sampling_repeats_by_seed(base):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
-def test_beams_find_likelier_text_than_greedy(base, make_model):
-    model, tokenizer = make_model("llama", vocab_size=2048), base[1]
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # a random model that is sure enough of itself for a search to matter
+def test_beams_find_likelier_text_than_greedy(lively):
+    model, tokenizer = lively
 
     def likelihood(num_beams):
         prompt = torch.tensor([tokenizer("Why?")["input_ids"]])
@@ -99,6 +106,26 @@ def test_prompts_from_a_text_file_and_the_command_line(folder, tmp_path, capsys)
     assert answer[0] in lines
 
 
+def test_the_command_line_leaves_texts_as_they_are(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["generate", folder, "--instruction", "1e3", "--input", "a, b", "--out", "s.jsonl"])
+    main()
+    (row,) = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert (row["instruction"], row["input"]) == ("1e3", "a, b")
+
+
+def test_a_base_without_pad_token_and_with_settings_of_its_own(folder, base, tmp_path):
+    model, tokenizer = load_for_generation(folder)
+    model.generation_config.repetition_penalty = 5.0
+    model.save_pretrained(tmp_path)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    bare = load_for_generation(str(tmp_path))
+    assert bare[0].get_input_embeddings().weight.shape[0] == len(bare[1]) == 2049
+    sampling = Sampling(max_new_tokens=12)
+    assert generate_batch(*bare, RECORDS, sampling, progress=False) == generate_batch(*base, RECORDS, sampling, progress=False)
+
+
 def test_interactive_streams_until_an_empty_line(folder, monkeypatch, capsys):
     typed = iter(["Say what a robin is.", "word " * 2000, ""])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
@@ -123,7 +150,10 @@ def test_interactive_streams_until_an_empty_line(folder, monkeypatch, capsys):
         ({"instruction": "x", "num_beams": 2, "temperature": 1}, "give one of them"),
         ({"instruction": "x", "max_new_tokens": 0}, "--max_new_tokens 0"),
         ({"instruction": "x", "batch_size": 0}, "--batch_size 0"),
-        ({"instruction": "x", "out": "p.txt"}, "--out p.txt exists"),
+        ({"instruction": "x", "out": "p.txt"}, "--out p.txt: give the name of a file that does not exist"),
+        ({"instruction": "x", "out": "p.txt/s.jsonl"}, "p.txt is a file"),
+        ({"instruction": "x", "out": "True"}, "--out True"),
+        ({"instruction": "x", "seed": "a"}, "--seed a"),
         ({"instruction": "word " * 2000}, "prompt 1 has 20.. tokens"),
         ({"interactive": True, "out": "o"}, "--interactive takes one checkpoint"),
     ],

@@ -57,7 +57,9 @@ def test_from_inside_the_package_folder_with_two_processes_and_an_inexact_batch(
         (("data/tiny-base", "emo"), {"DATA_PATH": "none.json"}, "none.json: no such file"),
         (("data/tiny-base", "emo"), {"ENGINE": "fsdp2"}, "ENGINE=fsdp2: choose"),
         (("data/tiny-base", "emo"), {"NPROC": "two"}, "NPROC=two"),
-        (("data/tiny-base", "emo", "--per_device_train_batch_size", "x"), {}, "--per_device_train_batch_size x"),
+        (("data/tiny-base", "emo", "--per-device-train-batch-size", "x"), {}, "--per_device_train_batch_size x"),
+        (("--max_steps", "5"), {}, "give MODEL_PATH first"),
+        (("data/tiny-base", "emo", "--learning_rate", "-1"), {"NPROC": "2"}, "--learning_rate -1"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(launch, tmp_path, arguments, environment, message):

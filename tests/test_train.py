@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.tokenize import tokenize_records
@@ -90,21 +90,26 @@ def test_accumulation_does_not_change_a_step(arguments, tmp_path):
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
 
 
+def two_processes(argv, root, cwd) -> str:
+    """Runs train.py as a file under torchrun, as its users do, and returns what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(root / "stanford_alpaca" / "train.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, script, *argv], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
 def test_two_processes_equal_one_step_by_step(arguments, tmp_path, root, engine):
-    """Same global batch, 40 examples in steps of 16: the last step of an epoch is filled up with masked rows."""
+    """Same global batch, 40 examples in steps of 16: the training set is filled up with masked rows."""
     if engine == "zero2" and shutil.which("g++") is None:
         pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
     flags = {"ddp": [], "fsdp": ["--fsdp"], "zero2": ["--deepspeed", str(root / "ds_configs" / "zero2.json")]}[engine]
     held = tmp_path / "held.json"
     train(arguments(output_dir=tmp_path / "one", max_steps=5, eval_path=held))
     argv = arguments(*flags, output_dir=tmp_path / "two", max_steps=5, eval_path=held)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = str(root / "stanford_alpaca" / "train.py")  # run as a file, as torchrun users do
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, script, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 process(es), global batch 16" in done.stdout
+    assert "2 process(es), global batch 16" in two_processes(argv, root, tmp_path)
     assert len(steps(tmp_path / "one")) == 5
     for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
@@ -118,6 +123,35 @@ def test_two_processes_equal_one_step_by_step(arguments, tmp_path, root, engine)
         torch.testing.assert_close(weight, want[name], rtol=1e-3, atol=1e-4)
 
 
+def test_fsdp_in_bf16_with_a_tied_head_resumes_and_saves_plainly(arguments, tmp_path, root):
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=2048, n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(tmp_path / "gpt2")
+    settings = {
+        "model_name_or_path": tmp_path / "gpt2",
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "bf16": True,
+    }
+    two_processes(arguments("--fsdp", **settings), root, tmp_path)
+    whole = steps(tmp_path / "out")
+    for entry in whole:  # the loss is not rounded to bfloat16 on its way out of the model
+        assert entry["loss"] == pytest.approx(entry["nll"], rel=1e-5)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" not in weights  # tied, so written once
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    resume = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2", "output_dir": tmp_path / "again"}
+    two_processes(arguments("--fsdp", **settings | resume), root, tmp_path)
+    again = steps(tmp_path / "again")
+    assert [entry["step"] for entry in again] == [1, 2, 3, 4]
+    for one, two in zip(whole, again, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+
+
 def test_a_cost_from_a_file_is_used(arguments, tmp_path, root):
     from safetensors.torch import save_file
 
@@ -126,7 +160,6 @@ def test_a_cost_from_a_file_is_used(arguments, tmp_path, root):
     train(arguments(output_dir=tmp_path / "kind", cost_kind="identity"))
     for one, two in zip(steps(tmp_path / "file"), steps(tmp_path / "kind"), strict=True):
         assert one["emo"] == pytest.approx(two["emo"], rel=1e-4)
-        assert one["emo"] != pytest.approx(1 - one["target_prob"], rel=1e-9) or one["emo"] < 1
         assert one["emo"] == pytest.approx(1 - one["target_prob"], rel=1e-4)
 
 
@@ -153,10 +186,26 @@ def test_a_cost_from_a_file_is_used(arguments, tmp_path, root):
         ({"mode": "dft", "emo_weighting": "upstream"}, [], "belongs to the modes emo and emo2"),
         ({"mode": "mix", "emo_weight": 2}, [], "emo_weight is 2.0"),
         ({}, ["--fsdp"], "--fsdp needs at least 2 processes"),
+        ({}, ["--deepspeed", "x.json"], "--deepspeed needs a launcher"),
+        ({"learning_rate": "inf"}, [], "--learning_rate inf"),
+        ({"global_batch": None, "gradient_accumulation_steps": 0}, [], "--gradient_accumulation_steps 0"),
+        ({"gradient_accumulation_steps": 3}, [], "asks for --gradient_accumulation_steps 4"),
+        ({"seed": -1}, [], "--seed -1"),
+        ({"eval_strategy": "epoch"}, [], "--eval_strategy epoch needs --eval_path"),
+        ({"eval_fraction": 0.001}, [], "leaves one side empty"),
+        ({"report_to": "wandbb"}, [], "--report_to"),
+        ({"resume_from_checkpoint": "none"}, [], "not a checkpoint"),
+        ({"resume_from_checkpoint": "True"}, [], "no checkpoint in"),
+        ({"resume_from_checkpoint": "False", "output_dir": "full"}, [], "is not empty"),
+        ({"label_smoothing_factor": 0.1}, [], "--label_smoothing_factor"),
+        ({"average_tokens_across_devices": False}, [], "--average_tokens_across_devices"),
+        ({"output_dir": "broken.json/x"}, [], "is a file"),
+        ({"cost": "broken.json", "cost_kind": "identity"}, [], "needs no embedding"),
+        ({"data_path": "x" * 5000 + ".json"}, [], "no such file"),
         ({"output_dir": "full"}, [], "is not empty"),
         ({"output_dir": "broken.json"}, [], "is a file"),
     ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list | dict) else None,
+    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list | dict) else None,
 )
 def test_what_users_mistype_is_one_line_and_nothing_is_written(arguments, tmp_path, monkeypatch, changes, flags, message):
     monkeypatch.chdir(tmp_path)

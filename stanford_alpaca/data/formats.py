@@ -22,7 +22,7 @@ def load_records(path: str | Path, cache_dir: str | None = None) -> Dataset:
         UserError: the path or the record that cannot be used, and what to do about it.
     """
     file = Path(path)
-    if file.exists() or file.suffix in SUFFIXES or str(path).startswith((".", "/", "~")):
+    if _exists(file) or file.suffix in SUFFIXES or str(path).startswith((".", "/", "~")):
         return _from_file(file.expanduser(), cache_dir)
     try:
         data = load_dataset(str(path), split="train", cache_dir=cache_dir)
@@ -37,7 +37,7 @@ def load_records(path: str | Path, cache_dir: str | None = None) -> Dataset:
 
 
 def _from_file(file: Path, cache_dir: str | None) -> Dataset:
-    if not file.exists():
+    if not _exists(file):
         raise UserError(f"{file}: no such file; give a .json or .jsonl file in Alpaca form, or a hub name")
     if not file.is_file() or file.suffix not in SUFFIXES:
         raise UserError(f"{file}: not a .json or .jsonl file; give a file in Alpaca form")
@@ -72,7 +72,7 @@ def parse_file(file: Path, content: bytes | None = None) -> Iterator[tuple[str, 
     if text.lstrip()[:1] == "[":
         try:
             values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: broken JSON, {error}; is the file complete?") from None
         yield from ((f"{file}:record {number}", value) for number, value in enumerate(values, 1))
         return
@@ -80,7 +80,7 @@ def parse_file(file: Path, content: bytes | None = None) -> Iterator[tuple[str, 
         if line.strip():
             try:
                 yield f"{file}:line {number}", json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{file}:line {number}: broken JSON, {error}; wanted a JSON list or one object a line"
                 ) from None
@@ -94,7 +94,8 @@ def checked_record(record: object, where: str, needs_output: bool = True) -> dic
         if column not in record:
             raise UserError(f"{where}: no field {column!r}; it has {', '.join(map(str, record)) or 'none'}")
     row = {column: record.get(column, "") for column in COLUMNS}
-    row["input"] = "" if row["input"] is None else row["input"]
+    for column in ("input",) if needs_output else ("input", "output"):
+        row[column] = "" if row[column] is None else row[column]
     for column, value in row.items():
         if not isinstance(value, str):
             raise UserError(f"{where}: {column!r} is a {type(value).__name__}, wanted a string")
@@ -103,6 +104,13 @@ def checked_record(record: object, where: str, needs_output: bool = True) -> dic
         except UnicodeEncodeError:
             raise UserError(f"{where}: {column!r} has a lone surrogate, which is no text; remove it") from None
     return row  # type: ignore[return-value]
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # a name too long for the file system
+        return False
 
 
 def _first_line(error: Exception) -> str:

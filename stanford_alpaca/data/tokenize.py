@@ -42,6 +42,58 @@ class DataReport:
         )
 
 
+@dataclass(frozen=True)
+class TextEncoder:
+    """Encodes texts in which no special token is ever found; those that the tokenizer adds itself stay, but for the last.
+
+    Args:
+        tokenizer: a copy that takes special-token text for text.
+        eos_id: the end-of-sequence token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_id: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TextEncoder":
+        """The encoder of a tokenizer.
+
+        ``split_special_tokens`` is not enough where the pieces of the model itself hold the special tokens' names, as those
+        of a unigram model do: there the pieces get a name that is no text (U+FFFF is no character), under the same id.
+
+        Raises:
+            UserError: a tokenizer without character offsets.
+        """
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise UserError(f"{type(tokenizer).__name__} gives no character offsets: a fast one (tokenizer.json) is needed")
+        copy = deepcopy(tokenizer)
+        copy.split_special_tokens = True
+        found = [
+            token
+            for token, token_id in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+            if token_id in copy(token, add_special_tokens=False)["input_ids"]
+        ]
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        if found and state["model"]["type"] == "Unigram":
+            vocab = state["model"]["vocab"]
+            state["model"]["vocab"] = [[f"\uffff{piece}" if piece in found else piece, score] for piece, score in vocab]
+            copy._tokenizer = Tokenizer.from_str(json.dumps(state))
+        return cls(copy, tokenizer.eos_token_id)
+
+    def __call__(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids and character spans [start, end) of every text, without an end-of-sequence token the tokenizer adds."""
+        encoded = self.tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
+        columns = (encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"])
+        return [
+            (ids[:-1], spans[:-1]) if ids and special[-1] and ids[-1] == self.eos_id else (ids, spans)
+            for ids, spans, special in zip(*columns, strict=True)
+        ]
+
+    def identity(self) -> str:
+        """All that decides ids and spans."""
+        return f"{self.tokenizer.backend_tokenizer.to_str()}\n{self.eos_id}"
+
+
 def tokenize_records(
     records: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, num_proc: int = 1
 ) -> tuple[Dataset, DataReport]:
@@ -53,11 +105,12 @@ def tokenize_records(
     Raises:
         UserError: no example is left.
     """
-    key = "\n".join([VERSION, records._fingerprint, str(max_length), _identity(tokenizer)])
+    encoder = TextEncoder.of(tokenizer)
+    key = "\n".join([VERSION, records._fingerprint, str(max_length), encoder.identity()])
     encoded = records.map(
         encode_batch,
         batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
+        fn_kwargs={"encoder": encoder, "max_length": max_length},
         remove_columns=records.column_names,
         num_proc=num_proc if len(records) >= PARALLEL_FROM else None,
         new_fingerprint=sha256(key.encode()).hexdigest()[:32],
@@ -80,62 +133,31 @@ def tokenize_records(
     return examples.select_columns(["input_ids", "labels"]), report
 
 
-def encode_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
-    """Encodes lists of instruction, input and output. Special-token text in them stays text."""
+def encode_batch(batch: dict[str, list[str]], encoder: TextEncoder, max_length: int) -> dict[str, list[Any]]:
+    """Encodes lists of instruction, input and output; the columns of the result are those of ``label_response``."""
     prompts = [
         format_prompt({"instruction": instruction, "input": text})
         for instruction, text in zip(batch["instruction"], batch["input"], strict=True)
     ]
-    encoded = text_only(tokenizer)(
-        [prompt + output for prompt, output in zip(prompts, batch["output"], strict=True)],
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-    )
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("input_ids", "labels", "supervised", "truncated", "straddling", "length")
-    }
-    for i, (prompt, output) in enumerate(zip(prompts, batch["output"], strict=True)):
-        ids, spans, special = (encoded[name][i] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
-        row = label_response(ids, spans, special, len(prompt), tokenizer.eos_token_id, max_length)
+    encoded = encoder([prompt + output for prompt, output in zip(prompts, batch["output"], strict=True)])
+    rows = [
+        label_response(ids, spans, len(prompt), encoder.eos_id, max_length)
+        for (ids, spans), prompt in zip(encoded, prompts, strict=True)
+    ]
+    for row, output in zip(rows, batch["output"], strict=True):
         if not output:  # nothing was asked for: the end-of-sequence token alone teaches nothing
             row.update(labels=[IGNORE_INDEX] * row["length"], supervised=0)
-        for name, value in row.items():
-            rows[name].append(value)
-    return rows
-
-
-def text_only(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer that finds no special token in any text; those it adds itself stay.
-
-    ``split_special_tokens`` is not enough where the pieces of the model itself hold the special tokens' names, as those of
-    a unigram model do: there the pieces are given a name that is no text (U+FFFF is no character), under the same id.
-    """
-    copy = deepcopy(tokenizer)
-    copy.split_special_tokens = True
-    found = [
-        token
-        for token, token_id in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-        if token_id in copy(token, add_special_tokens=False)["input_ids"]
-    ]
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    if found and state["model"]["type"] == "Unigram":
-        vocab = state["model"]["vocab"]
-        state["model"]["vocab"] = [[f"\uffff{piece}" if piece in found else piece, score] for piece, score in vocab]
-        copy._tokenizer = Tokenizer.from_str(json.dumps(state))
-    return copy
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def label_response(
     ids: list[int],
     spans: list[tuple[int, int]],  # characters [start, end) of every token; (0, 0) for added special tokens
-    special: list[int],  # 1 for tokens that the tokenizer added
     boundary: int,  # characters of the prompt
     eos_id: int,
     max_length: int,
 ) -> dict[str, Any]:
-    """Appends the end-of-sequence token and labels what belongs to the response, then cuts at max_length tokens."""
-    if ids and special[-1] and ids[-1] == eos_id:  # the tokenizer adds one itself
-        ids, spans = ids[:-1], spans[:-1]
+    """Labels what belongs to the response, appends the end-of-sequence token, then cuts at max_length tokens."""
     labels = [token if start >= boundary else IGNORE_INDEX for token, (start, _) in zip(ids, spans, strict=True)]
     straddling = any(start < boundary < end for start, end in spans)
     ids, labels = [*ids, eos_id], [*labels, eos_id]
@@ -151,11 +173,3 @@ def label_response(
         "straddling": straddling,
         "length": len(ids),
     }
-
-
-def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What makes two tokenizers equal for this purpose: everything that decides ids and offsets."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UserError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer (tokenizer.json) is needed")
-    return f"{backend.to_str()}\n{tokenizer.eos_token_id}"

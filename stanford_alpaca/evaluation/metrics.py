@@ -11,15 +11,16 @@ from typing import Any
 import fire
 import torch
 from datasets import Dataset
+from fire.decorators import SetParseFns
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stanford_alpaca.attach import head_of
+from stanford_alpaca.attach import check_head, head_of
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
-from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generate import Sampling, format_sample, generate_batch, load_for_generation, write_jsonl
 from stanford_alpaca.model import check_model
 from stanford_alpaca.token_stats import reference
@@ -37,6 +38,7 @@ def teacher_forced(
 ) -> dict[str, float]:
     """nll and emo (means per supervised token), perplexity and token accuracy of the references.
 
+    The model has to pass ``check_head``: its logits are taken to be its output layer applied to its last hidden state.
     Sums over all supervised tokens and divides once, so the batch size does not matter.
     """
     collate, device = PadCollator(tokenizer.pad_token_id), model.device
@@ -73,6 +75,7 @@ def exact_match(responses: list[str], references: list[str]) -> float:
     return equal / len(references)
 
 
+@SetParseFns(data=str, cost=str, out=str)
 def run(
     *checkpoints: str,
     data: str | None = None,
@@ -103,10 +106,11 @@ def run(
     check_whole("batch_size", batch_size, 1)
     check_whole("max_length", max_length, 2)
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    files = [Path(str(out)) / name for name in ("metrics.json", "samples.jsonl")] if out is not None else []
+    files = [Path(out) / name for name in ("metrics.json", "samples.jsonl")] if out is not None else []
     for file in files:
         if file.exists():
             raise UserError(f"{file} exists: give another --out or remove it")
+        check_writable("out", file)
     names = [str(checkpoint) for checkpoint in dict.fromkeys(checkpoints)]
     for name in [*names, cost or names[0]]:
         check_model(str(name))
@@ -120,6 +124,10 @@ def run(
     results, responses = {}, {}
     for name in names:
         model, tokenizer = load_for_generation(name)
+        try:
+            check_head(model)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
         examples, _ = tokenize_records(records, tokenizer, max_length)
         results[name] = teacher_forced(model, tokenizer, examples, shared_cost, batch_size)
         responses[name] = generate_batch(model, tokenizer, list(records), sampling, batch_size=batch_size)

@@ -38,7 +38,7 @@ class Objective:
         emo_ratio_cap: an upper bound of nll / emo in mode ``emo``; 3.0 is what the package EMOLoss 0.0.3 uses.
 
     Raises:
-        ValueError: an unknown mode or weighting, or an option out of range or foreign to the mode.
+        ValueError: an unknown mode or weighting, an option out of range, or a weighting or cap that the mode does not have.
     """
 
     mode: str = "emo"

@@ -23,7 +23,8 @@ def emo_loss(
     """EMO and its relatives from logits; like ``F.cross_entropy`` it does not shift, and ignored targets do not count.
 
     Args:
-        cost_embedding: rows of any width, usually the pre-trained output embedding; ``None`` for modes without emo.
+        cost_embedding: rows of any width, usually the pre-trained output embedding; ``None`` for modes without emo. A
+            CostEmbedding is normalised once, a tensor at every call; it is moved to the device of the logits.
         mode: a name, or an ``Objective`` that carries options.
 
     Returns:

@@ -26,4 +26,4 @@ class Head(NamedTuple):
     logit_scale: float | None = None
 
 
-Objective = Callable[[Tensor, "Tensor | None"], Tensor]  # ([N] nll, [N] log_emo) -> [N] loss
+LossOfStats = Callable[[Tensor, "Tensor | None"], Tensor]  # ([N] nll, [N] log_emo) -> [N] loss

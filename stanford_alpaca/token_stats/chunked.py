@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.token_stats import Head, Objective, TokenStats
+from stanford_alpaca.token_stats import Head, LossOfStats, TokenStats
 
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}  # logits held at a time: 32 MiB and 512 MiB in float32
 
@@ -25,10 +25,11 @@ def linear_loss(
     head: Head,
     targets: Tensor,  # [N]
     cost: CostEmbedding | None,
-    objective: Objective,
+    objective: LossOfStats,
     reduction: str,  # "sum" or "none"
 ) -> tuple[Tensor, TokenStats]:
-    """The loss, [] or [N], and the detached statistics. Extra memory: two [chunk, V] tensors and the gradients."""
+    """The loss, [] or [N], and the detached statistics. Extra memory: two or three [chunk, V] tensors in float32, the
+    gradients (that of the weight in float32) and, under mixed precision, a copy of the weight."""
     job = _Job(head, targets, cost, objective)
     if torch.is_grad_enabled():
         loss, nll, log_emo = _ChunkedLoss.apply(hidden, head.weight, head.bias, job, reduction)
@@ -53,7 +54,7 @@ class _Result:
 class _Job:
     """The arguments of one loss that are not differentiated, and the pass over its chunks."""
 
-    def __init__(self, head: Head, targets: Tensor, cost: CostEmbedding | None, objective: Objective):
+    def __init__(self, head: Head, targets: Tensor, cost: CostEmbedding | None, objective: LossOfStats):
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.targets, self.cost, self.objective = targets, cost, objective
 
@@ -139,7 +140,7 @@ def _accumulate(total: Tensor, g: Tensor, h: Tensor) -> None:  # total [V, H] +=
         total.add_(g.T @ h)
 
 
-def _derivatives(objective: Objective, nll: Tensor, log_emo: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _derivatives(objective: LossOfStats, nll: Tensor, log_emo: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of each token and its derivatives by nll and by log emo, all [n]; b is 0 where emo is 0."""
     with torch.enable_grad():
         leaves = [nll.detach().requires_grad_()]
@@ -173,6 +174,8 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, *upstream):
         grad = upstream[0]
         if ctx.reduction == "sum":
+            if ctx.grads is None:
+                raise RuntimeError("backward a second time: the gradients were freed after the first")
             grads = [None if g is None else g.mul_(grad) for g in ctx.grads]
             ctx.grads = None  # a second backward is an error, as for any freed graph
         else:

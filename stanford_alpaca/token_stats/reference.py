@@ -1,7 +1,7 @@
 """The specification: statistics from materialised logits, differentiated by autograd.
 
 Everything stays in log space. The published implementations compute 1 - <sum_i p_i e_i, e_y>, which subtracts nearly equal
-numbers as soon as the model is confident; here nothing is subtracted that could cancel:
+numbers as soon as the model is confident; here, given the costs, nothing is subtracted that could cancel:
 
     nll     = log(1 + exp(logsumexp_{i != y}(z_i) - z_y))
     log emo = logsumexp_i(z_i + log c_i) - logsumexp_i(z_i)
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.token_stats import Head, Objective, TokenStats
+from stanford_alpaca.token_stats import Head, LossOfStats, TokenStats
 
 
 def token_stats(
@@ -57,7 +57,7 @@ def linear_loss(
     head: Head,
     targets: Tensor,  # [N]
     cost: CostEmbedding | None,
-    objective: Objective,
+    objective: LossOfStats,
     reduction: str,  # "sum" or "none"
 ) -> tuple[Tensor, TokenStats]:
     """The loss, [] or [N], and the detached statistics."""

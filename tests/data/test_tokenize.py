@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from stanford_alpaca.data.prompts import format_prompt
-from stanford_alpaca.data.tokenize import IGNORE_INDEX, encode_batch, label_response, tokenize_records
+from stanford_alpaca.data.tokenize import IGNORE_INDEX, TextEncoder, encode_batch, label_response, tokenize_records
 from stanford_alpaca.errors import UserError
 
 RECORDS = [
@@ -72,7 +72,9 @@ def alpaca(record, tokenizer, max_length):
 
 
 def ours(record, tokenizer, max_length=512):
-    rows = encode_batch({name: [record[name]] for name in ("instruction", "input", "output")}, tokenizer, max_length)
+    rows = encode_batch(
+        {name: [record[name]] for name in ("instruction", "input", "output")}, TextEncoder.of(tokenizer), max_length
+    )
     return {name: column[0] for name, column in rows.items()}
 
 
@@ -107,19 +109,26 @@ def test_special_token_text_stays_text(tokenizers, kind):
 
 def test_a_straddling_token_is_counted_and_not_trained():
     spans = [(0, 0), (0, 4), (4, 7), (7, 9)]  # the third token holds the prompt's last character and the response's first
-    row = label_response([1, 10, 11, 12], spans, [1, 0, 0, 0], 5, 2, 512)
+    row = label_response([1, 10, 11, 12], spans, 5, 2, 512)
     assert row["input_ids"] == [1, 10, 11, 12, 2]
     assert row["labels"] == [-100, -100, -100, 12, 2]
     assert row["straddling"] and not row["truncated"]
     assert row["supervised"] == 2
 
 
-def test_an_end_of_sequence_token_added_by_the_tokenizer_is_not_doubled():
-    row = label_response([10, 11, 2], [(0, 2), (2, 4), (0, 0)], [0, 0, 1], 2, 2, 512)
-    assert row["input_ids"] == [10, 11, 2]
-    assert row["labels"] == [-100, 11, 2]
-    text = label_response([10, 2], [(0, 2), (2, 4)], [0, 0], 2, 2, 512)  # here it is the response's own text
-    assert text["input_ids"] == [10, 2, 2]
+def test_an_end_of_sequence_token_added_by_the_tokenizer_is_not_doubled(tokenizers):
+    from copy import deepcopy
+
+    from tokenizers import processors
+
+    plain = tokenizers["byte-level"]
+    closing = deepcopy(plain)
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", plain.bos_token_id), ("</s>", plain.eos_token_id)]
+    )
+    assert closing("a")["input_ids"][-1] == plain.eos_token_id
+    for record in [RECORDS[0], {**RECORDS[0], "output": "ends in </s>"}]:
+        assert ours(record, closing) == ours(record, plain)
 
 
 def test_the_report_counts_what_was_dropped_and_cut(tokenizers, tmp_path):

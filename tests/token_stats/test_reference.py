@@ -70,6 +70,18 @@ def test_the_published_formula_has_no_correct_digit_where_ours_is_exact(exact):
     assert ((ours - emo).abs() / emo).max() < 1e-5
 
 
+def test_costs_of_tiny_rows_and_under_autocast():
+    embedding = torch.randn(60, 8)
+    embedding[5] = embedding[6] + 1e-2 * torch.randn(8)
+    embedding[7] = 1e-23 * torch.randn(8)  # squares underflow float32, the direction is there all the same
+    units = embedding.double() / embedding.double().norm(dim=1, keepdim=True)
+    want = 1 - units[[6, 7]] @ units.T
+    with torch.autocast("cpu", torch.bfloat16):
+        costs = CostEmbedding(embedding).costs(torch.tensor([6, 7]), 60)
+    assert costs.dtype == torch.float32
+    assert (costs.double() - want).abs().max() < 5e-7
+
+
 def test_float64_logits_stay_float64(exact):
     logits = torch.randn(8, 64, dtype=torch.float64, requires_grad=True)
     targets, embedding = torch.randint(64, (8,)), torch.randn(64, 16, dtype=torch.float64)
