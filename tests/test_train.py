@@ -102,13 +102,15 @@ def two_processes(argv, root, cwd) -> str:
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
 def test_two_processes_equal_one_step_by_step(arguments, tmp_path, root, engine):
-    """Same global batch, 40 examples in steps of 16: the training set is filled up with masked rows."""
+    """Same global batch, 37 examples in steps of 16 and 11 to evaluate: both sets are filled up with masked rows."""
     if engine == "zero2" and shutil.which("g++") is None:
         pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
     flags = {"ddp": [], "fsdp": ["--fsdp"], "zero2": ["--deepspeed", str(root / "ds_configs" / "zero2.json")]}[engine]
-    held = tmp_path / "held.json"
-    train(arguments(output_dir=tmp_path / "one", max_steps=5, eval_path=held))
-    argv = arguments(*flags, output_dir=tmp_path / "two", max_steps=5, eval_path=held)
+    data = tmp_path / "37.json"
+    data.write_text(json.dumps(json.loads((tmp_path / "train.json").read_text())[:37]))
+    settings = {"data_path": data, "eval_path": tmp_path / "held.json", "max_steps": 5}
+    train(arguments(output_dir=tmp_path / "one", **settings))
+    argv = arguments(*flags, output_dir=tmp_path / "two", **settings)
     assert "2 process(es), global batch 16" in two_processes(argv, root, tmp_path)
     assert len(steps(tmp_path / "one")) == 5
     for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):

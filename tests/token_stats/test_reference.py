@@ -70,6 +70,14 @@ def test_the_published_formula_has_no_correct_digit_where_ours_is_exact(exact):
     assert ((ours - emo).abs() / emo).max() < 1e-5
 
 
+def test_duplicates_cost_exactly_nothing_whatever_their_length():
+    embedding = torch.randn(40, 3000) ** 5  # heavy tails, where 1 - cos of equal directions is noisiest
+    embedding = torch.cat([embedding, 0.37 * embedding])
+    costs = CostEmbedding(embedding).costs(torch.arange(40), 80)
+    assert (costs[:, 40:].diagonal() == 0).all() and (costs[:, :40].diagonal() == 0).all()
+    assert (costs >= 0).all() and (costs > 0).sum() == 40 * 78
+
+
 def test_costs_of_tiny_rows_and_under_autocast():
     embedding = torch.randn(60, 8)
     embedding[5] = embedding[6] + 1e-2 * torch.randn(8)
