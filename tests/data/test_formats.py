@@ -80,3 +80,22 @@ def test_missing_files_and_folders(tmp_path):
         load_records(tmp_path)
     with pytest.raises(UserError, match="the hub did not give it"):
         load_records("nobody/nothing-here")
+
+
+def test_a_hub_set_goes_the_same_way(tmp_path, monkeypatch):
+    """The hub is out of reach here; what it would return is not."""
+    from datasets import Dataset
+
+    from stanford_alpaca.data import formats
+
+    hub = {
+        "good/set": Dataset.from_list(RECORDS[:1] + [{"instruction": "a", "input": None, "output": "b"}]),
+        "other/columns": Dataset.from_list([{"question": "a", "answer": "b"}]),
+        "null/output": Dataset.from_list([{"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}]),
+    }
+    monkeypatch.setattr(formats, "load_dataset", lambda name, split, cache_dir: hub[name])
+    assert list(load_records("good/set", str(tmp_path))) == [ROWS[0], {"instruction": "a", "input": "", "output": "b"}]
+    with pytest.raises(UserError, match="other/columns: no column 'instruction'; it has question, answer"):
+        load_records("other/columns")
+    with pytest.raises(UserError, match="null/output:record 2: 'output' is a NoneType"):
+        load_records("null/output")
