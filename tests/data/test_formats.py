@@ -89,7 +89,7 @@ def test_a_hub_set_goes_the_same_way(tmp_path, monkeypatch):
     from stanford_alpaca.data import formats
 
     hub = {
-        "good/set": Dataset.from_list(RECORDS[:1] + [{"instruction": "a", "input": None, "output": "b"}]),
+        "good/set": Dataset.from_list([*RECORDS[:1], {"instruction": "a", "input": None, "output": "b"}]),
         "other/columns": Dataset.from_list([{"question": "a", "answer": "b"}]),
         "null/output": Dataset.from_list([{"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}]),
     }
