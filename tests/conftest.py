@@ -11,6 +11,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's commands first: they take longest, and other workers go on beside them."""
+    items.sort(key=lambda item: "test_the_commands_run" not in item.name)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
