@@ -57,6 +57,7 @@ if [ "$GPUS" -gt 0 ]; then
     [ "$BF16" -eq 0 ] || PRECISION=(--bf16 True)
 else
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait do not spin: see benchmarks/LOG.md
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = $(nproc) / NPROC) > 0 ? n : 1))}
 fi
 

@@ -5,7 +5,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$ROOT/stanford_alpaca/ensure_env.sh"
 ensure_env requirements.txt tests/requirements.txt
 cd "$ROOT"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a process a core: two that spin on the same cores slow each other tenfold
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # a worker a core, none spinning
 export PYTHON HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
