@@ -8,7 +8,7 @@
 #                                                      MODE is emo (default), mle, emo2, emd, mix, tailr, mixce or dft
 #
 # Environment: DATA_PATH   Alpaca-form JSON or JSONL, or a hub name (default: the shipped instructions)
-#              OUTPUT_DIR  where the model goes (default: output/MODEL-MODE, which must not exist)
+#              OUTPUT_DIR  where the model goes (default: output/MODEL-MODE); must be new or empty
 #              NPROC       processes (default: the visible GPUs, or 1)
 #              ENGINE      none, ddp, fsdp or zero2 (default: fsdp with several GPUs, else none; ddp with several
 #                          processes on a CPU)
@@ -57,7 +57,6 @@ if [ "$GPUS" -gt 0 ]; then
     [ "$BF16" -eq 0 ] || PRECISION=(--bf16 True)
 else
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait do not spin: see benchmarks/LOG.md
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = $(nproc) / NPROC) > 0 ? n : 1))}
 fi
 

@@ -1,5 +1,14 @@
 """Supervised fine-tuning with EMO (Earth Mover Distance Optimization, arXiv 2310.04691)."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads OpenMP; see benchmarks/LOG.md
+
+import torch
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed its search and a warning
+
 from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.losses import Objective, emo_loss, linear_emo_loss
 

@@ -210,7 +210,7 @@ def run(
     seed: int = 0,
     **unknown: Any,
 ) -> None:
-    """Generates responses with one or more checkpoints.
+    """Generates responses: python -m stanford_alpaca.generate CHECKPOINT [CHECKPOINT ...] --FLAG VALUE ...
 
     Args:
         checkpoints: folders or hub names; the same prompts go to each.
@@ -218,6 +218,7 @@ def run(
         instruction: one instruction; ``input`` is its input.
         interactive: type instructions, see the responses stream (one checkpoint, greedy or sampled).
         out: a JSONL file to write; it must not exist. Without it samples only go to the terminal.
+        max_new_tokens: the most tokens of a response, 256 by default; batch_size: prompts at a time, 16.
         temperature: 0 is greedy; top_k and top_p narrow the sampling; num_beams searches instead.
         seed: the same command with the same seed gives the same text.
     """

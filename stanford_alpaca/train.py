@@ -83,6 +83,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None, metadata={"help": "Examples per optimizer step; sets --gradient_accumulation_steps."}
     )
     remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():

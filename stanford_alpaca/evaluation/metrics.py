@@ -88,7 +88,7 @@ def run(
     batch_size: int = 32,
     **unknown: Any,
 ) -> None:
-    """Evaluates checkpoints on Alpaca-form data and shows samples of each.
+    """Evaluates checkpoints and shows samples: python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE
 
     Args:
         checkpoints: folders or hub names, the base model first.
