@@ -31,6 +31,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: list[str]) -> str:
     """``; did you mean X?`` for the known name nearest to a mistyped one, or nothing."""
     close = get_close_matches(name, known, n=1)

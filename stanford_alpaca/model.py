@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from stanford_alpaca.errors import UserError
+from stanford_alpaca.errors import UserError, first_line
 
 PAD_TOKEN, EOS_TOKEN = "[PAD]", "</s>"  # Alpaca's names for the tokens a tokenizer lacks
 
@@ -78,5 +78,4 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _cannot_load(path: str, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"{path}: cannot load a model from here ({reason}); give a Hugging Face folder or a hub name")
+    return UserError(f"{path}: cannot load a model from here ({first_line(error)}); give a Hugging Face folder or a hub name")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
-from stanford_alpaca.errors import UserError
+from stanford_alpaca.errors import UserError, first_line
 
 COLUMNS = ("instruction", "input", "output")
 SUFFIXES = (".json", ".jsonl")
@@ -27,7 +27,7 @@ def load_records(path: str | Path, cache_dir: str | None = None) -> Dataset:
     try:
         data = load_dataset(str(path), split="train", cache_dir=cache_dir)
     except Exception as error:  # the hub raises many kinds of errors: not found, no network, gated, a bad name
-        raise UserError(f"{path}: no such file, and the hub did not give it ({_first_line(error)})") from None
+        raise UserError(f"{path}: no such file, and the hub did not give it ({first_line(error)})") from None
     for column in ("instruction", "output"):
         if column not in data.column_names:
             raise UserError(f"{path}: no column {column!r}; it has {', '.join(data.column_names)}")
@@ -111,7 +111,3 @@ def _exists(file: Path) -> bool:
         return file.exists()
     except OSError:  # a name too long for the file system
         return False
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
