@@ -17,9 +17,10 @@ from fire.decorators import SetParseFns
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from stanford_alpaca.data.formats import checked_record, parse_file
+from stanford_alpaca.data.encode import TextEncoder, clean
+from stanford_alpaca.data.formats import canonical
 from stanford_alpaca.data.prompts import format_prompt
-from stanford_alpaca.data.tokenize import TextEncoder
+from stanford_alpaca.data.reading import SUFFIXES, read_file
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.model import check_model, fit_vocabulary, load_model, load_tokenizer
 
@@ -66,7 +67,7 @@ class Sampling:
 
 def encode_prompts(encoder: TextEncoder, records: list[dict[str, str]], room: int | None) -> list[list[int]]:
     """Token ids of the prompts, as training saw them. ``room``: the most tokens that leave space for an answer."""
-    prompts = [ids for ids, _ in encoder([format_prompt(record) for record in records])]
+    prompts = [ids for ids, _ in encoder([clean(format_prompt(record)) for record in records])]
     for number, ids in enumerate(prompts, 1):
         if room is not None and len(ids) > room:
             raise UserError(
@@ -146,8 +147,8 @@ def read_prompts(prompts: str | None, instruction: str | None, input: str | None
     file = Path(str(prompts)).expanduser()
     if not file.is_file():
         raise UserError(f"--prompts {file}: no such file")
-    if file.suffix in (".json", ".jsonl"):
-        records = [checked_record(record, where, needs_output=False) for where, record in parse_file(file)]
+    if file.suffix in SUFFIXES:
+        records = [canonical(record, where, needs_output=False) for where, record in read_file(file)]
     else:
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")

@@ -25,8 +25,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.cost import COST_KINDS, CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
-from stanford_alpaca.data.formats import load_records
-from stanford_alpaca.data.tokenize import tokenize_records
+from stanford_alpaca.data.formats import FORMS
+from stanford_alpaca.data.sources import ExampleStream, Loading, load_source, mix, stream_sources
+from stanford_alpaca.data.tokenize import TEMPLATES
 from stanford_alpaca.engines import peak_memory_mib
 from stanford_alpaca.errors import UserError, check_writable, exit_on_user_error, is_main_process, nearest
 from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
@@ -48,10 +49,35 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    data_path: str = field(metadata={"help": "Alpaca-form JSON or JSONL, or a hub name."})
-    eval_path: str | None = field(default=None, metadata={"help": "Held-out data, in the same form."})
+    data_path: list[str] = field(metadata={"help": "Files, folders or hub names; see the README's table of forms."})
+    data_weights: list[float] | None = field(
+        default=None, metadata={"help": "Draws the examples of several --data_path in these proportions."}
+    )
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Names of columns in the data, as instruction=question output=answer."}
+    )
+    prompt_template: str = choice(*TEMPLATES, default="auto", help="alpaca, chat (the tokenizer's), or plain.")
+    streaming: bool = field(default=False, metadata={"help": "Reads the data as it is needed; needs --max_steps."})
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "Examples of a stream that are held to be shuffled."})
+    eval_path: list[str] | None = field(default=None, metadata={"help": "Held-out data, in the same forms."})
     eval_fraction: float | None = field(default=None, metadata={"help": "Holds out this share of --data_path."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+    def column_names(self) -> dict[str, str]:
+        """--columns as a mapping from our names to those in the files."""
+        pairs = [text.partition("=") for text in self.columns or []]
+        for ours, equals, theirs in pairs:
+            if not (ours and equals and theirs):
+                raise UserError(f"--columns {ours}{equals}{theirs}: write OURS=THEIRS, as instruction=question")
+            known = [
+                *dict.fromkeys(name for features in FORMS.values() for name in features),
+                "conversations",
+                "role",
+                "content",
+            ]
+            if ours not in known:
+                raise UserError(f"--columns {ours}={theirs}: {ours} is no column of ours{nearest(ours, known)}")
+        return {ours: theirs for ours, _, theirs in pairs}
 
 
 @dataclass
@@ -118,6 +144,7 @@ def check(model: ModelArguments, data: DataArguments, training: TrainingArgument
     """What can be found out before anything is loaded or written."""
     check_output(training)
     check_batches(training)
+    check_data(data, training)
     has_eval = data.eval_path is not None or data.eval_fraction is not None
     if data.eval_path is not None and data.eval_fraction is not None:
         raise UserError("--eval_path and --eval_fraction exclude each other")
@@ -142,6 +169,22 @@ def check(model: ModelArguments, data: DataArguments, training: TrainingArgument
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"--report_to: {error}") from None
     check_model(model.model_name_or_path, training.cache_dir)
+
+
+def check_data(data: DataArguments, training: TrainingArguments) -> None:
+    """Weights that fit the sources, and what a stream needs and cannot have."""
+    data.column_names()
+    weights = data.data_weights
+    if weights is not None and (len(weights) != len(data.data_path) or min(weights) <= 0 or not math.isfinite(sum(weights))):
+        raise UserError(f"--data_weights {weights}: give a number above 0 for each of the {len(data.data_path)} --data_path")
+    if data.shuffle_buffer < 1:
+        raise UserError(f"--shuffle_buffer {data.shuffle_buffer}: give 1 (not shuffled) or more")
+    if data.streaming:
+        if training.max_steps <= 0:
+            raise UserError("--streaming needs --max_steps: a stream has no length to count epochs by")
+        if data.eval_fraction is not None:
+            raise UserError("--streaming and --eval_fraction exclude each other: hold data out with --eval_path")
+        training.accelerator_config.dispatch_batches = False  # every rank reads the stream and takes its part
 
 
 def check_output(training: TrainingArguments) -> None:
@@ -186,23 +229,39 @@ def check_batches(training: TrainingArguments) -> None:
 
 def load_data(
     data: DataArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset | None]:
-    """Tokenized training and evaluation examples; the report of each goes to the terminal."""
-    sources = {"training": load_records(data.data_path, training.cache_dir)}
-    if data.eval_path is not None:
-        sources["evaluation"] = load_records(data.eval_path, training.cache_dir)
-    elif data.eval_fraction is not None:
-        count = len(sources["training"])
-        if not 0 < round(count * data.eval_fraction) < count:
-            raise UserError(f"--eval_fraction {data.eval_fraction} of {count} records leaves one side empty")
-        split = sources["training"].train_test_split(test_size=data.eval_fraction, seed=training.seed)
-        sources = {"training": split["train"], "evaluation": split["test"]}
-    workers = data.preprocessing_num_workers or len(os.sched_getaffinity(0))
-    examples = {}
-    for name, records in sources.items():
-        examples[name], report = tokenize_records(records, tokenizer, training.model_max_length, workers)
-        say(f"{name} data: {report}")
-    return examples["training"], examples.get("evaluation")
+) -> tuple[Dataset | ExampleStream, Dataset | None]:
+    """Tokenized training and evaluation examples; the report of each source goes to the terminal."""
+    loading = Loading(
+        max_length=training.model_max_length, prompt_template=data.prompt_template, columns=data.column_names(),
+        cache_dir=training.cache_dir, num_proc=data.preprocessing_num_workers or len(os.sched_getaffinity(0)),
+        seed=training.seed, shuffle_buffer=data.shuffle_buffer,
+    )  # fmt: skip
+
+    def load(paths: list[str]) -> list[Dataset]:
+        sources = []
+        for path in paths:
+            examples, report = load_source(path, tokenizer, loading)
+            say(f"{path}: {report}")
+            sources.append(examples)
+        return sources
+
+    held_out = mix(load(data.eval_path), None, training.seed) if data.eval_path is not None else None
+    if data.streaming:
+        return stream_sources(data.data_path, data.data_weights, tokenizer, loading), held_out
+    sources = load(data.data_path)
+    if data.eval_fraction is not None:
+        splits = [split(source, data.eval_fraction, training.seed) for source in sources]
+        sources, held_out = [kept for kept, _ in splits], mix([held for _, held in splits], None, training.seed)
+        say(f"held out {len(held_out):,} examples")
+    return mix(sources, data.data_weights, training.seed), held_out
+
+
+def split(examples: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """What is trained on and what is held out. Raises UserError if either would be empty."""
+    if not 0 < round(len(examples) * fraction) < len(examples):
+        raise UserError(f"--eval_fraction {fraction} of {len(examples)} examples leaves one side empty")
+    parts = examples.train_test_split(test_size=fraction, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def say(line: str) -> None:

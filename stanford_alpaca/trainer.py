@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -65,7 +66,7 @@ class EmoTrainer(Trainer):
         self.watch = Stopwatch()
         self._steps = 0  # of this call of train()
         self._tokens: Any = 0  # the targets of its steps, without the first step's
-        if self.train_dataset is not None:
+        if isinstance(self.train_dataset, Dataset):  # a stream has no end to fill up
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             self.train_dataset = fill_up(self.train_dataset, batch, self.data_collator.pad_id)
 

@@ -1,113 +1,192 @@
-"""From a file or a hub name to records: ``datasets.Dataset`` with the string columns instruction, input, output."""
+"""From a file, a folder or a hub name to records of one form: ``datasets.Dataset`` with the columns of ``FORMS``.
 
-import json
-from collections.abc import Iterator
-from hashlib import sha256
+==========  ============================================== =====================================================
+form        columns                                        also written as
+==========  ============================================== =====================================================
+alpaca      instruction, input, output, system             ``input`` and ``system`` may be absent
+completion  prompt, completion                             two strings; two lists of messages are a ``chat``
+chat        messages: [{role, content}]                    ShareGPT: conversations: [{from, value}]
+text        text
+==========  ============================================== =====================================================
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
+from stanford_alpaca.data.reading import SUFFIXES, Placed, digest_of, exists, list_files, read_file
 from stanford_alpaca.errors import UserError, first_line
 
-COLUMNS = ("instruction", "input", "output")
-SUFFIXES = (".json", ".jsonl")
+ROLES = {
+    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "function_response"), "tool"),
+}
+TEXT = Value("string")
+FORMS = {
+    "chat": Features({"messages": List({"role": TEXT, "content": TEXT})}),
+    "alpaca": Features({"instruction": TEXT, "input": TEXT, "output": TEXT, "system": TEXT}),
+    "completion": Features({"prompt": TEXT, "completion": TEXT}),
+    "text": Features({"text": TEXT}),
+}
+
+Record = dict  # of one of the forms: its columns, without those of the others
 
 
-def load_records(path: str | Path, cache_dir: str | None = None) -> Dataset:
-    """Reads Alpaca-form data: a JSON list or one JSON object a line from a file, else the train split of a hub set.
+def form_of(columns: list[str] | Record) -> str:
+    """The name of the form whose first column is among these, as ``canonical`` returns them."""
+    return next(name for name, features in FORMS.items() if next(iter(features)) in columns)
 
-    Every record is checked before anything else happens. ``input`` may be absent; other columns are dropped.
+
+def load_records(
+    path: str | Path,
+    cache_dir: str | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,  # our name -> the name in the file
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """Reads the records of a file, a folder of files, or the train split of a hub set, all of one form.
+
+    Every record is checked before anything else happens; under ``streaming``, when it is reached. Files are read a record
+    at a time (but for JSON lists) into a table on disk, which is cached by the hash of their content.
 
     Raises:
         UserError: the path or the record that cannot be used, and what to do about it.
     """
-    file = Path(path)
-    if _exists(file) or file.suffix in SUFFIXES or str(path).startswith((".", "/", "~")):
-        return _from_file(file.expanduser(), cache_dir)
+    mapping = tuple((columns or {}).items())
+    files = local_files(path)
+    if files is not None:
+        digest = digest_of(files, contents=not streaming)
+        rows: Callable = _file_rows
+        source = {"files": [str(file) for file in files], "digest": digest, "whole_lists": not streaming, "columns": mapping}
+    else:
+        rows, source = _hub_rows, {"data": _from_hub(str(path), cache_dir, streaming), "name": str(path), "columns": mapping}
+    first = next(rows(**source), None)
+    if first is None:
+        raise UserError(f"{path}: there is no record in it")
+    features = FORMS[form_of(first)]
+    if streaming:
+        return IterableDataset.from_generator(rows, gen_kwargs=source, features=features)
     try:
-        data = load_dataset(str(path), split="train", cache_dir=cache_dir)
+        return Dataset.from_generator(rows, gen_kwargs=source, cache_dir=cache_dir, features=features)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def local_files(path: str | Path) -> list[Path] | None:
+    """The files that a path names, None for the name of a hub set. Raises UserError for a path that leads nowhere."""
+    place = Path(path).expanduser()
+    if exists(place) or place.suffix in SUFFIXES or str(path).startswith((".", "/", "~")):
+        return list_files(place)
+    return None
+
+
+def _file_rows(files: list[str], digest: str, whole_lists: bool, columns) -> Iterator[Record]:
+    """The generator behind the cached table. ``digest`` makes changed files another table; the files are its shards."""
+    for file in files:
+        yield from _of_one_form(read_file(Path(file), whole_lists), dict(columns))
+
+
+def _from_hub(name: str, cache_dir: str | None, streaming: bool) -> Dataset | IterableDataset:
+    try:
+        return load_dataset(name, split="train", cache_dir=cache_dir, streaming=streaming)
     except Exception as error:  # the hub raises many kinds of errors: not found, no network, gated, a bad name
-        raise UserError(f"{path}: no such file, and the hub did not give it ({first_line(error)})") from None
-    for column in ("instruction", "output"):
-        if column not in data.column_names:
-            raise UserError(f"{path}: no column {column!r}; it has {', '.join(data.column_names)}")
-    for number, row in enumerate(data, 1):
-        checked_record(row, f"{path}:record {number}")
-    return Dataset.from_generator(_hub_rows, gen_kwargs={"data": data}, cache_dir=cache_dir)
+        raise UserError(f"{name}: no such file, and the hub did not give it ({first_line(error)})") from None
 
 
-def _from_file(file: Path, cache_dir: str | None) -> Dataset:
-    if not _exists(file):
-        raise UserError(f"{file}: no such file; give a .json or .jsonl file in Alpaca form, or a hub name")
-    if not file.is_file() or file.suffix not in SUFFIXES:
-        raise UserError(f"{file}: not a .json or .jsonl file; give a file in Alpaca form")
-    content = file.read_bytes()
-    records = [checked_record(record, where) for where, record in parse_file(file, content)]
-    if not records:
-        raise UserError(f"{file}: there is no record in it; give a list of objects with instruction and output")
-    return Dataset.from_generator(  # on disk, so that what is derived from it is cached by its fingerprint
-        _rows, gen_kwargs={"path": str(file), "digest": sha256(content).hexdigest()}, cache_dir=cache_dir
-    )
+def _hub_rows(data: Dataset | IterableDataset, name: str, columns) -> Iterator[Record]:
+    yield from _of_one_form(((f"{name}:record {number}", row) for number, row in enumerate(data, 1)), dict(columns))
 
 
-def _rows(path: str, digest: str) -> Iterator[dict[str, str]]:
-    """The generator behind the cached table; ``digest`` makes a changed file another table."""
-    file = Path(path)
-    for where, record in parse_file(file):
-        yield checked_record(record, where)
+def _of_one_form(values: Iterator[Placed], columns: dict[str, str]) -> Iterator[Record]:
+    form = None
+    for where, value in values:
+        record = canonical(value, where, columns)
+        form = form or form_of(record)
+        if form_of(record) != form:
+            raise UserError(f"{where}: a record of the form {form_of(record)} after {form}: give them as two sources")
+        yield record
 
 
-def _hub_rows(data: Dataset) -> Iterator[dict[str, str]]:
-    for row in data:
-        yield checked_record(row, "")
+def canonical(value: object, where: str, columns: Mapping[str, str] | None = None, needs_output: bool = True) -> Record:
+    """The record in the form it has. Without ``needs_output`` it may be a prompt alone, for generation.
+
+    Raises:
+        UserError: what is wrong with it, at the place ``where``.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a {type(value).__name__}, wanted an object with instruction and output")
+    record = dict(value)
+    for ours, theirs in (columns or {}).items():
+        if theirs in record:
+            record[ours] = record[theirs]
+    if record.get("messages") is not None or record.get("conversations") is not None:
+        name = "messages" if record.get("messages") is not None else "conversations"
+        return {"messages": _messages(record[name], f"{where}: {name!r}", columns, record.get("system"))}
+    if isinstance(record.get("prompt"), list):  # a conversation in two parts
+        parts = [*record["prompt"], *(record.get("completion") or [])]
+        return {"messages": _messages(parts, f"{where}: 'prompt'", columns, record.get("system"))}
+    needed, optional = ["instruction", "output"], ["input", "system"]
+    if "prompt" in record and "instruction" not in record:
+        needed, optional = ["prompt", "completion"], []
+    elif "text" in record and "instruction" not in record and "output" not in record:
+        needed, optional = ["text"], []
+    if not needs_output:
+        needed, optional = needed[:1], [*needed[1:], *optional]
+    return _strings(record, needed, optional, where)
 
 
-def parse_file(file: Path, content: bytes | None = None) -> Iterator[tuple[str, object]]:
-    """Pairs of a place, for messages, and whatever JSON value stands there: in a list, or one value a line."""
-    content = file.read_bytes() if content is None else content
+def _strings(record: Record, needed: list[str], optional: list[str], where: str) -> Record:
+    for name in needed:
+        if name not in record:
+            has = ", ".join(map(str, record)) or "none"
+            raise UserError(f"{where}: no field {name!r}; it has {has} (another name? --columns {name}=NAME)")
+    row = {name: record[name] for name in needed}
+    row |= {name: "" if record.get(name) is None else record[name] for name in optional}
+    for name, text in row.items():
+        _check_text(text, f"{where}: {name!r}")
+    return row
+
+
+def _messages(value: object, where: str, columns: Mapping[str, str] | None, system: object) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} is no list of messages, or an empty one; wanted [{{'role': ..., 'content': ...}}, ...]")
+    names = {"role": ("role", "from"), "content": ("content", "value")}
+    found = []
+    for number, message in enumerate(value, 1):
+        place = f"{where}, message {number}"
+        if not isinstance(message, dict):
+            raise UserError(f"{place}: a {type(message).__name__}, wanted an object with role and content")
+        if message.get("tool_calls"):
+            raise UserError(f"{place}: tool calls cannot be trained on; write them into the content")
+        row = {}
+        for name, candidates in names.items():
+            keys = [(columns or {}).get(name, candidates[0]), *candidates]
+            key = next((key for key in keys if message.get(key) is not None), None)
+            if key is None:
+                raise UserError(f"{place}: no {name!r}; it has {', '.join(map(str, message)) or 'nothing'}")
+            row[name] = message[key]
+        if isinstance(row["content"], list) and all(isinstance(p, dict) and p.get("type") == "text" for p in row["content"]):
+            row["content"] = "".join(str(part.get("text", "")) for part in row["content"])
+        _check_text(row["content"], f"{place}: 'content'")
+        if row["role"] not in ROLES:
+            raise UserError(f"{place}: role {row['role']!r}; known are {', '.join(ROLES)}")
+        found.append({"role": ROLES[row["role"]], "content": row["content"]})
+    if system:
+        _check_text(system, f"{where}: 'system'")
+        found.insert(0, {"role": "system", "content": system})
+    return found
+
+
+def _check_text(value: object, where: str) -> None:
+    if not isinstance(value, str):
+        raise UserError(f"{where} is a {type(value).__name__}, wanted a string")
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-    if text.lstrip()[:1] == "[":
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}: broken JSON, {error}; is the file complete?") from None
-        yield from ((f"{file}:record {number}", value) for number, value in enumerate(values, 1))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{file}:line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{file}:line {number}: broken JSON, {error}; wanted a JSON list or one object a line"
-                ) from None
-
-
-def checked_record(record: object, where: str, needs_output: bool = True) -> dict[str, str]:
-    """The record's three fields as strings. Raises UserError at the place ``where`` if it cannot be used."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a {type(record).__name__}, wanted an object with instruction and output")
-    for column in ("instruction", "output") if needs_output else ("instruction",):
-        if column not in record:
-            raise UserError(f"{where}: no field {column!r}; it has {', '.join(map(str, record)) or 'none'}")
-    row = {column: record.get(column, "") for column in COLUMNS}
-    for column in ("input",) if needs_output else ("input", "output"):
-        row[column] = "" if row[column] is None else row[column]
-    for column, value in row.items():
-        if not isinstance(value, str):
-            raise UserError(f"{where}: {column!r} is a {type(value).__name__}, wanted a string")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: {column!r} has a lone surrogate, which is no text; remove it") from None
-    return row  # type: ignore[return-value]
-
-
-def _exists(file: Path) -> bool:
-    try:
-        return file.exists()
-    except OSError:  # a name too long for the file system
-        return False
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} has a lone surrogate, which is no text; remove it") from None

@@ -19,6 +19,7 @@ from stanford_alpaca.attach import check_head, head_of
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generate import Sampling, format_sample, generate_batch, load_for_generation, write_jsonl
@@ -131,13 +132,10 @@ def run(
         examples, _ = tokenize_records(records, tokenizer, max_length)
         results[name] = teacher_forced(model, tokenizer, examples, shared_cost, batch_size)
         responses[name] = generate_batch(model, tokenizer, list(records), sampling, batch_size=batch_size)
-        results[name]["exact_match"] = exact_match(responses[name], records["output"][:])
+        results[name]["exact_match"] = exact_match(responses[name], [as_shown(record)["reference"] for record in records])
         results[name] |= training_figures(name)
         del model
-    shown = [
-        {**record, "reference": record["output"], "responses": {name: responses[name][i] for name in names}}
-        for i, record in enumerate(records)
-    ]
+    shown = [as_shown(record) | {"responses": {name: responses[name][i] for name in names}} for i, record in enumerate(records)]
     if files:
         files[0].parent.mkdir(parents=True, exist_ok=True)
         files[0].write_text(json.dumps({"data": str(data), "results": results}, indent=1) + "\n")

@@ -13,9 +13,9 @@ RECORDS = [
     {"instruction": "Nothing.", "input": None, "output": ""},
 ]
 ROWS = [
-    {"instruction": "Add.", "input": "1 and 2", "output": "3"},
-    {"instruction": "Say {hello}.", "input": "", "output": "hé \u2028 llo"},
-    {"instruction": "Nothing.", "input": "", "output": ""},
+    {"instruction": "Add.", "input": "1 and 2", "output": "3", "system": ""},
+    {"instruction": "Say {hello}.", "input": "", "output": "hé \u2028 llo", "system": ""},
+    {"instruction": "Nothing.", "input": "", "output": "", "system": ""},
 ]
 
 
@@ -64,7 +64,19 @@ def test_a_changed_file_is_read_anew(tmp_path):
         ("a.json", "é".encode("latin-1"), "byte 0 is not UTF-8"),
         ("a.json", '[{"instruction": "a", "output": "b"}]'.encode("utf-16"), "not UTF-8"),
         ("a.json", b"[" * 100_000, "broken JSON"),
-        ("a.pkl", b"x", "not a .json or .jsonl file"),
+        ("a.pkl", b"x", "a.pkl: not one of .json, .jsonl"),
+        ("a.csv", b"instruction,output\na,b\nc\n", "a.csv:line 3: not the 2 fields of the first line"),
+        ("a.csv", b"question,answer\na,b\n", "a.csv:line 2: no field 'instruction'.*--columns instruction=NAME"),
+        ("a.csv", b'instruction,output\na,"b\n', "a.csv: broken CSV at the end"),
+        ("a.csv", b"instruction,output\na,\xe9\n", "a.csv: byte 21 is not UTF-8"),
+        ("a.parquet", b"PAR1 no", "a.parquet: broken parquet"),
+        ("a.jsonl", b'{"text": "a"}\n{"prompt": "a", "completion": "b"}', "line 2: a record of the form completion after text"),
+        ("a.jsonl", b'{"messages": []}', "line 1: 'messages' is no list of messages"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "'messages', message 1: no 'content'; it has role"),
+        ("a.jsonl", b'{"messages": [{"role": "x", "content": "a"}]}', "message 1: role 'x'; known are system, user"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": 1}]}', "message 1: 'content' is a int"),
+        ("a.jsonl", b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}', "tool calls cannot be trained"),
+        ("a.jsonl", b'{"conversations": ["a"]}', "'conversations', message 1: a str"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -76,10 +88,76 @@ def test_bad_files(tmp_path, name, content, message):
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_records(tmp_path / "none.json")
-    with pytest.raises(UserError, match=r"not a \.json or \.jsonl file"):
+    with pytest.raises(UserError, match="a folder without data files"):
         load_records(tmp_path)
     with pytest.raises(UserError, match="the hub did not give it"):
         load_records("nobody/nothing-here")
+
+
+MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "row"),
+    [
+        ({"instruction": "a", "output": "b", "system": "s"}, {"instruction": "a", "input": "", "output": "b", "system": "s"}),
+        ({"prompt": "a", "completion": "b", "id": 1}, {"prompt": "a", "completion": "b"}),
+        ({"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, {"messages": MESSAGES}),
+        ({"messages": MESSAGES}, {"messages": MESSAGES}),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, {"messages": MESSAGES[1:2]}),
+        ({"conversations": SHAREGPT, "id": "x"}, {"messages": MESSAGES[1:]}),
+        ({"system": "s", "conversations": SHAREGPT}, {"messages": MESSAGES}),
+        ({"text": "a b"}, {"text": "a b"}),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_every_form(tmp_path, record, row, suffix):
+    from datasets import Dataset
+
+    file = tmp_path / f"data{suffix}"
+    if suffix == ".parquet":
+        Dataset.from_list([record] * 3).to_parquet(file)
+    else:
+        file.write_text(lines([record] * 3))
+    assert list(load_records(file, str(tmp_path / "cache"))) == [row] * 3
+    assert list(load_records(file, str(tmp_path / "cache"), streaming=True)) == [row] * 3
+
+
+def test_csv_and_tsv(tmp_path):
+    (tmp_path / "a.csv").write_bytes('\ufeffprompt,completion\r\n"a, ""b""\nc",d\r\n'.encode())
+    (tmp_path / "a.tsv").write_text("prompt\tcompletion\na, b\tc\n")
+    assert list(load_records(tmp_path / "a.csv", str(tmp_path))) == [{"prompt": 'a, "b"\nc', "completion": "d"}]
+    assert list(load_records(tmp_path / "a.tsv", str(tmp_path))) == [{"prompt": "a, b", "completion": "c"}]
+
+
+def test_columns_are_mapped(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines([{"question": "a", "answer": "b", "output": "not this"}]))
+    columns = {"instruction": "question", "output": "answer"}
+    assert list(load_records(tmp_path / "a.jsonl", str(tmp_path), columns=columns)) == [
+        {"instruction": "a", "input": "", "output": "b", "system": ""}
+    ]
+    (tmp_path / "b.jsonl").write_text(lines([{"dialog": [{"who": "user", "says": "a"}]}]))
+    columns = {"messages": "dialog", "role": "who", "content": "says"}
+    assert list(load_records(tmp_path / "b.jsonl", str(tmp_path), columns=columns)) == [{"messages": MESSAGES[1:2]}]
+
+
+def test_a_folder_is_read_as_a_whole_and_only_its_training_split(tmp_path):
+    data = tmp_path / "data"
+    (data / "deep").mkdir(parents=True)
+    (data / "b.jsonl").write_text(lines([{"text": "2"}]))
+    (data / "a.jsonl").write_text(lines([{"text": "1"}]))
+    (data / "deep" / "c.csv").write_text("text\n3\n")
+    (data / "README.md").write_text("no data")
+    assert load_records(data, str(tmp_path))["text"][:] == ["1", "2", "3"]
+    (data / "train-0.jsonl").write_text(lines([{"text": "4"}]))
+    assert load_records(data, str(tmp_path))["text"][:] == ["4"]
+
+
+def test_a_list_cannot_be_streamed(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS))
+    with pytest.raises(UserError, match="a JSON list has to be read as a whole; for --streaming give one object a line"):
+        load_records(tmp_path / "a.json", streaming=True)
 
 
 def test_a_hub_set_goes_the_same_way(tmp_path, monkeypatch):
@@ -93,9 +171,12 @@ def test_a_hub_set_goes_the_same_way(tmp_path, monkeypatch):
         "other/columns": Dataset.from_list([{"question": "a", "answer": "b"}]),
         "null/output": Dataset.from_list([{"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}]),
     }
-    monkeypatch.setattr(formats, "load_dataset", lambda name, split, cache_dir: hub[name])
-    assert list(load_records("good/set", str(tmp_path))) == [ROWS[0], {"instruction": "a", "input": "", "output": "b"}]
-    with pytest.raises(UserError, match="other/columns: no column 'instruction'; it has question, answer"):
+    monkeypatch.setattr(formats, "load_dataset", lambda name, split, cache_dir, streaming: hub[name])
+    assert list(load_records("good/set", str(tmp_path))) == [
+        ROWS[0],
+        {"instruction": "a", "input": "", "output": "b", "system": ""},
+    ]
+    with pytest.raises(UserError, match="other/columns:record 1: no field 'instruction'; it has question, answer"):
         load_records("other/columns")
     with pytest.raises(UserError, match="null/output:record 2: 'output' is a NoneType"):
         load_records("null/output")

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from stanford_alpaca.data.prompts import format_prompt
-from stanford_alpaca.data.tokenize import IGNORE_INDEX, TextEncoder, encode_batch, label_response, tokenize_records
+from stanford_alpaca.data.tokenize import EMPTY, IGNORE_INDEX, ExampleEncoder, label_spans, tokenize_records
 from stanford_alpaca.errors import UserError
 
 RECORDS = [
@@ -71,11 +71,9 @@ def alpaca(record, tokenizer, max_length):
     return ids, [IGNORE_INDEX] * min(masked, len(ids)) + ids[masked:]
 
 
-def ours(record, tokenizer, max_length=512):
-    rows = encode_batch(
-        {name: [record[name]] for name in ("instruction", "input", "output")}, TextEncoder.of(tokenizer), max_length
-    )
-    return {name: column[0] for name, column in rows.items()}
+def ours(record, tokenizer, max_length=512, form="alpaca", template="auto"):
+    encode = ExampleEncoder.of(tokenizer, form, max_length, template)
+    return {name: column[0] for name, column in encode({name: [value] for name, value in record.items()}).items()}
 
 
 @pytest.mark.parametrize("max_length", [512, 40])
@@ -108,12 +106,37 @@ def test_special_token_text_stays_text(tokenizers, kind):
 
 
 def test_a_straddling_token_is_counted_and_not_trained():
-    spans = [(0, 0), (0, 4), (4, 7), (7, 9)]  # the third token holds the prompt's last character and the response's first
-    row = label_response([1, 10, 11, 12], spans, 5, 2, 512)
-    assert row["input_ids"] == [1, 10, 11, 12, 2]
+    offsets = [(0, 0), (0, 4), (4, 7), (7, 9), (9, 13)]  # the third holds the prompt's last character and the response's first
+    row = label_spans([1, 10, 11, 12, 2], offsets, [(5, 13)], 512)
     assert row["labels"] == [-100, -100, -100, 12, 2]
-    assert row["straddling"] and not row["truncated"]
+    assert row["straddling"] and row["length"] == row["full_length"] == 5
     assert row["supervised"] == 2
+
+
+def test_tokens_of_several_spans_and_what_a_cut_leaves():
+    offsets = [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 12)]
+    row = label_spans([10, 11, 12, 13, 14, 15], offsets, [(2, 4), (8, 10)], 512)
+    assert row["labels"] == [-100, 11, -100, -100, 14, -100] and not row["straddling"]
+    row = label_spans([10, 11, 12, 13, 14, 15], offsets, [(2, 5), (7, 12)], 5)  # one token goes past the first span's end
+    assert row["labels"] == [-100, 11, 12, -100, 14] and row["straddling"]
+    assert (row["length"], row["full_length"], row["supervised"], row["full_supervised"]) == (5, 6, 3, 4)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level", "unigram"])
+def test_prompts_with_completions_and_texts_are_taken_as_they_are(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    whole = tokenizer("Another word for big is large." + tokenizer.eos_token)["input_ids"]
+    row = ours({"prompt": "Another word for", "completion": " big is large."}, tokenizer, form="completion")
+    masked = len(tokenizer("Another word for")["input_ids"])
+    assert row["input_ids"] == whole
+    assert row["labels"] == [IGNORE_INDEX] * masked + whole[masked:]
+    row = ours({"text": "Another word for big is large."}, tokenizer, form="text")
+    bos = [IGNORE_INDEX] if tokenizer.bos_token_id == whole[0] else []
+    assert row["input_ids"] == whole and row["labels"] == bos + whole[len(bos) :]
+    with pytest.raises(UserError, match="--prompt_template alpaca cannot write records of the form text"):
+        ExampleEncoder.of(tokenizer, "text", 512, "alpaca")
+    with pytest.raises(UserError, match="the tokenizer has no chat template"):
+        ExampleEncoder.of(tokenizer, "alpaca", 512, "chat")
 
 
 def test_an_end_of_sequence_token_added_by_the_tokenizer_is_not_doubled(tokenizers):
@@ -127,8 +150,9 @@ def test_an_end_of_sequence_token_added_by_the_tokenizer_is_not_doubled(tokenize
         single="<s> $A </s>", special_tokens=[("<s>", plain.bos_token_id), ("</s>", plain.eos_token_id)]
     )
     assert closing("a")["input_ids"][-1] == plain.eos_token_id
-    for record in [RECORDS[0], {**RECORDS[0], "output": "ends in </s>"}]:
+    for record in [RECORDS[0], {**RECORDS[0], "output": "ends in </s>"}, {**RECORDS[0], "output": ""}]:
         assert ours(record, closing) == ours(record, plain)
+    assert ours({**RECORDS[0], "output": ""}, plain)["fate"] == EMPTY
 
 
 def test_the_report_counts_what_was_dropped_and_cut(tokenizers, tmp_path):
@@ -138,7 +162,7 @@ def test_the_report_counts_what_was_dropped_and_cut(tokenizers, tmp_path):
     empty = {"instruction": "Say nothing.", "input": "", "output": ""}
     records = Dataset.from_list([RECORDS[0], long, filled, empty])
     examples, report = tokenize_records(records, tokenizer, 64)
-    assert (report.records, report.kept, report.dropped, report.truncated) == (4, 2, 2, 1)
+    assert (report.records, report.kept, report.no_response, report.filled, report.truncated) == (4, 2, 1, 1, 1)
     assert [len(ids) for ids in examples["input_ids"]] == [len(ours(RECORDS[0], tokenizer)["input_ids"]), 64]
     supervised = sum(label != IGNORE_INDEX for labels in examples["labels"] for label in labels[1:])
     assert report.supervised_tokens == supervised
@@ -161,7 +185,7 @@ def test_parallel_and_serial_agree_and_the_cache_serves(tokenizers, tmp_path, mo
 
     again = formats.load_records(file, str(tmp_path / "cache"))
     assert again._fingerprint == records._fingerprint
-    monkeypatch.setattr(tokenize, "label_response", None)  # would fail if anything were tokenized anew
+    monkeypatch.setattr(tokenize, "label_spans", None)  # would fail if anything were tokenized anew
     monkeypatch.setattr(tokenize, "PARALLEL_FROM", 10)
     cached, _ = tokenize_records(again, tokenizers["byte-level"], 512, num_proc=2)
     assert list(cached) == list(serial)

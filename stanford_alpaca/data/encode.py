@@ -1,0 +1,88 @@
+"""Texts to token ids and character spans, where only what the package itself puts in can be a special token."""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from stanford_alpaca.errors import UserError
+
+SPECIAL = "\uffff"  # stands before the name of a special token; no character of any text (Unicode noncharacter)
+RESERVED = SPECIAL + "\ufdd0\ufdd1\ufdd2"  # noncharacters this package uses; in a user's text they become U+FFFD
+_REPLACED = dict.fromkeys(map(ord, RESERVED), "\ufffd")
+
+
+def clean(text: str) -> str:
+    """A user's text without the noncharacters that have a meaning here."""
+    return text.translate(_REPLACED)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Encodes texts in which a special token is found only if it is written with ``special()``.
+
+    Text that merely looks like a special token stays text, whatever the kind of tokenizer: the special tokens of a copy of
+    the tokenizer are given names that no text can hold, under the same ids.
+    """
+
+    backend: Tokenizer
+    eos_token: str
+    eos_id: int
+    names: tuple[str, ...]  # of the special tokens
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TextEncoder":
+        """The encoder of a tokenizer. Raises UserError for one without character offsets."""
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise UserError(f"{type(tokenizer).__name__} gives no character offsets: a fast one (tokenizer.json) is needed")
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        names = [token["content"] for token in state["added_tokens"] if token["special"]]
+        renamed = {name: SPECIAL + name for name in names}
+        for token in state["added_tokens"]:
+            token["content"] = renamed.get(token["content"], token["content"])
+        model = state["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {renamed.get(piece, piece): number for piece, number in model["vocab"].items()}
+        else:  # a unigram model: pairs of a piece and its score
+            model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]
+        if "merges" in model:  # the names are no longer the result of a merge
+            model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in renamed]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
+        state["truncation"] = state["padding"] = None
+        return cls(Tokenizer.from_str(json.dumps(state)), tokenizer.eos_token, tokenizer.eos_token_id, tuple(names))
+
+    def special(self, name: str) -> str:
+        """The special token of this name, as it is written in a text to encode."""
+        return SPECIAL + name
+
+    @cached_property
+    def _names(self) -> re.Pattern:
+        return re.compile("|".join(re.escape(name) for name in sorted(self.names, key=len, reverse=True)) or "(?!)")
+
+    def with_specials(self, text: str) -> str:
+        """A text in which every special token's name means the token."""
+        return self._names.sub(lambda match: SPECIAL + match[0], text)
+
+    def without_specials(self, text: str, separator: str) -> str:
+        """A text in which ``separator`` breaks every special token's name, so that ``with_specials`` does not find it."""
+        return self._names.sub(lambda match: match[0][0] + separator + match[0][1:], text)
+
+    def __call__(self, texts: list[str], add_special_tokens: bool = True) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids and character spans [start, end) of every text; tokens that the tokenizer itself adds have the span (0, 0).
+
+        An end-of-sequence token that the tokenizer adds is left out: what ends a text is written in it.
+        """
+        rows = []
+        for encoding in self.backend.encode_batch(texts, add_special_tokens=add_special_tokens):
+            ids, spans = encoding.ids, encoding.offsets
+            closed = add_special_tokens and ids and ids[-1] == self.eos_id and spans[-1] == (0, 0)
+            rows.append((ids[:-1], spans[:-1]) if closed else (ids, spans))
+        return rows
+
+    def identity(self) -> str:
+        """All that decides ids and spans."""
+        return f"{self.backend.to_str()}\n{self.eos_id}"

@@ -1,0 +1,96 @@
+"""Several sources to one set of examples: as they are one after the other, or drawn with weights, in memory or streamed."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+from transformers import PreTrainedTokenizerBase
+
+from stanford_alpaca.data.formats import form_of, load_records, local_files
+from stanford_alpaca.data.reading import digest_of
+from stanford_alpaca.data.tokenize import DataReport, ExampleEncoder, stream_records, tokenize_records
+from stanford_alpaca.errors import UserError
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How sources become examples.
+
+    Args:
+        max_length: tokens of an example.
+        prompt_template: one of ``tokenize.TEMPLATES``.
+        columns: our column names -> the names in the files.
+        shuffle_buffer: examples of a stream that are held to be shuffled.
+    """
+
+    max_length: int
+    prompt_template: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    cache_dir: str | None = None
+    num_proc: int = 1
+    seed: int = 42
+    shuffle_buffer: int = 10_000
+
+
+def load_source(path: str, tokenizer: PreTrainedTokenizerBase, loading: Loading) -> tuple[Dataset, DataReport]:
+    """The examples of one source, and what became of its records. Raises UserError naming the source."""
+    records = load_records(path, loading.cache_dir, columns=loading.columns)
+    try:
+        return tokenize_records(records, tokenizer, loading.max_length, loading.num_proc, loading.prompt_template)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def stream_sources(
+    paths: list[str], weights: list[float] | None, tokenizer: PreTrainedTokenizerBase, loading: Loading
+) -> "ExampleStream":
+    """The examples of sources that need not fit into memory, shuffled within a buffer, without end.
+
+    Raises:
+        UserError: several sources without weights.
+    """
+    if len(paths) > 1 and weights is None:
+        raise UserError("--streaming from several sources needs --data_weights: the streams have no lengths to go by")
+    streams = []
+    for path in paths:
+        records = load_records(path, loading.cache_dir, columns=loading.columns, streaming=True)
+        form = form_of(list(records.features))
+        encode = ExampleEncoder.of(tokenizer, form, loading.max_length, loading.prompt_template)
+        streams.append(stream_records(records, encode).repeat(None))
+    stream = mix(streams, weights, loading.seed)
+    return ExampleStream(stream.shuffle(seed=loading.seed, buffer_size=loading.shuffle_buffer))
+
+
+def mix(sources: list, weights: list[float] | None, seed: int):
+    """One set of examples. Without weights each example is in it once.
+
+    With weights, each example is drawn from source i with the probability weights[i] / sum(weights), until every source has
+    been seen as a whole; smaller ones start again.
+    """
+    if len(sources) == 1:
+        return sources[0]
+    if weights is None:
+        return concatenate_datasets(sources)
+    shares = [weight / sum(weights) for weight in weights]
+    return interleave_datasets(sources, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+
+
+def identify(path: str, streaming: bool = False) -> str:
+    """What a source was: the sha256 of its files' names and contents (names and sizes, if streamed), or its hub name."""
+    files = local_files(path)
+    return f"hub:{path}" if files is None else f"sha256:{digest_of(files, contents=not streaming)}"
+
+
+class ExampleStream(torch.utils.data.IterableDataset):
+    """A stream of examples. Not a ``datasets`` one, of which accelerate would give each rank other files: every rank reads
+    the whole stream and takes its part of each batch, so a step sees the same examples for every number of processes."""
+
+    def __init__(self, stream: IterableDataset):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict]:
+        yield from self.stream
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
