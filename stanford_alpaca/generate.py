@@ -1,13 +1,13 @@
 """Samples from checkpoints: ``python -m stanford_alpaca.generate CHECKPOINT [CHECKPOINT ...] --prompts FILE --out FILE``.
 
 Also ``--instruction "..." [--input "..."]`` for one prompt, and ``--interactive`` to type them. Several checkpoints are
-asked the same and shown side by side.
+asked the same and shown side by side. ``--num_samples N`` draws several responses per prompt; ``--alpaca_eval FILE`` and
+``--markdown FILE`` write them in other forms (``samples.py``).
 """
 
-import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +17,20 @@ from fire.decorators import SetParseFns
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from stanford_alpaca.data.encode import TextEncoder, clean
+from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import canonical
-from stanford_alpaca.data.prompts import format_prompt
+from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.reading import SUFFIXES, read_file
-from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
+from stanford_alpaca.data.tokenize import TEMPLATES, PromptEncoder
+from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.model import check_model, fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.samples import check_outputs, format_sample, write_alpaca_eval, write_jsonl, write_markdown
+from stanford_alpaca.sampling import GIVE_TEMPERATURE, Sampling
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Greedy unless a temperature above 0 is given.
-
-    Raises:
-        UserError: a value out of range, or beams together with sampling.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0
-    num_beams: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("num_beams", 1)):
-            check_whole(name, getattr(self, name), least)
-        for name, most in (("temperature", 100.0), ("top_p", 1.0)):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
-                raise UserError(f"--{name} {value}: give a number from 0 to {most:g}")
-        if self.num_beams > 1 and self.temperature > 0:
-            raise UserError("--num_beams searches and --temperature samples: give one of them")
-        if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            raise UserError("--top_k and --top_p belong to sampling: give --temperature too, 1.0 for example")
-
-    def config(self, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-        """What transformers' ``generate`` takes."""
-        chosen: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            chosen = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            num_beams=self.num_beams,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **chosen,
-        )
-
-
-def encode_prompts(encoder: TextEncoder, records: list[dict[str, str]], room: int | None) -> list[list[int]]:
+def encode_prompts(encode: PromptEncoder, records: list[dict], room: int | None) -> list[list[int]]:
     """Token ids of the prompts, as training saw them. ``room``: the most tokens that leave space for an answer."""
-    prompts = [ids for ids, _ in encoder([clean(format_prompt(record)) for record in records])]
+    prompts = encode(records)
     for number, ids in enumerate(prompts, 1):
         if room is not None and len(ids) > room:
             raise UserError(
@@ -81,9 +44,10 @@ def encode_prompts(encoder: TextEncoder, records: list[dict[str, str]], room: in
 def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    records: list[dict[str, str]],  # instruction and, optionally, input
+    records: list[dict],  # of the forms of ``data.formats``; a last response they may have is not read
     sampling: Sampling = Sampling(),
     *,
+    prompt_template: str = "auto",
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
@@ -93,7 +57,9 @@ def generate_batch(
     Repeatable: the same arguments give the same text. Under sampling the batch size is one of those arguments.
     """
     context = getattr(model.config, "max_position_embeddings", None)
-    prompts = encode_prompts(TextEncoder.of(tokenizer), records, None if context is None else context - sampling.max_new_tokens)
+    room = None if context is None else context - sampling.max_new_tokens
+    prompts = encode_prompts(PromptEncoder(tokenizer, prompt_template), records, room)
+    stops = stop_ids(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses = [""] * len(prompts)
     torch.manual_seed(seed)
@@ -107,17 +73,17 @@ def generate_batch(
         out = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            generation_config=sampling.config(tokenizer),
+            generation_config=sampling.config(tokenizer, stops),
         )
         for i, response in zip(rows, out[:, longest:].tolist(), strict=True):
-            responses[i] = decode_response(tokenizer, response)
+            responses[i] = decode_response(tokenizer, response, stops)
     return responses
 
 
-def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text up to the end-of-sequence token."""
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
+def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> str:
+    """The text up to the first token that ends a response."""
+    end = next((i for i, token_id in enumerate(ids) if token_id in stops), len(ids))
+    ids = ids[:end]
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
@@ -137,18 +103,25 @@ def load_for_generation(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 
 def read_prompts(prompts: str | None, instruction: str | None, input: str | None) -> list[dict[str, str]]:
-    """Records from a .json or .jsonl file, a text file (one instruction a line), or the command line."""
+    """Records from a .json or .jsonl file, a text file (one instruction a line), or the command line.
+
+    They need no ``output``, and keep AlpacaEval's ``dataset`` if they have it.
+    """
     if (prompts is None) == (instruction is None):
         raise UserError("give the prompts: --prompts FILE, --instruction TEXT, or --interactive")
     if prompts is None:
-        return [{"instruction": str(instruction), "input": str(input or ""), "output": ""}]
+        return [canonical({"instruction": str(instruction), "input": input}, "--instruction", needs_output=False)]
     if input is not None:
         raise UserError("--input belongs to --instruction; with --prompts the file holds the inputs")
     file = Path(str(prompts)).expanduser()
     if not file.is_file():
         raise UserError(f"--prompts {file}: no such file")
     if file.suffix in SUFFIXES:
-        records = [canonical(record, where, needs_output=False) for where, record in read_file(file)]
+        records = []
+        for where, record in read_file(file):
+            records.append(canonical(record, where, needs_output=False))
+            if isinstance(record, dict) and isinstance(record.get("dataset"), str):
+                records[-1]["dataset"] = record["dataset"]
     else:
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -160,16 +133,18 @@ def read_prompts(prompts: str | None, instruction: str | None, input: str | None
     return records
 
 
-def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seed: int) -> None:
+def chat(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, prompt_template: str, seed: int
+) -> None:
     """Reads instructions from the terminal and streams the responses until an empty line or the end of input."""
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     context = getattr(model.config, "max_position_embeddings", None)
     room = None if context is None else context - sampling.max_new_tokens
-    encoder = TextEncoder.of(tokenizer)
+    encode, stops = PromptEncoder(tokenizer, prompt_template), stop_ids(tokenizer)
     for record in _typed():
         try:
-            ids = torch.tensor(encode_prompts(encoder, [record], room), device=model.device)
+            ids = torch.tensor(encode_prompts(encode, [record], room), device=model.device)
         except UserError as error:
             print(error)
             continue
@@ -177,7 +152,7 @@ def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: S
             model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=sampling.config(tokenizer),
+                generation_config=sampling.config(tokenizer, stops),
                 streamer=streamer,
             )
 
@@ -194,7 +169,30 @@ def _typed() -> Iterator[dict[str, str]]:
         yield {"instruction": line, "input": ""}
 
 
-@SetParseFns(prompts=str, instruction=str, input=str, out=str)  # fire would read "a, b" as a tuple
+def sample_all(
+    names: list[str], records: list[dict], sampling: Sampling, num_samples: int = 1, **options: Any
+) -> list[dict[str, Any]]:
+    """One sample per record, in the form of ``samples.py``; the checkpoints are loaded one after the other.
+
+    Args:
+        options: prompt_template, batch_size and seed, as in ``generate_batch``.
+    """
+    responses: dict[str, list[str | list[str]]] = {}
+    for name in names:
+        model, tokenizer = load_for_generation(name)
+        texts = generate_batch(model, tokenizer, records * num_samples, sampling, **options)
+        count = len(records)
+        responses[name] = [texts[i] if num_samples == 1 else texts[i::count] for i in range(count)]
+        del model
+    return [
+        as_shown(record)
+        | {key: record[key] for key in ("dataset",) if key in record}
+        | {"responses": {name: responses[name][i] for name in names}}
+        for i, record in enumerate(records)
+    ]
+
+
+@SetParseFns(prompts=str, instruction=str, input=str, out=str, alpaca_eval=str, markdown=str)  # fire makes "a, b" a tuple
 def run(
     *checkpoints: str,
     prompts: str | None = None,
@@ -202,10 +200,17 @@ def run(
     input: str | None = None,
     interactive: bool = False,
     out: str | None = None,
+    alpaca_eval: str | None = None,
+    markdown: str | None = None,
+    prompt_template: str = "auto",
+    num_samples: int = 1,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    typical_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     num_beams: int = 1,
     batch_size: int = 16,
     seed: int = 0,
@@ -215,69 +220,58 @@ def run(
 
     Args:
         checkpoints: folders or hub names; the same prompts go to each.
-        prompts: a .json or .jsonl file of Alpaca records, or a text file with an instruction a line.
+        prompts: a data file of any form that training takes (responses may be missing), or a text file with an
+            instruction a line.
+        prompt_template: alpaca, chat (the tokenizer's chat template) or plain; auto: as training does by the form.
         instruction: one instruction; ``input`` is its input.
         interactive: type instructions, see the responses stream (one checkpoint, greedy or sampled).
-        out: a JSONL file to write; it must not exist. Without it samples only go to the terminal.
-        max_new_tokens: the most tokens of a response, 256 by default; batch_size: prompts at a time, 16.
-        temperature: 0 is greedy; top_k and top_p narrow the sampling; num_beams searches instead.
+        out: a JSONL file to write, a sample a line: instruction, input, reference, and responses, which are
+            {checkpoint: text}, or {checkpoint: [text, ...]} with --num_samples above 1.
+        alpaca_eval: a JSON file to write for AlpacaEval's --model_outputs (one checkpoint, one sample per prompt).
+        markdown: a page of the samples to write. None of the three files may exist; without them samples only go to
+            the terminal.
+        num_samples: responses per prompt, 1 by default; more of them need a temperature.
+        max_new_tokens: the most tokens of a response, 256 by default; batch_size: responses at a time, 16.
+        temperature: 0 is greedy; top_k, top_p, typical_p and min_p narrow the sampling; num_beams searches instead.
+        repetition_penalty: above 1 makes tokens of the prompt and the response so far less likely, below 1 more.
         seed: the same command with the same seed gives the same text.
     """
     refuse_unknown(unknown, run)
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, num_beams)
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, num_beams)
+    if prompt_template not in TEMPLATES:
+        raise UserError(f"--prompt_template {prompt_template}: choose from {', '.join(TEMPLATES)}")
     if not checkpoints:
         raise UserError("give a checkpoint: a folder that training wrote, or a hub name")
-    if interactive and (len(checkpoints) > 1 or prompts or instruction or out or num_beams > 1):
-        raise UserError("--interactive takes one checkpoint and no --prompts, --instruction, --out or --num_beams")
-    if out is not None:
-        if out == "True" or Path(out).exists():
-            raise UserError(f"--out {out}: give the name of a file that does not exist yet")
-        check_writable("out", Path(out))
-    check_whole("batch_size", batch_size, 1)
+    for flag, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        check_whole(flag, value, 1)
     check_whole("seed", seed, 0)
+    names = list(dict.fromkeys(str(checkpoint) for checkpoint in checkpoints))
+    if num_samples > 1 and temperature == 0:
+        raise UserError(f"--num_samples {num_samples}: greedy gives the same one every time; {GIVE_TEMPERATURE}")
+    files = check_outputs({"out": out, "alpaca_eval": alpaca_eval, "markdown": markdown})
+    if interactive and (len(names) > 1 or prompts or instruction or files or num_beams > 1 or num_samples > 1):
+        raise UserError(
+            "--interactive takes one checkpoint and no --prompts, --instruction, --num_beams, --num_samples, or file to write"
+        )
+    if alpaca_eval is not None and (len(names) > 1 or num_samples > 1):
+        raise UserError("--alpaca_eval holds one response per prompt: give one checkpoint, and no --num_samples")
     records = [] if interactive else read_prompts(prompts, instruction, input)
-    names = [str(checkpoint) for checkpoint in checkpoints]
     for name in names:
         check_model(name)
     if interactive:
-        return chat(*load_for_generation(names[0]), sampling, seed)
+        return chat(*load_for_generation(names[0]), sampling, prompt_template, seed)
 
-    responses = {}
-    for name in dict.fromkeys(names):
-        model, tokenizer = load_for_generation(name)
-        responses[name] = generate_batch(model, tokenizer, records, sampling, batch_size=batch_size, seed=seed)
-        del model
-    samples = [
-        {
-            "instruction": record["instruction"],
-            "input": record["input"],
-            "reference": record["output"],
-            "responses": {name: texts[i] for name, texts in responses.items()},
-        }
-        for i, record in enumerate(records)
-    ]
-    if out is not None:
-        write_jsonl(Path(out), [{**sample, "sampling": {**asdict(sampling), "seed": seed}} for sample in samples])
+    options = {"prompt_template": prompt_template, "batch_size": batch_size, "seed": seed}
+    samples = sample_all(names, records, sampling, num_samples, **options)
+    settings = {**asdict(sampling), "num_samples": num_samples, **options}
+    if "out" in files:
+        write_jsonl(files["out"], [{**sample, "sampling": settings} for sample in samples])
+    if "alpaca_eval" in files:
+        write_alpaca_eval(files["alpaca_eval"], samples)
+    if "markdown" in files:
+        write_markdown(files["markdown"], samples, settings)
     for sample in samples:
         print(format_sample(sample))
-
-
-def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object a line; the folder is made if it is missing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def format_sample(sample: dict[str, Any]) -> str:
-    """A sample for the terminal: the prompt, the reference if there is one, each checkpoint's response."""
-    lines = [f"instruction: {sample['instruction']}"]
-    if sample["input"]:
-        lines.append(f"input:       {sample['input']}")
-    if sample["reference"]:
-        lines.append(f"reference:   {sample['reference']}")
-    width = max(len(name) for name in sample["responses"])
-    lines += [f"  {name:<{width}} | {text}" for name, text in sample["responses"].items()]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ import torch
 
 from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.generate import Sampling, generate_batch, load_for_generation, main, run
+from stanford_alpaca.generate import generate_batch, load_for_generation, main, run
+from stanford_alpaca.sampling import Sampling
 
 RECORDS = [
     {"instruction": "Say what a robin is.", "input": "", "output": "A robin is a bird."},
@@ -96,6 +97,47 @@ def test_the_command_writes_jsonl_side_by_side(folder, tmp_path, capsys):
     assert "reference:   A robin is a bird." in capsys.readouterr().out
 
 
+def test_several_samples_per_prompt_repeat_by_seed(folder, tmp_path, capsys):
+    (tmp_path / "p.json").write_text(json.dumps(RECORDS))
+
+    def drawn(name, **flags):
+        flags = {"num_samples": 3, "max_new_tokens": 8, "temperature": 1.5, "batch_size": 4} | flags
+        run(folder, prompts=str(tmp_path / "p.json"), out=str(tmp_path / name), **flags)
+        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert [row["instruction"] for row in rows] == [record["instruction"] for record in RECORDS]
+        assert rows[0]["sampling"]["num_samples"] == 3 or flags["num_samples"] == 1
+        return [row["responses"][folder] for row in rows]
+
+    one, again, other = drawn("1"), drawn("2"), drawn("3", seed=1)
+    assert one == again != other
+    assert all(len(set(texts)) == 3 for texts in one)
+    assert f"  {folder} 2 | {one[0][1].splitlines()[0]}" in capsys.readouterr().out
+    greedy = drawn("4", num_samples=1, temperature=0)  # a text, not a list
+    assert len(set(greedy)) == 2
+    assert drawn("5", min_p=1) == [[text] * 3 for text in greedy]  # each beside its own prompt
+
+
+def test_the_command_writes_all_forms_and_needs_no_outputs(folder, tmp_path):
+    plain = [{"instruction": r["instruction"], "input": r["input"] or None, "dataset": "koala"} for r in RECORDS]
+    (tmp_path / "p.json").write_text(json.dumps(plain))
+    files = {name: str(tmp_path / "new" / name) for name in ("out", "alpaca_eval", "markdown")}
+    run(folder, prompts=str(tmp_path / "p.json"), max_new_tokens=5, repetition_penalty=1.2, seed=7, **files)
+    texts = [json.loads(line)["responses"][folder] for line in (tmp_path / "new" / "out").read_text().splitlines()]
+    assert len(set(texts)) == 2
+    assert json.loads((tmp_path / "new" / "alpaca_eval").read_text()) == [
+        {
+            "instruction": record["instruction"] + ("\n\n" + record["input"] if record["input"] else ""),
+            "output": text,
+            "generator": "tiny-base",
+            "dataset": "koala",
+        }
+        for record, text in zip(RECORDS, texts, strict=True)
+    ]
+    page = (tmp_path / "new" / "markdown").read_text()
+    assert "`repetition_penalty` 1.2" in page and "`seed` 7" in page and "**Reference**" not in page
+    assert all(f"**Response of** `{folder}`\n\n```text\n{text}\n```\n" in page for text in texts)
+
+
 def test_prompts_from_a_text_file_and_the_command_line(folder, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("Say what a robin is.\n\nWhy?\n")
     run(folder, prompts=str(tmp_path / "p.txt"), max_new_tokens=5)
@@ -145,7 +187,7 @@ def test_interactive_streams_until_an_empty_line(folder, monkeypatch, capsys):
         ({"prompts": "p.txt", "instruction": "x"}, "give the prompts"),
         ({"instruction": "x", "temperature": -1}, "--temperature -1"),
         ({"instruction": "x", "temperature": "hot"}, "--temperature hot"),
-        ({"instruction": "x", "top_p": 0.5}, "belong to sampling"),
+        ({"instruction": "x", "top_p": 0.5}, "--top_p belongs to sampling: give --temperature too"),
         ({"instruction": "x", "top_p": 1.5, "temperature": 1}, "--top_p 1.5"),
         ({"instruction": "x", "num_beams": 2, "temperature": 1}, "give one of them"),
         ({"instruction": "x", "max_new_tokens": 0}, "--max_new_tokens 0"),
@@ -156,6 +198,16 @@ def test_interactive_streams_until_an_empty_line(folder, monkeypatch, capsys):
         ({"instruction": "x", "seed": "a"}, "--seed a"),
         ({"instruction": "word " * 2000}, "prompt 1 has 20.. tokens"),
         ({"interactive": True, "out": "o"}, "--interactive takes one checkpoint"),
+        ({"interactive": True, "markdown": "o"}, "--interactive takes one checkpoint"),
+        ({"interactive": True, "num_samples": 2, "temperature": 1}, "--interactive takes one checkpoint"),
+        ({"instruction": "x", "num_samples": 0}, "--num_samples 0: give a whole number from 1 on"),
+        ({"instruction": "x", "num_samples": 2}, "--num_samples 2: greedy gives the same one every time; give --temp"),
+        ({"instruction": "x", "num_samples": 2, "temperature": 1, "alpaca_eval": "o"}, "and no --num_samples"),
+        ({"instruction": "x", "alpaca_eval": "p.txt"}, "--alpaca_eval p.txt: give the name of a file that"),
+        ({"instruction": "x", "markdown": "True"}, "--markdown True: give the name of a file that"),
+        ({"instruction": "x", "out": "o", "markdown": "./o"}, "--markdown o and --out o are in each other's place"),
+        ({"instruction": "x", "min_p": 0.5}, "--min_p belongs to sampling"),
+        ({"instruction": "x\udcff"}, "--instruction: 'instruction' has a lone surrogate"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, dict) else None,
 )
@@ -164,9 +216,13 @@ def test_bad_arguments(folder, tmp_path, monkeypatch, flags, message):
     (tmp_path / "p.txt").write_text("kept\n")
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "broken.json").write_text('[{"instruction": ')
+    if "tokens" not in message:  # counting them takes the tokenizer
+        monkeypatch.setattr("stanford_alpaca.generate.load_for_generation", lambda _: pytest.fail("loaded a model"))
     with pytest.raises(UserError, match=message):
         run(folder, **flags)
-    assert (tmp_path / "p.txt").read_text() == "kept\n"
+    assert (tmp_path / "p.txt").read_text() == "kept\n" and not (tmp_path / "o").exists()
+    with pytest.raises(UserError, match="--alpaca_eval holds one response per prompt: give one checkpoint"):
+        run(folder, "another", instruction="x", alpaca_eval="o")
     with pytest.raises(UserError, match="cannot load a model"):
         run("no/such-model", instruction="x")
     with pytest.raises(UserError, match="give a checkpoint"):

@@ -4,7 +4,7 @@ import ast
 
 LAYERS = [
     {"errors"},
-    {"data", "model", "cost"},
+    {"data", "model", "cost", "samples", "sampling"},
     {"token_stats"},
     {"losses"},
     {"attach"},

@@ -63,6 +63,12 @@ class ChatTemplate:
             messages.pop()
         return self._with_specials(self._text(messages, add_generation_prompt=True), []).text
 
+    def ending(self) -> str | None:
+        """The special token that ends the assistant's turn, if the template writes one."""
+        text, _, ends = self._marked([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        closing = self.end_of_turn.match(text, ends[1])
+        return closing[0].strip() if closing else None
+
     # ---- spans ---------------------------------------------------------------------------------------------------------
 
     def _by_author(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
@@ -172,3 +178,16 @@ class ChatTemplate:
             return "a" in self._text(messages)
         except UserError:
             return False
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: the end-of-sequence token and, with a chat template, the one that ends a turn."""
+    stops = [tokenizer.eos_token_id]
+    if tokenizer.chat_template is not None:
+        try:
+            ending = ChatTemplate(tokenizer, TextEncoder.of(tokenizer)).ending()
+        except UserError:  # a template that takes no such conversation
+            ending = None
+        if ending is not None:
+            stops.append(tokenizer.convert_tokens_to_ids(ending))
+    return list(dict.fromkeys(stops))

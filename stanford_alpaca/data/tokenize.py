@@ -144,6 +144,23 @@ class ExampleEncoder:
         return "\n".join(map(str, [VERSION, chat, turns and turns.__name__, self.max_length, self.encoder.identity()]))
 
 
+class PromptEncoder:
+    """Token ids of what generation continues, as training saw it; the records may be of several forms."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_template: str = "auto"):
+        self.tokenizer, self.name = tokenizer, prompt_template
+        self.encoder = TextEncoder.of(tokenizer)
+
+    def __call__(self, records: list[dict]) -> list[list[int]]:
+        """Raises UserError for a record that its template cannot write."""
+        prompts = []
+        for record in records:
+            template = make_template(self.name, form_of(record), self.tokenizer, self.encoder)
+            ((ids, _),) = self.encoder([template.prompt(record)], template.add_special_tokens)
+            prompts.append(ids)
+        return prompts
+
+
 def make_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder) -> Template:
     """The template for records of a form: ``auto`` is Alpaca's for ``alpaca``, the tokenizer's chat template (Alpaca's, if it
     has none) for ``chat``, and no template for ``completion`` and ``text``."""

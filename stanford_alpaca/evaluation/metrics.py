@@ -22,8 +22,10 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
-from stanford_alpaca.generate import Sampling, format_sample, generate_batch, load_for_generation, write_jsonl
+from stanford_alpaca.generate import generate_batch, load_for_generation
 from stanford_alpaca.model import check_model
+from stanford_alpaca.samples import format_sample, write_jsonl
+from stanford_alpaca.sampling import Sampling
 from stanford_alpaca.token_stats import reference
 
 ROWS = 1024  # supervised tokens whose logits are held at a time

@@ -1,0 +1,65 @@
+"""How the next token is chosen: the flags that generation takes, checked, and as transformers wants them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from stanford_alpaca.errors import UserError, check_whole
+
+GIVE_TEMPERATURE = "give --temperature too, 1.0 for example"
+RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "typical_p": (0.001, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Greedy unless a temperature above 0 is given.
+
+    Raises:
+        UserError: a value out of range, or beams together with sampling.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0  # the likeliest tokens that have this much probability together
+    typical_p: float = 1.0  # the same, beginning with the tokens whose surprise is nearest to the entropy
+    min_p: float = 0.0  # tokens at least this likely, relative to the likeliest
+    repetition_penalty: float = 1.0  # divides positive logits of tokens seen, prompt included; multiplies negative ones
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("num_beams", 1)):
+            check_whole(name, getattr(self, name), least)
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+                raise UserError(f"--{name} {value}: give a number from {low:g} to {high:g}")
+        if 0 < self.temperature < 0.001:  # logits over it would not be finite
+            raise UserError(f"--temperature {self.temperature}: give at least 0.001, or 0 for greedy")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise UserError("--num_beams searches and --temperature samples: give one of them")
+        for name, neutral in (("top_k", 0), ("top_p", 1), ("typical_p", 1), ("min_p", 0)):
+            if self.temperature == 0 and getattr(self, name) != neutral:
+                raise UserError(f"--{name} belongs to sampling: {GIVE_TEMPERATURE}")
+
+    def config(self, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int] | None = None) -> GenerationConfig:
+        """What transformers' ``generate`` takes; it wants temperature and penalty as floats."""
+        chosen: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            chosen = {"do_sample": True, "temperature": float(self.temperature)}
+            chosen |= {name: getattr(self, name) for name in ("top_k", "top_p", "typical_p", "min_p")}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            num_beams=self.num_beams,
+            repetition_penalty=float(self.repetition_penalty),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=stop_ids or tokenizer.eos_token_id,
+            **chosen,
+        )
