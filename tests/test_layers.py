@@ -6,7 +6,7 @@ LAYERS = [
     {"errors"},
     {"data", "model", "cost"},
     {"token_stats"},
-    {"losses"},
+    {"losses", "head"},
     {"attach"},
     {"generate", "checkpoint"},
     {"evaluation"},
