@@ -1,18 +1,20 @@
 """Puts an objective into any Hugging Face causal language model, and takes it out again."""
 
 import inspect
+from collections.abc import Callable
 from types import MethodType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.head import HeadForm, probe_inputs, probing, recognise_head
 from stanford_alpaca.losses.formulas import Objective
 from stanford_alpaca.losses.linear import BACKENDS, linear_loss_and_stats
-from stanford_alpaca.token_stats import Head, TokenStats
+from stanford_alpaca.token_stats import TokenStats
 
 
 class Sums(NamedTuple):
@@ -58,12 +60,13 @@ class AttachedObjective:
     def __init__(
         self,
         model: PreTrainedModel,
+        form: HeadForm,
         objective: Objective,
         cost: CostEmbedding | None,
         adaptive: str | None,
         backend: str,
     ):
-        self.objective, self.cost, self.backend = objective, cost, backend
+        self.form, self.objective, self.cost, self.backend = form, objective, cost, backend
         self.adaptive = adaptive  # the kind of the adaptive cost, taken from the live head at every call
         self.train_meter, self.eval_meter = Meter(), Meter()
         self._model = model
@@ -94,8 +97,13 @@ class AttachedObjective:
 
     def _forward(self, model, labels: Tensor, *args, num_items_in_batch: Tensor | int | None = None, **kwargs):
         kwargs.pop("logits_to_keep", None)
-        outputs = model.base_model(*args, **kwargs | {"return_dict": True})
-        head = head_of(model)
+        kwargs["return_dict"] = True
+        own = None
+        if routes(model, kwargs):
+            outputs, own = run_with_own_loss(self._original.__func__, model, labels, *args, **kwargs)
+        else:
+            outputs = model.base_model(*args, **kwargs)
+        head = self.form.head(model)
         learning = torch.is_grad_enabled()
         cost = self.cost
         if self.adaptive is not None:
@@ -107,11 +115,46 @@ class AttachedObjective:
             backend=self.backend, num_items=num_items_in_batch,
         )  # fmt: skip
         (self.train_meter if learning else self.eval_meter).add(stats, self.objective)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            past_key_values=outputs.get("past_key_values"),
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
+        parts = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+        if own is None:
+            return CausalLMOutputWithPast(loss=loss, **parts)
+        tokens = stats.nll.shape[0]
+        share = tokens / (max(tokens, 1) if num_items_in_batch is None else num_items_in_batch)
+        return MoeCausalLMOutputWithPast(loss=loss + share * own.loss.to(loss.device), aux_loss=own.get("aux_loss"), **parts)
+
+
+def routes(model: PreTrainedModel, kwargs: dict) -> bool:
+    """Whether the model adds a router's auxiliary loss to its own in this call, decided as transformers decides it."""
+    asked = kwargs.get("output_router_logits")
+    return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
+
+
+def run_with_own_loss(forward: Callable, model: PreTrainedModel, labels: Tensor, *args, **kwargs):
+    """The base model's outputs and the model's own, whose loss is what it adds to cross entropy and nothing else.
+
+    Cross entropy summed over no target is 0, so neither the auxiliary loss nor its coefficient has to be known by name.
+    """
+    seen = []
+    hook = model.base_model.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs))
+    try:
+        none = torch.full_like(labels[:, :1], -100)
+        own = forward(model, *args, labels=none, logits_to_keep=1, num_items_in_batch=1, **kwargs)
+    finally:
+        hook.remove()
+    if not seen:
+        raise ValueError(f"{type(model).__name__} does not call its base_model: set output_router_logits=False")
+    return seen[0], own
+
+
+def check_own_loss(model: PreTrainedModel) -> None:
+    """Raises ValueError if the model's own loss without targets is not a finite number."""
+    with probing(model):
+        inputs = probe_inputs(model)
+        _, own = run_with_own_loss(model.forward.__func__, model, inputs["input_ids"], **inputs, return_dict=True)
+    if not torch.isfinite(own.loss):
+        raise ValueError(
+            f"{type(model).__name__} cannot be served with output_router_logits: its own loss without targets is "
+            f"{own.loss.item()}, so its router's loss cannot be told from cross entropy; set output_router_logits=False"
         )
 
 
@@ -128,7 +171,11 @@ def attach_objective(
 
     The loss is computed within ``model(**batch)``, so DDP, FSDP and ZeRO see an ordinary forward pass; labels are shifted,
     -100 is ignored, ``num_items_in_batch`` is honoured, no logits are returned. Without labels, and in ``generate()``,
-    the model is what it was.
+    the model is what it was. What it does to its logits (a scale, a soft cap) is recognised now, see ``recognise_head``.
+
+    A router's auxiliary loss is kept where the model would add it (``output_router_logits``), unchanged by the mode. With
+    ``num_items_in_batch`` it counts by this call's share of the targets, so that micro-batches and ranks add up to its
+    token-weighted mean (transformers adds it in full for each); a call without targets adds none. The meters leave it out.
 
     Args:
         mode: ``mle``, ``emo``, ``emo2``, ... (see ``Objective``), or an ``Objective``.
@@ -142,8 +189,8 @@ def attach_objective(
         The AttachedObjective; its ``detach()`` restores the model.
 
     Raises:
-        ValueError: an unknown mode, cost or backend, a cost of another vocabulary, or a model whose logits are not its
-            output layer applied to its last hidden state.
+        ValueError: an unknown mode, cost or backend, a cost of another vocabulary, or a model whose logits are not
+            softcap(scale * output layer(last hidden state)).
     """
     if hasattr(model, "emo_objective"):
         raise ValueError("this model has an objective already: detach it first")
@@ -152,8 +199,10 @@ def attach_objective(
     if isinstance(mode, Objective) and options:
         raise ValueError("give options in the Objective or by name, not both")
     objective = mode if isinstance(mode, Objective) else Objective(mode, **options)
-    head = head_of(model)
-    check_head(model)
+    form = recognise_head(model)
+    head = form.head(model)
+    if routes(model, {}):
+        check_own_loss(model)
     adaptive = None
     if isinstance(cost, str) and cost == "adaptive":
         adaptive, cost = cost_kind, None
@@ -167,49 +216,4 @@ def attach_objective(
         cost.check(head.weight.shape[0])
     elif adaptive is None and objective.needs_emo:
         raise ValueError(f"mode {objective.mode} needs a cost embedding")
-    return AttachedObjective(model, objective, cost, adaptive, backend)
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """The output layer of a causal LM. Its weight is the live parameter, so gradients reach it."""
-    layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"{type(model).__name__} has no linear output layer to attach an objective to")
-    return Head(layer.weight, layer.bias)
-
-
-@torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """A probe, exact: the output layer has to read the last hidden state, and the logits have to be what it returns.
-
-    Raises:
-        ValueError: a soft cap or a scale behind the output layer, another input, or a loss of the model's own beside it.
-    """
-    layer = model.get_output_embeddings()
-    ids = torch.arange(2, device=layer.weight.device)[None]
-    ramp = torch.linspace(-50, 50, layer.weight.shape[0], dtype=layer.weight.dtype, device=ids.device).expand(1, 2, -1)
-    seen = []
-
-    def replace_output(layer, inputs, output):
-        seen.append(inputs[0])
-        return ramp
-
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    hook = layer.register_forward_hook(replace_output)
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=ids, use_cache=False, return_dict=True)[0]
-    finally:
-        hook.remove()
-        for module, training in modes.items():
-            module.training = training
-    if not torch.equal(logits.to(ramp.dtype), ramp) or not torch.equal(seen[0], hidden):
-        raise ValueError(
-            f"{type(model).__name__} does more to its logits than its output layer (a soft cap or a scale): "
-            "attach_objective cannot serve it yet"
-        )
-    if getattr(model.config, "output_router_logits", False):
-        raise ValueError(
-            f"{type(model).__name__} adds a router loss of its own, which would be lost: set output_router_logits=False"
-        )
+    return AttachedObjective(model, form, objective, cost, adaptive, backend)

@@ -57,19 +57,43 @@ def exact():
     return exact_statistics
 
 
-def tiny_model(family: str, vocab_size: int = 97, positions: int = 128):
-    """A randomly initialised model of two layers in eval mode: ``llama``, ``qwen2`` or ``gpt2`` (tied head)."""
+LLAMA = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+OPT = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHARP = {"initializer_range": 0.3}  # logits of a few units, so that a scale or a cap changes the loss
+FAMILIES = {  # name: the architecture and what its configuration says
+    "llama": ("llama", LLAMA),
+    "qwen2": ("qwen2", LLAMA),
+    "gpt2": ("gpt2", GPT2),
+    "mistral": ("mistral", LLAMA),
+    "qwen3": ("qwen3", LLAMA | {"head_dim": 8}),
+    "gemma2": ("gemma2", LLAMA | SHARP | {"head_dim": 8, "final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
+    "gemma3": ("gemma3_text", LLAMA | {"head_dim": 8, "tie_word_embeddings": True}),
+    "phi3": ("phi3", LLAMA),
+    "opt": ("opt", OPT),
+    "opt-projected": ("opt", OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "gpt_neox": ("gpt_neox", LLAMA),
+    "falcon": ("falcon", FALCON),
+    "olmo2": ("olmo2", LLAMA),
+    "cohere": ("cohere", LLAMA | SHARP | {"logit_scale": 0.0625, "tie_word_embeddings": True}),
+    "granite": ("granite", LLAMA | SHARP | {"logits_scaling": 3.0}),
+    "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4}),
+    "mixtral-routed": ("mixtral", LLAMA | {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}),
+}
+
+
+def tiny_model(family: str, vocab_size: int = 97, positions: int = 128, **changes):
+    """A randomly initialised model of two layers in eval mode; ``changes`` are fields of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
-    if family == "gpt2":
-        config = AutoConfig.for_model("gpt2", vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=positions)
-    else:
-        config = AutoConfig.for_model(
-            family, vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=positions, tie_word_embeddings=False,
-        )  # fmt: skip
-    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+    architecture, fields = FAMILIES[family]
+    fields = {"vocab_size": vocab_size, "max_position_embeddings": positions} | fields
+    config = AutoConfig.for_model(architecture, **fields | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | changes)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -77,3 +101,9 @@ def tiny_model(family: str, vocab_size: int = 97, positions: int = 128):
 def make_model():
     """The builder ``tiny_model``."""
     return tiny_model
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family that ``tiny_model`` builds."""
+    return request.param

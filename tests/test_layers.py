@@ -6,7 +6,7 @@ LAYERS = [
     {"errors"},
     {"data", "model", "cost", "samples", "sampling"},
     {"token_stats"},
-    {"losses"},
+    {"losses", "head"},
     {"attach"},
     {"generate", "checkpoint"},
     {"evaluation"},

@@ -15,7 +15,6 @@ from fire.decorators import SetParseFns
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stanford_alpaca.attach import check_head, head_of
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.formats import load_records
@@ -23,6 +22,7 @@ from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generate import generate_batch, load_for_generation
+from stanford_alpaca.head import head_of, output_layer, recognise_head
 from stanford_alpaca.model import check_model
 from stanford_alpaca.samples import format_sample, write_jsonl
 from stanford_alpaca.sampling import Sampling
@@ -41,12 +41,13 @@ def teacher_forced(
 ) -> dict[str, float]:
     """nll and emo (means per supervised token), perplexity and token accuracy of the references.
 
-    The model has to pass ``check_head``: its logits are taken to be its output layer applied to its last hidden state.
+    The model's logits are computed for supervised tokens only; ValueError if ``recognise_head`` does not know its head.
     Sums over all supervised tokens and divides once, so the batch size does not matter.
     """
     collate, device = PadCollator(tokenizer.pad_token_id), model.device
     cost.to(device)
     model.eval()
+    head = head_of(model)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # tokens, nll, emo, correct
     for start in tqdm(range(0, len(order), batch_size), desc="Evaluating"):
@@ -55,7 +56,7 @@ def teacher_forced(
         hidden = model.base_model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)[0][:, :-1]
         keep = labels != IGNORE_INDEX
         for rows, targets in zip(hidden[keep].split(ROWS), labels[keep].split(ROWS), strict=True):
-            logits = reference.logits_of(rows, head_of(model))
+            logits = reference.logits_of(rows, head)
             stats = reference.token_stats(logits, targets, cost)
             assert stats.log_emo is not None
             correct = logits.argmax(1) == targets
@@ -122,13 +123,13 @@ def run(
     if limit is not None:
         records = records.select(range(min(limit, len(records))))
     base, _ = load_for_generation(str(cost or names[0]))
-    shared_cost = CostEmbedding(head_of(base).weight)
+    shared_cost = CostEmbedding(output_layer(base).weight)
     del base
     results, responses = {}, {}
     for name in names:
         model, tokenizer = load_for_generation(name)
         try:
-            check_head(model)
+            recognise_head(model)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
         examples, _ = tokenize_records(records, tokenizer, max_length)

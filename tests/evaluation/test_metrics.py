@@ -21,8 +21,11 @@ def data(root, tmp_path):
     return tmp_path / "data.json"
 
 
-def test_teacher_forced_numbers_and_that_batches_do_not_matter(root, tmp_path, data, exact):
+@pytest.mark.parametrize("family", [None, "gemma2", "cohere", "mixtral-routed"])
+def test_teacher_forced_numbers_and_that_batches_do_not_matter(root, tmp_path, data, exact, make_model, family):
     model, tokenizer = load_for_generation(str(root / "data" / "tiny-base"))
+    if family is not None:
+        model = make_model(family, vocab_size=2048, positions=512)
     examples, _ = tokenize_records(load_records(data, str(tmp_path / "cache")), tokenizer, 512)
     embedding = model.lm_head.weight.detach()
     got = [teacher_forced(model, tokenizer, examples, CostEmbedding(embedding), batch_size=size) for size in (1, 4, 9)]

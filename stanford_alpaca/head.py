@@ -1,0 +1,182 @@
+"""Recognises what a causal LM does around its output layer, by experiment: no class name and no configuration is asked.
+
+Known values in place of the output layer's output show what the model makes of them: their slope at 0 is the scale, what
+huge ones become is the cap. Whatever else happens on the way shows when the recognised function meets a ramp.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from stanford_alpaca.errors import first_line
+from stanford_alpaca.token_stats import Head
+
+TINY, HUGE = 2.0**-30, 2.0**100  # powers of two, so that multiplying and dividing by them is exact
+
+
+class HeadForm(NamedTuple):
+    """What a model does to its output layer's output: x -> softcap(logit_scale * x); None where it does not."""
+
+    softcap: float | None = None
+    logit_scale: float | None = None
+
+    def head(self, model: PreTrainedModel) -> Head:
+        """The head with the parameters that are the output layer's now, so that gradients reach them."""
+        layer = output_layer(model)
+        return Head(layer.weight, layer.bias, self.softcap, self.logit_scale)
+
+    def of(self, outputs: Tensor) -> Tensor:
+        """The logits that the form makes of the output layer's output."""
+        z = outputs if self.logit_scale is None else outputs * self.logit_scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def __str__(self) -> str:
+        return (
+            f"a scale of {self.logit_scale or 1.0:.7g} and {'no cap' if not self.softcap else f'a cap of {self.softcap:.7g}'}"
+        )
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The output layer of a causal LM, or ValueError."""
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no linear output layer to attach an objective to")
+    return layer
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """``recognise_head`` and the live parameters in one: two forward passes of four tokens, so call it once per model."""
+    return recognise_head(model).head(model)
+
+
+@torch.no_grad()
+def recognise_head(model: PreTrainedModel) -> HeadForm:
+    """What turns base_model's last hidden state into the model's logits, recognised and verified on four tokens.
+
+    The model may be of any dtype, on any device and in training mode, and is left as it was. It has to be whole: not on the
+    meta device, not sharded. Scale and cap are exact where the model computes with what it is given (the probe is float64);
+    a factor between hidden state and output layer becomes part of the scale, read from float32 hidden states to about 1e-7.
+
+    Raises:
+        ValueError: the logits are anything but softcap(scale * (hidden @ weight.T + bias)); the message says what was seen.
+    """
+    layer = output_layer(model)
+    if layer.weight.is_meta or layer.weight.dim() != 2:
+        _refuse(model, "its output layer is on the meta device or sharded: load it first, and attach before wrapping")
+    sent = _known_values(layer.weight.shape[0], layer.weight.device)
+    hidden, received, returned, logits = _probe(model, layer, sent)
+    if not _same(returned, F.linear(received, layer.weight, layer.bias)):
+        _refuse(model, "its output layer returns something else than input @ weight.T + bias (quantised, or with an adapter)")
+    factor = _factor(model, received, hidden)
+    if factor != 1.0 and layer.bias is not None:
+        _refuse(model, f"its output layer has a bias and receives {factor:.7g} times the last hidden state")
+    form = _read(model, sent, logits)
+    scale = factor * (form.logit_scale or 1.0)
+    return HeadForm(form.softcap, None if scale == 1.0 else scale)
+
+
+@contextlib.contextmanager
+def probing(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, without gradients, while the block runs; what goes wrong in it becomes a ValueError."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} cannot be probed with token ids alone: {first_line(error)}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:  # [1, 4] each
+    """The tokens that a model is probed with."""
+    ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _known_values(vocab_size: int, device: torch.device) -> Tensor:  # [1, 4, V] float64, exact in float32
+    ramp = torch.linspace(-1, 1, vocab_size, device=device)
+    return torch.stack([torch.full_like(ramp, TINY), torch.full_like(ramp, HUGE), 10 * ramp, -1000 * ramp]).double()[None]
+
+
+def _probe(model: PreTrainedModel, layer: nn.Linear, sent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last hidden state, the output layer's input and output, and the logits if that output is replaced."""
+    calls = []
+
+    def replace_output(layer, inputs, output):
+        calls.append((inputs[0].detach(), output.detach()))
+        return sent
+
+    with probing(model):
+        inputs = probe_inputs(model)
+        hidden = model.base_model(**inputs, return_dict=True)[0]
+        hook = layer.register_forward_hook(replace_output)
+        try:
+            with torch.enable_grad():  # shows whether parameters take part behind the output layer
+                logits = model(**inputs, return_dict=True).logits
+        finally:
+            hook.remove()
+    if len(calls) != 1:
+        _refuse(model, f"its forward calls its output layer {len(calls)} times, not once")
+    if logits.requires_grad:
+        _refuse(model, "trained parameters take part behind its output layer, and would get no gradient")
+    if logits.shape != sent.shape:
+        _refuse(model, f"its output layer returns {tuple(sent.shape)} and its logits are {tuple(logits.shape)}")
+    return hidden, *calls[0], logits
+
+
+def _factor(model: PreTrainedModel, received: Tensor, hidden: Tensor) -> float:
+    """What the last hidden state is multiplied with on its way to the output layer; 1.0 exactly if nothing."""
+    if hidden.shape == received.shape:
+        hidden = hidden.to(received.device)
+        if _same(received, hidden):
+            return 1.0
+        x, h = received.double(), hidden.double()
+        factor = ((x * h).sum() / (h * h).sum()).item()
+        exact = min(torch.finfo(received.dtype).bits, torch.finfo(hidden.dtype).bits) >= 32
+        if _same(received, factor * hidden):
+            if exact and factor > 0:
+                return factor
+            _refuse(model, f"its output layer receives {factor:.4g} times the last hidden state: load it in float32")
+    _refuse(model, "its output layer receives something else than base_model's first output, the last hidden state")
+
+
+def _same(got: Tensor, want: Tensor) -> bool:
+    """Whether two results of the same operations are equal but for their order."""
+    eps = max(torch.finfo(got.dtype).eps, torch.finfo(want.dtype).eps)
+    tolerance = 64 * eps if eps < 1e-6 else eps / 4
+    return got.shape == want.shape and bool((got.double() - want.double()).norm() <= tolerance * want.double().norm())
+
+
+def _read(model: PreTrainedModel, sent: Tensor, logits: Tensor) -> HeadForm:
+    """Scale and cap off what became of the known values, and whether they explain every one of them."""
+    if torch.equal(logits, sent.to(logits.dtype)):
+        return HeadForm()
+    if torch.finfo(logits.dtype).bits < 32:
+        _refuse(model, f"it changes its logits and returns them in {logits.dtype}, too coarse to recognise how")
+    tolerance = 64 * torch.finfo(logits.dtype).eps
+    got = logits.double()
+    scale, top = got[0, 0, 0].item() / TINY, got[0, 1, 0].item()
+    if not 0 < scale < math.inf:
+        _refuse(model, f"it does something unknown to its logits: near 0 they are {scale:.7g} times its output layer's output")
+    capped = abs(top - scale * HUGE) > tolerance * abs(top)
+    form = HeadForm(top if capped else None, None if abs(scale - 1) <= tolerance else scale)
+    want = form.of(sent)
+    wrong = ((got - want).abs() <= tolerance * want.abs()).logical_not().nonzero()  # not "above": NaN is wrong, too
+    if len(wrong):
+        at = tuple(wrong[0].tolist())
+        values = f"{sent[at].item():.7g} would become {want[at].item():.7g} and became {got[at].item():.7g}"
+        _refuse(model, f"it does something unknown to its logits: with {form}, {values}")
+    return form
+
+
+def _refuse(model: PreTrainedModel, reason: str) -> NoReturn:
+    raise ValueError(f"{type(model).__name__} cannot be served: {reason}")
