@@ -10,7 +10,7 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed its search and a warning
 
 from stanford_alpaca.attach import attach_objective
-from stanford_alpaca.losses import Objective, emo_loss, linear_emo_loss
+from stanford_alpaca.losses import Objective, SoftTargets, emo_loss, linear_emo_loss
 
 __version__ = "0.1.0"
-__all__ = ["Objective", "attach_objective", "emo_loss", "linear_emo_loss"]
+__all__ = ["Objective", "SoftTargets", "attach_objective", "emo_loss", "linear_emo_loss"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 COST_KINDS = ("cosine", "identity")
 ZERO_BELOW = 1e-6  # in float32, 1 - cos of two equal rows is noise of about this size
@@ -19,7 +20,8 @@ class CostEmbedding:
 
     It is no ``nn.Module`` on purpose: it is never trained, never decayed, never saved into a checkpoint and not broadcast
     by DDP. Rows of zeros (padded vocabularies) have cosine 0 with every other token. Costs are float32 with an absolute
-    error of about 1e-7, so c below 0.01 has a relative error above 1e-5; float64 embeddings stay float64.
+    error of about 1e-7, so c below 0.01 has a relative error above 1e-5; float64 embeddings stay float64. Costs below
+    ZERO_BELOW become 0, in float64 as well: an absolute error of at most 1e-6.
     """
 
     def __init__(self, embedding: Tensor | None, kind: str = "cosine"):
@@ -30,12 +32,14 @@ class CostEmbedding:
             raise ValueError(f"a cosine cost needs an embedding [vocabulary, width], got {got}")
         self.kind = kind
         self.rows: Tensor | None = None  # [V, D] unit rows, float32 (float64 if the embedding is)
+        self.directed: Tensor | None = None  # [V] which rows are not zeros
         if kind == "cosine":
             assert embedding is not None
             exact = embedding.detach().to(_at_least_float32(embedding.dtype))
             # norms in float64: squares of small entries do not underflow, and 1 - cos of equal rows stays below ZERO_BELOW
             norms = torch.linalg.vector_norm(exact, dim=1, keepdim=True, dtype=torch.float64).to(exact.dtype)
-            self.rows = torch.where(norms > torch.finfo(exact.dtype).tiny, exact / norms, 0.0)
+            directed = norms > torch.finfo(exact.dtype).tiny
+            self.rows, self.directed = torch.where(directed, exact / norms, 0.0), directed.squeeze(1)
 
     @classmethod
     def from_file(cls, path: str | Path, kind: str = "cosine") -> "CostEmbedding":
@@ -49,8 +53,8 @@ class CostEmbedding:
 
     def to(self, device: torch.device | str) -> "CostEmbedding":
         """Moves the rows to the device, in place."""
-        if self.rows is not None:
-            self.rows = self.rows.to(device)
+        if self.rows is not None and self.directed is not None:
+            self.rows, self.directed = self.rows.to(device), self.directed.to(device)
         return self
 
     def check(self, vocab_size: int) -> None:
@@ -65,8 +69,14 @@ class CostEmbedding:
         self,
         targets: Tensor,  # [n] token ids
         vocab_size: int,
+        rest: tuple[Tensor, Tensor] | None = None,  # [n, k] ids and probabilities that the target lacks (see SoftTargets)
     ) -> Tensor:  # [n, V] costs in [0, 2], a new tensor the caller may overwrite
-        """The costs of moving to each target: 0 exactly at the target and at duplicates of it, never negative."""
+        """The costs of moving to each target: 0 exactly at the target and at duplicates of it, never negative.
+
+        With ``rest`` the expected costs sum_j tau_j c_ij: tau is probs at the ids, which add up, and 1 - sum at the target.
+        """
+        if rest is not None:
+            return self._expected_costs(targets, *rest, vocab_size)
         if self.rows is None:
             costs = torch.ones(targets.shape[0], vocab_size, device=targets.device)
         else:
@@ -75,6 +85,27 @@ class CostEmbedding:
             costs.neg_().add_(1)
             torch.threshold_(costs, ZERO_BELOW, 0.0)
         return costs.scatter_(1, targets[:, None], 0.0)
+
+    def _expected_costs(self, targets: Tensor, ids: Tensor, probs: Tensor, vocab_size: int) -> Tensor:
+        """One product: 1 - u_i . sum_j tau_j u_j. At the target, where that would cancel if the teacher is nearly sure, the sum
+        over the rest alone. Below ZERO_BELOW (at the target: times the probability of the rest) it is 0: the absolute error
+        is at most about 1e-6 (times that probability)."""
+        if self.rows is None or self.directed is None:
+            away = probs.sum(1, keepdim=True)
+            costs = probs.new_ones(targets.shape[0], vocab_size)
+            at_target, undirected = away, probs
+        else:
+            probs = probs.to(self.rows.dtype)
+            away, towards = probs.sum(1, keepdim=True), self.rows[targets]
+            with torch.autocast(self.rows.device.type, enabled=False):
+                moved = embedding_bag(ids, self.rows, per_sample_weights=probs, mode="sum")  # [n, D]: no [n, k, D]
+                costs = torch.addcmul(moved, 1 - away, towards) @ self.rows.T
+            costs.neg_().add_(1)
+            at_target = away - (moved * towards).sum(1, keepdim=True)
+            undirected = torch.where(self.directed[ids], 0.0, probs)
+        costs.scatter_add_(1, ids, -undirected)  # a row of zeros has cosine 0 with itself too, and yet costs itself nothing
+        torch.threshold_(costs, ZERO_BELOW, 0.0)
+        return costs.scatter_(1, targets[:, None], torch.where(at_target >= ZERO_BELOW * away, at_target, 0.0))
 
 
 def as_cost(cost: "Tensor | CostEmbedding | None") -> CostEmbedding | None:

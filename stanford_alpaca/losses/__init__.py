@@ -2,5 +2,6 @@
 
 from stanford_alpaca.losses.formulas import MODES, Objective
 from stanford_alpaca.losses.linear import emo_loss, linear_emo_loss
+from stanford_alpaca.token_stats import SoftTargets
 
-__all__ = ["MODES", "Objective", "emo_loss", "linear_emo_loss"]
+__all__ = ["MODES", "Objective", "SoftTargets", "emo_loss", "linear_emo_loss"]

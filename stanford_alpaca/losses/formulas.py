@@ -67,6 +67,11 @@ class Objective:
         """Whether the loss reads log emo, and so needs a cost embedding."""
         return self.mode in ("emo", "emo2", "emd", "mix")
 
+    @property
+    def needs_p(self) -> bool:
+        """Whether the loss reads p_y = exp(-nll), the probability of one target, which soft targets do not have."""
+        return self.mode in ("tailr", "mixce", "dft") or self.emo_weighting == "upstream"
+
     def __call__(
         self,
         nll: Tensor,  # [N] nats

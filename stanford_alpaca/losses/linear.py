@@ -5,16 +5,18 @@ from torch import Tensor
 
 from stanford_alpaca.cost import CostEmbedding, as_cost
 from stanford_alpaca.losses.formulas import Objective, as_objective
-from stanford_alpaca.token_stats import Head, TokenStats, chunked, reference
+from stanford_alpaca.token_stats import Head, SoftTargets, TokenStats, chunked, reference
 
 BACKENDS = {"reference": reference.linear_loss, "chunked": chunked.linear_loss}
 REDUCTIONS = ("mean", "sum", "none")
+SUM_TOLERANCE = 1e-3  # what a teacher's probabilities may miss of 1, as rounded ones do
 
 
 def emo_loss(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...] token ids
     cost_embedding: Tensor | CostEmbedding | None,  # [V, D]
+    soft_targets: SoftTargets | None = None,  # ids and probs [..., k]
     *,
     mode: str | Objective = "emo",
     reduction: str = "mean",
@@ -25,16 +27,23 @@ def emo_loss(
     Args:
         cost_embedding: rows of any width, usually the pre-trained output embedding; ``None`` for modes without emo. A
             CostEmbedding is normalised once, a tensor at every call; it is moved to the device of the logits.
+        soft_targets: what to learn in place of ``targets``, which then only tell the positions that count: k token ids and
+            their probabilities, such as a teacher's top k, constants. Each row has to sum to 1 within 1e-3 and is divided by
+            its sum. nll and emo become their expectations; emo is then smallest where p is one token, NOT where it equals
+            the teacher (see ``SoftTargets``), so mode ``emd`` alone does not learn a distribution. Modes that need the
+            probability of one target refuse them: tailr, mixce, dft and the weighting upstream.
         mode: a name, or an ``Objective`` that carries options.
 
     Returns:
         float32 (float64 for float64 logits). A batch without any target gives 0 with zero gradients, not NaN.
 
     Raises:
-        ValueError: shapes that do not fit, a target outside the vocabulary, an unknown mode or reduction.
+        ValueError: shapes that do not fit, a token outside the vocabulary, soft targets that are no probabilities or that the
+            mode refuses, an unknown mode or reduction.
     """
     objective, cost, keep = _checked(mode, cost_embedding, logits, targets, reduction, ignore_index, logits.shape[-1])
-    stats = reference.token_stats(logits[keep], targets[keep], cost)
+    kept = logits[keep]
+    stats = reference.token_stats(kept, _kept_targets(targets, soft_targets, keep, objective, kept, logits.shape[-1]), cost)
     loss = objective(*stats)
     return _reduced(loss.sum() if reduction != "none" else loss, keep, reduction, None)
 
@@ -44,6 +53,7 @@ def linear_emo_loss(
     weight: Tensor,  # [V, H]
     targets: Tensor,  # [...] token ids
     cost_embedding: Tensor | CostEmbedding | None,  # [V, D]
+    soft_targets: SoftTargets | None = None,  # ids and probs [..., k]
     *,
     mode: str | Objective = "emo",
     bias: Tensor | None = None,  # [V]
@@ -59,17 +69,18 @@ def linear_emo_loss(
     Ignored tokens are dropped before the output layer. Gradients reach ``hidden``, ``weight`` and ``bias``, never the cost.
 
     Args:
+        soft_targets: as in ``emo_loss``.
         softcap: z becomes softcap * tanh(z / softcap), as in Gemma 2.
         backend: ``chunked``, ``reference`` (materialises all logits) or ``auto``.
         num_items: what ``mean`` divides by instead of the targets of this call: the global count of a step, so that
             losses of micro-batches and ranks add up.
 
     Raises:
-        ValueError: shapes that do not fit, a target outside the vocabulary, an unknown mode, reduction or backend.
+        ValueError: as ``emo_loss``, and for an unknown backend.
     """
     head = Head(weight, bias, softcap, logit_scale)
     return linear_loss_and_stats(
-        hidden, head, targets, cost_embedding, mode,
+        hidden, head, targets, cost_embedding, mode, soft_targets,
         reduction=reduction, ignore_index=ignore_index, backend=backend, num_items=num_items,
     )[0]  # fmt: skip
 
@@ -80,6 +91,7 @@ def linear_loss_and_stats(
     targets: Tensor,
     cost_embedding: Tensor | CostEmbedding | None,
     mode: str | Objective,
+    soft_targets: SoftTargets | None = None,
     *,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -98,9 +110,10 @@ def linear_loss_and_stats(
     kept = hidden[keep]
     if torch.is_autocast_enabled(device):  # the output layer's own precision under autocast
         kept = kept.to(torch.get_autocast_dtype(device))
+    kept_targets = _kept_targets(targets, soft_targets, keep, objective, kept, vocab_size)
     with torch.autocast(device, enabled=False):  # statistics and costs stay in float32
         inner = "none" if reduction == "none" else "sum"
-        loss, stats = _backend(backend)(kept, head, targets[keep], cost, objective, inner)
+        loss, stats = _backend(backend)(kept, head, kept_targets, cost, objective, inner)
     return _reduced(loss, keep, reduction, num_items), stats
 
 
@@ -126,6 +139,36 @@ def _checked(mode, cost_embedding, rows: Tensor, targets: Tensor, reduction: str
     if outside.any():
         raise ValueError(f"target {targets[outside][0].item()} is outside the vocabulary of {vocab_size} tokens")
     return objective, cost, keep
+
+
+def _kept_targets(
+    targets: Tensor, soft: SoftTargets | None, keep: Tensor, objective: Objective, kept: Tensor, vocab_size: int
+) -> Tensor | SoftTargets:
+    """What the supervised tokens are to become, checked: their targets [N], or distributions in the statistics' dtype."""
+    if soft is None:
+        return targets[keep]
+    if objective.needs_p:
+        what = f"mode {objective.mode}" if objective.emo_weighting == "paper" else "emo_weighting=upstream"
+        raise ValueError(
+            f"{what} needs the probability of one target: "
+            "soft targets work with mle, emo, emo2, emd and mix, and emo_weighting=paper"
+        )
+    ids, probs = soft
+    if ids.shape != probs.shape or ids.shape[:-1] != targets.shape or not ids.shape[-1]:
+        raise ValueError(f"soft targets are {tuple(ids.shape)} ids, {tuple(probs.shape)} probs, wanted {(*targets.shape, 'k')}")
+    if ids.is_floating_point() or not probs.is_floating_point():
+        raise ValueError(f"soft targets are {ids.dtype} ids and {probs.dtype} probs, wanted integer ids and floating probs")
+    ids, probs = ids[keep].long(), probs.detach()[keep].to(torch.promote_types(kept.dtype, torch.float32))
+    outside = (ids < 0) | (ids >= vocab_size)
+    if outside.any():
+        raise ValueError(f"soft target {ids[outside][0].item()} is outside the vocabulary of {vocab_size} tokens")
+    if not ((probs >= 0) & torch.isfinite(probs)).all():
+        raise ValueError("soft targets have probabilities that are negative or not finite")
+    total = probs.sum(-1, keepdim=True)
+    wrong = (total - 1).abs() > SUM_TOLERANCE
+    if wrong.any():
+        raise ValueError(f"soft targets sum to {total[wrong][0].item():.4g}, wanted 1: divide the top k by their sum")
+    return SoftTargets(ids, probs / total)
 
 
 def _reduced(loss: Tensor, keep: Tensor, reduction: str, num_items: Tensor | int | None) -> Tensor:

@@ -7,14 +7,26 @@ A backend is one function ``linear_loss(hidden, head, targets, cost, objective, 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class TokenStats(NamedTuple):
     """The statistics of N supervised tokens, float32 (float64 if the logits are)."""
 
-    nll: Tensor  # [N] negative log-likelihood of the target, in nats
+    nll: Tensor  # [N] negative log-likelihood of the target, in nats; expected under soft targets
     log_emo: Tensor | None  # [N] log of the expected transport cost sum_i p_i c_i; -inf where it is 0; None if not asked for
+
+
+class SoftTargets(NamedTuple):
+    """A distribution tau over k tokens in place of each target, such as the top k of a teacher.
+
+    The statistics become their expectations: nll = sum_j tau_j nll_j and emo = sum_ij p_i tau_j c_ij. The latter is the upper
+    bound of the distance between p and tau: it is smallest where p is one token, that of least expected cost, NOT at p = tau.
+    """
+
+    ids: Tensor  # [N, k] token ids; repeated ones add up
+    probs: Tensor  # [N, k] in the dtype of the statistics; every row sums to 1
 
 
 class Head(NamedTuple):
@@ -27,3 +39,24 @@ class Head(NamedTuple):
 
 
 LossOfStats = Callable[[Tensor, "Tensor | None"], Tensor]  # ([N] nll, [N] log_emo) -> [N] loss
+
+
+def split(targets: "Tensor | SoftTargets") -> "tuple[Tensor, SoftTargets | None]":
+    """The targets [N] and no rest; if soft, the most probable tokens [N] and the rest: what tau gives to other tokens.
+
+    Written relative to the most probable token, nothing cancels when model and teacher are both confident.
+    """
+    if not isinstance(targets, SoftTargets):
+        return targets, None
+    top = targets.ids.gather(1, targets.probs.argmax(1, keepdim=True))  # [N, 1]
+    return top.squeeze(1), SoftTargets(targets.ids, torch.where(targets.ids == top, 0.0, targets.probs))
+
+
+def expected_drop(
+    z: Tensor,  # [N, V]
+    z_top: Tensor,  # [N, 1] the logits of the most probable tokens
+    rest: SoftTargets,
+) -> Tensor:  # [N]
+    """sum_j tau_j (z_top - z_j): by how much the expected nll exceeds that of the most probable token."""
+    drop = torch.where(rest.probs > 0, z_top - z.gather(1, rest.ids), 0.0)  # a masked logit times 0 is 0
+    return (rest.probs * drop).sum(1)

@@ -5,7 +5,8 @@ b = dL/dlog_emo are [chunk] vectors, and the gradient of the logits is
 
     dL/dz_i = a (p_i - [i = y]) + b (pi_i - p_i),   p = softmax(z),  pi = softmax(z + log c),  pi_y = 0
 
-of which the target's entry is written as a expm1(-nll) - b p_y, since p_y - 1 would cancel.
+of which the target's entry is written as a expm1(-nll) - b p_y, since p_y - 1 would cancel. With soft targets tau_i stands for
+[i = y], and pi_y is not 0; the entry of the most probable token is minus the sum of the others, which cancels nothing either.
 
 When the loss is summed, the gradients are computed in the forward pass (three matrix products); with reduction "none" the
 chunks are computed once more in the backward pass.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.token_stats import Head, LossOfStats, TokenStats
+from stanford_alpaca.token_stats import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split
 
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}  # logits held at a time: 32 MiB and 512 MiB in float32
 
@@ -23,7 +24,7 @@ CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}  # logits held at a time: 32 MiB an
 def linear_loss(
     hidden: Tensor,  # [N, H]
     head: Head,
-    targets: Tensor,  # [N]
+    targets: Tensor | SoftTargets,  # [N]
     cost: CostEmbedding | None,
     objective: LossOfStats,
     reduction: str,  # "sum" or "none"
@@ -54,9 +55,10 @@ class _Result:
 class _Job:
     """The arguments of one loss that are not differentiated, and the pass over its chunks."""
 
-    def __init__(self, head: Head, targets: Tensor, cost: CostEmbedding | None, objective: LossOfStats):
+    def __init__(self, head: Head, targets: Tensor | SoftTargets, cost: CostEmbedding | None, objective: LossOfStats):
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
-        self.targets, self.cost, self.objective = targets, cost, objective
+        self.targets, self.rest = split(targets)
+        self.cost, self.objective = cost, objective
 
     @torch.no_grad()
     def run(
@@ -89,6 +91,7 @@ class _Job:
 
     def _chunk(self, h, weight, bias, rows, out, token_weights) -> None:
         y = self.targets[rows][:, None]  # [n, 1]
+        rest = None if self.rest is None else SoftTargets(self.rest.ids[rows], self.rest.probs[rows])
         z = self._logits(h, weight, bias)  # [n, V]
         z_y = z.gather(1, y)
         log_z = z.logsumexp(1, keepdim=True)
@@ -96,10 +99,12 @@ class _Job:
         z.scatter_(1, y, z_y)
         margin = (others - z_y).squeeze(1)
         nll = torch.logaddexp(margin, torch.zeros_like(margin))
+        if rest is not None:
+            nll += expected_drop(z, z_y, rest)
 
         log_emo = w = log_w = None
         if self.cost is not None:
-            w = self.cost.costs(y.squeeze(1), z.shape[1]).log_().to(z.dtype).add_(z)  # z + log c
+            w = self.cost.costs(y.squeeze(1), z.shape[1], rest).log_().to(z.dtype).add_(z)  # z + log c
             log_w = w.logsumexp(1, keepdim=True)
             log_emo = (log_w - log_z).squeeze(1)  # -inf where nothing costs anything
             out.log_emo[rows] = log_emo
@@ -113,13 +118,19 @@ class _Job:
 
         # dL/dz, written over z
         z_scale = None if self.softcap is None else 1 - (z / self.softcap) ** 2
-        p_y = (z_y - log_z).exp_()
-        at_target = a[:, None] * torch.expm1(-nll)[:, None] - b[:, None] * p_y
         g = z.sub_(log_z).exp_().mul_((a - b)[:, None])
         if w is not None and log_w is not None:
             pi = w.sub_(torch.where(log_w > -torch.inf, log_w, 0)).exp_()
             g.add_(pi.mul_(b[:, None]))
-        g.scatter_(1, y, at_target)
+        if rest is None:
+            p_y = (z_y - log_z).exp_()
+            g.scatter_(1, y, a[:, None] * torch.expm1(-nll)[:, None] - b[:, None] * p_y)
+        else:
+            g.scatter_add_(1, rest.ids, -a[:, None] * rest.probs).scatter_(1, y, 0)
+            g.scatter_(1, y, -g.sum(1, keepdim=True))
+        self._through_head(g, z_scale, h, weight, rows, out)
+
+    def _through_head(self, g: Tensor, z_scale: Tensor | None, h: Tensor, weight: Tensor, rows: slice, out: _Result) -> None:
         if z_scale is not None:
             g *= z_scale
         if self.logit_scale is not None:

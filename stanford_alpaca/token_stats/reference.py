@@ -5,18 +5,20 @@ numbers as soon as the model is confident; here, given the costs, nothing is sub
 
     nll     = log(1 + exp(logsumexp_{i != y}(z_i) - z_y))
     log emo = logsumexp_i(z_i + log c_i) - logsumexp_i(z_i)
+
+With soft targets, c_i = sum_j tau_j c_ij, y is the most probable token of tau, and sum_j tau_j (z_y - z_j) is added to nll.
 """
 
 import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.token_stats import Head, LossOfStats, TokenStats
+from stanford_alpaca.token_stats import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split
 
 
 def token_stats(
     logits: Tensor,  # [N, V] float32 or float64; lower precisions are raised to float32
-    targets: Tensor,  # [N] token ids
+    targets: Tensor | SoftTargets,  # [N] token ids, or distributions
     cost: CostEmbedding | None,
 ) -> TokenStats:
     """nll and, if a cost is given, log emo of every token. Differentiable in the logits.
@@ -24,14 +26,19 @@ def token_stats(
     emo = 0 (log emo = -inf, without gradient) where no token with a cost above 0 has any probability.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
+    targets, rest = split(targets)
     column = targets[:, None]
     others = z.scatter(1, column, torch.finfo(z.dtype).min)
     margin = others.logsumexp(1) - z.gather(1, column).squeeze(1)
     nll = torch.logaddexp(margin, torch.zeros_like(margin))
+    if rest is not None:
+        nll = nll + expected_drop(z, z.gather(1, column), rest)
+        # y is reached at a cost now: its gradient by autograd, pi_y - p_y, would cancel; this way it is minus the others' sum
+        z = (z - z.gather(1, column)).scatter(1, column, 0.0)
     if cost is None:
         return TokenStats(nll, None)
 
-    costs = cost.costs(targets, z.shape[1])  # [N, V]
+    costs = cost.costs(targets, z.shape[1], rest)  # [N, V]
     costly = (costs > 0) & (z > -torch.inf)
     free = ~costly.any(dim=1)  # nothing that costs anything can be reached
     weighted = torch.where(costly, z + costs.log().to(z.dtype), -torch.inf)
@@ -55,7 +62,7 @@ def logits_of(hidden: Tensor, head: Head) -> Tensor:  # [N, H] -> [N, V] in the 
 def linear_loss(
     hidden: Tensor,  # [N, H] rows of supervised tokens
     head: Head,
-    targets: Tensor,  # [N]
+    targets: Tensor | SoftTargets,  # [N]
     cost: CostEmbedding | None,
     objective: LossOfStats,
     reduction: str,  # "sum" or "none"
