@@ -14,7 +14,8 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.head import HeadForm, probe_inputs, probing, recognise_head
 from stanford_alpaca.losses.formulas import Objective
 from stanford_alpaca.losses.linear import BACKENDS, linear_loss_and_stats
-from stanford_alpaca.token_stats import TokenStats
+from stanford_alpaca.teacher import Teacher
+from stanford_alpaca.token_stats import SoftTargets, TokenStats
 
 
 class Sums(NamedTuple):
@@ -54,6 +55,7 @@ class AttachedObjective:
 
     Attributes:
         cost: the frozen CostEmbedding, or None (no cost, or the adaptive one).
+        teacher: where the targets of training come from, or None; evaluation is by the labels.
         train_meter, eval_meter: sums over the tokens seen with and without gradients.
     """
 
@@ -65,7 +67,9 @@ class AttachedObjective:
         cost: CostEmbedding | None,
         adaptive: str | None,
         backend: str,
+        teacher: Teacher | None,
     ):
+        self.teacher = teacher
         self.form, self.objective, self.cost, self.backend = form, objective, cost, backend
         self.adaptive = adaptive  # the kind of the adaptive cost, taken from the live head at every call
         self.train_meter, self.eval_meter = Meter(), Meter()
@@ -110,10 +114,15 @@ class AttachedObjective:
             cost = CostEmbedding(head.weight, self.adaptive)
         if learning and not self.objective.needs_emo:
             cost = None  # training pays for nothing it does not use
+        hidden, targets = outputs[0][:, :-1], labels[:, 1:]
+        soft: SoftTargets | None = None
+        if learning and self.teacher is not None:
+            keep = targets != -100
+            soft = self.teacher.soft_targets(keep, head.weight.shape[0], *args, **kwargs)
+            hidden, targets = hidden[keep], targets[keep]
         loss, stats = linear_loss_and_stats(
-            outputs[0][:, :-1], head, labels[:, 1:], cost, self.objective,
-            backend=self.backend, num_items=num_items_in_batch,
-        )  # fmt: skip
+            hidden, head, targets, cost, self.objective, soft, backend=self.backend, num_items=num_items_in_batch
+        )
         (self.train_meter if learning else self.eval_meter).add(stats, self.objective)
         parts = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         if own is None:
@@ -165,6 +174,7 @@ def attach_objective(
     *,
     cost_kind: str = "cosine",
     backend: str = "auto",
+    teacher: Teacher | None = None,
     **options,
 ) -> AttachedObjective:
     """Makes a Hugging Face causal LM compute the objective inside its own forward when it is given ``labels``.
@@ -183,6 +193,7 @@ def attach_objective(
             a [V, D] tensor or CostEmbedding of any width; None for modes without emo.
         cost_kind: ``cosine`` or ``identity``.
         backend: as in ``linear_emo_loss``.
+        teacher: gives soft targets in place of the labels' tokens in training; the labels tell which positions count.
         options: fields of ``Objective``, e.g. ``emo_weighting="upstream"``.
 
     Returns:
@@ -199,6 +210,8 @@ def attach_objective(
     if isinstance(mode, Objective) and options:
         raise ValueError("give options in the Objective or by name, not both")
     objective = mode if isinstance(mode, Objective) else Objective(mode, **options)
+    if teacher is not None and objective.needs_p:
+        raise ValueError(f"mode {objective.mode} (weighting {objective.emo_weighting}) needs one target, not a teacher's")
     form = recognise_head(model)
     head = form.head(model)
     if routes(model, {}):
@@ -216,4 +229,4 @@ def attach_objective(
         cost.check(head.weight.shape[0])
     elif adaptive is None and objective.needs_emo:
         raise ValueError(f"mode {objective.mode} needs a cost embedding")
-    return AttachedObjective(model, form, objective, cost, adaptive, backend)
+    return AttachedObjective(model, form, objective, cost, adaptive, backend, teacher)

@@ -96,7 +96,8 @@ class EmoTrainer(Trainer):
             sums = self.emo.train_meter.drain(self.args.device, over_ranks=self.args.world_size > 1)
             if sums.tokens:
                 logs["nll"] = sums.nll / sums.tokens
-                logs["target_prob"] = sums.target_prob / sums.tokens
+                if self.emo.teacher is None:  # else exp(-nll) is no probability
+                    logs["target_prob"] = sums.target_prob / sums.tokens
                 if self.emo.objective.needs_emo:
                     logs["emo"] = sums.emo / sums.tokens
             rate = self.supervised_tokens_per_s()

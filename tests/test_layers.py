@@ -7,6 +7,7 @@ LAYERS = [
     {"data", "model", "cost", "samples", "sampling"},
     {"token_stats"},
     {"losses", "head"},
+    {"teacher"},
     {"attach"},
     {"generate", "checkpoint"},
     {"evaluation"},
