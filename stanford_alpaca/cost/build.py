@@ -1,0 +1,143 @@
+"""From text or from another model to a cost embedding in a file, with a report of what it says about tokens."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerBase
+
+from stanford_alpaca import __version__
+from stanford_alpaca.cost.cooccurrence import TextSettings, count_pairs, embed
+from stanford_alpaca.cost.embedding import CostEmbedding
+from stanford_alpaca.cost.transfer import transfer_rows
+from stanford_alpaca.data.encode import TextEncoder
+from stanford_alpaca.data.formats import FORMS, canonical, form_of
+from stanford_alpaca.data.reading import SUFFIXES, read_file
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.model import load_model
+
+CHUNK = 1 << 22  # characters that are tokenized and counted at a time
+SHOWN, NEIGHBOURS = 6, 5  # tokens in the report, and nearest tokens of each
+
+
+def documents(file: Path) -> Iterator[str]:
+    """The texts of a file, within which tokens are near each other.
+
+    Of a data file (see ``data.formats``) each record, its fields or messages a line each. Of any other file paragraphs between
+    blank lines if there are such, else lines.
+    """
+    if file.suffix in SUFFIXES:
+        for where, value in read_file(file):
+            record = canonical(value, where, needs_output=False)
+            texts = (
+                [m["content"] for m in record["messages"]]
+                if "messages" in record
+                else [record[name] for name in FORMS[form_of(record)]]
+            )
+            yield "\n".join(text for text in texts if text)
+        return
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            in_paragraphs = sum(is_text for is_text, _ in groupby(lines, _is_text)) > 1
+        with file.open(encoding="utf-8-sig") as lines:
+            for is_text, group in groupby(lines, _is_text):
+                if is_text and in_paragraphs:
+                    yield "".join(group).strip("\n")
+                elif is_text:
+                    yield from (line.strip("\n") for line in group)
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not UTF-8; convert the file to UTF-8") from None
+
+
+def _is_text(line: str) -> bool:
+    return bool(line.strip())
+
+
+def _token_chunks(files: list[Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[int]]]:
+    """Token ids of whole documents, about CHUNK characters at a time; special-token text stays text, as in training."""
+    encoder = TextEncoder.of(tokenizer)
+    texts: list[str] = []
+    size = 0
+    for file in files:
+        for text in documents(file):
+            texts.append(text)
+            size += len(text)
+            if size >= CHUNK:
+                yield [ids for ids, _ in encoder(texts, add_special_tokens=False)]
+                texts, size = [], 0
+    if texts:
+        yield [ids for ids, _ in encoder(texts, add_special_tokens=False)]
+
+
+def from_text(
+    files: list[Path], tokenizer: PreTrainedTokenizerBase, vocab_size: int, settings: TextSettings
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Rows [V, width] float32, the ids of seen tokens from the most frequent one on, and what was done.
+
+    Raises:
+        UserError: a file that is no text, or too little text.
+    """
+    began = perf_counter()
+    pairs, counts = count_pairs(_token_chunks(files, tokenizer), vocab_size, settings.window)
+    counted = perf_counter()
+    if not counts.any():
+        raise UserError(f"--text {' '.join(map(str, files))}: there is no text in it")
+    wanted = counts >= settings.min_count
+    wanted[tokenizer.all_special_ids] = False  # the unknown token: it stands for many
+    rows, explained = embed(pairs, wanted, settings)
+    tokens, ended = int(counts.sum()), perf_counter()
+    report = (
+        f"{tokens:,} tokens, {pairs.nnz:,} different pairs at most {settings.window} apart, weighted 1/distance; tokenized and "
+        f"counted in {counted - began:.1f} s ({tokens / (counted - began):,.0f} tokens/s), decomposed in "
+        f"{ended - counted:.1f} s; explained share {explained:.1%}"
+    )
+    order = np.argsort(-counts, kind="stable")
+    return rows, order[wanted[order]], report
+
+
+def from_head(
+    model: str, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase | None, vocab_size: int | None
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Rows [V, D] float32 of the model's output embedding, the ids from 0 on, and what was done.
+
+    Without a target tokenizer and a vocabulary size, there is a row for each of the model's own logits.
+    """
+    head = load_model(model).get_output_embeddings()
+    if head is None:
+        raise UserError(f"--head {model}: this model has no output embedding")
+    weight = head.weight.detach().numpy()
+    size = vocab_size or (max(len(weight), len(source)) if target is None else len(target))
+    rows, matches = transfer_rows(weight, source, target or source, size)
+    report = (
+        f"{matches.exact:,} rows of tokens with the same text, {matches.averaged:,} means of the pieces of a token, "
+        f"{matches.special:,} special tokens by their role, {matches.zero:,} left zero"
+    )
+    return rows, np.arange(min(size, len(target or source))), report
+
+
+def save(rows: np.ndarray, out: Path, **metadata: str) -> None:
+    """Writes what ``CostEmbedding.from_file`` reads; the metadata stands in the file's header."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"cost_embedding": rows}, out, metadata={**metadata, "stanford_alpaca": __version__})
+
+
+def describe(rows: np.ndarray, order: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
+    """How many rows there are, and what is nearest to the first words in ``order`` (names of at least four letters)."""
+    filled = np.count_nonzero(rows, axis=1) > 0
+    lines = [f"{len(rows):,} rows of {rows.shape[1]}: {filled.sum():,} with data, {(~filled).sum():,} of zeros"]
+    cost = CostEmbedding(torch.from_numpy(rows))
+    words = (token for token in order.tolist() if filled[token] and _is_word(tokenizer.decode([token])))
+    for _, token in zip(range(SHOWN), words, strict=False):
+        costs = cost.costs(torch.tensor([token]), len(rows))[0]
+        near = [other for other in costs.argsort(stable=True).tolist() if other != token and filled[other]][:NEIGHBOURS]
+        shown = ", ".join(f"{tokenizer.decode([other])!r} {costs[other]:.2f}" for other in near)
+        lines.append(f"  nearest to {tokenizer.decode([token])!r} (cost): {shown}")
+    return "\n".join(lines)
+
+
+def _is_word(text: str) -> bool:
+    return len(text.strip()) >= 4 and text.strip().isalpha()
