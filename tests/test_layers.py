@@ -4,7 +4,7 @@ import ast
 
 LAYERS = [
     {"errors"},
-    {"data", "model", "cost"},
+    {"data", "model", "cost", "old_flags"},
     {"token_stats"},
     {"losses"},
     {"attach"},
