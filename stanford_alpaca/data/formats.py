@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
-from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.errors import UserError, first_line, quiet_hub
 
 COLUMNS = ("instruction", "input", "output")
 SUFFIXES = (".json", ".jsonl")
@@ -25,7 +25,8 @@ def load_records(path: str | Path, cache_dir: str | None = None) -> Dataset:
     if _exists(file) or file.suffix in SUFFIXES or str(path).startswith((".", "/", "~")):
         return _from_file(file.expanduser(), cache_dir)
     try:
-        data = load_dataset(str(path), split="train", cache_dir=cache_dir)
+        with quiet_hub():
+            data = load_dataset(str(path), split="train", cache_dir=cache_dir)
     except Exception as error:  # the hub raises many kinds of errors: not found, no network, gated, a bad name
         raise UserError(f"{path}: no such file, and the hub did not give it ({first_line(error)})") from None
     for column in ("instruction", "output"):
