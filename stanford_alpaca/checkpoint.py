@@ -17,9 +17,15 @@ def full_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         key = owner.get(name, name)
         if key not in gathered:
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            whole = _gather(value) if isinstance(value, DTensor) else value
             gathered[key] = whole.to("cpu", copy=True) if keep else None
         tensor = gathered[key]
         if tensor is not None:
             state[name] = tensor
     return state
+
+
+def _gather(shards: DTensor) -> Tensor:
+    """The whole tensor; shards that were offloaded to the CPU first go back to where the ranks talk to each other."""
+    there: DTensor = shards.to(shards.device_mesh.device_type)  # type: ignore[assignment]
+    return there.full_tensor()

@@ -18,11 +18,17 @@ def activate_fsdp(trainer) -> None:
     """
     if not trainer.args.fsdp:
         return
+    layers = {type(module).__name__ for module in trainer.model.modules()}
+    for name in trainer.args.fsdp_config.get("transformer_layer_cls_to_wrap") or []:
+        if name not in layers:
+            own = ", ".join(sorted(trainer.model._no_split_modules or []))
+            raise UserError(f"--fsdp_config transformer_layer_cls_to_wrap {name}: the model has no such layer; its own: {own}")
     if trainer.args.world_size == 1:
         raise UserError("--fsdp needs at least 2 processes: launch with torchrun, or drop the flag")
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+        options = trainer.args.fsdp_plugin_args | {"cpu_offload": False}  # all is on the CPU; offloading would pin memory
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**options)
         # every new AcceleratorState copies PartialState's, so both have to know
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         trainer.is_fsdp_enabled = True

@@ -1,9 +1,11 @@
 """How a command ends when its user gave it something it cannot use."""
 
+import contextlib
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -34,6 +36,18 @@ def is_main_process() -> bool:
 def first_line(error: Exception) -> str:
     """What another library's error says, in a line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keeps the hub's client from announcing every retry: the error that follows says it in a line."""
+    retries = logging.getLogger("huggingface_hub")
+    level = retries.level
+    retries.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        retries.setLevel(level)
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -3,13 +3,12 @@
 Code that a model's repository brings along is never run.
 """
 
-import logging
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.errors import UserError, first_line, quiet_hub
 
 PAD_TOKEN, EOS_TOKEN = "[PAD]", "</s>"  # Alpaca's names for the tokens a tokenizer lacks
 
@@ -20,15 +19,11 @@ def check_model(path: str, cache_dir: str | None = None) -> None:
     beside = place.is_absolute() or (len(place.parts) > 1 and Path(place.parts[0]).exists())
     if not place.is_dir() and (beside or len(place.parts) > 2):  # a path that was meant to be local, no hub name
         raise UserError(f"{path}: cannot load a model from here (no such folder); give a Hugging Face folder or a hub name")
-    retries = logging.getLogger("huggingface_hub")
-    level = retries.level
-    retries.setLevel(logging.CRITICAL)  # the one line below says it
     try:
-        AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
+        with quiet_hub():
+            AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError or a hub error, depending on what is wrong
         raise _cannot_load(path, error) from None
-    finally:
-        retries.setLevel(level)
 
 
 def load_tokenizer(path: str, max_length: int | None = None, cache_dir: str | None = None) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.import_utils import is_torch_tf32_available
 
 from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.cost import COST_KINDS, CostEmbedding
@@ -33,6 +34,7 @@ from stanford_alpaca.errors import UserError, check_writable, exit_on_user_error
 from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.losses.linear import BACKENDS
 from stanford_alpaca.model import check_model, fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.old_flags import read_fsdp_config, translate
 from stanford_alpaca.trainer import EmoTrainer
 
 
@@ -115,6 +117,9 @@ class TrainingArguments(transformers.TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it, the ranks of torchrun would train alone, each for itself
             self.dataloader_pin_memory = False
+        config = read_fsdp_config(self.fsdp_config) if self.fsdp and isinstance(self.fsdp_config, str) else {}
+        if str(config.get("cpu_offload")).lower() == "true" and not self.use_cpu:
+            self.ddp_backend = "cuda:nccl,cpu:gloo"  # gradients are clipped where they lie
         super().__post_init__()
 
 
@@ -125,6 +130,9 @@ class _Parser(HfArgumentParser):
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments]:
     """The arguments of a run. Raises UserError for anything argparse or Hugging Face rejects."""
+    argv, translated = translate(argv, has_tf32=is_torch_tf32_available())
+    for line in translated:
+        say(line)
     if any(flag.split("=")[0] == "--deepspeed" for flag in argv) and "RANK" not in os.environ:
         raise UserError("--deepspeed needs a launcher, also for one process: torchrun --nproc_per_node 1 ...")
     classes = (ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments)

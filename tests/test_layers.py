@@ -4,7 +4,7 @@ import ast
 
 LAYERS = [
     {"errors"},
-    {"data", "model", "samples", "sampling"},
+    {"data", "model", "samples", "sampling", "old_flags"},
     {"cost"},
     {"token_stats"},
     {"losses", "head"},

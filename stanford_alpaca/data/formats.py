@@ -17,7 +17,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, load_datas
 from datasets.exceptions import DatasetGenerationError
 
 from stanford_alpaca.data.reading import SUFFIXES, Placed, digest_of, exists, list_files, read_file
-from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.errors import UserError, first_line, quiet_hub
 
 ROLES = {
     **dict.fromkeys(("system",), "system"),
@@ -94,7 +94,8 @@ def _file_rows(files: list[str], digest: str, whole_lists: bool, columns) -> Ite
 
 def _from_hub(name: str, cache_dir: str | None, streaming: bool) -> Dataset | IterableDataset:
     try:
-        return load_dataset(name, split="train", cache_dir=cache_dir, streaming=streaming)
+        with quiet_hub():
+            return load_dataset(name, split="train", cache_dir=cache_dir, streaming=streaming)
     except Exception as error:  # the hub raises many kinds of errors: not found, no network, gated, a bad name
         raise UserError(f"{name}: no such file, and the hub did not give it ({first_line(error)})") from None
 

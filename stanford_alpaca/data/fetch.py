@@ -1,0 +1,82 @@
+"""Downloads a published instruction set: ``python -m stanford_alpaca.data.fetch alpaca``."""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fire
+
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.errors import UserError, check_writable, exit_on_user_error, nearest, refuse_unknown
+
+
+class Source(NamedTuple):
+    """A data set on the hub, and what its publishers say about using it."""
+
+    hub_name: str
+    file: str
+    about: str
+    license: str
+
+
+SOURCES = {
+    "alpaca": Source(
+        "tatsu-lab/alpaca",
+        "data/alpaca_data.json",
+        "Stanford Alpaca's 52K instructions, answered by text-davinci-003",
+        "CC BY-NC 4.0 (research only, no commercial use)",
+    ),
+    "alpaca-gpt4": Source(
+        "vicgalle/alpaca-gpt4",
+        "data/alpaca_gpt4_data.json",
+        "the same instructions, answered by GPT-4 (GPT-4-LLM)",
+        "CC BY-NC 4.0 (research only, no commercial use)",
+    ),
+}
+
+
+def run(name: str | None = None, out: str | None = None, **unknown: Any) -> None:
+    """Downloads a published instruction set: python -m stanford_alpaca.data.fetch NAME [--out FILE]
+
+    Args:
+        name: alpaca (tatsu-lab/alpaca) or alpaca-gpt4 (vicgalle/alpaca-gpt4), from the Hugging Face hub.
+        out: the file to write, data/alpaca_data.json or data/alpaca_gpt4_data.json by default; it must not exist.
+    """
+    refuse_unknown(unknown, run)
+    if str(name) not in SOURCES:
+        got = "no data set named" if name is None else f"unknown data set {name}"
+        raise UserError(f"{got}{nearest(str(name), list(SOURCES))}; choose from {', '.join(SOURCES)}")
+    source = SOURCES[str(name)]
+    file = Path(source.file if out is None else str(out))
+    if out is True or file.suffix != ".json" or file.exists():
+        raise UserError(f"--out {out or file}: give the name of a .json file that does not exist yet")
+    check_writable("out", file)
+    records = load_records(source.hub_name).select_columns(["instruction", "input", "output"]).to_list()
+    digest = write_json(file, records)
+    print(f"source:  https://huggingface.co/datasets/{source.hub_name}, {source.about}")
+    print(f"license: {source.license}")
+    print(f"file:    {file}, {len(records):,} records, sha256 {digest}")
+    print(f"next:    DATA_PATH={file} bash train_emo.sh MODEL_PATH")
+
+
+def write_json(file: Path, records: list[dict[str, str]]) -> str:
+    """Writes a JSON list, whole or not at all; the folder is made if it is missing. Returns the file's sha256."""
+    content = (json.dumps(records, ensure_ascii=False, indent=4) + "\n").encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    try:
+        part.write_bytes(content)
+        part.rename(file)
+    finally:
+        part.unlink(missing_ok=True)
+    return sha256(content).hexdigest()
+
+
+def main() -> None:
+    """The command."""
+    exit_on_user_error(lambda: fire.Fire(run))
+
+
+if __name__ == "__main__":
+    main()

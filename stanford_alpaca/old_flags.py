@@ -1,0 +1,164 @@
+"""Flags of transformers 4, as Alpaca's published commands use them, in the words of transformers 5."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from stanford_alpaca.errors import UserError, first_line
+
+Tokens = list[str]
+
+
+class Flag(NamedTuple):
+    """One flag of a command line: ``--per-gpu-train-batch-size=4`` has the name per_gpu_train_batch_size, the values ["4"]."""
+
+    name: str  # with underscores; "" for what stands before the first flag
+    values: Tokens
+    tokens: Tokens  # as they were given
+
+    @property
+    def is_on(self) -> bool:
+        """The value of a switch: ``--flag``, ``--flag True``, ``--flag=1``."""
+        return not self.values or self.values[0].lower() in ("true", "t", "yes", "y", "1")
+
+
+def renamed(new: str) -> Callable[[Flag], tuple[Tokens, str]]:
+    return lambda flag: ([f"--{new}", *flag.values], "")
+
+
+def choice_of(*tokens: str) -> Callable[[Flag], tuple[Tokens, str]]:
+    """A switch that became a value of another flag."""
+    return lambda flag: (list(tokens), "") if flag.is_on else ([], "it was off")
+
+
+def dropped(why: str) -> Callable[[Flag], tuple[Tokens, str]]:
+    return lambda flag: ([], why)
+
+
+def _warmup(flag: Flag) -> tuple[Tokens, str]:
+    try:
+        usable = not flag.values or float(flag.values[0]) < 1
+    except ValueError:
+        usable = True  # the parser says what is wrong with it
+    if not usable:  # from 1 on, warmup_steps are steps
+        raise UserError(f"--warmup_ratio {flag.values[0]}: give a share of the steps below 1, or --warmup_steps")
+    return ["--warmup_steps", *flag.values], ""
+
+
+# name -> what it is now, and, where it is nothing, why
+OLD: dict[str, Callable[[Flag], tuple[Tokens, str]]] = {
+    "evaluation_strategy": renamed("eval_strategy"),
+    "warmup_ratio": _warmup,
+    "per_gpu_train_batch_size": renamed("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": renamed("per_device_eval_batch_size"),
+    "gradient_checkpointing": renamed("activation_checkpointing"),
+    "gradient_checkpointing_kwargs": renamed("activation_checkpointing_kwargs"),
+    "no_cuda": renamed("use_cpu"),
+    "push_to_hub_model_id": renamed("hub_model_id"),
+    "adafactor": choice_of("--optim", "adafactor"),
+    "group_by_length": choice_of("--train_sampling_strategy", "group_by_length"),
+    "include_inputs_for_metrics": choice_of("--include_for_metrics", "inputs"),
+    "overwrite_output_dir": dropped("nothing is ever overwritten here; give a new --output_dir"),
+    "logging_dir": dropped("TensorBoard's folder is the environment variable TENSORBOARD_LOGGING_DIR"),
+    "save_safetensors": dropped("weights are always safetensors"),
+    "include_tokens_per_second": dropped("supervised_tokens_per_s is always logged"),
+    "use_mps_device": dropped("the device is found by itself"),
+    "half_precision_backend": dropped("PyTorch's own mixed precision is the only one"),
+    "fp16_backend": dropped("PyTorch's own mixed precision is the only one"),
+    "fsdp_min_num_params": dropped("the model's own layers are wrapped, whatever their size"),
+    "fp16_opt_level": dropped("PyTorch's own mixed precision is the only one"),
+}
+FSDP_WORDS: dict[str, dict[str, object]] = {
+    "full_shard": {"reshard_after_forward": True},
+    "shard_grad_op": {"reshard_after_forward": False},
+    "offload": {"cpu_offload": True},
+    "auto_wrap": {},  # FSDP2 always does
+    "true": {},
+}
+FSDP = ("fsdp", "fsdp_config", "fsdp_transformer_layer_cls_to_wrap")
+
+
+def translate(argv: Tokens, has_tf32: bool = True) -> tuple[Tokens, list[str]]:
+    """The command line in the words of transformers 5, and a line for every flag that was changed or dropped.
+
+    Everything else stays as it is and where it is. ``has_tf32`` says whether this machine can compute in TF32: where it
+    cannot, ``--tf32 True`` is dropped.
+
+    Raises:
+        UserError: an old value that has no counterpart.
+    """
+    new: Tokens = []
+    lines: list[str] = []
+    flags = split(argv)
+    old_fsdp = any(flag.name == FSDP[-1] or (flag.name == "fsdp" and flag.values) for flag in flags)
+    fsdp = {flag.name: flag for flag in flags if old_fsdp and flag.name in FSDP}
+    for flag in flags:
+        if flag.name in fsdp:
+            continue
+        if flag.name in OLD:
+            tokens, why = OLD[flag.name](flag)
+        elif flag.name == "tf32" and flag.is_on and not has_tf32:
+            tokens, why = [], "TF32 needs a CUDA GPU, Ampere or newer"
+        else:
+            new += flag.tokens
+            continue
+        new += tokens
+        lines.append(_line(flag.tokens, tokens, why))
+    if fsdp:
+        before, after = [token for flag in fsdp.values() for token in flag.tokens], fsdp_flags(fsdp)
+        new += after
+        lines.append(_line(before, after, "FSDP is off"))
+    return new, lines
+
+
+def split(argv: Tokens) -> list[Flag]:
+    """The command line, flag by flag, each with the values that follow it."""
+    flags: list[Flag] = []
+    for token in argv:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            flags.append(Flag(name.replace("-", "_"), [value] if equals else [], [token]))
+        elif flags:
+            flags[-1].values.append(token)
+            flags[-1].tokens.append(token)
+        else:
+            flags.append(Flag("", [token], [token]))
+    return flags
+
+
+def fsdp_flags(old: dict[str, Flag]) -> Tokens:
+    """``--fsdp --fsdp_config JSON`` for the four flags of transformers 4; nothing where they leave FSDP off.
+
+    A key of a given fsdp_config wins over the flag of the same meaning, as it did.
+    """
+    if "fsdp" not in old:
+        return []
+    words = [word.lower() for word in " ".join(old["fsdp"].values or ["true"]).split()]
+    if not words or {"false", "no_shard"} & set(words):
+        return []
+    config: dict[str, object] = {}
+    for word in words:
+        if word not in FSDP_WORDS:
+            raise UserError(f"--fsdp {word}: choose from full_shard, shard_grad_op, offload and auto_wrap")
+        config |= FSDP_WORDS[word]
+    if "fsdp_transformer_layer_cls_to_wrap" in old:
+        names = ",".join(old["fsdp_transformer_layer_cls_to_wrap"].values)
+        config["transformer_layer_cls_to_wrap"] = [name.strip() for name in names.split(",")]
+    if "fsdp_config" in old:
+        config |= read_fsdp_config(" ".join(old["fsdp_config"].values))
+    return ["--fsdp", "--fsdp_config", json.dumps(config)] if config else ["--fsdp"]
+
+
+def read_fsdp_config(text: str) -> dict[str, object]:
+    """What ``--fsdp_config`` takes: JSON, or a file with it. Keys lose a leading ``fsdp_``, as transformers reads them."""
+    try:
+        config = json.loads(text if text.startswith("{") else Path(text).read_text())
+        return {key.removeprefix("fsdp_"): value for key, value in config.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--fsdp_config {text}: no JSON object and no file with one ({first_line(error)})") from None
+
+
+def _line(before: Tokens, after: Tokens, why: str) -> str:
+    return f"{shlex.join(before)} is read as {shlex.join(after)}" if after else f"{shlex.join(before)} is dropped: {why}"

@@ -1,0 +1,215 @@
+"""Alpaca's published commands run as they were printed: what each of their flags becomes, and that they train."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.old_flags import translate
+from stanford_alpaca.train import parse, train
+
+CLASS = "--fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer"
+
+
+def config(**keys) -> str:
+    return shlex.join(["--fsdp", "--fsdp_config", json.dumps(keys)])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("--evaluation_strategy no", "--eval_strategy no"),
+        ("--evaluation-strategy=no", "--eval_strategy no"),
+        ("--warmup_ratio 0.03", "--warmup_steps 0.03"),
+        ("--per_gpu_train_batch_size 4", "--per_device_train_batch_size 4"),
+        ("--per-gpu-eval-batch-size=4", "--per_device_eval_batch_size 4"),
+        ("--gradient_checkpointing", "--activation_checkpointing"),
+        ("--gradient_checkpointing False", "--activation_checkpointing False"),
+        ("--gradient_checkpointing_kwargs '{\"a\": 1}'", "--activation_checkpointing_kwargs '{\"a\": 1}'"),
+        ("--no_cuda", "--use_cpu"),
+        ("--push_to_hub_model_id me/it", "--hub_model_id me/it"),
+        ("--adafactor True", "--optim adafactor"),
+        ("--group_by_length", "--train_sampling_strategy group_by_length"),
+        ("--include_inputs_for_metrics True", "--include_for_metrics inputs"),
+        (f"--fsdp 'full_shard auto_wrap' {CLASS}",
+         config(reshard_after_forward=True, transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])),
+        (f"--fsdp='full_shard auto_wrap offload' {CLASS.replace('_', '-').replace('wrap L', 'wrap=L')}",
+         config(reshard_after_forward=True, cpu_offload=True, transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])),
+        ("--fsdp shard_grad_op", config(reshard_after_forward=False)),
+        ("--fsdp True", "--fsdp"),
+        (f"--fsdp {CLASS}", config(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])),
+        (f"--fsdp {CLASS},Other", config(transformer_layer_cls_to_wrap=["LlamaDecoderLayer", "Other"])),
+        ("--fsdp 'full_shard auto_wrap' --fsdp_config '{\"fsdp_version\": 2, \"reshard_after_forward\": false}'",
+         config(reshard_after_forward=False, version=2)),
+    ],
+)  # fmt: skip
+def test_a_flag_with_a_successor_is_read_as_it_and_says_so(old, new):
+    translated, (line,) = translate(["--seed", "1", *shlex.split(old), "--logging_steps=2"])
+    assert sorted(translated) == sorted(["--seed", "1", *shlex.split(new), "--logging_steps=2"])
+    assert line == f"{shlex.join(shlex.split(old))} is read as {new}"
+    parse(["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", *shlex.split(new)])  # the parser knows it
+
+
+@pytest.mark.parametrize(
+    ("old", "why"),
+    [
+        ("--overwrite_output_dir True", "nothing is ever overwritten here; give a new --output_dir"),
+        ("--logging_dir logs", "TensorBoard's folder is the environment variable TENSORBOARD_LOGGING_DIR"),
+        ("--save_safetensors True", "weights are always safetensors"),
+        ("--include_tokens_per_second", "supervised_tokens_per_s is always logged"),
+        ("--use_mps_device", "the device is found by itself"),
+        ("--half_precision_backend auto", "PyTorch's own mixed precision is the only one"),
+        ("--fp16_backend amp", "PyTorch's own mixed precision is the only one"),
+        ("--fp16_opt_level O1", "PyTorch's own mixed precision is the only one"),
+        ("--fsdp_min_num_params 2000", "the model's own layers are wrapped, whatever their size"),
+        ("--group_by_length False", "it was off"),
+        ("--fsdp ''", "FSDP is off"),
+        ("--fsdp=", "FSDP is off"),
+        ("--fsdp no_shard", "FSDP is off"),
+        (CLASS, "FSDP is off"),
+        ("--tf32 True", "TF32 needs a CUDA GPU, Ampere or newer"),
+        ("--tf32=1", "TF32 needs a CUDA GPU, Ampere or newer"),
+    ],
+)
+def test_a_flag_without_meaning_is_dropped_and_says_why(old, why):
+    translated, (line,) = translate(["--seed", "1", *shlex.split(old), "--bf16"], has_tf32=False)
+    assert translated == ["--seed", "1", "--bf16"]
+    assert line == f"{shlex.join(shlex.split(old))} is dropped: {why}"
+
+
+def test_the_words_of_transformers_5_stay_as_they_are():
+    argv = shlex.split("--learning_rate -1 --fsdp --fsdp_config file.json --bf16=True --tf32 True --report_to all --tf32 False")
+    assert translate(argv) == (argv, [])
+    assert translate(["--tf32", "False"], has_tf32=False) == (["--tf32", "False"], [])
+
+
+def test_an_fsdp_config_in_a_file_is_merged(tmp_path):
+    (tmp_path / "fsdp.json").write_text('{"fsdp_backward_prefetch": "backward_pre", "activation_checkpointing": true}')
+    new, _ = translate(["--fsdp", "full_shard auto_wrap", "--fsdp_config", str(tmp_path / "fsdp.json")])
+    want = {"reshard_after_forward": True, "backward_prefetch": "backward_pre", "activation_checkpointing": True}
+    assert new[:2] == ["--fsdp", "--fsdp_config"] and json.loads(new[2]) == want
+
+
+@pytest.mark.parametrize(
+    ("old", "message"),
+    [
+        ("--fsdp hybrid_shard", "--fsdp hybrid_shard: choose from full_shard"),
+        ("--fsdp full_shard --fsdp_config none.json", "--fsdp_config none.json: no JSON object"),
+        ("--fsdp full_shard --fsdp_config '{'", "--fsdp_config {: no JSON object"),
+        ("--fsdp full_shard --fsdp_config '[1]'", "no JSON object"),
+        ("--warmup_ratio 1.5", "--warmup_ratio 1.5: give a share of the steps below 1"),
+    ],
+)
+def test_a_value_without_counterpart_is_an_error(old, message):
+    with pytest.raises(UserError) as error:
+        translate(shlex.split(old))
+    assert message in str(error.value)
+
+
+def test_a_removed_flag_without_successor_is_unknown():
+    with pytest.raises(UserError, match="unknown argument --sharded_ddp"):
+        parse(["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", "--sharded_ddp", "simple"])
+
+
+# Alpaca's README, section Fine-tuning; only what stands in <> there is filled in
+ALPACA = """torchrun --nproc_per_node=2 --master_port={port} train.py \\
+    --model_name_or_path {model} \\
+    --data_path ./alpaca_data.json \\
+    --bf16 True \\
+    --output_dir {out} \\
+    --num_train_epochs 3 \\
+    --per_device_train_batch_size 4 \\
+    --per_device_eval_batch_size 4 \\
+    --gradient_accumulation_steps 8 \\
+    --evaluation_strategy "no" \\
+    --save_strategy "steps" \\
+    --save_steps 2000 \\
+    --save_total_limit 1 \\
+    --learning_rate 2e-5 \\
+    --weight_decay 0. \\
+    --warmup_ratio 0.03 \\
+    --lr_scheduler_type "cosine" \\
+    --logging_steps 1 \\
+    --fsdp "{fsdp}" \\
+    --fsdp_transformer_layer_cls_to_wrap '{layer}' \\
+    --tf32 True"""
+
+
+@pytest.fixture
+def run_alpaca(root, tmp_path):
+    """Runs the published command with 24 records, from a folder where train.py is the package's."""
+    records = json.loads((root / "data" / "instructions" / "train.json").read_text())[:24]
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(records))
+    (tmp_path / "train.py").symlink_to(root / "stanford_alpaca" / "train.py")
+
+    def run(model, layer, fsdp):
+        port = 20000 + os.getpid() % 10000
+        command = ALPACA.format(port=port, model=model, out=tmp_path / "out", layer=layer, fsdp=fsdp)
+        path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def steps(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def equals_one_process(tmp_path, model):
+    """The run's steps and model against one process in bfloat16 that sees the same global batch."""
+    flags = ["--model_name_or_path", str(model), "--data_path", str(tmp_path / "alpaca_data.json")]
+    flags += shlex.split("--bf16 True --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --num_train_epochs 3")
+    flags += shlex.split("--learning_rate 2e-5 --warmup_steps 0.03 --lr_scheduler_type cosine --logging_steps 1")
+    train([*flags, "--output_dir", str(tmp_path / "one"), "--save_strategy", "no", "--disable_tqdm", "True"])
+    assert len(steps(tmp_path / "one")) == 3
+    for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "out"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-3)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-2)
+        assert one["learning_rate"] == two["learning_rate"]
+    assert list((tmp_path / "out" / "checkpoint-3").glob("pytorch_model_fsdp*"))  # only FSDP leaves shards to resume from
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_alpacas_llama_command_as_printed(run_alpaca, tmp_path, root):
+    done = run_alpaca(root / "data" / "tiny-base", "LlamaDecoderLayer", "full_shard auto_wrap")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("--")]
+    assert [line.split()[0] for line in lines] == ["--evaluation_strategy", "--warmup_ratio", "--tf32", "--fsdp"]
+    assert "mode mle, cost frozen, 2 process(es), global batch 64" in done.stdout
+    equals_one_process(tmp_path, root / "data" / "tiny-base")
+
+
+@pytest.fixture
+def tiny_opt(root, tmp_path):
+    """A random OPT. FSDP2 warns of views that its layers return."""
+    shape = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+    options = AutoConfig.for_model("opt", vocab_size=2048, max_position_embeddings=512, dropout=0.0, **shape)
+    AutoModelForCausalLM.from_config(options).save_pretrained(tmp_path / "opt")
+    AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(tmp_path / "opt")
+    return tmp_path / "opt"
+
+
+def test_alpacas_opt_command_as_printed_and_its_offload_variant(run_alpaca, tmp_path, tiny_opt):
+    done = run_alpaca(tiny_opt, "OPTDecoderLayer", "full_shard auto_wrap offload")
+    assert done.returncode == 0, done.stderr[-3000:]
+    equals_one_process(tmp_path, tiny_opt)
+
+
+def test_a_layer_the_model_does_not_have_is_one_line(tmp_path, tiny_opt):
+    (tmp_path / "data.json").write_text('[{"instruction": "a", "output": "b"}]')
+    argv = ["--model_name_or_path", str(tiny_opt), "--data_path", str(tmp_path / "data.json"), "--fsdp", "full_shard auto_wrap"]
+    with pytest.raises(UserError) as error:
+        train([*argv, "--output_dir", str(tmp_path / "out"), *CLASS.split()])
+    assert "LlamaDecoderLayer: the model has no such layer; its own: OPTDecoderLayer" in str(error.value)
+    assert not (tmp_path / "out").exists()
