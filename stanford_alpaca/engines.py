@@ -6,6 +6,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers import PreTrainedModel
 
 from stanford_alpaca.errors import UserError
 
@@ -43,6 +44,32 @@ def check_fsdp(trainer) -> None:
     """Raises UserError if FSDP was asked for and the wrapped model is not sharded."""
     if trainer.args.fsdp and not isinstance(trainer.model_wrapped, FSDPModule):
         raise UserError(f"--fsdp was asked for, but the model is a {type(trainer.model_wrapped).__name__}")
+
+
+# dense 16-bit floating-point operations per second, from the manufacturer's data sheets; the first name that fits counts
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "L40S": 362e12, "L4": 121e12, "A100": 312e12,
+    "A10": 125e12, "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops() -> float | None:
+    """What this rank's device can do at 16 bits, in FLOP/s, or None where that is not known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def training_flops(model: PreTrainedModel) -> tuple[float, float]:
+    """FLOPs of training on a sequence of n tokens, as (a, b) of a n + b n^2  (PaLM, arXiv 2204.02311, appendix B).
+
+    6 per parameter that multiplies (all but the input embedding, unless it is the output layer as well), and attention.
+    """
+    config = model.config.get_text_config()
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    parameters = sum(p.numel() for p in model.parameters()) - (0 if inputs is outputs else inputs.numel())
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 6.0 * parameters, 12.0 * config.num_hidden_layers * width
 
 
 def peak_memory_mib() -> float:

@@ -33,6 +33,12 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def say(line: str) -> None:
+    """Prints a line once for all ranks."""
+    if is_main_process():
+        print(line, flush=True)
+
+
 def first_line(error: Exception) -> str:
     """What another library's error says, in a line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,12 +19,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import canonical
-from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.reading import SUFFIXES, read_file
-from stanford_alpaca.data.tokenize import TEMPLATES, PromptEncoder
+from stanford_alpaca.data.tokenize import PromptEncoder, check_template
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.model import check_model, fit_vocabulary, load_model, load_tokenizer
-from stanford_alpaca.samples import check_outputs, format_sample, write_alpaca_eval, write_jsonl, write_markdown
+from stanford_alpaca.samples import check_outputs, format_sample, sample_of, write_alpaca_eval, write_jsonl, write_markdown
 from stanford_alpaca.sampling import GIVE_TEMPERATURE, Sampling
 
 
@@ -51,10 +50,12 @@ def generate_batch(
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
+    synced: bool = False,
 ) -> list[str]:
     """One response per record, in order. Batches are padded on the left and hold prompts of similar length.
 
-    Repeatable: the same arguments give the same text. Under sampling the batch size is one of those arguments.
+    Repeatable: the same arguments give the same text. Under sampling the batch size is one of those arguments. ``synced``: all
+    ranks call this together, and go on until the last one is done, as a sharded model needs it.
     """
     context = getattr(model.config, "max_position_embeddings", None)
     room = None if context is None else context - sampling.max_new_tokens
@@ -74,6 +75,7 @@ def generate_batch(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=sampling.config(tokenizer, stops),
+            synced_gpus=synced,
         )
         for i, response in zip(rows, out[:, longest:].tolist(), strict=True):
             responses[i] = decode_response(tokenizer, response, stops)
@@ -184,12 +186,7 @@ def sample_all(
         count = len(records)
         responses[name] = [texts[i] if num_samples == 1 else texts[i::count] for i in range(count)]
         del model
-    return [
-        as_shown(record)
-        | {key: record[key] for key in ("dataset",) if key in record}
-        | {"responses": {name: responses[name][i] for name in names}}
-        for i, record in enumerate(records)
-    ]
+    return [sample_of(record, {name: responses[name][i] for name in names}) for i, record in enumerate(records)]
 
 
 @SetParseFns(prompts=str, instruction=str, input=str, out=str, alpaca_eval=str, markdown=str)  # fire makes "a, b" a tuple
@@ -238,8 +235,7 @@ def run(
     """
     refuse_unknown(unknown, run)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, num_beams)
-    if prompt_template not in TEMPLATES:
-        raise UserError(f"--prompt_template {prompt_template}: choose from {', '.join(TEMPLATES)}")
+    check_template(prompt_template)
     if not checkpoints:
         raise UserError("give a checkpoint: a folder that training wrote, or a hub name")
     for flag, value in (("num_samples", num_samples), ("batch_size", batch_size)):

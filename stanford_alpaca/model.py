@@ -44,9 +44,17 @@ def load_tokenizer(path: str, max_length: int | None = None, cache_dir: str | No
     return tokenizer
 
 
-def load_model(path: str, cache_dir: str | None = None, dtype: torch.dtype = torch.float32, **options) -> PreTrainedModel:
-    """The causal LM in ``dtype``: float32 masters by default, whatever the checkpoint holds."""
+def load_model(
+    path: str, cache_dir: str | None = None, dtype: torch.dtype = torch.float32, *, from_config: bool = False, **options
+) -> PreTrainedModel:
+    """The causal LM in ``dtype``: float32 masters by default, whatever the checkpoint holds.
+
+    ``from_config`` reads the configuration alone and gives the model random weights.
+    """
     try:
+        if from_config:
+            config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
         return AutoModelForCausalLM.from_pretrained(path, cache_dir=cache_dir, dtype=dtype, trust_remote_code=False, **options)
     except Exception as error:
         raise _cannot_load(path, error) from None

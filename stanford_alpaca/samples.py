@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.errors import UserError, check_writable
 
 
@@ -52,9 +53,23 @@ def format_sample(sample: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sample_of(record: dict, responses: dict[str, str | list[str]]) -> dict[str, Any]:
+    """The sample of a record of any form and the responses of each checkpoint."""
+    return as_shown(record) | {key: record[key] for key in ("dataset",) if key in record} | {"responses": responses}
+
+
 def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
     """One JSON object a line; the folder is made if it is missing."""
-    _write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write(file, _as_jsonl(rows))
+
+
+def append_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
+    """The same, after what the file holds already."""
+    _write(file, _as_jsonl(rows), mode="a")
+
+
+def _as_jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_alpaca_eval(file: Path, samples: list[dict[str, Any]]) -> None:
@@ -76,11 +91,17 @@ def write_alpaca_eval(file: Path, samples: list[dict[str, Any]]) -> None:
 
 
 def write_markdown(file: Path, samples: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """A page to read: the settings, then each prompt, its reference and the responses.
+    """A page to read: the settings, then each prompt, its reference and the responses."""
+    title = ["# Samples", ", ".join(f"{code_span(name)} {value}" for name, value in settings.items())]
+    _write(file, "\n\n".join([*title, samples_as_markdown(samples)]) + "\n")
+
+
+def samples_as_markdown(samples: list[dict[str, Any]]) -> str:
+    """Each prompt, its reference and the responses.
 
     Every text that is not this function's own stands in a fenced block or a code span, so nothing in it is markup.
     """
-    page = ["# Samples", ", ".join(f"{code_span(name)} {value}" for name, value in settings.items())]
+    page = []
     for number, sample in enumerate(samples, 1):
         page.append(f"## Prompt {number}")
         for title in ("instruction", "input", "reference"):
@@ -88,7 +109,7 @@ def write_markdown(file: Path, samples: list[dict[str, Any]], settings: dict[str
                 page += [f"**{title.capitalize()}**", fenced(sample[title])]
         for name, index, text in labelled(sample):
             page += [f"**Response{'' if index is None else f' {index}'} of** {code_span(name)}", fenced(text)]
-    _write(file, "\n\n".join(page) + "\n")
+    return "\n\n".join(page)
 
 
 def fenced(text: str) -> str:
@@ -108,6 +129,7 @@ def _longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: Path, text: str, mode: str = "w") -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of folders need not be UTF-8
+    with file.open(mode, encoding="utf-8", errors="backslashreplace") as stream:  # names of folders need not be UTF-8
+        stream.write(text)

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from stanford_alpaca.attach import AttachedObjective
 from stanford_alpaca.checkpoint import full_state_dict
 from stanford_alpaca.data.batching import PadCollator, fill_up
-from stanford_alpaca.engines import activate_fsdp, check_fsdp
+from stanford_alpaca.engines import activate_fsdp, check_fsdp, peak_flops, training_flops
 
 
 class Stopwatch:
@@ -49,8 +49,8 @@ class EmoTrainer(Trainer):
     """A Trainer for a model with an attached objective and a PadCollator.
 
     Each log entry of training also has ``nll``, ``emo`` (where the mode computes it), ``target_prob`` (means over the
-    supervised tokens of all ranks since the last entry) and ``supervised_tokens_per_s`` (all ranks together, without the
-    first step, evaluation and saves). Evaluation sums over the supervised tokens of all ranks and divides once, so it does
+    supervised tokens of all ranks since the last entry), ``supervised_tokens_per_s`` (all ranks together, without the first
+    step, evaluation and saves) and, at 16 bits on a device of known peak, ``mfu``, this rank's model FLOPs utilisation. Evaluation sums over the supervised tokens of all ranks and divides once, so it does
     not depend on batch size or world size. The training set is filled up to whole global batches with fully masked rows,
     which the sampler shuffles in: no example is seen twice or dropped, whatever the world size.
 
@@ -66,6 +66,9 @@ class EmoTrainer(Trainer):
         self.watch = Stopwatch()
         self._steps = 0  # of this call of train()
         self._tokens: Any = 0  # the targets of its steps, without the first step's
+        self._flops: Any = 0.0  # the same of this rank's work
+        self._peak = peak_flops() if self.args.bf16 or self.args.fp16 else None
+        self._linear, self._quadratic = training_flops(self.model) if self._peak else (0.0, 0.0)
         if isinstance(self.train_dataset, Dataset):  # a stream has no end to fill up
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             self.train_dataset = fill_up(self.train_dataset, batch, self.data_collator.pad_id)
@@ -84,6 +87,9 @@ class EmoTrainer(Trainer):
         samples, num_items = super().get_batch_samples(*args, **kwargs)
         if self._steps >= 1:
             self._tokens = self._tokens + num_items  # a tensor on the device: no synchronisation here
+            if self._peak:
+                lengths = [sample["attention_mask"].sum(1).double() for sample in samples]
+                self._flops = self._flops + sum((self._linear * n + self._quadratic * n**2).sum() for n in lengths)
         self._steps += 1
         return samples, num_items
 
@@ -103,6 +109,8 @@ class EmoTrainer(Trainer):
             rate = self.supervised_tokens_per_s()
             if rate is not None:
                 logs["supervised_tokens_per_s"] = rate
+                if self._peak:
+                    logs["mfu"] = float(self._flops) / self.watch.seconds / self._peak
         super().log(logs, start_time)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ import ast
 
 LAYERS = [
     {"errors"},
-    {"data", "model", "samples", "sampling", "old_flags"},
+    {"data", "model", "sampling", "old_flags"},
+    {"samples"},
     {"cost"},
     {"token_stats"},
     {"losses", "head"},
@@ -14,6 +15,8 @@ LAYERS = [
     {"evaluation"},
     {"engines"},
     {"trainer"},
+    {"arguments", "callbacks"},
+    {"checks", "record"},
     {"train", "launch"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

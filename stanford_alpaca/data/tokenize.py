@@ -161,6 +161,12 @@ class PromptEncoder:
         return prompts
 
 
+def check_template(name: str) -> None:
+    """Raises UserError for a template that there is not."""
+    if name not in TEMPLATES:
+        raise UserError(f"--prompt_template {name}: choose from {', '.join(TEMPLATES)}")
+
+
 def make_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder) -> Template:
     """The template for records of a form: ``auto`` is Alpaca's for ``alpaca``, the tokenizer's chat template (Alpaca's, if it
     has none) for ``chat``, and no template for ``completion`` and ``text``."""

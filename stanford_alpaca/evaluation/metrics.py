@@ -19,12 +19,12 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.prompts import as_shown
-from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
+from stanford_alpaca.data.tokenize import IGNORE_INDEX, check_template, tokenize_records
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generate import generate_batch, load_for_generation
 from stanford_alpaca.head import head_of, output_layer, recognise_head
 from stanford_alpaca.model import check_model
-from stanford_alpaca.samples import format_sample, write_jsonl
+from stanford_alpaca.samples import format_sample, sample_of, write_jsonl
 from stanford_alpaca.sampling import Sampling
 from stanford_alpaca.token_stats import reference
 
@@ -89,6 +89,7 @@ def run(
     limit: int | None = None,
     max_new_tokens: int = 64,
     max_length: int = 512,
+    prompt_template: str = "auto",
     batch_size: int = 32,
     **unknown: Any,
 ) -> None:
@@ -96,11 +97,12 @@ def run(
 
     Args:
         checkpoints: folders or hub names, the base model first.
-        data: a .json or .jsonl file, or a hub name, with reference outputs.
+        data: what training takes, with reference outputs.
         cost: the model whose output embedding prices emo, the same for all; the first checkpoint by default.
         out: a folder for metrics.json and samples.jsonl; neither may exist.
         samples: how many samples to print.
         limit: only the first records.
+        prompt_template: as in training.
     """
     refuse_unknown(unknown, run)
     if not checkpoints or data is None:
@@ -109,6 +111,7 @@ def run(
     check_whole("limit", 1 if limit is None else limit, 1)
     check_whole("batch_size", batch_size, 1)
     check_whole("max_length", max_length, 2)
+    check_template(prompt_template)
     sampling = Sampling(max_new_tokens=max_new_tokens)
     files = [Path(out) / name for name in ("metrics.json", "samples.jsonl")] if out is not None else []
     for file in files:
@@ -132,13 +135,15 @@ def run(
             recognise_head(model)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
-        examples, _ = tokenize_records(records, tokenizer, max_length)
+        examples, _ = tokenize_records(records, tokenizer, max_length, prompt_template=prompt_template)
         results[name] = teacher_forced(model, tokenizer, examples, shared_cost, batch_size)
-        responses[name] = generate_batch(model, tokenizer, list(records), sampling, batch_size=batch_size)
+        responses[name] = generate_batch(
+            model, tokenizer, list(records), sampling, prompt_template=prompt_template, batch_size=batch_size
+        )
         results[name]["exact_match"] = exact_match(responses[name], [as_shown(record)["reference"] for record in records])
         results[name] |= training_figures(name)
         del model
-    shown = [as_shown(record) | {"responses": {name: responses[name][i] for name in names}} for i, record in enumerate(records)]
+    shown = [sample_of(record, {name: responses[name][i] for name in names}) for i, record in enumerate(records)]
     if files:
         files[0].parent.mkdir(parents=True, exist_ok=True)
         files[0].write_text(json.dumps({"data": str(data), "results": results}, indent=1) + "\n")

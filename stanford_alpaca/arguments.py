@@ -1,0 +1,204 @@
+"""The flags of a training run: what they are, and how a command line and a --config file become them."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers import HfArgumentParser
+from transformers.utils.import_utils import is_torch_tf32_available
+
+from stanford_alpaca.cost import COST_KINDS
+from stanford_alpaca.data.formats import FORMS
+from stanford_alpaca.data.tokenize import TEMPLATES
+from stanford_alpaca.errors import UserError, first_line, nearest
+from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
+from stanford_alpaca.losses.linear import BACKENDS
+from stanford_alpaca.old_flags import read_fsdp_config, translate
+
+MADE_WITH = "made_with"  # the part of a run.yaml that is no flag
+LESS_IS_BETTER = ("loss", "nll", "emo", "perplexity")
+
+
+def choice(*values: str, default: str, help: str):
+    """A dataclass field that takes one of a few words."""
+    return field(default=default, metadata={"choices": list(values), "help": help})
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "A Hugging Face folder or a hub name."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    from_config: bool = field(
+        default=False, metadata={"help": "Trains from scratch: the model's configuration and tokenizer, random weights."}
+    )
+    teacher: str | None = field(default=None, metadata={"help": "A model whose top k tokens replace the targets."})
+    teacher_top_k: int = field(default=64, metadata={"help": "Tokens of the teacher's distributions."})
+
+
+@dataclass
+class DataArguments:
+    data_path: list[str] = field(metadata={"help": "Files, folders or hub names; see the README's table of forms."})
+    data_weights: list[float] | None = field(
+        default=None, metadata={"help": "Draws the examples of several --data_path in these proportions."}
+    )
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Names of columns in the data, as instruction=question output=answer."}
+    )
+    prompt_template: str = choice(*TEMPLATES, default="auto", help="alpaca, chat (the tokenizer's), or plain.")
+    streaming: bool = field(default=False, metadata={"help": "Reads the data as it is needed; needs --max_steps."})
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "Examples of a stream that are held to be shuffled."})
+    eval_path: list[str] | None = field(default=None, metadata={"help": "Held-out data, in the same forms."})
+    eval_fraction: float | None = field(default=None, metadata={"help": "Holds out this share of each --data_path."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+    def column_names(self) -> dict[str, str]:
+        """--columns as a mapping from our names to those in the files."""
+        pairs = [text.partition("=") for text in self.columns or []]
+        known = [*dict.fromkeys(name for features in FORMS.values() for name in features), "conversations", "role", "content"]
+        for ours, equals, theirs in pairs:
+            if not (ours and equals and theirs):
+                raise UserError(f"--columns {ours}{equals}{theirs}: write OURS=THEIRS, as instruction=question")
+            if ours not in known:
+                raise UserError(f"--columns {ours}={theirs}: {ours} is no column of ours{nearest(ours, known)}")
+        return {ours: theirs for ours, _, theirs in pairs}
+
+
+@dataclass
+class ObjectiveArguments:
+    mode: str = choice(*MODES, default="mle", help="The objective; see the README's table of modes.")
+    cost: str = field(default="frozen", metadata={"help": "frozen, adaptive, or a safetensors file with a [V, D] tensor."})
+    cost_kind: str = choice(*COST_KINDS, default="cosine", help="identity: every wrong token costs 1.")
+    emo_weighting: str = choice(*WEIGHTINGS, default="paper", help="upstream: as in the published LLaMA code.")
+    emo_ratio_cap: float | None = field(default=None, metadata={"help": "Upper bound of nll / emo; EMOLoss uses 3."})
+    emo_weight: float = field(default=0.5, metadata={"help": "w of mode mix: (1 - w) nll + w emo."})
+    tailr_gamma: float = field(default=1e-7, metadata={"help": "gamma of mode tailr."})
+    tailr_floor: float = field(default=0.2, metadata={"help": "The least weight of mode tailr."})
+    mixce_eta: float = field(default=0.5, metadata={"help": "eta of mode mixce."})
+    loss_backend: str = choice("auto", *BACKENDS, default="auto", help="How the loss is computed.")
+
+    def objective(self) -> Objective:
+        names = [f.name for f in dataclasses.fields(Objective)]
+        try:
+            return Objective(**{name: getattr(self, name) for name in names})
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    greater_is_better: bool | None = None
+    report_to: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "tensorboard, trackio, wandb, ..."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's models and data are kept."})
+    model_max_length: int = field(default=512, metadata={"help": "Tokens per example; longer ones are cut."})
+    global_batch: int | None = field(
+        default=None, metadata={"help": "Examples per optimizer step; sets --gradient_accumulation_steps."}
+    )
+    sample_prompts: str | None = field(
+        default=None, metadata={"help": "Prompts to answer while training: a file, as for generate."}
+    )
+    sample_steps: int | None = field(default=None, metadata={"help": "Answers them every so many steps, and at the end."})
+    sample_max_new_tokens: int = field(default=64, metadata={"help": "The most tokens of such an answer."})
+    remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # without it, the ranks of torchrun would train alone, each for itself
+            self.dataloader_pin_memory = False
+        config = read_fsdp_config(self.fsdp_config) if self.fsdp and isinstance(self.fsdp_config, str) else {}
+        if str(config.get("cpu_offload")).lower() == "true" and not self.use_cpu:
+            self.ddp_backend = "cuda:nccl,cpu:gloo"  # gradients are clipped where they lie
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's arguments.
+
+    Attributes:
+        flags: what ``run.yaml`` holds: all flags of this package and those of the Trainer that differ from their defaults.
+        made_with: of the run.yaml that --config named, if it had one: what that run was made with.
+        notes: lines for the user about flags that were translated.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    objective: ObjectiveArguments
+    training: TrainingArguments
+    flags: dict[str, Any]
+    made_with: dict[str, Any]
+    notes: list[str]
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):  # type: ignore[override]
+        raise UserError(message)
+
+
+def parse(argv: list[str]) -> Run:
+    """The arguments of a run. Raises UserError for anything argparse or Hugging Face rejects."""
+    argv, made_with = with_config(argv)
+    argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
+    if any(flag.split("=")[0] == "--deepspeed" for flag in argv) and "RANK" not in os.environ:
+        raise UserError("--deepspeed needs a launcher, also for one process: torchrun --nproc_per_node 1 ...")
+    classes = (ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments)
+    parser = _Parser(classes, allow_abbrev=False)
+    try:
+        model, data, objective, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except (ValueError, ImportError, OSError) as error:
+        raise UserError(str(error)) from None
+    if unknown:
+        known = ["--config", *(option for action in parser._actions for option in action.option_strings)]
+        name = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument {name}{nearest(name, known)}")
+    own = {f.name for cls in classes for f in dataclasses.fields(cls)} - {
+        f.name for f in dataclasses.fields(transformers.TrainingArguments)
+    }
+    given = vars(parser.parse_known_args(argv)[0])
+    flags = {
+        name: getattr(value, "value", value)  # enums as their words
+        for name, value in given.items()
+        if (name in own and value is not None) or value != parser.get_default(name) or name == "seed"
+    }
+    return Run(model, data, objective, training, flags, made_with, notes)
+
+
+def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The command line with the flags of its --config file in front, where those that follow win; and its made_with."""
+    places = [i for i, token in enumerate(argv) if token == "--config" or token.startswith("--config=")]
+    if not places:
+        return argv, {}
+    if len(places) > 1:
+        raise UserError("--config was given twice: put all into one file")
+    (place,) = places
+    separate = argv[place] == "--config"
+    if separate and len(argv) == place + 1:
+        raise UserError("--config needs the name of a YAML file")
+    name = argv[place + 1] if separate else argv[place].partition("=")[2]
+    rest = argv[:place] + argv[place + (2 if separate else 1) :]
+    try:
+        with open(name, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config {name}: cannot be read ({first_line(error)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {name}: wanted a line 'flag: value' for each flag")
+    made_with = values.pop(MADE_WITH, {})
+    given = {token[2:].partition("=")[0].replace("-", "_") for token in rest if token.startswith("--")}
+    tokens = [text for flag, value in values.items() if flag not in given for text in _tokens(str(flag), value)]
+    return tokens + rest, made_with if isinstance(made_with, dict) else {}
+
+
+def _tokens(flag: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{flag}", *map(str, value)]
+    return [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]

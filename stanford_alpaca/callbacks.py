@@ -1,0 +1,70 @@
+"""What a run shows while it trains: answers to a few prompts, on the terminal, in a file and in the trackers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from stanford_alpaca.errors import say
+from stanford_alpaca.generate import generate_batch
+from stanford_alpaca.samples import append_jsonl, format_sample, sample_of, samples_as_markdown
+from stanford_alpaca.sampling import Sampling
+from stanford_alpaca.trainer import EmoTrainer
+
+
+class SampleCallback(TrainerCallback):
+    """Answers prompts greedily every ``sample_steps`` steps, and at the end, into OUTPUT_DIR/samples.jsonl and the trackers.
+
+    Every rank takes part, because a sharded model needs all of them. Training does not notice: its random states, its mode and
+    its clock are as before.
+    """
+
+    def __init__(self, trainer: EmoTrainer, prompts: list[dict], prompt_template: str):
+        self.trainer, self.prompts, self.prompt_template = trainer, prompts, prompt_template
+        self.last = -1
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if args.sample_steps and state.global_step % args.sample_steps == 0:
+            self.sample(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        self.sample(state.global_step)
+
+    def sample(self, step: int) -> None:
+        if step == self.last:
+            return
+        self.last = step
+        args, model = self.trainer.args, self.trainer.model
+        training = model.training
+        with self.trainer.watch.paused(), torch.random.fork_rng():
+            texts = generate_batch(
+                model, self.trainer.processing_class, self.prompts, Sampling(args.sample_max_new_tokens),
+                prompt_template=self.prompt_template, progress=False, synced=args.world_size > 1,
+            )  # fmt: skip
+        model.train(training)
+        if not self.trainer.is_world_process_zero():
+            return
+        samples = [sample_of(record, {f"step {step}": text}) for record, text in zip(self.prompts, texts, strict=True)]
+        for sample in samples:
+            say(format_sample(sample))
+        append_jsonl(Path(args.output_dir) / "samples.jsonl", [{"step": step, **sample} for sample in samples])
+        for callback in self.trainer.callback_handler.callbacks:
+            _track(callback, samples, step)
+
+
+def _track(callback: TrainerCallback, samples: list[dict], step: int) -> None:
+    """Gives samples to a tracker of the Trainer's, if it can show texts."""
+    name = type(callback).__name__
+    if name == "TensorBoardCallback" and callback.tb_writer is not None:
+        callback.tb_writer.add_text("samples", samples_as_markdown(samples), step)
+    elif name in ("WandbCallback", "TrackioCallback"):
+        tracker = callback._wandb if name == "WandbCallback" else callback._trackio
+        rows = [[step, s["instruction"], s["input"], text] for s in samples for text in s["responses"].values()]
+        names = ["step", "instruction", "input", "response"]
+        if name == "WandbCallback":
+            tracker.log({"samples": tracker.Table(columns=names, data=rows)}, commit=False)
+        else:
+            import pandas
+
+            tracker.log({"samples": tracker.Table(dataframe=pandas.DataFrame(rows, columns=names))})

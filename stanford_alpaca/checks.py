@@ -1,0 +1,141 @@
+"""What can be found out about a run before anything is loaded or written."""
+
+import math
+import os
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import get_last_checkpoint
+
+from stanford_alpaca.arguments import DataArguments, ModelArguments, ObjectiveArguments, Run, TrainingArguments
+from stanford_alpaca.errors import UserError, check_writable, first_line, quiet_hub
+from stanford_alpaca.model import check_model
+
+
+def check(run: Run) -> None:
+    """Raises UserError for the first thing about a run that cannot be."""
+    model, data, training = run.model, run.data, run.training
+    check_output(training)
+    check_batches(training)
+    check_data(data, training)
+    check_training(training, has_eval=data.eval_path is not None or data.eval_fraction is not None)
+    check_objective(model, run.objective)
+    check_model(model.model_name_or_path, training.cache_dir)
+    if model.teacher is not None:
+        check_model(model.teacher, training.cache_dir)
+    if training.push_to_hub:
+        check_hub(training)
+
+
+def check_training(training: TrainingArguments, has_eval: bool) -> None:
+    """Flags of the Trainer that do not go together, or would train something else."""
+    if training.eval_strategy != "no" and not has_eval:
+        raise UserError(f"--eval_strategy {training.eval_strategy.value} needs --eval_path or --eval_fraction")
+    if not (training.learning_rate > 0 and math.isfinite(training.learning_rate)):
+        raise UserError(f"--learning_rate {training.learning_rate}: give a number above 0")
+    if training.seed < 0:
+        raise UserError(f"--seed {training.seed}: give 0 or more")
+    deepspeed = getattr(training, "hf_deepspeed_config", None)
+    if deepspeed is not None and deepspeed.is_zero3():
+        raise UserError("--deepspeed with ZeRO-3 is not supported yet: use ds_configs/zero2.json or --fsdp")
+    if training.label_smoothing_factor or training.use_liger_kernel or not training.average_tokens_across_devices:
+        raise UserError(
+            "--label_smoothing_factor, --use_liger_kernel and --average_tokens_across_devices False would train "
+            "something else than --mode says: drop them"
+        )
+    if training.sample_prompts is None and training.sample_steps is not None:
+        raise UserError("--sample_steps needs --sample_prompts FILE")
+    for name in ("sample_steps", "sample_max_new_tokens"):
+        if (getattr(training, name) or 1) < 1:
+            raise UserError(f"--{name} {getattr(training, name)}: give 1 or more")
+    try:
+        get_reporting_integration_callbacks(training.report_to)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"--report_to: {error}") from None
+
+
+def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> None:
+    """An objective that can be made of its flags, and for which the costs and the teacher make sense."""
+    needs = objective.objective()
+    priced = objective.cost != "frozen" or objective.cost_kind == "identity"
+    if model.from_config and needs.needs_emo and not priced:
+        raise UserError(
+            f"--from_config with mode {needs.mode}: a random output layer prices nothing; make a cost embedding with "
+            "python -m stanford_alpaca.cost build and give it as --cost PATH"
+        )
+    if model.teacher is not None and needs.needs_p:
+        raise UserError(
+            f"--teacher: mode {needs.mode} with weighting {needs.emo_weighting} needs one target, not a distribution"
+        )
+    if model.teacher_top_k < 1:
+        raise UserError(f"--teacher_top_k {model.teacher_top_k}: give 1 or more")
+
+
+def check_hub(training: TrainingArguments) -> None:
+    """A hub that knows the user."""
+    try:
+        with quiet_hub():
+            HfApi().whoami(token=training.hub_token)
+    except Exception as error:  # no token, a wrong one, no network
+        raise UserError(f"--push_to_hub: the hub does not know you ({first_line(error)}); run: hf auth login") from None
+
+
+def check_data(data: DataArguments, training: TrainingArguments) -> None:
+    """Weights that fit the sources, and what a stream needs and cannot have."""
+    data.column_names()
+    weights = data.data_weights
+    if data.eval_path is not None and data.eval_fraction is not None:
+        raise UserError("--eval_path and --eval_fraction exclude each other")
+    if data.eval_fraction is not None and not 0 < data.eval_fraction < 1:
+        raise UserError(f"--eval_fraction {data.eval_fraction}: give a share between 0 and 1")
+    if weights is not None and (len(weights) != len(data.data_path) or min(weights) <= 0 or not math.isfinite(sum(weights))):
+        raise UserError(f"--data_weights {weights}: give a number above 0 for each of the {len(data.data_path)} --data_path")
+    if data.shuffle_buffer < 1:
+        raise UserError(f"--shuffle_buffer {data.shuffle_buffer}: give 1 (not shuffled) or more")
+    if data.streaming:
+        if training.max_steps <= 0:
+            raise UserError("--streaming needs --max_steps: a stream has no length to count epochs by")
+        if data.eval_fraction is not None:
+            raise UserError("--streaming and --eval_fraction exclude each other: hold data out with --eval_path")
+        training.accelerator_config.dispatch_batches = False  # every rank reads the stream and takes its part
+
+
+def check_output(training: TrainingArguments) -> None:
+    """An output folder that can be made, and is new unless a run is resumed from a checkpoint that is there."""
+    output, resume = Path(training.output_dir), training.resume_from_checkpoint
+    if resume is not None and str(resume).lower() in ("true", "false"):  # Hugging Face's way to say: the newest one
+        resume = get_last_checkpoint(output) if str(resume).lower() == "true" and output.is_dir() else None
+        if resume is None and str(training.resume_from_checkpoint).lower() == "true":
+            raise UserError(f"--resume_from_checkpoint: no checkpoint in {output}")
+    if resume is not None and not (Path(resume) / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {resume}: not a checkpoint of a run")
+    training.resume_from_checkpoint = resume
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output} is a file; give a folder")
+    if resume is None and output.exists() and any(output.iterdir()):
+        raise UserError(f"--output_dir {output} is not empty; give another, or --resume_from_checkpoint")
+    check_writable("output_dir", output)
+
+
+def check_batches(training: TrainingArguments) -> None:
+    """Processes that found each other, sizes of at least 1, and the accumulation that makes the global batch."""
+    names = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "model_max_length")
+    for name in names:
+        if getattr(training, name) < 1:
+            raise UserError(f"--{name} {getattr(training, name)}: give 1 or more")
+    if training.world_size != int(os.environ.get("WORLD_SIZE", "1")):
+        raise UserError(f"launched as {os.environ['WORLD_SIZE']} processes, but {training.world_size} found each other")
+    if training.n_gpu > 1:
+        raise UserError(f"one process sees {training.n_gpu} GPUs: launch with torchrun, or set CUDA_VISIBLE_DEVICES to one")
+    if training.global_batch is not None:
+        per_step = training.train_batch_size * training.world_size
+        if training.global_batch < 1 or training.global_batch % per_step:
+            raise UserError(
+                f"--global_batch {training.global_batch} is no multiple of {per_step} "
+                f"({training.world_size} processes of {training.train_batch_size})"
+            )
+        accumulation = training.global_batch // per_step
+        if training.gradient_accumulation_steps not in (1, accumulation):
+            raise UserError(f"--global_batch {training.global_batch} asks for --gradient_accumulation_steps {accumulation}")
+        training.gradient_accumulation_steps = accumulation

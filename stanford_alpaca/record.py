@@ -1,0 +1,110 @@
+"""What a run writes about itself beside the checkpoint: ``run.yaml``, from which it repeats, and a model card."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stanford_alpaca import __version__
+from stanford_alpaca.arguments import MADE_WITH, Run
+from stanford_alpaca.data.sources import identify
+
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed")
+FILE = "run.yaml"
+HEADER = "# Repeat: python -m stanford_alpaca.train --config run.yaml --output_dir ANOTHER\n"
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [emo, sft]
+{front}---
+
+# {title}
+
+{base}, {done} with the objective `{mode}` by stanford-alpaca-emo {version}
+(EMO: [arXiv 2310.04691](https://arxiv.org/abs/2310.04691)).
+
+| | |
+|---|---|
+{rows}
+
+`run.yaml` beside this file holds every flag, the versions of the packages and the hash of the data.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{path}")
+tokenizer = AutoTokenizer.from_pretrained("{path}")
+```
+
+Prompts are written with the template `{template}` (`auto`: Alpaca's for instructions, the tokenizer's chat template for
+conversations).
+"""
+
+
+def made_with(run: Run) -> dict[str, Any]:
+    """Versions, data and the number of processes: what the result depends on besides the flags."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    paths = [*run.data.data_path, *(run.data.eval_path or [])]
+    return {
+        "stanford_alpaca": __version__,
+        "python": platform.python_version(),
+        **versions,
+        "processes": run.training.world_size,
+        "data": {path: identify(path, run.data.streaming) for path in paths},
+    }
+
+
+def differences(run: Run, now: dict[str, Any]) -> list[str]:
+    """A line for everything that has changed since the run.yaml that --config named was written."""
+    before = run.made_with
+    lines = [
+        f"made with {name} {before[name]}, now {now.get(name)}"
+        for name in before
+        if name != "data" and before[name] != now.get(name)
+    ]
+    data = before.get("data") or {}
+    return lines + [f"{path} has changed since" for path, digest in now["data"].items() if data.get(path, digest) != digest]
+
+
+def write_run(run: Run, now: dict[str, Any]) -> None:
+    """Writes run.yaml into the output folder, unless a resumed run has it already."""
+    file = Path(run.training.output_dir) / FILE
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            HEADER + yaml.safe_dump(run.flags | {MADE_WITH: now}, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+
+
+def write_card(run: Run, metrics: dict[str, float]) -> None:
+    """Writes the model card, README.md, with what was trained on what, how, and what evaluation said."""
+    training, output = run.training, Path(run.training.output_dir)
+    rows = {
+        "data": ", ".join(run.data.data_path),
+        "cost": f"{run.objective.cost}, {run.objective.cost_kind}",
+        "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
+        "examples per step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        "epochs": f"{metrics['epoch']:.4g}" if "epoch" in metrics else "-",
+        **{
+            name.replace("_", " "): f"{value:.4g}"
+            for name, value in metrics.items()
+            if name.startswith("eval_") and "per_second" not in name
+        },
+    }
+    base = run.model.model_name_or_path
+    hub_name = None if Path(base).exists() else base
+    card = CARD.format(
+        front=f"base_model: {hub_name}\n" if hub_name else "",
+        title=output.resolve().name,
+        base=f"[{base}](https://huggingface.co/{base})" if hub_name else f"`{Path(base).resolve().name}`",
+        done="trained from scratch" if run.model.from_config else "fine-tuned",
+        mode=run.objective.mode,
+        version=__version__,
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        path=training.hub_model_id or output.resolve().name,
+        template=run.data.prompt_template,
+    )
+    (output / "README.md").write_text(card, encoding="utf-8")
