@@ -1,4 +1,4 @@
-"""What a run shows while it trains: answers to a few prompts, on the terminal, in a file and in the trackers."""
+"""What a run does beside its steps: answers to a few prompts for the terminal, a file and the trackers; a last evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,14 @@ class SampleCallback(TrainerCallback):
         append_jsonl(Path(args.output_dir) / "samples.jsonl", [{"step": step, **sample} for sample in samples])
         for callback in self.trainer.callback_handler.callbacks:
             _track(callback, samples, step)
+
+
+class EvaluateLast(TrainerCallback):
+    """Evaluates after the last step, while the trackers still listen."""
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_evaluate = True
 
 
 def _track(callback: TrainerCallback, samples: list[dict], step: int) -> None:

@@ -91,7 +91,7 @@ def write_card(run: Run, metrics: dict[str, float]) -> None:
         **{
             name.replace("_", " "): f"{value:.4g}"
             for name, value in metrics.items()
-            if name.startswith("eval_") and "per_second" not in name
+            if name.startswith("eval_") and not name.endswith(("_per_second", "_runtime"))
         },
     }
     base = run.model.model_name_or_path

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.arguments import DataArguments, ObjectiveArguments, Run, TrainingArguments, parse
 from stanford_alpaca.attach import attach_objective
-from stanford_alpaca.callbacks import SampleCallback
+from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.checks import check
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
@@ -147,6 +147,8 @@ def train(argv: list[str]) -> None:
         data_collator=PadCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
+    if eval_examples is not None:
+        trainer.add_callback(EvaluateLast())
     if prompts:
         trainer.add_callback(SampleCallback(trainer, prompts, run.data.prompt_template))
     if args.should_save:
@@ -161,7 +163,7 @@ def train(argv: list[str]) -> None:
     trainer.save_model()
     trainer.save_metrics("train", metrics)
     if eval_examples is not None:
-        evaluation = trainer.evaluate()
+        evaluation = evaluation_of(trainer)
         trainer.save_metrics("eval", evaluation)
         metrics |= evaluation
     trainer.save_state()
@@ -170,6 +172,13 @@ def train(argv: list[str]) -> None:
     if args.push_to_hub:
         trainer.push_to_hub()
     say(f"saved the {str(model.dtype).removeprefix('torch.')} model to {args.output_dir}")
+
+
+def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:
+    """What evaluation said of the weights that training ended with: the last ones, or the best."""
+    step = trainer.state.best_global_step if trainer.args.load_best_model_at_end else trainer.state.global_step
+    entries = [entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry]
+    return {name: value for name, value in entries[-1].items() if name != "step"}
 
 
 def main() -> None:

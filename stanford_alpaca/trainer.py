@@ -50,8 +50,9 @@ class EmoTrainer(Trainer):
 
     Each log entry of training also has ``nll``, ``emo`` (where the mode computes it), ``target_prob`` (means over the
     supervised tokens of all ranks since the last entry), ``supervised_tokens_per_s`` (all ranks together, without the first
-    step, evaluation and saves) and, at 16 bits on a device of known peak, ``mfu``, this rank's model FLOPs utilisation. Evaluation sums over the supervised tokens of all ranks and divides once, so it does
-    not depend on batch size or world size. The training set is filled up to whole global batches with fully masked rows,
+    step, evaluation and saves) and, at 16 bits on a device of known peak, ``mfu``, this rank's model FLOPs utilisation.
+    Evaluation sums over the supervised tokens of all ranks and divides once, so it does not depend on batch size or world
+    size. The training set is filled up to whole global batches with fully masked rows,
     which the sampler shuffles in: no example is seen twice or dropped, whatever the world size.
 
     Collectives of its own: one all-reduce of 5 float64 per log entry and per evaluation.
