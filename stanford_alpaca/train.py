@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 from datasets import Dataset
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.import_utils import is_torch_tf32_available
@@ -28,7 +28,7 @@ from stanford_alpaca.cost import COST_KINDS, CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
-from stanford_alpaca.engines import peak_memory_mib
+from stanford_alpaca.engines import loading_whole, peak_memory_mib
 from stanford_alpaca.errors import UserError, check_writable, exit_on_user_error, is_main_process, nearest
 from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.losses.linear import BACKENDS
@@ -137,9 +137,6 @@ def check(model: ModelArguments, data: DataArguments, training: TrainingArgument
         raise UserError(f"--learning_rate {training.learning_rate}: give a number above 0")
     if training.seed < 0:
         raise UserError(f"--seed {training.seed}: give 0 or more")
-    deepspeed = getattr(training, "hf_deepspeed_config", None)
-    if deepspeed is not None and deepspeed.is_zero3():
-        raise UserError("--deepspeed with ZeRO-3 is not supported yet: use ds_configs/zero2.json or --fsdp")
     if training.label_smoothing_factor or training.use_liger_kernel or not training.average_tokens_across_devices:
         raise UserError(
             "--label_smoothing_factor, --use_liger_kernel and --average_tokens_across_devices False would train "
@@ -231,6 +228,17 @@ def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:
         raise UserError(f"--cost {args.cost}: not frozen, not adaptive, and no safetensors file ({error})") from None
 
 
+def make_model(model: ModelArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model with a row for every token, whole and on the CPU of every rank."""
+    with loading_whole(training):
+        loaded = load_model(model.model_name_or_path, training.cache_dir, attn_implementation=model.attn_implementation)
+        positions = getattr(loaded.config, "max_position_embeddings", None)
+        if positions is not None and training.model_max_length > positions:
+            raise UserError(f"--model_max_length {training.model_max_length} is more than the model's {positions} positions")
+        fit_vocabulary(loaded, tokenizer)
+    return loaded
+
+
 def train(argv: list[str]) -> None:
     """Runs one fine-tuning from its command line to the saved model."""
     model_args, data_args, objective_args, args = parse(argv)
@@ -242,11 +250,7 @@ def train(argv: list[str]) -> None:
     with args.main_process_first(desc="tokenizing"):
         train_examples, eval_examples = load_data(data_args, args, tokenizer)
 
-    model = load_model(model_args.model_name_or_path, args.cache_dir, attn_implementation=model_args.attn_implementation)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and args.model_max_length > positions:
-        raise UserError(f"--model_max_length {args.model_max_length} is more than the model's {positions} positions")
-    fit_vocabulary(model, tokenizer)
+    model = make_model(model_args, args, tokenizer)
     wants_cost = objective.needs_emo or eval_examples is not None
     try:
         attach_objective(
@@ -277,12 +281,14 @@ def train(argv: list[str]) -> None:
     if eval_examples is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_state()
-    say(f"saved the {str(model.dtype).removeprefix('torch.')} model to {args.output_dir}")
+    say(f"saved the {str(model.config.dtype).removeprefix('torch.')} model to {args.output_dir}")
 
 
 def main() -> None:
     """The command."""
     exit_on_user_error(lambda: train(sys.argv[1:]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads may abort the interpreter's end otherwise
 
 
 if __name__ == "__main__":
