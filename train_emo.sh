@@ -10,8 +10,8 @@
 # Environment: DATA_PATH   Alpaca-form JSON or JSONL, or a hub name (default: the shipped instructions)
 #              OUTPUT_DIR  where the model goes (default: output/MODEL-MODE); must be new or empty
 #              NPROC       processes (default: the visible GPUs, or 1)
-#              ENGINE      none, ddp, fsdp or zero2 (default: fsdp with several GPUs, else none; ddp with several
-#                          processes on a CPU)
+#              ENGINE      none, ddp, fsdp, zero2, zero3 or zero3_offload (default: fsdp with several GPUs, else none;
+#                          ddp with several processes on a CPU)
 # Flags after MODE go to stanford_alpaca/train.py and win over the recipe's.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -49,8 +49,8 @@ if [ "$NPROC" -eq 1 ]; then ENGINE=${ENGINE:-none}; elif [ "$GPUS" -gt 0 ]; then
 case $ENGINE in
     none | ddp) ENGINE_FLAGS=() ;;
     fsdp) ENGINE_FLAGS=(--fsdp) ;;
-    zero2) ENGINE_FLAGS=(--deepspeed "$ROOT/ds_configs/$ENGINE.json") ;;
-    *) die "ENGINE=$ENGINE: choose none, ddp, fsdp or zero2" ;;
+    zero2 | zero3 | zero3_offload) ENGINE_FLAGS=(--deepspeed "$ROOT/ds_configs/$ENGINE.json") ;;
+    *) die "ENGINE=$ENGINE: choose none, ddp, fsdp, zero2, zero3 or zero3_offload" ;;
 esac
 PRECISION=()
 if [ "$GPUS" -gt 0 ]; then
@@ -91,7 +91,7 @@ if [ -z "${OUTPUT_DIR:-}" ]; then
         while [ -e "$OUTPUT_DIR" ]; do n=$((n + 1)); OUTPUT_DIR=$first-$n; done
     fi
 fi
-if [ "$NPROC" -gt 1 ] || [ "$ENGINE" = zero2 ]; then
+if [ "$NPROC" -gt 1 ] || [ "${ENGINE#zero}" != "$ENGINE" ]; then
     LAUNCH=("$PYTHON" -m stanford_alpaca.launch --standalone --nproc_per_node "$NPROC" -m stanford_alpaca.train)
 else
     LAUNCH=("$PYTHON" -m stanford_alpaca.train)

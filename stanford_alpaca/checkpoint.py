@@ -7,17 +7,20 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def full_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """The whole weights of a model that FSDP2 shards, on the CPU of the ranks with ``keep``; empty on the others.
+    """The whole weights of a model that FSDP2 or ZeRO shards, on the CPU of the ranks with ``keep``; empty on the others.
 
-    Every rank has to call it: one all-gather per parameter, so no device ever holds more than one whole parameter extra.
+    They have the masters' dtype, also where ZeRO computes in bfloat16. Every rank has to call it: one all-gather (under
+    ZeRO-2 an all-reduce) per parameter, so no device ever holds more than one whole parameter extra.
     """
-    owner = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    values = model.state_dict()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     state: dict[str, Tensor] = {}
     gathered: dict[object, Tensor | None] = {}  # tied weights stay one tensor, so that they are written once
-    for name, value in model.state_dict().items():
-        key = owner.get(name, name)
+    for name, value in values.items():
+        parameter = parameters.get(name)
+        key = name if parameter is None else id(parameter)
         if key not in gathered:
-            whole = _gather(value) if isinstance(value, DTensor) else value
+            whole = _whole(value, parameter)
             gathered[key] = whole.to("cpu", copy=True) if keep else None
         tensor = gathered[key]
         if tensor is not None:
@@ -25,7 +28,12 @@ def full_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     return state
 
 
-def _gather(shards: DTensor) -> Tensor:
-    """The whole tensor; shards that were offloaded to the CPU first go back to where the ranks talk to each other."""
-    there: DTensor = shards.to(shards.device_mesh.device_type)  # type: ignore[assignment]
-    return there.full_tensor()
+def _whole(value: Tensor, parameter: nn.Parameter | None) -> Tensor:
+    """The whole tensor behind an entry of the state dict, which is a shard under FSDP2 and empty under ZeRO-3."""
+    if isinstance(value, DTensor):  # a shard that was offloaded goes back to where the ranks talk to each other
+        return value.to(value.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    return value

@@ -36,9 +36,6 @@ def check_training(training: TrainingArguments, has_eval: bool) -> None:
         raise UserError(f"--learning_rate {training.learning_rate}: give a number above 0")
     if training.seed < 0:
         raise UserError(f"--seed {training.seed}: give 0 or more")
-    deepspeed = getattr(training, "hf_deepspeed_config", None)
-    if deepspeed is not None and deepspeed.is_zero3():
-        raise UserError("--deepspeed with ZeRO-3 is not supported yet: use ds_configs/zero2.json or --fsdp")
     if training.label_smoothing_factor or training.use_liger_kernel or not training.average_tokens_across_devices:
         raise UserError(
             "--label_smoothing_factor, --use_liger_kernel and --average_tokens_across_devices False would train "

@@ -1,14 +1,36 @@
 """Where a run computes: devices, ranks, FSDP2 also on CPU, memory."""
 
+import contextlib
 import resource
+import warnings
+from collections.abc import Iterator
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from stanford_alpaca.errors import UserError
+
+
+@contextlib.contextmanager
+def loading_whole(args) -> Iterator[None]:
+    """Within it a model is loaded whole on every rank, as FSDP does it too.
+
+    Under ZeRO-3 transformers would load shards, and resizing, the probe of the output layer and the frozen cost would see
+    empty weights. DeepSpeed shards the model when the Trainer hands it over.
+    """
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is not None:  # DeepSpeed calls collectives by their old names, and torch says so every time
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            set_hf_deepspeed_config(config)
 
 
 def activate_fsdp(trainer) -> None:

@@ -24,7 +24,7 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.sources import ExampleStream, Loading, load_source, mix, stream_sources
-from stanford_alpaca.engines import peak_memory_mib
+from stanford_alpaca.engines import loading_whole, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
 from stanford_alpaca.generate import read_prompts
 from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer
@@ -97,9 +97,9 @@ def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None
 
 
 def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) -> PreTrainedModel:
-    """The model with the objective in it. Raises UserError for one that cannot be served."""
+    """The model with the objective in it, whole on every rank. Raises UserError for one that cannot be served."""
     model_args, objective_args, training = run.model, run.objective, run.training
-    cost = make_cost(objective_args)
+    objective, cost = objective_args.objective(), make_cost(objective_args)
     model = load_model(
         model_args.model_name_or_path, training.cache_dir,
         from_config=model_args.from_config, attn_implementation=model_args.attn_implementation,
@@ -111,7 +111,7 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
     stops = stop_ids(tokenizer)
     if len(stops) > 1:  # who generates from the folder stops at the end of a turn
         model.generation_config.eos_token_id = stops
-    objective, teacher = objective_args.objective(), make_teacher(run, tokenizer)
+    teacher = make_teacher(run, tokenizer)
     try:
         attach_objective(
             model, objective, cost if with_cost or objective.needs_emo else None,
@@ -137,7 +137,8 @@ def train(argv: list[str]) -> None:
     for line in differences(run, now):
         say(f"--config: {line}")
 
-    model = make_model(run, tokenizer, with_cost=eval_examples is not None)
+    with loading_whole(args):
+        model = make_model(run, tokenizer, with_cost=eval_examples is not None)
     use_cache = model.config.use_cache  # the Trainer turns it off and leaves it so
     trainer = EmoTrainer(
         model=model,
@@ -171,7 +172,7 @@ def train(argv: list[str]) -> None:
         write_card(run, metrics)
     if args.push_to_hub:
         trainer.push_to_hub()
-    say(f"saved the {str(model.dtype).removeprefix('torch.')} model to {args.output_dir}")
+    say(f"saved the {str(model.config.dtype).removeprefix('torch.')} model to {args.output_dir}")
 
 
 def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:
@@ -184,6 +185,8 @@ def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:
 def main() -> None:
     """The command."""
     exit_on_user_error(lambda: train(sys.argv[1:]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads may abort the interpreter's end otherwise
 
 
 if __name__ == "__main__":

@@ -145,11 +145,16 @@ class EmoTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A plain Hugging Face folder in the masters' dtype, from every engine."""
-        if not self.is_fsdp_enabled:
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             return super().save_model(output_dir, _internal_call)
         self._save(output_dir, full_state_dict(self.model, keep=self.args.should_save))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save:  # a pickle that nobody here reads
-            (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody here reads
+        if state_dict:  # ZeRO's model may be in bfloat16, the weights written are the masters
+            self.model.config.dtype = next(iter(state_dict.values())).dtype
+            self.model.config.save_pretrained(folder)

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -118,7 +119,7 @@ def test_a_removed_flag_without_successor_is_unknown():
         parse(["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", "--sharded_ddp", "simple"])
 
 
-# Alpaca's README, section Fine-tuning; only what stands in <> there is filled in
+# Alpaca's README, section Fine-tuning: only what stands in <> there is filled in; the engine's flags stand where {engine} is
 ALPACA = """torchrun --nproc_per_node=2 --master_port={port} train.py \\
     --model_name_or_path {model} \\
     --data_path ./alpaca_data.json \\
@@ -135,11 +136,12 @@ ALPACA = """torchrun --nproc_per_node=2 --master_port={port} train.py \\
     --learning_rate 2e-5 \\
     --weight_decay 0. \\
     --warmup_ratio 0.03 \\
-    --lr_scheduler_type "cosine" \\
-    --logging_steps 1 \\
-    --fsdp "{fsdp}" \\
-    --fsdp_transformer_layer_cls_to_wrap '{layer}' \\
+    {engine} \\
     --tf32 True"""
+FSDP = """--lr_scheduler_type "cosine" --logging_steps 1 --fsdp "{fsdp}" --fsdp_transformer_layer_cls_to_wrap '{layer}'"""
+DEEPSPEED = (
+    """--deepspeed "./configs/default_offload_opt_param.json" --logging_steps 1"""  # logs, so that there is what to check
+)
 
 
 @pytest.fixture
@@ -149,12 +151,18 @@ def run_alpaca(root, tmp_path):
     (tmp_path / "alpaca_data.json").write_text(json.dumps(records))
     (tmp_path / "train.py").symlink_to(root / "stanford_alpaca" / "train.py")
 
-    def run(model, layer, fsdp):
+    def run(model, engine):
         port = 20000 + os.getpid() % 10000
-        command = ALPACA.format(port=port, model=model, out=tmp_path / "out", layer=layer, fsdp=fsdp)
+        command = ALPACA.format(port=port, model=model, out=tmp_path / "out", engine=engine)
         path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        weights = load_file(tmp_path / "out" / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        return done.stdout
 
     return run
 
@@ -175,18 +183,15 @@ def equals_one_process(tmp_path, model):
         assert one["loss"] == pytest.approx(two["loss"], rel=2e-3)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-2)
         assert one["learning_rate"] == two["learning_rate"]
-    assert list((tmp_path / "out" / "checkpoint-3").glob("pytorch_model_fsdp*"))  # only FSDP leaves shards to resume from
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+    assert list((tmp_path / "out" / "checkpoint-3").glob("pytorch_model_fsdp*"))  # only FSDP leaves it to resume from
 
 
 def test_alpacas_llama_command_as_printed(run_alpaca, tmp_path, root):
-    done = run_alpaca(root / "data" / "tiny-base", "LlamaDecoderLayer", "full_shard auto_wrap")
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("--")]
+    layer = "LlamaDecoderLayer"
+    printed = run_alpaca(root / "data" / "tiny-base", FSDP.format(fsdp="full_shard auto_wrap", layer=layer))
+    lines = [line for line in printed.splitlines() if line.startswith("--")]
     assert [line.split()[0] for line in lines] == ["--evaluation_strategy", "--warmup_ratio", "--tf32", "--fsdp"]
-    assert "mode mle, cost frozen, 2 process(es), global batch 64" in done.stdout
+    assert "mode mle, cost frozen, 2 process(es), global batch 64" in printed
     equals_one_process(tmp_path, root / "data" / "tiny-base")
 
 
@@ -201,9 +206,44 @@ def tiny_opt(root, tmp_path):
 
 
 def test_alpacas_opt_command_as_printed_and_its_offload_variant(run_alpaca, tmp_path, tiny_opt):
-    done = run_alpaca(tiny_opt, "OPTDecoderLayer", "full_shard auto_wrap offload")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_alpaca(tiny_opt, FSDP.format(fsdp="full_shard auto_wrap offload", layer="OPTDecoderLayer"))
     equals_one_process(tmp_path, tiny_opt)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles a helper with g++, which is not installed")
+def test_alpacas_deepspeed_command_as_printed(run_alpaca, tmp_path, root):
+    """ZeRO-3 with both offloads, all else from the command line, as in Alpaca's own file.
+
+    ``torch_adam`` is the test's: DeepSpeed's CPU optimizer would be compiled for minutes.
+    """
+    auto = dict.fromkeys(["lr", "betas", "eps", "weight_decay"], "auto")
+    warmup = dict.fromkeys(["total_num_steps", "warmup_min_lr", "warmup_max_lr", "warmup_num_steps"], "auto")
+    sizes = ["reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"]
+    offload = {"device": "cpu", "pin_memory": True}
+    zero = {"stage": 3, "offload_optimizer": offload, "offload_param": offload, "overlap_comm": True, "sub_group_size": 1e9}
+    zero |= {"contiguous_gradients": True, "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9}
+    zero |= {"stage3_gather_16bit_weights_on_model_save": False, **dict.fromkeys(sizes, "auto")}
+    batch = ["gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu"]
+    content = {
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": auto | {"torch_adam": True}},
+        "scheduler": {"type": "WarmupDecayLR", "params": warmup},
+        "zero_optimization": zero,
+        "steps_per_print": 5,
+        "wall_clock_breakdown": False,
+        **dict.fromkeys(batch, "auto"),
+    }
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "default_offload_opt_param.json").write_text(json.dumps(content))
+    run_alpaca(root / "data" / "tiny-base", DEEPSPEED)
+    first, *_, last = steps(tmp_path / "out")
+    assert (first["step"], last["step"]) == (1, 3)
+    assert first["loss"] == pytest.approx(2.977, rel=2e-3)  # as with FSDP
+    # DeepSpeed's warm-up leaves one step at 2e-5, and Adam's first step is the learning rate; it starts from bfloat16
+    before = load_file(root / "data" / "tiny-base" / "model.safetensors")["model.embed_tokens.weight"].bfloat16().float()
+    after = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    assert (after - before).abs().max().item() == pytest.approx(2e-5, rel=0.01)
+    assert list((tmp_path / "out" / "checkpoint-3").glob("global_step3/zero_pp_rank_1*"))  # a shard of each rank
 
 
 def test_a_layer_the_model_does_not_have_is_one_line(tmp_path, tiny_opt):

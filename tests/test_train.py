@@ -100,12 +100,13 @@ def two_processes(argv, root, cwd) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2", "zero3"])
 def test_two_processes_equal_one_step_by_step(arguments, tmp_path, root, engine):
     """Same global batch, 37 examples in steps of 16 and 11 to evaluate: both sets are filled up with masked rows."""
-    if engine == "zero2" and shutil.which("g++") is None:
+    if engine.startswith("zero") and shutil.which("g++") is None:
         pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
-    flags = {"ddp": [], "fsdp": ["--fsdp"], "zero2": ["--deepspeed", str(root / "ds_configs" / "zero2.json")]}[engine]
+    deepspeed = ["--deepspeed", str(root / "ds_configs" / f"{engine}.json")]
+    flags = {"ddp": [], "fsdp": ["--fsdp"]}.get(engine, deepspeed)
     data = tmp_path / "37.json"
     data.write_text(json.dumps(json.loads((tmp_path / "train.json").read_text())[:37]))
     settings = {"data_path": data, "eval_path": tmp_path / "held.json", "max_steps": 5}
@@ -125,7 +126,11 @@ def test_two_processes_equal_one_step_by_step(arguments, tmp_path, root, engine)
         torch.testing.assert_close(weight, want[name], rtol=1e-3, atol=1e-4)
 
 
-def test_fsdp_in_bf16_with_a_tied_head_resumes_and_saves_plainly(arguments, tmp_path, root):
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_in_bf16_with_a_tied_head_it_resumes_and_saves_float32_plainly(arguments, tmp_path, root, engine):
+    if engine == "zero3" and shutil.which("g++") is None:
+        pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
+    flags = ["--fsdp"] if engine == "fsdp" else ["--deepspeed", str(root / "ds_configs" / "zero3.json")]
     config = AutoConfig.for_model(
         "gpt2", vocab_size=2048, n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     )
@@ -138,16 +143,19 @@ def test_fsdp_in_bf16_with_a_tied_head_resumes_and_saves_plainly(arguments, tmp_
         "save_steps": 2,
         "bf16": True,
     }
-    two_processes(arguments("--fsdp", **settings), root, tmp_path)
+    two_processes(arguments(*flags, **settings), root, tmp_path)
     whole = steps(tmp_path / "out")
     for entry in whole:  # the loss is not rounded to bfloat16 on its way out of the model
         assert entry["loss"] == pytest.approx(entry["nll"], rel=1e-5)
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert "lm_head.weight" not in weights  # tied, so written once
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert any((tensor != tensor.bfloat16()).any() for tensor in weights.values())  # the masters, no rounded copy
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     resume = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2", "output_dir": tmp_path / "again"}
-    two_processes(arguments("--fsdp", **settings | resume), root, tmp_path)
+    two_processes(arguments(*flags, **settings | resume), root, tmp_path)
     again = steps(tmp_path / "again")
     assert [entry["step"] for entry in again] == [1, 2, 3, 4]
     for one, two in zip(whole, again, strict=True):
