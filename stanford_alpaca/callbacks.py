@@ -14,7 +14,7 @@ from stanford_alpaca.trainer import EmoTrainer
 
 
 class SampleCallback(TrainerCallback):
-    """Answers prompts greedily every ``sample_steps`` steps, and at the end, into OUTPUT_DIR/samples.jsonl and the trackers.
+    """Answers prompts greedily every ``sample_steps`` steps and after the last, into OUTPUT_DIR/samples.jsonl and the trackers.
 
     Every rank takes part, because a sharded model needs all of them. Training does not notice: its random states, its mode and
     its clock are as before.
@@ -22,19 +22,13 @@ class SampleCallback(TrainerCallback):
 
     def __init__(self, trainer: EmoTrainer, prompts: list[dict], prompt_template: str):
         self.trainer, self.prompts, self.prompt_template = trainer, prompts, prompt_template
-        self.last = -1
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
-        if args.sample_steps and state.global_step % args.sample_steps == 0:
-            self.sample(state.global_step)
-
-    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
-        self.sample(state.global_step)
+        step = state.global_step
+        if step == state.max_steps or (args.sample_steps and step % args.sample_steps == 0):
+            self.sample(step)
 
     def sample(self, step: int) -> None:
-        if step == self.last:
-            return
-        self.last = step
         args, model = self.trainer.args, self.trainer.model
         training = model.training
         with self.trainer.watch.paused(), torch.random.fork_rng():

@@ -158,3 +158,8 @@ class EmoTrainer(Trainer):
         if state_dict:  # ZeRO's model may be in bfloat16, the weights written are the masters
             self.model.config.dtype = next(iter(state_dict.values())).dtype
             self.model.config.save_pretrained(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """What goes to the hub with the model, unless the output folder has a better one."""
+        if not (Path(str(self.args.output_dir)) / "README.md").exists():
+            super().create_model_card(*args, **kwargs)

@@ -1,5 +1,6 @@
 """Small random models, costs and a naive float64 oracle that shares no code with the package."""
 
+import json
 import os
 from pathlib import Path
 
@@ -107,3 +108,22 @@ def make_model():
 def family(request: pytest.FixtureRequest) -> str:
     """Every family that ``tiny_model`` builds."""
     return request.param
+
+
+@pytest.fixture
+def arguments(root, tmp_path):
+    """A short run of the tiny base model on 40 of the shipped examples; returns its argv with changes."""
+    records = json.loads((root / "data" / "instructions" / "train.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps(records[:40]))
+    (tmp_path / "held.json").write_text(json.dumps(records[40:51]))
+    defaults = {
+        "model_name_or_path": root / "data" / "tiny-base", "data_path": tmp_path / "train.json", "output_dir": tmp_path / "out",
+        "cache_dir": tmp_path / "cache", "mode": "emo", "max_steps": 3, "per_device_train_batch_size": 4, "global_batch": 16,
+        "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+
+    def argv(*flags, **changes):
+        chosen = {name: value for name, value in (defaults | changes).items() if value is not None}
+        return [text for name, value in chosen.items() for text in (f"--{name}", str(value))] + list(flags)
+
+    return argv

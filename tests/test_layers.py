@@ -11,7 +11,7 @@ LAYERS = [
     {"losses", "head"},
     {"teacher"},
     {"attach"},
-    {"generate", "checkpoint"},
+    {"generate", "checkpoint", "preview"},
     {"evaluation"},
     {"engines"},
     {"trainer"},

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.old_flags import translate
 from stanford_alpaca.train import parse, train
+from tests.helpers import steps
 
 CLASS = "--fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer"
 
@@ -165,11 +166,6 @@ def run_alpaca(root, tmp_path):
         return done.stdout
 
     return run
-
-
-def steps(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
 
 
 def equals_one_process(tmp_path, model):

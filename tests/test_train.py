@@ -18,33 +18,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.metrics import teacher_forced
 from stanford_alpaca.losses.formulas import MODES
 from stanford_alpaca.train import train
-
-
-@pytest.fixture
-def arguments(root, tmp_path):
-    """A short run of the tiny base model on 40 of the shipped examples; returns its argv with changes."""
-    records = json.loads((root / "data" / "instructions" / "train.json").read_text())
-    (tmp_path / "train.json").write_text(json.dumps(records[:40]))
-    (tmp_path / "held.json").write_text(json.dumps(records[40:51]))
-    defaults = {
-        "model_name_or_path": root / "data" / "tiny-base", "data_path": tmp_path / "train.json", "output_dir": tmp_path / "out",
-        "cache_dir": tmp_path / "cache", "mode": "emo", "max_steps": 3, "per_device_train_batch_size": 4, "global_batch": 16,
-        "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-    }  # fmt: skip
-
-    def argv(*flags, **changes):
-        chosen = {name: value for name, value in (defaults | changes).items() if value is not None}
-        return [text for name, value in chosen.items() for text in (f"--{name}", str(value))] + list(flags)
-
-    return argv
-
-
-def history(folder: Path) -> list[dict]:
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
-
-
-def steps(folder: Path) -> list[dict]:
-    return [entry for entry in history(folder) if "loss" in entry]
+from tests.helpers import evaluations, steps
 
 
 def test_a_run_writes_a_plain_model_and_logs_what_it_says(arguments, tmp_path, root):
@@ -118,7 +92,9 @@ def test_two_processes_equal_one_step_by_step(arguments, tmp_path, root, engine)
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
         assert one["nll"] == pytest.approx(two["nll"], rel=1e-5)
-    assert history(tmp_path / "one")[-1]["eval_emo"] == pytest.approx(history(tmp_path / "two")[-1]["eval_emo"], rel=1e-4)
+    assert evaluations(tmp_path / "one")[-1]["eval_emo"] == pytest.approx(
+        evaluations(tmp_path / "two")[-1]["eval_emo"], rel=1e-4
+    )
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "two", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     want = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()

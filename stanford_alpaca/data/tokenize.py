@@ -127,15 +127,16 @@ class ExampleEncoder:
                 rendered.append(Rendered("", []))
                 refusals.append(str(error))
         encoded = self.encoder([text for text, _ in rendered], self.template.add_special_tokens)
-        rows = [
-            label_spans(ids, offsets, spans, self.max_length)
-            for (ids, offsets), (_, spans) in zip(encoded, rendered, strict=True)
-        ]
+        rows = [self.label(ids, offsets, spans) for (ids, offsets), (_, spans) in zip(encoded, rendered, strict=True)]
         for row, refusal in zip(rows, refusals, strict=True):
             row["refusal"] = refusal
             if refusal:
                 row["fate"] = REFUSED
         return {name: [row[name] for row in rows] for name in FEATURES}
+
+    def label(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> dict[str, Any]:
+        """``label_spans`` at this length."""
+        return label_spans(ids, offsets, spans, self.max_length)
 
     def identity(self) -> str:
         """All that decides the examples."""

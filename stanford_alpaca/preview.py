@@ -1,0 +1,212 @@
+"""What training will see: ``python -m stanford_alpaca.preview MODEL --data FILE [FILE ...]``.
+
+Examples with their trained tokens in colour and masked ones dim, what stands at every boundary, and a table of each source.
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import fire
+import numpy as np
+from datasets import Dataset
+from fire.decorators import SetParseFns
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stanford_alpaca.data.encode import SPECIAL
+from stanford_alpaca.data.formats import form_of, load_records
+from stanford_alpaca.data.tokenize import EMPTY, IGNORE_INDEX, REFUSED, ExampleEncoder, check_template, encode_records
+from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.model import check_model, load_tokenizer
+
+WHOLE = 2**31 - 1  # a length at which nothing is cut
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+BUDGETS = (128, 256, 512, 1024, 2048, 4096)
+
+Piece = tuple[str, bool]  # the characters of a token, and whether it is trained
+
+
+def pieces_of(record: dict, encode: ExampleEncoder) -> list[Piece]:
+    """A record token by token. Raises UserError for one that its template cannot write."""
+    text, _ = rendered = encode.template.render(record)
+    ((ids, offsets),) = encode.encoder([text], encode.template.add_special_tokens)
+    labels = encode.label(ids, offsets, rendered.spans)["labels"]
+    pieces: list[Piece] = []
+    done = 0
+    for (_, end), label in zip(offsets, labels, strict=False):
+        piece = text[done:end].replace(SPECIAL, "")
+        if piece or not pieces:  # tokens of one character, its bytes, share it
+            pieces.append((piece, label != IGNORE_INDEX))
+        done = max(done, end)
+    return pieces
+
+
+def boundaries_of(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+    """At every beginning of a trained span the last masked token and the first trained one."""
+    return [(masked, trained) for (masked, before), (trained, after) in pairwise(pieces) if after and not before]
+
+
+def statistics_of(encoded: Dataset, max_length: int, budgets: Sequence[int] = BUDGETS) -> dict[str, Any]:
+    """What a source is at max_length tokens, and what other lengths would cost; from examples that were not cut."""
+    labels = encoded.data["labels"].combine_chunks()
+    lengths = np.diff(labels.offsets.to_numpy())
+    trained = labels.values.to_numpy() != IGNORE_INDEX
+    position = np.arange(len(trained)) - np.repeat(labels.offsets.to_numpy()[:-1], lengths)
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    fate = encoded.data["fate"].to_numpy()
+
+    def cut_at(budget: int) -> dict[str, int]:
+        targets = trained & (position > 0) & (position < budget)
+        supervised = np.bincount(row[targets], minlength=len(lengths))
+        kept = supervised > 0
+        return {
+            "kept": int(kept.sum()),
+            "truncated": int((kept & (lengths > budget)).sum()),
+            "tokens": int(np.minimum(lengths, budget)[kept].sum()),
+            "supervised_tokens": int(supervised.sum()),
+        }
+
+    whole, now = cut_at(WHOLE), cut_at(max_length)
+    seen = lengths[(fate != EMPTY) & (fate != REFUSED)]
+    levels = np.quantile(seen, QUANTILES, method="inverted_cdf").astype(int).tolist() if len(seen) else []
+    refused = np.flatnonzero(fate == REFUSED)
+    return {
+        "records": len(encoded),
+        **now,
+        "dropped": {
+            "no_response": int((fate == EMPTY).sum()),
+            "prompt_fills_the_length": whole["kept"] - now["kept"],
+            "refused_by_the_template": len(refused),
+        },
+        "first_refusal": f"record {refused[0] + 1}: {encoded[int(refused[0])]['refusal']}" if len(refused) else "",
+        "straddling": int(encoded.data["straddling"].to_numpy().sum()),
+        "supervised_share": now["supervised_tokens"] / max(1, now["tokens"]),
+        "token_quantiles": dict(zip([f"{q:.0%}" for q in QUANTILES], levels, strict=False)) | {"max": int(seen.max(initial=0))},
+        "budgets": {
+            budget: {**cut, "supervised_lost": 1 - cut["supervised_tokens"] / max(1, whole["supervised_tokens"])}
+            for budget in sorted({*budgets, max_length})
+            for cut in [cut_at(budget)]
+        },
+    }
+
+
+@SetParseFns(data=str, columns=str, cache_dir=str)
+def run(
+    model: str | None = None,
+    *more_data: str,
+    data: str | None = None,
+    examples: int = 3,
+    max_length: int = 512,
+    prompt_template: str = "auto",
+    columns: str | None = None,
+    cache_dir: str | None = None,
+    json: bool = False,
+    **unknown: Any,
+) -> None:
+    """Shows what training will see: python -m stanford_alpaca.preview MODEL --data FILE [FILE ...] --FLAG VALUE ...
+
+    Args:
+        model: whose tokenizer and chat template to use: a folder or a hub name.
+        data: files, folders or hub names, each shown by itself.
+        examples: how many of each to show, 3 by default; max_length: tokens per example, 512.
+        prompt_template: auto, alpaca, chat or plain; columns: as instruction=question,output=answer.
+        json: prints the same as JSON: {source: {statistics, examples: [{pieces, boundaries}]}}.
+    """
+    refuse_unknown(unknown, run)
+    if model is None or data is None:
+        raise UserError("give a model and --data FILE")
+    check_whole("examples", examples, 0)
+    check_whole("max_length", max_length, 2)
+    check_template(prompt_template)
+    pairs = dict(pair.partition("=")[::2] for pair in (columns or "").split(",") if pair)
+    check_model(str(model), cache_dir)
+    tokenizer = load_tokenizer(str(model), cache_dir=cache_dir)
+    shown: dict[str, dict[str, Any]] = {}
+    for path in [data, *map(str, more_data)]:
+        records = load_records(path, cache_dir, columns=pairs)
+        encode = ExampleEncoder.of(tokenizer, form_of(records.column_names), WHOLE, prompt_template)
+        statistics = statistics_of(encode_records(records, encode), max_length)
+        cut = ExampleEncoder(encode.template, encode.encoder, max_length)
+        shown[path] = {"statistics": statistics, "examples": list(_examples(records, cut, examples))}
+    if json:
+        print(_as_json(shown))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for path, source in shown.items():
+        for number, example in enumerate(source["examples"], 1):
+            console.rule(f"{path}, example {number}", align="left")
+            console.print(coloured(example["pieces"], console.is_terminal))
+            for masked, trained in example["boundaries"]:
+                console.print(f"boundary: {masked!r} is masked, {trained!r} is trained")
+        console.print(table_of(path, source["statistics"], max_length))
+        console.print(budgets_of(source["statistics"], max_length))
+
+
+def _examples(records: Dataset, encode: ExampleEncoder, count: int):
+    """The first records that their template can write."""
+    for record in records:
+        if count == 0:
+            return
+        try:
+            pieces = pieces_of(record, encode)
+        except UserError:
+            continue
+        yield {"pieces": pieces, "boundaries": boundaries_of(pieces)}
+        count -= 1
+
+
+def _as_json(shown: dict[str, Any]) -> str:
+    return json.dumps(shown, ensure_ascii=False, indent=1)
+
+
+def coloured(pieces: Sequence[Piece], in_colour: bool = True) -> Text:
+    """An example; without colours trained spans stand between ⟦ and ⟧."""
+    text, before = Text(), False
+    for piece, trained in [*pieces, ("", False)]:
+        if not in_colour and trained != before:
+            text.append("⟦" if trained else "⟧")
+        text.append(piece, style="bold green" if trained else "dim")
+        before = trained
+    return text
+
+
+def table_of(path: str, statistics: dict[str, Any], max_length: int) -> Table:
+    """The table of one source."""
+    table = Table("", path, title=f"at most {max_length:,} tokens", title_justify="left")
+    dropped, quantiles = statistics["dropped"], statistics["token_quantiles"]
+    rows = {
+        "records": f"{statistics['records']:,}",
+        "kept": f"{statistics['kept']:,}",
+        **{f"dropped: {reason.replace('_', ' ')}": f"{count:,}" for reason, count in dropped.items()},
+        "truncated": f"{statistics['truncated']:,}",
+        "a token straddles a boundary": f"{statistics['straddling']:,}",
+        "tokens": f"{statistics['tokens']:,}",
+        "supervised": f"{statistics['supervised_tokens']:,} ({statistics['supervised_share']:.1%})",
+        "tokens of an example": ", ".join(f"{name}: {value:,}" for name, value in quantiles.items()),
+    }
+    if statistics["first_refusal"]:
+        rows["first refusal"] = statistics["first_refusal"]
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def budgets_of(statistics: dict[str, Any], max_length: int) -> Table:
+    """What each length would cost."""
+    table = Table("--model_max_length", "kept", "truncated", "tokens", "supervised tokens lost", title_justify="left")
+    for budget, cut in statistics["budgets"].items():
+        row = (f"{cut['kept']:,}", f"{cut['truncated']:,}", f"{cut['tokens']:,}", f"{cut['supervised_lost']:.2%}")
+        table.add_row(f"{budget:,}", *row, style="bold" if budget == max_length else None)
+    return table
+
+
+def main() -> None:
+    """The command."""
+    exit_on_user_error(lambda: fire.Fire(run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""Options of a run: config files and the record it leaves, samples while it trains, teachers, scratch, streams."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from stanford_alpaca import engines, trainer
+from stanford_alpaca.arguments import parse
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.train import train
+from tests.helpers import evaluations, steps
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- config files and the record of a run --------------------------------------------------------------------------------
+
+
+def test_a_run_repeats_from_its_run_yaml_and_flags_win(arguments, tmp_path, capsys):
+    train(arguments(mode="mix", emo_weight=0.25, eval_fraction=0.2))
+    written = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    assert (written["mode"], written["emo_weight"], written["seed"], written["max_steps"]) == ("mix", 0.25, 42, 3)
+    made = written["made_with"]
+    assert made["torch"] == torch.__version__ and made["processes"] == 1
+    assert list(made["data"]) == [str(tmp_path / "train.json")]
+    train(["--config", str(tmp_path / "out" / "run.yaml"), "--output_dir", str(tmp_path / "again")])
+    assert same_weights(tmp_path / "out", tmp_path / "again")
+    assert "--config:" not in capsys.readouterr().out
+    again = yaml.safe_load((tmp_path / "again" / "run.yaml").read_text())
+    assert {**written, "output_dir": 0} == {**again, "output_dir": 0}
+
+    (tmp_path / "train.json").write_text((tmp_path / "train.json").read_text().replace("the", "a"))
+    flags = ["--output_dir", str(tmp_path / "other"), "--mode=mle", "--data-path", str(tmp_path / "train.json")]
+    train([*flags, "--config", str(tmp_path / "out" / "run.yaml")])
+    assert f"--config: {tmp_path / 'train.json'} has changed since" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "other" / "run.yaml").read_text())["mode"] == "mle"
+    assert not same_weights(tmp_path / "out", tmp_path / "other")
+
+
+def test_config_files_in_the_users_own_words(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "model_name_or_path: m\ndata_path: [a.json, b.json]\noutput-dir: o\nevaluation_strategy: 'no'\n"
+        "bf16: false\nlr_scheduler_kwargs: {num_cycles: 2}\nteacher: null\nlearning_rate: 1e-5\n"
+    )
+    run = parse([f"--config={file}", "--learning_rate", "3e-5"])
+    assert run.data.data_path == ["a.json", "b.json"] and run.training.output_dir == "o" and run.model.teacher is None
+    assert run.training.learning_rate == 3e-5 and run.training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert run.notes == ["--evaluation_strategy no is read as --eval_strategy no"]
+    for content, message in [
+        ("- a", "wanted a line 'flag: value' for each flag"),
+        ("a: [", "cannot be read"),
+        ("modle_name_or_path: m", "unknown argument --modle_name_or_path; did you mean --model_name_or_path"),
+    ]:
+        file.write_text(content)
+        with pytest.raises(UserError, match=message):
+            parse(["--config", str(file), "--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"])
+    with pytest.raises(UserError, match=r"--config none\.yaml: cannot be read"):
+        parse(["--config", "none.yaml"])
+    with pytest.raises(UserError, match="--config needs the name"):
+        parse(["--config"])
+
+
+def test_the_model_card_says_what_was_done(arguments, tmp_path):
+    train(arguments(eval_path=tmp_path / "held.json"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "transformers" and "emo" in front["tags"] and "base_model" not in front
+    loss = evaluations(tmp_path / "out")[-1]["eval_loss"]
+    assert f"| eval loss | {loss:.4g} |" in card and "`tiny-base`, fine-tuned with the objective `emo`" in card
+    assert f"| data | {tmp_path / 'train.json'} |" in card
+
+
+# ---- samples and trackers --------------------------------------------------------------------------------------------------
+
+
+def test_samples_while_training_change_nothing_and_reach_file_and_tracker(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    (tmp_path / "prompts.txt").write_text("What is another word for big?\nName a bird.\n")
+    sampling = {"sample_prompts": tmp_path / "prompts.txt", "sample_steps": 2, "sample_max_new_tokens": 5}
+    train(arguments("--report_to", "tensorboard", output_dir=tmp_path / "shown", eval_path=tmp_path / "held.json", **sampling))
+    assert "step 2 |" in capsys.readouterr().out
+    train(arguments())
+    assert same_weights(tmp_path / "shown", tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "shown" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 2, 3, 3]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    from stanford_alpaca.generate import generate_batch
+    from stanford_alpaca.sampling import Sampling
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    (text,) = generate_batch(model, tokenizer, [{"instruction": "Name a bird."}], Sampling(5))
+    assert rows[3]["responses"] == {"step 3": text}
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (tmp_path / "board").rglob("events*")
+    board = EventAccumulator(str(events)).Reload()
+    assert {"train/loss", "train/nll", "train/emo", "train/grad_norm", "eval/emo"} <= set(board.Tags()["scalars"])
+    assert [event.value for event in board.Scalars("train/nll")] == pytest.approx([e["nll"] for e in steps(tmp_path / "shown")])
+    texts = board.Tensors("samples/text_summary")
+    assert [event.step for event in texts] == [2, 3] and b"Name a bird." in texts[0].tensor_proto.string_val[0]
+
+
+def test_mfu_is_logged_where_the_peak_is_known(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "peak_flops", lambda: 1e9)
+    train(arguments(bf16=True, max_steps=4))
+    first, *others = steps(tmp_path / "out")
+    assert "mfu" not in first and all(entry["mfu"] > 0 for entry in others)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    linear, quadratic = engines.training_flops(model)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    matrices = model.config.num_hidden_layers * layer + model.model.norm.weight.numel() + model.lm_head.weight.numel()
+    assert linear == 6 * matrices
+    assert quadratic == 12 * model.config.num_hidden_layers * model.config.hidden_size
+    assert "mfu" not in steps_without_peak(arguments, tmp_path, monkeypatch)[-1]
+
+
+def steps_without_peak(arguments, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    train(arguments(output_dir=tmp_path / "cpu", bf16=True))
+    return steps(tmp_path / "cpu")
+
+
+# ---- teachers, scratch, streams --------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_pulls_the_student_towards_itself(arguments, tmp_path, root):
+    """The student is the base, the teacher a model tuned on other words: only through it can the student learn them."""
+    records = json.loads((tmp_path / "train.json").read_text())
+    (tmp_path / "odd.json").write_text(json.dumps([{**record, "output": "carpenter"} for record in records]))
+    train(arguments(data_path=tmp_path / "odd.json", mode="mle", max_steps=20, output_dir=tmp_path / "teacher"))
+    train(arguments(teacher=tmp_path / "teacher", teacher_top_k=20, mode="emo", max_steps=20))
+    log = steps(tmp_path / "out")
+    assert "target_prob" not in log[0] and log[-1]["nll"] < 0.7 * log[0]["nll"]
+    from stanford_alpaca.generate import generate_batch
+    from stanford_alpaca.sampling import Sampling
+
+    answers = []
+    for place in (root / "data" / "tiny-base", tmp_path / "out"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)
+        answers.append(generate_batch(model, tokenizer, records[:4], Sampling(3)))
+    assert not any(text.startswith("car") for text in answers[0]) and all(text.startswith("car") for text in answers[1])
+    assert not list((tmp_path / "out").glob("*teacher*"))
+
+
+def test_training_from_scratch_needs_costs_of_its_own(arguments, tmp_path, root):
+    for mode in ("emo", "mix"):
+        with pytest.raises(UserError, match="a random output layer prices nothing; make a cost embedding with python -m stan"):
+            train(arguments("--from_config", mode=mode))
+    base = load_file(root / "data" / "tiny-base" / "model.safetensors")
+    save_file({"cost_embedding": base["lm_head.weight"]}, tmp_path / "cost.safetensors")
+    train(arguments("--from_config", mode="mix", cost=tmp_path / "cost.safetensors"))
+    set_seed(42)
+    first = steps(tmp_path / "out")[0]
+    assert first["nll"] == pytest.approx(7.6, abs=0.5)  # log 2048: it knows nothing
+    assert first["loss"] == pytest.approx(0.5 * first["nll"] + 0.5 * first["emo"], rel=1e-5)
+    assert "trained from scratch with the objective `mix`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_folder_is_streamed(arguments, tmp_path):
+    records = json.loads((tmp_path / "train.json").read_text())
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.jsonl").write_text("\n".join(json.dumps(record) for record in records[i::4]))
+    stream = {"data_path": folder, "streaming": True, "shuffle_buffer": 8, "max_steps": 6}
+    train(arguments(**stream, per_device_train_batch_size=8))
+    train(arguments(**stream, per_device_train_batch_size=4, output_dir=tmp_path / "two"))
+    one, two = steps(tmp_path / "out"), steps(tmp_path / "two")
+    assert len(one) == 6  # 96 examples of 40: it began again
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    assert one[-1]["nll"] < 0.6 * one[0]["nll"]
+
+
+def test_sources_of_several_forms_are_trained_on_together(arguments, tmp_path):
+    chat = [{"role": "user", "content": "Name a bird."}, {"role": "assistant", "content": "A robin is a bird."}]
+    (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": chat * 2})] * 8))
+    (tmp_path / "qa.csv").write_text("question,answer\n" + "What is big?,Large.\n" * 8)
+    paths = [str(tmp_path / name) for name in ("train.json", "chat.jsonl", "qa.csv")]
+    argv = arguments(data_path=None)
+    extra = ["--data_path", *paths, "--data_weights", "2", "1", "1", "--columns", "instruction=question", "output=answer"]
+    train([*argv, *extra])
+    assert list(yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["made_with"]["data"]) == paths
+
+
+# ---- options of the Trainer's own ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--activation_checkpointing", "True"],
+        ["--torch_compile_backend", "aot_eager"],
+        ["--attn_implementation", "eager"],
+    ],
+    ids=lambda flags: flags[0][2:],
+)
+def test_options_that_must_not_change_the_steps(arguments, tmp_path, flags):
+    train(arguments(max_steps=2))
+    train(arguments(*flags, max_steps=2, output_dir=tmp_path / "other"))
+    for one, two in zip(steps(tmp_path / "out"), steps(tmp_path / "other"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+
+def test_neftune_disturbs_training_and_not_evaluation(arguments, tmp_path):
+    settings = {"max_steps": 1, "learning_rate": 1e-12, "eval_path": tmp_path / "held.json"}
+    train(arguments(**settings))
+    train(arguments(neftune_noise_alpha=20, output_dir=tmp_path / "noisy", **settings))
+    plain, noisy = steps(tmp_path / "out")[0], steps(tmp_path / "noisy")[0]
+    assert abs(plain["loss"] - noisy["loss"]) > 0.01
+    assert evaluations(tmp_path / "out")[0]["eval_loss"] == pytest.approx(
+        evaluations(tmp_path / "noisy")[0]["eval_loss"], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("metric", ["emo", "target_prob"])
+def test_the_best_checkpoint_by_any_metric_is_what_is_saved(arguments, tmp_path, metric):
+    settings = {"eval_path": tmp_path / "held.json", "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    settings |= {"save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": metric, "learning_rate": 0.02}
+    train(arguments(**settings, lr_scheduler_type="constant", max_steps=4))
+    log = [entry[f"eval_{metric}"] for entry in evaluations(tmp_path / "out")]
+    best = (min if metric == "emo" else max)(log)
+    assert log.index(best) != len(log) - 1 or log[-1] != log[0]
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())[f"eval_{metric}"] == best
+    assert same_weights(tmp_path / "out", tmp_path / "out" / f"checkpoint-{log.index(best) + 1}")
+
+
+def test_a_chat_models_folder_stops_at_the_end_of_a_turn(arguments, tmp_path, root):
+    tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base").save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    message = [{"role": "user", "content": "Name a bird."}, {"role": "assistant", "content": "A robin."}]
+    (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": message})] * 16))
+    train(arguments(model_name_or_path=tmp_path / "chat", data_path=tmp_path / "chat.jsonl", max_steps=40, mode="mle"))
+    model, tokenizer = (cls.from_pretrained(tmp_path / "out") for cls in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer.apply_chat_template(message[:1], add_generation_prompt=True, return_tensors="pt")
+    text = tokenizer.decode(model.generate(**ids, max_new_tokens=30)[0, ids["input_ids"].shape[1] :])
+    assert text == "A robin.<|im_end|>"
+
+
+def test_the_finished_folder_goes_to_the_hub(arguments, tmp_path, monkeypatch):
+    """The hub is out of reach: what would be uploaded is there, the card included."""
+    import huggingface_hub
+
+    uploads = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self, token=None: {"name": "me"})
+    url = type("Url", (), {"repo_id": "me/mine"})()
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *args, **kwargs: url)
+
+    def upload_folder(self, folder_path, **kwargs):
+        uploads.append([file.name for file in Path(folder_path).iterdir()])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    train(arguments("--push_to_hub", "--hub_model_id", "me/mine"))
+    assert {"README.md", "run.yaml", "model.safetensors", "tokenizer.json"} <= set(uploads[-1])
+    assert "fine-tuned with the objective `emo`" in (tmp_path / "out" / "README.md").read_text()
+    assert 'from_pretrained("me/mine")' in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        (
+            {"data_weights": 0.5},
+            ["--data_path", "train.json", "train.json"],
+            "--data_weights .*a number above 0 for each of the 2",
+        ),
+        ({"data_weights": -1}, [], "--data_weights"),
+        ({"columns": "instruction"}, [], "--columns instruction: write OURS=THEIRS"),
+        ({"columns": "instuction=x"}, [], "instuction is no column of ours; did you mean instruction"),
+        ({"prompt_template": "chat"}, [], "the tokenizer has no chat template"),
+        ({"streaming": True, "max_steps": -1}, [], "--streaming needs --max_steps"),
+        ({"streaming": True}, [], "a JSON list has to be read as a whole"),
+        ({"streaming": True, "eval_fraction": 0.1}, [], "--streaming and --eval_fraction exclude each other"),
+        ({"shuffle_buffer": 0}, [], "--shuffle_buffer 0"),
+        ({"teacher": "./none"}, [], "none: cannot load a model"),
+        ({"teacher": "BASE", "mode": "dft"}, [], "--teacher: mode dft"),
+        ({"teacher": "BASE", "teacher_top_k": 0}, [], "--teacher_top_k 0"),
+        ({"teacher": "BASE", "teacher_top_k": 5000}, [], "top_k is 5000"),
+        ({"sample_steps": 2}, [], "--sample_steps needs --sample_prompts"),
+        ({"sample_prompts": "none.txt"}, [], "none.txt: no such file"),
+        ({"push_to_hub": True}, [], "--push_to_hub: the hub does not know you"),
+        ({"cost": "none.safetensors"}, [], "--cost none.safetensors"),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list | dict) else None,
+)
+def test_bad_options_are_one_line_and_nothing_is_written(arguments, tmp_path, root, monkeypatch, changes, flags, message):
+    monkeypatch.chdir(tmp_path)
+    changes = {name: root / "data" / "tiny-base" if value == "BASE" else value for name, value in changes.items()}
+    with pytest.raises(UserError, match=message) as error:
+        train(arguments(*flags, **changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()

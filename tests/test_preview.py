@@ -1,0 +1,89 @@
+"""The preview: the texts and spans of examples, and statistics that equal what training reports."""
+
+import json
+
+import pytest
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.tokenize import ExampleEncoder, encode_records, tokenize_records
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.preview import WHOLE, boundaries_of, coloured, pieces_of, run, statistics_of
+
+RECORDS = [
+    {"instruction": "Add.", "input": "1 and 2", "output": "three"},
+    {"instruction": "Talk.", "output": "word " * 60},
+    {"instruction": "word " * 60, "output": "never seen"},
+    {"instruction": "Say nothing.", "output": ""},
+]
+
+
+@pytest.fixture
+def tokenizer(root):
+    return AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps(RECORDS))
+    return tmp_path / "data.json"
+
+
+def test_pieces_and_their_colours(tokenizer):
+    encode = ExampleEncoder.of(tokenizer, "chat", 512, "alpaca")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b ☃"}]
+    pieces = pieces_of({"messages": [*messages, *messages]}, encode)
+    assert "".join(piece for piece, trained in pieces if trained) == "b ☃</s>b ☃</s>"
+    assert "".join(piece for piece, _ in pieces).endswith("### Response:b ☃</s>\n\n### Instruction:\na\n\n### Response:b ☃</s>")
+    assert boundaries_of(pieces) == [(":", "b"), (":", "b")]
+    text = coloured(pieces)
+    styled = {text.plain[span.start : span.end] for span in text.spans if span.style == "bold green"}
+    assert "b" in styled and "</s>" in styled and ":" not in styled
+    console = Console(highlight=False, soft_wrap=True)
+    with console.capture() as capture:
+        console.print(coloured(pieces, in_colour=False))
+    assert capture.get().count("⟦b ☃</s>⟧") == 2
+
+
+@pytest.mark.parametrize("max_length", [64, 100, 512])
+def test_statistics_are_those_of_training(tokenizer, file, tmp_path, max_length):
+    records = load_records(file, str(tmp_path / "cache"))
+    _, report = tokenize_records(records, tokenizer, max_length)
+    statistics = statistics_of(encode_records(records, ExampleEncoder.of(tokenizer, "alpaca", WHOLE)), max_length, [max_length])
+    for name in ("records", "kept", "truncated", "straddling", "tokens", "supervised_tokens"):
+        assert statistics[name] == getattr(report, name), name
+    dropped = {"no_response": report.no_response, "prompt_fills_the_length": report.filled, "refused_by_the_template": 0}
+    assert statistics["dropped"] == dropped
+    budget = statistics["budgets"][max_length]
+    assert (budget["kept"], budget["tokens"]) == (report.kept, report.tokens)
+    _, whole = tokenize_records(records, tokenizer, 512)
+    assert budget["supervised_lost"] == pytest.approx(1 - report.supervised_tokens / whole.supervised_tokens)
+    lengths = sorted(len(ids) for ids in tokenize_records(records, tokenizer, 512)[0]["input_ids"])
+    assert statistics["token_quantiles"]["max"] == lengths[-1] and statistics["token_quantiles"]["50%"] == lengths[1]
+
+
+def test_the_command_prints_tables_and_json(root, file, tmp_path, capsys):
+    flags = {"data": str(file), "max_length": 64, "examples": 1, "cache_dir": str(tmp_path / "cache")}
+    run(str(root / "data" / "tiny-base"), **flags)
+    printed = capsys.readouterr().out
+    assert "⟦three</s>⟧" in printed and "boundary: ':' is masked, 't" in printed
+    assert "dropped: no response" in printed and "supervised tokens lost" in printed
+    run(str(root / "data" / "tiny-base"), **flags, json=True)
+    (source,) = json.loads(capsys.readouterr().out).values()
+    assert source["statistics"]["kept"] == 2
+    assert "".join(piece for piece, trained in source["examples"][0]["pieces"] if trained) == "three</s>"
+
+
+def test_bad_arguments(root, file):
+    base = str(root / "data" / "tiny-base")
+    for arguments, message in [
+        ({}, "give a model and --data FILE"),
+        ({"model": base, "data": "none.json"}, "none.json: no such file"),
+        ({"model": "./none", "data": str(file)}, "cannot load a model"),
+        ({"model": base, "data": str(file), "examples": -1}, "--examples -1"),
+        ({"model": base, "data": str(file), "prompt_template": "vicuna"}, "--prompt_template vicuna: choose from auto"),
+        ({"model": base, "data": str(file), "exmples": 1}, "unknown argument --exmples; did you mean examples"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(**arguments)
