@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from stanford_alpaca.attach import attach_objective, head_of
+from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
 from stanford_alpaca.errors import exit_on_user_error
 from stanford_alpaca.generate import load_for_generation
+from stanford_alpaca.head import head_of
 from stanford_alpaca.losses.formulas import MODES
 from stanford_alpaca.losses.linear import emo_loss
 

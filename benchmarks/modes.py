@@ -14,14 +14,15 @@ from typing import Any
 import fire
 import torch
 
-from stanford_alpaca.attach import head_of
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import exit_on_user_error, refuse_unknown
 from stanford_alpaca.evaluation.metrics import exact_match, teacher_forced
-from stanford_alpaca.generate import Sampling, generate_batch, load_for_generation
+from stanford_alpaca.generate import generate_batch, load_for_generation
+from stanford_alpaca.head import head_of
 from stanford_alpaca.losses.formulas import MODES
+from stanford_alpaca.sampling import Sampling
 from stanford_alpaca.train import train
 
 HERE = Path(__file__).resolve().parent
