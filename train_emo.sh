@@ -7,7 +7,7 @@
 #   bash train_emo.sh MODEL_PATH [MODE] [train flags]  the published recipe on your model: a folder or a hub name;
 #                                                      MODE is emo (default), mle, emo2, emd, mix, tailr, mixce or dft
 #
-# Environment: DATA_PATH   Alpaca-form JSON or JSONL, or a hub name (default: the shipped instructions)
+# Environment: DATA_PATH   a file, a folder or a hub name (default: the shipped instructions); several: --data_path A B
 #              OUTPUT_DIR  where the model goes (default: output/MODEL-MODE); must be new or empty
 #              NPROC       processes (default: the visible GPUs, or 1)
 #              ENGINE      none, ddp, fsdp, zero2, zero3 or zero3_offload (default: fsdp with several GPUs, else none;
@@ -33,6 +33,10 @@ MODEL_PATH=$1
 shift
 MODE=emo
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then MODE=$1; shift; fi
+
+case " $* " in *" --config "* | *" --config="*)
+    die "--config holds a whole recipe, as this script does: use python -m stanford_alpaca.train --config FILE" ;;
+esac
 
 # ---- where to run ----
 read -r GPUS BF16 < <("$PYTHON" -c "
