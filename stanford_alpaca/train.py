@@ -186,7 +186,10 @@ def main() -> None:
     """The command."""
     exit_on_user_error(lambda: train(sys.argv[1:]))
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # its threads may abort the interpreter's end otherwise
+        # a thread of gloo that still holds a tensor when the interpreter ends aborts the process: while the ranks wait for
+        # each other, it lets go
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
