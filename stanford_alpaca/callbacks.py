@@ -31,7 +31,8 @@ class SampleCallback(TrainerCallback):
     def sample(self, step: int) -> None:
         args, model = self.trainer.args, self.trainer.model
         training = model.training
-        with self.trainer.watch.paused(), torch.random.fork_rng():
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with self.trainer.watch.paused(), torch.random.fork_rng(devices):
             texts = generate_batch(
                 model, self.trainer.processing_class, self.prompts, Sampling(args.sample_max_new_tokens),
                 prompt_template=self.prompt_template, progress=False, synced=args.world_size > 1,

@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -38,22 +38,8 @@ class TextEncoder:
         """The encoder of a tokenizer. Raises UserError for one without character offsets."""
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise UserError(f"{type(tokenizer).__name__} gives no character offsets: a fast one (tokenizer.json) is needed")
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        names = [token["content"] for token in state["added_tokens"] if token["special"]]
-        renamed = {name: SPECIAL + name for name in names}
-        for token in state["added_tokens"]:
-            token["content"] = renamed.get(token["content"], token["content"])
-        model = state["model"]
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {renamed.get(piece, piece): number for piece, number in model["vocab"].items()}
-        else:  # a unigram model: pairs of a piece and its score
-            model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]
-        if "merges" in model:  # the names are no longer the result of a merge
-            model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in renamed]
-        if model.get("unk_token") is not None:
-            model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
-        state["truncation"] = state["padding"] = None
-        return cls(Tokenizer.from_str(json.dumps(state)), tokenizer.eos_token, tokenizer.eos_token_id, tuple(names))
+        backend, names = _renamed(tokenizer.backend_tokenizer.to_str())
+        return cls(backend, tokenizer.eos_token, tokenizer.eos_token_id, names)
 
     def special(self, name: str) -> str:
         """The special token of this name, as it is written in a text to encode."""
@@ -86,3 +72,24 @@ class TextEncoder:
     def identity(self) -> str:
         """All that decides ids and spans."""
         return f"{self.backend.to_str()}\n{self.eos_id}"
+
+
+@lru_cache(maxsize=4)  # seconds for a large vocabulary
+def _renamed(tokenizer: str) -> tuple[Tokenizer, tuple[str, ...]]:
+    """The tokenizer of this JSON with other names for its special tokens, and what they were called."""
+    state = json.loads(tokenizer)
+    names = [token["content"] for token in state["added_tokens"] if token["special"]]
+    renamed = {name: SPECIAL + name for name in names}
+    for token in state["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])
+    model = state["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {renamed.get(piece, piece): number for piece, number in model["vocab"].items()}
+    else:  # a unigram model: pairs of a piece and its score
+        model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]
+    if "merges" in model:  # the names are no longer the result of a merge
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in renamed]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
+    state["truncation"] = state["padding"] = None
+    return Tokenizer.from_str(json.dumps(state)), tuple(names)
