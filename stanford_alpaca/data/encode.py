@@ -43,7 +43,8 @@ class TextEncoder:
         names = [token["content"] for token in state["added_tokens"] if token["special"]]
         renamed = {name: SPECIAL + name for name in names}
         for token in state["added_tokens"]:
-            token["content"] = renamed.get(token["content"], token["content"])
+            if token["special"]:  # found wherever it is written
+                token |= {"content": renamed[token["content"]], "single_word": False, "normalized": False}
         model = state["model"]
         if isinstance(model["vocab"], dict):
             model["vocab"] = {renamed.get(piece, piece): number for piece, number in model["vocab"].items()}

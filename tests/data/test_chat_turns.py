@@ -1,11 +1,11 @@
 """What the assistant writes where a template makes its turns hard to find; the habits of published templates, in short."""
 
 import pytest
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, normalizers, processors
 from transformers import AutoTokenizer
 
 from stanford_alpaca.data.chat import stop_ids
-from stanford_alpaca.data.encode import TextEncoder
+from stanford_alpaca.data.encode import SPECIAL, TextEncoder
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, KEPT, ExampleEncoder, PromptEncoder
 
 NAMES = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
@@ -118,6 +118,15 @@ def test_a_special_token_within_the_merges_of_others(tokenizer):
     ((ids, _),) = TextEncoder.of(tokenizer)([f"{inner} text"])
     assert tokenizer.decode(ids, skip_special_tokens=True) == f"{inner} text"
     assert tokenizer.convert_tokens_to_ids(inner) not in ids
+
+
+@pytest.mark.parametrize("option", ["single_word", "normalized", "lstrip", "rstrip"])
+def test_a_special_token_that_is_written_is_found(tokenizer, option):
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|Im|>", special=True, **{option: True})]})
+    encoder = TextEncoder.of(tokenizer)
+    ((ids, _),) = encoder([encoder.with_specials("word<|Im|>word")])
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|Im|>")) == 1 and SPECIAL not in tokenizer.decode(ids)
 
 
 def _state(tokenizer):
