@@ -22,7 +22,8 @@ def exit_on_user_error(command: Callable[[], Any]) -> None:
         command()
     except UserError as error:
         if is_main_process():
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]  # a DataLoader's worker sends a traceback
+            print(f"error: {' '.join(message.split())}", file=sys.stderr)
         else:
             time.sleep(5)  # the first rank to end takes the others down: let it be the one that speaks
         sys.exit(2)

@@ -118,7 +118,7 @@ def read_prompts(prompts: str | None, instruction: str | None, input: str | None
     file = Path(str(prompts)).expanduser()
     if not file.is_file():
         raise UserError(f"--prompts {file}: no such file")
-    if file.suffix in SUFFIXES:
+    if file.suffix.lower() in SUFFIXES:
         records = []
         for where, record in read_file(file):
             records.append(canonical(record, where, needs_output=False))

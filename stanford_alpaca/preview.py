@@ -134,10 +134,10 @@ def run(
     if json:
         print(_as_json(shown))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     for path, source in shown.items():
         for number, example in enumerate(source["examples"], 1):
-            console.rule(f"{path}, example {number}", align="left")
+            console.rule(Text(f"{path}, example {number}"), align="left")
             console.print(coloured(example["pieces"], console.is_terminal))
             for masked, trained in example["boundaries"]:
                 console.print(f"boundary: {masked!r} is masked, {trained!r} is trained")

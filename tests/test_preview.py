@@ -75,6 +75,22 @@ def test_the_command_prints_tables_and_json(root, file, tmp_path, capsys):
     assert "".join(piece for piece, trained in source["examples"][0]["pieces"] if trained) == "three</s>"
 
 
+def test_brackets_in_texts_and_names_are_no_markup(root, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[/INST]"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ('[/INST]' if m.role == 'user' else '') }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_bytes((root / "data" / "tiny-base" / "config.json").read_bytes())
+    messages = [{"role": "user", "content": "[/b]"}, {"role": "assistant", "content": "[bold]yes"}]
+    (tmp_path / "a[b].jsonl").write_text(json.dumps({"messages": messages}))
+    run(str(tmp_path / "model"), data=str(tmp_path / "a[b].jsonl"), cache_dir=str(tmp_path / "cache"))
+    printed = capsys.readouterr().out
+    assert "a[b].jsonl, ex" in printed and "[/b][/INST]⟦[bold]yes</s>⟧" in printed
+    assert "boundary: '[/INST]' is masked, '[' is trained" in printed
+
+
 def test_bad_arguments(root, file):
     base = str(root / "data" / "tiny-base")
     for arguments, message in [

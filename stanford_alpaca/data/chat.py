@@ -6,7 +6,7 @@ word. Otherwise noncharacters go around every message's text, the template is re
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -16,15 +16,16 @@ from stanford_alpaca.data.encode import TextEncoder, clean
 from stanford_alpaca.data.prompts import Messages, Rendered, as_messages
 from stanford_alpaca.errors import UserError, first_line
 
-BREAK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"  # breaks special tokens' names; around the numbers of the marks
+OPEN, CLOSE = "\ufdd1", "\ufdd2"  # around the numbers of the marks
 MARK = re.compile(f"{OPEN}([<>])(\\d+){CLOSE}")  # "<3": the text of message 3 begins, ">3": it has ended
 MARKED_BY_AUTHOR = re.compile(r"\{%-?\s*generation\s*-?%\}")
+QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
 class ChatTemplate:
     """Renders conversations with a tokenizer's chat template. The template writes all special tokens itself.
 
-    A system message that the template refuses (Gemma's does) goes before the first question.
+    A system message that the template refuses (Gemma's does) or leaves out goes before the first question.
     """
 
     add_special_tokens = False
@@ -32,9 +33,10 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder):
         self.template, self.encoder = tokenizer.get_chat_template(), encoder
         self.names = tokenizer.special_tokens_map
-        added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        self.end_of_turn = re.compile(r"\s*(?:" + "|".join(map(re.escape, added)) + ")") if added else re.compile("(?!)")
         self.by_author = bool(MARKED_BY_AUTHOR.search(self.template))
+        self.ending = self._ending([token.content for token in tokenizer.added_tokens_decoder.values()])
+        self.end_of_turn = _any_of([name for name in (self.ending, encoder.eos_token) if name])
+        self.cue = self._cue()
         self.takes_system = self._takes_system()
 
     # ---- what training and generation ask for --------------------------------------------------------------------------
@@ -63,12 +65,6 @@ class ChatTemplate:
             messages.pop()
         return self._with_specials(self._text(messages, add_generation_prompt=True), []).text
 
-    def ending(self) -> str | None:
-        """The special token that ends the assistant's turn, if the template writes one."""
-        text, _, ends = self._marked([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        closing = self.end_of_turn.match(text, ends[1])
-        return closing[0].strip() if closing else None
-
     # ---- spans ---------------------------------------------------------------------------------------------------------
 
     def _by_author(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
@@ -80,59 +76,79 @@ class ChatTemplate:
         return text, spans
 
     def _by_marks(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-        text, begins, ends = self._marked(messages)
+        text = self._text(messages)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
-        if not answers:
-            return text, []
-        starts = {i: self._start(messages[:i], text, ends) for i in answers}
-        last = answers[-1]
-        # the prompt of an earlier turn may be written differently when it is the last (a system prompt that moves, say): then
-        # what lies between prompt and answer is what lies there in the last turn
-        lead = begins[last] - (starts[last] or begins[last]) if last in begins else 0
+        for marked in (lambda message: True, lambda message: message["role"] == "assistant" and message["content"].strip()):
+            # a template may look at the ends of other messages' texts (Qwen3's does), where a mark would be in the way
+            written, begins, ends = self._marked(messages, marked)
+            if written == text:
+                break
+        else:
+            raise UserError("the chat template does not write the texts of the messages as they are")
         spans = []
         for i in answers:
-            start = starts[i]
-            if start is None and i in begins:
-                start = begins[i] - lead
-            if start is None or i not in ends or start > ends[i]:
+            start = self._start(i, text, begins, ends, self._tail(messages[:i], marked))
+            if start is None:
                 raise UserError(f"the chat template hides where message {i + 1} begins or ends")
             closing = self.end_of_turn.match(text, ends[i])
             spans.append((start, closing.end() if closing else ends[i]))
         return text, spans
 
-    def _start(self, history: Messages, text: str, ends: dict[int, int]) -> int | None:
-        """Where the answer to ``history`` starts: after its generation prompt, as far as the whole text has it."""
-        if not history:
+    def _start(self, i: int, text: str, begins: dict[int, int], ends: dict[int, int], tail: str | None) -> int | None:
+        """Where the model starts to write message i: behind the generation prompt, as far as the text has it.
+
+        Prompts are compared from the end of the last text before: what a template writes further up may differ between a
+        prompt and the whole (a system prompt that moves, thoughts that are dropped).
+        """
+        if i not in ends:
             return None
-        prompt = self._text(history, add_generation_prompt=True)
-        start = len(prompt)
-        if not text.startswith(prompt):
-            start = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(text))
-        return start if start >= ends.get(len(history) - 1, len(text) + 1) else None
+        limit = begins.get(i, ends[i])
+        before = ends.get(max((j for j in ends if j < i and ends[j] <= limit), default=-1), 0)  # of the last text before
+        between = text[before:limit]
+        whole = tail if tail is not None and text.startswith(tail, before) and before + len(tail) <= ends[i] else None
+        if whole is not None and whole.endswith(self.cue):
+            return before + len(whole)
+        if self.cue and self.cue in between:  # the prompt closes the message before otherwise, or has no cue there
+            return before + between.rindex(self.cue) + len(self.cue)
+        if whole is not None:
+            return before + len(whole)
+        shared = _shared(tail or "", between)
+        if i in begins and between[shared:].strip():  # something else stands there, which is not the model's
+            return begins[i]
+        return before + shared if tail is not None or i in begins else None
+
+    def _tail(self, history: Messages, marked: Callable) -> str | None:
+        """What the prompt for an answer to ``history`` has behind the text of the last message, if the template takes it."""
+        try:
+            prompt, _, ends = self._marked(history, marked, add_generation_prompt=True)
+        except UserError:
+            return None
+        return prompt[ends[max(ends)] :] if ends else prompt
 
     def _is_ended(self, text: str, span: tuple[int, int]) -> bool:
         """Whether a token closes the turn, within its span or, where the template's author leaves it out, behind it."""
         last = next(reversed(list(self.end_of_turn.finditer(text, *span))), None)
         return bool(self.end_of_turn.match(text, span[1]) or (last and not text[last.end() : span[1]].strip()))
 
-    def _marked(self, messages: Messages) -> tuple[str, dict[int, int], dict[int, int]]:
-        """The rendered text and where in it each message's text begins and ends, by its number."""
-        marked = []
+    def _marked(
+        self, messages: Messages, marked: Callable = lambda message: True, **options
+    ) -> tuple[str, dict[int, int], dict[int, int]]:
+        """The rendered text, and where in it the texts of the ``marked`` messages begin (the assistant's) and end."""
+        contents = []
         for i, message in enumerate(messages):
             content = message["content"]
             core = content.strip()
-            before, after = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
+            before = content[: len(content) - len(content.lstrip())] if core else content
             begin = f"{OPEN}<{i}{CLOSE}" if message["role"] == "assistant" else ""
-            marked.append({**message, "content": f"{before}{begin}{core}{OPEN}>{i}{CLOSE}{after}" if core else content})
-        pieces = MARK.split(self._text(marked))
+            with_marks = f"{before}{begin}{core}{OPEN}>{i}{CLOSE}{content[len(before) + len(core) :]}"
+            contents.append({**message, "content": with_marks if marked(message) else content})
+        pieces = MARK.split(self._text(contents, **options))
         text = pieces[0]
         begins: dict[int, int] = {}
         ends: dict[int, int] = {}
         for kind, number, piece in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
             (begins if kind == "<" else ends)[int(number)] = len(text)
             text += piece
-        if text != self._text(messages):
-            raise UserError("the chat template does not write the texts of the messages as they are")
         return text, begins, ends
 
     # ---- texts ---------------------------------------------------------------------------------------------------------
@@ -140,27 +156,26 @@ class ChatTemplate:
     def _prepared(self, record: Mapping) -> Messages:
         """The messages with special tokens' names broken, and the system message where the template takes it."""
         messages = [
-            {"role": message["role"], "content": self.encoder.without_specials(clean(message["content"]), BREAK)}
+            {"role": message["role"], "content": self.encoder.without_specials(clean(message["content"]))}
             for message in as_messages(record)
         ]
         if messages and messages[0]["role"] == "system" and not self.takes_system and len(messages) > 1:
             system, first, *others = messages
-            return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *others]
+            if first["role"] != "user":  # the assistant's words must stay its own
+                return [{**system, "role": "user"}, first, *others]
+            return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others]
         return messages
 
     def _with_specials(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
         """The template's special tokens written for the encoder, the users' names whole again; the spans follow."""
         written, moved, done = "", [], 0
         for start, end in spans:
-            written += self._written(text[done:start])
+            written += self.encoder.with_specials(text[done:start])
             begin = len(written)
-            written += self._written(text[start:end])
+            written += self.encoder.with_specials(text[start:end])
             moved.append((begin, len(written)))
             done = end
-        return Rendered(written + self._written(text[done:]), moved)
-
-    def _written(self, text: str) -> str:
-        return self.encoder.with_specials(text).replace(BREAK, "")
+        return Rendered(written + self.encoder.with_specials(text[done:]), moved)
 
     def _text(self, messages: Messages, **options) -> str:
         return self._rendered(messages, **options)[0]
@@ -172,22 +187,47 @@ class ChatTemplate:
             raise UserError(f"the chat template refuses a conversation: {first_line(error)}") from None
         return texts[0], indices[0] if indices else []
 
+    # ---- what the template does ----------------------------------------------------------------------------------------
+
     def _takes_system(self) -> bool:
-        messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
         try:
-            return "a" in self._text(messages)
+            return OPEN in self._text([{"role": "system", "content": OPEN}, QUESTION])
         except UserError:
             return False
+
+    def _ending(self, added: list[str]) -> str | None:
+        """The added token that ends the assistant's turn, if the template writes one."""
+        try:
+            text, _, ends = self._marked([QUESTION, ANSWER])
+        except UserError:  # a template that takes no such conversation
+            return None
+        closing = _any_of(added).match(text, ends[1]) if 1 in ends else None
+        return closing[0].strip() if closing else None
+
+    def _cue(self) -> str:
+        """What asks the assistant to write: the generation prompt, empty if the template knows none."""
+        try:
+            plain, asked = self._text([QUESTION]), self._text([QUESTION], add_generation_prompt=True)
+        except UserError:
+            return ""
+        return asked[_shared(plain, asked) :]
+
+
+def _shared(one: str, other: str) -> int:
+    """The number of characters with which both begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _any_of(names: list[str]) -> re.Pattern:
+    """Whitespace and one of the names."""
+    return re.compile(r"\s*(?:" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")" if names else "(?!)")
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a response: the end-of-sequence token and, with a chat template, the one that ends a turn."""
     stops = [tokenizer.eos_token_id]
     if tokenizer.chat_template is not None:
-        try:
-            ending = ChatTemplate(tokenizer, TextEncoder.of(tokenizer)).ending()
-        except UserError:  # a template that takes no such conversation
-            ending = None
+        ending = ChatTemplate(tokenizer, TextEncoder.of(tokenizer)).ending
         if ending is not None:
             stops.append(tokenizer.convert_tokens_to_ids(ending))
     return list(dict.fromkeys(stops))

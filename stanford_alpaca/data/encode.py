@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from stanford_alpaca.errors import UserError
 
 SPECIAL = "\uffff"  # stands before the name of a special token; no character of any text (Unicode noncharacter)
-RESERVED = SPECIAL + "\ufdd0\ufdd1\ufdd2"  # noncharacters this package uses; in a user's text they become U+FFFD
+BREAK = "\ufdd0"  # stands between the characters of a special token's name that is only text
+RESERVED = SPECIAL + BREAK + "\ufdd1\ufdd2"  # noncharacters this package uses; in a user's text they become U+FFFD
 _REPLACED = dict.fromkeys(map(ord, RESERVED), "\ufffd")
 
 
@@ -47,15 +48,16 @@ class TextEncoder:
 
     @cached_property
     def _names(self) -> re.Pattern:
-        return re.compile("|".join(re.escape(name) for name in sorted(self.names, key=len, reverse=True)) or "(?!)")
+        names = "|".join(re.escape(name) for name in sorted(self.names, key=len, reverse=True))
+        return re.compile(f"(?:{names})(?!{BREAK})" if names else "(?!)")
+
+    def without_specials(self, text: str) -> str:
+        """A text in which ``with_specials`` finds no special token's name."""
+        return self._names.sub(lambda match: "".join(character + BREAK for character in match[0]), text)
 
     def with_specials(self, text: str) -> str:
-        """A text in which every special token's name means the token."""
-        return self._names.sub(lambda match: SPECIAL + match[0], text)
-
-    def without_specials(self, text: str, separator: str) -> str:
-        """A text in which ``separator`` breaks every special token's name, so that ``with_specials`` does not find it."""
-        return self._names.sub(lambda match: match[0][0] + separator + match[0][1:], text)
+        """A text in which every special token's name means the token, but for those that ``without_specials`` broke."""
+        return self._names.sub(lambda match: SPECIAL + match[0], text).replace(BREAK, "")
 
     def __call__(self, texts: list[str], add_special_tokens: bool = True) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids and character spans [start, end) of every text; tokens that the tokenizer itself adds have the span (0, 0).
@@ -81,15 +83,24 @@ def _renamed(tokenizer: str) -> tuple[Tokenizer, tuple[str, ...]]:
     names = [token["content"] for token in state["added_tokens"] if token["special"]]
     renamed = {name: SPECIAL + name for name in names}
     for token in state["added_tokens"]:
-        token["content"] = renamed.get(token["content"], token["content"])
+        if token["special"]:  # found wherever it is written
+            token |= {"content": renamed[token["content"]], "single_word": False, "normalized": False}
     model = state["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {renamed.get(piece, piece): number for piece, number in model["vocab"].items()}
     else:  # a unigram model: pairs of a piece and its score
         model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]
-    if "merges" in model:  # the names are no longer the result of a merge
-        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in renamed]
+    if "merges" in model:  # the names are no longer in any merge
+        model["merges"] = [pair for pair in model["merges"] if renamed.keys().isdisjoint([*pair, "".join(pair)])]
     if model.get("unk_token") is not None:
         model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
     state["truncation"] = state["padding"] = None
+    _keep_spaces(state["post_processor"])
     return Tokenizer.from_str(json.dumps(state)), tuple(names)
+
+
+def _keep_spaces(post_processor: dict | None) -> None:
+    """Has a token's span hold its spaces: without them, those of the prompt would look like the response's."""
+    for step in (post_processor or {}).get("processors", [post_processor] if post_processor else []):
+        if "trim_offsets" in step:
+            step["trim_offsets"] = False

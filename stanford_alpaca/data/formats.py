@@ -33,6 +33,14 @@ FORMS = {
     "text": Features({"text": TEXT}),
 }
 
+OWN = {  # the columns that decide a form
+    "chat": ("messages", "conversations"),
+    "alpaca": ("instruction", "input", "output"),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+VERSION = 2  # raise it when the same file would give other records, so that old caches are not used
+
 Record = dict  # of one of the forms: its columns, without those of the others
 
 
@@ -61,12 +69,14 @@ def load_records(
     if files is not None:
         digest = digest_of(files, contents=not streaming)
         rows: Callable = _file_rows
-        source = {"files": [str(file) for file in files], "digest": digest, "whole_lists": not streaming, "columns": mapping}
+        names = [str(file) for file in files]
+        source = {"files": names, "digest": f"{VERSION} {digest}", "whole_lists": not streaming, "columns": mapping}
     else:
         rows, source = _hub_rows, {"data": _from_hub(str(path), cache_dir, streaming), "name": str(path), "columns": mapping}
-    first = next(rows(**source), None)
+    first = next(rows(**source, form=None), None)
     if first is None:
         raise UserError(f"{path}: there is no record in it")
+    source |= {"form": form_of(first)}
     features = FORMS[form_of(first)]
     if streaming:
         return IterableDataset.from_generator(rows, gen_kwargs=source, features=features)
@@ -81,15 +91,15 @@ def load_records(
 def local_files(path: str | Path) -> list[Path] | None:
     """The files that a path names, None for the name of a hub set. Raises UserError for a path that leads nowhere."""
     place = Path(path).expanduser()
-    if exists(place) or place.suffix in SUFFIXES or str(path).startswith((".", "/", "~")):
+    if exists(place) or place.suffix.lower() in SUFFIXES or str(path).startswith((".", "/", "~")):
         return list_files(place)
     return None
 
 
-def _file_rows(files: list[str], digest: str, whole_lists: bool, columns) -> Iterator[Record]:
+def _file_rows(files: list[str], digest: str, whole_lists: bool, columns, form: str | None) -> Iterator[Record]:
     """The generator behind the cached table. ``digest`` makes changed files another table; the files are its shards."""
-    for file in files:
-        yield from _of_one_form(read_file(Path(file), whole_lists), dict(columns))
+    values = (placed for file in files for placed in read_file(Path(file), whole_lists))
+    yield from _of_one_form(values, dict(columns), form)
 
 
 def _from_hub(name: str, cache_dir: str | None, streaming: bool) -> Dataset | IterableDataset:
@@ -100,12 +110,12 @@ def _from_hub(name: str, cache_dir: str | None, streaming: bool) -> Dataset | It
         raise UserError(f"{name}: no such file, and the hub did not give it ({first_line(error)})") from None
 
 
-def _hub_rows(data: Dataset | IterableDataset, name: str, columns) -> Iterator[Record]:
-    yield from _of_one_form(((f"{name}:record {number}", row) for number, row in enumerate(data, 1)), dict(columns))
+def _hub_rows(data: Dataset | IterableDataset, name: str, columns, form: str | None) -> Iterator[Record]:
+    yield from _of_one_form(((f"{name}:record {number}", row) for number, row in enumerate(data, 1)), dict(columns), form)
 
 
-def _of_one_form(values: Iterator[Placed], columns: dict[str, str]) -> Iterator[Record]:
-    form = None
+def _of_one_form(values: Iterator[Placed], columns: dict[str, str], form: str | None) -> Iterator[Record]:
+    """The records. Raises UserError at one that is not of the ``form``, by default the first one's."""
     for where, value in values:
         record = canonical(value, where, columns)
         form = form or form_of(record)
@@ -122,24 +132,32 @@ def canonical(value: object, where: str, columns: Mapping[str, str] | None = Non
     """
     if not isinstance(value, dict):
         raise UserError(f"{where}: a {type(value).__name__}, wanted an object with instruction and output")
-    record = dict(value)
-    for ours, theirs in (columns or {}).items():
-        if theirs in record:
-            record[ours] = record[theirs]
-    if record.get("messages") is not None or record.get("conversations") is not None:
-        name = "messages" if record.get("messages") is not None else "conversations"
+    record = _renamed(value, columns or {})
+    name = next((name for name in OWN["chat"] if record.get(name) is not None), None)
+    if name is not None:
         return {"messages": _messages(record[name], f"{where}: {name!r}", columns, record.get("system"))}
     if isinstance(record.get("prompt"), list):  # a conversation in two parts
-        parts = [*record["prompt"], *(record.get("completion") or [])]
+        answer = record.get("completion") or []
+        parts = [*record["prompt"], *([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)]
         return {"messages": _messages(parts, f"{where}: 'prompt'", columns, record.get("system"))}
     needed, optional = ["instruction", "output"], ["input", "system"]
-    if "prompt" in record and "instruction" not in record:
+    if record.get("instruction") is None and record.get("prompt") is not None:
         needed, optional = ["prompt", "completion"], []
-    elif "text" in record and "instruction" not in record and "output" not in record:
+    elif record.get("instruction") is None and record.get("output") is None and "text" in record:
         needed, optional = ["text"], []
+    elif "instruction" not in record and "prompt" in record:
+        needed, optional = ["prompt", "completion"], []
     if not needs_output:
         needed, optional = needed[:1], [*needed[1:], *optional]
     return _strings(record, needed, optional, where)
+
+
+def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
+    """The record with our names for its columns. Columns that were asked for decide the form: those of others are left out."""
+    named = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
+    chosen = [own for own in OWN.values() if named.keys() & own]
+    others = {name for own in OWN.values() if chosen and own not in chosen for name in own}
+    return {name: value for name, value in (record | named).items() if name not in others}
 
 
 def _strings(record: Record, needed: list[str], optional: list[str], where: str) -> Record:
@@ -175,9 +193,10 @@ def _messages(value: object, where: str, columns: Mapping[str, str] | None, syst
         if isinstance(row["content"], list) and all(isinstance(p, dict) and p.get("type") == "text" for p in row["content"]):
             row["content"] = "".join(str(part.get("text", "")) for part in row["content"])
         _check_text(row["content"], f"{place}: 'content'")
-        if row["role"] not in ROLES:
+        role = ROLES.get(str(row["role"]).lower())
+        if role is None:
             raise UserError(f"{place}: role {row['role']!r}; known are {', '.join(ROLES)}")
-        found.append({"role": ROLES[row["role"]], "content": row["content"]})
+        found.append({"role": role, "content": row["content"]})
     if system:
         _check_text(system, f"{where}: 'system'")
         found.insert(0, {"role": "system", "content": system})

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -35,11 +36,13 @@ def list_files(path: Path) -> list[Path]:
     if not exists(path):
         raise UserError(f"{path}: no such file; give a file ({kinds}), a folder of them, or a hub name")
     if not path.is_dir():
-        if not path.is_file() or path.suffix not in SUFFIXES:
+        if not path.is_file() or path.suffix.lower() not in SUFFIXES:
             raise UserError(f"{path}: not one of {kinds}; give such a file, a folder of them, or a hub name")
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-    training = [file for file in files if "train" in str(file.relative_to(path)).lower()]
+    names = {file: str(file.relative_to(path)).lower() for file in path.rglob("*") if file.suffix.lower() in SUFFIXES}
+    hidden = re.compile(r"(^|/)\.")  # what a system or a tool keeps beside the data
+    files = sorted(file for file, name in names.items() if not hidden.search(name) and file.is_file())
+    training = [file for file in files if re.search(r"(?<![a-z])train(ing)?(?![a-z])", names[file])]
     if not files:
         raise UserError(f"{path}: a folder without data files; wanted {kinds}")
     return training or files
@@ -48,9 +51,9 @@ def list_files(path: Path) -> list[Path]:
 def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
     """The values of one file, a record at a time; only a JSON list is read as a whole, and refused on request."""
     try:
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             yield from _parquet(file)
-        elif file.suffix in (".csv", ".tsv"):
+        elif file.suffix.lower() in (".csv", ".tsv"):
             yield from _csv(file)
         elif _starts_with_bracket(file):
             if not whole_lists:
@@ -60,6 +63,8 @@ def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
             yield from _json_lines(file)
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: byte {_bad_byte(file, error)} is not UTF-8; convert the file to UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
 
 
 def _starts_with_bracket(file: Path) -> bool:
@@ -93,7 +98,7 @@ def _json_lines(file: Path) -> Iterator[Placed]:
 
 def _csv(file: Path) -> Iterator[Placed]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        reader = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             for row in reader:
                 where = f"{file}:line {reader.line_num}"
@@ -134,7 +139,10 @@ def digest_of(files: list[Path], contents: bool = True) -> str:
     for file in files:
         total.update(f"{file.name}\n{file.stat().st_size}\n".encode())
         if contents:
-            with file.open("rb") as stream:
-                while block := stream.read(2**22):
-                    total.update(block)
+            try:
+                with file.open("rb") as stream:
+                    while block := stream.read(2**22):
+                        total.update(block)
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
     return total.hexdigest()

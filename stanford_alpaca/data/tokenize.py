@@ -21,7 +21,7 @@ from stanford_alpaca.data.prompts import Rendered, TurnsTemplate, alpaca_turns, 
 from stanford_alpaca.errors import UserError
 
 IGNORE_INDEX = -100
-VERSION = "2"  # raise it when the same record would give other examples, so that old caches are not used
+VERSION = "3"  # raise it when the same record would give other examples, so that old caches are not used
 PARALLEL_FROM = 10_000  # records; below, starting processes costs more than it saves
 TEMPLATES = ("auto", "alpaca", "chat", "plain")
 KEPT, EMPTY, FILLED, REFUSED = range(4)  # what becomes of a record

@@ -71,6 +71,8 @@ def test_a_changed_file_is_read_anew(tmp_path):
         ("a.csv", b"instruction,output\na,\xe9\n", "a.csv: byte 21 is not UTF-8"),
         ("a.parquet", b"PAR1 no", "a.parquet: broken parquet"),
         ("a.jsonl", b'{"text": "a"}\n{"prompt": "a", "completion": "b"}', "line 2: a record of the form completion after text"),
+        ("a.jsonl", b'{"prompt": null, "completion": "b"}', "line 1: 'prompt' is a NoneType"),
+        ("a.jsonl", b'{"messages": [{"role": ["user"], "content": "a"}]}', r"role \['user'\]; known are"),
         ("a.jsonl", b'{"messages": []}', "line 1: 'messages' is no list of messages"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}', "'messages', message 1: no 'content'; it has role"),
         ("a.jsonl", b'{"messages": [{"role": "x", "content": "a"}]}', "message 1: role 'x'; known are system, user"),
@@ -106,6 +108,9 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
         ({"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, {"messages": MESSAGES}),
         ({"messages": MESSAGES}, {"messages": MESSAGES}),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, {"messages": MESSAGES[1:2]}),
+        ({"prompt": MESSAGES[:2], "completion": "b"}, {"messages": MESSAGES}),
+        ({"messages": [{**m, "role": m["role"].title()} for m in MESSAGES]}, {"messages": MESSAGES}),
+        ({"prompt": None, "completion": None, "instruction": None, "output": None, "text": "a"}, {"text": "a"}),
         ({"conversations": SHAREGPT, "id": "x"}, {"messages": MESSAGES[1:]}),
         ({"system": "s", "conversations": SHAREGPT}, {"messages": MESSAGES}),
         ({"text": "a b"}, {"text": "a b"}),
@@ -140,6 +145,52 @@ def test_columns_are_mapped(tmp_path):
     (tmp_path / "b.jsonl").write_text(lines([{"dialog": [{"who": "user", "says": "a"}]}]))
     columns = {"messages": "dialog", "role": "who", "content": "says"}
     assert list(load_records(tmp_path / "b.jsonl", str(tmp_path), columns=columns)) == [{"messages": MESSAGES[1:2]}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ({"completion": "a"}, {"prompt": "p", "completion": "a"}),
+        ({"text": "text"}, {"text": "t"}),
+        ({"instruction": "q", "output": "a"}, {"instruction": "q", "input": "", "output": "a", "system": ""}),
+        ({"prompt": "completion", "completion": "prompt"}, {"prompt": "c", "completion": "p"}),
+    ],
+)
+def test_columns_that_are_asked_for_decide_the_form(tmp_path, columns, row):
+    record = {"messages": MESSAGES, "prompt": "p", "completion": "c", "text": "t", "q": "q", "a": "a"}
+    (tmp_path / "a.jsonl").write_text(lines([record]))
+    assert list(load_records(tmp_path / "a.jsonl", str(tmp_path), columns=columns)) == [row]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_a_folder_that_have_other_forms(tmp_path, streaming):
+    (tmp_path / "a.jsonl").write_text(lines([{"text": "a"}]))
+    (tmp_path / "b.jsonl").write_text(lines([{"prompt": "a", "completion": "b"}]))
+    with pytest.raises(UserError, match=r"b.jsonl:line 1: a record of the form completion after text"):
+        list(load_records(tmp_path, str(tmp_path / "cache"), streaming=streaming))
+
+
+def test_hidden_files_are_no_data_and_only_a_word_is_a_split(tmp_path):
+    data = tmp_path / "data"
+    (data / ".cache").mkdir(parents=True)
+    (data / "constraints.JSONL").write_text(lines([{"text": "1"}]))
+    (data / "more.jsonl").write_text(lines([{"text": "2"}]))
+    (data / "._more.jsonl").write_bytes(b"\xff")
+    (data / ".cache" / "train.json").write_text("{}")
+    assert load_records(data, str(tmp_path))["text"][:] == ["1", "2"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, streaming):
+    from pathlib import Path
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    (tmp_path / "a.jsonl").write_text(lines([{"text": "a"}]))
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"a.jsonl: cannot be read .*Permission denied"):
+        list(load_records(tmp_path / "a.jsonl", str(tmp_path / "cache"), streaming=streaming))
 
 
 def test_a_folder_is_read_as_a_whole_and_only_its_training_split(tmp_path):

@@ -8,7 +8,7 @@ from accelerate.data_loader import IterableDatasetShard
 from transformers import AutoTokenizer
 
 from stanford_alpaca.data.sources import Loading, identify, load_source, mix, stream_sources
-from stanford_alpaca.errors import UserError
+from stanford_alpaca.errors import UserError, exit_on_user_error
 
 
 @pytest.fixture
@@ -101,6 +101,26 @@ def test_a_broken_record_in_a_stream_is_named_when_it_is_reached(tokenizer, tmp_
     with pytest.raises(UserError, match=r"a.jsonl:line 3: broken JSON"):
         for _ in range(10):
             next(examples)
+
+
+def test_what_a_workers_error_says_is_one_line(tokenizer, tmp_path, capsys):
+    from torch.utils.data import DataLoader
+
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "fine"}\n{"tex')
+    examples = stream([str(tmp_path / "a.jsonl")], tokenizer, tmp_path, buffer=1)
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(lambda: list(DataLoader(examples, batch_size=1, num_workers=1, collate_fn=list)))
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/a.jsonl:line 3: broken JSON")
+
+
+def test_workers_share_the_files_of_a_stream(tokenizer, make_source, tmp_path):
+    from torch.utils.data import DataLoader
+
+    examples = stream([make_source("a", 24, files=4)], tokenizer, tmp_path, buffer=2)
+    drawn = iter(DataLoader(examples, batch_size=4, num_workers=2, collate_fn=list))
+    counts = Counter(text for _ in range(60) for text in texts(next(drawn), tokenizer))
+    assert len(counts) == 24 and max(counts.values()) - min(counts.values()) <= 2
 
 
 def test_an_identity_follows_the_contents(make_source, tmp_path):

@@ -1,0 +1,147 @@
+"""What the assistant writes where a template makes its turns hard to find; the habits of published templates, in short."""
+
+import pytest
+from tokenizers import AddedToken, normalizers, processors
+from transformers import AutoTokenizer
+
+from stanford_alpaca.data.chat import stop_ids
+from stanford_alpaca.data.encode import SPECIAL, TextEncoder
+from stanford_alpaca.data.tokenize import IGNORE_INDEX, KEPT, ExampleEncoder, PromptEncoder
+
+NAMES = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+TURN = "'<|' + m.role + '|>' + m.content + '<|end|>'"
+ASK = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+def loop(body: str, after: str = ASK, before: str = "") -> str:
+    return f"{before}{{% for m in messages %}}{body}{{% endfor %}}{after}"
+
+
+# the last answer gets a thought (Qwen3), the prompt opens one that training leaves out (R1), only the last turn has no line
+# break behind it (OLMo 2), a system prompt in the last message (Mistral), the prompt is asked for within the loop (Granite),
+# the next turn's token ends a turn (GLM), a look at how a question ends (Qwen3)
+THINKS = loop("{% set t = '<think></think>' if loop.last and m.role == 'assistant' else '' %}{{ '<|' + m.role + '|>' + t + "
+              "m.content + '<|end|>' }}")  # fmt: skip
+ASKS_FOR_THOUGHT = loop(f"{{{{ {TURN} }}}}", ASK.replace("t|>{", "t|><think>{"))
+LAST_DIFFERS = loop(f"{{{{ {TURN} + ('' if loop.last else '\\n') }}}}")
+SYSTEM_LAST = loop(
+    "{% if m.role == 'system' %}{% set ns.s = m.content + ' ' %}{% elif m.role == 'user' %}"
+    "{{ '<|user|>' + (ns.s if loop.last else '') + m.content + '<|system|>' }}{% else %}"
+    "{{ ' ' + m.content + '<|end|>' }}{% endif %}",
+    "", "{% set ns = namespace(s='') %}",
+)  # fmt: skip
+ASKS_IN_LOOP = (
+    "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}<|system|>{{ messages[0].content if "
+    "messages[0].role == 'system' }}<|end|>{% for m in rest %}{{ " + TURN + " }}{% if loop.last and add_generation_prompt %}"
+    "<|assistant|>{% endif %}{% endfor %}"
+)
+NO_END = loop("{{ '<|' + m.role + '|>' + m.content }}")
+LOOKS = loop("{% set t = '!' if m.content.endswith('</r>') else '' %}{{ '<|' + m.role + '|>' + t + m.content + '<|end|>' }}")
+HABITS = [  # template, turns (u: user, a: assistant, s: system), what is trained
+    (THINKS, "a:one u:b a:two", ["one<|end|>", "<think></think>two<|end|>"]),
+    (THINKS, "u:b a:one a:two u:c a:three", ["one<|end|>", "two<|end|>", "<think></think>three<|end|>"]),
+    (ASKS_FOR_THOUGHT, "u:a a:<b>one u:c a:<think>two", ["<b>one<|end|>", "two<|end|>"]),
+    (ASKS_FOR_THOUGHT, "a:<b>one u:c a:<th", ["<b>one<|end|>", "<th<|end|>"]),
+    (LAST_DIFFERS, "u:a a:one a:two u:c a:three", ["one<|end|>", "two<|end|>", "three<|end|>"]),
+    (SYSTEM_LAST, "s:x u:a a:one u:c a:two", [" one<|end|>", " two<|end|>"]),
+    (SYSTEM_LAST, "u: a:one u:c a:two", [" one<|end|>", " two<|end|>"]),
+    (ASKS_IN_LOOP, "s:x a:one u:c a:two", ["one<|end|>", "two<|end|>"]),
+    (NO_END, "u:a a:one u:c a:two", ["one", "two</s>"]),
+    (NO_END, "u:a a:one a:two u:c a:three", ["one", "two", "three</s>"]),
+    (LOOKS, "u:<r></r> a:one u:c a:two", ["one<|end|>", "two<|end|>"]),
+]
+
+
+@pytest.fixture
+def tokenizer(root):
+    tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
+    tokenizer.add_special_tokens({"additional_special_tokens": NAMES})
+    return tokenizer
+
+
+def messages_of(turns):
+    roles = {"u": "user", "a": "assistant", "s": "system"}
+    return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns.split(" ")]
+
+
+def encoded(tokenizer, messages):
+    encode = ExampleEncoder.of(tokenizer, "chat", 512, "chat")
+    return {name: column[0] for name, column in encode({"messages": [messages]}).items()}
+
+
+def trained_texts(tokenizer, row):
+    texts = [[]]
+    for label in row["labels"]:
+        if label != IGNORE_INDEX:
+            texts[-1].append(label)
+        elif texts[-1]:
+            texts.append([])
+    return [tokenizer.decode(ids) for ids in texts if ids]
+
+
+@pytest.mark.parametrize(("template", "turns", "trained"), HABITS)
+def test_what_the_assistant_writes(tokenizer, template, turns, trained):
+    tokenizer.chat_template = template
+    messages = messages_of(turns)
+    row = encoded(tokenizer, messages)
+    assert row["fate"] == KEPT and trained_texts(tokenizer, row) == trained
+    ids = tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+    assert row["input_ids"] == ids + [tokenizer.eos_token_id] * (template == NO_END)
+    assert stop_ids(tokenizer) == [tokenizer.eos_token_id] + [tokenizer.convert_tokens_to_ids("<|end|>")] * (template != NO_END)
+    (prompt,) = PromptEncoder(tokenizer)([{"messages": messages}])
+    assert prompt == tokenizer.apply_chat_template(messages[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
+
+
+def test_a_system_prompt_that_the_template_leaves_out_is_kept_and_never_the_assistants(tokenizer):
+    tokenizer.chat_template = loop(f"{{% if m.role != 'system' %}}{{{{ {TURN} }}}}{{% endif %}}")
+    row = encoded(tokenizer, messages_of("s:Brief. u:a a:one"))
+    assert tokenizer.decode(row["input_ids"]) == "<|user|>Brief.\n\na<|end|><|assistant|>one<|end|>"
+    row = encoded(tokenizer, messages_of("s:Brief. a:one u:b a:two"))
+    assert tokenizer.decode(row["input_ids"]).startswith("<|user|>Brief.<|end|><|assistant|>one<|end|>")
+    assert trained_texts(tokenizer, row) == ["one<|end|>", "two<|end|>"]
+
+
+@pytest.mark.parametrize("names", [["<x", "x>"], ["<x>", "<x>y", ">y"]])
+def test_special_tokens_that_overlap_stay_text(tokenizer, names):
+    tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = loop("{{ m.content + '<|end|>' }}")
+    row = encoded(tokenizer, [{"role": "user", "content": "<x>y"}, {"role": "assistant", "content": "<x>y"}])
+    assert set(row["input_ids"]).isdisjoint(tokenizer.convert_tokens_to_ids(names))
+    assert tokenizer.decode(row["input_ids"]) == "<x>y<|end|><x>y<|end|>"
+
+
+def test_a_special_token_within_the_merges_of_others(tokenizer):
+    """A longer piece of the vocabulary is made of the special one."""
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in _state(tokenizer)["model"]["merges"]]
+    inner = next(first for first, _ in merges if ["".join(pair) for pair in merges].count(first))
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(inner, special=True, normalized=False)]})
+    ((ids, _),) = TextEncoder.of(tokenizer)([f"{inner} text"])
+    assert tokenizer.decode(ids, skip_special_tokens=True) == f"{inner} text"
+    assert tokenizer.convert_tokens_to_ids(inner) not in ids
+
+
+@pytest.mark.parametrize("option", ["single_word", "normalized", "lstrip", "rstrip"])
+def test_a_special_token_that_is_written_is_found(tokenizer, option):
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|Im|>", special=True, **{option: True})]})
+    encoder = TextEncoder.of(tokenizer)
+    ((ids, _),) = encoder([encoder.with_specials("word<|Im|>word")])
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|Im|>")) == 1 and SPECIAL not in tokenizer.decode(ids)
+
+
+def _state(tokenizer):
+    import json
+
+    return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def test_a_prompts_spaces_are_not_trained_whatever_the_tokenizer_says_of_offsets(tokenizer):
+    """RoBERTa's and GPT-NeoX's tokenizers leave spaces out of a token's offsets."""
+    encode = ExampleEncoder.of(tokenizer, "completion", 512)
+    record = {"prompt": ["a  "], "completion": ["large"]}
+    expected = encode(record)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=True), tokenizer.backend_tokenizer.post_processor]
+    )
+    row = ExampleEncoder.of(tokenizer, "completion", 512)(record)
+    assert row == expected and row["straddling"] == [True]
