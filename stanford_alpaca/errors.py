@@ -17,14 +17,15 @@ class UserError(ValueError):
 
 
 def exit_on_user_error(command: Callable[[], Any]) -> None:
-    """Runs a command; a UserError becomes one line on standard error (from rank 0) and exit status 2."""
+    """Runs a command; a UserError becomes one line on standard error (from one rank) and exit status 2."""
     try:
         command()
     except UserError as error:
-        if is_main_process():
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        else:
-            time.sleep(5)  # the first rank to end takes the others down: let it be the one that speaks
+        if not is_main_process():
+            time.sleep(
+                5
+            )  # the first rank to end takes the others down: let it be the one that speaks, if it has this error too
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
