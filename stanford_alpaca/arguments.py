@@ -21,7 +21,9 @@ from stanford_alpaca.losses.linear import BACKENDS
 from stanford_alpaca.old_flags import read_fsdp_config, translate
 
 MADE_WITH = "made_with"  # the part of a run.yaml that is no flag
+SECRET = ("hub_token",)  # what no file may hold, least of all one that is pushed to the hub
 LESS_IS_BETTER = ("loss", "nll", "emo", "perplexity")
+METRICS = (*LESS_IS_BETTER, "target_prob")  # of every evaluation
 
 
 def choice(*values: str, default: str, help: str):
@@ -81,6 +83,11 @@ class ObjectiveArguments:
     mixce_eta: float = field(default=0.5, metadata={"help": "eta of mode mixce."})
     loss_backend: str = choice("auto", *BACKENDS, default="auto", help="How the loss is computed.")
 
+    @property
+    def asks_the_model(self) -> bool:
+        """Whether the costs come from the model's own output layer as it is before training."""
+        return self.cost == "frozen" and self.cost_kind != "identity"
+
     def objective(self) -> Objective:
         names = [f.name for f in dataclasses.fields(Objective)]
         try:
@@ -123,7 +130,8 @@ class Run:
     """One run's arguments.
 
     Attributes:
-        flags: what ``run.yaml`` holds: all flags of this package and those of the Trainer that differ from their defaults.
+        flags: what ``run.yaml`` holds: all flags of this package and those of the Trainer that differ from their defaults, but
+            for secrets.
         made_with: of the run.yaml that --config named, if it had one: what that run was made with.
         notes: lines for the user about flags that were translated.
     """
@@ -165,7 +173,7 @@ def parse(argv: list[str]) -> Run:
     flags = {
         name: getattr(value, "value", value)  # enums as their words
         for name, value in given.items()
-        if (name in own and value is not None) or value != parser.get_default(name) or name == "seed"
+        if name not in SECRET and ((name in own and value is not None) or value != parser.get_default(name) or name == "seed")
     }
     return Run(model, data, objective, training, flags, made_with, notes)
 
@@ -201,4 +209,6 @@ def _tokens(flag: str, value: Any) -> list[str]:
         return []
     if isinstance(value, list):
         return [f"--{flag}", *map(str, value)]
+    if value is False and flag.replace("-", "_").endswith("_strategy"):
+        value = "no"  # which YAML 1.1 reads as a boolean
     return [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]

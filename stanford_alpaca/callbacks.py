@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
 
 from stanford_alpaca.errors import say
-from stanford_alpaca.generate import generate_batch
+from stanford_alpaca.generate import generate_batch, plain_generation
 from stanford_alpaca.samples import append_jsonl, format_sample, sample_of, samples_as_markdown
 from stanford_alpaca.sampling import Sampling
 from stanford_alpaca.trainer import EmoTrainer
@@ -30,7 +30,8 @@ class SampleCallback(TrainerCallback):
 
     def sample(self, step: int) -> None:
         args, model = self.trainer.args, self.trainer.model
-        training = model.training
+        training, generation_config = model.training, model.generation_config
+        model.generation_config = plain_generation(self.trainer.processing_class)
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with self.trainer.watch.paused(), torch.random.fork_rng(devices):
             texts = generate_batch(
@@ -38,6 +39,7 @@ class SampleCallback(TrainerCallback):
                 prompt_template=self.prompt_template, progress=False, synced=args.world_size > 1,
             )  # fmt: skip
         model.train(training)
+        model.generation_config = generation_config
         if not self.trainer.is_world_process_zero():
             return
         samples = [sample_of(record, {f"step {step}": text}) for record, text in zip(self.prompts, texts, strict=True)]
@@ -49,10 +51,10 @@ class SampleCallback(TrainerCallback):
 
 
 class EvaluateLast(TrainerCallback):
-    """Evaluates after the last step, while the trackers still listen."""
+    """Evaluates after the last step, while the trackers still listen, unless the end of the epoch is about to do it."""
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
-        if state.global_step == state.max_steps:
+        if state.global_step == state.max_steps and args.eval_strategy != IntervalStrategy.EPOCH:
             control.should_evaluate = True
 
 

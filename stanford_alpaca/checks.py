@@ -4,13 +4,24 @@ import math
 import os
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi
+from transformers import Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import OptimizerNames
 
-from stanford_alpaca.arguments import DataArguments, ModelArguments, ObjectiveArguments, Run, TrainingArguments
-from stanford_alpaca.errors import UserError, check_writable, first_line, quiet_hub
+from stanford_alpaca.arguments import METRICS, DataArguments, ModelArguments, ObjectiveArguments, Run, TrainingArguments
+from stanford_alpaca.errors import UserError, check_writable, first_line, nearest, quiet_hub
 from stanford_alpaca.model import check_model
+
+FROM_ZERO = (
+    "seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay", "neftune_noise_alpha",
+    "dataloader_num_workers",
+)  # fmt: skip
+ABOVE_ZERO = (
+    "learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "sample_steps", "sample_max_new_tokens",
+)  # fmt: skip
 
 
 def check(run: Run) -> None:
@@ -19,6 +30,8 @@ def check(run: Run) -> None:
     check_output(training)
     check_batches(training)
     check_data(data, training)
+    check_numbers(training)
+    check_optimizer(training)
     check_training(training, has_eval=data.eval_path is not None or data.eval_fraction is not None)
     check_objective(model, run.objective)
     check_model(model.model_name_or_path, training.cache_dir)
@@ -28,14 +41,38 @@ def check(run: Run) -> None:
         check_hub(training)
 
 
+def check_numbers(training: TrainingArguments) -> None:
+    """Numbers of the Trainer's flags that mean something. NaN never does."""
+    for name in (*FROM_ZERO, *ABOVE_ZERO):
+        value = getattr(training, name)
+        if value is None or 0 < value < math.inf or (value == 0 and name in FROM_ZERO):
+            continue
+        raise UserError(f"--{name} {value}: give {'0 or more' if name in FROM_ZERO else 'a number above 0'}")
+    if training.max_steps != -1 and training.max_steps < 1:
+        raise UserError(f"--max_steps {training.max_steps}: give 1 or more, or leave it out and --num_train_epochs counts")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(training, name) < 1:
+            raise UserError(f"--{name} {getattr(training, name)}: give a number from 0 on and below 1")
+
+
+def check_optimizer(training: TrainingArguments) -> None:
+    """An optimizer and a schedule that can be made of their flags; the Trainer makes them when files have been written."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--optim {OptimizerNames(training.optim).value}: {first_line(error)}") from None
+    trial = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    name = training.lr_scheduler_type.value
+    try:
+        get_scheduler(name, trial, 1, 2, training.lr_scheduler_kwargs)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--lr_scheduler_type {name}, --lr_scheduler_kwargs: {first_line(error)}") from None
+
+
 def check_training(training: TrainingArguments, has_eval: bool) -> None:
     """Flags of the Trainer that do not go together, or would train something else."""
     if training.eval_strategy != "no" and not has_eval:
         raise UserError(f"--eval_strategy {training.eval_strategy.value} needs --eval_path or --eval_fraction")
-    if not (training.learning_rate > 0 and math.isfinite(training.learning_rate)):
-        raise UserError(f"--learning_rate {training.learning_rate}: give a number above 0")
-    if training.seed < 0:
-        raise UserError(f"--seed {training.seed}: give 0 or more")
     if training.label_smoothing_factor or training.use_liger_kernel or not training.average_tokens_across_devices:
         raise UserError(
             "--label_smoothing_factor, --use_liger_kernel and --average_tokens_across_devices False would train "
@@ -43,9 +80,14 @@ def check_training(training: TrainingArguments, has_eval: bool) -> None:
         )
     if training.sample_prompts is None and training.sample_steps is not None:
         raise UserError("--sample_steps needs --sample_prompts FILE")
-    for name in ("sample_steps", "sample_max_new_tokens"):
-        if (getattr(training, name) or 1) < 1:
-            raise UserError(f"--{name} {getattr(training, name)}: give 1 or more")
+    metric, saves_best = training.metric_for_best_model, training.save_strategy == "best"
+    if saves_best and metric is None:
+        raise UserError("--save_strategy best needs --metric_for_best_model")
+    if (saves_best or training.load_best_model_at_end) and training.eval_strategy == "no":
+        raise UserError("--load_best_model_at_end and --save_strategy best need an --eval_strategy to find the best")
+    if metric is not None and metric.removeprefix("eval_") not in METRICS:
+        near = nearest(metric.removeprefix("eval_"), list(METRICS))
+        raise UserError(f"--metric_for_best_model {metric}: choose from {', '.join(METRICS)}{near}")
     try:
         get_reporting_integration_callbacks(training.report_to)
     except (ValueError, ImportError, RuntimeError) as error:
@@ -55,8 +97,7 @@ def check_training(training: TrainingArguments, has_eval: bool) -> None:
 def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> None:
     """An objective that can be made of its flags, and for which the costs and the teacher make sense."""
     needs = objective.objective()
-    priced = objective.cost != "frozen" or objective.cost_kind == "identity"
-    if model.from_config and needs.needs_emo and not priced:
+    if model.from_config and needs.needs_emo and objective.asks_the_model:
         raise UserError(
             f"--from_config with mode {needs.mode}: a random output layer prices nothing; make a cost embedding with "
             "python -m stanford_alpaca.cost build and give it as --cost PATH"

@@ -17,15 +17,14 @@ class UserError(ValueError):
 
 
 def exit_on_user_error(command: Callable[[], Any]) -> None:
-    """Runs a command; a UserError becomes one line on standard error (from rank 0) and exit status 2."""
+    """Runs a command; a UserError becomes one line on standard error (from one rank) and exit status 2."""
     try:
         command()
     except UserError as error:
-        if is_main_process():
-            message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]  # a DataLoader's worker sends a traceback
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        else:
-            time.sleep(5)  # the first rank to end takes the others down: let it be the one that speaks
+        if not is_main_process():  # the first rank to end takes the others down: let the first one speak, if it has this error
+            time.sleep(5)
+        message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]  # a DataLoader's worker sends a traceback
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

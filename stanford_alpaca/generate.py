@@ -27,19 +27,27 @@ from stanford_alpaca.samples import check_outputs, format_sample, sample_of, wri
 from stanford_alpaca.sampling import GIVE_TEMPERATURE, Sampling
 
 
-def encode_prompts(encode: PromptEncoder, records: list[dict], room: int | None) -> list[list[int]]:
-    """Token ids of the prompts, as training saw them. ``room``: the most tokens that leave space for an answer."""
+def encode_prompts(model: PreTrainedModel, encode: PromptEncoder, records: list[dict], max_new_tokens: int) -> list[list[int]]:
+    """Token ids of the prompts, as training saw them. Raises UserError for one that leaves no space for an answer."""
     prompts = encode(records)
+    context = getattr(model.config, "max_position_embeddings", None)
     for number, ids in enumerate(prompts, 1):
-        if room is not None and len(ids) > room:
+        if context is not None and len(ids) + max_new_tokens > context:
             raise UserError(
-                f"prompt {number} has {len(ids)} tokens; the model's context leaves room for {room}: "
-                "shorten it or lower --max_new_tokens"
+                f"prompt {number} has {len(ids)} tokens; the model's context leaves room for {context - max_new_tokens} "
+                f"before {max_new_tokens} new ones: shorten it, or ask for fewer new ones"
             )
     return prompts
 
 
-@torch.inference_mode()
+def plain_generation(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """A model's generation settings without those its folder brought along: what is asked for is what is done."""
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+
+
+@torch.no_grad()  # no inference_mode: weights that ZeRO-3 gathers in it could not be trained any more
 def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -57,9 +65,7 @@ def generate_batch(
     Repeatable: the same arguments give the same text. Under sampling the batch size is one of those arguments. ``synced``: all
     ranks call this together, and go on until the last one is done, as a sharded model needs it.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
-    room = None if context is None else context - sampling.max_new_tokens
-    prompts = encode_prompts(PromptEncoder(tokenizer, prompt_template), records, room)
+    prompts = encode_prompts(model, PromptEncoder(tokenizer, prompt_template), records, sampling.max_new_tokens)
     stops = stop_ids(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses = [""] * len(prompts)
@@ -92,15 +98,12 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: l
 def load_for_generation(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint on the GPU in bf16 if there is one, else on the CPU in float32.
 
-    The vocabulary is made to fit as in training (a base model without a pad token gets one), and the sampling settings
-    that the folder may bring along are dropped: what is asked for is what is done.
+    The vocabulary is made to fit as in training (a base model without a pad token gets one).
     """
     gpu = torch.cuda.is_available()
     model, tokenizer = load_model(path, dtype=torch.bfloat16 if gpu else torch.float32), load_tokenizer(path)
     fit_vocabulary(model, tokenizer)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = plain_generation(tokenizer)
     return model.to("cuda" if gpu else "cpu"), tokenizer
 
 
@@ -141,12 +144,10 @@ def chat(
     """Reads instructions from the terminal and streams the responses until an empty line or the end of input."""
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    context = getattr(model.config, "max_position_embeddings", None)
-    room = None if context is None else context - sampling.max_new_tokens
     encode, stops = PromptEncoder(tokenizer, prompt_template), stop_ids(tokenizer)
     for record in _typed():
         try:
-            ids = torch.tensor(encode_prompts(encode, [record], room), device=model.device)
+            ids = torch.tensor(encode_prompts(model, encode, [record], sampling.max_new_tokens), device=model.device)
         except UserError as error:
             print(error)
             continue

@@ -1,6 +1,7 @@
 """What a run writes about itself beside the checkpoint: ``run.yaml``, from which it repeats, and a model card."""
 
 import importlib.metadata
+import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ tags: [emo, sft]
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{path}")
-tokenizer = AutoTokenizer.from_pretrained("{path}")
+model = AutoModelForCausalLM.from_pretrained({path})
+tokenizer = AutoTokenizer.from_pretrained({path})
 ```
 
 Prompts are written with the template `{template}` (`auto`: Alpaca's for instructions, the tokenizer's chat template for
@@ -70,13 +71,14 @@ def differences(run: Run, now: dict[str, Any]) -> list[str]:
 
 
 def write_run(run: Run, now: dict[str, Any]) -> None:
-    """Writes run.yaml into the output folder, unless a resumed run has it already."""
-    file = Path(run.training.output_dir) / FILE
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(
-            HEADER + yaml.safe_dump(run.flags | {MADE_WITH: now}, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+    """Writes run.yaml into the output folder; a run resumed there, whose flags may differ, run-from-CHECKPOINT.yaml."""
+    output, resume = Path(run.training.output_dir), run.training.resume_from_checkpoint
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / FILE
+    if file.exists() and resume is not None:
+        file = output / f"run-from-{Path(resume).name}.yaml"
+    text = HEADER + yaml.safe_dump(run.flags | {MADE_WITH: now}, sort_keys=False, allow_unicode=True)
+    file.write_text(text, encoding="utf-8")
 
 
 def write_card(run: Run, metrics: dict[str, float]) -> None:
@@ -84,7 +86,8 @@ def write_card(run: Run, metrics: dict[str, float]) -> None:
     training, output = run.training, Path(run.training.output_dir)
     rows = {
         "data": ", ".join(run.data.data_path),
-        "cost": f"{run.objective.cost}, {run.objective.cost_kind}",
+        **({"cost": f"{run.objective.cost}, {run.objective.cost_kind}"} if run.objective.objective().needs_emo else {}),
+        **({"teacher": f"{run.model.teacher}, top {run.model.teacher_top_k}"} if run.model.teacher else {}),
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
         "examples per step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
         "epochs": f"{metrics['epoch']:.4g}" if "epoch" in metrics else "-",
@@ -96,15 +99,16 @@ def write_card(run: Run, metrics: dict[str, float]) -> None:
     }
     base = run.model.model_name_or_path
     hub_name = None if Path(base).exists() else base
+    title = output.resolve().name
     card = CARD.format(
-        front=f"base_model: {hub_name}\n" if hub_name else "",
-        title=output.resolve().name,
+        front=yaml.safe_dump({"base_model": hub_name}) if hub_name else "",
+        title=title,
         base=f"[{base}](https://huggingface.co/{base})" if hub_name else f"`{Path(base).resolve().name}`",
         done="trained from scratch" if run.model.from_config else "fine-tuned",
         mode=run.objective.mode,
         version=__version__,
-        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        path=training.hub_model_id or output.resolve().name,
+        rows="\n".join(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows.items()),
+        path=json.dumps(training.hub_model_id or title, ensure_ascii=False),
         template=run.data.prompt_template,
     )
     (output / "README.md").write_text(card, encoding="utf-8")

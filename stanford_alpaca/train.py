@@ -14,7 +14,7 @@ import os
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from stanford_alpaca.arguments import DataArguments, ObjectiveArguments, Run, TrainingArguments, parse
 from stanford_alpaca.attach import attach_objective
@@ -24,9 +24,10 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.sources import ExampleStream, Loading, load_source, mix, stream_sources
+from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import loading_whole, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
-from stanford_alpaca.generate import read_prompts
+from stanford_alpaca.generate import encode_prompts, read_prompts
 from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer
 from stanford_alpaca.record import differences, made_with, write_card, write_run
 from stanford_alpaca.teacher import Teacher, same_vocabulary
@@ -90,10 +91,19 @@ def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None
     if not same_vocabulary(load_tokenizer(name, cache_dir=cache_dir), tokenizer):
         raise UserError(f"--teacher {name}: its tokenizer has other ids than that of {run.model.model_name_or_path}")
     dtype = torch.bfloat16 if run.training.bf16 else torch.float32
+    model = load_model(name, cache_dir, dtype=dtype)
+    check_positions(model, "teacher", run.training.model_max_length)
     try:
-        return Teacher(load_model(name, cache_dir, dtype=dtype), run.model.teacher_top_k)
+        return Teacher(model, run.model.teacher_top_k)
     except ValueError as error:
         raise UserError(f"--teacher {name}: {error}") from None
+
+
+def check_positions(model: PreTrainedModel, name: str, max_length: int) -> None:
+    """Raises UserError if examples may have more tokens than the model has positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise UserError(f"--model_max_length {max_length} is more than the {name}'s {positions} positions")
 
 
 def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) -> PreTrainedModel:
@@ -104,9 +114,7 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
         model_args.model_name_or_path, training.cache_dir,
         from_config=model_args.from_config, attn_implementation=model_args.attn_implementation,
     )  # fmt: skip
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and training.model_max_length > positions:
-        raise UserError(f"--model_max_length {training.model_max_length} is more than the model's {positions} positions")
+    check_positions(model, "model", training.model_max_length)
     fit_vocabulary(model, tokenizer)
     stops = stop_ids(tokenizer)
     if len(stops) > 1:  # who generates from the folder stops at the end of a turn
@@ -137,8 +145,11 @@ def train(argv: list[str]) -> None:
     for line in differences(run, now):
         say(f"--config: {line}")
 
+    set_seed(args.seed)  # for the random weights of --from_config
+    prices = not (run.model.from_config and run.objective.asks_the_model)
     with loading_whole(args):
-        model = make_model(run, tokenizer, with_cost=eval_examples is not None)
+        model = make_model(run, tokenizer, with_cost=eval_examples is not None and prices)
+    encode_prompts(model, PromptEncoder(tokenizer, run.data.prompt_template), prompts, args.sample_max_new_tokens)  # all fit?
     use_cache = model.config.use_cache  # the Trainer turns it off and leaves it so
     trainer = EmoTrainer(
         model=model,
@@ -176,10 +187,16 @@ def train(argv: list[str]) -> None:
 
 
 def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:
-    """What evaluation said of the weights that training ended with: the last ones, or the best."""
-    step = trainer.state.best_global_step if trainer.args.load_best_model_at_end else trainer.state.global_step
-    entries = [entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry]
-    return {name: value for name, value in entries[-1].items() if name != "step"}
+    """What evaluation said of the weights that training ended with: the last ones, or those of the best checkpoint.
+
+    Evaluates them now if it has not happened: a run resumed after its last step makes no step to evaluate after.
+    """
+    state = trainer.state
+    step, best = state.global_step, state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best is not None:  # best_global_step may have been a step without a save
+        step = int(best.rpartition("-")[2])
+    entries = [entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry]
+    return {name: value for name, value in entries[-1].items() if name != "step"} if entries else trainer.evaluate()
 
 
 def main() -> None:

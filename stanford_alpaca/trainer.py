@@ -16,6 +16,7 @@ from stanford_alpaca.attach import AttachedObjective
 from stanford_alpaca.checkpoint import full_state_dict
 from stanford_alpaca.data.batching import PadCollator, fill_up
 from stanford_alpaca.engines import activate_fsdp, check_fsdp, peak_flops, training_flops
+from stanford_alpaca.errors import UserError, first_line
 
 
 class Stopwatch:
@@ -144,9 +145,9 @@ class EmoTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A plain Hugging Face folder in the masters' dtype, from every engine."""
+        """A plain Hugging Face folder in the masters' dtype, from every engine. It is pushed when it is complete, not here."""
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            return super().save_model(output_dir, _internal_call)
+            return super().save_model(output_dir, _internal_call=True)
         self._save(output_dir, full_state_dict(self.model, keep=self.args.should_save))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -159,7 +160,24 @@ class EmoTrainer(Trainer):
             self.model.config.dtype = next(iter(state_dict.values())).dtype
             self.model.config.save_pretrained(folder)
 
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        with _hub(f"--hub_model_id {self.args.hub_model_id}: there is no such repository and it cannot be made"):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any):
+        with _hub(f"--push_to_hub: the model is complete in {self.args.output_dir}, but could not be uploaded"):
+            return super().push_to_hub(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """What goes to the hub with the model, unless the output folder has a better one."""
         if not (Path(str(self.args.output_dir)) / "README.md").exists():
             super().create_model_card(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _hub(message: str) -> Iterator[None]:
+    """Makes of what the hub's client raises a UserError: no network, no permission, no space."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{message} ({first_line(error)})") from None

@@ -1,18 +1,21 @@
 """Options of a run: config files and the record it leaves, samples while it trains, teachers, scratch, streams."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from stanford_alpaca import engines, trainer
 from stanford_alpaca.arguments import parse
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.train import train
+from stanford_alpaca.record import write_card
+from stanford_alpaca.train import evaluation_of, train
 from tests.helpers import evaluations, steps
 
 
@@ -69,6 +72,51 @@ def test_config_files_in_the_users_own_words(tmp_path):
         parse(["--config"])
 
 
+def test_no_record_holds_a_secret_and_yamls_no_is_a_word(arguments, tmp_path):
+    assert "hf_secret" not in str(parse(arguments(hub_token="hf_secret")).flags)
+    (tmp_path / "mine.yaml").write_text("save_strategy: no\neval_strategy: no\nbf16: no\n")
+    training = parse([*arguments(save_strategy=None), "--config", str(tmp_path / "mine.yaml")]).training
+    assert (training.save_strategy, training.eval_strategy, training.bf16) == ("no", "no", False)
+
+
+def test_a_run_resumed_with_other_flags_leaves_a_record_of_its_own_and_an_evaluation(arguments, tmp_path):
+    train(arguments(save_strategy="steps"))
+    first = (tmp_path / "out" / "run.yaml").read_text()
+    resume = {"resume_from_checkpoint": True, "eval_path": tmp_path / "held.json"}
+    train(arguments(**resume))  # after the last step: nothing is trained
+    assert (tmp_path / "out" / "run.yaml").read_text() == first
+    second = yaml.safe_load((tmp_path / "out" / "run-from-checkpoint-3.yaml").read_text())
+    assert (
+        second
+        == yaml.safe_load(first)
+        | {"save_strategy": "no"}
+        | {
+            "eval_path": [str(tmp_path / "held.json")],
+            "resume_from_checkpoint": "True",
+            "made_with": second["made_with"],
+        }
+        and len(steps(tmp_path / "out")) == 3
+    )
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_nll"] > 0
+
+
+def test_the_last_evaluation_is_of_the_weights_that_were_kept():
+    """The best step may have been one without a checkpoint: then what is loaded is another."""
+    log = [{"step": step, "eval_loss": loss} for step, loss in [(1, 3.0), (2, 2.0), (3, 1.0), (4, 1.5)]]
+    state = TrainerState(global_step=4, log_history=log, best_global_step=3, best_model_checkpoint="out/checkpoint-2")
+    for load_best, loss in [(True, 2.0), (False, 1.5)]:
+        args = SimpleNamespace(load_best_model_at_end=load_best)
+        assert evaluation_of(SimpleNamespace(args=args, state=state)) == {"eval_loss": loss}
+    state.best_model_checkpoint = None
+    assert evaluation_of(SimpleNamespace(args=SimpleNamespace(load_best_model_at_end=True), state=state)) == {"eval_loss": 1.5}
+
+
+@pytest.mark.parametrize(("strategy", "times"), [("no", 1), ("epoch", 2), ("steps", 2)])
+def test_no_step_is_evaluated_twice(arguments, tmp_path, strategy, times):
+    train(arguments(eval_strategy=strategy, eval_steps=3, max_steps=4, eval_path=tmp_path / "held.json"))
+    assert len(evaluations(tmp_path / "out")) == times and evaluations(tmp_path / "out")[-1]["step"] == 4
+
+
 def test_the_model_card_says_what_was_done(arguments, tmp_path):
     train(arguments(eval_path=tmp_path / "held.json"))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -76,7 +124,20 @@ def test_the_model_card_says_what_was_done(arguments, tmp_path):
     assert front["library_name"] == "transformers" and "emo" in front["tags"] and "base_model" not in front
     loss = evaluations(tmp_path / "out")[-1]["eval_loss"]
     assert f"| eval loss | {loss:.4g} |" in card and "`tiny-base`, fine-tuned with the objective `emo`" in card
-    assert f"| data | {tmp_path / 'train.json'} |" in card
+    assert f"| data | {tmp_path / 'train.json'} |" in card and "| cost | frozen, cosine |" in card
+
+
+def test_the_model_card_of_odd_names(arguments, tmp_path):
+    argv = arguments(
+        model_name_or_path="123", mode="mle", teacher="some/teacher", output_dir=tmp_path / 'a "b"', data_path="a|b"
+    )
+    (tmp_path / 'a "b"').mkdir()
+    write_card(parse(argv), {})
+    card = (tmp_path / 'a "b"' / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "123"
+    assert "| data | a&#124;b |" in card and "| teacher | some/teacher, top 64 |" in card and "| cost |" not in card
+    (code,) = re.findall("```python\n(.*?)```", card, re.S)
+    compile(code, "card", "exec")
 
 
 # ---- samples and trackers --------------------------------------------------------------------------------------------------
@@ -108,6 +169,25 @@ def test_samples_while_training_change_nothing_and_reach_file_and_tracker(argume
     assert [event.value for event in board.Scalars("train/nll")] == pytest.approx([e["nll"] for e in steps(tmp_path / "shown")])
     texts = board.Tensors("samples/text_summary")
     assert [event.step for event in texts] == [2, 3] and b"Name a bird." in texts[0].tensor_proto.string_val[0]
+
+
+def test_samples_are_greedy_whatever_the_folder_asks_for_and_prompts_have_to_fit(arguments, tmp_path, root):
+    model = AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base")
+    model.generation_config.update(min_new_tokens=12, no_repeat_ngram_size=2)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(tmp_path / "base")
+    (tmp_path / "prompts.txt").write_text("Name a bird.\n")
+    sampling = {"sample_prompts": tmp_path / "prompts.txt", "sample_max_new_tokens": 20}
+    train(arguments(model_name_or_path=tmp_path / "base", output_dir=tmp_path / "odd", **sampling))
+    train(arguments(output_dir=tmp_path / "plain", **sampling))
+    assert (tmp_path / "odd" / "samples.jsonl").read_text() == (tmp_path / "plain" / "samples.jsonl").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "odd").generation_config.min_new_tokens == 12
+
+    for name, changes in [("prompt 2 has", {}), ("prompt 1 has", {"sample_max_new_tokens": 1000})]:
+        (tmp_path / "prompts.txt").write_text("Name a bird.\n" + "word " * 1100)
+        with pytest.raises(UserError, match=f"{name} .* tokens; the model's context leaves room for"):
+            train(arguments(**sampling | changes))
+        assert not (tmp_path / "out").exists()
 
 
 def test_mfu_is_logged_where_the_peak_is_known(arguments, tmp_path, monkeypatch):
@@ -159,11 +239,30 @@ def test_training_from_scratch_needs_costs_of_its_own(arguments, tmp_path, root)
     base = load_file(root / "data" / "tiny-base" / "model.safetensors")
     save_file({"cost_embedding": base["lm_head.weight"]}, tmp_path / "cost.safetensors")
     train(arguments("--from_config", mode="mix", cost=tmp_path / "cost.safetensors"))
-    set_seed(42)
     first = steps(tmp_path / "out")[0]
     assert first["nll"] == pytest.approx(7.6, abs=0.5)  # log 2048: it knows nothing
     assert first["loss"] == pytest.approx(0.5 * first["nll"] + 0.5 * first["emo"], rel=1e-5)
     assert "trained from scratch with the objective `mix`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_scratch_begins_from_the_seed_and_its_random_layer_prices_no_evaluation(arguments, tmp_path):
+    settings = {"from_config": True, "mode": "mle", "max_steps": 1, "eval_path": tmp_path / "held.json"}
+    losses = []
+    for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        train(arguments(output_dir=tmp_path / name, seed=seed, data_seed=0, **settings))
+        losses.append(steps(tmp_path / name)[0]["loss"])
+        torch.rand(1)  # whatever was drawn before
+    assert losses[0] == losses[1] != losses[2]
+    assert "eval_emo" not in evaluations(tmp_path / "a")[0]
+
+
+def test_a_teacher_needs_as_many_positions_as_the_examples(arguments, tmp_path, root):
+    config = AutoConfig.for_model("gpt2", vocab_size=2048, n_embd=8, n_layer=1, n_head=1, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match="--model_max_length 512 is more than the teacher's 64 positions"):
+        train(arguments(teacher=tmp_path / "teacher"))
+    train(arguments(teacher=tmp_path / "teacher", model_max_length=64, max_steps=1))  # another architecture
 
 
 def test_a_folder_is_streamed(arguments, tmp_path):
@@ -268,9 +367,29 @@ def test_the_finished_folder_goes_to_the_hub(arguments, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     train(arguments("--push_to_hub", "--hub_model_id", "me/mine"))
-    assert {"README.md", "run.yaml", "model.safetensors", "tokenizer.json"} <= set(uploads[-1])
+    (upload,) = uploads
+    assert {"README.md", "run.yaml", "model.safetensors", "tokenizer.json"} <= set(upload)
     assert "fine-tuned with the objective `emo`" in (tmp_path / "out" / "README.md").read_text()
     assert 'from_pretrained("me/mine")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_hub_that_refuses_is_one_line(arguments, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise OSError("403 Forbidden\nand more")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self, token=None: {"name": "me"})
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(UserError, match=r"--hub_model_id me/mine: .*403 Forbidden\)$"):
+        train(arguments("--push_to_hub", "--hub_model_id", "me/mine"))
+    assert not (tmp_path / "out").exists()
+    url = type("Url", (), {"repo_id": "me/mine"})()
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *args, **kwargs: url)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", refuse)
+    with pytest.raises(UserError, match=r"--push_to_hub: the model is complete in .*403 Forbidden"):
+        train(arguments("--push_to_hub", "--hub_model_id", "me/mine"))
+    assert (tmp_path / "out" / "README.md").exists() and (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,12 @@ def test_two_processes_equal_one_step_by_step(arguments, tmp_path, root, engine)
     data.write_text(json.dumps(json.loads((tmp_path / "train.json").read_text())[:37]))
     settings = {"data_path": data, "eval_path": tmp_path / "held.json", "max_steps": 5}
     train(arguments(output_dir=tmp_path / "one", **settings))
-    argv = arguments(*flags, output_dir=tmp_path / "two", **settings)
+    (tmp_path / "prompts.txt").write_text("What is another word for big?\nName a bird.\n")
+    sampling = {"sample_prompts": tmp_path / "prompts.txt", "sample_steps": 2, "sample_max_new_tokens": 5}
+    argv = arguments(*flags, output_dir=tmp_path / "two", **settings, **sampling)  # which changes nothing
     assert "2 process(es), global batch 16" in two_processes(argv, root, tmp_path)
+    samples = [json.loads(line) for line in (tmp_path / "two" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [2, 2, 4, 4, 5, 5]
     assert len(steps(tmp_path / "one")) == 5
     for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)

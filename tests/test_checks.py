@@ -1,0 +1,42 @@
+"""What is refused before anything is loaded or written."""
+
+import pytest
+
+from stanford_alpaca.arguments import parse
+from stanford_alpaca.checks import check
+from stanford_alpaca.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": 0}, "--max_steps 0: give 1 or more"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "--num_train_epochs 0.0: give a number above 0"),
+        ({"num_train_epochs": "nan"}, "--num_train_epochs nan"),
+        ({"learning_rate": "inf"}, "--learning_rate inf"),
+        ({"weight_decay": "nan"}, "--weight_decay nan: give 0 or more"),
+        ({"max_grad_norm": -1}, "--max_grad_norm -1.0"),
+        ({"adam_epsilon": "nan"}, "--adam_epsilon nan"),
+        ({"adam_beta1": 1}, "--adam_beta1 1.0: give a number from 0 on and below 1"),
+        ({"warmup_steps": "nan"}, "--warmup_steps nan"),
+        ({"logging_steps": -3}, "--logging_steps -3.0"),
+        ({"logging_steps": "nan"}, "--logging_steps nan"),
+        ({"save_steps": 0}, "--save_steps 0.0"),
+        ({"eval_strategy": "steps", "eval_steps": -1}, "--eval_steps -1.0"),
+        ({"neftune_noise_alpha": "nan"}, "--neftune_noise_alpha nan"),
+        ({"dataloader_num_workers": -1}, "--dataloader_num_workers -1"),
+        ({"optim": "adamw_bnb_8bit"}, "--optim .*bitsandbytes"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr.*min_lr"),
+        ({"lr_scheduler_kwargs": '{"num_cycles": 2}'}, "--lr_scheduler_type linear, --lr_scheduler_kwargs: .*num_cycles"),
+        ({"metric_for_best_model": "eval_nl"}, "--metric_for_best_model eval_nl: .*did you mean nll"),
+        ({"save_strategy": "best"}, "--save_strategy best needs --metric_for_best_model"),
+        ({"load_best_model_at_end": True}, "--load_best_model_at_end .* need an --eval_strategy"),
+    ],
+    ids=str,
+)
+def test_flags_that_cannot_be(arguments, tmp_path, changes, message):
+    check(parse(arguments(eval_path=tmp_path / "held.json")))
+    with pytest.raises(UserError, match=message) as error:
+        check(parse(arguments(**{"eval_path": tmp_path / "held.json"} | changes)))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()

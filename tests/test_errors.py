@@ -1,0 +1,22 @@
+"""How a command ends."""
+
+import pytest
+
+from stanford_alpaca import errors
+from stanford_alpaca.errors import UserError, exit_on_user_error
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_users_mistake_is_told_by_whichever_rank_finds_it(monkeypatch, capsys, rank):
+    """Rank 0 at once; another one after a while, if the run has not ended because rank 0 spoke."""
+    monkeypatch.setenv("RANK", rank)
+    slept = []
+    monkeypatch.setattr(errors.time, "sleep", slept.append)
+
+    def command():
+        raise UserError("no\nsuch thing")
+
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(command)
+    assert end.value.code == 2 and capsys.readouterr().err == "error: no such thing\n"
+    assert bool(slept) == (rank != "0")
