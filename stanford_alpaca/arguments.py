@@ -160,7 +160,7 @@ def parse(argv: list[str]) -> Run:
     parser = _Parser(classes, allow_abbrev=False)
     try:
         model, data, objective, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(str(error)) from None
     if unknown:
         known = ["--config", *(option for action in parser._actions for option in action.option_strings)]
@@ -171,11 +171,16 @@ def parse(argv: list[str]) -> Run:
     }
     given = vars(parser.parse_known_args(argv)[0])
     flags = {
-        name: getattr(value, "value", value)  # enums as their words
+        name: [_word(item) for item in value] if isinstance(value, list) else _word(value)
         for name, value in given.items()
         if name not in SECRET and ((name in own and value is not None) or value != parser.get_default(name) or name == "seed")
     }
     return Run(model, data, objective, training, flags, made_with, notes)
+
+
+def _word(value: Any) -> Any:
+    """A value as YAML can write it: enums are their words."""
+    return getattr(value, "value", value)
 
 
 def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:

@@ -47,6 +47,11 @@ def plain_generation(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     )
 
 
+def no_router_loss(model: PreTrainedModel) -> dict[str, bool]:
+    """For ``generate``: a mixture that trains with its router's loss would compute it there, and fail from the second token."""
+    return {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
+
+
 @torch.no_grad()  # no inference_mode: weights that ZeRO-3 gathers in it could not be trained any more
 def generate_batch(
     model: PreTrainedModel,
@@ -82,6 +87,7 @@ def generate_batch(
             attention_mask=mask.to(model.device),
             generation_config=sampling.config(tokenizer, stops),
             synced_gpus=synced,
+            **no_router_loss(model),
         )
         for i, response in zip(rows, out[:, longest:].tolist(), strict=True):
             responses[i] = decode_response(tokenizer, response, stops)
@@ -157,6 +163,7 @@ def chat(
                 attention_mask=torch.ones_like(ids),
                 generation_config=sampling.config(tokenizer, stops),
                 streamer=streamer,
+                **no_router_loss(model),
             )
 
 

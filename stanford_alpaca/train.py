@@ -80,7 +80,9 @@ def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:
     try:
         return CostEmbedding.from_file(args.cost, args.cost_kind)
     except Exception as error:  # no such file, no safetensors, no embedding
-        raise UserError(f"--cost {args.cost}: not frozen, not adaptive, and no safetensors file ({error})") from None
+        raise UserError(
+            f"--cost {args.cost}: not frozen, not adaptive, and no embedding in a safetensors file ({error})"
+        ) from None
 
 
 def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.errors import UserError
@@ -236,3 +237,12 @@ def test_the_command_line_rejects_an_unknown_flag_before_it_writes(root, folder,
     assert done.returncode == 2
     assert "error: unknown argument --sed; did you mean seed?" in done.stderr
     assert "Traceback" not in done.stderr and not out.exists()
+
+
+def test_a_mixture_that_trains_with_its_routers_loss_generates(root, make_model):
+    model = make_model("mixtral-routed", vocab_size=2048, positions=256)
+    tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
+    records = [{"instruction": "Name a bird."}, {"instruction": "What is another word for big?"}]
+    texts = generate_batch(model, tokenizer, records, Sampling(5), progress=False)
+    model.config.output_router_logits = False
+    assert texts == generate_batch(model, tokenizer, records, Sampling(5), progress=False) and all(texts)

@@ -73,6 +73,7 @@ def test_config_files_in_the_users_own_words(tmp_path):
 
 
 def test_no_record_holds_a_secret_and_yamls_no_is_a_word(arguments, tmp_path):
+    assert yaml.safe_dump(parse(arguments(debug="underflow_overflow")).flags["debug"]).strip() == "- underflow_overflow"
     assert "hf_secret" not in str(parse(arguments(hub_token="hf_secret")).flags)
     (tmp_path / "mine.yaml").write_text("save_strategy: no\neval_strategy: no\nbf16: no\n")
     training = parse([*arguments(save_strategy=None), "--config", str(tmp_path / "mine.yaml")]).training
@@ -202,6 +203,14 @@ def test_mfu_is_logged_where_the_peak_is_known(arguments, tmp_path, monkeypatch)
     assert linear == 6 * matrices
     assert quadratic == 12 * model.config.num_hidden_layers * model.config.hidden_size
     assert "mfu" not in steps_without_peak(arguments, tmp_path, monkeypatch)[-1]
+
+
+def test_only_the_experts_that_a_token_is_sent_to_count_as_flops(make_model):
+    dense, *mixtures = (
+        engines.training_flops(make_model("mixtral", num_local_experts=n, num_experts_per_tok=1))[0] for n in (1, 4)
+    )
+    router = 6 * 2 * 32 * 3  # two layers, width 32, three more rows
+    assert mixtures == [dense + router]
 
 
 def steps_without_peak(arguments, tmp_path, monkeypatch):
@@ -415,6 +424,7 @@ def test_a_hub_that_refuses_is_one_line(arguments, tmp_path, monkeypatch):
         ({"sample_steps": 2}, [], "--sample_steps needs --sample_prompts"),
         ({"sample_prompts": "none.txt"}, [], "none.txt: no such file"),
         ({"push_to_hub": True}, [], "--push_to_hub: the hub does not know you"),
+        ({"accelerator_config": '{"foo": true}'}, [], "unexpected keyword argument 'foo'"),
         ({"cost": "none.safetensors"}, [], "--cost none.safetensors"),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list | dict) else None,

@@ -49,7 +49,10 @@ class CostEmbedding:
         tensors = load_file(path)
         if len(tensors) != 1:
             raise ValueError(f"{path}: wanted one tensor [vocabulary, width], found {', '.join(sorted(tensors)) or 'none'}")
-        return cls(next(iter(tensors.values())), kind)
+        (rows,) = tensors.values()
+        if not rows.is_floating_point() or not rows.float().isfinite().all() or rows.numel() == 0:
+            raise ValueError(f"{path}: wanted finite floating-point numbers")
+        return cls(rows, kind)
 
     def to(self, device: torch.device | str) -> "CostEmbedding":
         """Moves the rows to the device, in place."""
