@@ -31,6 +31,8 @@ def encode_prompts(encode: PromptEncoder, records: list[dict], room: int | None)
     """Token ids of the prompts, as training saw them. ``room``: the most tokens that leave space for an answer."""
     prompts = encode(records)
     for number, ids in enumerate(prompts, 1):
+        if not ids:
+            raise UserError(f"prompt {number} is empty, and the tokenizer puts nothing before it: give it a word")
         if room is not None and len(ids) > room:
             raise UserError(
                 f"prompt {number} has {len(ids)} tokens; the model's context leaves room for {room}: "
@@ -121,7 +123,8 @@ def read_prompts(prompts: str | None, instruction: str | None, input: str | None
     if file.suffix.lower() in SUFFIXES:
         records = []
         for where, record in read_file(file):
-            records.append(canonical(record, where, needs_output=False))
+            asked = canonical(record, where, needs_output=False)
+            records.append({"prompt": asked["text"], "completion": ""} if "text" in asked else asked)  # a text is continued
             if isinstance(record, dict) and isinstance(record.get("dataset"), str):
                 records[-1]["dataset"] = record["dataset"]
     else:
