@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from stanford_alpaca.cost import COST_KINDS
-from stanford_alpaca.data.formats import FORMS
+from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.tokenize import TEMPLATES
 from stanford_alpaca.errors import UserError, first_line, nearest
 from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
@@ -60,14 +60,7 @@ class DataArguments:
 
     def column_names(self) -> dict[str, str]:
         """--columns as a mapping from our names to those in the files."""
-        pairs = [text.partition("=") for text in self.columns or []]
-        known = [*dict.fromkeys(name for features in FORMS.values() for name in features), "conversations", "role", "content"]
-        for ours, equals, theirs in pairs:
-            if not (ours and equals and theirs):
-                raise UserError(f"--columns {ours}{equals}{theirs}: write OURS=THEIRS, as instruction=question")
-            if ours not in known:
-                raise UserError(f"--columns {ours}={theirs}: {ours} is no column of ours{nearest(ours, known)}")
-        return {ours: theirs for ours, _, theirs in pairs}
+        return parse_columns(self.columns or [])
 
 
 @dataclass

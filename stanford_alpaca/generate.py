@@ -32,6 +32,8 @@ def encode_prompts(model: PreTrainedModel, encode: PromptEncoder, records: list[
     prompts = encode(records)
     context = getattr(model.config, "max_position_embeddings", None)
     for number, ids in enumerate(prompts, 1):
+        if not ids:
+            raise UserError(f"prompt {number} is empty, and the tokenizer puts nothing before it: give it a word")
         if context is not None and len(ids) + max_new_tokens > context:
             raise UserError(
                 f"prompt {number} has {len(ids)} tokens; the model's context leaves room for {context - max_new_tokens} "
@@ -130,7 +132,8 @@ def read_prompts(prompts: str | None, instruction: str | None, input: str | None
     if file.suffix.lower() in SUFFIXES:
         records = []
         for where, record in read_file(file):
-            records.append(canonical(record, where, needs_output=False))
+            asked = canonical(record, where, needs_output=False)
+            records.append({"prompt": asked["text"], "completion": ""} if "text" in asked else asked)  # a text is continued
             if isinstance(record, dict) and isinstance(record.get("dataset"), str):
                 records[-1]["dataset"] = record["dataset"]
     else:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stanford_alpaca.data.encode import SPECIAL
-from stanford_alpaca.data.formats import form_of, load_records
+from stanford_alpaca.data.formats import form_of, load_records, parse_columns
 from stanford_alpaca.data.tokenize import EMPTY, IGNORE_INDEX, REFUSED, ExampleEncoder, check_template, encode_records
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.model import check_model, load_tokenizer
@@ -56,7 +56,7 @@ def statistics_of(encoded: Dataset, max_length: int, budgets: Sequence[int] = BU
     trained = labels.values.to_numpy() != IGNORE_INDEX
     position = np.arange(len(trained)) - np.repeat(labels.offsets.to_numpy()[:-1], lengths)
     row = np.repeat(np.arange(len(lengths)), lengths)
-    fate = encoded.data["fate"].to_numpy()
+    fate, straddling = encoded.data["fate"].to_numpy(), encoded.data["straddling"].to_numpy()
 
     def cut_at(budget: int) -> dict[str, int]:
         targets = trained & (position > 0) & (position < budget)
@@ -66,6 +66,7 @@ def statistics_of(encoded: Dataset, max_length: int, budgets: Sequence[int] = BU
             "kept": int(kept.sum()),
             "truncated": int((kept & (lengths > budget)).sum()),
             "tokens": int(np.minimum(lengths, budget)[kept].sum()),
+            "straddling": int(straddling[kept].sum()),
             "supervised_tokens": int(supervised.sum()),
         }
 
@@ -82,7 +83,6 @@ def statistics_of(encoded: Dataset, max_length: int, budgets: Sequence[int] = BU
             "refused_by_the_template": len(refused),
         },
         "first_refusal": f"record {refused[0] + 1}: {encoded[int(refused[0])]['refusal']}" if len(refused) else "",
-        "straddling": int(encoded.data["straddling"].to_numpy().sum()),
         "supervised_share": now["supervised_tokens"] / max(1, now["tokens"]),
         "token_quantiles": dict(zip([f"{q:.0%}" for q in QUANTILES], levels, strict=False)) | {"max": int(seen.max(initial=0))},
         "budgets": {
@@ -121,7 +121,7 @@ def run(
     check_whole("examples", examples, 0)
     check_whole("max_length", max_length, 2)
     check_template(prompt_template)
-    pairs = dict(pair.partition("=")[::2] for pair in (columns or "").split(",") if pair)
+    pairs = parse_columns([pair for pair in (columns or "").split(",") if pair])
     check_model(str(model), cache_dir)
     tokenizer = load_tokenizer(str(model), cache_dir=cache_dir)
     shown: dict[str, dict[str, Any]] = {}

@@ -246,3 +246,21 @@ def test_a_mixture_that_trains_with_its_routers_loss_generates(root, make_model)
     texts = generate_batch(model, tokenizer, records, Sampling(5), progress=False)
     model.config.output_router_logits = False
     assert texts == generate_batch(model, tokenizer, records, Sampling(5), progress=False) and all(texts)
+
+
+def test_a_text_is_continued_and_an_empty_prompt_is_refused(base, folder, tmp_path, capsys):
+    from copy import deepcopy
+
+    from stanford_alpaca.data.tokenize import PromptEncoder
+    from stanford_alpaca.generate import encode_prompts, read_prompts
+
+    _, tokenizer = base
+    (tmp_path / "p.JSONL").write_text(json.dumps({"text": "A robin is"}))
+    run(folder, prompts=str(tmp_path / "p.JSONL"), max_new_tokens=5)
+    assert "A robin is" in capsys.readouterr().out
+    records = read_prompts(str(tmp_path / "p.JSONL"), None, None)
+    assert PromptEncoder(tokenizer)(records) == tokenizer(["A robin is"])["input_ids"]
+    bare = deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = None
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        encode_prompts(PromptEncoder(bare), [{"prompt": "", "completion": ""}], None)

@@ -63,6 +63,18 @@ def test_statistics_are_those_of_training(tokenizer, file, tmp_path, max_length)
     assert statistics["token_quantiles"]["max"] == lengths[-1] and statistics["token_quantiles"]["50%"] == lengths[1]
 
 
+def test_only_examples_that_are_kept_count_as_straddling(tokenizer, file, tmp_path):
+    """A prompt's last space is of one token with the response's first letters."""
+    rows = [{"prompt": "a ", "completion": "large"}, {"prompt": "word " * 60, "completion": "large"}]
+    file.write_text(json.dumps(rows))
+    records = load_records(file, str(tmp_path / "cache"))
+    encode = ExampleEncoder.of(tokenizer, "completion", WHOLE)
+    for max_length, straddling in ((40, 1), (512, 2)):
+        _, report = tokenize_records(records, tokenizer, max_length)
+        statistics = statistics_of(encode_records(records, encode), max_length)
+        assert statistics["straddling"] == report.straddling == straddling
+
+
 def test_the_command_prints_tables_and_json(root, file, tmp_path, capsys):
     flags = {"data": str(file), "max_length": 64, "examples": 1, "cache_dir": str(tmp_path / "cache")}
     run(str(root / "data" / "tiny-base"), **flags)
@@ -100,6 +112,7 @@ def test_bad_arguments(root, file):
         ({"model": "./none", "data": str(file)}, "cannot load a model"),
         ({"model": base, "data": str(file), "examples": -1}, "--examples -1"),
         ({"model": base, "data": str(file), "prompt_template": "vicuna"}, "--prompt_template vicuna: choose from auto"),
+        ({"model": base, "data": str(file), "columns": "outptu=a"}, "outptu is no column of ours; did you mean output"),
         ({"model": base, "data": str(file), "exmples": 1}, "unknown argument --exmples; did you mean examples"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -17,7 +17,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, load_datas
 from datasets.exceptions import DatasetGenerationError
 
 from stanford_alpaca.data.reading import SUFFIXES, Placed, digest_of, exists, list_files, read_file
-from stanford_alpaca.errors import UserError, first_line, quiet_hub
+from stanford_alpaca.errors import UserError, first_line, nearest, quiet_hub
 
 ROLES = {
     **dict.fromkeys(("system",), "system"),
@@ -47,6 +47,18 @@ Record = dict  # of one of the forms: its columns, without those of the others
 def form_of(columns: list[str] | Record) -> str:
     """The name of the form whose first column is among these, as ``canonical`` returns them."""
     return next(name for name, features in FORMS.items() if next(iter(features)) in columns)
+
+
+def parse_columns(texts: list[str]) -> dict[str, str]:
+    """--columns, texts like ``instruction=question``, as a mapping from our names to those in the files."""
+    pairs = [text.partition("=") for text in texts]
+    known = [*dict.fromkeys(name for features in FORMS.values() for name in features), "conversations", "role", "content"]
+    for ours, equals, theirs in pairs:
+        if not (ours and equals and theirs):
+            raise UserError(f"--columns {ours}{equals}{theirs}: write OURS=THEIRS, as instruction=question")
+        if ours not in known:
+            raise UserError(f"--columns {ours}={theirs}: {ours} is no column of ours{nearest(ours, known)}")
+    return {ours: theirs for ours, _, theirs in pairs}
 
 
 def load_records(
