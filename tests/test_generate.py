@@ -254,7 +254,7 @@ def test_a_text_is_continued_and_an_empty_prompt_is_refused(base, folder, tmp_pa
     from stanford_alpaca.data.tokenize import PromptEncoder
     from stanford_alpaca.generate import encode_prompts, read_prompts
 
-    _, tokenizer = base
+    model, tokenizer = base
     (tmp_path / "p.JSONL").write_text(json.dumps({"text": "A robin is"}))
     run(folder, prompts=str(tmp_path / "p.JSONL"), max_new_tokens=5)
     assert "A robin is" in capsys.readouterr().out
@@ -263,4 +263,4 @@ def test_a_text_is_continued_and_an_empty_prompt_is_refused(base, folder, tmp_pa
     bare = deepcopy(tokenizer)
     bare.backend_tokenizer.post_processor = None
     with pytest.raises(UserError, match="prompt 1 is empty"):
-        encode_prompts(PromptEncoder(bare), [{"prompt": "", "completion": ""}], None)
+        encode_prompts(model, PromptEncoder(bare), [{"prompt": "", "completion": ""}], 5)
