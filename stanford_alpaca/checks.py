@@ -89,7 +89,8 @@ def check_training(training: TrainingArguments, has_eval: bool) -> None:
         near = nearest(metric.removeprefix("eval_"), list(METRICS))
         raise UserError(f"--metric_for_best_model {metric}: choose from {', '.join(METRICS)}{near}")
     try:
-        get_reporting_integration_callbacks(training.report_to)
+        for tracker in get_reporting_integration_callbacks(training.report_to):
+            tracker()  # it says if its package is missing
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"--report_to: {error}") from None
 

@@ -6,7 +6,7 @@ asked the same and shown side by side. ``--num_samples N`` draws several respons
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from stanford_alpaca.data.chat import stop_ids
-from stanford_alpaca.data.formats import canonical
+from stanford_alpaca.data.formats import canonical, take_columns
 from stanford_alpaca.data.reading import SUFFIXES, read_file
 from stanford_alpaca.data.tokenize import PromptEncoder, check_template
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
@@ -115,8 +115,10 @@ def load_for_generation(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return model.to("cuda" if gpu else "cpu"), tokenizer
 
 
-def read_prompts(prompts: str | None, instruction: str | None, input: str | None) -> list[dict[str, str]]:
-    """Records from a .json or .jsonl file, a text file (one instruction a line), or the command line.
+def read_prompts(
+    prompts: str | None, instruction: str | None, input: str | None, columns: Mapping[str, str] | None = None
+) -> list[dict[str, str]]:
+    """Records from a data file, a text file (one instruction a line), or the command line.
 
     They need no ``output``, and keep AlpacaEval's ``dataset`` if they have it.
     """
@@ -132,7 +134,7 @@ def read_prompts(prompts: str | None, instruction: str | None, input: str | None
     if file.suffix.lower() in SUFFIXES:
         records = []
         for where, record in read_file(file):
-            asked = canonical(record, where, needs_output=False)
+            asked = canonical(record, where, columns, needs_output=False)
             records.append({"prompt": asked["text"], "completion": ""} if "text" in asked else asked)  # a text is continued
             if isinstance(record, dict) and isinstance(record.get("dataset"), str):
                 records[-1]["dataset"] = record["dataset"]
@@ -200,7 +202,9 @@ def sample_all(
     return [sample_of(record, {name: responses[name][i] for name in names}) for i, record in enumerate(records)]
 
 
-@SetParseFns(prompts=str, instruction=str, input=str, out=str, alpaca_eval=str, markdown=str)  # fire makes "a, b" a tuple
+@SetParseFns(
+    prompts=str, instruction=str, input=str, out=str, alpaca_eval=str, markdown=str, columns=str
+)  # fire makes "a, b" a tuple
 def run(
     *checkpoints: str,
     prompts: str | None = None,
@@ -211,6 +215,7 @@ def run(
     alpaca_eval: str | None = None,
     markdown: str | None = None,
     prompt_template: str = "auto",
+    columns: str | None = None,
     num_samples: int = 1,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -229,7 +234,7 @@ def run(
     Args:
         checkpoints: folders or hub names; the same prompts go to each.
         prompts: a data file of any form that training takes (responses may be missing), or a text file with an
-            instruction a line.
+            instruction a line; columns: other names in it, as instruction=question.
         prompt_template: alpaca, chat (the tokenizer's chat template) or plain; auto: as training does by the form.
         instruction: one instruction; ``input`` is its input.
         interactive: type instructions, see the responses stream (one checkpoint, greedy or sampled).
@@ -247,12 +252,13 @@ def run(
     refuse_unknown(unknown, run)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, num_beams)
     check_template(prompt_template)
-    if not checkpoints:
+    pairs, words = take_columns(columns, [str(checkpoint) for checkpoint in checkpoints])
+    if not words:
         raise UserError("give a checkpoint: a folder that training wrote, or a hub name")
     for flag, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         check_whole(flag, value, 1)
     check_whole("seed", seed, 0)
-    names = list(dict.fromkeys(str(checkpoint) for checkpoint in checkpoints))
+    names = list(dict.fromkeys(words))
     if num_samples > 1 and temperature == 0:
         raise UserError(f"--num_samples {num_samples}: greedy gives the same one every time; {GIVE_TEMPERATURE}")
     files = check_outputs({"out": out, "alpaca_eval": alpaca_eval, "markdown": markdown})
@@ -262,7 +268,7 @@ def run(
         )
     if alpaca_eval is not None and (len(names) > 1 or num_samples > 1):
         raise UserError("--alpaca_eval holds one response per prompt: give one checkpoint, and no --num_samples")
-    records = [] if interactive else read_prompts(prompts, instruction, input)
+    records = [] if interactive else read_prompts(prompts, instruction, input, pairs)
     for name in names:
         check_model(name)
     if interactive:

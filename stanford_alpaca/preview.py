@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stanford_alpaca.data.encode import SPECIAL
-from stanford_alpaca.data.formats import form_of, load_records, parse_columns
+from stanford_alpaca.data.formats import check_columns, form_of, load_records, take_columns
 from stanford_alpaca.data.tokenize import EMPTY, IGNORE_INDEX, REFUSED, ExampleEncoder, check_template, encode_records
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.model import check_model, load_tokenizer
@@ -112,7 +112,7 @@ def run(
         model: whose tokenizer and chat template to use: a folder or a hub name.
         data: files, folders or hub names, each shown by itself.
         examples: how many of each to show, 3 by default; max_length: tokens per example, 512.
-        prompt_template: auto, alpaca, chat or plain; columns: as instruction=question,output=answer.
+        prompt_template: auto, alpaca, chat or plain; columns: as instruction=question output=answer.
         json: prints the same as JSON: {source: {statistics, examples: [{pieces, boundaries}]}}.
     """
     refuse_unknown(unknown, run)
@@ -121,11 +121,12 @@ def run(
     check_whole("examples", examples, 0)
     check_whole("max_length", max_length, 2)
     check_template(prompt_template)
-    pairs = parse_columns([pair for pair in (columns or "").split(",") if pair])
+    pairs, others = take_columns(columns, [str(path) for path in more_data])
+    check_columns([data, *others], pairs)
     check_model(str(model), cache_dir)
     tokenizer = load_tokenizer(str(model), cache_dir=cache_dir)
     shown: dict[str, dict[str, Any]] = {}
-    for path in [data, *map(str, more_data)]:
+    for path in [data, *others]:
         records = load_records(path, cache_dir, columns=pairs)
         encode = ExampleEncoder.of(tokenizer, form_of(records.column_names), WHOLE, prompt_template)
         statistics = statistics_of(encode_records(records, encode), max_length)

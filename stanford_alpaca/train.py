@@ -23,6 +23,7 @@ from stanford_alpaca.checks import check
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.chat import stop_ids
+from stanford_alpaca.data.formats import check_columns
 from stanford_alpaca.data.sources import ExampleStream, Loading, load_source, mix, stream_sources
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import loading_whole, peak_memory_mib
@@ -52,8 +53,10 @@ def load_data(
             sources.append(examples)
         return sources
 
+    check_columns([*data.data_path, *(data.eval_path or [])], loading.columns)
     held_out = mix(load(data.eval_path), None, training.seed) if data.eval_path is not None else None
     if data.streaming:
+        say("streamed: what is dropped or cut is not counted; python -m stanford_alpaca.preview shows it")
         return stream_sources(data.data_path, data.data_weights, tokenizer, loading), held_out
     sources = load(data.data_path)
     if data.eval_fraction is not None:

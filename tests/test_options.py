@@ -412,6 +412,8 @@ def test_a_hub_that_refuses_is_one_line(arguments, tmp_path, monkeypatch):
         ({"data_weights": -1}, [], "--data_weights"),
         ({"columns": "instruction"}, [], "--columns instruction: write OURS=THEIRS"),
         ({"columns": "instuction=x"}, [], "instuction is no column of ours; did you mean instruction"),
+        ({"columns": "output=answer"}, [], "--columns output=answer: there is no 'answer'"),
+        ({"report_to": "comet_ml"}, [], "--report_to: .*comet"),
         ({"prompt_template": "chat"}, [], "the tokenizer has no chat template"),
         ({"streaming": True, "max_steps": -1}, [], "--streaming needs --max_steps"),
         ({"streaming": True}, [], "a JSON list has to be read as a whole"),

@@ -117,3 +117,14 @@ def test_bad_arguments(root, file):
     ]:
         with pytest.raises(UserError, match=message):
             run(**arguments)
+
+
+def test_columns_in_either_spelling_and_names_that_are_not_there(root, tmp_path, capsys):
+    base, file = str(root / "data" / "tiny-base"), tmp_path / "qa.csv"
+    file.write_text("question,answer,output\nWhat?,right,wrong\n")
+    for more, columns in (((), "instruction=question,output=answer"), (("output=answer",), "instruction=question")):
+        run(base, *more, data=str(file), columns=columns, json=True, cache_dir=str(tmp_path / "cache"))
+        (source,) = json.loads(capsys.readouterr().out).values()
+        assert "".join(piece for piece, trained in source["examples"][0]["pieces"] if trained) == "right</s>"
+    with pytest.raises(UserError, match="output=anser: there is no 'anser'; the first record has question, answer, output"):
+        run(base, "output=anser", data=str(file), columns="instruction=question")

@@ -50,8 +50,8 @@ def form_of(columns: list[str] | Record) -> str:
 
 
 def parse_columns(texts: list[str]) -> dict[str, str]:
-    """--columns, texts like ``instruction=question``, as a mapping from our names to those in the files."""
-    pairs = [text.partition("=") for text in texts]
+    """--columns, texts like ``instruction=question`` (or several with commas), as a mapping from our names to the data's."""
+    pairs = [part.partition("=") for text in texts for part in text.split(",")]
     known = [*dict.fromkeys(name for features in FORMS.values() for name in features), "conversations", "role", "content"]
     for ours, equals, theirs in pairs:
         if not (ours and equals and theirs):
@@ -59,6 +59,29 @@ def parse_columns(texts: list[str]) -> dict[str, str]:
         if ours not in known:
             raise UserError(f"--columns {ours}={theirs}: {ours} is no column of ours{nearest(ours, known)}")
     return {ours: theirs for ours, _, theirs in pairs}
+
+
+def take_columns(flag: str | None, words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """--columns of a command whose parser gives it the first value only, and the words without its other values."""
+    if flag is None:
+        return {}, words
+    others = [word for word in words if "=" in word and not exists(Path(word))]
+    return parse_columns([flag, *others]), [word for word in words if word not in others]
+
+
+def check_columns(paths: list[str], columns: Mapping[str, str]) -> None:
+    """Raises UserError for a name in --columns that the first record of no source has; hub sets are not asked."""
+    sources = [local_files(path) for path in paths] if columns else []
+    if not sources or None in sources:
+        return
+    seen: dict[str, None] = {}
+    for files in sources:
+        _, first = next(read_file(files[0]), ("", None))  # type: ignore[index]
+        for record in [first, *(v[0] for v in first.values() if isinstance(v, list) and v)] if isinstance(first, dict) else []:
+            seen |= dict.fromkeys(record if isinstance(record, dict) else ())
+    for ours, theirs in columns.items():
+        if theirs not in seen:
+            raise UserError(f"--columns {ours}={theirs}: there is no {theirs!r}; the first record has {', '.join(seen)}")
 
 
 def load_records(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
-from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.formats import check_columns, load_records, take_columns
 from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, check_template, tokenize_records
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
@@ -79,7 +79,7 @@ def exact_match(responses: list[str], references: list[str]) -> float:
     return equal / len(references)
 
 
-@SetParseFns(data=str, cost=str, out=str)
+@SetParseFns(data=str, cost=str, out=str, columns=str)
 def run(
     *checkpoints: str,
     data: str | None = None,
@@ -90,6 +90,7 @@ def run(
     max_new_tokens: int = 64,
     max_length: int = 512,
     prompt_template: str = "auto",
+    columns: str | None = None,
     batch_size: int = 32,
     **unknown: Any,
 ) -> None:
@@ -102,10 +103,11 @@ def run(
         out: a folder for metrics.json and samples.jsonl; neither may exist.
         samples: how many samples to print.
         limit: only the first records.
-        prompt_template: as in training.
+        prompt_template, columns: as in training.
     """
     refuse_unknown(unknown, run)
-    if not checkpoints or data is None:
+    pairs, words = take_columns(columns, [str(checkpoint) for checkpoint in checkpoints])
+    if not words or data is None:
         raise UserError("give one or more checkpoints and --data FILE")
     check_whole("samples", samples, 0)
     check_whole("limit", 1 if limit is None else limit, 1)
@@ -118,11 +120,12 @@ def run(
         if file.exists():
             raise UserError(f"{file} exists: give another --out or remove it")
         check_writable("out", file)
-    names = [str(checkpoint) for checkpoint in dict.fromkeys(checkpoints)]
+    names = list(dict.fromkeys(words))
     for name in [*names, cost or names[0]]:
         check_model(str(name))
 
-    records = load_records(str(data))
+    check_columns([str(data)], pairs)
+    records = load_records(str(data), columns=pairs)
     if limit is not None:
         records = records.select(range(min(limit, len(records))))
     base, _ = load_for_generation(str(cost or names[0]))
