@@ -1,7 +1,10 @@
 """Where a run computes: devices, ranks, FSDP2 also on CPU, memory."""
 
+import atexit
 import contextlib
+import os
 import resource
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -105,3 +108,17 @@ def peak_memory_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def leave_together() -> None:
+    """Ends this process with status 0 when all ranks have come here. One barrier.
+
+    The interpreter is not taken apart: a thread of gloo that still holds a tensor would then abort the process (see
+    benchmarks/LOG.md). What asked to be called at the end is called.
+    """
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

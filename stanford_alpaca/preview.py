@@ -138,7 +138,7 @@ def run(
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for path, source in shown.items():
         for number, example in enumerate(source["examples"], 1):
-            console.rule(Text(f"{path}, example {number}"), align="left")
+            console.print(Text(f"── {path}, example {number} ──", style="bold"))
             console.print(coloured(example["pieces"], console.is_terminal))
             for masked, trained in example["boundaries"]:
                 console.print(f"boundary: {masked!r} is masked, {trained!r} is trained")

@@ -26,7 +26,7 @@ from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import check_columns
 from stanford_alpaca.data.sources import ExampleStream, Loading, load_source, mix, stream_sources
 from stanford_alpaca.data.tokenize import PromptEncoder
-from stanford_alpaca.engines import loading_whole, peak_memory_mib
+from stanford_alpaca.engines import leave_together, loading_whole, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
 from stanford_alpaca.generate import encode_prompts, read_prompts
 from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer
@@ -208,10 +208,7 @@ def main() -> None:
     """The command."""
     exit_on_user_error(lambda: train(sys.argv[1:]))
     if torch.distributed.is_initialized():
-        # a thread of gloo that still holds a tensor when the interpreter ends aborts the process: while the ranks wait for
-        # each other, it lets go
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        leave_together()
 
 
 if __name__ == "__main__":

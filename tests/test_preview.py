@@ -87,10 +87,9 @@ def test_the_command_prints_tables_and_json(root, file, tmp_path, capsys):
     assert "".join(piece for piece, trained in source["examples"][0]["pieces"] if trained) == "three</s>"
 
 
-def test_brackets_in_texts_and_names_are_no_markup(root, tmp_path, capsys, monkeypatch):
+def test_brackets_in_texts_and_names_are_no_markup(root, tmp_path, capsys):
     from transformers import AutoTokenizer
 
-    monkeypatch.setenv("COLUMNS", "300")  # names of temporary folders are long
     tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
     tokenizer.add_special_tokens({"additional_special_tokens": ["[/INST]"]})
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + ('[/INST]' if m.role == 'user' else '') }}{% endfor %}"
