@@ -6,7 +6,7 @@ trained, and counted. Wherever no token straddles, ids and labels of Alpaca reco
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -25,7 +25,6 @@ VERSION = "3"  # raise it when the same record would give other examples, so tha
 PARALLEL_FROM = 10_000  # records; below, starting processes costs more than it saves
 TEMPLATES = ("auto", "alpaca", "chat", "plain")
 KEPT, EMPTY, FILLED, REFUSED = range(4)  # what becomes of a record
-REASONS = {EMPTY: "no response", FILLED: "the prompt fills the length", REFUSED: "refused by the template"}
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -90,9 +89,6 @@ class DataReport:
             f"dropped: {self.no_response:,} without a response, {self.filled:,} whose prompt fills the length, "
             f"{self.refused:,} refused by the template{first}; truncated: {self.truncated:,}, straddling: {self.straddling:,}"
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
