@@ -1,10 +1,14 @@
 """The transport cost between tokens, read from an embedding: c_i = 1 - cos(e_i, e_y)  (EMO paper, section 3.2)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from stanford_alpaca.cost.cache import CostCache, CostRows
 
 COST_KINDS = ("cosine", "identity")
 ZERO_BELOW = 1e-6  # in float32, 1 - cos of two equal rows is noise of about this size
@@ -33,6 +37,8 @@ class CostEmbedding:
         self.kind = kind
         self.rows: Tensor | None = None  # [V, D] unit rows, float32 (float64 if the embedding is)
         self.directed: Tensor | None = None  # [V] which rows are not zeros
+        self._cached: dict | None = None  # what the cache is made of, at the first use
+        self._cache: CostCache | None = None
         if kind == "cosine":
             assert embedding is not None
             exact = embedding.detach().to(_at_least_float32(embedding.dtype))
@@ -56,8 +62,17 @@ class CostEmbedding:
 
     def to(self, device: torch.device | str) -> "CostEmbedding":
         """Moves the rows to the device, in place."""
-        if self.rows is not None and self.directed is not None:
-            self.rows, self.directed = self.rows.to(device), self.directed.to(device)
+        if self.rows is not None and self.directed is not None and self.rows.device != torch.device(device):
+            self.rows, self.directed, self._cache = self.rows.to(device), self.directed.to(device), None
+        return self
+
+    def cache(self, mib: float, counts: Tensor | None = None) -> "CostEmbedding":
+        """Keeps cost rows in bfloat16 from call to call, in at most ``mib`` MiB on the device of the embedding.
+
+        Each cost, and so emo, then has a relative error of at most 1/256. Rows are computed when a target first comes: all of
+        them if they fit (2 V^2 bytes), else those of the most frequent targets by ``counts`` [V], else the first that come.
+        """
+        self._cached, self._cache = {"mib": mib, "counts": counts} if mib > 0 else None, None
         return self
 
     def check(self, vocab_size: int) -> None:
@@ -67,6 +82,19 @@ class CostEmbedding:
                 f"the cost embedding has {self.rows.shape[0]} rows but there are {vocab_size} logits: "
                 "build the cost after resizing the vocabulary"
             )
+
+    def unique_rows(self, targets: Tensor) -> CostRows | None:  # targets [n] -> costs of the different ones, and which is whose
+        """The costs of the targets, computed once for equal ones; None for identity, where all others cost 1.
+
+        An entry at the target itself is of the size of ZERO_BELOW instead of 0 at most.
+        """
+        if self.rows is None:
+            return None
+        if self._cached is not None:
+            self._cache = self._cache or CostCache(len(self.rows), self.rows.device, **self._cached)
+            return self._cache.rows(targets, self._compute)
+        tokens, index = targets.unique(return_inverse=True)
+        return CostRows(self._compute(tokens), index)
 
     def costs(
         self,
@@ -80,14 +108,18 @@ class CostEmbedding:
         """
         if rest is not None:
             return self._expected_costs(targets, *rest, vocab_size)
-        if self.rows is None:
+        rows = self.unique_rows(targets)
+        if rows is None or self.rows is None:
             costs = torch.ones(targets.shape[0], vocab_size, device=targets.device)
         else:
-            with torch.autocast(self.rows.device.type, enabled=False):
-                costs = self.rows[targets] @ self.rows.T
-            costs.neg_().add_(1)
-            torch.threshold_(costs, ZERO_BELOW, 0.0)
+            costs = rows.table[rows.which].to(self.rows.dtype)
         return costs.scatter_(1, targets[:, None], 0.0)
+
+    def _compute(self, tokens: Tensor) -> Tensor:  # [r] -> [r, V] in the dtype of the rows
+        assert self.rows is not None
+        with full_precision(self.rows.device.type):
+            costs = torch.addmm(self.rows.new_ones(1), self.rows[tokens], self.rows.T, alpha=-1)
+        return torch.threshold_(costs, ZERO_BELOW, 0.0)
 
     def _expected_costs(self, targets: Tensor, ids: Tensor, probs: Tensor, vocab_size: int) -> Tensor:
         """One product: 1 - u_i . sum_j tau_j u_j. At the target, where that would cancel if the teacher is nearly sure, the sum
@@ -100,7 +132,7 @@ class CostEmbedding:
         else:
             probs = probs.to(self.rows.dtype)
             away, towards = probs.sum(1, keepdim=True), self.rows[targets]
-            with torch.autocast(self.rows.device.type, enabled=False):
+            with full_precision(self.rows.device.type):
                 moved = embedding_bag(ids, self.rows, per_sample_weights=probs, mode="sum")  # [n, D]: no [n, k, D]
                 costs = torch.addcmul(moved, 1 - away, towards) @ self.rows.T
             costs.neg_().add_(1)
@@ -114,6 +146,19 @@ class CostEmbedding:
 def as_cost(cost: "Tensor | CostEmbedding | None") -> CostEmbedding | None:
     """Accepts what the public functions accept: a [V, D] tensor, a CostEmbedding, or nothing."""
     return CostEmbedding(cost) if isinstance(cost, Tensor) else cost
+
+
+@contextmanager
+def full_precision(device: str) -> Iterator[None]:
+    """Matrix products in the precision of their operands: under autocast, and where --tf32 asks for less."""
+    products = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    asked = products.fp32_precision
+    with torch.autocast(device, enabled=False):
+        products.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            products.fp32_precision = asked
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -37,6 +37,11 @@ class Head(NamedTuple):
     softcap: float | None = None
     logit_scale: float | None = None
 
+    def slope(self, z: Tensor) -> Tensor:
+        """How much the logits z, of any shape, move with hidden @ weight.T."""
+        slope = torch.ones_like(z) if self.softcap is None else 1 - (z / self.softcap) ** 2
+        return slope if self.logit_scale is None else slope * self.logit_scale
+
 
 LossOfStats = Callable[[Tensor, "Tensor | None"], Tensor]  # ([N] nll, [N] log_emo) -> [N] loss
 
@@ -53,10 +58,10 @@ def split(targets: "Tensor | SoftTargets") -> "tuple[Tensor, SoftTargets | None]
 
 
 def expected_drop(
-    z: Tensor,  # [N, V]
-    z_top: Tensor,  # [N, 1] the logits of the most probable tokens
+    z_rest: Tensor,  # [N, k] the logits at rest.ids
+    z_top: Tensor,  # [N] those of the most probable tokens
     rest: SoftTargets,
 ) -> Tensor:  # [N]
     """sum_j tau_j (z_top - z_j): by how much the expected nll exceeds that of the most probable token."""
-    drop = torch.where(rest.probs > 0, z_top - z.gather(1, rest.ids), 0.0)  # a masked logit times 0 is 0
+    drop = torch.where(rest.probs > 0, z_top[:, None] - z_rest, 0.0)  # a masked logit times 0 is 0
     return (rest.probs * drop).sum(1)

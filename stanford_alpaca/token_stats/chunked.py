@@ -1,24 +1,29 @@
-"""The reference in constant memory, pure PyTorch: a chunk of tokens at a time, gradients by hand.
+"""The reference in constant memory: a chunk of tokens at a time, gradients by hand.
 
 Equals ``reference.linear_loss``. An objective sees two numbers per token, so its derivatives a = dL/dnll and
-b = dL/dlog_emo are [chunk] vectors, and the gradient of the logits is
+b = dL/dlog_emo are [chunk] vectors. With q the distribution over the tokens other than the target and m = others - z_y:
 
-    dL/dz_i = a (p_i - [i = y]) + b (pi_i - p_i),   p = softmax(z),  pi = softmax(z + log c),  pi_y = 0
+    nll = softplus(m)     p_i = q_i sigmoid(m)     log emo = log w - others + logsigmoid(m)
+    dL/dz_i = (a - b) p_i + b pi_i,   pi_i = c_i exp(z_i - log w)     dL/dz_y = -a sigmoid(m) - b sigmoid(-m)
 
-of which the target's entry is written as a expm1(-nll) - b p_y, since p_y - 1 would cancel. With soft targets tau_i stands for
-[i = y], and pi_y is not 0; the entry of the most probable token is minus the sum of the others, which cancels nothing either.
+With soft targets y is the most probable token; what tau gives to others is taken off their gradients, and c_y is not 0.
 
+What touches [chunk, V] beside the matrix products is a ``Chunk``: torch_kernels.py (the specification) or triton_kernels.py.
 When the loss is summed, the gradients are computed in the forward pass (three matrix products); with reduction "none" the
-chunks are computed once more in the backward pass.
+chunks are computed once more in the backward pass. Tokens are taken in the order of their targets: equal targets, whose
+costs are the same row, stand together.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.token_stats import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split
+from stanford_alpaca.cost import CostEmbedding, CostRows
+from stanford_alpaca.token_stats import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split, torch_kernels
 
-CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}  # logits held at a time: 32 MiB and 512 MiB in float32
+TILE_PRODUCTS = 2**25  # entries of the gradient of the weight that are computed at a time in a lower precision
 
 
 def linear_loss(
@@ -28,10 +33,12 @@ def linear_loss(
     cost: CostEmbedding | None,
     objective: LossOfStats,
     reduction: str,  # "sum" or "none"
+    token_weights: Tensor | None = None,  # [N] constants that multiply the losses
+    kernels: Any = torch_kernels,
 ) -> tuple[Tensor, TokenStats]:
     """The loss, [] or [N], and the detached statistics. Extra memory: two or three [chunk, V] tensors in float32, the
     gradients (that of the weight in float32) and, under mixed precision, a copy of the weight."""
-    job = _Job(head, targets, cost, objective)
+    job = _Job(head, targets, cost, objective, token_weights, kernels)
     if torch.is_grad_enabled():
         loss, nll, log_emo = _ChunkedLoss.apply(hidden, head.weight, head.bias, job, reduction)
     else:
@@ -50,15 +57,19 @@ class _Result:
         self.d_hidden = torch.empty_like(hidden) if needs[0] else None
         self.d_weight = torch.zeros_like(weight, dtype=exact) if needs[1] else None  # accumulated in float32
         self.d_bias = torch.zeros_like(bias, dtype=exact) if needs[2] and bias is not None else None
+        self.learning = any(g is not None for g in (self.d_hidden, self.d_weight, self.d_bias))
 
 
 class _Job:
     """The arguments of one loss that are not differentiated, and the pass over its chunks."""
 
-    def __init__(self, head: Head, targets: Tensor | SoftTargets, cost: CostEmbedding | None, objective: LossOfStats):
+    def __init__(
+        self, head, targets, cost: CostEmbedding | None, objective: LossOfStats, token_weights: Tensor | None, kernels
+    ):
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.targets, self.rest = split(targets)
-        self.cost, self.objective = cost, objective
+        self.cost, self.objective, self.token_weights, self.kernels = cost, objective, token_weights, kernels
+        self.order = self.targets.argsort() if cost is not None else None
 
     @torch.no_grad()
     def run(
@@ -67,97 +78,95 @@ class _Job:
         weight: Tensor,
         bias: Tensor | None,
         needs: tuple[bool, bool, bool] = (False, False, False),  # gradients of hidden, weight, bias
-        token_weights: Tensor | None = None,  # [N] gradient that arrives at each token's loss; None for ones
+        upstream: Tensor | None = None,  # [N] gradient that arrives at each token's loss; None for ones
     ) -> _Result:
         out = _Result(hidden, weight, bias, needs)
-        weight = weight.to(hidden.dtype)
-        device = hidden.device.type
-        step = max(16, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // weight.shape[0])
+        head = Head(weight.to(hidden.dtype), bias, self.softcap, self.logit_scale)
+        limits = self.kernels.CHUNK_LOGITS
+        step = max(16, limits.get(hidden.device.type, limits["cuda"]) // weight.shape[0])
         for start in range(0, hidden.shape[0], step):
-            rows = slice(start, start + step)
-            self._chunk(hidden[rows], weight, bias, rows, out, None if token_weights is None else token_weights[rows])
+            rows: Any = slice(start, start + step)
+            rows = rows if self.order is None else self.order[rows]
+            self._chunk(hidden[rows], head, rows, out, None if upstream is None else upstream[rows])
         return out
 
-    def _logits(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = h @ weight.T
-        z = z if z.dtype == torch.float64 else z.float()
-        if bias is not None:
-            z += bias
-        if self.logit_scale is not None:
-            z *= self.logit_scale
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z
-
-    def _chunk(self, h, weight, bias, rows, out, token_weights) -> None:
-        y = self.targets[rows][:, None]  # [n, 1]
+    def _chunk(self, h: Tensor, head: Head, rows, out: _Result, upstream: Tensor | None) -> None:
+        y = self.targets[rows]
         rest = None if self.rest is None else SoftTargets(self.rest.ids[rows], self.rest.probs[rows])
-        z = self._logits(h, weight, bias)  # [n, V]
-        z_y = z.gather(1, y)
-        log_z = z.logsumexp(1, keepdim=True)
-        others = z.scatter_(1, y, torch.finfo(z.dtype).min).logsumexp(1, keepdim=True)
-        z.scatter_(1, y, z_y)
-        margin = (others - z_y).squeeze(1)
-        nll = torch.logaddexp(margin, torch.zeros_like(margin))
-        if rest is not None:
-            nll += expected_drop(z, z_y, rest)
+        costs = self._costs(y, rest, len(head.weight))
+        chunk = self.kernels.Chunk(h @ head.weight.T, head, y, costs)
+        z_rest = None if rest is None else chunk.at(rest.ids)
+        z_y, others, log_w = chunk.statistics()
+        margin = others - z_y
+        nll = -logsigmoid(-margin)
+        if rest is not None and z_rest is not None:
+            nll += expected_drop(z_rest, z_y, rest)
 
-        log_emo = w = log_w = None
+        log_emo = log_w_all = None
         if self.cost is not None:
-            w = self.cost.costs(y.squeeze(1), z.shape[1], rest).log_().to(z.dtype).add_(z)  # z + log c
-            log_w = w.logsumexp(1, keepdim=True)
-            log_emo = (log_w - log_z).squeeze(1)  # -inf where nothing costs anything
+            log_w = others if log_w is None else log_w  # identity: every other token costs 1
+            log_w_all = log_w if rest is None else torch.logaddexp(log_w, z_y + _cost_at(costs, y).log())
+            log_emo = torch.where(log_w_all > -torch.inf, log_w_all - others + logsigmoid(margin), -torch.inf)
             out.log_emo[rows] = log_emo
         out.nll[rows] = nll
-        loss, a, b = _derivatives(self.objective, nll, log_emo)
+        loss, a, b = _derivatives(
+            self.objective, nll, log_emo, None if self.token_weights is None else self.token_weights[rows]
+        )
         out.loss[rows] = loss
-        if out.d_hidden is None and out.d_weight is None and out.d_bias is None:
+        if not out.learning:
             return
-        if token_weights is not None:
-            a, b = a * token_weights, b * token_weights
+        if upstream is not None:
+            a, b = a * upstream, b * upstream
 
-        # dL/dz, written over z
-        z_scale = None if self.softcap is None else 1 - (z / self.softcap) ** 2
-        g = z.sub_(log_z).exp_().mul_((a - b)[:, None])
-        if w is not None and log_w is not None:
-            pi = w.sub_(torch.where(log_w > -torch.inf, log_w, 0)).exp_()
-            g.add_(pi.mul_(b[:, None]))
+        p_others, p_y = margin.sigmoid(), (-margin).sigmoid()
+        g_y = -a * p_others - b * p_y
+        alpha = (a - b) * p_others if costs is not None else -g_y
+        if rest is not None:  # minus the sum of the others, tau included
+            paid = torch.where(b != 0, b * torch.exp(log_w - log_w_all), 0.0)
+            g_y = a * rest.probs.sum(1) - alpha - paid
+        g = chunk.gradient(others, log_w_all, alpha, b, g_y)
+        if rest is not None and z_rest is not None:
+            g.scatter_add_(1, rest.ids, (-a[:, None] * rest.probs * head.slope(z_rest)).to(g.dtype))
+        _through_head(g, h, head.weight, rows, out)
+
+    def _costs(self, y: Tensor, rest: SoftTargets | None, vocab_size: int) -> CostRows | None:
+        if self.cost is None:
+            return None
         if rest is None:
-            p_y = (z_y - log_z).exp_()
-            g.scatter_(1, y, a[:, None] * torch.expm1(-nll)[:, None] - b[:, None] * p_y)
-        else:
-            g.scatter_add_(1, rest.ids, -a[:, None] * rest.probs).scatter_(1, y, 0)
-            g.scatter_(1, y, -g.sum(1, keepdim=True))
-        self._through_head(g, z_scale, h, weight, rows, out)
-
-    def _through_head(self, g: Tensor, z_scale: Tensor | None, h: Tensor, weight: Tensor, rows: slice, out: _Result) -> None:
-        if z_scale is not None:
-            g *= z_scale
-        if self.logit_scale is not None:
-            g *= self.logit_scale
-        if out.d_bias is not None:
-            out.d_bias += g.sum(0)
-        g = g.to(h.dtype)
-        if out.d_hidden is not None:
-            torch.matmul(g, weight, out=out.d_hidden[rows])
-        if out.d_weight is not None:
-            _accumulate(out.d_weight, g, h)
+            return self.cost.unique_rows(y)
+        return CostRows(self.cost.costs(y, vocab_size, rest), torch.arange(len(y), device=y.device))
 
 
-def _accumulate(total: Tensor, g: Tensor, h: Tensor) -> None:  # total [V, H] += g.T @ h
-    if total.dtype == h.dtype:
-        total.addmm_(g.T, h)
-    else:
-        total.add_(g.T @ h)
+def _cost_at(costs: CostRows | None, y: Tensor) -> Tensor:
+    assert costs is not None
+    return costs.table[costs.which, y]
 
 
-def _derivatives(objective: LossOfStats, nll: Tensor, log_emo: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _through_head(g: Tensor, h: Tensor, weight: Tensor, rows: Any, out: _Result) -> None:
+    if out.d_bias is not None:
+        out.d_bias += g.sum(0, dtype=out.d_bias.dtype)
+    if out.d_hidden is not None:
+        out.d_hidden[rows] = g @ weight
+    if out.d_weight is None:
+        return
+    if out.d_weight.dtype == h.dtype:
+        out.d_weight.addmm_(g.T, h)
+    else:  # a product in the lower precision, added in the higher one
+        step = max(1, TILE_PRODUCTS // h.shape[1])
+        for tile in range(0, len(weight), step):
+            out.d_weight[tile : tile + step] += g[:, tile : tile + step].T @ h
+
+
+def _derivatives(
+    objective: LossOfStats, nll: Tensor, log_emo: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of each token and its derivatives by nll and by log emo, all [n]; b is 0 where emo is 0."""
     with torch.enable_grad():
         leaves = [nll.detach().requires_grad_()]
         if log_emo is not None:
             leaves.append(log_emo.detach().requires_grad_())
         loss = objective(leaves[0], leaves[1] if log_emo is not None else None)
+        loss = loss if weights is None else loss * weights
         grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True) if loss.requires_grad else [None] * 2
     a, b = grads[0], grads[1] if log_emo is not None else None
     a = torch.zeros_like(nll) if a is None else a

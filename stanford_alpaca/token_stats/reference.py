@@ -32,7 +32,7 @@ def token_stats(
     margin = others.logsumexp(1) - z.gather(1, column).squeeze(1)
     nll = torch.logaddexp(margin, torch.zeros_like(margin))
     if rest is not None:
-        nll = nll + expected_drop(z, z.gather(1, column), rest)
+        nll = nll + expected_drop(z.gather(1, rest.ids), z.gather(1, column).squeeze(1), rest)
         # y is reached at a cost now: its gradient by autograd, pi_y - p_y, would cancel; this way it is minus the others' sum
         z = (z - z.gather(1, column)).scatter(1, column, 0.0)
     if cost is None:
@@ -66,9 +66,11 @@ def linear_loss(
     cost: CostEmbedding | None,
     objective: LossOfStats,
     reduction: str,  # "sum" or "none"
+    token_weights: Tensor | None = None,  # [N] constants that multiply the losses
 ) -> tuple[Tensor, TokenStats]:
     """The loss, [] or [N], and the detached statistics."""
     stats = token_stats(logits_of(hidden, head), targets, cost)
     loss = objective(*stats)
+    loss = loss if token_weights is None else loss * token_weights
     log_emo = None if stats.log_emo is None else stats.log_emo.detach()
     return loss.sum() if reduction == "sum" else loss, TokenStats(stats.nll.detach(), log_emo)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.losses import MODES, Objective
-from stanford_alpaca.token_stats import Head, chunked, reference
+from stanford_alpaca.token_stats import Head, chunked, reference, torch_kernels
 
 
 def run(backend, hidden, weight, bias, targets, cost, objective, reduction="sum", upstream=None, **head):
@@ -30,7 +30,7 @@ def assert_equal(one, two, rtol=2e-4, atol=2e-6):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setitem(chunked.CHUNK_LOGITS, "cpu", 16 * 50)  # 16 rows at a time: several chunks and a remainder
+    monkeypatch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * 50)  # 16 rows at a time: several chunks and a remainder
 
 
 def problem(n=50, vocab=50, width=12):

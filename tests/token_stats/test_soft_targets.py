@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.losses import Objective
-from stanford_alpaca.token_stats import Head, SoftTargets, chunked, reference
+from stanford_alpaca.token_stats import Head, SoftTargets, chunked, reference, torch_kernels
 
 N, V, H, K = 37, 40, 8, 5
 SERVED = {
@@ -22,7 +22,7 @@ SERVED = {
 
 @pytest.fixture(params=[reference, chunked], ids=["reference", "chunked"])
 def backend(request, monkeypatch):
-    monkeypatch.setitem(chunked.CHUNK_LOGITS, "cpu", 16 * V)  # 16 rows at a time: several chunks and a remainder
+    monkeypatch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * V)  # 16 rows at a time: several chunks and a remainder
     return request.param
 
 
@@ -210,7 +210,7 @@ def test_no_tokens_give_zero_loss_and_zero_gradients(backend):
 
 def test_chunked_never_holds_more_than_a_chunk_of_logits(monkeypatch):
     *leaves, soft, embedding = problem()
-    monkeypatch.setitem(chunked.CHUNK_LOGITS, "cpu", 16 * V)
+    monkeypatch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * V)
     with LargestTensor() as seen:
         ours(chunked, *leaves, soft, CostEmbedding(embedding), SERVED["emo"])
     assert seen.numel == 16 * V  # neither [N, V] nor [chunk, k, V]

@@ -1,0 +1,115 @@
+"""What touches [n, V] beside the matrix products, in PyTorch: the statistics of a chunk and the gradient of its logits.
+
+Both are written in q, the distribution over the tokens other than the target y: nothing cancels where the model is sure.
+
+    others = logsumexp_{i != y}(z_i)     q_i = exp(z_i - others)     log w = others + log sum_{i != y} q_i c_i
+
+One exponential per logit is all it takes: sums of non-negative terms need no logarithm of the costs.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stanford_alpaca.cost import CostRows
+from stanford_alpaca.token_stats import Head
+
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}  # logits held at a time: 32 MiB and 512 MiB in float32
+BLOCK_LOGITS = {"cpu": 2**19}  # logits worked on at a time: on a CPU what stays in its caches
+UNDERFLOW = 1e-25  # relative to the greatest of the others: below it sums may have lost terms to underflow
+
+
+class Chunk:
+    """The logits z = softcap(logit_scale * (product + bias)) of n tokens, in float32 (float64 if the product is).
+
+    ``statistics`` comes first, then ``at`` as needed, ``gradient`` last: each overwrites what the one before has left.
+    """
+
+    def __init__(
+        self,
+        product: Tensor,  # [n, V] hidden @ weight.T, which is overwritten
+        head: Head,
+        targets: Tensor,  # [n]
+        costs: CostRows | None,
+    ):
+        z = product if product.dtype == torch.float64 else product.float()
+        if head.bias is not None:
+            z += head.bias
+        if head.logit_scale is not None:
+            z *= head.logit_scale
+        if head.softcap is not None:
+            z.div_(head.softcap).tanh_().mul_(head.softcap)
+        self._z, self._y, self._costs, self._head, self._dtype = z, targets[:, None], costs, head, product.dtype
+        self._slope: Tensor | None = None if head.softcap is None else head.slope(z)  # [n, V], while z is there
+        self._underflown: list[tuple[Tensor, Tensor]] = []  # rows, and their z + log c
+
+    def at(self, ids: Tensor) -> Tensor:  # [n, k] -> [n, k]
+        """The logits of these tokens; before ``statistics``."""
+        return self._z.gather(1, ids)
+
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``z_y``, ``others`` and, with costs, ``log_w``, all [n]; -inf where there are no others, or none that costs."""
+        z_y = self._z.gather(1, self._y).squeeze(1)
+        z = self._z.scatter_(1, self._y, -torch.inf)
+        self._top = z.amax(1).clamp_min_(torch.finfo(z.dtype).min)  # stays finite where there are no others
+        total, w = torch.empty_like(self._top), torch.empty_like(self._top)
+        for rows in self._blocks():
+            shifted = z[rows] - self._top[rows, None]
+            e = torch.exp(shifted, out=z[rows])
+            total[rows] = e.sum(1)
+            if self._costs is not None:
+                w[rows] = self._weighted(rows, e, shifted)
+        others = total.log_().add_(self._top)
+        return z_y, others, None if self._costs is None else w
+
+    def _weighted(self, rows: slice, e: Tensor, shifted: Tensor) -> Tensor:  # [b]: log_w of a block
+        c = self._costs_of(rows)
+        w = torch.mul(e, c).sum(1)
+        lost = w < UNDERFLOW
+        log_w = w.log_().add_(self._top[rows])
+        if lost.any():  # what costs anything is out of reach, or its exponentials are: once more with logarithms
+            logs = c[lost].log_().add_(shifted[lost]).add_(self._top[rows][lost, None])
+            log_w[lost] = logs.logsumexp(1)
+            e_lost = rows.start + lost.nonzero().squeeze(1)
+            self._underflown.append((e_lost, logs))
+        return log_w
+
+    def gradient(
+        self,
+        others: Tensor,  # [n] as from statistics
+        log_w: Tensor | None,  # [n] as from statistics, or greater
+        alpha: Tensor,  # [n]
+        beta: Tensor,  # [n]; 0 where log_w is -inf
+        g_y: Tensor,  # [n]
+    ) -> Tensor:  # [n, V] in the dtype of the product
+        """alpha exp(z_i - others) + beta c_i exp(z_i - log_w) for i != y, g_y for y; each times dz_i / dproduct_i."""
+        g = self._z
+        scale = torch.where(others > -torch.inf, alpha * torch.exp(self._top - others), 0.0)
+        if self._costs is None or log_w is None:
+            g.mul_(scale[:, None])
+        else:
+            share = torch.where(beta != 0, beta * torch.exp(self._top - log_w), 0.0)
+            for lost, _ in self._underflown:
+                share[lost] = 0.0
+            for rows in self._blocks():
+                g[rows].mul_(self._costs_of(rows).mul_(share[rows, None]).add_(scale[rows, None]))
+            for lost, logs in self._underflown:
+                safe = torch.where(log_w[lost] > -torch.inf, log_w[lost], 0.0)
+                g[lost] += beta[lost, None] * torch.exp(logs - safe[:, None])
+        g.scatter_(1, self._y, g_y[:, None])
+        if self._slope is not None:
+            g.mul_(self._slope)
+        elif self._head.logit_scale is not None:
+            g.mul_(self._head.logit_scale)
+        return g.to(self._dtype)
+
+    def _blocks(self) -> Iterator[slice]:
+        n, vocab_size = self._z.shape
+        logits = BLOCK_LOGITS.get(self._z.device.type)
+        step = n if logits is None else max(1, logits // vocab_size)
+        return (slice(start, min(start + step, n)) for start in range(0, n, max(step, 1)))
+
+    def _costs_of(self, rows: slice) -> Tensor:  # [b, V], a new tensor
+        assert self._costs is not None
+        return self._costs.table.index_select(0, self._costs.which[rows]).to(self._z.dtype)
