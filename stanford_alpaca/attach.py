@@ -86,6 +86,8 @@ class AttachedObjective:
         forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         model.emo_objective = self
         model.forward = MethodType(forward, model)
+        self._computed = False  # in the present call of the model
+        self._guard = model.register_forward_hook(check_computed, with_kwargs=True)
 
     @property
     def has_cost(self) -> bool:
@@ -97,9 +99,11 @@ class AttachedObjective:
         self._model.__dict__.pop("forward", None)
         if self._original.__func__ is not type(self._model).forward:
             self._model.forward = self._original  # somebody had patched the instance before
+        self._guard.remove()
         self._model.__dict__.pop("emo_objective", None)
 
     def _forward(self, model, labels: Tensor, *args, num_items_in_batch: Tensor | int | None = None, **kwargs):
+        self._computed = True
         kwargs.pop("logits_to_keep", None)
         kwargs["return_dict"] = True
         own = None
@@ -130,6 +134,17 @@ class AttachedObjective:
         tokens = stats.nll.shape[0]
         share = tokens / (max(tokens, 1) if num_items_in_batch is None else num_items_in_batch)
         return MoeCausalLMOutputWithPast(loss=loss + share * own.loss.to(loss.device), aux_loss=own.get("aux_loss"), **parts)
+
+
+def check_computed(model: PreTrainedModel, args: tuple, kwargs: dict, outputs) -> None:
+    """A hook after the model's forward. Raises ValueError if it was given labels and did not compute the objective."""
+    attached = model.emo_objective
+    computed, attached._computed = attached._computed, False
+    if kwargs.get("labels") is not None and not computed:
+        raise ValueError(
+            "the loss is not that of attach_objective: something has replaced the model's forward since. TRL's SFTTrainer "
+            "does (see examples/trl_sft.py), and so does use_liger_kernel (leave it off)"
+        )
 
 
 def routes(model: PreTrainedModel, kwargs: dict) -> bool:
@@ -182,6 +197,7 @@ def attach_objective(
     The loss is computed within ``model(**batch)``, so DDP, FSDP and ZeRO see an ordinary forward pass; labels are shifted,
     -100 is ignored, ``num_items_in_batch`` is honoured, no logits are returned. Without labels, and in ``generate()``,
     the model is what it was. What it does to its logits (a scale, a soft cap) is recognised now, see ``recognise_head``.
+    A Trainer that computes a loss from logits (``label_smoothing_factor``, ``compute_loss_func``) never asks for this one.
 
     A router's auxiliary loss is kept where the model would add it (``output_router_logits``), unchanged by the mode. With
     ``num_items_in_batch`` it counts by this call's share of the targets, so that micro-batches and ranks add up to its

@@ -81,6 +81,22 @@ def test_generation_and_plain_calls_are_untouched_and_detach_restores(make_model
     assert model(**batch).logits is not None
 
 
+def test_a_forward_that_computes_another_loss_is_an_error_and_a_wrapped_one_is_not(make_model, batch):
+    model = make_model("llama")
+    handle = attach_objective(model, "mix")
+    want, attached = model(**batch).loss, model.forward
+    model.forward = lambda **kwargs: attached(**kwargs)  # as accelerate's mixed precision does
+    assert torch.equal(model(**batch).loss, want)
+    model.forward = lambda **kwargs: type(model).forward(model, **kwargs)  # as Liger and TRL do
+    with pytest.raises(ValueError, match="not that of attach_objective"):
+        model(**batch)
+    assert model(input_ids=batch["input_ids"]).logits is not None
+    model.forward = attached
+    assert torch.equal(model(**batch).loss, want)
+    handle.detach()
+    assert model(**batch).loss != want
+
+
 def test_the_routers_loss_of_micro_batches_adds_up_by_their_targets(make_model, batch):
     plain, attached = make_model("mixtral-routed"), make_model("mixtral-routed")
     handle = attach_objective(attached, "emo")

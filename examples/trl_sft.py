@@ -1,0 +1,68 @@
+"""EMO in TRL's SFTTrainer: `python -m examples.trl_sft MODEL DATA HELD_OUT OUTPUT_DIR --max_steps 20`.
+
+Any further flag is one of SFTConfig. `--packing True` (TRL's default strategy, bfd) gives the loss that padding gives.
+Tried with TRL 1.0.0, 1.8.0 and 1.16.0, and transformers 5.23.
+"""
+
+import json
+from pathlib import Path
+
+import fire
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from stanford_alpaca import attach_objective
+from stanford_alpaca.data.prompts import format_prompt
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+class ModelLossTrainer(SFTTrainer):
+    """SFTTrainer with the loss that the model computes, as in any other Trainer.
+
+    TRL's own is computed past the model's forward, from hidden states and output layer; for another, it says to override
+    compute_loss. TRL's entropy and token accuracy, which need work of their own, are not logged then.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+
+
+def prompts_and_completions(file: str) -> Dataset:
+    """Alpaca records as TRL takes them. Messages will do as well: EMO only sees the ids and labels that TRL makes."""
+    records = json.loads(Path(file).read_text())
+    return Dataset.from_list([{"prompt": format_prompt(record), "completion": record["output"]} for record in records])
+
+
+def main(
+    model: str = str(DATA / "tiny-base"),
+    data: str = str(DATA / "instructions" / "train.json"),
+    eval_data: str = str(DATA / "instructions" / "held_out.json"),
+    output_dir: str = "output/trl-sft",
+    mode: str = "emo",
+    **arguments,
+) -> None:
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    settings = {"completion_only_loss": True, "bf16": torch.cuda.is_available()} | arguments
+    trainer = ModelLossTrainer(
+        network,
+        SFTConfig(output_dir=output_dir, **settings),
+        train_dataset=prompts_and_completions(data),
+        eval_dataset=prompts_and_completions(eval_data),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    handle = attach_objective(network, mode)  # after the trainer, which puts a forward of its own into the model
+    trainer.train()
+    trainer.save_model()  # a plain model: the objective leaves nothing in it
+    handle.eval_meter.drain("cpu")  # what evaluations while training have left
+    trainer.evaluate()
+    trainer.save_state()
+    sums = handle.eval_meter.drain(trainer.args.device, over_ranks=trainer.args.world_size > 1)
+    if trainer.is_world_process_zero():
+        print(f"{sums.tokens:.0f} held-out tokens: nll {sums.nll / sums.tokens:.4f}, emo {sums.emo / sums.tokens:.4f}")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
