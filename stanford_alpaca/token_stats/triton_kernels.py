@@ -1,0 +1,196 @@
+"""``torch_kernels.Chunk`` in two Triton kernels: each reads the logits once, and the second writes their gradient over them.
+
+One program goes along a row, block by block, and computes in float32. Every lane keeps a log-sum-exp of its own, as a highest
+value and a sum relative to it, with one exp per logit; the lanes are merged once, at the end of the row. The logits that cost
+something have a highest value of their own: they may all lie so far below the rest that exp would lose them.
+"""
+
+from __future__ import annotations  # without triton there is no tl
+
+import torch
+from torch import Tensor
+
+from stanford_alpaca.token_stats import CostRows, Head
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # builds of torch for CPUs do not bring it
+    triton = None
+
+jit = triton.jit if triton else lambda kernel: kernel
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 now, when the kernels are decorated
+CHUNK_LOGITS = {"cuda": 2**29}  # logits held at a time: 1 GiB in bfloat16
+BLOCK, WARPS = 2048, 8  # 8 logits per thread: 16 bytes in bfloat16
+
+
+def why_not(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why these kernels cannot serve a head's input and its weight, in one line; None if they can."""
+    if triton is None:
+        return "triton is not installed (builds of torch for CUDA bring it)"
+    if not INTERPRETED and not (hidden.is_cuda and weight.is_cuda):
+        return f"the hidden states are on {hidden.device} and the head is on {weight.device}: Triton needs both on a GPU"
+    if hidden.dtype == torch.float64:
+        return "the hidden states are float64: the Triton kernels compute in float32"
+    return None
+
+
+class Chunk:
+    """The logits z = softcap(logit_scale * (product + bias)) of n tokens, in float32, though never stored as such."""
+
+    def __init__(
+        self,
+        product: Tensor,  # [n, V] hidden @ weight.T in bfloat16, float16 or float32; ``gradient`` overwrites it
+        head: Head,  # its weight is not read
+        targets: Tensor,  # [n] int64
+        costs: CostRows | None,
+    ):
+        assert product.stride(1) == 1 and (costs is None or costs.table.stride(1) == 1)
+        self.product, self.targets = product, targets.contiguous()
+        self.bias = None if head.bias is None else head.bias.contiguous()
+        self.scale, self.softcap = (None if x is None else float(x) for x in (head.logit_scale, head.softcap))
+        self.table = None if costs is None else costs.table
+        self.which = None if costs is None else costs.which.contiguous()
+
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """z_y, others = logsumexp_{i != y} z_i and log_w = logsumexp_{i != y} (z_i + log c_i), [n] float32; -inf if empty."""
+        others = self.product.new_empty(len(self.product), dtype=torch.float32)
+        log_w = None if self.table is None else torch.empty_like(others)
+        self._launch(_statistics, others, log_w)
+        return self.at(self.targets[:, None]).squeeze(1), others, log_w
+
+    def at(self, ids: Tensor) -> Tensor:  # [n, k] token ids -> [n, k] float32
+        """The logits of these tokens; to be asked for before ``gradient``."""
+        z = self.product.gather(1, ids).float()
+        if self.bias is not None:
+            z += self.bias[ids]
+        if self.scale is not None:
+            z *= self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def gradient(self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor | None, g_y: Tensor) -> Tensor:
+        """Written over the product and returned: dz_i/dproduct_i times g_y at the target, and times
+
+            alpha exp(z_i - others) + beta c_i exp(z_i - log_w)
+
+        elsewhere. All arguments are [n] float32; beta is 0 where log_w is -inf, and neither is read without costs."""
+        vectors = (None if x is None else x.contiguous() for x in (others, log_w, alpha, beta, g_y))
+        self._launch(_gradient, *vectors)
+        return self.product
+
+    def _launch(self, kernel, *vectors: Tensor | None) -> None:
+        n, vocab_size = self.product.shape
+        costs = (self.table, 0 if self.table is None else self.table.stride(0), self.which)
+        logits = (self.product, self.product.stride(0), self.bias, self.scale, self.softcap)
+        with torch.cuda.device_of(self.product):  # Triton launches on the current device
+            kernel[(n,)](
+                *logits, self.targets, *costs, *vectors, vocab_size, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+            )  # fmt: skip
+
+
+@jit
+def _statistics(
+    product, stride, bias, scale, softcap, targets, table, table_stride, which, others, log_w, V, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # n * V may exceed 2^31
+    product += row * stride
+    target = tl.load(targets + row).to(tl.int32)
+    if table is not None:
+        table += tl.load(which + row) * table_stride
+    top = tl.full([BLOCK], -3.4028234663852886e38, tl.float32)  # the lowest finite one: -inf - -inf is NaN
+    total = tl.full([BLOCK], 0, tl.float32)
+    top_w, total_w = top, total
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < V
+        z, _ = _logits(product, bias, scale, softcap, cols, inside)
+        z = tl.where(inside & (cols != target), z, float("-inf"))
+        top, total = _add(top, total, z, 1.0)
+        if table is not None:
+            c = tl.load(table + cols, mask=inside, other=0).to(tl.float32)
+            top_w, total_w = _add(top_w, total_w, _costly(z, c), c)
+    top, total = tl.reduce((top, total), 0, _merge)
+    tl.store(others + row, top + tl.log(total))
+    if table is not None:
+        top_w, total_w = tl.reduce((top_w, total_w), 0, _merge)
+        tl.store(log_w + row, top_w + tl.log(total_w))
+
+
+@jit
+def _gradient(
+    product, stride, bias, scale, softcap, targets, table, table_stride, which, others, log_w, alpha, beta, g_y, V,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    product += row * stride
+    target, at_target = tl.load(targets + row).to(tl.int32), tl.load(g_y + row)
+    a, log_q = tl.load(alpha + row), _finite(tl.load(others + row))
+    if table is not None:
+        table += tl.load(which + row) * table_stride
+        b, log_pi = tl.load(beta + row), _finite(tl.load(log_w + row))
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < V
+        z, slope = _logits(product, bias, scale, softcap, cols, inside)
+        g = a * _exp(z - log_q)
+        if table is not None:
+            c = tl.load(table + cols, mask=inside, other=0).to(tl.float32)
+            g += b * (c * _exp(_costly(z, c) - log_pi))
+        tl.store(product + cols, slope * tl.where(cols == target, at_target, g), mask=inside)
+
+
+@jit
+def _logits(product, bias, scale, softcap, cols, inside):
+    """A block of logits, and their derivatives by the product."""
+    z, slope = tl.load(product + cols, mask=inside, other=0).to(tl.float32), 1.0
+    if bias is not None:
+        z += tl.load(bias + cols, mask=inside, other=0).to(tl.float32)
+    if scale is not None:
+        z, slope = z * scale, scale
+    if softcap is not None:
+        t, derivative = _tanh(z * (1 / softcap))
+        z, slope = softcap * t, slope * derivative
+    return z, slope
+
+
+@jit
+def _costly(z, c):
+    """The logits that cost something, -inf for the others; 1 / c has to be finite, since exp(z - log_w) comes near it."""
+    return tl.where(c > 1.2e-38, z, float("-inf"))
+
+
+@jit
+def _tanh(x):
+    """tanh and its derivative to a few units in the last place; the hardware's own tanh has 11 bits."""
+    e = _exp(-2 * tl.abs(x))
+    inverse = 1 / (1 + e)
+    t = (1 - e) * inverse  # cancels where x is small
+    u = x * x
+    series = x * (1 + u * (-1 / 3 + u * (2 / 15 + u * (-17 / 315 + u * (62 / 2835)))))
+    return tl.where(u < 1 / 16, series, tl.where(x < 0, -t, t)), 4 * e * inverse * inverse
+
+
+@jit
+def _exp(x):
+    return tl.exp2(1.4426950408889634 * x)  # as tl.exp, but without three instructions for results below 1e-38
+
+
+@jit
+def _add(top, total, z, weight):
+    """total exp(top) + weight exp(z), again as a pair (top, total)."""
+    rise = z - top
+    e = _exp(-tl.abs(rise))
+    return tl.maximum(top, z), tl.where(rise > 0, total * e + weight, total + weight * e)
+
+
+@jit
+def _merge(top, total, top_2, total_2):
+    """total exp(top) + total_2 exp(top_2), again as a pair (top, total)."""
+    highest = tl.maximum(top, top_2)
+    return highest, total * _exp(top - highest) + total_2 * _exp(top_2 - highest)
+
+
+@jit
+def _finite(log_sum):
+    """0 in place of the log of an empty sum: exp(-inf - 0) is the 0 that exp(-inf - -inf) is not."""
+    return tl.where(log_sum == float("-inf"), 0.0, log_sum)
