@@ -74,6 +74,10 @@ class ObjectiveArguments:
     tailr_gamma: float = field(default=1e-7, metadata={"help": "gamma of mode tailr."})
     tailr_floor: float = field(default=0.2, metadata={"help": "The least weight of mode tailr."})
     mixce_eta: float = field(default=0.5, metadata={"help": "eta of mode mixce."})
+    cost_cache_mib: float | None = field(
+        default=None,
+        metadata={"help": "MiB of bfloat16 cost rows kept between steps; 2048 with bf16 or fp16 on a GPU, else 0."},
+    )
     loss_backend: str = choice("auto", *BACKENDS, default="auto", help="How the loss is computed.")
 
     @property

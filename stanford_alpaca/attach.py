@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.head import HeadForm, probe_inputs, probing, recognise_head
 from stanford_alpaca.losses.formulas import Objective
-from stanford_alpaca.losses.linear import BACKENDS, linear_loss_and_stats
+from stanford_alpaca.losses.linear import check_backend, linear_loss_and_stats
 from stanford_alpaca.teacher import Teacher
 from stanford_alpaca.token_stats import SoftTargets, TokenStats
 
@@ -221,8 +221,7 @@ def attach_objective(
     """
     if hasattr(model, "emo_objective"):
         raise ValueError("this model has an objective already: detach it first")
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: choose from auto, {', '.join(BACKENDS)}")
+    check_backend(backend)
     if isinstance(mode, Objective) and options:
         raise ValueError("give options in the Objective or by name, not both")
     objective = mode if isinstance(mode, Objective) else Objective(mode, **options)

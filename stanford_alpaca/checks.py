@@ -103,6 +103,13 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
             f"--from_config with mode {needs.mode}: a random output layer prices nothing; make a cost embedding with "
             "python -m stanford_alpaca.cost build and give it as --cost PATH"
         )
+    if objective.cost_cache_mib is not None:
+        if not 0 <= objective.cost_cache_mib < math.inf:
+            raise UserError(f"--cost_cache_mib {objective.cost_cache_mib}: give 0 (none) or more")
+        if objective.cost == "adaptive" or objective.cost_kind == "identity":
+            raise UserError("--cost_cache_mib: only a cosine cost that is not adaptive has rows to keep")
+    if objective.loss_backend == "triton" and not torch.cuda.is_available():
+        raise UserError("--loss_backend triton needs an NVIDIA GPU: choose chunked")
     if model.teacher is not None and needs.needs_p:
         raise UserError(
             f"--teacher: mode {needs.mode} with weighting {needs.emo_weighting} needs one target, not a distribution"

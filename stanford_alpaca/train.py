@@ -21,7 +21,7 @@ from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.checks import check
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.data.batching import PadCollator
+from stanford_alpaca.data.batching import PadCollator, target_counts
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import check_columns
 from stanford_alpaca.data.sources import ExampleStream, Loading, load_source, mix, stream_sources
@@ -135,6 +135,19 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
     return model
 
 
+def cache_costs(cost: CostEmbedding | None, run: Run, examples: Dataset | ExampleStream) -> None:
+    """Keeps rows of a frozen cost from step to step, within --cost_cache_mib."""
+    mib, training = run.objective.cost_cache_mib, run.training
+    if mib is None:
+        mib = 2048 if torch.cuda.is_available() and (training.bf16 or training.fp16) else 0
+    if cost is None or cost.rows is None or not mib:
+        return
+    vocab_size, counts = len(cost.rows), None
+    if 2 * vocab_size**2 > mib * 2**20 and isinstance(examples, Dataset):  # not all rows: the most frequent targets'
+        counts = target_counts(examples, vocab_size)
+    cost.cache(mib, counts)
+
+
 def train(argv: list[str]) -> None:
     """Runs one fine-tuning from its command line to the saved model."""
     run = parse(argv)
@@ -154,6 +167,7 @@ def train(argv: list[str]) -> None:
     prices = not (run.model.from_config and run.objective.asks_the_model)
     with loading_whole(args):
         model = make_model(run, tokenizer, with_cost=eval_examples is not None and prices)
+    cache_costs(model.emo_objective.cost, run, train_examples)
     encode_prompts(model, PromptEncoder(tokenizer, run.data.prompt_template), prompts, args.sample_max_new_tokens)  # all fit?
     use_cache = model.config.use_cache  # the Trainer turns it off and leaves it so
     trainer = EmoTrainer(

@@ -45,7 +45,7 @@ class CostEmbedding:
             # norms in float64: squares of small entries do not underflow, and 1 - cos of equal rows stays below ZERO_BELOW
             norms = torch.linalg.vector_norm(exact, dim=1, keepdim=True, dtype=torch.float64).to(exact.dtype)
             directed = norms > torch.finfo(exact.dtype).tiny
-            self.rows, self.directed = torch.where(directed, exact / norms, 0.0), directed.squeeze(1)
+            self.rows, self.directed = (exact / norms).masked_fill_(~directed, 0.0), directed.squeeze(1)
 
     @classmethod
     def from_file(cls, path: str | Path, kind: str = "cosine") -> "CostEmbedding":

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
@@ -32,6 +33,15 @@ class PadCollator:
             "labels": padded("labels", IGNORE_INDEX),
             "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
         }
+
+
+def target_counts(examples: Dataset, vocab_size: int) -> Tensor:  # [V] int64
+    """How often each token is a target."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for batch in examples.select_columns(["labels"]).with_format("numpy").iter(batch_size=10_000):
+        labels = np.concatenate(batch["labels"])
+        counts += np.bincount(labels[labels != IGNORE_INDEX], minlength=vocab_size)
+    return torch.from_numpy(counts)
 
 
 def fill_up(examples: Dataset, multiple: int, token_id: int) -> Dataset:

@@ -1,13 +1,20 @@
 """The public loss functions: ``emo_loss`` from logits, ``linear_emo_loss`` from hidden states and the output layer."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostEmbedding, as_cost
 from stanford_alpaca.losses.formulas import Objective, as_objective
-from stanford_alpaca.token_stats import Head, SoftTargets, TokenStats, chunked, reference
+from stanford_alpaca.token_stats import Head, SoftTargets, TokenStats, chunked, reference, triton_kernels
 
-BACKENDS = {"reference": reference.linear_loss, "chunked": chunked.linear_loss}
+BACKENDS: dict[str, Callable] = {
+    "reference": reference.linear_loss,
+    "chunked": chunked.linear_loss,
+    "triton": partial(chunked.linear_loss, kernels=triton_kernels),
+}
 REDUCTIONS = ("mean", "sum", "none")
 SUM_TOLERANCE = 1e-3  # what a teacher's probabilities may miss of 1, as rounded ones do
 
@@ -19,6 +26,7 @@ def emo_loss(
     soft_targets: SoftTargets | None = None,  # ids and probs [..., k]
     *,
     mode: str | Objective = "emo",
+    token_weights: Tensor | None = None,  # [...]
     reduction: str = "mean",
     ignore_index: int = -100,
 ) -> Tensor:  # [] or, unreduced, [...] with 0 at ignored positions
@@ -33,6 +41,7 @@ def emo_loss(
             the teacher (see ``SoftTargets``), so mode ``emd`` alone does not learn a distribution. Modes that need the
             probability of one target refuse them: tailr, mixce, dft and the weighting upstream.
         mode: a name, or an ``Objective`` that carries options.
+        token_weights: constants that multiply the loss of each token. ``mean`` still divides by the number of targets.
 
     Returns:
         float32 (float64 for float64 logits). A batch without any target gives 0 with zero gradients, not NaN.
@@ -45,6 +54,8 @@ def emo_loss(
     kept = logits[keep]
     stats = reference.token_stats(kept, _kept_targets(targets, soft_targets, keep, objective, kept, logits.shape[-1]), cost)
     loss = objective(*stats)
+    if token_weights is not None:
+        loss = loss * _kept_weights(token_weights, keep)
     return _reduced(loss.sum() if reduction != "none" else loss, keep, reduction, None)
 
 
@@ -56,6 +67,7 @@ def linear_emo_loss(
     soft_targets: SoftTargets | None = None,  # ids and probs [..., k]
     *,
     mode: str | Objective = "emo",
+    token_weights: Tensor | None = None,  # [...]
     bias: Tensor | None = None,  # [V]
     softcap: float | None = None,
     logit_scale: float | None = None,
@@ -69,18 +81,19 @@ def linear_emo_loss(
     Ignored tokens are dropped before the output layer. Gradients reach ``hidden``, ``weight`` and ``bias``, never the cost.
 
     Args:
-        soft_targets: as in ``emo_loss``.
+        soft_targets, token_weights: as in ``emo_loss``.
         softcap: z becomes softcap * tanh(z / softcap), as in Gemma 2.
-        backend: ``chunked``, ``reference`` (materialises all logits) or ``auto``.
+        backend: ``chunked``, ``triton`` (NVIDIA GPUs), ``reference`` (materialises all logits), or ``auto``: the fastest that
+            serves these tensors.
         num_items: what ``mean`` divides by instead of the targets of this call: the global count of a step, so that
             losses of micro-batches and ranks add up.
 
     Raises:
-        ValueError: as ``emo_loss``, and for an unknown backend.
+        ValueError: as ``emo_loss``, and for a backend that is unknown or cannot serve these tensors.
     """
     head = Head(weight, bias, softcap, logit_scale)
     return linear_loss_and_stats(
-        hidden, head, targets, cost_embedding, mode, soft_targets,
+        hidden, head, targets, cost_embedding, mode, soft_targets, token_weights=token_weights,
         reduction=reduction, ignore_index=ignore_index, backend=backend, num_items=num_items,
     )[0]  # fmt: skip
 
@@ -93,6 +106,7 @@ def linear_loss_and_stats(
     mode: str | Objective,
     soft_targets: SoftTargets | None = None,
     *,
+    token_weights: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
     backend: str = "auto",
@@ -113,14 +127,25 @@ def linear_loss_and_stats(
     kept_targets = _kept_targets(targets, soft_targets, keep, objective, kept, vocab_size)
     with torch.autocast(device, enabled=False):  # statistics and costs stay in float32
         inner = "none" if reduction == "none" else "sum"
-        loss, stats = _backend(backend)(kept, head, kept_targets, cost, objective, inner)
+        weights = None if token_weights is None else _kept_weights(token_weights, keep)
+        loss, stats = _backend(backend, kept, head.weight)(kept, head, kept_targets, cost, objective, inner, weights)
     return _reduced(loss, keep, reduction, num_items), stats
 
 
-def _backend(name: str):
+def check_backend(name: str) -> None:
+    """Raises ValueError for an unknown one."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose from auto, {', '.join(BACKENDS)}")
-    return BACKENDS["chunked" if name == "auto" else name]
+
+
+def _backend(name: str, hidden: Tensor, weight: Tensor) -> Callable:
+    check_backend(name)
+    if name == "auto":
+        return BACKENDS["triton" if hidden.is_cuda and triton_kernels.why_not(hidden, weight) is None else "chunked"]
+    reason = triton_kernels.why_not(hidden, weight) if name == "triton" else None
+    if reason is not None:
+        raise ValueError(f"backend triton cannot serve: {reason}; choose chunked")
+    return BACKENDS[name]
 
 
 def _checked(mode, cost_embedding, rows: Tensor, targets: Tensor, reduction: str, ignore_index: int, vocab_size: int):
@@ -169,6 +194,12 @@ def _kept_targets(
     if wrong.any():
         raise ValueError(f"soft targets sum to {total[wrong][0].item():.4g}, wanted 1: divide the top k by their sum")
     return SoftTargets(ids, probs / total)
+
+
+def _kept_weights(weights: Tensor, keep: Tensor) -> Tensor:
+    if weights.shape != keep.shape:
+        raise ValueError(f"token_weights have shape {tuple(weights.shape)}, wanted {tuple(keep.shape)}")
+    return weights.detach()[keep]
 
 
 def _reduced(loss: Tensor, keep: Tensor, reduction: str, num_items: Tensor | int | None) -> Tensor:

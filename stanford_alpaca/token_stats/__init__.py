@@ -43,13 +43,6 @@ class Head(NamedTuple):
         return slope if self.logit_scale is None else slope * self.logit_scale
 
 
-class CostRows(NamedTuple):
-    """The costs of n targets: those of the k-th are ``table[which[k]]``. At the target itself they may be a little above 0."""
-
-    table: Tensor  # [r, V] costs, not negative, of any floating dtype
-    which: Tensor  # [n] rows of the table
-
-
 LossOfStats = Callable[[Tensor, "Tensor | None"], Tensor]  # ([N] nll, [N] log_emo) -> [N] loss
 
 

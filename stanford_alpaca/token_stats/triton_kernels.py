@@ -10,7 +10,8 @@ from __future__ import annotations  # without triton there is no tl
 import torch
 from torch import Tensor
 
-from stanford_alpaca.token_stats import CostRows, Head
+from stanford_alpaca.cost import CostRows
+from stanford_alpaca.token_stats import Head
 
 try:
     import triton

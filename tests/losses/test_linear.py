@@ -122,7 +122,7 @@ def test_autocast_uses_its_precision_for_the_output_layer_and_float32_for_the_re
         ({"weight": torch.randn(30, 11)}, "hidden has width 10"),
         ({"mode": "emo3"}, "unknown mode"),
         ({"reduction": "avg"}, "unknown reduction"),
-        ({"backend": "triton"}, "unknown backend 'triton': choose from auto, reference, chunked"),
+        ({"backend": "cuda"}, "unknown backend 'cuda': choose from auto, reference, chunked, triton"),
     ],
 )
 def test_bad_arguments(batch, change, message):

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stanford_alpaca.token_stats import CostRows, Head
+from stanford_alpaca.cost import CostRows
+from stanford_alpaca.token_stats import Head
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflows to -inf and of log(0)
