@@ -1,0 +1,217 @@
+"""What ``benchmarks.loss`` compares, by name: ways to get a loss and the gradients of hidden states and head from one batch.
+
+The losses of the cross entropies are ``F.cross_entropy(hidden @ weight.T, targets)``; those of ours, but for mle, and of
+EMOLoss are EMO's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.losses import linear_emo_loss
+
+LOGITS_STD = 2.5
+CACHE_MIB = 4096  # budget of the cached cost rows
+PIECE = 128  # tokens that fill the cache at a time: what fills it must not warm up what is measured
+MATERIALISED = 10  # [N, V] tensors in float32 that a contender which materialises them may hold at once, with a margin
+
+
+class Unavailable(Exception):
+    """Why a contender does not run here."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What decides the tensors of a comparison."""
+
+    shape: str
+    hidden: int  # H
+    vocab: int  # V
+    tokens: int  # N
+    device: str = "cpu"
+    dtype: str = "float32"
+    targets: str = "zipf"  # or where the ids are from
+    ids: tuple[int, ...] = field(default=(), repr=False)  # real token ids; none: Zipf-distributed ones
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Leaves that require gradients, targets, and the frozen copy of the weight that prices tokens."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    targets: Tensor  # [N]
+    embedding: Tensor  # [V, H]
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        return Batch(self.hidden[rows], self.weight, self.targets[rows], self.embedding)
+
+    def needs(self, device: str) -> None:
+        if self.hidden.device.type != device:
+            raise Unavailable(f"needs a {device} device")
+
+    def materialises(self) -> None:
+        """On a CPU, running out of memory ends more than one benchmark. (A GPU's error is caught.)"""
+        wanted = MATERIALISED * 4 * len(self.targets) * len(self.weight)
+        free = psutil.virtual_memory().available
+        if self.hidden.device.type == "cpu" and wanted > free:
+            raise Unavailable(f"may need {wanted / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
+
+
+Call = Callable[[], Tensor]
+
+
+def make_batch(case: Case) -> Batch:
+    """Logits of standard deviation 2.5; every other token also leans towards its target, from a little to nearly sure."""
+    options: dict[str, Any] = {"generator": torch.Generator(case.device).manual_seed(0), "device": case.device}
+    targets = make_targets(case).to(case.device)
+    weight = torch.randn(case.vocab, case.hidden, **options) / case.hidden**0.5
+    hidden = torch.randn(case.tokens, case.hidden, **options) * LOGITS_STD
+    sure = torch.rand(case.tokens, 1, **options) * 25
+    sure[::2] = 0
+    hidden += sure * weight[targets]
+    dtype = getattr(torch, case.dtype)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return Batch(hidden.requires_grad_(), weight.requires_grad_(), targets, weight.detach().clone())
+
+
+def make_targets(case: Case) -> Tensor:  # [N]
+    """The case's ids, or random ones of which that of rank r has a probability in proportion to 1 / r."""
+    if case.ids:
+        return torch.tensor(case.ids)
+    generator = torch.Generator().manual_seed(0)
+    permuted = torch.randperm(case.vocab, generator=generator)
+    return permuted[torch.multinomial(1 / torch.arange(1, case.vocab + 1), case.tokens, replacement=True, generator=generator)]
+
+
+# ---- ours ------------------------------------------------------------------------------------------------------------------
+
+
+def ours(backend: str, kind: str) -> Callable[[Batch], Call]:
+    """One of our backends: mle, or emo with a cost that is frozen, cached (frozen, its rows kept), adaptive or identity."""
+
+    def build(batch: Batch) -> Call:
+        if backend == "reference":
+            batch.materialises()
+        kept: Any = None
+        if kind == "identity":
+            kept = CostEmbedding(None, kind)
+        elif kind in ("frozen", "cached"):
+            kept = CostEmbedding(batch.embedding)
+
+        def loss(batch: Batch) -> Tensor:
+            cost = CostEmbedding(batch.weight) if kind == "adaptive" else kept
+            mode = "mle" if kind == "mle" else "emo"
+            return linear_emo_loss(batch.hidden, batch.weight, batch.targets, cost, mode=mode, backend=backend)
+
+        try:
+            with torch.no_grad():
+                loss(batch[:1])
+        except ValueError as error:
+            raise Unavailable(str(error)) from error
+        if kind == "cached":
+            if not hasattr(kept, "cache"):
+                raise Unavailable("CostEmbedding has no method cache")
+            kept.cache(CACHE_MIB)
+            with torch.no_grad():
+                for start in range(0, len(batch.targets), PIECE):
+                    loss(batch[start : start + PIECE])
+        return lambda: loss(batch)
+
+    return build
+
+
+# ---- others ----------------------------------------------------------------------------------------------------------------
+
+
+def plain(batch: Batch) -> Call:
+    batch.materialises()
+    return lambda: F.cross_entropy((batch.hidden @ batch.weight.T).float(), batch.targets)
+
+
+def torch_chunked(batch: Batch) -> Call:
+    """PyTorch's fused head with its own choice of chunks and accumulation."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda: F.linear_cross_entropy(batch.hidden, batch.weight, batch.targets, options=options)
+
+
+def emoloss(batch: Batch) -> Call:
+    """The authors' package, on logits in the working dtype. It shifts: the last logits and the first label do not count."""
+    from emo import EMOLoss
+
+    batch.materialises()
+    labels = F.pad(batch.targets, (1, 0), value=-100)[None]
+    return lambda: EMOLoss((F.pad(batch.hidden, (0, 0, 0, 1)) @ batch.weight.T)[None], labels, batch.embedding)
+
+
+def liger_triton(batch: Batch) -> Call:
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    batch.needs("cuda")
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return lambda: loss(batch.weight, batch.hidden, batch.targets)
+
+
+def liger_cute(batch: Batch) -> Call:
+    """Liger's CuTe DSL path for Hopper: bfloat16, N and V multiples of its tiles."""
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
+
+    batch.needs("cuda")
+    return lambda: liger_fused_linear_cross_entropy_sm90(batch.hidden, batch.weight, batch.targets)
+
+
+def cut_cross_entropy(batch: Batch) -> Call:
+    from cut_cross_entropy import linear_cross_entropy
+
+    batch.needs("cuda")
+    return lambda: linear_cross_entropy(batch.hidden, batch.weight, batch.targets)
+
+
+def quack(batch: Batch) -> Call:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    batch.needs("cuda")
+    return lambda: chunked_linear_cross_entropy(batch.hidden, batch.weight, batch.targets, chunk_size=4096, reduction="mean")
+
+
+CROSS_ENTROPIES: dict[str, Callable[[Batch], Call]] = {
+    "plain": plain,
+    "torch-chunked": torch_chunked,
+    "liger-triton": liger_triton,
+    "liger-cute": liger_cute,
+    "cce": cut_cross_entropy,
+    "quack": quack,
+}
+OURS = {f"{backend}-{kind}": ours(backend, kind)
+        for backend in ("chunked", "triton") for kind in ("mle", "frozen", "cached", "adaptive", "identity")}  # fmt: skip
+OURS["reference-frozen"] = ours("reference", "frozen")
+CONTENDERS = {**CROSS_ENTROPIES, "emoloss": emoloss, **OURS}
+PACKAGES = ("EMOLoss", "liger-kernel", "cut-cross-entropy", "quack-kernels", "triton")
+
+
+def build(name: str, batch: Batch) -> Call:
+    """The contender's loss as a function of nothing. Raises Unavailable where it cannot run."""
+    try:
+        return CONTENDERS[name](batch)
+    except ImportError as error:
+        raise Unavailable(f"cannot be imported: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Those of the compared packages that are installed."""
+    found = {"torch": torch.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,253 @@
+"""The loss against its peers, time and memory: ``python -m benchmarks.loss`` in the repository's root, on the GPU if any.
+
+Forward and backward of every contender of ``contenders.py``, in turn in one run; tables, JSON and a plot in
+``benchmarks/results``. ``python -m benchmarks.loss scaling`` measures the cost against the tokens and against the vocabulary.
+"""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import fire
+from fire.decorators import SetParseFns
+
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file
+    sys.path[0] = str(ROOT)
+
+import torch
+
+from benchmarks import plots
+from benchmarks.contenders import CONTENDERS, CROSS_ENTROPIES, OURS, Case, make_targets, versions
+from benchmarks.measure import ALLOCATOR, FLOOR, Setup, measure
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
+from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.model import load_tokenizer
+
+SHAPES = {"cpu": (512, 32000), "llama-7b": (4096, 32000), "llama-3-8b": (4096, 128256), "qwen2.5-0.5b": (896, 151936)}  # H, V
+SHIPPED = ROOT / "data" / "instructions" / "train.json"
+SCALED = ("plain", "chunked-mle", "chunked-frozen", "chunked-cached", "triton-mle", "triton-frozen", "triton-cached")
+RESULTS = str(ROOT / "benchmarks" / "results")
+
+
+@SetParseFns(shape=str, only=str, ids_from=str, tokenizer=str, results=str)
+def run(
+    shape: str | None = None,
+    tokens: Any = (2048, 8192),
+    hidden: int | None = None,
+    vocab: int | None = None,
+    rounds: int = 7,
+    only: str | None = None,
+    ids_from: str = str(SHIPPED),
+    tokenizer: str = str(ROOT / "data" / "tiny-base"),
+    device: str | None = None,
+    dtype: str | None = None,
+    threads: int = os.cpu_count() or 1,
+    results: str = RESULTS,
+    **unknown: Any,
+) -> None:
+    """Prints a table per shape and count of tokens, and writes loss-DEVICE.jsonl and .png, where they replace their like.
+
+    Args:
+        shape: of cpu, llama-7b, llama-3-8b and qwen2.5-0.5b, with commas (default: cpu, or on a GPU the others); tokens: with
+            commas; hidden, vocab: a shape of one's own.
+        rounds: measured, after a warm-up; only: contenders, with commas; ids_from: a JSON file of records whose responses are
+            one more line, in the tokenizer's own vocabulary; none: no such line.
+        device: cpu or cuda; dtype: float32 (on a CPU) or bfloat16 (on a GPU) or another; threads: on a CPU.
+    """
+    refuse_unknown(unknown, run)
+    check_whole("rounds", rounds, 1)
+    device, names = device or default_device(), contenders(only)
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    shapes = named_shapes(shape, hidden, vocab, device)
+    counts = as_list(tokens)
+    cases = [Case(name, *shapes[name], count, device, dtype) for name in shapes for count in counts]
+    if ids_from != "none":
+        width, (ids, size) = next(iter(shapes.values()))[0], response_ids(ids_from, tokenizer, counts[0])
+        cases.append(Case("real ids", width, size, counts[0], device, dtype, Path(ids_from).name, ids))
+    file = Path(results) / f"loss-{device_name(device)}.jsonl"
+    for case in cases:
+        rows = measured(case, names, threads, rounds)
+        keep(file, rows)
+        print(heading(rows[0]), table(rows), sep="\n\n", end="\n\n", flush=True)
+        for row in rows:
+            if "left_out" in row:
+                print(f"left out: {row['contender']}: {row['left_out']}")
+    draw(plots.bars, read(file), file)
+
+
+@SetParseFns(results=str)
+def scaling(
+    tokens: Any = (512, 1024, 2048, 4096, 8192),
+    vocabularies: Any = (32000, 64000, 128256, 151936),
+    hidden: int = 256,
+    rounds: int = 7,
+    device: str | None = None,
+    threads: int = os.cpu_count() or 1,
+    results: str = RESULTS,
+    **unknown: Any,
+) -> None:
+    """Time per token and vocabulary entry: against tokens at the least vocabulary, against vocabularies at 2048 tokens.
+
+    Writes loss-scaling-DEVICE.jsonl and .png.
+    """
+    refuse_unknown(unknown, scaling)
+    device = device or default_device()
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    sizes, middle = sorted(as_list(vocabularies)), sorted(as_list(tokens))[len(as_list(tokens)) // 2]
+    cases = [Case("tokens", hidden, sizes[0], count, device, dtype) for count in as_list(tokens)]
+    cases += [Case("vocabulary", hidden, size, middle, device, dtype) for size in sizes]
+    file = Path(results) / f"loss-scaling-{device_name(device)}.jsonl"
+    for case in cases:
+        rows = measured(case, SCALED, threads, rounds)
+        keep(file, rows)
+        costs = {name: 1e9 * time / case.tokens / case.vocab for name, time in times(rows).items()}
+        shown = ", ".join(f"{name} {cost:.3f}" for name, cost in costs.items())
+        print(f"N={case.tokens} V={case.vocab} H={case.hidden}, ns per token and entry: {shown}", flush=True)
+    draw(plots.curves, [row for row in read(file) if row["case"]["hidden"] == hidden], file)
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------------
+
+
+def as_list(value: Any) -> list:
+    return list(value) if isinstance(value, tuple | list) else [value]
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name(device: str) -> str:
+    return device if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+
+
+def contenders(only: str | None) -> tuple[str, ...]:
+    names = tuple(CONTENDERS) if only is None else tuple(only.split(","))
+    for name in names:
+        if name not in CONTENDERS:
+            raise UserError(f"--only {name}: choose from {', '.join(CONTENDERS)}")
+    return names
+
+
+def named_shapes(shape: str | None, hidden: int | None, vocab: int | None, device: str) -> dict[str, tuple[int, int]]:
+    if hidden is not None and vocab is not None and shape is None:
+        return {"own": (hidden, vocab)}
+    if hidden is not None or vocab is not None:
+        raise UserError("give --hidden and --vocab together, or --shape")
+    names = [name for name in SHAPES if (name == "cpu") == (device == "cpu")] if shape is None else shape.split(",")
+    for name in names:
+        if name not in SHAPES:
+            raise UserError(f"--shape {name}: choose from {', '.join(SHAPES)}, or give --hidden and --vocab")
+    return {name: SHAPES[name] for name in names}
+
+
+def response_ids(file: str, tokenizer_path: str, count: int) -> tuple[tuple[int, ...], int]:
+    """The first supervised tokens of the file's records, and the size of the vocabulary."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    examples, _ = tokenize_records(load_records(file), tokenizer, 512)
+    ids = [label for labels in examples["labels"] for label in labels if label != IGNORE_INDEX]
+    if len(ids) < count:
+        raise UserError(f"--ids_from {file}: its responses have {len(ids)} tokens, wanted {count}: give a larger file")
+    return tuple(ids[:count]), len(tokenizer)
+
+
+def measured(case: Case, names: Iterable[str], threads: int, rounds: int) -> list[dict[str, Any]]:
+    """``measure`` with the machine and the case in every row."""
+    described = {name: value for name, value in asdict(case).items() if name != "ids"}
+    described["unique_targets"] = round(len(make_targets(case).unique()) / case.tokens, 4)
+    about = {"machine": machine(case.device, threads), "case": described}
+    return [about | row for row in measure(Setup(case, tuple(names), threads), rounds)]
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """Nothing that names the machine itself."""
+    if device == "cpu":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        cores, waiting = os.cpu_count(), os.environ.get("OMP_WAIT_POLICY")
+        settings = {"threads": threads, "omp_wait_policy": waiting, "allocator": ALLOCATOR}
+        return {"model": model, "cores": cores, **settings, "versions": versions()}
+    return {"model": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "versions": versions()}
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def keep(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows of a case in place of the file's earlier ones of the same case."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    others = [row for row in read(file) if row["case"] != rows[0]["case"]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in others + rows))
+
+
+def draw(plot: Callable[[list[dict[str, Any]], Path], None], rows: list[dict[str, Any]], file: Path) -> None:
+    try:
+        plot(rows, file.with_suffix(".png"))
+    except ImportError as error:
+        print(f"no plot: {error}: pip install matplotlib")
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------------
+
+
+def times(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Median seconds: ours under the launcher's allocator, others under the one that suits them better."""
+    found = {}
+    for row in rows:
+        if "seconds" in row:
+            medians = {name: median(values) for name, values in row["seconds"].items()}
+            best = min(medians.values())
+            found[row["contender"]] = medians.get("launcher", best) if row["contender"] in OURS else best
+    return found
+
+
+def heading(row: dict[str, Any]) -> str:
+    case, about = row["case"], row["machine"]
+    where = f"{about['model']}, {about['threads']} threads" if "threads" in about else about["model"]
+    targets = (
+        "Zipf-distributed targets" if case["targets"] == "zipf" else f"targets of {case['targets']} in their own vocabulary"
+    )
+    return (
+        f"## {case['shape']}: N={case['tokens']} H={case['hidden']} V={case['vocab']} {case['dtype']}, {targets}, "
+        f"{100 * case['unique_targets']:.1f} % unique; {where}"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line per contender that ran, the floor first."""
+    ran, seconds = [row for row in rows if "seconds" in row], times(rows)
+    fastest = min((seconds[name] for name in CROSS_ENTROPIES if name in seconds), default=None)
+    against = {name: seconds.get(name) for name in ("plain", "torch-chunked", "emoloss")} | {"fastest": fastest}
+    environments = list(ran[0]["seconds"])
+    lines = [["contender", *(f"s, {name} (min-max)" for name in environments), "peak extra MiB", "of it tensors", "kept MiB",
+              *(f"/ {name}" for name in against), "share of floor"]]  # fmt: skip
+    lines.append(["---"] * len(lines[0]))
+    for row in ran:
+        name = row["contender"]
+        spans = [f"{median(values):.4f} ({min(values):.4f}-{max(values):.4f})" for values in row["seconds"].values()]
+        memory = [f"{row[entry]:.0f}" if entry in row else "-" for entry in ("peak_extra_mib", "peak_tensors_mib", "kept_mib")]
+        ratios = ["-" if base is None else f"{seconds[name] / base:.2f}" for base in against.values()]
+        lines.append([name, *spans, *memory, *ratios, f"{100 * seconds[FLOOR] / seconds[name]:.0f} %"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def main() -> None:
+    """The command."""
+    command, arguments = (scaling, sys.argv[2:]) if sys.argv[1:2] == ["scaling"] else (run, sys.argv[1:])
+    exit_on_user_error(lambda: fire.Fire(command, command=arguments))
+
+
+if __name__ == "__main__":
+    main()
