@@ -62,6 +62,8 @@ if [ "$GPUS" -gt 0 ]; then
 else
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = $(nproc) / NPROC) > 0 ? n : 1))}
+    # freed tensors stay with the process (glibc; see benchmarks/LOG.md)
+    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
 fi
 
 # ---- the published recipe: 128 examples a step ----

@@ -172,9 +172,9 @@ def machine(device: str, threads: int) -> dict[str, Any]:
     if device == "cpu":
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-        cores, waiting = os.cpu_count(), os.environ.get("OMP_WAIT_POLICY")
-        settings = {"threads": threads, "omp_wait_policy": waiting, "allocator": ALLOCATOR}
-        return {"model": model, "cores": cores, **settings, "versions": versions()}
+        waiting = {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        settings = {"threads": threads, "allocator": ALLOCATOR, **waiting}
+        return {"model": model, "cores": os.cpu_count(), **settings, "versions": versions()}
     return {"model": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "versions": versions()}
 
 

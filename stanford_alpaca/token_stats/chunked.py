@@ -1,10 +1,10 @@
 """The reference in constant memory: a chunk of tokens at a time, gradients by hand.
 
 Equals ``reference.linear_loss``. An objective sees two numbers per token, so its derivatives a = dL/dnll and
-b = dL/dlog_emo are [chunk] vectors. With q the distribution over the tokens other than the target and m = others - z_y:
+b = dL/dlog_emo are [chunk] vectors. With others and w, the sums over i != y of exp z_i and c_i exp z_i, m = log others - z_y:
 
-    nll = softplus(m)     p_i = q_i sigmoid(m)     log emo = log w - others + logsigmoid(m)
-    dL/dz_i = (a - b) p_i + b pi_i,   pi_i = c_i exp(z_i - log w)     dL/dz_y = -a sigmoid(m) - b sigmoid(-m)
+    nll = softplus(m)     p_i = exp(z_i) / others sigmoid(m)     log emo = log w - log others + logsigmoid(m)
+    dL/dz_i = (a - b) p_i + b pi_i,   pi_i = c_i exp(z_i) / w     dL/dz_y = -a sigmoid(m) - b sigmoid(-m)
 
 With soft targets y is the most probable token; what tau gives to others is taken off their gradients, and c_y is not 0.
 
@@ -95,17 +95,18 @@ class _Job:
         rest = None if self.rest is None else SoftTargets(self.rest.ids[rows], self.rest.probs[rows])
         costs = self._costs(y, rest, len(head.weight))
         chunk = self.kernels.Chunk(h @ head.weight.T, head, y, costs)
-        z_rest = None if rest is None else chunk.at(rest.ids)
-        z_y, others, log_w = chunk.statistics()
-        margin = others - z_y
+        z_y = chunk.at(y[:, None])
+        z_rest = z_y if rest is None else chunk.at(rest.ids)
+        gap, others, log_w = chunk.statistics()
+        margin = others - gap
         nll = -logsigmoid(-margin)
-        if rest is not None and z_rest is not None:
-            nll += expected_drop(z_rest, z_y, rest)
+        if rest is not None:
+            nll += expected_drop(z_rest, z_y.squeeze(1), rest)
 
         log_emo = log_w_all = None
         if self.cost is not None:
             log_w = others if log_w is None else log_w  # identity: every other token costs 1
-            log_w_all = log_w if rest is None else torch.logaddexp(log_w, z_y + _cost_at(costs, y).log())
+            log_w_all = log_w if rest is None else torch.logaddexp(log_w, gap + _cost_at(costs, y).log().to(gap.dtype))
             log_emo = torch.where(log_w_all > -torch.inf, log_w_all - others + logsigmoid(margin), -torch.inf)
             out.log_emo[rows] = log_emo
         out.nll[rows] = nll
@@ -125,7 +126,7 @@ class _Job:
             paid = torch.where(b != 0, b * torch.exp(log_w - log_w_all), 0.0)
             g_y = a * rest.probs.sum(1) - alpha - paid
         g = chunk.gradient(others, log_w_all, alpha, b, g_y)
-        if rest is not None and z_rest is not None:
+        if rest is not None:
             g.scatter_add_(1, rest.ids, (-a[:, None] * rest.probs * head.slope(z_rest)).to(g.dtype))
         _through_head(g, h, head.weight, rows, out)
 

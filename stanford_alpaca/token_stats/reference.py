@@ -38,10 +38,10 @@ def token_stats(
     if cost is None:
         return TokenStats(nll, None)
 
-    costs = cost.costs(targets, z.shape[1], rest)  # [N, V]
+    costs = cost.costs(targets, z.shape[1], rest).to(z.dtype)  # [N, V]
     costly = (costs > 0) & (z > -torch.inf)
     free = ~costly.any(dim=1)  # nothing that costs anything can be reached
-    weighted = torch.where(costly, z + costs.log().to(z.dtype), -torch.inf)
+    weighted = torch.where(costly, z + costs.log(), -torch.inf)
     weighted = torch.where(free[:, None], torch.zeros_like(z), weighted)  # keeps the gradient of free rows finite
     log_emo = weighted.logsumexp(1) - z.logsumexp(1)
     return TokenStats(nll, torch.where(free, -torch.inf, log_emo))

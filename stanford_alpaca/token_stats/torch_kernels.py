@@ -15,7 +15,7 @@ from torch import Tensor
 from stanford_alpaca.cost import CostRows
 from stanford_alpaca.token_stats import Head
 
-CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}  # logits held at a time: 32 MiB and 512 MiB in float32
+CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # logits held at a time: 96 MiB and 512 MiB in float32
 BLOCK_LOGITS = {"cpu": 2**19}  # logits worked on at a time: on a CPU what stays in its caches
 UNDERFLOW = 1e-25  # relative to the greatest of the others: below it sums may have lost terms to underflow
 
@@ -49,30 +49,32 @@ class Chunk:
         return self._z.gather(1, ids)
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``z_y``, ``others`` and, with costs, ``log_w``, all [n]; -inf where there are no others, or none that costs."""
+        """``gap``: z_y, ``others``: log sum_{i != y} exp z_i and, with costs, ``log_w``: log sum_{i != y} c_i exp z_i; all [n].
+
+        All are relative to the greatest z_i of the others, so that they keep their digits however large the logits are.
+        ``others`` is -inf where there are no others, ``log_w`` where there are none that cost anything.
+        """
         z_y = self._z.gather(1, self._y).squeeze(1)
         z = self._z.scatter_(1, self._y, -torch.inf)
-        self._top = z.amax(1).clamp_min_(torch.finfo(z.dtype).min)  # stays finite where there are no others
-        total, w = torch.empty_like(self._top), torch.empty_like(self._top)
+        top, total, log_w = (torch.empty_like(z_y) for _ in range(3))
         for rows in self._blocks():
-            shifted = z[rows] - self._top[rows, None]
+            top[rows] = z[rows].amax(1).clamp_min_(torch.finfo(z.dtype).min)  # finite even where there are no others
+            shifted = z[rows] - top[rows, None]
             e = torch.exp(shifted, out=z[rows])
             total[rows] = e.sum(1)
             if self._costs is not None:
-                w[rows] = self._weighted(rows, e, shifted)
-        others = total.log_().add_(self._top)
-        return z_y, others, None if self._costs is None else w
+                log_w[rows] = self._log_w(rows, e, shifted)
+        return z_y - top, total.log_(), None if self._costs is None else log_w
 
-    def _weighted(self, rows: slice, e: Tensor, shifted: Tensor) -> Tensor:  # [b]: log_w of a block
+    def _log_w(self, rows: slice, e: Tensor, shifted: Tensor) -> Tensor:  # [b]
         c = self._costs_of(rows)
         w = torch.mul(e, c).sum(1)
         lost = w < UNDERFLOW
-        log_w = w.log_().add_(self._top[rows])
+        log_w = w.log_()
         if lost.any():  # what costs anything is out of reach, or its exponentials are: once more with logarithms
-            logs = c[lost].log_().add_(shifted[lost]).add_(self._top[rows][lost, None])
+            logs = c[lost].log_().add_(shifted[lost])
             log_w[lost] = logs.logsumexp(1)
-            e_lost = rows.start + lost.nonzero().squeeze(1)
-            self._underflown.append((e_lost, logs))
+            self._underflown.append((rows.start + lost.nonzero().squeeze(1), logs))
         return log_w
 
     def gradient(
@@ -85,11 +87,11 @@ class Chunk:
     ) -> Tensor:  # [n, V] in the dtype of the product
         """alpha exp(z_i - others) + beta c_i exp(z_i - log_w) for i != y, g_y for y; each times dz_i / dproduct_i."""
         g = self._z
-        scale = torch.where(others > -torch.inf, alpha * torch.exp(self._top - others), 0.0)
+        scale = torch.where(others > -torch.inf, alpha * torch.exp(-others), 0.0)
         if self._costs is None or log_w is None:
             g.mul_(scale[:, None])
         else:
-            share = torch.where(beta != 0, beta * torch.exp(self._top - log_w), 0.0)
+            share = torch.where(beta != 0, beta * torch.exp(-log_w), 0.0)
             for lost, _ in self._underflown:
                 share[lost] = 0.0
             for rows in self._blocks():

@@ -54,11 +54,12 @@ class Chunk:
         self.which = None if costs is None else costs.which.contiguous()
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """z_y, others = logsumexp_{i != y} z_i and log_w = logsumexp_{i != y} (z_i + log c_i), [n] float32; -inf if empty."""
-        others = self.product.new_empty(len(self.product), dtype=torch.float32)
-        log_w = None if self.table is None else torch.empty_like(others)
-        self._launch(_statistics, others, log_w)
-        return self.at(self.targets[:, None]).squeeze(1), others, log_w
+        """As ``torch_kernels.Chunk.statistics``, [n] float32."""
+        z_y = self.at(self.targets[:, None]).squeeze(1)
+        self.top, others = torch.empty_like(z_y), torch.empty_like(z_y)
+        log_w = None if self.table is None else torch.empty_like(z_y)
+        self._launch(_statistics, self.top, others, log_w)
+        return z_y - self.top, others, log_w
 
     def at(self, ids: Tensor) -> Tensor:  # [n, k] token ids -> [n, k] float32
         """The logits of these tokens; to be asked for before ``gradient``."""
@@ -70,12 +71,8 @@ class Chunk:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def gradient(self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor | None, g_y: Tensor) -> Tensor:
-        """Written over the product and returned: dz_i/dproduct_i times g_y at the target, and times
-
-            alpha exp(z_i - others) + beta c_i exp(z_i - log_w)
-
-        elsewhere. All arguments are [n] float32; beta is 0 where log_w is -inf, and neither is read without costs."""
-        vectors = (None if x is None else x.contiguous() for x in (others, log_w, alpha, beta, g_y))
+        """As ``torch_kernels.Chunk.gradient``. Without costs neither log_w nor beta is read."""
+        vectors = (None if x is None else x.contiguous() for x in (self.top, others, log_w, alpha, beta, g_y))
         self._launch(_gradient, *vectors)
         return self.product
 
@@ -91,7 +88,7 @@ class Chunk:
 
 @jit
 def _statistics(
-    product, stride, bias, scale, softcap, targets, table, table_stride, which, others, log_w, V, BLOCK: tl.constexpr
+    product, stride, bias, scale, softcap, targets, table, table_stride, which, tops, others, log_w, V, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # n * V may exceed 2^31
     product += row * stride
@@ -111,21 +108,22 @@ def _statistics(
             c = tl.load(table + cols, mask=inside, other=0).to(tl.float32)
             top_w, total_w = _add(top_w, total_w, _costly(z, c), c)
     top, total = tl.reduce((top, total), 0, _merge)
-    tl.store(others + row, top + tl.log(total))
+    tl.store(tops + row, top)
+    tl.store(others + row, tl.log(total))
     if table is not None:
         top_w, total_w = tl.reduce((top_w, total_w), 0, _merge)
-        tl.store(log_w + row, top_w + tl.log(total_w))
+        tl.store(log_w + row, (top_w - top) + tl.log(total_w))
 
 
 @jit
 def _gradient(
-    product, stride, bias, scale, softcap, targets, table, table_stride, which, others, log_w, alpha, beta, g_y, V,
+    product, stride, bias, scale, softcap, targets, table, table_stride, which, tops, others, log_w, alpha, beta, g_y, V,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     product += row * stride
     target, at_target = tl.load(targets + row).to(tl.int32), tl.load(g_y + row)
-    a, log_q = tl.load(alpha + row), _finite(tl.load(others + row))
+    a, log_q, top = tl.load(alpha + row), _finite(tl.load(others + row)), tl.load(tops + row)
     if table is not None:
         table += tl.load(which + row) * table_stride
         b, log_pi = tl.load(beta + row), _finite(tl.load(log_w + row))
@@ -133,10 +131,10 @@ def _gradient(
         cols = start + tl.arange(0, BLOCK)
         inside = cols < V
         z, slope = _logits(product, bias, scale, softcap, cols, inside)
-        g = a * _exp(z - log_q)
+        g = a * _exp((z - top) - log_q)
         if table is not None:
             c = tl.load(table + cols, mask=inside, other=0).to(tl.float32)
-            g += b * (c * _exp(_costly(z, c) - log_pi))
+            g += b * (c * _exp((_costly(z, c) - top) - log_pi))
         tl.store(product + cols, slope * tl.where(cols == target, at_target, g), mask=inside)
 
 
