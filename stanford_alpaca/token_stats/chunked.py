@@ -106,7 +106,7 @@ class _Job:
         log_emo = log_w_all = None
         if self.cost is not None:
             log_w = others if log_w is None else log_w  # identity: every other token costs 1
-            log_w_all = log_w if rest is None else torch.logaddexp(log_w, gap + _cost_at(costs, y).log().to(gap.dtype))
+            log_w_all = log_w if rest is None else torch.logaddexp(log_w, gap + _cost_at(costs, y).to(gap.dtype).log())
             log_emo = torch.where(log_w_all > -torch.inf, log_w_all - others + logsigmoid(margin), -torch.inf)
             out.log_emo[rows] = log_emo
         out.nll[rows] = nll
