@@ -13,7 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 from stanford_alpaca import engines, trainer
 from stanford_alpaca.arguments import parse
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.model import load_tokenizer
 from stanford_alpaca.record import write_card
 from stanford_alpaca.train import evaluation_of, train
 from tests.helpers import evaluations, steps
@@ -321,6 +325,28 @@ def test_options_that_must_not_change_the_steps(arguments, tmp_path, flags):
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
 
 
+def test_kept_cost_rows_hardly_change_the_steps(arguments, tmp_path, monkeypatch):
+    asked, cache = [], CostEmbedding.cache
+    monkeypatch.setattr(CostEmbedding, "cache", lambda self, *given: asked.append(given) or cache(self, *given))
+    settings = {"max_steps": 2, "mode": "emo2", "eval_path": tmp_path / "held.json"}
+    train(arguments(**settings))
+    assert not asked  # a GPU with bf16 would ask
+    for mib in ("8", "0.01"):  # all rows; two of them
+        train(arguments("--cost_cache_mib", mib, output_dir=tmp_path / mib, **settings))
+        for one, two in zip(steps(tmp_path / "out"), steps(tmp_path / mib), strict=True):
+            assert one["loss"] == pytest.approx(two["loss"], rel=1 / 200)
+        exact, kept = (evaluations(folder)[0]["eval_emo"] for folder in (tmp_path / "out", tmp_path / mib))
+        assert exact == pytest.approx(kept, rel=1 / 200) != kept
+    (_, none), (_, counts) = asked
+    labels = torch.tensor([label for labels in training_labels(tmp_path / "train.json") for label in labels if label != -100])
+    assert none is None and torch.equal(counts, labels.bincount(minlength=len(counts)))
+
+
+def training_labels(file: Path) -> list[list[int]]:
+    tokenizer = load_tokenizer(str(Path(__file__).parents[1] / "data" / "tiny-base"), 512)
+    return tokenize_records(load_records(str(file)), tokenizer, 512)[0]["labels"]
+
+
 def test_neftune_disturbs_training_and_not_evaluation(arguments, tmp_path):
     settings = {"max_steps": 1, "learning_rate": 1e-12, "eval_path": tmp_path / "held.json"}
     train(arguments(**settings))
@@ -428,6 +454,9 @@ def test_a_hub_that_refuses_is_one_line(arguments, tmp_path, monkeypatch):
         ({"push_to_hub": True}, [], "--push_to_hub: the hub does not know you"),
         ({"accelerator_config": '{"foo": true}'}, [], "unexpected keyword argument 'foo'"),
         ({"cost": "none.safetensors"}, [], "--cost none.safetensors"),
+        ({"cost_cache_mib": -1}, [], "--cost_cache_mib -1"),
+        ({"cost_cache_mib": 1, "cost": "adaptive"}, [], "--cost_cache_mib: only a cosine cost"),
+        ({"loss_backend": "triton"}, [], "--loss_backend triton needs an NVIDIA GPU"),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list | dict) else None,
 )

@@ -14,6 +14,7 @@ chunks are computed once more in the backward pass. Tokens are taken in the orde
 costs are the same row, stand together.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ class _Job:
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.targets, self.rest = split(targets)
         self.cost, self.objective, self.token_weights, self.kernels = cost, objective, token_weights, kernels
-        self.order = self.targets.argsort() if cost is not None else None
+        shared = cost is not None and cost.rows is not None and self.rest is None  # equal targets have one row of costs
+        self.order = self.targets.argsort(stable=True) if shared else None
 
     @torch.no_grad()
     def run(
@@ -83,8 +85,10 @@ class _Job:
         out = _Result(hidden, weight, bias, needs)
         head = Head(weight.to(hidden.dtype), bias, self.softcap, self.logit_scale)
         limits = self.kernels.CHUNK_LOGITS
-        step = max(16, limits.get(hidden.device.type, limits["cuda"]) // weight.shape[0])
-        for start in range(0, hidden.shape[0], step):
+        most = max(16, limits.get(hidden.device.type, limits["cuda"]) // weight.shape[0])
+        chunks = max(1, math.ceil(len(hidden) / most))
+        step = max(1, math.ceil(len(hidden) / chunks))  # all of nearly one size
+        for start in range(0, len(hidden), step):
             rows: Any = slice(start, start + step)
             rows = rows if self.order is None else self.order[rows]
             self._chunk(hidden[rows], head, rows, out, None if upstream is None else upstream[rows])

@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from stanford_alpaca import Objective, emo_loss, linear_emo_loss
 from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.losses import linear
 
 
 @pytest.fixture
@@ -57,9 +58,9 @@ def test_linear_equals_emo_loss_of_the_logits(batch, reduction, backend):
     hidden, weight, targets, embedding = batch
     bias = torch.randn(30)
     results = []
-    for linear in (True, False):
+    for fused in (True, False):
         h, w, b = (x.clone().requires_grad_() for x in (hidden, weight, bias))
-        if linear:
+        if fused:
             loss = linear_emo_loss(
                 h, w, targets, embedding, bias=b, softcap=5.0, logit_scale=0.5, reduction=reduction, backend=backend
             )
@@ -111,6 +112,28 @@ def test_autocast_uses_its_precision_for_the_output_layer_and_float32_for_the_re
     torch.testing.assert_close(low, want)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_token_weights_multiply_the_losses(batch, reduction):
+    hidden, weight, targets, embedding = batch
+    hidden.requires_grad_()
+    weights, count = torch.rand(3, 7), (targets != -100).sum()
+    rows = linear_emo_loss(hidden, weight, targets, embedding, reduction="none") * weights
+    want = {"mean": rows.sum() / count, "sum": rows.sum(), "none": rows}[reduction]
+    (d_want,) = torch.autograd.grad(want.sum(), hidden)
+    for loss in (
+        linear_emo_loss(hidden, weight, targets, embedding, token_weights=weights, reduction=reduction),
+        emo_loss(hidden @ weight.T, targets, embedding, token_weights=weights, reduction=reduction),
+    ):
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(loss.sum(), hidden)[0], d_want, rtol=1e-4, atol=1e-6)
+
+
+def test_triton_is_refused_where_it_cannot_serve(batch, monkeypatch):
+    monkeypatch.setattr(linear.triton_kernels, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"backend triton cannot serve: .*; choose chunked"):
+        linear_emo_loss(*batch, backend="triton")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -120,6 +143,7 @@ def test_autocast_uses_its_precision_for_the_output_layer_and_float32_for_the_re
         ({"cost_embedding": torch.randn(29, 6)}, "29 rows but there are 30 logits"),
         ({"cost_embedding": None}, "needs a cost embedding"),
         ({"weight": torch.randn(30, 11)}, "hidden has width 10"),
+        ({"token_weights": torch.ones(3)}, r"token_weights have shape \(3,\), wanted \(3, 7\)"),
         ({"mode": "emo3"}, "unknown mode"),
         ({"reduction": "avg"}, "unknown reduction"),
         ({"backend": "cuda"}, "unknown backend 'cuda': choose from auto, reference, chunked, triton"),

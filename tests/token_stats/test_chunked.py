@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.measure import peak_tensors_mib
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.losses import MODES, Objective
 from stanford_alpaca.token_stats import Head, chunked, reference, torch_kernels
@@ -125,6 +126,39 @@ def test_bfloat16_error_is_that_of_pytorch_cross_entropy():
 
     for ours, want, allowed in zip(low[2], true[2], torch_error(), strict=True):
         assert (ours.double() - want).norm() / want.norm() <= 2 * allowed + 1e-6
+
+
+def test_evaluation_computes_no_gradient(monkeypatch):
+    hidden, weight, bias, targets, cost = problem()
+    hidden.requires_grad_()
+    monkeypatch.setattr(torch_kernels.Chunk, "gradient", None)
+    with torch.no_grad():
+        chunked.linear_loss(hidden, Head(weight, bias), targets, cost, Objective("emo"), "sum")
+    with pytest.raises(TypeError):
+        chunked.linear_loss(hidden, Head(weight, bias), targets, cost, Objective("emo"), "sum")
+
+
+def test_costs_are_computed_once_for_equal_targets(monkeypatch):
+    hidden, weight, bias, _, cost = problem(n=64)
+    targets, computed, compute = torch.tensor([7, 3, 9, 40]).repeat(16), [], cost._compute
+    monkeypatch.setattr(cost, "_compute", lambda tokens: computed.extend(tokens.tolist()) or compute(tokens))
+    chunked.linear_loss(hidden, Head(weight, bias), targets, cost, Objective("emo"), "sum")
+    assert computed == [3, 7, 9, 40]  # 16 rows of each, 16 rows in a chunk
+
+
+@pytest.mark.parametrize("mode", ["mle", "emo"])
+def test_extra_memory_is_one_chunk_whatever_the_number_of_tokens(mode, monkeypatch):
+    monkeypatch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * 2000)
+    weight, embedding = torch.randn(2000, 2, requires_grad=True), torch.randn(2000, 2)
+    cost = CostEmbedding(embedding) if mode == "emo" else None
+
+    def peak(n):
+        hidden, targets = torch.randn(n, 2, requires_grad=True), torch.randint(2000, (n,))
+        return peak_tensors_mib(lambda: chunked.linear_loss(hidden, Head(weight), targets, cost, Objective(mode), "sum")[0])
+
+    chunk_mib = 16 * 2000 * 4 / 2**20
+    assert abs(peak(400) - peak(48)) < 0.3 * chunk_mib  # 352 hidden states and their statistics
+    assert peak(400) < 4.5 * chunk_mib  # logits, costs, a block's two scratch tensors, the gradient of the weight
 
 
 @settings(max_examples=40, deadline=None)
