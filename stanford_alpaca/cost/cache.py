@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class CostRows(NamedTuple):
-    """The costs of n targets: those of the k-th are ``table[which[k]]``. At the target itself they may be a little above 0."""
+    """The costs of n targets: those of the k-th are ``table[which[k]]``, except that at the target itself the cost is 0."""
 
     table: Tensor  # [r, V] costs, not negative, of any floating dtype
     which: Tensor  # [n] rows of the table

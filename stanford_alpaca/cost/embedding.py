@@ -62,8 +62,9 @@ class CostEmbedding:
 
     def to(self, device: torch.device | str) -> "CostEmbedding":
         """Moves the rows to the device, in place."""
-        if self.rows is not None and self.directed is not None and self.rows.device != torch.device(device):
-            self.rows, self.directed, self._cache = self.rows.to(device), self.directed.to(device), None
+        if self.rows is not None and self.directed is not None:
+            before, self.rows, self.directed = self.rows, self.rows.to(device), self.directed.to(device)
+            self._cache = self._cache if self.rows is before else None
         return self
 
     def cache(self, mib: float, counts: Tensor | None = None) -> "CostEmbedding":
@@ -83,11 +84,8 @@ class CostEmbedding:
                 "build the cost after resizing the vocabulary"
             )
 
-    def unique_rows(self, targets: Tensor) -> CostRows | None:  # targets [n] -> costs of the different ones, and which is whose
-        """The costs of the targets, computed once for equal ones; None for identity, where all others cost 1.
-
-        An entry at the target itself is of the size of ZERO_BELOW instead of 0 at most.
-        """
+    def unique_rows(self, targets: Tensor) -> CostRows | None:  # [n]
+        """The costs of the targets, computed once for equal ones; None for identity, where all others cost 1."""
         if self.rows is None:
             return None
         if self._cached is not None:

@@ -8,13 +8,14 @@ b = dL/dlog_emo are [chunk] vectors. With others and w, the sums over i != y of 
 
 With soft targets y is the most probable token; what tau gives to others is taken off their gradients, and c_y is not 0.
 
-What touches [chunk, V] beside the matrix products is a ``Chunk``: torch_kernels.py (the specification) or triton_kernels.py.
+What touches the logits beside the matrix products is a ``Block``: torch_kernels.py (the specification) or triton_kernels.py.
 When the loss is summed, the gradients are computed in the forward pass (three matrix products); with reduction "none" the
 chunks are computed once more in the backward pass. Tokens are taken in the order of their targets: equal targets, whose
 costs are the same row, stand together.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,7 +72,9 @@ class _Job:
         self.targets, self.rest = split(targets)
         self.cost, self.objective, self.token_weights, self.kernels = cost, objective, token_weights, kernels
         shared = cost is not None and cost.rows is not None and self.rest is None  # equal targets have one row of costs
-        self.order = self.targets.argsort(stable=True) if shared else None
+        self.order = (
+            self.targets.argsort(stable=True) if shared else torch.arange(len(self.targets), device=self.targets.device)
+        )
 
     @torch.no_grad()
     def run(
@@ -84,24 +87,39 @@ class _Job:
     ) -> _Result:
         out = _Result(hidden, weight, bias, needs)
         head = Head(weight.to(hidden.dtype), bias, self.softcap, self.logit_scale)
-        limits = self.kernels.CHUNK_LOGITS
-        most = max(16, limits.get(hidden.device.type, limits["cuda"]) // weight.shape[0])
+        most = max(16, _limit(self.kernels.CHUNK_LOGITS, hidden) // len(weight))
         chunks = max(1, math.ceil(len(hidden) / most))
-        step = max(1, math.ceil(len(hidden) / chunks))  # all of nearly one size
-        for start in range(0, len(hidden), step):
-            rows: Any = slice(start, start + step)
-            rows = rows if self.order is None else self.order[rows]
-            self._chunk(hidden[rows], head, rows, out, None if upstream is None else upstream[rows])
+        for rows in self.order.split(max(1, math.ceil(len(hidden) / chunks))):  # all of nearly one size
+            self._chunk(hidden[rows], head, rows, out, upstream)
         return out
 
-    def _chunk(self, h: Tensor, head: Head, rows, out: _Result, upstream: Tensor | None) -> None:
+    def _chunk(self, h: Tensor, head: Head, rows: Tensor, out: _Result, upstream: Tensor | None) -> None:
+        z = h @ head.weight.T  # [chunk, V]; turns into its gradient, block by block
+        costs = self._costs(rows, len(head.weight))
+        for block in _slices(len(rows), max(1, _limit(self.kernels.BLOCK_LOGITS, z) // z.shape[1])):
+            part = None if costs is None else CostRows(costs.table, costs.which[block])
+            self._block(z[block], head, rows[block], part, out, upstream)
+        if out.learning:
+            _through_head(z, h, head.weight, rows, out)
+
+    def _costs(self, rows: Tensor, vocab_size: int) -> CostRows | None:
+        y = self.targets[rows]
+        if self.cost is None:
+            return None
+        if self.rest is None:
+            return self.cost.unique_rows(y)
+        rest = self.rest.ids[rows], self.rest.probs[rows]
+        return CostRows(self.cost.costs(y, vocab_size, rest), torch.arange(len(y), device=y.device))
+
+    def _block(
+        self, z: Tensor, head: Head, rows: Tensor, costs: CostRows | None, out: _Result, upstream: Tensor | None
+    ) -> None:
         y = self.targets[rows]
         rest = None if self.rest is None else SoftTargets(self.rest.ids[rows], self.rest.probs[rows])
-        costs = self._costs(y, rest, len(head.weight))
-        chunk = self.kernels.Chunk(h @ head.weight.T, head, y, costs)
-        z_y = chunk.at(y[:, None])
-        z_rest = z_y if rest is None else chunk.at(rest.ids)
-        gap, others, log_w = chunk.statistics()
+        block = self.kernels.Block(z, head, y, costs)
+        z_y = block.at(y[:, None])
+        z_rest = z_y if rest is None else block.at(rest.ids)
+        gap, others, log_w = block.statistics()
         margin = others - gap
         nll = -logsigmoid(-margin)
         if rest is not None:
@@ -114,14 +132,12 @@ class _Job:
             log_emo = torch.where(log_w_all > -torch.inf, log_w_all - others + logsigmoid(margin), -torch.inf)
             out.log_emo[rows] = log_emo
         out.nll[rows] = nll
-        loss, a, b = _derivatives(
-            self.objective, nll, log_emo, None if self.token_weights is None else self.token_weights[rows]
-        )
-        out.loss[rows] = loss
+        weights = None if self.token_weights is None else self.token_weights[rows]
+        out.loss[rows], a, b = _derivatives(self.objective, nll, log_emo, weights)
         if not out.learning:
             return
         if upstream is not None:
-            a, b = a * upstream, b * upstream
+            a, b = a * upstream[rows], b * upstream[rows]
 
         p_others, p_y = margin.sigmoid(), (-margin).sigmoid()
         g_y = -a * p_others - b * p_y
@@ -129,17 +145,17 @@ class _Job:
         if rest is not None:  # minus the sum of the others, tau included
             paid = torch.where(b != 0, b * torch.exp(log_w - log_w_all), 0.0)
             g_y = a * rest.probs.sum(1) - alpha - paid
-        g = chunk.gradient(others, log_w_all, alpha, b, g_y)
+        block.gradient(others, log_w_all, alpha, b, g_y)
         if rest is not None:
-            g.scatter_add_(1, rest.ids, (-a[:, None] * rest.probs * head.slope(z_rest)).to(g.dtype))
-        _through_head(g, h, head.weight, rows, out)
+            z.scatter_add_(1, rest.ids, (-a[:, None] * rest.probs * head.slope(z_rest)).to(z.dtype))
 
-    def _costs(self, y: Tensor, rest: SoftTargets | None, vocab_size: int) -> CostRows | None:
-        if self.cost is None:
-            return None
-        if rest is None:
-            return self.cost.unique_rows(y)
-        return CostRows(self.cost.costs(y, vocab_size, rest), torch.arange(len(y), device=y.device))
+
+def _limit(logits: dict[str, int], tensor: Tensor) -> int:
+    return logits.get(tensor.device.type, logits["cuda"])
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def _cost_at(costs: CostRows | None, y: Tensor) -> Tensor:
@@ -147,7 +163,7 @@ def _cost_at(costs: CostRows | None, y: Tensor) -> Tensor:
     return costs.table[costs.which, y]
 
 
-def _through_head(g: Tensor, h: Tensor, weight: Tensor, rows: Any, out: _Result) -> None:
+def _through_head(g: Tensor, h: Tensor, weight: Tensor, rows: Tensor, out: _Result) -> None:
     if out.d_bias is not None:
         out.d_bias += g.sum(0, dtype=out.d_bias.dtype)
     if out.d_hidden is not None:
@@ -158,8 +174,8 @@ def _through_head(g: Tensor, h: Tensor, weight: Tensor, rows: Any, out: _Result)
         out.d_weight.addmm_(g.T, h)
     else:  # a product in the lower precision, added in the higher one
         step = max(1, TILE_PRODUCTS // h.shape[1])
-        for tile in range(0, len(weight), step):
-            out.d_weight[tile : tile + step] += g[:, tile : tile + step].T @ h
+        for tile in _slices(len(weight), step):
+            out.d_weight[tile] += g[:, tile].T @ h
 
 
 def _derivatives(

@@ -1,13 +1,8 @@
-"""What touches [n, V] beside the matrix products, in PyTorch: the statistics of a chunk and the gradient of its logits.
+"""What touches [n, V] beside the matrix products, in PyTorch: the statistics of n tokens and the gradient of their logits.
 
-Both are written in q, the distribution over the tokens other than the target y: nothing cancels where the model is sure.
-
-    others = logsumexp_{i != y}(z_i)     q_i = exp(z_i - others)     log w = others + log sum_{i != y} q_i c_i
-
-One exponential per logit is all it takes: sums of non-negative terms need no logarithm of the costs.
+Both are sums over the tokens other than the target y, of terms that are not negative: nothing cancels where the model is sure.
+One exponential per logit is all it takes, and no logarithm of the costs.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,15 +10,15 @@ from torch import Tensor
 from stanford_alpaca.cost import CostRows
 from stanford_alpaca.token_stats import Head
 
-CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # logits held at a time: 96 MiB and 512 MiB in float32
-BLOCK_LOGITS = {"cpu": 2**19}  # logits worked on at a time: on a CPU what stays in its caches
+CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # held at a time: 96 MiB and 512 MiB in float32
+BLOCK_LOGITS = {"cpu": 2**20, "cuda": 2**27}  # worked on at a time: on a CPU what stays in its caches
 UNDERFLOW = 1e-25  # relative to the greatest of the others: below it sums may have lost terms to underflow
 
 
-class Chunk:
+class Block:
     """The logits z = softcap(logit_scale * (product + bias)) of n tokens, in float32 (float64 if the product is).
 
-    ``statistics`` comes first, then ``at`` as needed, ``gradient`` last: each overwrites what the one before has left.
+    ``at`` comes first, as needed, then ``statistics``, ``gradient`` last: each overwrites what the one before has left.
     """
 
     def __init__(
@@ -40,9 +35,8 @@ class Chunk:
             z *= head.logit_scale
         if head.softcap is not None:
             z.div_(head.softcap).tanh_().mul_(head.softcap)
-        self._z, self._y, self._costs, self._head, self._dtype = z, targets[:, None], costs, head, product.dtype
+        self._product, self._z, self._y, self._costs, self._head = product, z, targets[:, None], costs, head
         self._slope: Tensor | None = None if head.softcap is None else head.slope(z)  # [n, V], while z is there
-        self._underflown: list[tuple[Tensor, Tensor]] = []  # rows, and their z + log c
 
     def at(self, ids: Tensor) -> Tensor:  # [n, k] -> [n, k]
         """The logits of these tokens; before ``statistics``."""
@@ -56,25 +50,21 @@ class Chunk:
         """
         z_y = self._z.gather(1, self._y).squeeze(1)
         z = self._z.scatter_(1, self._y, -torch.inf)
-        top, total, log_w = (torch.empty_like(z_y) for _ in range(3))
-        for rows in self._blocks():
-            top[rows] = z[rows].amax(1).clamp_min_(torch.finfo(z.dtype).min)  # finite even where there are no others
-            shifted = z[rows] - top[rows, None]
-            e = torch.exp(shifted, out=z[rows])
-            total[rows] = e.sum(1)
-            if self._costs is not None:
-                log_w[rows] = self._log_w(rows, e, shifted)
-        return z_y - top, total.log_(), None if self._costs is None else log_w
+        top = z.amax(1).clamp_min_(torch.finfo(z.dtype).min)  # finite even where there are no others
+        shifted = z - top[:, None]
+        e = torch.exp(shifted, out=z)
+        return z_y - top, e.sum(1).log_(), self._log_w(e, shifted)
 
-    def _log_w(self, rows: slice, e: Tensor, shifted: Tensor) -> Tensor:  # [b]
-        c = self._costs_of(rows)
+    def _log_w(self, e: Tensor, shifted: Tensor) -> Tensor | None:  # [n]
+        if self._costs is None:
+            return None
+        c = self._costs_of_tokens()
         w = torch.mul(e, c).sum(1)
-        lost = w < UNDERFLOW
+        self._lost = (w < UNDERFLOW).nonzero().squeeze(1)
         log_w = w.log_()
-        if lost.any():  # what costs anything is out of reach, or its exponentials are: once more with logarithms
-            logs = c[lost].log_().add_(shifted[lost])
-            log_w[lost] = logs.logsumexp(1)
-            self._underflown.append((rows.start + lost.nonzero().squeeze(1), logs))
+        if len(self._lost):  # what costs anything is out of reach, or its exponentials are: once more with logarithms
+            self._logs = c[self._lost].log_().add_(shifted[self._lost])
+            log_w[self._lost] = self._logs.logsumexp(1)
         return log_w
 
     def gradient(
@@ -84,34 +74,28 @@ class Chunk:
         alpha: Tensor,  # [n]
         beta: Tensor,  # [n]; 0 where log_w is -inf
         g_y: Tensor,  # [n]
-    ) -> Tensor:  # [n, V] in the dtype of the product
-        """alpha exp(z_i - others) + beta c_i exp(z_i - log_w) for i != y, g_y for y; each times dz_i / dproduct_i."""
+    ) -> Tensor:  # [n, V]: the product, overwritten
+        """dz_i / dproduct_i times g_y for y, times alpha exp(z_i - others) + beta c_i exp(z_i - log_w) for the others.
+
+        Without costs log_w and beta are not read.
+        """
         g = self._z
         scale = torch.where(others > -torch.inf, alpha * torch.exp(-others), 0.0)
         if self._costs is None or log_w is None:
             g.mul_(scale[:, None])
         else:
-            share = torch.where(beta != 0, beta * torch.exp(-log_w), 0.0)
-            for lost, _ in self._underflown:
-                share[lost] = 0.0
-            for rows in self._blocks():
-                g[rows].mul_(self._costs_of(rows).mul_(share[rows, None]).add_(scale[rows, None]))
-            for lost, logs in self._underflown:
-                safe = torch.where(log_w[lost] > -torch.inf, log_w[lost], 0.0)
-                g[lost] += beta[lost, None] * torch.exp(logs - safe[:, None])
+            share = torch.where(beta != 0, beta * torch.exp(-log_w), 0.0).index_fill_(0, self._lost, 0.0)
+            g.mul_(self._costs_of_tokens().mul_(share[:, None]).add_(scale[:, None]))
+            if len(self._lost):
+                safe = torch.where(log_w > -torch.inf, log_w, 0.0)[self._lost, None]
+                g[self._lost] += beta[self._lost, None] * torch.exp(self._logs - safe)
         g.scatter_(1, self._y, g_y[:, None])
         if self._slope is not None:
             g.mul_(self._slope)
         elif self._head.logit_scale is not None:
             g.mul_(self._head.logit_scale)
-        return g.to(self._dtype)
+        return g if g is self._product else self._product.copy_(g)
 
-    def _blocks(self) -> Iterator[slice]:
-        n, vocab_size = self._z.shape
-        logits = BLOCK_LOGITS.get(self._z.device.type)
-        step = n if logits is None else max(1, logits // vocab_size)
-        return (slice(start, min(start + step, n)) for start in range(0, n, max(step, 1)))
-
-    def _costs_of(self, rows: slice) -> Tensor:  # [b, V], a new tensor
+    def _costs_of_tokens(self) -> Tensor:  # [n, V], a new tensor
         assert self._costs is not None
-        return self._costs.table.index_select(0, self._costs.which[rows]).to(self._z.dtype)
+        return self._costs.table.index_select(0, self._costs.which).to(self._z.dtype)
