@@ -120,7 +120,7 @@ def test_random_shapes_scales_and_masks(vocab, n, scale, masked, dtype, free, se
     torch.manual_seed(seed)
     product = (scale * torch.randn(n, vocab)).to(dtype).masked_fill_(torch.rand(n, vocab) < masked, -INF)
     costs = torch.rand(2, vocab).masked_fill_(torch.rand(2, vocab) < free, 0.0)
-    check(product, torch.randint(vocab, (n,)), CostRows(costs, torch.randint(2, (n,))))
+    check(product, torch.randint(vocab, (n,)), CostRows(costs, torch.randint(2, (n,))), below=8 * scale)
 
 
 def test_a_vocabulary_of_one_token():
@@ -257,7 +257,7 @@ def test_what_is_launched_compiles_without_spilling_registers(capability, monkey
     product, targets, costs, head = problem(torch.bfloat16, vocab=64, cost_dtype=torch.bfloat16, **FULL_HEAD)
     ones = torch.ones(5)
     for arguments in ((product, Head(None), targets, None), (product, head, targets, costs)):
-        chunk = module.Chunk(*arguments)
+        chunk = module.Block(*arguments)
         chunk.statistics()
         chunk.gradient(ones, ones, ones, ones, ones)
     assert [kernel.name for kernel in compiled] == ["_statistics", "_gradient"] * 2
