@@ -91,8 +91,9 @@ class CostEmbedding:
         if self.rows is None:
             return None
         if self._cached is not None:
-            self._cache = self._cache or CostCache(len(self.rows), self.rows.device, **self._cached)
-            return self._cache.rows(targets, self._compute)
+            with torch.inference_mode(False):  # what it makes could not be written to outside
+                self._cache = self._cache or CostCache(len(self.rows), self.rows.device, **self._cached)
+                return self._cache.rows(targets, self._compute)
         tokens, index = targets.unique(return_inverse=True)
         return CostRows(self._compute(tokens), index)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from stanford_alpaca.cost import CostEmbedding, CostRows
@@ -127,8 +128,9 @@ class _Job:
         g_y = -a * p_others - b * p_y
         alpha = (a - b) * p_others if costs is not None else -g_y
         if rest is not None:  # minus the sum of the others, tau included
-            paid = torch.where(b != 0, b * torch.exp(log_w - log_w_all), 0.0)
-            g_y = a * rest.probs.sum(1) - alpha - paid
+            g_y = a * rest.probs.sum(1) - alpha
+            if log_w_all is not None:
+                g_y -= torch.where(b != 0, b * torch.exp(log_w - log_w_all), 0.0)
         g = chunk.gradient(others, log_w_all, alpha, b, g_y)
         if rest is not None:
             g.scatter_add_(1, rest.ids, (-a[:, None] * rest.probs * head.slope(z_rest)).to(g.dtype))
@@ -196,6 +198,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss, out.nll, out.log_emo
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *upstream):
         grad = upstream[0]
         if ctx.reduction == "sum":

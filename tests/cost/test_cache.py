@@ -81,6 +81,13 @@ def test_without_room_for_all_the_most_frequent_targets_are_kept_else_the_first(
         assert set(range(V)) - set(seen) == kept
 
 
+def test_rows_that_are_kept_while_evaluating_serve_training(embedding):
+    cost = CostEmbedding(embedding).cache(1)
+    with torch.inference_mode():
+        first = cost.costs(torch.tensor([5]), V)
+    assert torch.equal(cost.costs(torch.tensor([5, 7]), V)[:1], first)
+
+
 def test_no_budget_means_exact_costs(embedding):
     tokens = torch.arange(V)
     assert torch.equal(CostEmbedding(embedding).cache(1).cache(0).costs(tokens, V), CostEmbedding(embedding).costs(tokens, V))

@@ -112,8 +112,9 @@ def test_autocast_uses_its_precision_for_the_output_layer_and_float32_for_the_re
     torch.testing.assert_close(low, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_token_weights_multiply_the_losses(batch, reduction):
+def test_token_weights_multiply_the_losses(batch, reduction, dtype):
     hidden, weight, targets, embedding = batch
     hidden.requires_grad_()
     weights, count = torch.rand(3, 7), (targets != -100).sum()
@@ -121,8 +122,8 @@ def test_token_weights_multiply_the_losses(batch, reduction):
     want = {"mean": rows.sum() / count, "sum": rows.sum(), "none": rows}[reduction]
     (d_want,) = torch.autograd.grad(want.sum(), hidden)
     for loss in (
-        linear_emo_loss(hidden, weight, targets, embedding, token_weights=weights, reduction=reduction),
-        emo_loss(hidden @ weight.T, targets, embedding, token_weights=weights, reduction=reduction),
+        linear_emo_loss(hidden, weight, targets, embedding, token_weights=weights.to(dtype), reduction=reduction),
+        emo_loss(hidden @ weight.T, targets, embedding, token_weights=weights.to(dtype), reduction=reduction),
     ):
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.autograd.grad(loss.sum(), hidden)[0], d_want, rtol=1e-4, atol=1e-6)

@@ -128,6 +128,16 @@ def test_bfloat16_error_is_that_of_pytorch_cross_entropy():
         assert (ours.double() - want).norm() / want.norm() <= 2 * allowed + 1e-6
 
 
+def test_second_derivatives_are_an_error_and_not_zero():
+    hidden, weight, bias, targets, cost = problem()
+    hidden.requires_grad_()
+    for reduction in ("sum", "none"):
+        loss, _ = chunked.linear_loss(hidden, Head(weight, bias), targets, cost, Objective("emo"), reduction)
+        (grad,) = torch.autograd.grad(loss.sum() * hidden.sum(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
 def test_evaluation_computes_no_gradient(monkeypatch):
     hidden, weight, bias, targets, cost = problem()
     hidden.requires_grad_()
