@@ -9,9 +9,9 @@ b = dL/dlog_emo are [chunk] vectors. With others and w, the sums over i != y of 
 With soft targets y is the most probable token; what tau gives to others is taken off their gradients, and c_y is not 0.
 
 What touches [chunk, V] beside the matrix products is a ``Chunk``: torch_kernels.py (the specification) or triton_kernels.py.
-When the loss is summed, the gradients are computed in the forward pass (three matrix products); with reduction "none" the
-chunks are computed once more in the backward pass. Tokens are taken in the order of their targets: equal targets, whose
-costs are the same row, stand together.
+When the loss is summed, the gradients are computed in the forward pass (three matrix products). With reduction "none", and in
+float16, whose range needs the loss scale that arrives later, the chunks are computed once more in the backward pass. Tokens
+are taken in the order of their targets: equal targets, whose costs are the same row, stand together.
 """
 
 import math
@@ -184,31 +184,29 @@ def _derivatives(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, job, reduction):
-        ctx.job, ctx.reduction = job, reduction
-        needs = tuple(ctx.needs_input_grad[:3])
-        if reduction == "sum":
-            out = job.run(hidden, weight, bias, needs)
+        ctx.job = job
+        ctx.early = reduction == "sum" and hidden.dtype != torch.float16
+        if ctx.early:
+            out = job.run(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]))
             ctx.grads = [None if g is None else g.to(x.dtype) for g, x in _pairs(out, hidden, weight, bias)]
-            loss = out.loss.sum()
         else:
             out = job.run(hidden, weight, bias)
             ctx.save_for_backward(hidden, weight, bias)
-            loss = out.loss
         ctx.mark_non_differentiable(out.nll, out.log_emo)
-        return loss, out.nll, out.log_emo
+        return out.loss.sum() if reduction == "sum" else out.loss, out.nll, out.log_emo
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
         grad = upstream[0]
-        if ctx.reduction == "sum":
+        if ctx.early:
             if ctx.grads is None:
                 raise RuntimeError("backward a second time: the gradients were freed after the first")
             grads = [None if g is None else g.mul_(grad) for g in ctx.grads]
             ctx.grads = None  # a second backward is an error, as for any freed graph
         else:
             hidden, weight, bias = ctx.saved_tensors
-            out = ctx.job.run(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]), grad)
+            out = ctx.job.run(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]), grad.expand(len(hidden)))
             grads = [None if g is None else g.to(x.dtype) for g, x in _pairs(out, hidden, weight, bias)]
         return *grads, None, None
 

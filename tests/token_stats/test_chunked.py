@@ -128,6 +128,20 @@ def test_bfloat16_error_is_that_of_pytorch_cross_entropy():
         assert (ours.double() - want).norm() / want.norm() <= 2 * allowed + 1e-6
 
 
+def test_float16_keeps_its_range_for_the_scaled_gradient():
+    hidden, targets = torch.full((6000, 2), 15.0).half().requires_grad_(), torch.zeros(6000, dtype=torch.long)
+    weight = torch.zeros(50, 2, requires_grad=True)
+    loss, _ = chunked.linear_loss(hidden, Head(weight), targets, None, Objective("mle"), "sum")
+    (d_weight,) = torch.autograd.grad(loss / 6000, weight)  # the sum alone is 88200
+    torch.testing.assert_close(d_weight[0], torch.full((2,), -14.7), rtol=1e-3, atol=0)
+
+    hidden, weight = torch.tensor([[18.0, 1.0]]).half().requires_grad_(), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    loss, _ = chunked.linear_loss(hidden, Head(weight), targets[:1], None, Objective("mle"), "sum")
+    (d_hidden,) = torch.autograd.grad(loss * 65536, hidden)  # 4e-8 is 0 in float16 and what a multiple of 6e-8 it is
+    p = 65536 * torch.tensor(-17.0).sigmoid()
+    torch.testing.assert_close(d_hidden.float(), torch.stack([-p, p])[None], rtol=1e-3, atol=0)
+
+
 def test_second_derivatives_are_an_error_and_not_zero():
     hidden, weight, bias, targets, cost = problem()
     hidden.requires_grad_()
