@@ -119,6 +119,8 @@ def linear_loss_and_stats(
     vocab_size, width = head.weight.shape
     if hidden.shape[-1] != width:
         raise ValueError(f"hidden has width {hidden.shape[-1]} but the weight is {tuple(head.weight.shape)}")
+    if head.bias is not None and head.bias.shape != (vocab_size,):  # a kernel would read past its end
+        raise ValueError(f"bias has shape {tuple(head.bias.shape)}, wanted {(vocab_size,)}")
     objective, cost, keep = _checked(mode, cost_embedding, hidden, targets, reduction, ignore_index, vocab_size)
     device = hidden.device.type
     kept = hidden[keep]

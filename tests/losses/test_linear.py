@@ -144,6 +144,8 @@ def test_triton_is_refused_where_it_cannot_serve(batch, monkeypatch):
         ({"cost_embedding": torch.randn(29, 6)}, "29 rows but there are 30 logits"),
         ({"cost_embedding": None}, "needs a cost embedding"),
         ({"weight": torch.randn(30, 11)}, "hidden has width 10"),
+        ({"bias": torch.zeros(29)}, r"bias has shape \(29,\), wanted \(30,\)"),
+        ({"bias": torch.zeros(1)}, r"bias has shape \(1,\), wanted \(30,\)"),
         ({"token_weights": torch.ones(3)}, r"token_weights have shape \(3,\), wanted \(3, 7\)"),
         ({"mode": "emo3"}, "unknown mode"),
         ({"reduction": "avg"}, "unknown reduction"),
