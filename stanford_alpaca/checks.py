@@ -106,7 +106,7 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
     if objective.cost_cache_mib is not None:
         if not 0 <= objective.cost_cache_mib < math.inf:
             raise UserError(f"--cost_cache_mib {objective.cost_cache_mib}: give 0 (none) or more")
-        if objective.cost == "adaptive" or objective.cost_kind == "identity":
+        if objective.cost_cache_mib and (objective.cost == "adaptive" or objective.cost_kind == "identity"):
             raise UserError("--cost_cache_mib: only a cosine cost that is not adaptive has rows to keep")
     if objective.loss_backend == "triton" and not torch.cuda.is_available():
         raise UserError("--loss_backend triton needs an NVIDIA GPU: choose chunked")

@@ -139,7 +139,8 @@ def cache_costs(cost: CostEmbedding | None, run: Run, examples: Dataset | Exampl
     """Keeps rows of a frozen cost from step to step, within --cost_cache_mib."""
     mib, training = run.objective.cost_cache_mib, run.training
     if mib is None:
-        mib = 2048 if torch.cuda.is_available() and (training.bf16 or training.fp16) else 0
+        every_step = run.objective.objective().needs_emo and run.model.teacher is None  # else evaluation alone reads rows
+        mib = 2048 if every_step and torch.cuda.is_available() and (training.bf16 or training.fp16) else 0
     if cost is None or cost.rows is None or not mib:
         return
     vocab_size, counts = len(cost.rows), None

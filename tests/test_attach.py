@@ -197,7 +197,7 @@ def test_models_that_cannot_be_served_and_bad_arguments(make_model):
     with pytest.raises(ValueError, match="96 rows but there are 97 logits"):
         attach_objective(model, "emo", torch.randn(96, 4))
     with pytest.raises(ValueError, match="unknown backend"):
-        attach_objective(model, "emo", backend="triton")
+        attach_objective(model, "emo", backend="cuda")
     assert not hasattr(model, "emo_objective")
     with pytest.raises(ValueError, match="cannot be served"):
         attach_objective(make_model("llama").to("meta"), "emo")

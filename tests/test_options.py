@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
 
@@ -19,7 +20,7 @@ from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.model import load_tokenizer
 from stanford_alpaca.record import write_card
-from stanford_alpaca.train import evaluation_of, train
+from stanford_alpaca.train import cache_costs, evaluation_of, train
 from tests.helpers import evaluations, steps
 
 
@@ -340,6 +341,19 @@ def test_kept_cost_rows_hardly_change_the_steps(arguments, tmp_path, monkeypatch
     (_, none), (_, counts) = asked
     labels = torch.tensor([label for labels in training_labels(tmp_path / "train.json") for label in labels if label != -100])
     assert none is None and torch.equal(counts, labels.bincount(minlength=len(counts)))
+
+
+def test_rows_are_kept_unasked_where_every_step_reads_them(arguments, tmp_path, monkeypatch):
+    def kept(**changes):
+        run, cost = parse(arguments(**changes)), CostEmbedding(torch.randn(5, 2))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        run.training.bf16 = True
+        cache_costs(cost, run, Dataset.from_dict({}))
+        monkeypatch.undo()
+        return cost._cached is not None
+
+    assert kept(mode="emo") and kept(mode="mle", cost_cache_mib=1)
+    assert not kept(mode="mle") and not kept(mode="emo", teacher="teacher")
 
 
 def training_labels(file: Path) -> list[list[int]]:

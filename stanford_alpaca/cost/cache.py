@@ -18,7 +18,8 @@ class CostCache:
     """bfloat16 rows of the targets seen so far, as many as the budget holds.
 
     Storing c (not the cosine) in bfloat16 changes each cost by at most 1/256 of itself, and so it does emo, a mean of costs.
-    All rows are rounded, also those that find no room: a result does not depend on what came before.
+    All rows are rounded, also those that find no room: a result does not depend on what came before (but for the last digit of
+    a cost here and there, where a float32 product of other rows rounds otherwise).
     """
 
     def __init__(

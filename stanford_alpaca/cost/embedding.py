@@ -1,5 +1,6 @@
 """The transport cost between tokens, read from an embedding: c_i = 1 - cos(e_i, e_y)  (EMO paper, section 3.2)."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,13 @@ class CostEmbedding:
 
         Each cost, and so emo, then has a relative error of at most 1/256. Rows are computed when a target first comes: all of
         them if they fit (2 V^2 bytes), else those of the most frequent targets by ``counts`` [V], else the first that come.
+        Soft targets have expected costs of their own and use none of them. Raises ValueError for a budget or counts that
+        cannot be.
         """
+        if not 0 <= mib < math.inf:
+            raise ValueError(f"the budget of kept cost rows is {mib} MiB: give 0 (none) or more")
+        if counts is not None and self.rows is not None and counts.shape != self.rows.shape[:1]:
+            raise ValueError(f"counts have shape {tuple(counts.shape)}, wanted {tuple(self.rows.shape[:1])}")
         self._cached, self._cache = {"mib": mib, "counts": counts} if mib > 0 else None, None
         return self
 
@@ -89,8 +96,9 @@ class CostEmbedding:
         if self.rows is None:
             return None
         if self._cached is not None:
-            self._cache = self._cache or CostCache(len(self.rows), self.rows.device, **self._cached)
-            return self._cache.rows(targets, self._compute)
+            with torch.inference_mode(False):  # what it makes could not be written to outside
+                self._cache = self._cache or CostCache(len(self.rows), self.rows.device, **self._cached)
+                return self._cache.rows(targets, self._compute)
         tokens, index = targets.unique(return_inverse=True)
         return CostRows(self._compute(tokens), index)
 

@@ -55,7 +55,7 @@ def emo_loss(
     stats = reference.token_stats(kept, _kept_targets(targets, soft_targets, keep, objective, kept, logits.shape[-1]), cost)
     loss = objective(*stats)
     if token_weights is not None:
-        loss = loss * _kept_weights(token_weights, keep)
+        loss = loss * _kept_weights(token_weights, keep, kept)
     return _reduced(loss.sum() if reduction != "none" else loss, keep, reduction, None)
 
 
@@ -119,6 +119,8 @@ def linear_loss_and_stats(
     vocab_size, width = head.weight.shape
     if hidden.shape[-1] != width:
         raise ValueError(f"hidden has width {hidden.shape[-1]} but the weight is {tuple(head.weight.shape)}")
+    if head.bias is not None and head.bias.shape != (vocab_size,):  # a kernel would read past its end
+        raise ValueError(f"bias has shape {tuple(head.bias.shape)}, wanted {(vocab_size,)}")
     objective, cost, keep = _checked(mode, cost_embedding, hidden, targets, reduction, ignore_index, vocab_size)
     device = hidden.device.type
     kept = hidden[keep]
@@ -127,7 +129,7 @@ def linear_loss_and_stats(
     kept_targets = _kept_targets(targets, soft_targets, keep, objective, kept, vocab_size)
     with torch.autocast(device, enabled=False):  # statistics and costs stay in float32
         inner = "none" if reduction == "none" else "sum"
-        weights = None if token_weights is None else _kept_weights(token_weights, keep)
+        weights = None if token_weights is None else _kept_weights(token_weights, keep, kept)
         loss, stats = _backend(backend, kept, head.weight)(kept, head, kept_targets, cost, objective, inner, weights)
     return _reduced(loss, keep, reduction, num_items), stats
 
@@ -196,10 +198,10 @@ def _kept_targets(
     return SoftTargets(ids, probs / total)
 
 
-def _kept_weights(weights: Tensor, keep: Tensor) -> Tensor:
+def _kept_weights(weights: Tensor, keep: Tensor, kept: Tensor) -> Tensor:  # [N] in the dtype of the statistics
     if weights.shape != keep.shape:
         raise ValueError(f"token_weights have shape {tuple(weights.shape)}, wanted {tuple(keep.shape)}")
-    return weights.detach()[keep]
+    return weights.detach()[keep].to(torch.promote_types(kept.dtype, torch.float32))
 
 
 def _reduced(loss: Tensor, keep: Tensor, reduction: str, num_items: Tensor | int | None) -> Tensor:
@@ -207,4 +209,5 @@ def _reduced(loss: Tensor, keep: Tensor, reduction: str, num_items: Tensor | int
         return loss.new_zeros(keep.shape).masked_scatter(keep, loss)
     if reduction == "sum":
         return loss
-    return loss / (keep.sum().clamp_min(1) if num_items is None else num_items)
+    count = keep.sum() if num_items is None else torch.as_tensor(num_items)
+    return loss / count.clamp_min(1)

@@ -39,8 +39,8 @@ class Head(NamedTuple):
 
     def slope(self, z: Tensor) -> Tensor:
         """How much the logits z, of any shape, move with hidden @ weight.T."""
-        slope = torch.ones_like(z) if self.softcap is None else 1 - (z / self.softcap) ** 2
-        return slope if self.logit_scale is None else slope * self.logit_scale
+        slope = torch.ones_like(z) if self.softcap is None else (z / self.softcap).square_().neg_().add_(1)
+        return slope if self.logit_scale is None else slope.mul_(self.logit_scale)
 
 
 LossOfStats = Callable[[Tensor, "Tensor | None"], Tensor]  # ([N] nll, [N] log_emo) -> [N] loss

@@ -9,9 +9,9 @@ b = dL/dlog_emo are [chunk] vectors. With others and w, the sums over i != y of 
 With soft targets y is the most probable token; what tau gives to others is taken off their gradients, and c_y is not 0.
 
 What touches the logits beside the matrix products is a ``Block``: torch_kernels.py (the specification) or triton_kernels.py.
-When the loss is summed, the gradients are computed in the forward pass (three matrix products); with reduction "none" the
-chunks are computed once more in the backward pass. Tokens are taken in the order of their targets: equal targets, whose
-costs are the same row, stand together.
+When the loss is summed, the gradients are computed in the forward pass (three matrix products). With reduction "none", and in
+float16, whose range needs the loss scale that arrives later, the chunks are computed once more in the backward pass. Tokens
+are taken in the order of their targets: equal targets, whose costs are the same row, stand together.
 """
 
 import math
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from stanford_alpaca.cost import CostEmbedding, CostRows
@@ -128,14 +129,19 @@ class _Job:
         log_emo = log_w_all = None
         if self.cost is not None:
             log_w = others if log_w is None else log_w  # identity: every other token costs 1
-            log_w_all = log_w if rest is None else torch.logaddexp(log_w, gap + _cost_at(costs, y).to(gap.dtype).log())
+            log_w_all = log_w
+            if rest is not None and costs is not None:
+                at_target = costs.table[costs.which, y].to(gap.dtype)
+                log_w_all = torch.logaddexp(log_w, gap + at_target.log())
             log_emo = torch.where(log_w_all > -torch.inf, log_w_all - others + logsigmoid(margin), -torch.inf)
             out.log_emo[rows] = log_emo
         out.nll[rows] = nll
         weights = None if self.token_weights is None else self.token_weights[rows]
-        out.loss[rows], a, b = _derivatives(self.objective, nll, log_emo, weights)
         if not out.learning:
+            loss = self.objective(nll, log_emo)
+            out.loss[rows] = loss if weights is None else loss * weights
             return
+        out.loss[rows], a, b = _derivatives(self.objective, nll, log_emo, weights)
         if upstream is not None:
             a, b = a * upstream[rows], b * upstream[rows]
 
@@ -143,8 +149,9 @@ class _Job:
         g_y = -a * p_others - b * p_y
         alpha = (a - b) * p_others if costs is not None else -g_y
         if rest is not None:  # minus the sum of the others, tau included
-            paid = torch.where(b != 0, b * torch.exp(log_w - log_w_all), 0.0)
-            g_y = a * rest.probs.sum(1) - alpha - paid
+            g_y = a * rest.probs.sum(1) - alpha
+            if log_w_all is not None:
+                g_y -= torch.where(b != 0, b * torch.exp(log_w - log_w_all), 0.0)
         block.gradient(others, log_w_all, alpha, b, g_y)
         if rest is not None:
             z.scatter_add_(1, rest.ids, (-a[:, None] * rest.probs * head.slope(z_rest)).to(z.dtype))
@@ -156,11 +163,6 @@ def _limit(logits: dict[str, int], tensor: Tensor) -> int:
 
 def _slices(count: int, step: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, count, step))
-
-
-def _cost_at(costs: CostRows | None, y: Tensor) -> Tensor:
-    assert costs is not None
-    return costs.table[costs.which, y]
 
 
 def _through_head(g: Tensor, h: Tensor, weight: Tensor, rows: Tensor, out: _Result) -> None:
@@ -198,30 +200,29 @@ def _derivatives(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, job, reduction):
-        ctx.job, ctx.reduction = job, reduction
-        needs = tuple(ctx.needs_input_grad[:3])
-        if reduction == "sum":
-            out = job.run(hidden, weight, bias, needs)
+        ctx.job = job
+        ctx.early = reduction == "sum" and hidden.dtype != torch.float16
+        if ctx.early:
+            out = job.run(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]))
             ctx.grads = [None if g is None else g.to(x.dtype) for g, x in _pairs(out, hidden, weight, bias)]
-            loss = out.loss.sum()
         else:
             out = job.run(hidden, weight, bias)
             ctx.save_for_backward(hidden, weight, bias)
-            loss = out.loss
         ctx.mark_non_differentiable(out.nll, out.log_emo)
-        return loss, out.nll, out.log_emo
+        return out.loss.sum() if reduction == "sum" else out.loss, out.nll, out.log_emo
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *upstream):
         grad = upstream[0]
-        if ctx.reduction == "sum":
+        if ctx.early:
             if ctx.grads is None:
                 raise RuntimeError("backward a second time: the gradients were freed after the first")
             grads = [None if g is None else g.mul_(grad) for g in ctx.grads]
             ctx.grads = None  # a second backward is an error, as for any freed graph
         else:
             hidden, weight, bias = ctx.saved_tensors
-            out = ctx.job.run(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]), grad)
+            out = ctx.job.run(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]), grad.expand(len(hidden)))
             grads = [None if g is None else g.to(x.dtype) for g, x in _pairs(out, hidden, weight, bias)]
         return *grads, None, None
 

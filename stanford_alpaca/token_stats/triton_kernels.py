@@ -31,6 +31,8 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
         return "triton is not installed (builds of torch for CUDA bring it)"
     if not INTERPRETED and not (hidden.is_cuda and weight.is_cuda):
         return f"the hidden states are on {hidden.device} and the head is on {weight.device}: Triton needs both on a GPU"
+    if not INTERPRETED and torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        return "this GPU is older than compute capability 8.0, the least that Triton serves"
     if hidden.dtype == torch.float64:
         return "the hidden states are float64: the Triton kernels compute in float32"
     return None

@@ -81,10 +81,34 @@ def test_without_room_for_all_the_most_frequent_targets_are_kept_else_the_first(
         assert set(range(V)) - set(seen) == kept
 
 
+def test_rows_that_are_kept_while_evaluating_serve_training(embedding):
+    cost = CostEmbedding(embedding).cache(1)
+    with torch.inference_mode():
+        first = cost.costs(torch.tensor([5]), V)
+    assert torch.equal(cost.costs(torch.tensor([5, 7]), V)[:1], first)
+
+
 def test_no_budget_means_exact_costs(embedding):
     tokens = torch.arange(V)
     assert torch.equal(CostEmbedding(embedding).cache(1).cache(0).costs(tokens, V), CostEmbedding(embedding).costs(tokens, V))
     assert CostEmbedding(None, "identity").cache(1).costs(tokens, V).sum() == V * V - V
+
+
+def test_budgets_and_counts_that_cannot_be_are_refused(embedding):
+    for given, message in (
+        ((float("inf"),), "inf MiB"),
+        ((-1.0,), "-1.0 MiB"),
+        ((1, torch.ones(V + 1)), r"counts have shape \(41,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CostEmbedding(embedding).cache(*given)
+
+
+def test_another_device_begins_anew(embedding):
+    cost = CostEmbedding(embedding).cache(1)
+    first = cost.unique_rows(torch.tensor([3]))
+    assert cost.to("cpu").unique_rows(torch.tensor([3])).table is first.table
+    assert cost.to("meta")._cache is None
 
 
 def test_costs_are_exact_products_where_others_are_asked_to_be_fast(embedding, monkeypatch):

@@ -91,7 +91,7 @@ def test_a_batch_without_targets_gives_zero(batch):
     hidden.requires_grad_(), weight.requires_grad_()
     for backend in ("reference", "chunked"):
         loss = linear_emo_loss(hidden, weight, torch.full_like(targets, -100), embedding, backend=backend)
-        assert loss.item() == 0
+        assert loss.item() == 0 == linear_emo_loss(hidden, weight, targets.clone().fill_(-100), embedding, num_items=0).item()
         for grad in torch.autograd.grad(loss, [hidden, weight]):
             assert grad.abs().max().item() == 0
 
@@ -112,8 +112,9 @@ def test_autocast_uses_its_precision_for_the_output_layer_and_float32_for_the_re
     torch.testing.assert_close(low, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_token_weights_multiply_the_losses(batch, reduction):
+def test_token_weights_multiply_the_losses(batch, reduction, dtype):
     hidden, weight, targets, embedding = batch
     hidden.requires_grad_()
     weights, count = torch.rand(3, 7), (targets != -100).sum()
@@ -121,8 +122,8 @@ def test_token_weights_multiply_the_losses(batch, reduction):
     want = {"mean": rows.sum() / count, "sum": rows.sum(), "none": rows}[reduction]
     (d_want,) = torch.autograd.grad(want.sum(), hidden)
     for loss in (
-        linear_emo_loss(hidden, weight, targets, embedding, token_weights=weights, reduction=reduction),
-        emo_loss(hidden @ weight.T, targets, embedding, token_weights=weights, reduction=reduction),
+        linear_emo_loss(hidden, weight, targets, embedding, token_weights=weights.to(dtype), reduction=reduction),
+        emo_loss(hidden @ weight.T, targets, embedding, token_weights=weights.to(dtype), reduction=reduction),
     ):
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.autograd.grad(loss.sum(), hidden)[0], d_want, rtol=1e-4, atol=1e-6)
@@ -143,6 +144,8 @@ def test_triton_is_refused_where_it_cannot_serve(batch, monkeypatch):
         ({"cost_embedding": torch.randn(29, 6)}, "29 rows but there are 30 logits"),
         ({"cost_embedding": None}, "needs a cost embedding"),
         ({"weight": torch.randn(30, 11)}, "hidden has width 10"),
+        ({"bias": torch.zeros(29)}, r"bias has shape \(29,\), wanted \(30,\)"),
+        ({"bias": torch.zeros(1)}, r"bias has shape \(1,\), wanted \(30,\)"),
         ({"token_weights": torch.ones(3)}, r"token_weights have shape \(3,\), wanted \(3, 7\)"),
         ({"mode": "emo3"}, "unknown mode"),
         ({"reduction": "avg"}, "unknown reduction"),
