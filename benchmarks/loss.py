@@ -28,7 +28,7 @@ from benchmarks.contenders import CONTENDERS, CROSS_ENTROPIES, OURS, Case, make_
 from benchmarks.measure import ALLOCATOR, FLOOR, Setup, measure
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
-from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.model import load_tokenizer
 
 SHAPES = {"cpu": (512, 32000), "llama-7b": (4096, 32000), "llama-3-8b": (4096, 128256), "qwen2.5-0.5b": (896, 151936)}  # H, V
@@ -60,12 +60,16 @@ def run(
             commas; hidden, vocab: a shape of one's own.
         rounds: measured, after a warm-up; only: contenders, with commas; ids_from: a JSON file of records whose responses are
             one more line, in the tokenizer's own vocabulary; none: no such line.
-        device: cpu or cuda; dtype: float32 (on a CPU) or bfloat16 (on a GPU) or another; threads: on a CPU.
+        tokenizer: of those responses; results: the folder for JSON and plot.
+        device: cpu or cuda; dtype: float32 (on a CPU), bfloat16 (on a GPU) or float16; threads: on a CPU.
     """
     refuse_unknown(unknown, run)
-    check_whole("rounds", rounds, 1)
+    sizes = [("hidden", hidden), ("vocab", vocab)]
+    check_flags(results, device, [*sizes, *(("tokens", count) for count in as_list(tokens))], rounds, threads)
     device, names = device or default_device(), contenders(only)
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
     shapes = named_shapes(shape, hidden, vocab, device)
     counts = as_list(tokens)
     cases = [Case(name, *shapes[name], count, device, dtype) for name in shapes for count in counts]
@@ -94,11 +98,15 @@ def scaling(
     results: str = RESULTS,
     **unknown: Any,
 ) -> None:
-    """Time per token and vocabulary entry: against tokens at the least vocabulary, against vocabularies at 2048 tokens.
+    """Time per token and vocabulary entry: against --tokens at the least vocabulary, and against --vocabularies.
+
+    The latter at the middle of --tokens.
 
     Writes loss-scaling-DEVICE.jsonl and .png.
     """
     refuse_unknown(unknown, scaling)
+    counts = [("tokens", count) for count in as_list(tokens)] + [("vocabularies", size) for size in as_list(vocabularies)]
+    check_flags(results, device, [("hidden", hidden), *counts], rounds, threads)
     device = device or default_device()
     dtype = "float32" if device == "cpu" else "bfloat16"
     sizes, middle = sorted(as_list(vocabularies)), sorted(as_list(tokens))[len(as_list(tokens)) // 2]
@@ -115,6 +123,18 @@ def scaling(
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------------
+
+
+def check_flags(results: str, device: str | None, sizes: list[tuple[str, Any]], rounds: Any, threads: Any) -> None:
+    """Raises UserError before anything is measured."""
+    for name, value in [*sizes, ("rounds", rounds), ("threads", threads)]:
+        if value is not None:
+            check_whole(name, value, 1)
+    if device not in (None, "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"--device {device}: choose cpu, or cuda where there is a GPU")
+    if Path(results).exists() and not Path(results).is_dir():
+        raise UserError(f"--results {results} is a file; give a folder")
+    check_writable("results", Path(results))
 
 
 def as_list(value: Any) -> list:

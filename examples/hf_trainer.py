@@ -1,10 +1,9 @@
 """EMO in a bare Hugging Face Trainer: `python -m examples.hf_trainer MODEL DATA HELD_OUT OUTPUT_DIR --max_steps 20`.
 
-Any further flag is one of TrainingArguments. Leave label_smoothing_factor, use_liger_kernel and compute_loss_func alone: with
-them the Trainer computes a loss of its own. Tried with transformers 5.23.
+DATA and HELD_OUT are files of records, `--mode` is an objective, any further flag is one of TrainingArguments. What is in
+OUTPUT_DIR is overwritten. A Trainer's compute_loss_func would be used in place of the objective. Tried with transformers 5.23.
 """
 
-import json
 from pathlib import Path
 
 import fire
@@ -14,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from stanford_alpaca import attach_objective
 from stanford_alpaca.data.batching import PadCollator
+from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
+from stanford_alpaca.errors import exit_on_user_error
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -32,13 +33,17 @@ def main(
 
     def examples(file: str) -> Dataset:
         """`input_ids`, and `labels` that are -100 on the prompt. Your own, made in another way, will do as well."""
-        records = Dataset.from_list(json.loads(Path(file).read_text()))
-        return tokenize_records(records, tokenizer, max_length=512)[0]
+        return tokenize_records(load_records(file), tokenizer, max_length=512)[0]
 
+    settings = TrainingArguments(output_dir=output_dir, **arguments)
+    if settings.label_smoothing_factor or settings.use_liger_kernel:
+        raise ValueError(
+            "with label_smoothing_factor or use_liger_kernel the Trainer computes a loss of its own: leave them off"
+        )
     handle = attach_objective(network, mode)  # from here on network(**batch).loss is the objective
     trainer = Trainer(
         network,
-        TrainingArguments(output_dir=output_dir, **arguments),
+        settings,
         data_collator=PadCollator(tokenizer.pad_token_id),
         train_dataset=examples(data),
         eval_dataset=examples(eval_data),
@@ -55,4 +60,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    exit_on_user_error(lambda: fire.Fire(main))

@@ -1,10 +1,10 @@
 """EMO in TRL's SFTTrainer: `python -m examples.trl_sft MODEL DATA HELD_OUT OUTPUT_DIR --max_steps 20`.
 
-Any further flag is one of SFTConfig. `--packing True` (TRL's default strategy, bfd) gives the loss that padding gives.
+DATA and HELD_OUT are files of records, `--mode` is an objective, any further flag is one of SFTConfig. What is in OUTPUT_DIR is
+overwritten. `--packing True` (TRL's default strategy, bfd) gives the loss that padding gives.
 Tried with TRL 1.0.0, 1.8.0 and 1.16.0, and transformers 5.23.
 """
 
-import json
 from pathlib import Path
 
 import fire
@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from stanford_alpaca import attach_objective
+from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.prompts import format_prompt
+from stanford_alpaca.errors import exit_on_user_error
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -32,7 +34,7 @@ class ModelLossTrainer(SFTTrainer):
 
 def prompts_and_completions(file: str) -> Dataset:
     """Alpaca records as TRL takes them. Messages will do as well: EMO only sees the ids and labels that TRL makes."""
-    records = json.loads(Path(file).read_text())
+    records = load_records(file)
     return Dataset.from_list([{"prompt": format_prompt(record), "completion": record["output"]} for record in records])
 
 
@@ -45,10 +47,15 @@ def main(
     **arguments,
 ) -> None:
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    settings = {"completion_only_loss": True, "bf16": torch.cuda.is_available()} | arguments
+    arguments = {"completion_only_loss": True, "bf16": torch.cuda.is_available()} | arguments
+    settings = SFTConfig(output_dir=output_dir, **arguments)
+    if settings.label_smoothing_factor or settings.use_liger_kernel:
+        raise ValueError(
+            "with label_smoothing_factor or use_liger_kernel the Trainer computes a loss of its own: leave them off"
+        )
     trainer = ModelLossTrainer(
         network,
-        SFTConfig(output_dir=output_dir, **settings),
+        settings,
         train_dataset=prompts_and_completions(data),
         eval_dataset=prompts_and_completions(eval_data),
         processing_class=AutoTokenizer.from_pretrained(model),
@@ -65,4 +72,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    exit_on_user_error(lambda: fire.Fire(main))

@@ -146,7 +146,10 @@ def cache_costs(cost: CostEmbedding | None, run: Run, examples: Dataset | Exampl
     vocab_size, counts = len(cost.rows), None
     if 2 * vocab_size**2 > mib * 2**20 and isinstance(examples, Dataset):  # not all rows: the most frequent targets'
         counts = target_counts(examples, vocab_size)
-    cost.cache(mib, counts)
+    try:
+        cost.cache(mib, counts)
+    except ValueError as error:
+        raise UserError(f"--cost_cache_mib: {error}") from None
 
 
 def train(argv: list[str]) -> None:

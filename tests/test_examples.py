@@ -136,6 +136,12 @@ def test_trls_own_loss_in_place_of_the_objective_is_an_error(plain_sft):
         plain_sft("emo").train()
 
 
+@pytest.mark.parametrize("name", ["hf_trainer", pytest.param("trl_sft", marks=NEEDS_TRL)])
+def test_options_that_replace_the_loss_are_refused(run, name):
+    with pytest.raises(ValueError, match="leave them off"):
+        run(name, "out", label_smoothing_factor=0.1)
+
+
 @NEEDS_TRL
 def test_packed_examples_do_not_see_each_other(run, calls):
     settings = {"mode": "mix", "max_steps": 1, "per_device_train_batch_size": 20, "completion_only_loss": False}

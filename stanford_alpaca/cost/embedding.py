@@ -78,6 +78,8 @@ class CostEmbedding:
         """
         if not 0 <= mib < math.inf:
             raise ValueError(f"the budget of kept cost rows is {mib} MiB: give 0 (none) or more")
+        if self.rows is not None and 0 < mib * 2**20 < 2 * len(self.rows):
+            raise ValueError(f"{mib} MiB hold no row of {len(self.rows)} bfloat16 costs: give more, or 0 (none)")
         if counts is not None and self.rows is not None and counts.shape != self.rows.shape[:1]:
             raise ValueError(f"counts have shape {tuple(counts.shape)}, wanted {tuple(self.rows.shape[:1])}")
         self._cached, self._cache = {"mib": mib, "counts": counts} if mib > 0 else None, None
@@ -150,7 +152,9 @@ class CostEmbedding:
 
 
 def as_cost(cost: "Tensor | CostEmbedding | None") -> CostEmbedding | None:
-    """Accepts what the public functions accept: a [V, D] tensor, a CostEmbedding, or nothing."""
+    """Accepts what the public functions accept: a [V, D] tensor, a CostEmbedding, or nothing. Else ValueError."""
+    if not (cost is None or isinstance(cost, Tensor | CostEmbedding)):
+        raise ValueError(f"a cost embedding is a tensor [vocabulary, width] or a CostEmbedding, not {cost!r:.40}")
     return CostEmbedding(cost) if isinstance(cost, Tensor) else cost
 
 

@@ -8,7 +8,7 @@ b = dL/dlog_emo are [chunk] vectors. With others and w, the sums over i != y of 
 
 With soft targets y is the most probable token; what tau gives to others is taken off their gradients, and c_y is not 0.
 
-What touches the logits beside the matrix products is a ``Block``: torch_kernels.py (the specification) or triton_kernels.py.
+What touches [chunk, V] beside the matrix products is a ``Chunk``: torch_kernels.py (the specification) or triton_kernels.py.
 When the loss is summed, the gradients are computed in the forward pass (three matrix products). With reduction "none", and in
 float16, whose range needs the loss scale that arrives later, the chunks are computed once more in the backward pass. Tokens
 are taken in the order of their targets: equal targets, whose costs are the same row, stand together.
@@ -88,39 +88,21 @@ class _Job:
     ) -> _Result:
         out = _Result(hidden, weight, bias, needs)
         head = Head(weight.to(hidden.dtype), bias, self.softcap, self.logit_scale)
-        most = max(16, _limit(self.kernels.CHUNK_LOGITS, hidden) // len(weight))
+        limits = self.kernels.CHUNK_LOGITS
+        most = max(16, limits.get(hidden.device.type, limits["cuda"]) // len(weight))
         chunks = max(1, math.ceil(len(hidden) / most))
         for rows in self.order.split(max(1, math.ceil(len(hidden) / chunks))):  # all of nearly one size
             self._chunk(hidden[rows], head, rows, out, upstream)
         return out
 
     def _chunk(self, h: Tensor, head: Head, rows: Tensor, out: _Result, upstream: Tensor | None) -> None:
-        z = h @ head.weight.T  # [chunk, V]; turns into its gradient, block by block
-        costs = self._costs(rows, len(head.weight))
-        for block in _slices(len(rows), max(1, _limit(self.kernels.BLOCK_LOGITS, z) // z.shape[1])):
-            part = None if costs is None else CostRows(costs.table, costs.which[block])
-            self._block(z[block], head, rows[block], part, out, upstream)
-        if out.learning:
-            _through_head(z, h, head.weight, rows, out)
-
-    def _costs(self, rows: Tensor, vocab_size: int) -> CostRows | None:
-        y = self.targets[rows]
-        if self.cost is None:
-            return None
-        if self.rest is None:
-            return self.cost.unique_rows(y)
-        rest = self.rest.ids[rows], self.rest.probs[rows]
-        return CostRows(self.cost.costs(y, vocab_size, rest), torch.arange(len(y), device=y.device))
-
-    def _block(
-        self, z: Tensor, head: Head, rows: Tensor, costs: CostRows | None, out: _Result, upstream: Tensor | None
-    ) -> None:
         y = self.targets[rows]
         rest = None if self.rest is None else SoftTargets(self.rest.ids[rows], self.rest.probs[rows])
-        block = self.kernels.Block(z, head, y, costs)
-        z_y = block.at(y[:, None])
-        z_rest = z_y if rest is None else block.at(rest.ids)
-        gap, others, log_w = block.statistics()
+        costs = self._costs(y, rest, len(head.weight))
+        chunk = self.kernels.Chunk(h @ head.weight.T, head, y, costs)
+        z_y = chunk.at(y[:, None])
+        z_rest = z_y if rest is None else chunk.at(rest.ids)
+        gap, others, log_w = chunk.statistics()
         margin = others - gap
         nll = -logsigmoid(-margin)
         if rest is not None:
@@ -152,13 +134,15 @@ class _Job:
             g_y = a * rest.probs.sum(1) - alpha
             if log_w_all is not None:
                 g_y -= torch.where(b != 0, b * torch.exp(log_w - log_w_all), 0.0)
-        block.gradient(others, log_w_all, alpha, b, g_y)
+        g = chunk.gradient(others, log_w_all, alpha, b, g_y)
         if rest is not None:
-            z.scatter_add_(1, rest.ids, (-a[:, None] * rest.probs * head.slope(z_rest)).to(z.dtype))
+            g.scatter_add_(1, rest.ids, (-a[:, None] * rest.probs * head.slope(z_rest)).to(g.dtype))
+        _through_head(g, h, head.weight, rows, out)
 
-
-def _limit(logits: dict[str, int], tensor: Tensor) -> int:
-    return logits.get(tensor.device.type, logits["cuda"])
+    def _costs(self, y: Tensor, rest: SoftTargets | None, vocab_size: int) -> CostRows | None:
+        if self.cost is None or rest is None:
+            return None if self.cost is None else self.cost.unique_rows(y)
+        return CostRows(self.cost.costs(y, vocab_size, rest), torch.arange(len(y), device=y.device))
 
 
 def _slices(count: int, step: int) -> Iterator[slice]:

@@ -4,6 +4,8 @@ Both are sums over the tokens other than the target y, of terms that are not neg
 One exponential per logit is all it takes, and no logarithm of the costs.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,11 @@ from stanford_alpaca.cost import CostRows
 from stanford_alpaca.token_stats import Head
 
 CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # held at a time: 96 MiB and 512 MiB in float32
-BLOCK_LOGITS = {"cpu": 2**20, "cuda": 2**25}  # worked on at a time: on a CPU what stays in its caches
+CACHE_LOGITS = {"cpu": 2**19, "cuda": 2**25}  # worked on at a time: on a CPU what stays in its caches
 UNDERFLOW = 1e-25  # relative to the greatest of the others: below it sums may have lost terms to underflow
 
 
-class Block:
+class Chunk:
     """The logits z = softcap(logit_scale * (product + bias)) of n tokens, in float32 (float64 if the product is).
 
     ``at`` comes first, as needed, then ``statistics``, ``gradient`` last: each overwrites what the one before has left.
@@ -37,6 +39,7 @@ class Block:
             z.div_(head.softcap).tanh_().mul_(head.softcap)
         self._product, self._z, self._y, self._costs, self._head = product, z, targets[:, None], costs, head
         self._slope: Tensor | None = None if head.softcap is None else head.slope(z)  # [n, V], while z is there
+        self._underflown: list[tuple[Tensor, Tensor]] = []  # rows, and their z + log c
 
     def at(self, ids: Tensor) -> Tensor:  # [n, k] -> [n, k]
         """The logits of these tokens; before ``statistics``."""
@@ -50,21 +53,25 @@ class Block:
         """
         z_y = self._z.gather(1, self._y).squeeze(1)
         z = self._z.scatter_(1, self._y, -torch.inf)
-        top = z.amax(1).clamp_min_(torch.finfo(z.dtype).min)  # finite even where there are no others
-        shifted = z - top[:, None]
-        e = torch.exp(shifted, out=z)
-        return z_y - top, e.sum(1).log_(), self._log_w(e, shifted)
+        top, total, log_w = (torch.empty_like(z_y) for _ in range(3))
+        for rows in self._slices():
+            top[rows] = z[rows].amax(1).clamp_min_(torch.finfo(z.dtype).min)  # finite even where there are no others
+            shifted = z[rows] - top[rows, None]
+            e = torch.exp(shifted, out=z[rows])
+            total[rows] = e.sum(1)
+            if self._costs is not None:
+                log_w[rows] = self._log_w(rows, e, shifted)
+        return z_y - top, total.log_(), None if self._costs is None else log_w
 
-    def _log_w(self, e: Tensor, shifted: Tensor) -> Tensor | None:  # [n]
-        if self._costs is None:
-            return None
-        c = self._costs_of_tokens()
+    def _log_w(self, rows: slice, e: Tensor, shifted: Tensor) -> Tensor:
+        c = self._costs_of(rows)
         w = torch.mul(e, c).sum(1)
-        self._lost = (w < UNDERFLOW).nonzero().squeeze(1)
+        lost = (w < UNDERFLOW).nonzero().squeeze(1)
         log_w = w.log_()
-        if len(self._lost):  # what costs anything is out of reach, or its exponentials are: once more with logarithms
-            self._logs = c[self._lost].log_().add_(shifted[self._lost])
-            log_w[self._lost] = self._logs.logsumexp(1)
+        if len(lost):  # what costs anything is out of reach, or its exponentials are: once more with logarithms
+            logs = c[lost].log_().add_(shifted[lost])
+            log_w[lost] = logs.logsumexp(1)
+            self._underflown.append((rows.start + lost, logs))
         return log_w
 
     def gradient(
@@ -84,11 +91,14 @@ class Block:
         if self._costs is None or log_w is None:
             g.mul_(scale[:, None])
         else:
-            share = torch.where(beta != 0, beta * torch.exp(-log_w), 0.0).index_fill_(0, self._lost, 0.0)
-            g.mul_(self._costs_of_tokens().mul_(share[:, None]).add_(scale[:, None]))
-            if len(self._lost):
-                safe = torch.where(log_w > -torch.inf, log_w, 0.0)[self._lost, None]
-                g[self._lost] += beta[self._lost, None] * torch.exp(self._logs - safe)
+            share = torch.where(beta != 0, beta * torch.exp(-log_w), 0.0)
+            for lost, _ in self._underflown:
+                share[lost] = 0.0
+            for rows in self._slices():
+                g[rows].mul_(self._costs_of(rows).mul_(share[rows, None]).add_(scale[rows, None]))
+            for lost, logs in self._underflown:
+                safe = torch.where(log_w > -torch.inf, log_w, 0.0)[lost, None]
+                g[lost] += beta[lost, None] * torch.exp(logs - safe)
         g.scatter_(1, self._y, g_y[:, None])
         if self._slope is not None:
             g.mul_(self._slope)
@@ -96,6 +106,11 @@ class Block:
             g.mul_(self._head.logit_scale)
         return g if g is self._product else self._product.copy_(g)
 
-    def _costs_of_tokens(self) -> Tensor:  # [n, V], a new tensor
+    def _slices(self) -> Iterator[slice]:
+        n, vocab_size = self._z.shape
+        step = max(1, CACHE_LOGITS.get(self._z.device.type, CACHE_LOGITS["cuda"]) // vocab_size)
+        return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+    def _costs_of(self, rows: slice) -> Tensor:  # [b, V], a new tensor
         assert self._costs is not None
-        return self._costs.table.index_select(0, self._costs.which).to(self._z.dtype)
+        return self._costs.table.index_select(0, self._costs.which[rows]).to(self._z.dtype)

@@ -1,4 +1,4 @@
-"""``torch_kernels.Block`` in two Triton kernels: each reads the logits once, and the second writes their gradient over them.
+"""``torch_kernels.Chunk`` in two Triton kernels: each reads the logits once, and the second writes their gradient over them.
 
 One program goes along a row, block by block, and computes in float32. Every lane keeps a log-sum-exp of its own, as a highest
 value and a sum relative to it, with one exp per logit; the lanes are merged once, at the end of the row. The logits that cost
@@ -21,7 +21,7 @@ except ImportError:  # builds of torch for CPUs do not bring it
 
 jit = triton.jit if triton else lambda kernel: kernel
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 now, when the kernels are decorated
-CHUNK_LOGITS = BLOCK_LOGITS = {"cuda": 2**28}  # held and worked on at a time: 512 MiB in bfloat16
+CHUNK_LOGITS = {"cuda": 2**28}  # logits held at a time: 512 MiB in bfloat16
 BLOCK, WARPS = 2048, 8  # 8 logits per thread: 16 bytes in bfloat16
 
 
@@ -38,7 +38,7 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-class Block:
+class Chunk:
     """The logits z = softcap(logit_scale * (product + bias)) of n tokens, in float32, though never stored as such."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Block:
         self.which = None if costs is None else costs.which.contiguous()
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As ``torch_kernels.Block.statistics``, [n] float32."""
+        """As ``torch_kernels.Chunk.statistics``, [n] float32."""
         z_y = self.at(self.targets[:, None]).squeeze(1)
         self.top, others = torch.empty_like(z_y), torch.empty_like(z_y)
         log_w = None if self.table is None else torch.empty_like(z_y)
@@ -73,7 +73,7 @@ class Block:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def gradient(self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor | None, g_y: Tensor) -> Tensor:
-        """As ``torch_kernels.Block.gradient``. Without costs neither log_w nor beta is read."""
+        """As ``torch_kernels.Chunk.gradient``. Without costs neither log_w nor beta is read."""
         vectors = (None if x is None else x.contiguous() for x in (self.top, others, log_w, alpha, beta, g_y))
         self._launch(_gradient, *vectors)
         return self.product

@@ -180,9 +180,14 @@ def test_real_ids_are_the_supervised_tokens_of_the_records(root):
         ({"vocab": 300}, "--hidden and --vocab together"),
         ({"rounds": 0}, "--rounds 0: give a whole number from 1 on"),
         ({"round": 3}, "did you mean rounds"),
+        ({"tokens": 0}, "--tokens 0"),
+        ({"threads": "x"}, "--threads x: give a whole number"),
+        ({"device": "tpu"}, "--device tpu: choose cpu"),
+        ({"dtype": "foo"}, "--dtype foo: choose from float32"),
+        ({"results": __file__}, "is a file; give a folder"),
     ],
 )
 def test_wrong_flags_are_refused(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        loss.run(results=str(tmp_path / "new"), **flags)
+        loss.run(**{"results": str(tmp_path / "new")} | flags)
     assert not (tmp_path / "new").exists()

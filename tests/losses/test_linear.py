@@ -147,6 +147,7 @@ def test_triton_is_refused_where_it_cannot_serve(batch, monkeypatch):
         ({"bias": torch.zeros(29)}, r"bias has shape \(29,\), wanted \(30,\)"),
         ({"bias": torch.zeros(1)}, r"bias has shape \(1,\), wanted \(30,\)"),
         ({"token_weights": torch.ones(3)}, r"token_weights have shape \(3,\), wanted \(3, 7\)"),
+        ({"cost_embedding": "frozen"}, "a tensor .vocabulary, width. or a CostEmbedding, not 'frozen'"),
         ({"mode": "emo3"}, "unknown mode"),
         ({"reduction": "avg"}, "unknown reduction"),
         ({"backend": "cuda"}, "unknown backend 'cuda': choose from auto, reference, chunked, triton"),

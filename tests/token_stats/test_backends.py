@@ -29,9 +29,8 @@ def small_chunks_and_interpreted_kernels():
         pytest.skip("triton is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * 20)  # 16 rows of 20 logits: several chunks and a remainder
-        patch.setitem(torch_kernels.BLOCK_LOGITS, "cpu", 5 * 20)
+        patch.setitem(torch_kernels.CACHE_LOGITS, "cpu", 5 * 20)
         patch.setattr(interpreted, "CHUNK_LOGITS", {"cuda": 16 * 20})
-        patch.setattr(interpreted, "BLOCK_LOGITS", {"cuda": 16 * 20})
         patch.setattr(interpreted, "BLOCK", 16)
         patch.setattr(linear, "triton_kernels", interpreted)
         patch.setitem(linear.BACKENDS, "triton", partial(chunked.linear_loss, kernels=interpreted))

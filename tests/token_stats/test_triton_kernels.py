@@ -52,7 +52,7 @@ def check(product, targets, costs=None, head=None, raise_others=0.0, raise_log_w
     largest = z[z > -INF].abs().max().item() if (z > -INF).any() else 0.0
     rounding = 1e-6 + 4 * torch.finfo(torch.float32).eps * largest * (head != Head(None))  # of the logits themselves
 
-    chunk = kernels.Block(product, head, targets, costs)
+    chunk = kernels.Chunk(product, head, targets, costs)
     ids = torch.randint(vocab, (n, 3))
     torch.testing.assert_close(chunk.at(ids).double(), z.gather(1, ids), rtol=1e-6, atol=rounding)
     gap, others, log_w = chunk.statistics()
@@ -129,7 +129,7 @@ def test_a_vocabulary_of_one_token():
 
 
 def test_no_rows():
-    kernels.Block(torch.empty(0, 5), Head(None), torch.empty(0, dtype=torch.long), None).statistics()
+    kernels.Chunk(torch.empty(0, 5), Head(None), torch.empty(0, dtype=torch.long), None).statistics()
 
 
 def test_where_nothing_costs_anything_or_can_be_reached():
@@ -160,7 +160,7 @@ def test_costly_tokens_a_hundred_nats_and_more_below_the_others():
 def test_tiny_costs():
     product, targets, (table, which), _ = problem()
     check(product.clone(), targets, CostRows(torch.where(table > 0, 2e-38 + 1e-37 * table, 0.0), which))
-    chunk = kernels.Block(product, Head(None), targets, CostRows(torch.full_like(table, 1e-40), which))
+    chunk = kernels.Chunk(product, Head(None), targets, CostRows(torch.full_like(table, 1e-40), which))
     _, others, log_w = chunk.statistics()  # 1 / c is not finite: such costs are 0
     assert (log_w == -INF).all()
     assert chunk.gradient(others, others - 89, *torch.ones(3, 5)).isfinite().all()
@@ -174,9 +174,9 @@ def test_the_lowest_finite_logits_are_not_minus_infinity():
 def test_the_cost_of_the_target_is_not_read():
     product, targets, costs, _ = problem(n=3)
     costs = CostRows(costs.table, torch.arange(3))
-    before = kernels.Block(product, Head(None), targets, costs).statistics()
+    before = kernels.Chunk(product, Head(None), targets, costs).statistics()
     costs.table.scatter_(1, targets[:, None], torch.tensor([[1e9], [3e38], [-0.5]]))
-    after = kernels.Block(product, Head(None), targets, costs)
+    after = kernels.Chunk(product, Head(None), targets, costs)
     torch.testing.assert_close(after.statistics(), before, rtol=0, atol=0)
     ones = torch.ones(3)
     assert torch.equal(after.gradient(*before[1:], ones, ones, 7 * ones).gather(1, targets[:, None]), 7 * ones[:, None])
@@ -185,7 +185,7 @@ def test_the_cost_of_the_target_is_not_read():
 def test_nan_is_not_hidden():
     product, targets, costs, _ = problem(n=2)
     product[0, (targets[0] + 1) % 37] = torch.nan
-    _, others, _ = kernels.Block(product, Head(None), targets, costs).statistics()
+    _, others, _ = kernels.Chunk(product, Head(None), targets, costs).statistics()
     assert others.isnan().tolist() == [True, False]
 
 
@@ -198,8 +198,8 @@ def test_rows_of_a_wider_storage():
 
 def test_vectors_that_are_not_contiguous():
     product, targets, _, _ = problem()
-    one = kernels.Block(product.clone(), Head(None), targets, None)
-    two = kernels.Block(product, Head(None), targets, None)
+    one = kernels.Chunk(product.clone(), Head(None), targets, None)
+    two = kernels.Chunk(product, Head(None), targets, None)
     _, others, _ = one.statistics()
     two.statistics()
     vectors = torch.randn(5, 2)
@@ -213,7 +213,7 @@ def test_softcap_near_zero_and_far_out():
     x = torch.cat([torch.logspace(-7, 1.4, 24), -torch.logspace(-7, 1.4, 24)])[:, None]  # z / s
     product, head = torch.cat([1e4 * x, torch.full_like(x, -INF)], 1), Head(None, softcap=1e4)
     z, slope = exact_logits(product, head)[0], torch.cosh(x.double()) ** -2
-    chunk = kernels.Block(product, head, torch.ones(48, dtype=torch.long), None)
+    chunk = kernels.Chunk(product, head, torch.ones(48, dtype=torch.long), None)
     _, others, _ = chunk.statistics()
     torch.testing.assert_close(chunk.top.double(), z[:, 0], rtol=1e-6, atol=0)
     ones = torch.ones(48)
@@ -257,7 +257,7 @@ def test_what_is_launched_compiles_without_spilling_registers(capability, monkey
     product, targets, costs, head = problem(torch.bfloat16, vocab=64, cost_dtype=torch.bfloat16, **FULL_HEAD)
     ones = torch.ones(5)
     for arguments in ((product, Head(None), targets, None), (product, head, targets, costs)):
-        chunk = module.Block(*arguments)
+        chunk = module.Chunk(*arguments)
         chunk.statistics()
         chunk.gradient(ones, ones, ones, ones, ones)
     assert [kernel.name for kernel in compiled] == ["_statistics", "_gradient"] * 2
