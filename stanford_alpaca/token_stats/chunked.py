@@ -8,14 +8,13 @@ b = dL/dlog_emo are [chunk] vectors. With others and w, the sums over i != y of 
 
 With soft targets y is the most probable token; what tau gives to others is taken off their gradients, and c_y is not 0.
 
-What touches [chunk, V] beside the matrix products is a ``Chunk``: torch_kernels.py (the specification) or triton_kernels.py.
+What touches [chunk, V] beside the matrix products is a ``Chunk``: torch_kernels.py or triton_kernels.py.
 When the loss is summed, the gradients are computed in the forward pass (three matrix products). With reduction "none", and in
 float16, whose range needs the loss scale that arrives later, the chunks are computed once more in the backward pass. Tokens
 are taken in the order of their targets: equal targets, whose costs are the same row, stand together.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -145,10 +144,6 @@ class _Job:
         return CostRows(self.cost.costs(y, vocab_size, rest), torch.arange(len(y), device=y.device))
 
 
-def _slices(count: int, step: int) -> Iterator[slice]:
-    return (slice(start, start + step) for start in range(0, count, step))
-
-
 def _through_head(g: Tensor, h: Tensor, weight: Tensor, rows: Tensor, out: _Result) -> None:
     if out.d_bias is not None:
         out.d_bias += g.sum(0, dtype=out.d_bias.dtype)
@@ -160,8 +155,8 @@ def _through_head(g: Tensor, h: Tensor, weight: Tensor, rows: Tensor, out: _Resu
         out.d_weight.addmm_(g.T, h)
     else:  # a product in the lower precision, added in the higher one
         step = max(1, TILE_PRODUCTS // h.shape[1])
-        for tile in _slices(len(weight), step):
-            out.d_weight[tile] += g[:, tile].T @ h
+        for tile in range(0, len(weight), step):
+            out.d_weight[tile : tile + step] += g[:, tile : tile + step].T @ h
 
 
 def _derivatives(
