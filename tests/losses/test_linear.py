@@ -1,5 +1,7 @@
 """The public functions: reductions, ignored targets, and the authors' package where it is accurate."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from emo import EMOLoss
@@ -127,6 +129,14 @@ def test_token_weights_multiply_the_losses(batch, reduction, dtype):
     ):
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.autograd.grad(loss.sum(), hidden)[0], d_want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "reason", "chosen"), [(True, None, "triton"), (True, "too old", "chunked"), (False, None, "chunked")]
+)
+def test_auto_takes_triton_on_a_gpu_that_it_serves(on_gpu, reason, chosen, monkeypatch):
+    monkeypatch.setattr(linear.triton_kernels, "why_not", lambda hidden, weight: reason)
+    assert linear._backend("auto", SimpleNamespace(is_cuda=on_gpu), None) is linear.BACKENDS[chosen]
 
 
 def test_triton_is_refused_where_it_cannot_serve(batch, monkeypatch):
