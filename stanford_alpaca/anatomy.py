@@ -1,7 +1,6 @@
-"""A causal LM's parameters by part and the tensors it saves for backward, from its configuration alone: nothing is allocated."""
+"""A causal LM's parameters by part and the tensors it saves for backward, from its configuration: nothing is allocated."""
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,16 +126,17 @@ def count_activations(config: Any, length: int, precision: str) -> Activations:
             one, two = (saved_tensors(model, rows, length) for rows in (1, 2))
     sizes = [(place, Line(2 * a - b, b - a)) for (place, a), (_, b) in zip(one, two, strict=True)]
 
-    def total(chosen: Callable[[int], bool]) -> Line:
-        lines = [line for place, line in sizes if chosen(place)]
+    def total(wanted: int) -> Line:
+        lines = [line for place, line in sizes if place == wanted]
         return Line(sum(line.fixed for line in lines), sum(line.per_row for line in lines))
 
     numbers = {place for place, _ in sizes if place >= 0}
+    by_layer = [total(number) for number in numbers]
     return Activations(
-        outside=total(lambda place: place == OUTSIDE),
-        layers=total(lambda place: place >= 0),
-        layer=max((total(lambda place, n=number: place == n) for number in numbers), key=lambda line: line.of(1)),  # type: ignore[misc]
-        inputs=total(lambda place: place == INPUT),
+        outside=total(OUTSIDE),
+        layers=Line(sum(line.fixed for line in by_layer), sum(line.per_row for line in by_layer)),
+        layer=max(by_layer, key=lambda line: line.of(1)),
+        inputs=total(INPUT),
         widest=max((line for place, line in sizes if place != INPUT), key=lambda line: line.per_row),
     )
 

@@ -126,9 +126,8 @@ def state(total: int, setup: Setup, engine: str) -> tuple[float, float]:
     what = ENGINES[engine]
     if what.offload:
         return 0, 0
-    weights = total * (setup.itemsize if what.deepspeed else 4)
-    optimizer = total * (12 if what.deepspeed else 8)
-    return tuple(size / (setup.ranks if part in what.sharded else 1) for part, size in (("w", weights), ("o", optimizer)))  # type: ignore[return-value]
+    weights = total * (setup.itemsize if what.deepspeed else 4) / (setup.ranks if "w" in what.sharded else 1)
+    return weights, total * (12 if what.deepspeed else 8) / (setup.ranks if "o" in what.sharded else 1)
 
 
 def gradients(counts: Parameters, setup: Setup, engine: str, sharding: str) -> tuple[float, float]:
@@ -145,7 +144,7 @@ def gradients(counts: Parameters, setup: Setup, engine: str, sharding: str) -> t
 
 
 def gathered(counts: Parameters, setup: Setup, engine: str, sharding: str) -> tuple[float, float, float]:
-    """Weights gathered from the other ranks and gradients in buckets: at the loss, in the first layer's backward, at the end."""
+    """Weights gathered from other ranks and gradients in buckets: at the loss, in the first layer's backward, at the end."""
     c, what = setup.itemsize, ENGINES[engine]
     if engine == "ddp":  # its buckets are a second copy of the gradients
         return (4 * counts.total,) * 3

@@ -1,0 +1,271 @@
+"""What a run would need, from the configuration alone: ``python -m stanford_alpaca.preflight --model_name_or_path M``.
+
+Memory per rank, communication, time and the largest batch for every engine and cost sharding, and which to take.
+Needs no weights and no GPU. The formulas stand in ``estimate.py``; ``anatomy.py`` counts parameters and activations.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from transformers import HfArgumentParser
+
+from stanford_alpaca.anatomy import Parameters, describe, read_config
+from stanford_alpaca.arguments import choice
+from stanford_alpaca.data.formats import form_of, load_records
+from stanford_alpaca.data.tokenize import ExampleEncoder, encode_records
+from stanford_alpaca.engines import PEAK_FLOPS
+from stanford_alpaca.errors import UserError, exit_on_user_error, nearest
+from stanford_alpaca.estimate import COST_SHARDINGS, ENGINES, Setup, precision_of, shardings_of
+from stanford_alpaca.losses.formulas import MODES, Objective
+from stanford_alpaca.model import check_model, load_tokenizer
+from stanford_alpaca.plans import GIB, USABLE, Machine, Row, advise, rows_of
+from stanford_alpaca.preview import WHOLE, statistics_of
+
+RECIPE = 128  # rows per step, as in train_emo.sh
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    model_name_or_path: str = field(metadata={"help": "A folder, of which config.json is enough, or a hub name."})
+    nproc: int = field(default=1, metadata={"help": "Ranks of a node."})
+    nodes: int = field(default=1, metadata={"help": "Nodes."})
+    mode: str = choice(*MODES, default="mle", help="The objective.")
+    engine: str | None = field(default=None, metadata={"choices": list(ENGINES), "help": "Restricts the table to it."})
+    cost_sharding: str | None = field(
+        default=None, metadata={"choices": list(COST_SHARDINGS), "help": "Restricts the table to it."}
+    )
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows of a micro-batch on one rank."})
+    global_batch: int | None = field(default=None, metadata={"help": "Rows per step; 128 or near, as in train_emo.sh."})
+    model_max_length: int = field(default=512, metadata={"help": "Tokens of the longest row, for which memory has to last."})
+    activation_checkpointing: bool = field(default=False, metadata={"help": "Keeps each layer's input and computes it again."})
+    packing: bool = field(default=False, metadata={"help": "Every row is filled with examples."})
+    bf16: bool = field(default=True, metadata={"help": "Computes in bfloat16."})
+    cost_cache_mib: float = field(default=2048, metadata={"help": "MiB of cost rows kept between steps, if replicated."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs."})
+    examples: int | None = field(default=None, metadata={"help": "Examples of an epoch; without them no time for the run."})
+    mean_tokens: float | None = field(default=None, metadata={"help": "Of an example; default: every row is full."})
+    supervised_share: float = field(default=1.0, metadata={"help": "Of the tokens."})
+    data_path: str | None = field(default=None, metadata={"help": "Counts the three above: needs the model's tokenizer."})
+    gpu: str = choice(*PEAK_FLOPS, default="A100", help="Whose peak counts.")
+    gpu_gib: float = field(default=80.0, metadata={"help": "Memory of a GPU in GiB."})
+    mfu: float = field(default=0.4, metadata={"help": "Share of the peak that is assumed to be reached."})
+    intra_gb_s: float = field(default=200.0, metadata={"help": "GB/s of a rank assumed within a node (NVLink)."})
+    inter_gb_s: float = field(default=25.0, metadata={"help": "GB/s of a rank assumed between nodes (InfiniBand)."})
+    host_gb_s: float = field(default=25.0, metadata={"help": "GB/s of a rank assumed to the host's memory (PCIe)."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's models are kept."})
+    json: bool = field(default=False, metadata={"help": "Prints the same as JSON, in bytes and seconds."})
+
+    @property
+    def ranks(self) -> int:
+        return self.nproc * self.nodes
+
+    def check(self) -> None:
+        """Raises UserError for the first flag that cannot be."""
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            least = 0 if name == "cost_cache_mib" else None
+            if not (value > 0 or value == least) or not math.isfinite(value):
+                raise UserError(f"--{name} {value}: give a number {'from 0 on' if least == 0 else 'above 0'}")
+        if self.supervised_share > 1 or self.mfu > 1:
+            raise UserError("--supervised_share and --mfu are shares: give at most 1")
+        if self.data_path is not None and (self.examples is not None or self.mean_tokens is not None):
+            raise UserError("--data_path counts what --examples and --mean_tokens say: give one or the other")
+        if self.mean_tokens is not None and self.mean_tokens > self.model_max_length:
+            raise UserError(f"--mean_tokens {self.mean_tokens:g} is more than --model_max_length {self.model_max_length}")
+
+    def setup(self) -> Setup:
+        """The step as it is launched. Raises UserError for a global batch that cannot be had."""
+        at_once = self.per_device_train_batch_size * self.ranks
+        rows = self.global_batch or max(at_once, RECIPE // at_once * at_once)
+        if rows % at_once:
+            raise UserError(
+                f"--global_batch {rows} is no multiple of {at_once} ({self.ranks} ranks of {self.per_device_train_batch_size})"
+            )
+        return Setup(
+            ranks=self.ranks, batch=self.per_device_train_batch_size, accumulation=rows // at_once,
+            length=self.model_max_length, priced=Objective(self.mode).needs_emo, checkpointing=self.activation_checkpointing,
+            bf16=self.bf16, supervised_share=self.supervised_share, cost_cache_mib=self.cost_cache_mib if self.bf16 else 0,
+        )  # fmt: skip
+
+    def engines(self, tied: bool) -> list[str]:
+        """Those that the ranks can have, or the one asked for. Raises UserError for flags that do not go together."""
+        possible = ["none", "zero3_offload"] if self.ranks == 1 else [name for name in ENGINES if name != "none"]
+        if self.engine is not None and self.engine not in possible:
+            raise UserError(f"--engine {self.engine} with {self.ranks} rank(s): choose from {', '.join(possible)}")
+        chosen = possible if self.engine is None else [self.engine]
+        setup = self.setup()
+        if self.cost_sharding is not None and not any(self.cost_sharding in shardings_of(name, setup, tied) for name in chosen):
+            raise UserError(
+                f"--cost_sharding {self.cost_sharding}: shard needs several ranks, vocab_parallel also engine fsdp and an "
+                "output layer of its own, and all need a --mode with costs"
+            )
+        return chosen
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):  # type: ignore[override]
+        raise UserError(message)
+
+
+def parse(argv: list[str]) -> Options:
+    """The flags. Raises UserError for any that is unknown or cannot be."""
+    parser = _Parser(Options, allow_abbrev=False, prog="python -m stanford_alpaca.preflight", description=__doc__)
+    options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        name = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument {name}{nearest(name, known)}")
+    options.check()
+    return options
+
+
+def count_data(options: Options) -> Options:
+    """The options with the number of examples, their mean tokens and the supervised share of --data_path."""
+    if options.data_path is None:
+        return options
+    tokenizer = load_tokenizer(options.model_name_or_path, cache_dir=options.cache_dir)
+    records = load_records(options.data_path, options.cache_dir)
+    encode = ExampleEncoder.of(tokenizer, form_of(records.column_names), WHOLE)
+    counted = statistics_of(encode_records(records, encode), options.model_max_length)
+    if not counted["kept"]:
+        raise UserError(f"--data_path {options.data_path}: no example has a target within {options.model_max_length} tokens")
+    mean = counted["tokens"] / counted["kept"]
+    return replace(options, examples=counted["kept"], mean_tokens=mean, supervised_share=counted["supervised_share"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    exit_on_user_error(lambda: preflight(parse(sys.argv[1:] if argv is None else argv)))
+
+
+def preflight(options: Options) -> None:
+    """Prints the estimate."""
+    check_model(options.model_name_or_path, options.cache_dir)
+    options = count_data(options)
+    config = read_config(options.model_name_or_path, options.cache_dir)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and options.model_max_length > positions:
+        raise UserError(f"--model_max_length {options.model_max_length} is more than the model's {positions} positions")
+    setup = options.setup()
+    precisions = {precision_of(engine, options.bf16) for engine in ENGINES}
+    anatomies = {name: describe(config, options.model_max_length, name) for name in sorted(precisions)}
+    counts = next(iter(anatomies.values())).parameters
+    engines = options.engines(counts.tied)
+    link = options.intra_gb_s if options.nodes == 1 else options.inter_gb_s
+    machine = Machine(options.gpu, options.gpu_gib, options.mfu, link, options.host_gb_s)
+    mean = float(options.model_max_length)
+    if options.mean_tokens is not None and not options.packing:
+        mean = options.mean_tokens
+
+    def table(tried: Setup) -> list[Row]:
+        return rows_of(anatomies, tried, machine, mean, engines, options.cost_sharding)
+
+    rows, advice = table(setup), advise(table, setup)
+    steps = steps_of(options, setup)
+    if options.json:
+        print(as_json(counts, setup, rows, steps, advice))
+    else:
+        print("\n".join(report(options, counts, setup, machine, mean, rows, steps, advice)))
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------------
+
+
+def steps_of(options: Options, setup: Setup) -> int | None:
+    """Optimizer steps of the run, or None without a number of examples."""
+    if options.examples is None:
+        return None
+    rows = options.examples
+    if options.packing and options.mean_tokens is not None:
+        rows = math.ceil(rows * options.mean_tokens / options.model_max_length)
+    return math.ceil(math.ceil(rows / (setup.batch * setup.accumulation * setup.ranks)) * options.num_train_epochs)
+
+
+def report(
+    options: Options,
+    counts: Parameters,
+    setup: Setup,
+    machine: Machine,
+    mean: float,
+    rows: list[Row],
+    steps: int | None,
+    advice: str,
+) -> Iterator[str]:
+    """The lines of the report: what was assumed, a Markdown table, the advice."""
+    sizes = {"embeddings": counts.embedding, "decoder layers": counts.layers, "norm": counts.norm, "output layer": counts.head}
+    listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    yield f"{options.model_name_or_path}: {counts.total:,} parameters ({listed}{', tied' * counts.tied})"
+    link = "within a node" if options.nodes == 1 else "between nodes"
+    yield (
+        f"{setup.ranks} ranks, {setup.batch} x {setup.accumulation} rows a rank and step, at most {setup.length} tokens, mean "
+        f"{mean:.4g}; {machine.gpu} with {machine.gpu_gib:g} GiB, of which {USABLE:.0%} count"
+    )
+    yield (
+        f"assumed: {machine.mfu:.0%} of {PEAK_FLOPS[machine.gpu] / 1e12:g} TFLOP/s, {machine.link_gb_s:g} GB/s a rank {link}, "
+        f"{machine.host_gb_s:g} GB/s to the host; s/step: from all communication hidden to none"
+    )
+    yield ""
+    table = [[*COLUMNS, *(["h/run"] if steps else ["Mtokens/day"])]]
+    tokens = setup.batch * setup.accumulation * setup.ranks * mean
+    for row in rows:
+        hours = [second * steps / 3600 for second in row.seconds] if steps else []
+        rates = [tokens * 86400 / second / 1e6 for second in reversed(row.seconds)]
+        memory = [f"{size / GIB:.1f}" for size in (*row.memory, row.memory.total)]
+        times = [span(row.seconds), span(hours or rates)]
+        batch = str(row.largest_batch or "none")
+        table.append(
+            [row.engine, row.cost_sharding, *memory, "yes" if row.fits else "no", batch, f"{row.moved / GIB:.1f}", *times]
+        )
+    yield from aligned(table)
+    yield ""
+    hosts = [
+        f"{row.engine} also takes {row.host / GIB / options.nodes:.0f} GiB of each host's memory" for row in rows if row.host
+    ]
+    yield from hosts[:1]
+    if steps:
+        yield f"{steps:,} steps"
+    yield advice
+
+
+COLUMNS = (
+    "engine", "cost", "weights", "gradients", "optimizer", "cost GiB", "activations", "loss", "gather", "total GiB", "fits",
+    "largest batch", "GiB moved/step", "s/step",
+)  # fmt: skip
+
+
+def span(values: Sequence[float]) -> str:
+    """From a to b, or one number if they print the same."""
+    texts = [f"{value:.3g}" for value in values]
+    return texts[0] if texts[0] == texts[1] else f"{texts[0]}-{texts[1]}"
+
+
+def aligned(table: list[list[str]]) -> Iterator[str]:
+    """The lines of a Markdown table."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table]
+    yield from (lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:])
+
+
+def as_json(counts: Parameters, setup: Setup, rows: list[Row], steps: int | None, advice: str) -> str:
+    """Bytes and seconds."""
+    return json.dumps(
+        {
+            "parameters": asdict(counts) | {"total": counts.total},
+            "setup": asdict(setup),
+            "steps": steps,
+            "rows": [asdict(row) | {"memory": row.memory._asdict() | {"total": row.memory.total}} for row in rows],
+            "advice": advice,
+        },
+        indent=1,
+    )
+
+
+if __name__ == "__main__":
+    main()
