@@ -117,7 +117,7 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
 def count_activations(config: Any, length: int, precision: str) -> Activations:
     """A forward pass of one row and one of two, on fake CPU tensors: attention then takes a kernel that keeps no scores.
 
-    Attention gets a mask, as it does for a batch with padding.
+    Attention gets a mask, as it does for a batch with padding: transformers cannot look into fake tensors.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with FakeTensorMode():
@@ -173,6 +173,6 @@ def saved_tensors(model: PreTrainedModel, rows: int, length: int) -> list[tuple[
             stack.callback(layer.register_forward_hook(leave).remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         ids = torch.zeros(rows, length, dtype=torch.long)
-        mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
+        mask = torch.ones(rows, length, dtype=torch.long)
         model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     return found

@@ -9,6 +9,7 @@ from stanford_alpaca.engines import PEAK_FLOPS
 from stanford_alpaca.estimate import COST_SHARDINGS, Memory, Setup, precision_of, shardings_of
 
 GIB = 2**30
+NEARLY = 1.2  # closer than this the assumed rates tell nothing
 USABLE = 0.92  # of a GPU's memory: the rest is for CUDA, NCCL, the allocator's gaps
 
 
@@ -88,12 +89,10 @@ def batches_of(setup: Setup) -> list[Setup]:
 
 
 def recommend(rows: list[Row]) -> Row | None:
-    """The fastest row that fits; among those within 2 % of it the one with the simplest engine and sharding."""
+    """The simplest engine and sharding (they stand in that order) that fits and is nearly as fast as the fastest that does."""
     fitting = [row for row in rows if row.fits]
-    if not fitting:
-        return None
-    least = min(sum(row.seconds) for row in fitting)
-    return next(row for row in fitting if sum(row.seconds) <= 1.02 * least)
+    least = min((row.seconds[1] for row in fitting), default=0.0)
+    return next((row for row in fitting if row.seconds[1] <= NEARLY * least), None)
 
 
 def advise(table: Callable[[Setup], list[Row]], setup: Setup) -> str:
@@ -121,4 +120,5 @@ def flags_of(row: Row, tried: Setup, asked: Setup) -> str:
     )
     low, high = row.seconds
     gib = row.memory.total / GIB
-    return f"{flags}: the fastest that fits{without}; {gib:.1f} GiB a rank, {low:.3g} to {high:.3g} s a step"
+    why = f"the simplest that fits and is nearly the fastest{without}"
+    return f"{flags}: {why}; {gib:.1f} GiB a rank, {low:.3g} to {high:.3g} s a step"

@@ -14,10 +14,13 @@ LAYERS = [
     {"generate", "checkpoint", "preview"},
     {"evaluation"},
     {"engines"},
+    {"anatomy"},
+    {"estimate"},
+    {"plans"},
     {"trainer"},
     {"arguments", "callbacks"},
     {"checks", "record"},
-    {"train", "launch"},
+    {"train", "launch", "preflight"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
