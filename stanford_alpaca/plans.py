@@ -1,10 +1,11 @@
 """Engines and cost shardings side by side, and which to take."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from stanford_alpaca import estimate
-from stanford_alpaca.anatomy import Anatomy
+from stanford_alpaca.anatomy import Anatomy, Parameters
 from stanford_alpaca.engines import PEAK_FLOPS
 from stanford_alpaca.estimate import COST_SHARDINGS, Memory, Setup, precision_of, shardings_of
 
@@ -122,3 +123,85 @@ def flags_of(row: Row, tried: Setup, asked: Setup) -> str:
     gib = row.memory.total / GIB
     why = f"the simplest that fits and is nearly the fastest{without}"
     return f"{flags}: {why}; {gib:.1f} GiB a rank, {low:.3g} to {high:.3g} s a step"
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "engine", "cost", "weights", "gradients", "optimizer", "cost GiB", "activations", "loss", "gather", "total GiB", "fits",
+    "largest batch", "GiB moved/step", "s/step",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An estimate and what it rests on."""
+
+    model: str
+    nodes: int
+    parameters: Parameters
+    setup: Setup
+    machine: Machine
+    mean_tokens: float
+    steps: int | None  # of the run, if the number of examples is known
+    rows: list[Row]
+    advice: str
+
+    def lines(self) -> Iterator[str]:
+        """What was assumed, a Markdown table, the advice."""
+        counts, setup, machine = self.parameters, self.setup, self.machine
+        sizes = {
+            "embeddings": counts.embedding,
+            "decoder layers": counts.layers,
+            "norm": counts.norm,
+            "output layer": counts.head,
+        }
+        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        yield f"{self.model}: {counts.total:,} parameters ({listed}{', tied' * counts.tied})"
+        link = "within a node" if self.nodes == 1 else "between nodes"
+        yield (
+            f"{setup.ranks} rank(s), {setup.batch} x {setup.accumulation} rows a rank and step, at most {setup.length} tokens, "
+            f"mean {self.mean_tokens:.4g}; {machine.gpu} with {machine.gpu_gib:g} GiB, of which {USABLE:.0%} count"
+        )
+        yield (
+            f"assumed: {machine.mfu:.0%} of {PEAK_FLOPS[machine.gpu] / 1e12:g} TFLOP/s, {machine.link_gb_s:g} GB/s a rank {link}, "
+            f"{machine.host_gb_s:g} GB/s to the host; s/step: from all communication hidden to none"
+        )
+        yield ""
+        yield from aligned([[*COLUMNS, "h/run" if self.steps else "Mtokens/day"], *map(self._cells, self.rows)])
+        yield ""
+        for row in [row for row in self.rows if row.host][:1]:
+            yield f"{row.engine} also takes {row.host / GIB / self.nodes:.0f} GiB of each host's memory"
+        if self.steps:
+            yield f"{self.steps:,} steps"
+        yield self.advice
+
+    def _cells(self, row: Row) -> list[str]:
+        setup = self.setup
+        if self.steps:
+            whole = [second * self.steps / 3600 for second in row.seconds]
+        else:
+            tokens = setup.batch * setup.accumulation * setup.ranks * self.mean_tokens
+            whole = [tokens * 86400 / second / 1e6 for second in reversed(row.seconds)]
+        memory = [f"{size / GIB:.1f}" for size in (*row.memory, row.memory.total)]
+        fits = ["yes" if row.fits else "no", str(row.largest_batch or "none")]
+        return [row.engine, row.cost_sharding, *memory, *fits, f"{row.moved / GIB:.1f}", span(row.seconds), span(whole)]
+
+    def as_json(self) -> str:
+        """Everything in bytes and seconds."""
+        rows = [asdict(row) | {"memory": row.memory._asdict() | {"total": row.memory.total}} for row in self.rows]
+        parameters = asdict(self.parameters) | {"total": self.parameters.total}
+        return json.dumps(asdict(self) | {"parameters": parameters, "rows": rows}, indent=1)
+
+
+def span(values: Sequence[float]) -> str:
+    """From a to b, or one number if they print the same."""
+    texts = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+    return texts[0] if texts[0] == texts[1] else f"{texts[0]}-{texts[1]}"
+
+
+def aligned(table: list[list[str]]) -> Iterator[str]:
+    """The lines of a Markdown table."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table]
+    yield from (lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:])

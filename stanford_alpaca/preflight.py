@@ -4,15 +4,13 @@ Memory per rank, communication, time and the largest batch for every engine and 
 Needs no weights and no GPU. The formulas stand in ``estimate.py``; ``anatomy.py`` counts parameters and activations.
 """
 
-import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import HfArgumentParser
 
-from stanford_alpaca.anatomy import Parameters, describe, read_config
+from stanford_alpaca.anatomy import describe, read_config
 from stanford_alpaca.arguments import choice
 from stanford_alpaca.data.formats import form_of, load_records
 from stanford_alpaca.data.tokenize import ExampleEncoder, encode_records
@@ -21,7 +19,7 @@ from stanford_alpaca.errors import UserError, exit_on_user_error, nearest
 from stanford_alpaca.estimate import COST_SHARDINGS, ENGINES, Setup, precision_of, shardings_of
 from stanford_alpaca.losses.formulas import MODES, Objective
 from stanford_alpaca.model import check_model, load_tokenizer
-from stanford_alpaca.plans import GIB, USABLE, Machine, Row, advise, rows_of
+from stanford_alpaca.plans import Machine, Plan, Row, advise, rows_of
 from stanford_alpaca.preview import WHOLE, statistics_of
 
 RECIPE = 128  # rows per step, as in train_emo.sh
@@ -167,15 +165,11 @@ def preflight(options: Options) -> None:
     def table(tried: Setup) -> list[Row]:
         return rows_of(anatomies, tried, machine, mean, engines, options.cost_sharding)
 
-    rows, advice = table(setup), advise(table, setup)
-    steps = steps_of(options, setup)
-    if options.json:
-        print(as_json(counts, setup, rows, steps, advice))
-    else:
-        print("\n".join(report(options, counts, setup, machine, mean, rows, steps, advice)))
-
-
-# ---- what is printed -------------------------------------------------------------------------------------------------------
+    plan = Plan(
+        model=options.model_name_or_path, nodes=options.nodes, parameters=counts, setup=setup, machine=machine,
+        mean_tokens=mean, steps=steps_of(options, setup), rows=table(setup), advice=advise(table, setup),
+    )  # fmt: skip
+    print(plan.as_json() if options.json else "\n".join(plan.lines()))
 
 
 def steps_of(options: Options, setup: Setup) -> int | None:
@@ -186,85 +180,6 @@ def steps_of(options: Options, setup: Setup) -> int | None:
     if options.packing and options.mean_tokens is not None:
         rows = math.ceil(rows * options.mean_tokens / options.model_max_length)
     return math.ceil(math.ceil(rows / (setup.batch * setup.accumulation * setup.ranks)) * options.num_train_epochs)
-
-
-def report(
-    options: Options,
-    counts: Parameters,
-    setup: Setup,
-    machine: Machine,
-    mean: float,
-    rows: list[Row],
-    steps: int | None,
-    advice: str,
-) -> Iterator[str]:
-    """The lines of the report: what was assumed, a Markdown table, the advice."""
-    sizes = {"embeddings": counts.embedding, "decoder layers": counts.layers, "norm": counts.norm, "output layer": counts.head}
-    listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-    yield f"{options.model_name_or_path}: {counts.total:,} parameters ({listed}{', tied' * counts.tied})"
-    link = "within a node" if options.nodes == 1 else "between nodes"
-    yield (
-        f"{setup.ranks} ranks, {setup.batch} x {setup.accumulation} rows a rank and step, at most {setup.length} tokens, mean "
-        f"{mean:.4g}; {machine.gpu} with {machine.gpu_gib:g} GiB, of which {USABLE:.0%} count"
-    )
-    yield (
-        f"assumed: {machine.mfu:.0%} of {PEAK_FLOPS[machine.gpu] / 1e12:g} TFLOP/s, {machine.link_gb_s:g} GB/s a rank {link}, "
-        f"{machine.host_gb_s:g} GB/s to the host; s/step: from all communication hidden to none"
-    )
-    yield ""
-    table = [[*COLUMNS, *(["h/run"] if steps else ["Mtokens/day"])]]
-    tokens = setup.batch * setup.accumulation * setup.ranks * mean
-    for row in rows:
-        hours = [second * steps / 3600 for second in row.seconds] if steps else []
-        rates = [tokens * 86400 / second / 1e6 for second in reversed(row.seconds)]
-        memory = [f"{size / GIB:.1f}" for size in (*row.memory, row.memory.total)]
-        times = [span(row.seconds), span(hours or rates)]
-        batch = str(row.largest_batch or "none")
-        table.append(
-            [row.engine, row.cost_sharding, *memory, "yes" if row.fits else "no", batch, f"{row.moved / GIB:.1f}", *times]
-        )
-    yield from aligned(table)
-    yield ""
-    hosts = [
-        f"{row.engine} also takes {row.host / GIB / options.nodes:.0f} GiB of each host's memory" for row in rows if row.host
-    ]
-    yield from hosts[:1]
-    if steps:
-        yield f"{steps:,} steps"
-    yield advice
-
-
-COLUMNS = (
-    "engine", "cost", "weights", "gradients", "optimizer", "cost GiB", "activations", "loss", "gather", "total GiB", "fits",
-    "largest batch", "GiB moved/step", "s/step",
-)  # fmt: skip
-
-
-def span(values: Sequence[float]) -> str:
-    """From a to b, or one number if they print the same."""
-    texts = [f"{value:.3g}" for value in values]
-    return texts[0] if texts[0] == texts[1] else f"{texts[0]}-{texts[1]}"
-
-
-def aligned(table: list[list[str]]) -> Iterator[str]:
-    """The lines of a Markdown table."""
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table]
-    yield from (lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:])
-
-
-def as_json(counts: Parameters, setup: Setup, rows: list[Row], steps: int | None, advice: str) -> str:
-    """Bytes and seconds."""
-    return json.dumps(
-        {
-            "parameters": asdict(counts) | {"total": counts.total},
-            "setup": asdict(setup),
-            "steps": steps,
-            "rows": [asdict(row) | {"memory": row.memory._asdict() | {"total": row.memory.total}} for row in rows],
-            "advice": advice,
-        },
-        indent=1,
-    )
 
 
 if __name__ == "__main__":

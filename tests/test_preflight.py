@@ -83,7 +83,7 @@ def test_the_command_needs_a_configuration_and_no_weights(folder, capsys):
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("| ")]
     assert [line.split()[1] for line in lines[1:]].count("fsdp") == 3  # replicate, shard, vocab_parallel
-    assert "4 ranks, 4 x 8 rows" in printed and "40% of 989 TFLOP/s, 200 GB/s a rank within a node" in printed
+    assert "4 rank(s), 4 x 8 rows" in printed and "40% of 989 TFLOP/s, 200 GB/s a rank within a node" in printed
     assert "\n24 steps\n" in printed and printed.splitlines()[-1].startswith("ENGINE=ddp --per_device_train_batch_size 4 ")
 
 
