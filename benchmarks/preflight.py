@@ -22,6 +22,7 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import exit_on_user_error, refuse_unknown
 from stanford_alpaca.estimate import Memory, Setup, peak_memory
+from stanford_alpaca.losses.formulas import Objective
 from stanford_alpaca.model import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +72,7 @@ def run(
                              "gradient_accumulation_steps": accumulation}  # fmt: skip
                     measured[size] = train(folder / size, data, out, engine, ranks, flags)
                     setup = Setup(
-                        ranks=ranks, batch=rows, accumulation=accumulation, length=tokens, priced=mode.startswith("em"),
+                        ranks=ranks, batch=rows, accumulation=accumulation, length=tokens, priced=Objective(mode).needs_emo,
                         bf16=False, device="cpu", supervised_share=share, unique_share=unique, cost_cache_mib=0,
                     )  # fmt: skip
                     estimated[size] = estimate(describe(models[size], tokens, "float32"), setup, engine).total / 2**20

@@ -164,8 +164,8 @@ class Plan:
             f"mean {self.mean_tokens:.4g}; {machine.gpu} with {machine.gpu_gib:g} GiB, of which {USABLE:.0%} count"
         )
         yield (
-            f"assumed: {machine.mfu:.0%} of {PEAK_FLOPS[machine.gpu] / 1e12:g} TFLOP/s, {machine.link_gb_s:g} GB/s a rank {link}, "
-            f"{machine.host_gb_s:g} GB/s to the host; s/step: from all communication hidden to none"
+            f"assumed: {machine.mfu:.0%} of {PEAK_FLOPS[machine.gpu] / 1e12:g} TFLOP/s, {machine.link_gb_s:g} GB/s a rank "
+            f"{link}, {machine.host_gb_s:g} GB/s to the host; s/step: from all communication hidden to none"
         )
         yield ""
         yield from aligned([[*COLUMNS, "h/run" if self.steps else "Mtokens/day"], *map(self._cells, self.rows)])
