@@ -50,12 +50,8 @@ def run(
     Lists are given with commas: --engines none,fsdp. ``none`` runs in one process, the others in two that talk through gloo.
     """
     refuse_unknown(unknown, run)
-    large = {
-        "hidden_size": hidden,
-        "intermediate_size": 43 * hidden // 16,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 8,
-    }
+    large = {"hidden_size": hidden, "intermediate_size": 43 * hidden // 16, "num_hidden_layers": layers,
+             "num_attention_heads": 8}  # fmt: skip
     print("| engine | micro-batches | estimated MiB | measured MiB | error |\n|---|---|---|---|---|", flush=True)
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -63,20 +59,17 @@ def run(
         data, share, unique = write_data(folder / "data.json", 2 * RANKS * batch * STEPS, length)
         for engine in as_list(engines):
             for accumulation in as_list(accumulations):
-                ranks = 1 if engine == "none" else RANKS
-                shapes = {"large": (batch, length), "small": (1, 128)}
-                measured, estimated = {}, {}
-                for size, (rows, tokens) in shapes.items():
-                    out = folder / f"{size}-{engine}-{accumulation}"
-                    flags = {"mode": mode, "per_device_train_batch_size": rows, "model_max_length": tokens,
-                             "gradient_accumulation_steps": accumulation}  # fmt: skip
-                    measured[size] = train(folder / size, data, out, engine, ranks, flags)
+                sizes = {}
+                for size, (rows, tokens) in {"large": (batch, length), "small": (1, 128)}.items():
                     setup = Setup(
-                        ranks=ranks, batch=rows, accumulation=accumulation, length=tokens, priced=Objective(mode).needs_emo,
-                        bf16=False, device="cpu", supervised_share=share, unique_share=unique, cost_cache_mib=0,
+                        ranks=1 if engine == "none" else RANKS, batch=rows, accumulation=accumulation, length=tokens,
+                        priced=Objective(mode).needs_emo, bf16=False, device="cpu",
+                        supervised_share=share, unique_share=unique, cost_cache_mib=0,
                     )  # fmt: skip
-                    estimated[size] = estimate(describe(models[size], tokens, "float32"), setup, engine).total / 2**20
-                ours, theirs = (figures["large"] - figures["small"] for figures in (estimated, measured))
+                    out = folder / f"{size}-{engine}-{accumulation}"
+                    measured = train(folder / size, data, out, engine, mode, setup)
+                    sizes[size] = estimate(describe(models[size], tokens, "float32"), setup, engine).total / 2**20, measured
+                ours, theirs = (large - small for large, small in zip(sizes["large"], sizes["small"], strict=True))
                 print(f"| {engine} | {accumulation} | {ours:.0f} | {theirs:.0f} | {ours / theirs - 1:+.0%} |", flush=True)
 
 
@@ -111,12 +104,14 @@ def write_data(file: Path, rows: int, length: int) -> tuple[Path, float, float]:
     return file, report.supervised_tokens / report.tokens, len(set(targets)) / len(targets)
 
 
-def train(model: Path, data: Path, out: Path, engine: str, ranks: int, flags: dict[str, Any]) -> float:
+def train(model: Path, data: Path, out: Path, engine: str, mode: str, setup: Setup) -> float:
     """The peak of the first rank's resident memory in MiB, as training itself reports it."""
     how = {"fsdp": ["--fsdp"]}.get(engine, [])
     if engine.startswith("zero"):
         how = ["--deepspeed", str(ROOT / "ds_configs" / f"{engine}.json")]
-    launch = [] if engine == "none" else ["stanford_alpaca.launch", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+    flags = {"mode": mode, "per_device_train_batch_size": setup.batch, "model_max_length": setup.length,
+             "gradient_accumulation_steps": setup.accumulation}  # fmt: skip
+    launch = [] if engine == "none" else ["stanford_alpaca.launch", "--standalone", "--nproc_per_node", str(setup.ranks), "-m"]
     command = [
         sys.executable,
         "-m",

@@ -12,11 +12,12 @@ compute dtype, of c bytes, and float32 masters with the optimizer's state. A ran
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from stanford_alpaca import cost_sharding
 from stanford_alpaca.anatomy import Anatomy, Parameters
 from stanford_alpaca.token_stats.chunked import TILE_PRODUCTS
 from stanford_alpaca.token_stats.torch_kernels import CACHE_LOGITS, CHUNK_LOGITS
 
-COST_SHARDINGS = ("replicate", "shard", "vocab_parallel")
+COST_SHARDINGS = tuple(name for name in cost_sharding.COST_SHARDINGS if name != "auto")
 NO_COST = "-"  # in place of a cost sharding where the mode reads no costs
 LIVE = 10**9  # parameters that ZeRO-3 keeps gathered, and those that its optimizer steps at once: DeepSpeed's defaults
 
@@ -83,12 +84,12 @@ def precision_of(engine: str, bf16: bool) -> str:
     return "autocast" if engine in ("none", "ddp") else "bfloat16"
 
 
-def shardings_of(engine: str, setup: Setup, tied: bool) -> list[str]:
-    """The cost shardings that can be combined with an engine."""
-    if not setup.priced:
-        return [NO_COST]
-    some = ["replicate", "shard"] if setup.ranks > 1 else ["replicate"]
-    return [*some, "vocab_parallel"] if engine == "fsdp" and not tied else some
+def shardings_of(engine: str, setup: Setup, counts: Parameters) -> list[str]:
+    """The cost shardings that can be combined with an engine, the simplest first."""
+    some = ["replicate", *(["shard"] if setup.ranks > 1 else [])] if setup.priced else [NO_COST]
+    columns = -(-counts.vocab_size // setup.ranks)  # every rank has to have some
+    parallel = engine == "fsdp" and not counts.tied and columns * (setup.ranks - 1) < counts.vocab_size
+    return [*some, *(["vocab_parallel"] if parallel else [])]
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------------
@@ -110,7 +111,8 @@ def moments(anatomy: Anatomy, setup: Setup, engine: str, sharding: str) -> dict[
     kept = saved.outside.of(setup.batch) + (saved.inputs if setup.checkpointing else saved.layers).of(setup.batch)
     working = 3 * saved.widest.of(setup.batch) + (layer if setup.checkpointing else 0)
     head = counts.vocab_size * counts.width / (setup.ranks if sharding == "vocab_parallel" else 1)
-    d_head = head * (4 if precision_of(engine, setup.bf16) == "autocast" else setup.itemsize)
+    float32_head = sharding == "vocab_parallel" or precision_of(engine, setup.bf16) == "autocast"
+    d_head = head * (4 if float32_head else setup.itemsize)
     copies = step_copies(counts.total, setup, engine)
     spread = 4 * counts.vocab_size * counts.width if sharding == "shard" else 0
     return {
@@ -169,7 +171,7 @@ def fsdp_units(counts: Parameters, sharding: str) -> tuple[int, int]:
 
 def cost_bytes(counts: Parameters, setup: Setup, sharding: str) -> float:
     """Float32 rows of the frozen cost, and the bfloat16 rows that are kept between steps."""
-    if sharding == NO_COST:
+    if not setup.priced:
         return 0
     rows = 4 * counts.vocab_size * counts.width
     if sharding != "replicate":
@@ -187,11 +189,12 @@ def loss_bytes(counts: Parameters, setup: Setup, engine: str, sharding: str) -> 
     most = max(16, CHUNK_LOGITS[setup.device] / vocab)
     logits = min(tokens, most) * vocab
     chunk = logits * (4 + (c if setup.bf16 else 0))
-    if sharding != NO_COST:
+    if setup.priced:
         chunk += 4 * logits * setup.unique_share + 4 * min(logits, CACHE_LOGITS[setup.device])
     chunk += 4 * min(logits, CACHE_LOGITS[setup.device])
     head = 4 * vocab * width + (c * min(TILE_PRODUCTS, vocab * width) if setup.bf16 else 0)
-    copy = c * vocab * width if precision_of(engine, setup.bf16) == "autocast" else 0
+    float32_head = parallel or precision_of(engine, setup.bf16) == "autocast"
+    copy = c * vocab * width if setup.bf16 and float32_head else 0
     hidden = tokens * width * c + setup.targets * width * c + (4 * tokens * width if parallel else tokens * width * c)
     return chunk + head + copy + hidden
 
@@ -237,9 +240,9 @@ def loss_traffic(counts: Parameters, setup: Setup, sharding: str) -> float:
     if sharding != "vocab_parallel":
         return 0
     tokens = setup.targets * setup.ranks
-    unique = min(counts.vocab_size, tokens * setup.unique_share)
+    rows = min(counts.vocab_size, tokens * setup.unique_share) * counts.width if setup.priced else 0
     hidden_and_gradients = tokens * counts.width * (setup.itemsize + 4)
-    return hidden_and_gradients + 2 * 4 * (unique * counts.width + 5 * tokens)
+    return hidden_and_gradients + 8 * tokens + 2 * 4 * (rows + (5 if setup.priced else 3) * tokens)
 
 
 def compute_flops(anatomy: Anatomy, setup: Setup, mean_tokens: float) -> float:

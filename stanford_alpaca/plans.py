@@ -63,7 +63,7 @@ def rows_of(
         anatomy = anatomies[precision_of(engine, setup.bf16)]
         counts = anatomy.parameters
         flops, through_host = estimate.compute_flops(anatomy, setup, mean_tokens), estimate.host_traffic(counts, setup, engine)
-        for cost in shardings_of(engine, setup, counts.tied):
+        for cost in shardings_of(engine, setup, counts):
             if sharding not in (None, cost):
                 continue
             totals = {tried.batch: estimate.peak_memory(anatomy, tried, engine, cost).total for tried in batches_of(setup)}

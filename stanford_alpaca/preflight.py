@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from transformers import HfArgumentParser
 
-from stanford_alpaca.anatomy import describe, read_config
+from stanford_alpaca.anatomy import Parameters, describe, read_config
 from stanford_alpaca.arguments import choice
 from stanford_alpaca.data.formats import form_of, load_records
 from stanford_alpaca.data.tokenize import ExampleEncoder, encode_records
@@ -92,17 +92,19 @@ class Options:
             bf16=self.bf16, supervised_share=self.supervised_share, cost_cache_mib=self.cost_cache_mib if self.bf16 else 0,
         )  # fmt: skip
 
-    def engines(self, tied: bool) -> list[str]:
+    def engines(self, counts: Parameters) -> list[str]:
         """Those that the ranks can have, or the one asked for. Raises UserError for flags that do not go together."""
         possible = ["none", "zero3_offload"] if self.ranks == 1 else [name for name in ENGINES if name != "none"]
         if self.engine is not None and self.engine not in possible:
             raise UserError(f"--engine {self.engine} with {self.ranks} rank(s): choose from {', '.join(possible)}")
         chosen = possible if self.engine is None else [self.engine]
         setup = self.setup()
-        if self.cost_sharding is not None and not any(self.cost_sharding in shardings_of(name, setup, tied) for name in chosen):
+        if self.cost_sharding is not None and not any(
+            self.cost_sharding in shardings_of(name, setup, counts) for name in chosen
+        ):
             raise UserError(
                 f"--cost_sharding {self.cost_sharding}: shard needs several ranks, vocab_parallel also engine fsdp and an "
-                "output layer of its own, and all need a --mode with costs"
+                "output layer of its own with rows for every rank, replicate and shard a --mode with costs"
             )
         return chosen
 
@@ -155,7 +157,7 @@ def preflight(options: Options) -> None:
     precisions = {precision_of(engine, options.bf16) for engine in ENGINES}
     anatomies = {name: describe(config, options.model_max_length, name) for name in sorted(precisions)}
     counts = next(iter(anatomies.values())).parameters
-    engines = options.engines(counts.tied)
+    engines = options.engines(counts)
     link = options.intra_gb_s if options.nodes == 1 else options.inter_gb_s
     machine = Machine(options.gpu, options.gpu_gib, options.mfu, link, options.host_gb_s)
     mean = float(options.model_max_length)

@@ -49,7 +49,7 @@ def test_vocab_parallel_keeps_the_heads_gradient_sharded_between_micro_batches()
     at = moments(ANATOMY, SETUP, "fsdp", "vocab_parallel")
     assert at["loss"].gradients == 4 * 5010 + 1000
     assert at["loss"].gather == 2 * 10
-    assert at["backward"].gradients == 4 * 5010 + 1000 + 2 * 250
+    assert at["backward"].gradients == 4 * 5010 + 1000 + 4 * 250
 
 
 def test_activations_by_moment():
@@ -70,9 +70,7 @@ def test_what_is_gathered():
     assert moments(ANATOMY, SETUP, "zero3", "replicate")["loss"].gather == 2 * 6010 + 2 * 2 * 100
 
 
-@pytest.mark.parametrize(
-    ("sharding", "cost"), [("replicate", 4000 + 20_000), ("shard", 1000), ("vocab_parallel", 1000), ("-", 0)]
-)
+@pytest.mark.parametrize(("sharding", "cost"), [("replicate", 4000 + 20_000), ("shard", 1000), ("vocab_parallel", 1000)])
 def test_cost(sharding, cost):
     setup = Setup(**vars(SETUP) | {"cost_cache_mib": 1})
     assert moments(ANATOMY, setup, "fsdp", sharding)["loss"].cost == cost
@@ -84,8 +82,9 @@ def test_the_loss_holds_a_chunk_the_gradient_and_copies():
     hidden = 3 * 16 * 10 * 2
     assert loss_bytes(COUNTS, SETUP, "zero2", "replicate") == logits + costs + slices + 4000 + 2000 + hidden
     assert loss_bytes(COUNTS, SETUP, "ddp", "replicate") == logits + costs + slices + 4000 + 2000 + 2000 + hidden
-    assert loss_bytes(COUNTS, SETUP, "zero2", "-") == logits + slices / 2 + 4000 + 2000 + hidden
-    exact = Setup(**vars(SETUP) | {"bf16": False, "device": "cpu"})
+    free = Setup(**vars(SETUP) | {"priced": False})
+    assert loss_bytes(COUNTS, free, "zero2", "-") == logits + slices / 2 + 4000 + 2000 + hidden
+    exact = Setup(**vars(SETUP) | {"bf16": False, "device": "cpu", "priced": False})
     assert loss_bytes(COUNTS, exact, "fsdp", "-") == 4 * rows + slices / 2 + 4000 + 2 * hidden
 
 
@@ -95,7 +94,7 @@ def test_the_loss_holds_a_chunk_the_gradient_and_copies():
         ("ddp", "replicate", 8 * 6010),
         ("ddp", "shard", 8 * 6010 + 3 * 4000),
         ("fsdp", "replicate", 3 * 2 * (6010 + 5000) + 4 * 6010),
-        ("fsdp", "vocab_parallel", 3 * 2 * (5010 + 5000) + 4 * 5010 + 3 * (64 * 10 * 6 + 8 * (19.84 * 10 + 5 * 64))),
+        ("fsdp", "vocab_parallel", 3 * 2 * (5010 + 5000) + 4 * 5010 + 3 * (64 * 10 * 6 + 64 * 8 + 8 * (19.84 * 10 + 5 * 64))),
         ("zero1", "replicate", 4 * 6010 + 2 * 6010),
         ("zero2", "replicate", 3 * 4 * 6010 + 2 * 6010),
         ("zero3", "shard", 3 * 2 * 2 * 6010 + 3 * 4000),
@@ -107,14 +106,25 @@ def test_bytes_of_a_step_on_four_ranks(engine, sharding, moved):
 
 def test_a_tied_head_is_gathered_once_with_the_norm():
     assert traffic(TIED, SETUP, "fsdp", "replicate") == 0.75 * (3 * 2 * (5010 + 4000) + 4 * 5010)
-    assert shardings_of("fsdp", SETUP, tied=True) == ["replicate", "shard"]
-    assert shardings_of("fsdp", SETUP, tied=False) == ["replicate", "shard", "vocab_parallel"]
+    assert shardings_of("fsdp", SETUP, TIED) == ["replicate", "shard"]
+    assert shardings_of("fsdp", SETUP, COUNTS) == ["replicate", "shard", "vocab_parallel"]
+
+
+def test_shardings_need_ranks_costs_and_rows():
+    assert shardings_of("zero2", SETUP, COUNTS) == ["replicate", "shard"]
+    many = Setup(**vars(SETUP) | {"ranks": 64})  # two rows each for 50 of them
+    assert shardings_of("fsdp", many, COUNTS) == ["replicate", "shard"]
+    free = Setup(**vars(SETUP) | {"priced": False})
+    assert shardings_of("fsdp", free, COUNTS) == ["-", "vocab_parallel"] and shardings_of("ddp", free, COUNTS) == ["-"]
+    moved = 3 * 2 * (5010 + 5000) + 4 * 5010 + 3 * (64 * 10 * 6 + 64 * 8 + 8 * 3 * 64)
+    assert traffic(COUNTS, free, "fsdp", "vocab_parallel") == pytest.approx(0.75 * moved, rel=1e-12)
+    assert moments(ANATOMY, free, "fsdp", "vocab_parallel")["loss"].cost == 0
 
 
 def test_one_rank_moves_nothing():
     alone = Setup(**vars(SETUP) | {"ranks": 1})
     assert traffic(COUNTS, alone, "none", "replicate") == 0
-    assert shardings_of("none", alone, tied=False) == ["replicate"]
+    assert shardings_of("none", alone, COUNTS) == ["replicate"]
     assert host_memory(6010, alone, "zero3_offload") == 18 * 6010 and host_memory(6010, alone, "zero3") == 0
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from stanford_alpaca import estimate, plans
+from stanford_alpaca import plans
 from stanford_alpaca.anatomy import describe
 from stanford_alpaca.estimate import ENGINES, Setup, peak_memory
 from stanford_alpaca.plans import GIB, Machine, advise, batches_of, recommend, rows_of
@@ -131,8 +131,7 @@ def test_activation_checkpointing_and_no_costs_save_memory(make_model):
     anatomy = describe(make_model("llama").config, 32, "bfloat16")
     with_costs = peak_memory(anatomy, SETUP, "zero2", "replicate").total
     assert peak_memory(anatomy, replace(SETUP, checkpointing=True), "zero2", "replicate").total < with_costs
-    assert estimate.shardings_of("fsdp", replace(SETUP, priced=False), tied=False) == ["-"]
-    assert peak_memory(anatomy, SETUP, "zero2", "-").total < with_costs
+    assert peak_memory(anatomy, replace(SETUP, priced=False), "zero2", "-").total < with_costs
 
 
 @pytest.mark.parametrize(
@@ -148,7 +147,7 @@ def test_activation_checkpointing_and_no_costs_save_memory(make_model):
         ("--nproc 4 --engine none", "--engine none with 4 rank.s.: choose from ddp, fsdp"),
         ("--nproc 4 --global_batch 100", "--global_batch 100 is no multiple of 16 .4 ranks of 4."),
         ("--nproc 4 --mode emo --engine ddp --cost_sharding vocab_parallel", "vocab_parallel also engine fsdp"),
-        ("--nproc 4 --cost_sharding shard", "all need a --mode with costs"),
+        ("--nproc 4 --cost_sharding shard", "shard a --mode with costs"),
         ("--model_max_length 4096", "--model_max_length 4096 is more than the model's 1024 positions"),
         ("--mean_tokens 600", "--mean_tokens 600 is more than --model_max_length 512"),
         ("--supervised_share 40", "are shares: give at most 1"),
