@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.traffic import Traffic
 from stanford_alpaca import plans
-from stanford_alpaca.anatomy import describe
-from stanford_alpaca.estimate import ENGINES, Setup, peak_memory
+from stanford_alpaca.anatomy import describe, read_config
+from stanford_alpaca.estimate import ENGINES, Setup, peak_memory, traffic
 from stanford_alpaca.plans import GIB, Machine, advise, batches_of, recommend, rows_of
 from stanford_alpaca.preflight import Options, count_data, main, parse, steps_of
+from stanford_alpaca.train import train
+from tests.ranks import run_ranks
 
 MACHINE = Machine(gpu="A100", gpu_gib=80, mfu=0.5, link_gb_s=100, host_gb_s=10)
 
@@ -163,3 +166,22 @@ def test_refusals_are_one_line(folder, capsys, flags, message):
     assert ended.value.code == 2 and printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert re.search(message, printed.err)
+
+
+def bytes_of(argv: list[str]) -> int:
+    with Traffic() as counted:
+        train(argv)
+    return counted.total
+
+
+def test_ranks_send_what_was_estimated(root, tmp_path, arguments):
+    """A second step adds its bytes: two micro-batches' gathers, one reduction, and the eight bytes that count the targets."""
+    steps = [
+        arguments("--fsdp", max_steps=number, global_batch=None, gradient_accumulation_steps=2, cost_sharding="shard",
+                  output_dir=tmp_path / f"out{number}")
+        for number in (1, 2)
+    ]  # fmt: skip
+    one, two = (run_ranks(2, bytes_of, argv)[0] for argv in steps)
+    counts = describe(read_config(str(root / "data" / "tiny-base")), 16, "float32").parameters
+    setup = Setup(ranks=2, batch=4, accumulation=2, length=16, priced=True, bf16=False, device="cpu")
+    assert two - one == pytest.approx(traffic(counts, setup, "fsdp", "shard"), rel=1e-4)
