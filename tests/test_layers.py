@@ -4,7 +4,7 @@ import ast
 
 LAYERS = [
     {"errors"},
-    {"data", "model", "sampling", "old_flags"},
+    {"data", "model", "sampling", "old_flags", "turns"},
     {"samples"},
     {"cost"},
     {"token_stats"},
