@@ -131,6 +131,9 @@ class TrainingArguments(transformers.TrainingArguments):
             if given["activation_checkpointing"] and not self.activation_checkpointing_kwargs:  # see engines.activate_fsdp
                 config["activation_checkpointing"], self.activation_checkpointing = True, False
             self.fsdp_config = config
+        if self.global_batch and self.gradient_accumulation_steps == 1 and self.per_device_train_batch_size > 0:
+            at_once = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+            self.gradient_accumulation_steps = max(1, self.global_batch // at_once)  # which DeepSpeed's configuration repeats
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
         super().__post_init__()

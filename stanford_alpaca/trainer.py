@@ -77,6 +77,8 @@ class EmoTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:  # else accelerate takes it from DeepSpeed's configuration, and warns
+            self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
         activate_fsdp(self)
 
     # ---- training ------------------------------------------------------------------------------------------------------
