@@ -59,6 +59,16 @@ def test_a_zero_engine_without_its_file_is_an_error(tmp_path, monkeypatch):
         engine_flags("zero2", None, None)
 
 
+def filled_in(folder: str) -> list[int]:
+    args = TrainingArguments(output_dir=folder, engine="zero2", per_device_train_batch_size=2, global_batch=16)
+    config = args.hf_deepspeed_config.config
+    return [config[name] for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")]
+
+
+def test_deepspeed_knows_what_the_global_batch_makes_of_the_accumulation(tmp_path):
+    assert run_ranks(1, filled_in, str(tmp_path)) == [[2, 8, 16]]
+
+
 def sharded_step(folder: str) -> tuple:
     """One step of FSDP2 in bf16 on this rank: the output, its shard of the gradient and the weights, dtypes, layers."""
     from accelerate import Accelerator
