@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from stanford_alpaca.cost import COST_KINDS
+from stanford_alpaca.cost_sharding import COST_SHARDINGS
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.tokenize import TEMPLATES
 from stanford_alpaca.engines import ENGINES, engine_flags
@@ -79,6 +80,9 @@ class ObjectiveArguments:
         default=None,
         metadata={"help": "MiB of bfloat16 cost rows kept between steps; 2048 with bf16 or fp16 on a GPU, else 0."},
     )
+    cost_sharding: str = choice(
+        *COST_SHARDINGS, default="auto", help="Where the frozen costs live; vocab_parallel shards the output layer's loss too."
+    )
     loss_backend: str = choice("auto", *BACKENDS, default="auto", help="How the loss is computed.")
 
     @property
@@ -131,7 +135,7 @@ class TrainingArguments(transformers.TrainingArguments):
             if given["activation_checkpointing"] and not self.activation_checkpointing_kwargs:  # see engines.activate_fsdp
                 config["activation_checkpointing"], self.activation_checkpointing = True, False
             self.fsdp_config = config
-        if self.global_batch and self.gradient_accumulation_steps == 1 and self.per_device_train_batch_size > 0:
+        if self.global_batch and given["gradient_accumulation_steps"] == 1 and self.per_device_train_batch_size > 0:
             at_once = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
             self.gradient_accumulation_steps = max(1, self.global_batch // at_once)  # which DeepSpeed's configuration repeats
         if self.greater_is_better is None and self.metric_for_best_model is not None:

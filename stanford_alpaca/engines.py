@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from stanford_alpaca.cost_sharding import check_separate, wrap_separately
 from stanford_alpaca.errors import UserError
 
 ENGINES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")
@@ -84,6 +85,7 @@ def activate_fsdp(trainer) -> None:
         raise UserError(f"--fsdp was asked for, but accelerate chose {state.distributed_type}")
     plugin = state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = layers
+    wrap_separately(trainer.model, plugin)
     if args.bf16:  # accelerate's own policy would round the loss to bf16 and sum gradients in bf16
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if plugin.activation_checkpointing:  # accelerate's own would compute layers again with other dropout masks
@@ -126,6 +128,8 @@ def check_engine(trainer) -> None:
         wanted, active = f"zero{stage}", active.removesuffix("_offload")
     if wanted not in (None, active):
         raise UserError(f"the engine {wanted} was asked for, but the active one is {active}")
+    if active == "fsdp":
+        check_separate(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def active_engine(model: nn.Module) -> str:
