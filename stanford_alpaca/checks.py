@@ -174,6 +174,12 @@ def check_batches(training: TrainingArguments) -> None:
             raise UserError(f"--{name} {getattr(training, name)}: give 1 or more")
     if training.world_size != int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError(f"launched as {os.environ['WORLD_SIZE']} processes, but {training.world_size} found each other")
+    if training.engine == "ddp" and training.world_size == 1:
+        raise UserError("--engine ddp needs at least 2 processes: launch with torchrun, or choose none")
+    if training.engine == "none" and training.world_size > 1:
+        raise UserError(
+            f"--engine none is one process, and there are {training.world_size}: choose ddp, fsdp, zero1, zero2, zero3"
+        )
     if training.n_gpu > 1:
         raise UserError(f"one process sees {training.n_gpu} GPUs: launch with torchrun, or set CUDA_VISIBLE_DEVICES to one")
     if training.global_batch is not None:

@@ -25,7 +25,7 @@ from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.batching import PadCollator, target_counts
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import check_columns
-from stanford_alpaca.data.sources import ExampleStream, Loading, load_source, mix, stream_sources
+from stanford_alpaca.data.sources import ExampleStream, Loading, digest, load_source, mix, stream_sources
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import leave_together, loading_whole, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
@@ -36,6 +36,7 @@ from stanford_alpaca.model import empty_model, fit_vocabulary, load_model, load_
 from stanford_alpaca.record import differences, made_with, write_card, write_run
 from stanford_alpaca.teacher import Teacher, same_vocabulary
 from stanford_alpaca.trainer import EmoTrainer
+from stanford_alpaca.turns import load_in_turn
 
 
 def load_data(
@@ -191,8 +192,10 @@ def train(argv: list[str]) -> None:
     check(run)
     prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
     tokenizer = load_tokenizer(run.model.model_name_or_path, args.model_max_length, args.cache_dir)
-    with args.main_process_first(desc="tokenizing"):
-        train_examples, eval_examples = load_data(run.data, args, tokenizer)
+    train_examples, eval_examples = load_in_turn(
+        lambda: load_data(run.data, args, tokenizer), lambda sets: " ".join(map(digest, sets)),
+        args.process_index, args.local_process_index, args.world_size,
+    )  # fmt: skip
     now = made_with(run)
     for line in differences(run, now):
         say(f"--config: {line}")

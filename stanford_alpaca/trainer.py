@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from stanford_alpaca.attach import AttachedObjective
 from stanford_alpaca.checkpoint import full_state_dict
 from stanford_alpaca.data.batching import PadCollator, fill_up
-from stanford_alpaca.engines import activate_fsdp, check_fsdp, peak_flops, training_flops
+from stanford_alpaca.engines import activate_fsdp, check_engine, peak_flops, training_flops
 from stanford_alpaca.errors import UserError, first_line
 
 
@@ -77,13 +77,15 @@ class EmoTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:  # else accelerate takes it from DeepSpeed's configuration, and warns
+            self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
         activate_fsdp(self)
 
     # ---- training ------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
         if self._steps == 0:
-            check_fsdp(self)
+            check_engine(self)
         if self._steps == 1:
             self.watch.start()  # the first step, with its warming up, has ended
         samples, num_items = super().get_batch_samples(*args, **kwargs)

@@ -4,7 +4,7 @@ import ast
 
 LAYERS = [
     {"errors", "collectives"},
-    {"data", "model", "sampling", "old_flags", "loading"},
+    {"data", "model", "sampling", "old_flags", "loading", "turns"},
     {"samples"},
     {"cost"},
     {"token_stats"},

@@ -74,23 +74,21 @@ def two_processes(argv, root, cwd) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
 def test_two_processes_equal_one_step_by_step(arguments, tmp_path, root, engine):
     """Same global batch, 37 examples in steps of 16 and 11 to evaluate: both sets are filled up with masked rows."""
     if engine.startswith("zero") and shutil.which("g++") is None:
         pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
-    deepspeed = ["--deepspeed", str(root / "ds_configs" / f"{engine}.json")]
-    flags = {"ddp": [], "fsdp": ["--fsdp"]}.get(engine, deepspeed)
     data = tmp_path / "37.json"
     data.write_text(json.dumps(json.loads((tmp_path / "train.json").read_text())[:37]))
     settings = {"data_path": data, "eval_path": tmp_path / "held.json", "max_steps": 5}
     train(arguments(output_dir=tmp_path / "one", **settings))
-    (tmp_path / "prompts.txt").write_text("What is another word for big?\nName a bird.\n")
+    (tmp_path / "prompts.txt").write_text("What is another word for big?\n")  # fewer than ranks
     sampling = {"sample_prompts": tmp_path / "prompts.txt", "sample_steps": 2, "sample_max_new_tokens": 5}
-    argv = arguments(*flags, output_dir=tmp_path / "two", **settings, **sampling)  # which changes nothing
+    argv = arguments(engine=engine, output_dir=tmp_path / "two", **settings, **sampling)  # which changes nothing
     assert "2 process(es), global batch 16" in two_processes(argv, root, tmp_path)
     samples = [json.loads(line) for line in (tmp_path / "two" / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [2, 2, 4, 4, 5, 5]
+    assert [sample["step"] for sample in samples] == [2, 4, 5]
     assert len(steps(tmp_path / "one")) == 5
     for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
@@ -177,6 +175,10 @@ def test_a_cost_from_a_file_is_used(arguments, tmp_path, root):
         ({"mode": "mix", "emo_weight": 2}, [], "emo_weight is 2.0"),
         ({}, ["--fsdp"], "--fsdp needs at least 2 processes"),
         ({}, ["--deepspeed", "x.json"], "--deepspeed needs a launcher"),
+        ({"engine": "zero2"}, [], "--engine zero2 needs a launcher"),
+        ({"engine": "ddp"}, [], "--engine ddp needs at least 2 processes"),
+        ({"engine": "fsdp"}, ["--deepspeed", "x.json"], "--engine fsdp and --deepspeed exclude each other"),
+        ({"engine": "zero2"}, ["--fsdp"], "--engine zero2 and --fsdp exclude each other"),
         ({"learning_rate": "inf"}, [], "--learning_rate inf"),
         ({"global_batch": None, "gradient_accumulation_steps": 0}, [], "--gradient_accumulation_steps 0"),
         ({"gradient_accumulation_steps": 3}, [], "asks for --gradient_accumulation_steps 4"),
