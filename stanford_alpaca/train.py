@@ -17,18 +17,20 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from stanford_alpaca.arguments import DataArguments, ObjectiveArguments, Run, TrainingArguments, parse
-from stanford_alpaca.attach import attach_objective
+from stanford_alpaca.attach import attach_objective, routes
 from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.checks import check
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.data.batching import PadCollator, target_counts
+from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import check_columns
+from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.data.sources import ExampleStream, Loading, load_source, mix, stream_sources
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import leave_together, loading_whole, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
 from stanford_alpaca.generate import encode_prompts, read_prompts
+from stanford_alpaca.isolation import find_isolation
 from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer
 from stanford_alpaca.record import differences, made_with, write_card, write_run
 from stanford_alpaca.teacher import Teacher, same_vocabulary
@@ -135,6 +137,20 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
     return model
 
 
+def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:
+    """Pads and masks, or with --packing and --padding_free neither. Raises UserError for a model that needs the mask."""
+    packing, flat = run.data.packing, run.data.padding_free
+    if not packing and not flat:
+        return PadCollator(pad_id)
+    means = find_isolation(model)
+    teacher = model.emo_objective.teacher
+    if teacher is not None:
+        find_isolation(teacher.model, "teacher", means)
+    if routes(model, {}) and not flat:
+        raise UserError("--packing: the router's loss of this model would count the padding of rows; add --padding_free")
+    return SegmentCollator(pad_id, flat, apart_by=means)
+
+
 def cache_costs(cost: CostEmbedding | None, run: Run, examples: Dataset | ExampleStream) -> None:
     """Keeps rows of a frozen cost from step to step, within --cost_cache_mib."""
     mib, training = run.objective.cost_cache_mib, run.training
@@ -173,13 +189,17 @@ def train(argv: list[str]) -> None:
         model = make_model(run, tokenizer, with_cost=eval_examples is not None and prices)
     cache_costs(model.emo_objective.cost, run, train_examples)
     encode_prompts(model, PromptEncoder(tokenizer, run.data.prompt_template), prompts, args.sample_max_new_tokens)  # all fit?
+    collator = make_collator(run, model, tokenizer.pad_token_id)
+    if run.data.packing:
+        train_examples = PackedExamples.of(train_examples, args.model_max_length, args.seed)
+        say(train_examples.report(args.model_max_length))
     use_cache = model.config.use_cache  # the Trainer turns it off and leaves it so
     trainer = EmoTrainer(
         model=model,
         args=args,
         train_dataset=train_examples,
         eval_dataset=eval_examples,
-        data_collator=PadCollator(tokenizer.pad_token_id),
+        data_collator=collator,
         processing_class=tokenizer,
     )
     if eval_examples is not None:
@@ -189,7 +209,8 @@ def train(argv: list[str]) -> None:
     if args.should_save:
         write_run(run, now)
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    say(f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), global batch {per_step}")
+    rows = " rows" if run.data.packing else ""
+    say(f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), global batch {per_step}{rows}")
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     rate = trainer.supervised_tokens_per_s()
     metrics |= {"train_peak_memory_mib": peak_memory_mib()}

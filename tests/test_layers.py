@@ -9,7 +9,7 @@ LAYERS = [
     {"cost"},
     {"token_stats"},
     {"losses", "head"},
-    {"teacher"},
+    {"teacher", "isolation"},
     {"attach"},
     {"generate", "checkpoint", "preview"},
     {"evaluation"},

@@ -1,0 +1,65 @@
+"""Balancing: within each optimizer step, examples go to ranks and micro-batches so that all have about as much to do."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+def fullest_last(lengths: np.ndarray, batch: int) -> list[list[int]]:
+    """Groups of ``batch`` indices with near equal sums: the longest first, each to the group that has least and is not full."""
+    count = len(lengths) // batch
+    groups: list[list[int]] = [[] for _ in range(count)]
+    sums = np.zeros(count)
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        group = int(sums.argmin())
+        groups[group].append(index)
+        sums[group] = np.inf if len(groups[group]) == batch else sums[group] + lengths[index]
+    return groups
+
+
+def balanced_order(
+    lengths: np.ndarray,  # [G] tokens of one step's examples
+    batch: int,
+    ranks: int,
+    padded: bool,
+) -> np.ndarray:  # [G]: micro-batches of the ranks in turn, as accelerate deals them out
+    """An order of a step's examples in which ranks and micro-batches cost about the same.
+
+    Where a micro-batch is padded to its longest, examples of similar lengths go together and ranks get neighbours at the same
+    time; else tokens are what costs, and micro-batches get equal sums. Then the ranks take turns in having the larger ones.
+    """
+    if padded:
+        groups = np.argsort(-lengths, kind="stable").reshape(-1, batch)
+    else:
+        groups = np.array(fullest_last(lengths, batch))
+        groups = groups[np.argsort(-lengths[groups].sum(1), kind="stable")]
+    turns = groups.reshape(-1, ranks, batch)
+    turns[1::2] = turns[1::2, ::-1].copy()
+    return turns.reshape(-1)
+
+
+class BalancedSampler(Sampler):
+    """The indices of another sampler, balanced within each optimizer step: a step's examples stay the same.
+
+    Args:
+        sampler: gives whole global batches; what it draws, and when, is not changed.
+        lengths: [N] tokens of the data set's items.
+        batch, ranks, accumulation: micro-batches of ``batch``, ``ranks * accumulation`` of them to a step.
+        padded: whether micro-batches are padded, see ``balanced_order``.
+    """
+
+    def __init__(self, sampler: Sampler, lengths: np.ndarray, batch: int, ranks: int, accumulation: int, padded: bool):
+        self.sampler, self.lengths = sampler, lengths
+        self.batch, self.ranks, self.accumulation, self.padded = batch, ranks, accumulation, padded
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        steps = np.array(list(self.sampler)).reshape(-1, self.batch * self.ranks * self.accumulation)
+        for step in steps:
+            yield from step[balanced_order(self.lengths[step], self.batch, self.ranks, self.padded)].tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
