@@ -3,7 +3,7 @@
 import ast
 
 LAYERS = [
-    {"errors"},
+    {"errors", "collectives"},
     {"data", "model", "sampling", "old_flags"},
     {"samples"},
     {"cost"},

@@ -1,0 +1,108 @@
+"""Functions on several ranks: processes forked from one that has imported everything, so that each starts in no time."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+TIMEOUT = 240.0  # seconds that all ranks together may take
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["stanford_alpaca.train", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tests.ranks"]
+)
+
+
+class RanksFailed(AssertionError):
+    """A rank raised or died; the message has what each of them printed last."""
+
+
+def run_ranks(world_size: int, function: Callable, *args: Any, launched: bool = True) -> list[Any]:
+    """``function(*args)`` on ranks 0 to world_size - 1, in torchrun's environment; what each returned.
+
+    The function, its arguments and its results have to be picklable; it initialises the process group itself (``gloo``) or lets
+    the Trainer do it. ``launched=False`` runs one process as ``python -m`` would, outside any launcher.
+
+    Raises:
+        RanksFailed: one of them raised, ended early, or all together took more than ``TIMEOUT``.
+    """
+    environment = _environment(world_size) if launched else {}
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"rank{rank}.txt" for rank in range(world_size)]
+        pipes, processes = [], []
+        for rank, output in enumerate(outputs):
+            receiver, sender = _FORKS.Pipe(duplex=False)
+            mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else {})
+            process = _FORKS.Process(target=_rank, args=(sender, mine, str(output), os.getcwd(), function, args), daemon=True)
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        try:
+            results: list[Any] = [None] * world_size
+            waiting = dict(zip(pipes, range(world_size), strict=True))
+            while waiting:
+                ready = wait(list(waiting), timeout=TIMEOUT)
+                if not ready:
+                    raise RanksFailed(f"ranks {list(waiting.values())} did not end\n{_tails(outputs)}")
+                for pipe in ready:
+                    rank = waiting.pop(pipe)
+                    try:
+                        ok, results[rank] = pickle.loads(pipe.recv_bytes())
+                    except EOFError:
+                        ok, results[rank] = False, "ended without a result"
+                    if not ok:
+                        raise RanksFailed(f"rank {rank}: {results[rank]}\n{_tails(outputs)}")
+            return results
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def start_gloo() -> None:
+    """The process group of a function that needs one and runs no Trainer."""
+    import torch
+
+    torch.distributed.init_process_group("gloo")
+
+
+def _environment(world_size: int) -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    sizes = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    return sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+
+
+def _tails(outputs: list[Path]) -> str:
+    texts = [output.read_text(errors="replace") if output.exists() else "" for output in outputs]
+    return "\n".join(f"--- rank {rank}:\n{text[-3000:]}" for rank, text in enumerate(texts))
+
+
+def _rank(pipe, environment: dict[str, str], output: str, folder: str, function: Callable, args: tuple) -> None:
+    os.environ.update(environment)
+    os.chdir(folder)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    try:
+        result = (True, function(*args))
+    except BaseException as error:
+        traceback.print_exc()
+        result = (False, f"{type(error).__name__}: {error}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pipe.send_bytes(pickle.dumps(result))  # by value: memory shared with a process that is gone is gone too
+    pipe.close()
+    import torch
+
+    if result[0] and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody leaves while another still talks to it
+    os._exit(0)
