@@ -1,16 +1,12 @@
 """Whether a model keeps apart the examples of one row, found by experiment: no class name and no configuration is asked."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stanford_alpaca.data.batching import SegmentCollator
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.flash import uses_flash
 from stanford_alpaca.head import probing
 
 SIZES = (5, 7, 3)  # tokens of the examples that a model is probed with
@@ -19,10 +15,10 @@ ROUGH = 0.2  # the same at 16 bits
 
 
 def find_isolation(model: PreTrainedModel, name: str = "model", means: str | None = None) -> str:
-    """What the model keeps the examples of one row apart by, as ``SegmentCollator`` takes it: the first that works, or ``means``.
+    """What the model keeps the examples of one row apart by (``SegmentCollator.apart_by``): the first that works, or ``means``.
 
-    FlashAttention is played by plain PyTorch that heeds what FlashAttention would be given, so no GPU is needed, and what is
-    shown is that the model passes it on. Five short forward passes per try.
+    Five short forward passes per try. Where FlashAttention is played (see ``probing``), what is shown is that the model passes
+    on what FlashAttention has to be given.
 
     Raises:
         UserError: by none: examples in one row would see each other or other positions, and the loss would not be theirs.
@@ -44,11 +40,6 @@ def find_isolation(model: PreTrainedModel, name: str = "model", means: str | Non
     )
 
 
-def uses_flash(model: PreTrainedModel) -> bool:
-    """Whether the model's attention is a FlashAttention of any version."""
-    return "flash" in (model.config._attn_implementation or "")
-
-
 def isolates(model: PreTrainedModel, means: str) -> bool:
     """Whether three short examples have the hidden states in rows that they have apart. ValueError if the model cannot run."""
     config = model.config.get_text_config()
@@ -65,48 +56,10 @@ def isolates(model: PreTrainedModel, means: str) -> bool:
     def hidden_of(ids: list[int]) -> Tensor:  # [len(ids), H]
         return model.base_model(input_ids=torch.tensor([ids], device=embedding.device), use_cache=False)[0][0].double()
 
-    with probing(model), heeding_cu_seq_lens(model):
+    with probing(model):
         apart = torch.cat([hidden_of(ids) for ids in examples])
         joined = hidden_of(tokens.tolist())
         rows = model.base_model(**batch)[0].double()
     packed = torch.cat([rows[0], rows[1, : SIZES[2]]])
     tolerance = TOLERANCE.get(embedding.dtype, ROUGH)
     return bool((packed - apart).norm() <= tolerance * (joined - apart).norm())
-
-
-@contextlib.contextmanager
-def heeding_cu_seq_lens(model: PreTrainedModel) -> Iterator[None]:
-    """Within it a model that would use FlashAttention uses ``varlen_attention``."""
-    name = model.config._attn_implementation
-    if not uses_flash(model):
-        yield
-        return
-    ALL_ATTENTION_FUNCTIONS[name] = varlen_attention
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[name]
-
-
-def varlen_attention(
-    module: torch.nn.Module,
-    query: Tensor,  # [B, heads, S, D]
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None,  # [examples + 1]
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """Causal attention, in each row, or within what ``cu_seq_lens_q`` keeps apart in the rows put one after the other."""
-    rows, _, length, _ = query.shape
-    if cu_seq_lens_q is None:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2), None
-    query, key, value = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value))
-    places = torch.arange(rows * length, device=query.device)
-    example = torch.searchsorted(cu_seq_lens_q.to(query.device), places, right=True)
-    mask = (example[:, None] == example) & (places[:, None] >= places)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
-    return out[0].transpose(0, 1).unflatten(0, (rows, length)), None

@@ -4,7 +4,7 @@ import ast
 
 LAYERS = [
     {"errors", "collectives"},
-    {"data", "model", "sampling", "old_flags"},
+    {"data", "model", "sampling", "old_flags", "flash"},
     {"samples"},
     {"cost"},
     {"token_stats"},

@@ -6,16 +6,16 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
-def fullest_last(lengths: np.ndarray, batch: int) -> list[list[int]]:
-    """Groups of ``batch`` indices with near equal sums: the longest first, each to the group that has least and is not full."""
-    count = len(lengths) // batch
+def even_groups(costs: np.ndarray, size: int) -> np.ndarray:  # [len(costs) / size, size]
+    """Groups of ``size`` indices with near equal sums: the dearest first, each to the group that has least and is not full."""
+    count = len(costs) // size
     groups: list[list[int]] = [[] for _ in range(count)]
     sums = np.zeros(count)
-    for index in np.argsort(-lengths, kind="stable").tolist():
+    for index in np.argsort(-costs, kind="stable").tolist():
         group = int(sums.argmin())
         groups[group].append(index)
-        sums[group] = np.inf if len(groups[group]) == batch else sums[group] + lengths[index]
-    return groups
+        sums[group] = np.inf if len(groups[group]) == size else sums[group] + costs[index]
+    return np.array(groups)
 
 
 def balanced_order(
@@ -24,19 +24,18 @@ def balanced_order(
     ranks: int,
     padded: bool,
 ) -> np.ndarray:  # [G]: micro-batches of the ranks in turn, as accelerate deals them out
-    """An order of a step's examples in which ranks and micro-batches cost about the same.
+    """An order of a step's examples in which ranks have about the same to do, and micro-batches at the same time too.
 
-    Where a micro-batch is padded to its longest, examples of similar lengths go together and ranks get neighbours at the same
-    time; else tokens are what costs, and micro-batches get equal sums. Then the ranks take turns in having the larger ones.
+    Where a micro-batch is padded to its longest, examples of similar lengths go together; else tokens are what costs, and
+    micro-batches get equal sums. Then micro-batches go to ranks, those of each rank the dearest first.
     """
     if padded:
         groups = np.argsort(-lengths, kind="stable").reshape(-1, batch)
+        costs = lengths[groups].max(1)
     else:
-        groups = np.array(fullest_last(lengths, batch))
-        groups = groups[np.argsort(-lengths[groups].sum(1), kind="stable")]
-    turns = groups.reshape(-1, ranks, batch)
-    turns[1::2] = turns[1::2, ::-1].copy()
-    return turns.reshape(-1)
+        groups = even_groups(lengths, batch)
+        costs = lengths[groups].sum(1)
+    return groups[even_groups(costs, len(groups) // ranks).T].reshape(-1)
 
 
 class BalancedSampler(Sampler):
