@@ -11,6 +11,7 @@ from stanford_alpaca.data.batching import PadCollator, SegmentCollator
 from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.isolation import find_isolation
+from stanford_alpaca.teacher import Teacher
 
 SIZES = (9, 4, 7, 2, 12)
 ROWS = [[0, 1, 2], [3, 4]]
@@ -72,6 +73,17 @@ def test_packed_and_padding_free_are_what_padded_is(make_model, examples, family
     want = step(model, PadCollator(0)(examples))
     assert_same(model, want, SegmentCollator(0, apart_by=means)(packed(examples)))
     assert_same(model, want, SegmentCollator(0, flat=True, apart_by=means)(examples))
+
+
+def test_a_teacher_keeps_examples_apart_too(make_model, examples):
+    teacher = Teacher(make_model("gpt2", attn_implementation="sdpa"), 5)
+    assert teacher.model.config.use_cache  # with a cache it would read no positions
+    losses = []
+    for batch in (PadCollator(0)(examples), SegmentCollator(0)(packed(examples))):
+        model = make_model("llama")
+        attach_objective(model, "mle", teacher=teacher)
+        losses.append(model(**batch).loss)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
 def varlen(
