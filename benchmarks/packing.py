@@ -77,8 +77,9 @@ def made_up(count: int, vocab_size: int) -> Dataset:
 def make_model(layers: int, hidden_size: int, vocab_size: int, attention: str) -> PreTrainedModel:
     """A Llama with random weights, heads of 64."""
     config = AutoConfig.for_model(
-        "llama", vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3, num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 64, num_key_value_heads=hidden_size // 64, max_position_embeddings=MAX_LENGTH,
+        "llama", vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=layers, max_position_embeddings=MAX_LENGTH,
+        num_attention_heads=hidden_size // 64, num_key_value_heads=hidden_size // 64,
     )  # fmt: skip
     torch.manual_seed(0)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -89,9 +90,8 @@ def make_layouts(data: Dataset, batch: int, means: str) -> dict[str, Batches]:
     """The same examples in micro-batches, by the name of the layout."""
 
     def collated(items, collate: Callable) -> Batches:
-        return [
-            collate([items[i] for i in range(start, min(start + size, len(items)))]) for start in range(0, len(items), size)
-        ]
+        rows = [items[i] for i in range(len(items))]
+        return [collate(rows[start : start + batch]) for start in range(0, len(rows), batch)]
 
     pad = PadCollator(0)
     whole = {"input_ids": [0] * MAX_LENGTH, "labels": [IGNORE_INDEX] * MAX_LENGTH}
