@@ -13,6 +13,7 @@ LAYERS = [
     {"attach"},
     {"generate", "checkpoint", "preview"},
     {"evaluation"},
+    {"cost_sharding"},
     {"engines"},
     {"trainer"},
     {"arguments", "callbacks"},

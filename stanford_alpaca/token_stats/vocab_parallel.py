@@ -52,18 +52,18 @@ def linear_loss(
     weight, bias, group = _local(head)
     if cost is not None and cost.rows is not None and not isinstance(cost, ShardedCost):
         raise ValueError("a sharded output layer needs a ShardedCost")
-    if not len(weight):
-        raise ValueError(f"{len(head.weight)} tokens are too few for {dist.get_world_size(group)} ranks: one has none")
+    ranks, vocab_size = dist.get_world_size(group), head.weight.shape[0]
+    columns = -(-vocab_size // ranks)
+    if columns * (ranks - 1) >= vocab_size:
+        raise ValueError(f"a vocabulary of {vocab_size} is too small for {ranks} ranks: one has no part of it")
     tokens = _Tokens(len(hidden), group, hidden.device)
     everyone = tokens.gather(hidden)
     goals = tokens.gather(targets)
     weights = None if token_weights is None else tokens.gather(token_weights)
     if weight.requires_grad and torch.is_grad_enabled():
-        ranks = dist.get_world_size(group)
         weight.register_hook(lambda grad: grad / ranks)
         if bias is not None:
             bias.register_hook(lambda grad: grad / ranks)
-    columns = -(-head.weight.shape[0] // dist.get_world_size(group))
     total, stats = chunked.linear_loss(
         everyone, Head(weight, bias, head.softcap, head.logit_scale), goals, cost, objective, "sum", weights,
         kernels=_Kernels(kernels, columns * dist.get_rank(group), group), columns=columns,

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from benchmarks.traffic import Traffic
 from stanford_alpaca.cost import CostEmbedding, ShardedCost
 from stanford_alpaca.losses.linear import linear_loss_and_stats
-from stanford_alpaca.token_stats import Head, chunked
+from stanford_alpaca.token_stats import Head, SoftTargets, chunked
 from tests.ranks import run_ranks, start_gloo
 
 VOCABULARY, WIDTH = 23, 5  # 23 rows do not divide by 2 or 3
@@ -91,3 +92,71 @@ def test_equals_the_reference(monkeypatch, ranks, dtype):
         for result in mine:
             for got, want in zip(result[2][1:], grads, strict=True):
                 torch.testing.assert_close(got, want, **tolerance)
+
+
+def moved():
+    """Calls and bytes of one loss with its backward pass."""
+    with Traffic() as traffic:
+        part([("emo", "cosine", "plain", False)], torch.float32)
+    return traffic.calls, traffic.bytes
+
+
+def test_it_moves_what_the_docstring_says():
+    """2 ranks of at most n = 7 tokens, N = 14, c = 11 in one chunk: each receives half of what is gathered or scattered."""
+    different = len(problem(False)[4].unique())
+    for calls, received in run_ranks(2, moved):
+        assert (calls["all-gather"], calls["all-reduce"], calls["reduce-scatter"]) == (3, 3, 1)
+        assert received["all-gather"] == (2 * 8 + 14 * WIDTH * 4 + 14 * 8) / 2
+        assert received["all-reduce"] == different * 4 * 4 + (2 + 3) * 11 * 4
+        assert received["reduce-scatter"] == 14 * WIDTH * 4 / 2
+
+
+def refusals():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    start_gloo()
+    mesh = init_device_mesh("cpu", (2,))
+    hidden, targets = torch.randn(2, WIDTH), torch.tensor([0, 1])
+    weight, few = (distribute_tensor(torch.randn(rows, WIDTH), mesh, [Shard(0)]) for rows in (VOCABULARY, 1))
+    columns = distribute_tensor(torch.randn(VOCABULARY, WIDTH), mesh, [Shard(1)])
+    messages = []
+    for w, options in [
+        (weight, {"reduction": "none"}),
+        (weight, {"backend": "reference"}),
+        (weight, {"soft_targets": SoftTargets(targets[:, None], torch.ones(2, 1))}),
+        (weight, {"mode": "emo", "cost_embedding": torch.randn(VOCABULARY, 4)}),
+        (columns, {}),
+        (few, {}),
+    ]:
+        rows = targets.clamp_max(len(w) - 1)
+        with pytest.raises(ValueError) as error:
+            linear_loss_and_stats(hidden, Head(w), rows, **{"cost_embedding": None, "mode": "mle"} | options)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_what_it_cannot_do_is_refused():
+    parts = ("no unreduced loss", "backend reference", "no soft targets", "needs a ShardedCost", "by vocabulary", "too small")
+    for messages in run_ranks(2, refusals):  # on all ranks, or the others would wait
+        for message, want in zip(messages, parts, strict=True):
+            assert want in message
+
+
+def gathered(rows: torch.Tensor):
+    """The rows that this rank keeps, those that it gathers, and what came in."""
+    start_gloo()
+    cost = ShardedCost(CostEmbedding(rows))
+    with Traffic() as traffic:
+        whole = cost.gather()
+    return cost.rows, whole.rows, whole.directed, dict(traffic.calls), traffic.total
+
+
+def test_a_sharded_cost_gathers_what_it_was():
+    rows = torch.randn(VOCABULARY, 4)
+    rows[20] = 0
+    want = CostEmbedding(rows)
+    for rank, (kept, whole, directed, calls, received) in enumerate(run_ranks(3, gathered, rows)):
+        assert torch.equal(kept, want.rows[8 * rank : 8 * rank + 8])  # ceil(23 / 3)
+        assert torch.equal(whole, want.rows) and torch.equal(directed, want.directed)
+        assert calls == {"all-gather": 1} and received == 24 * 4 * 4 * 2 // 3
