@@ -133,6 +133,9 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
         super().__post_init__()
+        if self.fsdp:  # one rank reads the weights, unless the configuration says otherwise
+            asked = str(self.fsdp_config.get("cpu_ram_efficient_loading", True)).lower()
+            self.fsdp_plugin_args["cpu_ram_efficient_loading"] = asked == "true"
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import leave_together, loading_whole, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
 from stanford_alpaca.generate import encode_prompts, read_prompts
+from stanford_alpaca.head import HeadForm
 from stanford_alpaca.isolation import find_isolation
-from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.loading import allocate, share_from_rank_0, weights_come_from_rank_0
+from stanford_alpaca.model import empty_model, fit_vocabulary, load_model, load_tokenizer
 from stanford_alpaca.record import differences, made_with, write_card, write_run
 from stanford_alpaca.teacher import Teacher, same_vocabulary
 from stanford_alpaca.trainer import EmoTrainer
@@ -115,10 +117,37 @@ def check_positions(model: PreTrainedModel, name: str, max_length: int) -> None:
 
 
 def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) -> PreTrainedModel:
-    """The model with the objective in it, whole on every rank. Raises UserError for one that cannot be served."""
+    """The model with the objective in it. Raises UserError for one that cannot be served.
+
+    Where the engine shards, rank 0 alone has its weights and costs, the others its architecture: one broadcast of the
+    configurations and of the form of its head.
+    """
+    if not weights_come_from_rank_0(run.training):
+        return build_model(run, tokenizer, with_cost)
+    models = []
+
+    def read() -> tuple:
+        models.append(build_model(run, tokenizer, with_cost))
+        return models[0].emo_objective.form, models[0].config, models[0].generation_config
+
+    if run.training.process_index == 0:
+        share_from_rank_0(read)
+        return models[0]
+    found: tuple = share_from_rank_0(None)
+    form, config, generation_config = found
+    model = build_model(run, tokenizer, with_cost, form)
+    model.config.update(config.to_dict())
+    model.generation_config = generation_config
+    allocate(model)  # DeepSpeed takes no meta tensors, and accelerate tells parameters apart by their addresses
+    return model
+
+
+def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, form: HeadForm | None = None) -> PreTrainedModel:
+    """The model with the objective in it; with a ``form``, on the meta device."""
     model_args, objective_args, training = run.model, run.objective, run.training
     objective, cost = objective_args.objective(), make_cost(objective_args)
-    model = load_model(
+    load = load_model if form is None else empty_model
+    model = load(
         model_args.model_name_or_path, training.cache_dir,
         from_config=model_args.from_config, attn_implementation=model_args.attn_implementation,
     )  # fmt: skip
@@ -131,7 +160,7 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
     try:
         attach_objective(
             model, objective, cost if with_cost or objective.needs_emo else None,
-            cost_kind=objective_args.cost_kind, backend=objective_args.loss_backend, teacher=teacher,
+            cost_kind=objective_args.cost_kind, backend=objective_args.loss_backend, teacher=teacher, form=form,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -139,14 +168,25 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
 
 
 def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:
-    """Pads and masks, or with --packing and --padding_free neither. Raises UserError for a model that needs the mask."""
+    """Pads and masks, or with --packing and --padding_free neither. Raises UserError for a model that needs the mask.
+
+    Where rank 0 alone has the weights: one broadcast of a word.
+    """
     packing, flat = run.data.packing, run.data.padding_free
     if not packing and not flat:
         return PadCollator(pad_id)
-    means = find_isolation(model)
-    teacher = model.emo_objective.teacher
-    if teacher is not None:
-        find_isolation(teacher.model, "teacher", means)
+
+    def probe() -> str:
+        means = find_isolation(model)
+        teacher = model.emo_objective.teacher
+        if teacher is not None:
+            find_isolation(teacher.model, "teacher", means)
+        return means
+
+    if weights_come_from_rank_0(run.training):  # the others have no weights to probe
+        means = share_from_rank_0(probe if run.training.process_index == 0 else None)
+    else:
+        means = probe()
     if routes(model, {}) and not flat:
         raise UserError("--packing: the router's loss of this model would count the padding of rows; add --padding_free")
     return SegmentCollator(pad_id, flat, apart_by=means)

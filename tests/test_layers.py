@@ -4,7 +4,7 @@ import ast
 
 LAYERS = [
     {"errors", "collectives"},
-    {"data", "model", "sampling", "old_flags", "flash"},
+    {"data", "model", "sampling", "old_flags", "flash", "loading"},
     {"samples"},
     {"cost"},
     {"token_stats"},

@@ -57,7 +57,7 @@ def test_balanced_runs_take_the_same_steps_and_resume(arguments, tmp_path):
 def test_two_processes_see_the_rows_of_one(arguments, tmp_path):
     settings = {"model_max_length": 128, "per_device_train_batch_size": 2, "global_batch": 4}
     train(arguments("--packing", output_dir=tmp_path / "one", **settings))
-    run_ranks(2, train, arguments("--packing", "--balance_lengths", output_dir=tmp_path / "two", **settings))
+    run_ranks(2, train, arguments("--packing", "--balance_lengths", "--fsdp", output_dir=tmp_path / "two", **settings))
     assert_same_steps(steps(tmp_path / "two"), steps(tmp_path / "one"))
     seen = [[entry["examples"] for entry in steps(tmp_path / name)] for name in ("one", "two")]
     assert seen[0] == seen[1] and all(4 <= examples <= 12 for examples in seen[0])
@@ -77,7 +77,8 @@ def test_what_cannot_be_packed_is_refused_before_anything_is_written(arguments, 
 def test_collators_are_what_the_model_and_the_teacher_heed(make_model):
     def collator(packing, padding_free):
         data = SimpleNamespace(packing=packing, padding_free=padding_free)
-        return make_collator(SimpleNamespace(data=data), model, 0)
+        training = SimpleNamespace(fsdp=False, world_size=1)
+        return make_collator(SimpleNamespace(data=data, training=training), model, 0)
 
     model = make_model("opt", attn_implementation="eager")
     attach_objective(model, "mle", teacher=Teacher(make_model("llama", attn_implementation="eager"), 5))
