@@ -58,6 +58,12 @@ class DataArguments:
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Examples of a stream that are held to be shuffled."})
     eval_path: list[str] | None = field(default=None, metadata={"help": "Held-out data, in the same forms."})
     eval_fraction: float | None = field(default=None, metadata={"help": "Holds out this share of each --data_path."})
+    packing: bool = field(
+        default=False, metadata={"help": "Several whole examples in a row of --model_max_length tokens; batches count rows."}
+    )
+    padding_free: bool = field(
+        default=False, metadata={"help": "The examples of a micro-batch in one row without padding, best with FlashAttention."}
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
     def column_names(self) -> dict[str, str]:
@@ -109,6 +115,9 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = field(default=512, metadata={"help": "Tokens per example; longer ones are cut."})
     global_batch: int | None = field(
         default=None, metadata={"help": "Examples per optimizer step; sets --gradient_accumulation_steps."}
+    )
+    balance_lengths: bool = field(
+        default=False, metadata={"help": "Deals a step's examples to processes and micro-batches by length; losses stay."}
     )
     sample_prompts: str | None = field(
         default=None, metadata={"help": "Prompts to answer while training: a file, as for generate."}

@@ -78,6 +78,8 @@ def check_training(training: TrainingArguments, has_eval: bool) -> None:
             "--label_smoothing_factor, --use_liger_kernel and --average_tokens_across_devices False would train "
             "something else than --mode says: drop them"
         )
+    if training.balance_lengths and training.train_sampling_strategy not in ("random", "sequential"):
+        raise UserError(f"--balance_lengths and --train_sampling_strategy {training.train_sampling_strategy}: choose one")
     if training.sample_prompts is None and training.sample_steps is not None:
         raise UserError("--sample_steps needs --sample_prompts FILE")
     metric, saves_best = training.metric_for_best_model, training.save_strategy == "best"
@@ -146,6 +148,8 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
             raise UserError("--streaming needs --max_steps: a stream has no length to count epochs by")
         if data.eval_fraction is not None:
             raise UserError("--streaming and --eval_fraction exclude each other: hold data out with --eval_path")
+        if data.packing or training.balance_lengths:
+            raise UserError("--streaming and --packing or --balance_lengths exclude each other: a stream's lengths are unknown")
         training.accelerator_config.dispatch_batches = False  # every rank reads the stream and takes its part
 
 

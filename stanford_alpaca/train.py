@@ -17,20 +17,22 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from stanford_alpaca.arguments import DataArguments, ObjectiveArguments, Run, TrainingArguments, parse
-from stanford_alpaca.attach import attach_objective
+from stanford_alpaca.attach import attach_objective, routes
 from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.checks import check
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.cost_sharding import shard_cost
-from stanford_alpaca.data.batching import PadCollator, target_counts
+from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import check_columns
+from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.data.sources import ExampleStream, Loading, digest, load_source, mix, stream_sources
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import leave_together, loading_whole, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
 from stanford_alpaca.generate import encode_prompts, read_prompts
 from stanford_alpaca.head import HeadForm
+from stanford_alpaca.isolation import find_isolation
 from stanford_alpaca.loading import allocate, share_from_rank_0, weights_come_from_rank_0
 from stanford_alpaca.model import empty_model, fit_vocabulary, load_model, load_tokenizer
 from stanford_alpaca.record import differences, made_with, write_card, write_run
@@ -166,6 +168,31 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
     return model
 
 
+def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:
+    """Pads and masks, or with --packing and --padding_free neither. Raises UserError for a model that needs the mask.
+
+    Where rank 0 alone has the weights: one broadcast of a word.
+    """
+    packing, flat = run.data.packing, run.data.padding_free
+    if not packing and not flat:
+        return PadCollator(pad_id)
+
+    def probe() -> str:
+        means = find_isolation(model)
+        teacher = model.emo_objective.teacher
+        if teacher is not None:
+            find_isolation(teacher.model, "teacher", means)
+        return means
+
+    if weights_come_from_rank_0(run.training):  # the others have no weights to probe
+        means = share_from_rank_0(probe if run.training.process_index == 0 else None)
+    else:
+        means = probe()
+    if routes(model, {}) and not flat:
+        raise UserError("--packing: the router's loss of this model would count the padding of rows; add --padding_free")
+    return SegmentCollator(pad_id, flat, apart_by=means)
+
+
 def cache_costs(cost: CostEmbedding | None, run: Run, examples: Dataset | ExampleStream) -> None:
     """Keeps rows of a frozen cost from step to step, within --cost_cache_mib."""
     mib, training = run.objective.cost_cache_mib, run.training
@@ -207,13 +234,17 @@ def train(argv: list[str]) -> None:
     if shard_cost(model, run.objective.cost_sharding, args) == "replicate":
         cache_costs(model.emo_objective.cost, run, train_examples)
     encode_prompts(model, PromptEncoder(tokenizer, run.data.prompt_template), prompts, args.sample_max_new_tokens)  # all fit?
+    collator = make_collator(run, model, tokenizer.pad_token_id)
+    if run.data.packing:
+        train_examples = PackedExamples.of(train_examples, args.model_max_length, args.seed)
+        say(train_examples.report(args.model_max_length))
     use_cache = model.config.use_cache  # the Trainer turns it off and leaves it so
     trainer = EmoTrainer(
         model=model,
         args=args,
         train_dataset=train_examples,
         eval_dataset=eval_examples,
-        data_collator=PadCollator(tokenizer.pad_token_id),
+        data_collator=collator,
         processing_class=tokenizer,
     )
     if eval_examples is not None:
@@ -223,7 +254,8 @@ def train(argv: list[str]) -> None:
     if args.should_save:
         write_run(run, now)
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    say(f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), global batch {per_step}")
+    rows = " rows" if run.data.packing else ""
+    say(f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), global batch {per_step}{rows}")
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     rate = trainer.supervised_tokens_per_s()
     metrics |= {"train_peak_memory_mib": peak_memory_mib()}

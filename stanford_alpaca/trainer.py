@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -14,7 +15,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from stanford_alpaca.attach import AttachedObjective
 from stanford_alpaca.checkpoint import full_state_dict
-from stanford_alpaca.data.batching import PadCollator, fill_up
+from stanford_alpaca.data.balance import BalancedSampler
+from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, fill_up
+from stanford_alpaca.data.packing import PackedExamples, example_lengths
 from stanford_alpaca.engines import activate_fsdp, check_engine, peak_flops, training_flops
 from stanford_alpaca.errors import UserError, first_line
 
@@ -47,19 +50,20 @@ class Stopwatch:
 
 
 class EmoTrainer(Trainer):
-    """A Trainer for a model with an attached objective and a PadCollator.
+    """A Trainer for a model with an attached objective and one of our collators.
 
     Each log entry of training also has ``nll``, ``emo`` (where the mode computes it), ``target_prob`` (means over the
     supervised tokens of all ranks since the last entry), ``supervised_tokens_per_s`` (all ranks together, without the first
     step, evaluation and saves) and, at 16 bits on a device of known peak, ``mfu``, this rank's model FLOPs utilisation.
+    With packed rows it has ``examples``: how many a step saw, on average since the last entry.
     Evaluation sums over the supervised tokens of all ranks and divides once, so it does not depend on batch size or world
     size. The training set is filled up to whole global batches with fully masked rows,
     which the sampler shuffles in: no example is seen twice or dropped, whatever the world size.
 
-    Collectives of its own: one all-reduce of 5 float64 per log entry and per evaluation.
+    Collectives of its own: one all-reduce of 5 float64 per log entry and per evaluation, of 1 more per entry with packed rows.
     """
 
-    data_collator: PadCollator
+    data_collator: Collator
     train_dataset: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -69,9 +73,12 @@ class EmoTrainer(Trainer):
         self._steps = 0  # of this call of train()
         self._tokens: Any = 0  # the targets of its steps, without the first step's
         self._flops: Any = 0.0  # the same of this rank's work
+        self._packed = isinstance(self.train_dataset, PackedExamples)
+        self._examples: Any = 0  # this rank's, of the steps since the last log entry
+        self._logged_steps = 0  # steps at the last log entry
         self._peak = peak_flops() if self.args.bf16 or self.args.fp16 else None
         self._linear, self._quadratic = training_flops(self.model) if self._peak else (0.0, 0.0)
-        if isinstance(self.train_dataset, Dataset):  # a stream has no end to fill up
+        if isinstance(self.train_dataset, Dataset | PackedExamples):  # a stream has no end to fill up
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             self.train_dataset = fill_up(self.train_dataset, batch, self.data_collator.pad_id)
 
@@ -92,10 +99,35 @@ class EmoTrainer(Trainer):
         if self._steps >= 1:
             self._tokens = self._tokens + num_items  # a tensor on the device: no synchronisation here
             if self._peak:
-                lengths = [sample["attention_mask"].sum(1).double() for sample in samples]
-                self._flops = self._flops + sum((self._linear * n + self._quadratic * n**2).sum() for n in lengths)
+                sums = [count_tokens(sample) for sample in samples]
+                self._flops = self._flops + sum(self._linear * n + self._quadratic * squares for n, squares in sums)
+        if self._packed:
+            self._examples = self._examples + sum(count_examples(sample) for sample in samples)
         self._steps += 1
         return samples, num_items
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self.args.balance_lengths:  # after accelerate has chosen the sampler, so that the shuffling is the same
+            batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # of all ranks
+            data, args = self.train_dataset, self.args
+            lengths = data.row_lengths() if self._packed else example_lengths(data)
+            loader.set_sampler(
+                BalancedSampler(
+                    batches.sampler, lengths, args.train_batch_size, args.world_size, args.gradient_accumulation_steps,
+                    padded=isinstance(self.data_collator, PadCollator),
+                )
+            )  # fmt: skip
+        return loader
+
+    def examples_per_step(self) -> float:
+        """Examples of all ranks in a step, on average since the last call; one all-reduce of 1 float64."""
+        examples = torch.as_tensor(self._examples, dtype=torch.float64, device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(examples)
+        steps = self._steps - self._logged_steps
+        self._examples, self._logged_steps = 0, self._steps
+        return float(examples) / steps
 
     def supervised_tokens_per_s(self) -> float | None:
         """Targets that entered the loss on all ranks per second of training, or None in the first step."""
@@ -110,6 +142,8 @@ class EmoTrainer(Trainer):
                     logs["target_prob"] = sums.target_prob / sums.tokens
                 if self.emo.objective.needs_emo:
                     logs["emo"] = sums.emo / sums.tokens
+            if self._packed:
+                logs["examples"] = self.examples_per_step()
             rate = self.supervised_tokens_per_s()
             if rate is not None:
                 logs["supervised_tokens_per_s"] = rate

@@ -4,12 +4,12 @@ import ast
 
 LAYERS = [
     {"errors", "collectives"},
-    {"data", "model", "sampling", "old_flags", "loading", "turns"},
+    {"data", "model", "sampling", "old_flags", "flash", "loading", "turns"},
     {"samples"},
     {"cost"},
     {"token_stats"},
     {"losses", "head"},
-    {"teacher"},
+    {"teacher", "isolation"},
     {"attach"},
     {"generate", "checkpoint", "preview"},
     {"evaluation"},
