@@ -120,6 +120,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
         super().__post_init__()
+        if self.fsdp_plugin_args and not self.save_only_model:  # what resumes is sharded, what is for users is plain, always
+            self.fsdp_plugin_args["state_dict_type"] = "SHARDED_STATE_DICT"
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,6 @@ def train(argv: list[str]) -> None:
         model = make_model(run, tokenizer, with_cost=eval_examples is not None and prices)
     cache_costs(model.emo_objective.cost, run, train_examples)
     encode_prompts(model, PromptEncoder(tokenizer, run.data.prompt_template), prompts, args.sample_max_new_tokens)  # all fit?
-    use_cache = model.config.use_cache  # the Trainer turns it off and leaves it so
     trainer = EmoTrainer(
         model=model,
         args=args,
@@ -194,7 +193,7 @@ def train(argv: list[str]) -> None:
     rate = trainer.supervised_tokens_per_s()
     metrics |= {"train_peak_memory_mib": peak_memory_mib()}
     metrics |= {} if rate is None else {"train_supervised_tokens_per_s": rate}
-    model.config.use_cache = use_cache
+    model.config.use_cache = trainer.use_cache
     trainer.save_model()
     trainer.save_metrics("train", metrics)
     if eval_examples is not None:

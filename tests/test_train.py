@@ -175,7 +175,7 @@ def test_a_cost_from_a_file_is_used(arguments, tmp_path, root):
         ({"cost": "froze"}, [], "--cost froze"),
         ({"mode": "dft", "emo_weighting": "upstream"}, [], "belongs to the modes emo and emo2"),
         ({"mode": "mix", "emo_weight": 2}, [], "emo_weight is 2.0"),
-        ({}, ["--fsdp"], "--fsdp needs at least 2 processes"),
+        ({}, ["--fsdp"], "--fsdp needs a launcher"),
         ({}, ["--deepspeed", "x.json"], "--deepspeed needs a launcher"),
         ({"learning_rate": "inf"}, [], "--learning_rate inf"),
         ({"global_batch": None, "gradient_accumulation_steps": 0}, [], "--gradient_accumulation_steps 0"),
