@@ -73,7 +73,10 @@ class _Planner(DefaultLoadPlanner):
     """Refuses values that are more than numbers, words and tensors."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)  # raises
+        try:
+            torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:  # its own message advises to trust the file
+            raise ValueError(f"{read_item.dest_index.fqn} holds more than numbers, words and tensors") from None
         value.seek(0)
         super().load_bytes(read_item, value)
 

@@ -5,6 +5,7 @@ unpickler, with stand-ins for the few classes of DeepSpeed in them.
 """
 
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,5 +125,7 @@ def _load(file: Path) -> dict[str, Any]:
     try:
         with safe_globals(STAND_INS):
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # no zip, a broken or a foreign pickle
+    except pickle.UnpicklingError:  # its own message advises to trust the file
+        raise UserError(f"{file}: holds more than ZeRO writes, or is broken") from None
+    except Exception as error:  # not there, no zip
         raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
