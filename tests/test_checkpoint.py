@@ -233,6 +233,11 @@ def test_export_of_zero_equals_the_model_saved_at_the_same_step(arguments, make_
     flags = ["--deepspeed", str(root / "ds_configs" / f"{stage}.json")]
     model = odd_model(make_model, root, tmp_path / "odd")
     run_ranks(2, train, arguments(*flags, model_name_or_path=model, max_steps=1, save_strategy="steps"))
-    export(tmp_path / "out" / "checkpoint-1", tmp_path / "exported")
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    export(checkpoint, tmp_path / "exported")
     assert same_tensors(tmp_path / "out", tmp_path / "exported")
+    zero.refuse_code(checkpoint)  # it holds what DeepSpeed writes, no more
+    zero.shards_of(checkpoint)[1].unlink()
+    with pytest.raises(UserError, match="1 of 2 optimizer shards are there"):
+        zero.read_weights(checkpoint)
     assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "exported" / "config.json").read_text()

@@ -53,6 +53,8 @@ def _fit(read: dict[str, Tensor], checkpoint: Path) -> tuple[PreTrainedModel, di
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{checkpoint}: no configuration to read ({first_line(error)})") from None
+    if not read:
+        raise UserError(f"{checkpoint}: its shards hold no weights")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=next(iter(read.values())).dtype, trust_remote_code=False)
     empty = model.state_dict(keep_vars=True)

@@ -63,14 +63,17 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """
     stage_3, shards = is_stage_3(checkpoint), shards_of(checkpoint)
     name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage_3 else "mp_rank_00_model_states.pt"
-    described = _load(_folder(checkpoint) / name)
-    states = [_load(file)["optimizer_state_dict"] for file in shards]
-    count = states[0]["partition_count"] if states else 0
-    ranks = max(count) if isinstance(count, list) else count
-    if not states or ranks != len(states):
-        raise UserError(f"{_folder(checkpoint)}: {len(states)} of {ranks or 'the'} optimizer shards are there")
-    weights = {key: described["module"][key].float() for key in described["buffer_names"]}
-    return weights | (_of_stage_3 if stage_3 else _of_stage_2)(described["param_shapes"], states)
+    try:
+        described = _load(_folder(checkpoint) / name)
+        states = [_load(file)["optimizer_state_dict"] for file in shards]
+        count = states[0]["partition_count"] if states else 0
+        ranks = max(count) if isinstance(count, list) else count
+        if not states or ranks != len(states):
+            raise UserError(f"{_folder(checkpoint)}: {len(states)} of {ranks or 'the'} optimizer shards are there")
+        weights = {key: described["module"][key].float() for key in described["buffer_names"]}
+        return weights | (_of_stage_3 if stage_3 else _of_stage_2)(described["param_shapes"], states)
+    except (KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{_folder(checkpoint)}: not the shards of ZeRO 1, 2 or 3 ({first_line(error)})") from None
 
 
 def _of_stage_2(groups: list[dict[str, torch.Size]], states: list[dict]) -> dict[str, Tensor]:
