@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from stanford_alpaca.cost import COST_KINDS
+from stanford_alpaca.cost_sharding import COST_SHARDINGS
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.tokenize import TEMPLATES
 from stanford_alpaca.errors import UserError, first_line, nearest
@@ -78,6 +79,9 @@ class ObjectiveArguments:
         default=None,
         metadata={"help": "MiB of bfloat16 cost rows kept between steps; 2048 with bf16 or fp16 on a GPU, else 0."},
     )
+    cost_sharding: str = choice(
+        *COST_SHARDINGS, default="auto", help="Where the frozen costs live; vocab_parallel shards the output layer's loss too."
+    )
     loss_backend: str = choice("auto", *BACKENDS, default="auto", help="How the loss is computed.")
 
     @property
@@ -120,8 +124,11 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
         super().__post_init__()
-        if self.fsdp_plugin_args and not self.save_only_model:  # what resumes is sharded, what is for users is plain, always
-            self.fsdp_plugin_args["state_dict_type"] = "SHARDED_STATE_DICT"
+        if self.fsdp:  # one rank reads the weights, unless the configuration says otherwise
+            asked = str(self.fsdp_config.get("cpu_ram_efficient_loading", True)).lower()
+            self.fsdp_plugin_args["cpu_ram_efficient_loading"] = asked == "true"
+            if not self.save_only_model:  # what resumes is sharded, what is for users is plain, always
+                self.fsdp_plugin_args["state_dict_type"] = "SHARDED_STATE_DICT"
 
 
 @dataclass(frozen=True)

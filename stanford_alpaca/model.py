@@ -6,6 +6,7 @@ Code that a model's repository brings along is never run.
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.errors import UserError, first_line, quiet_hub
@@ -56,6 +57,20 @@ def load_model(
             config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
         return AutoModelForCausalLM.from_pretrained(path, cache_dir=cache_dir, dtype=dtype, trust_remote_code=False, **options)
+    except Exception as error:
+        raise _cannot_load(path, error) from None
+
+
+def empty_model(
+    path: str, cache_dir: str | None = None, dtype: torch.dtype = torch.float32, *, from_config: bool = False, **options
+) -> PreTrainedModel:
+    """What ``load_model`` returns, with parameters on the meta device: for ranks that get the weights from another one."""
+    try:
+        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):  # no checkpoint holds what a buffer computes
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+        model.tie_weights()
+        return model
     except Exception as error:
         raise _cannot_load(path, error) from None
 

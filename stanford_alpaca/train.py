@@ -21,6 +21,7 @@ from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.checks import check
 from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.batching import PadCollator, target_counts
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import check_columns
@@ -29,7 +30,9 @@ from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import leave_together, loading_whole, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
 from stanford_alpaca.generate import encode_prompts, read_prompts
-from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.head import HeadForm
+from stanford_alpaca.loading import allocate, share_from_rank_0, weights_come_from_rank_0
+from stanford_alpaca.model import empty_model, fit_vocabulary, load_model, load_tokenizer
 from stanford_alpaca.record import differences, made_with, write_card, write_run
 from stanford_alpaca.teacher import Teacher, same_vocabulary
 from stanford_alpaca.trainer import EmoTrainer
@@ -112,10 +115,37 @@ def check_positions(model: PreTrainedModel, name: str, max_length: int) -> None:
 
 
 def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) -> PreTrainedModel:
-    """The model with the objective in it, whole on every rank. Raises UserError for one that cannot be served."""
+    """The model with the objective in it. Raises UserError for one that cannot be served.
+
+    Where the engine shards, rank 0 alone has its weights and costs, the others its architecture: one broadcast of the
+    configurations and of the form of its head.
+    """
+    if not weights_come_from_rank_0(run.training):
+        return build_model(run, tokenizer, with_cost)
+    models = []
+
+    def read() -> tuple:
+        models.append(build_model(run, tokenizer, with_cost))
+        return models[0].emo_objective.form, models[0].config, models[0].generation_config
+
+    if run.training.process_index == 0:
+        share_from_rank_0(read)
+        return models[0]
+    found: tuple = share_from_rank_0(None)
+    form, config, generation_config = found
+    model = build_model(run, tokenizer, with_cost, form)
+    model.config.update(config.to_dict())
+    model.generation_config = generation_config
+    allocate(model)  # DeepSpeed takes no meta tensors, and accelerate tells parameters apart by their addresses
+    return model
+
+
+def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, form: HeadForm | None = None) -> PreTrainedModel:
+    """The model with the objective in it; with a ``form``, on the meta device."""
     model_args, objective_args, training = run.model, run.objective, run.training
     objective, cost = objective_args.objective(), make_cost(objective_args)
-    model = load_model(
+    load = load_model if form is None else empty_model
+    model = load(
         model_args.model_name_or_path, training.cache_dir,
         from_config=model_args.from_config, attn_implementation=model_args.attn_implementation,
     )  # fmt: skip
@@ -128,7 +158,7 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
     try:
         attach_objective(
             model, objective, cost if with_cost or objective.needs_emo else None,
-            cost_kind=objective_args.cost_kind, backend=objective_args.loss_backend, teacher=teacher,
+            cost_kind=objective_args.cost_kind, backend=objective_args.loss_backend, teacher=teacher, form=form,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -171,7 +201,8 @@ def train(argv: list[str]) -> None:
     prices = not (run.model.from_config and run.objective.asks_the_model)
     with loading_whole(args):
         model = make_model(run, tokenizer, with_cost=eval_examples is not None and prices)
-    cache_costs(model.emo_objective.cost, run, train_examples)
+    if shard_cost(model, run.objective.cost_sharding, args) == "replicate":
+        cache_costs(model.emo_objective.cost, run, train_examples)
     encode_prompts(model, PromptEncoder(tokenizer, run.data.prompt_template), prompts, args.sample_max_new_tokens)  # all fit?
     trainer = EmoTrainer(
         model=model,

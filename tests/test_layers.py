@@ -3,8 +3,8 @@
 import ast
 
 LAYERS = [
-    {"errors"},
-    {"data", "model", "sampling", "old_flags"},
+    {"errors", "collectives"},
+    {"data", "model", "sampling", "old_flags", "loading"},
     {"samples"},
     {"cost"},
     {"token_stats"},
@@ -13,6 +13,7 @@ LAYERS = [
     {"attach"},
     {"generate", "checkpoint", "preview"},
     {"evaluation"},
+    {"cost_sharding"},
     {"engines"},
     {"trainer"},
     {"arguments", "callbacks"},
