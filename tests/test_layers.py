@@ -15,10 +15,13 @@ LAYERS = [
     {"evaluation"},
     {"cost_sharding"},
     {"engines"},
+    {"anatomy"},
+    {"estimate"},
+    {"plans"},
     {"trainer"},
     {"arguments", "callbacks"},
     {"checks", "record"},
-    {"train", "launch"},
+    {"train", "launch", "preflight"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
