@@ -153,6 +153,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.fsdp:  # one rank reads the weights, unless the configuration says otherwise
             asked = str(self.fsdp_config.get("cpu_ram_efficient_loading", True)).lower()
             self.fsdp_plugin_args["cpu_ram_efficient_loading"] = asked == "true"
+            if not self.save_only_model:  # what resumes is sharded, what is for users is plain, always
+                self.fsdp_plugin_args["state_dict_type"] = "SHARDED_STATE_DICT"
 
 
 @dataclass(frozen=True)

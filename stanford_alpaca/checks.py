@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from stanford_alpaca.arguments import METRICS, DataArguments, ModelArguments, ObjectiveArguments, Run, TrainingArguments
+from stanford_alpaca.checkpoint.kinds import FSDP, PLAIN, ZERO, check_resumable
 from stanford_alpaca.errors import UserError, check_writable, first_line, nearest, quiet_hub
 from stanford_alpaca.model import check_model
 
@@ -162,6 +163,10 @@ def check_output(training: TrainingArguments) -> None:
             raise UserError(f"--resume_from_checkpoint: no checkpoint in {output}")
     if resume is not None and not (Path(resume) / "trainer_state.json").is_file():
         raise UserError(f"--resume_from_checkpoint {resume}: not a checkpoint of a run")
+    if resume is not None:
+        zero = getattr(training, "hf_deepspeed_config", None)
+        engine = FSDP if training.fsdp else PLAIN if zero is None else ZERO
+        check_resumable(Path(resume), engine, training.world_size, stage_3=zero is not None and zero.is_zero3())
     training.resume_from_checkpoint = resume
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file; give a folder")

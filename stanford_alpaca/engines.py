@@ -72,8 +72,8 @@ def activate_fsdp(trainer) -> None:
     if not args.fsdp:
         return
     layers = decoder_layers(trainer.model, args.fsdp_config.get("transformer_layer_cls_to_wrap"))
-    if args.world_size == 1:
-        raise UserError("--fsdp needs at least 2 processes: launch with torchrun, or drop the flag")
+    if "RANK" not in os.environ:
+        raise UserError("--fsdp needs a launcher, also for one process: torchrun --nproc_per_node 1 ...; or drop the flag")
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
         options = args.fsdp_plugin_args | {"cpu_offload": False}  # all is on the CPU; offloading would pin memory

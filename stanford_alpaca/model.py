@@ -96,4 +96,7 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _cannot_load(path: str, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot load a model from here ({first_line(error)}); give a Hugging Face folder or a hub name")
+    advice, place = "give a Hugging Face folder or a hub name", Path(path)
+    if (place / "trainer_state.json").is_file() and not list(place.glob("*.safetensors")):
+        advice = f"make one of this checkpoint's shards: python -m stanford_alpaca.checkpoint export {path} OUT"
+    return UserError(f"{path}: cannot load a model from here ({first_line(error)}); {advice}")

@@ -238,7 +238,6 @@ def train(argv: list[str]) -> None:
     if run.data.packing:
         train_examples = PackedExamples.of(train_examples, args.model_max_length, args.seed)
         say(train_examples.report(args.model_max_length))
-    use_cache = model.config.use_cache  # the Trainer turns it off and leaves it so
     trainer = EmoTrainer(
         model=model,
         args=args,
@@ -260,7 +259,7 @@ def train(argv: list[str]) -> None:
     rate = trainer.supervised_tokens_per_s()
     metrics |= {"train_peak_memory_mib": peak_memory_mib()}
     metrics |= {} if rate is None else {"train_supervised_tokens_per_s": rate}
-    model.config.use_cache = use_cache
+    model.config.use_cache = trainer.use_cache
     trainer.save_model()
     trainer.save_metrics("train", metrics)
     if eval_examples is not None:

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from stanford_alpaca.attach import AttachedObjective
-from stanford_alpaca.checkpoint import full_state_dict
+from stanford_alpaca.checkpoint import fsdp
+from stanford_alpaca.checkpoint.gather import full_state_dict
+from stanford_alpaca.checkpoint.kinds import FSDP, kind_of
 from stanford_alpaca.data.balance import BalancedSampler
 from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, fill_up
 from stanford_alpaca.data.packing import PackedExamples, example_lengths
@@ -66,8 +69,9 @@ class EmoTrainer(Trainer):
     data_collator: Collator
     train_dataset: Any
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
+        self.use_cache = model.config.use_cache  # of who generates with the model; the Trainer turns it off
+        super().__init__(model, *args, **kwargs)
         self.emo: AttachedObjective = self.accelerator.unwrap_model(self.model).emo_objective
         self.watch = Stopwatch()
         self._steps = 0  # of this call of train()
@@ -174,17 +178,46 @@ class EmoTrainer(Trainer):
         batch = self.args.eval_batch_size * self.args.world_size
         return super().get_eval_dataloader(fill_up(dataset, batch, self.data_collator.pad_id))
 
+    # ---- resuming ------------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if kind_of(Path(resume_from_checkpoint)) != FSDP:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        fsdp.load_model(model or self.model, Path(resume_from_checkpoint))  # into any engine but ZeRO
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or kind_of(Path(checkpoint)) != FSDP:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        fsdp.load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if kind_of(Path(best)) != FSDP:
+            return super()._load_best_model()
+        fsdp.load_model(self.model, Path(best))
+
     # ---- saving --------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.watch.paused():
+            self.model.config.use_cache = self.use_cache
             super()._save_checkpoint(*args, **kwargs)
+            self.model.config.use_cache = self.args.use_cache
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A plain Hugging Face folder in the masters' dtype, from every engine. It is pushed when it is complete, not here."""
+        """A plain Hugging Face folder in the masters' dtype, from every engine. It is pushed when it is complete, not here.
+
+        A checkpoint whose shards will be saved to resume from has no weights beside them: ``export`` makes them.
+        """
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             return super().save_model(output_dir, _internal_call=True)
-        self._save(output_dir, full_state_dict(self.model, keep=self.args.should_save))
+        pushed = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
+        if not _internal_call or self.args.save_only_model or pushed:
+            return self._save(output_dir, full_state_dict(self.model, keep=self.args.should_save))
+        if self.args.should_save:
+            for part in (self.model.config, self.model.generation_config, self.processing_class):
+                part.save_pretrained(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

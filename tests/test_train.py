@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from stanford_alpaca.checkpoint.export import export
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
@@ -132,6 +133,9 @@ def test_in_bf16_with_a_tied_head_it_resumes_and_saves_float32_plainly(arguments
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+    export(tmp_path / "out" / "checkpoint-4", tmp_path / "exported")
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert exported.keys() == weights.keys() and all(torch.equal(exported[name], weights[name]) for name in weights)
     resume = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2", "output_dir": tmp_path / "again"}
     two_processes(arguments(*flags, **settings | resume), root, tmp_path)
     again = steps(tmp_path / "again")
@@ -173,7 +177,7 @@ def test_a_cost_from_a_file_is_used(arguments, tmp_path, root):
         ({"cost": "froze"}, [], "--cost froze"),
         ({"mode": "dft", "emo_weighting": "upstream"}, [], "belongs to the modes emo and emo2"),
         ({"mode": "mix", "emo_weight": 2}, [], "emo_weight is 2.0"),
-        ({}, ["--fsdp"], "--fsdp needs at least 2 processes"),
+        ({}, ["--fsdp"], "--fsdp needs a launcher"),
         ({}, ["--deepspeed", "x.json"], "--deepspeed needs a launcher"),
         ({"engine": "zero2"}, [], "--engine zero2 needs a launcher"),
         ({"engine": "ddp"}, [], "--engine ddp needs at least 2 processes"),
