@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from stanford_alpaca.cost import COST_KINDS
+from stanford_alpaca.cost_sharding import COST_SHARDINGS
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.tokenize import TEMPLATES
 from stanford_alpaca.errors import UserError, first_line, nearest
@@ -77,6 +78,9 @@ class ObjectiveArguments:
     cost_cache_mib: float | None = field(
         default=None,
         metadata={"help": "MiB of bfloat16 cost rows kept between steps; 2048 with bf16 or fp16 on a GPU, else 0."},
+    )
+    cost_sharding: str = choice(
+        *COST_SHARDINGS, default="auto", help="Where the frozen costs live; vocab_parallel shards the output layer's loss too."
     )
     loss_backend: str = choice("auto", *BACKENDS, default="auto", help="How the loss is computed.")
 

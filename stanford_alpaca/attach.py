@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
-from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.cost import CostEmbedding, ShardedCost
 from stanford_alpaca.head import HeadForm, probe_inputs, probing, recognise_head
 from stanford_alpaca.losses.formulas import Objective
 from stanford_alpaca.losses.linear import check_backend, linear_loss_and_stats
@@ -54,7 +55,7 @@ class AttachedObjective:
     """The objective inside a model: ``model.emo_objective``.
 
     Attributes:
-        cost: the frozen CostEmbedding, or None (no cost, or the adaptive one).
+        cost: the frozen CostEmbedding, or this rank's part of it, or None (no cost, or the adaptive one).
         teacher: where the targets of training come from, or None; evaluation is by the labels.
         train_meter, eval_meter: sums over the tokens seen with and without gradients.
     """
@@ -64,13 +65,14 @@ class AttachedObjective:
         model: PreTrainedModel,
         form: HeadForm,
         objective: Objective,
-        cost: CostEmbedding | None,
+        cost: CostEmbedding | ShardedCost | None,
         adaptive: str | None,
         backend: str,
         teacher: Teacher | None,
     ):
         self.teacher = teacher
-        self.form, self.objective, self.cost, self.backend = form, objective, cost, backend
+        self.form, self.objective, self.backend = form, objective, backend
+        self.cost: CostEmbedding | ShardedCost | None = cost
         self.adaptive = adaptive  # the kind of the adaptive cost, taken from the live head at every call
         self.train_meter, self.eval_meter = Meter(), Meter()
         self._model = model
@@ -113,9 +115,11 @@ class AttachedObjective:
             outputs = model.base_model(*args, **kwargs)
         head = self.form.head(model)
         learning = torch.is_grad_enabled()
+        if learning and num_items_in_batch is None and isinstance(head.weight, DTensor):
+            raise ValueError("a sharded output layer needs num_items_in_batch, the targets of all ranks: theirs are one loss")
         cost = self.cost
         if self.adaptive is not None:
-            cost = CostEmbedding(head.weight, self.adaptive)
+            cost = live_cost(head.weight, self.adaptive)
         if learning and not self.objective.needs_emo:
             cost = None  # training pays for nothing it does not use
         hidden, targets = outputs[0][:, :-1], labels[:, 1:]
@@ -134,6 +138,14 @@ class AttachedObjective:
         tokens = stats.nll.shape[0]
         share = tokens / (max(tokens, 1) if num_items_in_batch is None else num_items_in_batch)
         return MoeCausalLMOutputWithPast(loss=loss + share * own.loss.to(loss.device), aux_loss=own.get("aux_loss"), **parts)
+
+
+def live_cost(weight: Tensor, kind: str) -> CostEmbedding | ShardedCost:
+    """The cost of the output layer as it is now, or this rank's part of it where the layer is sharded by vocabulary."""
+    if not isinstance(weight, DTensor):
+        return CostEmbedding(weight, kind)
+    part = CostEmbedding(weight.to_local(), kind)
+    return part if part.rows is None else ShardedCost.of_part(part, weight.shape[0], weight.device_mesh.get_group())
 
 
 def check_computed(model: PreTrainedModel, args: tuple, kwargs: dict, outputs) -> None:

@@ -108,6 +108,8 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
             raise UserError(f"--cost_cache_mib {objective.cost_cache_mib}: give 0 (none) or more")
         if objective.cost_cache_mib and (objective.cost == "adaptive" or objective.cost_kind == "identity"):
             raise UserError("--cost_cache_mib: only a cosine cost that is not adaptive has rows to keep")
+    if objective.cost_sharding in ("shard", "vocab_parallel") and objective.cost_cache_mib:
+        raise UserError(f"--cost_cache_mib: --cost_sharding {objective.cost_sharding} keeps no rows; drop one of them")
     if objective.loss_backend == "triton" and not torch.cuda.is_available():
         raise UserError("--loss_backend triton needs an NVIDIA GPU: choose chunked")
     if model.teacher is not None and needs.needs_p:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from stanford_alpaca.cost_sharding import check_separate, wrap_separately
 from stanford_alpaca.errors import UserError
 
 
@@ -60,6 +61,7 @@ def activate_fsdp(trainer) -> None:
         trainer.is_fsdp_enabled = True
     if state.distributed_type != DistributedType.FSDP:
         raise UserError(f"--fsdp was asked for, but accelerate chose {state.distributed_type}")
+    wrap_separately(trainer.model, state.fsdp_plugin)
     if trainer.args.bf16:  # accelerate's own policy would round the loss to bf16 and sum gradients in bf16
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         state.fsdp_plugin.mixed_precision_policy = policy
@@ -69,6 +71,7 @@ def check_fsdp(trainer) -> None:
     """Raises UserError if FSDP was asked for and the wrapped model is not sharded."""
     if trainer.args.fsdp and not isinstance(trainer.model_wrapped, FSDPModule):
         raise UserError(f"--fsdp was asked for, but the model is a {type(trainer.model_wrapped).__name__}")
+    check_separate(trainer.accelerator.unwrap_model(trainer.model))
 
 
 # dense 16-bit floating-point operations per second, from the manufacturer's data sheets; the first name that fits counts

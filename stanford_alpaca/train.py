@@ -21,6 +21,7 @@ from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.checks import check
 from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.batching import PadCollator, target_counts
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import check_columns
@@ -171,7 +172,8 @@ def train(argv: list[str]) -> None:
     prices = not (run.model.from_config and run.objective.asks_the_model)
     with loading_whole(args):
         model = make_model(run, tokenizer, with_cost=eval_examples is not None and prices)
-    cache_costs(model.emo_objective.cost, run, train_examples)
+    if shard_cost(model, run.objective.cost_sharding, args) == "replicate":
+        cache_costs(model.emo_objective.cost, run, train_examples)
     encode_prompts(model, PromptEncoder(tokenizer, run.data.prompt_template), prompts, args.sample_max_new_tokens)  # all fit?
     use_cache = model.config.use_cache  # the Trainer turns it off and leaves it so
     trainer = EmoTrainer(

@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import tempfile
@@ -54,7 +55,7 @@ def run_ranks(world_size: int, function: Callable, *args: Any, launched: bool = 
                 for pipe in ready:
                     rank = waiting.pop(pipe)
                     try:
-                        ok, results[rank] = pipe.recv()
+                        ok, results[rank] = pickle.loads(pipe.recv_bytes())
                     except EOFError:
                         ok, results[rank] = False, "ended without a result"
                     if not ok:
@@ -100,7 +101,7 @@ def _rank(pipe, environment: dict[str, str], output: str, folder: str, function:
         result = (False, f"{type(error).__name__}: {error}")
     sys.stdout.flush()
     sys.stderr.flush()
-    pipe.send(result)
+    pipe.send_bytes(pickle.dumps(result))  # by value: memory shared with a process that is gone is gone too
     pipe.close()
     import torch
 

@@ -3,7 +3,7 @@
 import ast
 
 LAYERS = [
-    {"errors"},
+    {"errors", "collectives"},
     {"data", "model", "sampling", "old_flags"},
     {"samples"},
     {"cost"},
@@ -13,6 +13,7 @@ LAYERS = [
     {"attach"},
     {"generate", "checkpoint", "preview"},
     {"evaluation"},
+    {"cost_sharding"},
     {"engines"},
     {"trainer"},
     {"arguments", "callbacks"},

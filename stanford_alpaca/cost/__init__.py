@@ -1,12 +1,14 @@
 """The transport cost between tokens. ``python -m stanford_alpaca.cost build`` makes an embedding where a model has none yet."""
 
 from stanford_alpaca.cost.cache import CostRows
-from stanford_alpaca.cost.embedding import COST_KINDS, ZERO_BELOW, CostEmbedding, as_cost
+from stanford_alpaca.cost.embedding import COST_KINDS, ZERO_BELOW, CostEmbedding
+from stanford_alpaca.cost.sharded import ShardedCost, as_cost
 
 __all__ = [
     "COST_KINDS",
     "ZERO_BELOW",
     "CostEmbedding",
     "CostRows",
+    "ShardedCost",
     "as_cost",
 ]  # what builds is not imported here: losses need none of it

@@ -49,6 +49,13 @@ class CostEmbedding:
             self.rows, self.directed = (exact / norms).masked_fill_(~directed, 0.0), directed.squeeze(1)
 
     @classmethod
+    def of_rows(cls, rows: Tensor) -> "CostEmbedding":
+        """From [V, D] rows that are of unit length, or zeros, already; they are not copied."""
+        self = cls(None, "identity")
+        self.kind, self.rows, self.directed = "cosine", rows, rows.any(1)
+        return self
+
+    @classmethod
     def from_file(cls, path: str | Path, kind: str = "cosine") -> "CostEmbedding":
         """Reads a safetensors file that holds one [V, D] tensor."""
         from safetensors.torch import load_file
@@ -125,9 +132,7 @@ class CostEmbedding:
 
     def _compute(self, tokens: Tensor) -> Tensor:  # [r] -> [r, V] in the dtype of the rows
         assert self.rows is not None
-        with full_precision(self.rows.device.type):
-            costs = torch.addmm(self.rows.new_ones(1), self.rows[tokens], self.rows.T, alpha=-1)
-        return torch.threshold_(costs, ZERO_BELOW, 0.0)
+        return transport_costs(self.rows[tokens], self.rows)
 
     def _expected_costs(self, targets: Tensor, ids: Tensor, probs: Tensor, vocab_size: int) -> Tensor:
         """One product: 1 - u_i . sum_j tau_j u_j. At the target, where that would cancel if the teacher is nearly sure, the sum
@@ -151,11 +156,11 @@ class CostEmbedding:
         return costs.scatter_(1, targets[:, None], torch.where(at_target >= ZERO_BELOW * away, at_target, 0.0))
 
 
-def as_cost(cost: "Tensor | CostEmbedding | None") -> CostEmbedding | None:
-    """Accepts what the public functions accept: a [V, D] tensor, a CostEmbedding, or nothing. Else ValueError."""
-    if not (cost is None or isinstance(cost, Tensor | CostEmbedding)):
-        raise ValueError(f"a cost embedding is a tensor [vocabulary, width] or a CostEmbedding, not {cost!r:.40}")
-    return CostEmbedding(cost) if isinstance(cost, Tensor) else cost
+def transport_costs(towards: Tensor, rows: Tensor) -> Tensor:  # [r, D], [V, D] -> [r, V]
+    """1 - cos of unit rows (0 for rows of zeros), with noise cut to 0."""
+    with full_precision(rows.device.type):
+        costs = torch.addmm(rows.new_ones(1), towards, rows.T, alpha=-1)
+    return torch.threshold_(costs, ZERO_BELOW, 0.0)
 
 
 @contextmanager

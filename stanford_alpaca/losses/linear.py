@@ -5,10 +5,20 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from stanford_alpaca.cost import CostEmbedding, as_cost
+from stanford_alpaca.cost import CostEmbedding, ShardedCost, as_cost
 from stanford_alpaca.losses.formulas import Objective, as_objective
-from stanford_alpaca.token_stats import Head, SoftTargets, TokenStats, chunked, reference, triton_kernels
+from stanford_alpaca.token_stats import (
+    Head,
+    SoftTargets,
+    TokenStats,
+    chunked,
+    reference,
+    torch_kernels,
+    triton_kernels,
+    vocab_parallel,
+)
 
 BACKENDS: dict[str, Callable] = {
     "reference": reference.linear_loss,
@@ -22,7 +32,7 @@ SUM_TOLERANCE = 1e-3  # what a teacher's probabilities may miss of 1, as rounded
 def emo_loss(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...] token ids
-    cost_embedding: Tensor | CostEmbedding | None,  # [V, D]
+    cost_embedding: Tensor | CostEmbedding | ShardedCost | None,  # [V, D]
     soft_targets: SoftTargets | None = None,  # ids and probs [..., k]
     *,
     mode: str | Objective = "emo",
@@ -63,7 +73,7 @@ def linear_emo_loss(
     hidden: Tensor,  # [..., H] hidden states before the output layer
     weight: Tensor,  # [V, H]
     targets: Tensor,  # [...] token ids
-    cost_embedding: Tensor | CostEmbedding | None,  # [V, D]
+    cost_embedding: Tensor | CostEmbedding | ShardedCost | None,  # [V, D]
     soft_targets: SoftTargets | None = None,  # ids and probs [..., k]
     *,
     mode: str | Objective = "emo",
@@ -102,7 +112,7 @@ def linear_loss_and_stats(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
-    cost_embedding: Tensor | CostEmbedding | None,
+    cost_embedding: Tensor | CostEmbedding | ShardedCost | None,
     mode: str | Objective,
     soft_targets: SoftTargets | None = None,
     *,
@@ -121,7 +131,8 @@ def linear_loss_and_stats(
         raise ValueError(f"hidden has width {hidden.shape[-1]} but the weight is {tuple(head.weight.shape)}")
     if head.bias is not None and head.bias.shape != (vocab_size,):  # a kernel would read past its end
         raise ValueError(f"bias has shape {tuple(head.bias.shape)}, wanted {(vocab_size,)}")
-    objective, cost, keep = _checked(mode, cost_embedding, hidden, targets, reduction, ignore_index, vocab_size)
+    sharded_head = isinstance(head.weight, DTensor)
+    objective, cost, keep = _checked(mode, cost_embedding, hidden, targets, reduction, ignore_index, vocab_size, sharded_head)
     device = hidden.device.type
     kept = hidden[keep]
     if torch.is_autocast_enabled(device):  # the output layer's own precision under autocast
@@ -142,15 +153,21 @@ def check_backend(name: str) -> None:
 
 def _backend(name: str, hidden: Tensor, weight: Tensor) -> Callable:
     check_backend(name)
+    reason = triton_kernels.why_not(hidden, weight) if name in ("auto", "triton") else None
     if name == "auto":
-        return BACKENDS["triton" if hidden.is_cuda and triton_kernels.why_not(hidden, weight) is None else "chunked"]
-    reason = triton_kernels.why_not(hidden, weight) if name == "triton" else None
-    if reason is not None:
+        name = "triton" if hidden.is_cuda and reason is None else "chunked"
+    elif reason is not None:
         raise ValueError(f"backend triton cannot serve: {reason}; choose chunked")
-    return BACKENDS[name]
+    if not isinstance(weight, DTensor):
+        return BACKENDS[name]
+    if name == "reference":
+        raise ValueError("backend reference cannot serve a sharded output layer: choose chunked")
+    return partial(vocab_parallel.linear_loss, kernels=triton_kernels if name == "triton" else torch_kernels)
 
 
-def _checked(mode, cost_embedding, rows: Tensor, targets: Tensor, reduction: str, ignore_index: int, vocab_size: int):
+def _checked(
+    mode, cost_embedding, rows: Tensor, targets: Tensor, reduction: str, ignore_index: int, vocab_size: int, sharded_head=False
+):
     """The objective, the cost on the right device, and the mask of supervised positions."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}: choose from {', '.join(REDUCTIONS)}")
@@ -161,6 +178,8 @@ def _checked(mode, cost_embedding, rows: Tensor, targets: Tensor, reduction: str
         raise ValueError(f"mode {objective.mode} needs a cost embedding")
     if cost is not None:
         cost.to(rows.device).check(vocab_size)
+    if isinstance(cost, ShardedCost) and not sharded_head:
+        cost = cost.gather()
     keep = targets != ignore_index
     outside = keep & ((targets < 0) | (targets >= vocab_size))
     if outside.any():

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
-from stanford_alpaca.cost import CostEmbedding, CostRows
+from stanford_alpaca.cost import CostEmbedding, CostRows, ShardedCost
 from stanford_alpaca.token_stats import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split, torch_kernels
 
 TILE_PRODUCTS = 2**25  # entries of the gradient of the weight that are computed at a time in a lower precision
@@ -32,15 +32,16 @@ def linear_loss(
     hidden: Tensor,  # [N, H]
     head: Head,
     targets: Tensor | SoftTargets,  # [N]
-    cost: CostEmbedding | None,
+    cost: CostEmbedding | ShardedCost | None,
     objective: LossOfStats,
     reduction: str,  # "sum" or "none"
     token_weights: Tensor | None = None,  # [N] constants that multiply the losses
     kernels: Any = torch_kernels,
+    columns: int | None = None,  # logits per token that a chunk is sized for, if not the rows of the weight
 ) -> tuple[Tensor, TokenStats]:
     """The loss, [] or [N], and the detached statistics. Extra memory: two or three [chunk, V] tensors in float32, the
     gradients (that of the weight in float32) and, under mixed precision, a copy of the weight."""
-    job = _Job(head, targets, cost, objective, token_weights, kernels)
+    job = _Job(head, targets, cost, objective, token_weights, kernels, columns)
     if torch.is_grad_enabled():
         loss, nll, log_emo = _ChunkedLoss.apply(hidden, head.weight, head.bias, job, reduction)
     else:
@@ -66,9 +67,10 @@ class _Job:
     """The arguments of one loss that are not differentiated, and the pass over its chunks."""
 
     def __init__(
-        self, head, targets, cost: CostEmbedding | None, objective: LossOfStats, token_weights: Tensor | None, kernels
+        self, head, targets, cost: CostEmbedding | ShardedCost | None, objective: LossOfStats, token_weights, kernels, columns
     ):
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
+        self.columns = columns or len(head.weight)
         self.targets, self.rest = split(targets)
         self.cost, self.objective, self.token_weights, self.kernels = cost, objective, token_weights, kernels
         shared = cost is not None and cost.rows is not None and self.rest is None  # equal targets have one row of costs
@@ -88,7 +90,7 @@ class _Job:
         out = _Result(hidden, weight, bias, needs)
         head = Head(weight.to(hidden.dtype), bias, self.softcap, self.logit_scale)
         limits = self.kernels.CHUNK_LOGITS
-        most = max(16, limits.get(hidden.device.type, limits["cuda"]) // len(weight))
+        most = max(16, limits.get(hidden.device.type, limits["cuda"]) // self.columns)
         chunks = max(1, math.ceil(len(hidden) / most))
         for rows in self.order.split(max(1, math.ceil(len(hidden) / chunks))):  # all of nearly one size
             self._chunk(hidden[rows], head, rows, out, upstream)
@@ -141,6 +143,7 @@ class _Job:
     def _costs(self, y: Tensor, rest: SoftTargets | None, vocab_size: int) -> CostRows | None:
         if self.cost is None or rest is None:
             return None if self.cost is None else self.cost.unique_rows(y)
+        assert isinstance(self.cost, CostEmbedding)  # vocab_parallel.py takes no soft targets
         return CostRows(self.cost.costs(y, vocab_size, rest), torch.arange(len(y), device=y.device))
 
 

@@ -53,7 +53,8 @@ class Chunk:
         """
         z_y = self._z.gather(1, self._y).squeeze(1)
         z = self._z.scatter_(1, self._y, -torch.inf)
-        top, total, log_w = (torch.empty_like(z_y) for _ in range(3))
+        self.top, total, log_w = (torch.empty_like(z_y) for _ in range(3))
+        top = self.top
         for rows in self._slices():
             top[rows] = z[rows].amax(1).clamp_min_(torch.finfo(z.dtype).min)  # finite even where there are no others
             shifted = z[rows] - top[rows, None]

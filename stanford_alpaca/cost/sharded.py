@@ -1,0 +1,78 @@
+"""The cost embedding in parts: each rank keeps 1/R of the rows between uses."""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from stanford_alpaca.collectives import all_gather
+from stanford_alpaca.cost.cache import CostRows
+from stanford_alpaca.cost.embedding import CostEmbedding, transport_costs
+
+
+class ShardedCost:
+    """The rows of a cosine CostEmbedding over the ranks of a group, ceil(V / R) each but for the last ones, as FSDP2 cuts them.
+
+    Args:
+        cost: the whole embedding, equal on all ranks; of it this rank's rows are copied.
+        group: who shares it; None for all ranks.
+        device: where the rows are kept and the collectives run.
+    """
+
+    def __init__(self, cost: CostEmbedding, group: ProcessGroup | None = None, device: torch.device | str = "cpu"):
+        if cost.rows is None:
+            raise ValueError("an identity cost has no rows to shard")
+        self._share(len(cost.rows), group)
+        self.rows = cost.rows[self.start : self.start + self.per_rank].to(device, copy=True)  # [V / R, D]
+
+    @classmethod
+    def of_part(cls, part: CostEmbedding, vocab_size: int, group: ProcessGroup | None = None) -> "ShardedCost":
+        """From the embedding of this rank's rows alone."""
+        self = cls.__new__(cls)
+        self._share(vocab_size, group)
+        assert part.rows is not None
+        self.rows = part.rows
+        return self
+
+    def _share(self, vocab_size: int, group: ProcessGroup | None) -> None:
+        self.group, self.vocab_size = group, vocab_size
+        self.per_rank = -(-vocab_size // torch.distributed.get_world_size(group))
+        self.start = self.per_rank * torch.distributed.get_rank(group)
+
+    def to(self, device: torch.device | str) -> "ShardedCost":
+        """Moves the rows to the device, in place."""
+        self.rows = self.rows.to(device)
+        return self
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError unless there is one row for every logit."""
+        if self.vocab_size != vocab_size:
+            raise ValueError(f"the cost embedding has {self.vocab_size} rows but there are {vocab_size} logits")
+
+    def gather(self) -> CostEmbedding:
+        """The whole embedding. One all-gather: every rank receives (R - 1) / R of V * D numbers in the rows' dtype."""
+        padded = self.rows
+        if len(padded) < self.per_rank:
+            padded = padded.new_zeros(self.per_rank, self.rows.shape[1])
+            padded[: len(self.rows)] = self.rows
+        return CostEmbedding.of_rows(all_gather(padded, self.group)[: self.vocab_size])
+
+    def unique_rows(self, targets: Tensor) -> CostRows:  # [n], equal on all ranks
+        """The costs of moving from this rank's tokens to the targets: a table [u, V / R] for the u different ones.
+
+        One all-reduce of [u, D]: each rank contributes the rows that it keeps.
+        """
+        tokens, index = targets.unique(return_inverse=True)
+        local = tokens - self.start
+        mine = (local >= 0) & (local < len(self.rows))
+        wanted = self.rows.new_zeros(len(tokens), self.rows.shape[1])
+        wanted[mine] = self.rows[local[mine]]
+        if len(tokens):
+            torch.distributed.all_reduce(wanted, group=self.group)
+        return CostRows(transport_costs(wanted, self.rows), index)
+
+
+def as_cost(cost: Tensor | CostEmbedding | ShardedCost | None) -> CostEmbedding | ShardedCost | None:
+    """Accepts what the public functions accept: a [V, D] tensor, a CostEmbedding, a shard, or nothing. Else ValueError."""
+    if not (cost is None or isinstance(cost, Tensor | CostEmbedding | ShardedCost)):
+        raise ValueError(f"a cost embedding is a tensor [vocabulary, width] or a CostEmbedding, not {cost!r:.40}")
+    return CostEmbedding(cost) if isinstance(cost, Tensor) else cost

@@ -1,0 +1,85 @@
+"""Where the cost embedding lives: whole on every rank, in parts that are gathered for the loss, or beside the head's parts.
+
+The frozen cost is no parameter: nothing trains, decays or saves it. It is made of the base model before anything is wrapped,
+also when a run resumes.
+
+| --cost_sharding | a rank keeps | collectives of a micro-batch, beside the engine's own |
+|---|---|---|
+| replicate | V * D numbers, float32 | none |
+| shard | 1 / R of them | one all-gather of all, before the loss; released after it |
+| vocab_parallel | 1 / R of them, and of the output layer | in token_stats/vocab_parallel.py; the head is never gathered |
+"""
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from stanford_alpaca.cost import ShardedCost
+from stanford_alpaca.errors import UserError
+
+COST_SHARDINGS = ("auto", "replicate", "shard", "vocab_parallel")
+AUTO_SHARD_BYTES = 2**30  # auto shards larger embeddings where the engine shards the model
+
+
+class VocabParallelLinear(nn.Linear):
+    """An output layer that FSDP2 keeps as a unit of its own: the loss reads its shard and never calls it."""
+
+
+def shard_cost(model: PreTrainedModel, asked: str, training) -> str:
+    """Cuts the attached model's cost, and for vocab_parallel prepares its output layer; returns what was chosen.
+
+    Raises:
+        UserError: what was asked for cannot be had with this model, objective or engine.
+    """
+    emo = model.emo_objective
+    embedding = emo.cost if emo.cost is not None and emo.cost.rows is not None else None
+    if asked == "auto":
+        zero = getattr(training, "hf_deepspeed_config", None)  # set where DeepSpeed is asked for
+        sharded = training.fsdp or (zero is not None and zero.is_zero3())
+        large = embedding is not None and embedding.rows.nbytes > AUTO_SHARD_BYTES
+        asked = "shard" if large and sharded and training.world_size > 1 else "replicate"
+    if asked == "replicate":
+        return asked
+    if training.world_size == 1:
+        raise UserError(f"--cost_sharding {asked} needs at least 2 processes: launch with torchrun, or drop the flag")
+    if asked == "shard" and embedding is None:
+        raise UserError("--cost_sharding shard: there is no frozen cosine cost to shard here; drop the flag")
+    if asked == "vocab_parallel":
+        _separate_output_layer(model, training)
+    if embedding is not None:
+        emo.cost = ShardedCost(embedding, device=training.device)
+    return asked
+
+
+def _separate_output_layer(model: PreTrainedModel, training) -> None:
+    """Makes the output layer a VocabParallelLinear, with the same parameters under the same names."""
+    if not training.fsdp:
+        raise UserError(
+            "--cost_sharding vocab_parallel needs --engine fsdp: other engines do not shard by vocabulary; use shard"
+        )
+    layer = model.get_output_embeddings()
+    if layer.weight is model.get_input_embeddings().weight:
+        raise UserError("--cost_sharding vocab_parallel needs an output layer of its own, and this model's is tied; use shard")
+    if model.emo_objective.teacher is not None:
+        raise UserError("--cost_sharding vocab_parallel and --teacher exclude each other; use shard")
+    if layer.weight.shape[0] <= -(-layer.weight.shape[0] // training.world_size) * (training.world_size - 1):
+        raise UserError(f"--cost_sharding vocab_parallel: {training.world_size} processes are too many for this vocabulary")
+    separate = VocabParallelLinear(1, 1, bias=layer.bias is not None, device="meta")
+    separate.in_features, separate.out_features = layer.in_features, layer.out_features
+    separate.weight, separate.bias = layer.weight, layer.bias
+    separate.train(layer.training)
+    model.set_output_embeddings(separate)
+
+
+def wrap_separately(model: PreTrainedModel, plugin) -> None:
+    """Tells accelerate's FSDP2 plugin to make the VocabParallelLinear a unit, beside the decoder layers."""
+    if isinstance(model.get_output_embeddings(), VocabParallelLinear):
+        layers = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules or [])
+        plugin.transformer_cls_names_to_wrap = [*layers, VocabParallelLinear.__name__]
+
+
+def check_separate(model: PreTrainedModel) -> None:
+    """Raises UserError if the output layer was to stay sharded and is not."""
+    layer = model.get_output_embeddings()
+    if isinstance(layer, VocabParallelLinear) and not isinstance(layer, FSDPModule):
+        raise UserError("--cost_sharding vocab_parallel was asked for, but FSDP did not take the output layer as a unit")
