@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -145,10 +146,11 @@ class EmoTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A plain Hugging Face folder in the masters' dtype, from every engine. It is pushed when it is complete, not here."""
+        """A plain Hugging Face folder in the masters' dtype (LoRA: peft's) from every engine. Pushed when it is complete."""
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             return super().save_model(output_dir, _internal_call=True)
-        self._save(output_dir, full_state_dict(self.model, keep=self.args.should_save))
+        state = full_state_dict(self.model, self.args.should_save, trained_only=isinstance(self.model, PeftModel))
+        self._save(output_dir, state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -156,7 +158,8 @@ class EmoTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody here reads
-        if state_dict:  # ZeRO's model may be in bfloat16, the weights written are the masters
+        # ZeRO's model may be in bfloat16, the weights written are the masters; an adapter has no such configuration
+        if state_dict and not isinstance(self.model, PeftModel):
             self.model.config.dtype = next(iter(state_dict.values())).dtype
             self.model.config.save_pretrained(folder)
 
