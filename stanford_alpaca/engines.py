@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -62,6 +63,9 @@ def activate_fsdp(trainer) -> None:
     if state.distributed_type != DistributedType.FSDP:
         raise UserError(f"--fsdp was asked for, but accelerate chose {state.distributed_type}")
     wrap_separately(trainer.model, state.fsdp_plugin)
+    if isinstance(trainer.model, PeftModel):  # accelerate looks there for the final norm, in whose unit the output layer is
+        trainer.model.__dict__["wrapped_decoder"] = trainer.model.get_base_model().base_model
+        trainer.model.base_model_prefix = "wrapped_decoder"
     if trainer.args.bf16:  # accelerate's own policy would round the loss to bf16 and sum gradients in bf16
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         state.fsdp_plugin.mixed_precision_policy = policy

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # ranks end at once: what they leave is their parent's to clean up
 
 from tests.exactness.combinations import EXCLUDED, Combination, covering
 from tests.helpers import steps
