@@ -65,7 +65,7 @@ def activate_fsdp(trainer) -> None:
     wrap_separately(trainer.model, state.fsdp_plugin)
     if isinstance(trainer.model, PeftModel):  # accelerate looks there for the final norm, in whose unit the output layer is
         trainer.model.__dict__["wrapped_decoder"] = trainer.model.get_base_model().base_model
-        trainer.model.base_model_prefix = "wrapped_decoder"
+        trainer.model.__dict__["base_model_prefix"] = "wrapped_decoder"
     if trainer.args.bf16:  # accelerate's own policy would round the loss to bf16 and sum gradients in bf16
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         state.fsdp_plugin.mixed_precision_policy = policy
@@ -95,8 +95,8 @@ def peak_flops() -> float | None:
 def training_flops(model: PreTrainedModel) -> tuple[float, float]:
     """FLOPs of training on a sequence of n tokens, as (a, b) of a n + b n^2  (PaLM, arXiv 2204.02311, appendix B).
 
-    6 per parameter that multiplies (all but the input embedding, unless it is the output layer as well; of a mixture's experts
-    those that a token is sent to), and attention.
+    6 (frozen: 4) per parameter that multiplies (all but the input embedding, unless it is the output layer as well; of a
+    mixture's experts those that a token is sent to), and attention.
     """
     config = model.config.get_text_config()
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -107,7 +107,8 @@ def training_flops(model: PreTrainedModel) -> tuple[float, float]:
         parameters -= routed * (experts - config.num_experts_per_tok) // experts
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 6.0 * parameters, 12.0 * config.num_hidden_layers * width
+    each = 6.0 if inputs.requires_grad else 4.0  # LoRA: what is frozen has no gradient of its own
+    return each * parameters, 12.0 * config.num_hidden_layers * width
 
 
 def peak_memory_mib() -> float:
