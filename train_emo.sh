@@ -10,8 +10,8 @@
 # Environment: DATA_PATH   a file, a folder or a hub name (default: the shipped instructions); several: --data_path A B
 #              OUTPUT_DIR  where the model goes (default: output/MODEL-MODE); must be new or empty
 #              NPROC       processes (default: the visible GPUs, or 1)
-#              ENGINE      none, ddp, fsdp, zero2, zero3 or zero3_offload (default: fsdp with several GPUs, else none;
-#                          ddp with several processes on a CPU)
+#              ENGINE      none, ddp, fsdp, zero1, zero2, zero3 or zero3_offload (default: fsdp with several GPUs, else
+#                          none; ddp with several processes on a CPU)
 # Flags after MODE go to stanford_alpaca/train.py and win over the recipe's.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -49,12 +49,13 @@ if [ "$NPROC" -eq 1 ] && [ "$GPUS" -gt 1 ]; then # one process, one GPU: the fir
     CUDA_VISIBLE_DEVICES=$(cut -d, -f1 <<<"${CUDA_VISIBLE_DEVICES:-0}")
     export CUDA_VISIBLE_DEVICES
 fi
-if [ "$NPROC" -eq 1 ]; then ENGINE=${ENGINE:-none}; elif [ "$GPUS" -gt 0 ]; then ENGINE=${ENGINE:-fsdp}; else ENGINE=${ENGINE:-ddp}; fi
-case $ENGINE in
-    none | ddp) ENGINE_FLAGS=() ;;
-    fsdp) ENGINE_FLAGS=(--fsdp) ;;
-    zero2 | zero3 | zero3_offload) ENGINE_FLAGS=(--deepspeed "$ROOT/ds_configs/$ENGINE.json") ;;
-    *) die "ENGINE=$ENGINE: choose none, ddp, fsdp, zero2, zero3 or zero3_offload" ;;
+case " $* " in
+    *" --engine"[\ =]* | *" --fsdp"[\ =]* | *" --deepspeed"[\ =]*) # the flags say it themselves
+        [ -z "${ENGINE:-}" ] || die "ENGINE=$ENGINE and --engine, --fsdp or --deepspeed exclude each other: drop one"
+        ENGINE_FLAGS=() ;;
+    *)
+        if [ "$NPROC" -eq 1 ]; then ENGINE=${ENGINE:-none}; elif [ "$GPUS" -gt 0 ]; then ENGINE=${ENGINE:-fsdp}; else ENGINE=${ENGINE:-ddp}; fi
+        ENGINE_FLAGS=(--engine "$ENGINE") ;;
 esac
 PRECISION=()
 if [ "$GPUS" -gt 0 ]; then
@@ -97,7 +98,7 @@ if [ -z "${OUTPUT_DIR:-}" ]; then
         while [ -e "$OUTPUT_DIR" ]; do n=$((n + 1)); OUTPUT_DIR=$first-$n; done
     fi
 fi
-if [ "$NPROC" -gt 1 ] || [ "${ENGINE#zero}" != "$ENGINE" ]; then
+if [ "$NPROC" -gt 1 ] || [ "${ENGINE:-}" != none ]; then
     LAUNCH=("$PYTHON" -m stanford_alpaca.launch --standalone --nproc_per_node "$NPROC" -m stanford_alpaca.train)
 else
     LAUNCH=("$PYTHON" -m stanford_alpaca.train)

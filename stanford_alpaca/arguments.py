@@ -16,6 +16,7 @@ from stanford_alpaca.cost import COST_KINDS
 from stanford_alpaca.cost_sharding import COST_SHARDINGS
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.tokenize import TEMPLATES
+from stanford_alpaca.engines import ENGINES, engine_flags
 from stanford_alpaca.errors import UserError, first_line, nearest
 from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.losses.linear import BACKENDS
@@ -27,7 +28,7 @@ LESS_IS_BETTER = ("loss", "nll", "emo", "perplexity")
 METRICS = (*LESS_IS_BETTER, "target_prob")  # of every evaluation
 
 
-def choice(*values: str, default: str, help: str):
+def choice(*values: str, default: str | None, help: str):
     """A dataclass field that takes one of a few words."""
     return field(default=default, metadata={"choices": list(values), "help": help})
 
@@ -57,6 +58,12 @@ class DataArguments:
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Examples of a stream that are held to be shuffled."})
     eval_path: list[str] | None = field(default=None, metadata={"help": "Held-out data, in the same forms."})
     eval_fraction: float | None = field(default=None, metadata={"help": "Holds out this share of each --data_path."})
+    packing: bool = field(
+        default=False, metadata={"help": "Several whole examples in a row of --model_max_length tokens; batches count rows."}
+    )
+    padding_free: bool = field(
+        default=False, metadata={"help": "The examples of a micro-batch in one row without padding, best with FlashAttention."}
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
     def column_names(self) -> dict[str, str]:
@@ -110,12 +117,18 @@ class LoraArguments:
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
+    engine: str | None = choice(
+        *ENGINES, default=None, help="What trains, by name; without it as launched, --fsdp, --deepspeed."
+    )
     greater_is_better: bool | None = None
     report_to: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "tensorboard, trackio, wandb, ..."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's models and data are kept."})
     model_max_length: int = field(default=512, metadata={"help": "Tokens per example; longer ones are cut."})
     global_batch: int | None = field(
         default=None, metadata={"help": "Examples per optimizer step; sets --gradient_accumulation_steps."}
+    )
+    balance_lengths: bool = field(
+        default=False, metadata={"help": "Deals a step's examples to processes and micro-batches by length; losses stay."}
     )
     sample_prompts: str | None = field(
         default=None, metadata={"help": "Prompts to answer while training: a file, as for generate."}
@@ -129,12 +142,30 @@ class TrainingArguments(transformers.TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it, the ranks of torchrun would train alone, each for itself
             self.dataloader_pin_memory = False
-        config = read_fsdp_config(self.fsdp_config) if self.fsdp and isinstance(self.fsdp_config, str) else {}
-        if str(config.get("cpu_offload")).lower() == "true" and not self.use_cpu:
-            self.ddp_backend = "cuda:nccl,cpu:gloo"  # gradients are clipped where they lie
+        given = vars(self)
+        self.fsdp, self.deepspeed = engine_flags(self.engine, given["fsdp"], given["deepspeed"])
+        if self.deepspeed and "RANK" not in os.environ:
+            flag = f"--engine {self.engine}" if self.engine else "--deepspeed"
+            raise UserError(f"{flag} needs a launcher, also for one process: torchrun --nproc_per_node 1 ...")
+        if self.fsdp:
+            config = given["fsdp_config"]
+            config = read_fsdp_config(config) if isinstance(config, str) else dict(config or {})
+            if str(config.get("cpu_offload")).lower() == "true" and not self.use_cpu:
+                self.ddp_backend = "cuda:nccl,cpu:gloo"  # gradients are clipped where they lie
+            if given["activation_checkpointing"] and not self.activation_checkpointing_kwargs:  # see engines.activate_fsdp
+                config["activation_checkpointing"], self.activation_checkpointing = True, False
+            self.fsdp_config = config
+        if self.global_batch and given["gradient_accumulation_steps"] == 1 and self.per_device_train_batch_size > 0:
+            at_once = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+            self.gradient_accumulation_steps = max(1, self.global_batch // at_once)  # which DeepSpeed's configuration repeats
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
         super().__post_init__()
+        if self.fsdp:  # one rank reads the weights, unless the configuration says otherwise
+            asked = str(self.fsdp_config.get("cpu_ram_efficient_loading", True)).lower()
+            self.fsdp_plugin_args["cpu_ram_efficient_loading"] = asked == "true"
+            if not self.save_only_model:  # what resumes is sharded, what is for users is plain, always
+                self.fsdp_plugin_args["state_dict_type"] = "SHARDED_STATE_DICT"
 
 
 @dataclass(frozen=True)
@@ -167,8 +198,6 @@ def parse(argv: list[str]) -> Run:
     """The arguments of a run. Raises UserError for anything argparse or Hugging Face rejects."""
     argv, made_with = with_config(argv)
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
-    if any(flag.split("=")[0] == "--deepspeed" for flag in argv) and "RANK" not in os.environ:
-        raise UserError("--deepspeed needs a launcher, also for one process: torchrun --nproc_per_node 1 ...")
     classes = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments, TrainingArguments)
     parser = _Parser(classes, allow_abbrev=False)
     try:

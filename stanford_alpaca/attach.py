@@ -202,6 +202,7 @@ def attach_objective(
     cost_kind: str = "cosine",
     backend: str = "auto",
     teacher: Teacher | None = None,
+    form: HeadForm | None = None,
     **options,
 ) -> AttachedObjective:
     """Makes a Hugging Face causal LM compute the objective inside its own forward when it is given ``labels``.
@@ -222,6 +223,8 @@ def attach_objective(
         cost_kind: ``cosine`` or ``identity``.
         backend: as in ``linear_emo_loss``.
         teacher: gives soft targets in place of the labels' tokens in training; the labels tell which positions count.
+        form: what ``recognise_head`` found on another rank, for a model on the meta device. A frozen cost then has rows on the
+            meta device too, until it is shared.
         options: fields of ``Objective``, e.g. ``emo_weighting="upstream"``.
 
     Returns:
@@ -239,10 +242,11 @@ def attach_objective(
     objective = mode if isinstance(mode, Objective) else Objective(mode, **options)
     if teacher is not None and objective.needs_p:
         raise ValueError(f"mode {objective.mode} (weighting {objective.emo_weighting}) needs one target, not a teacher's")
-    form = recognise_head(model)
+    if form is None:
+        form = recognise_head(model)
+        if routes(model, {}):
+            check_own_loss(model)
     head = form.head(model)
-    if routes(model, {}):
-        check_own_loss(model)
     adaptive = None
     if isinstance(cost, str) and cost == "adaptive":
         adaptive, cost = cost_kind, None

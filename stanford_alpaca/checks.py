@@ -20,6 +20,7 @@ from stanford_alpaca.arguments import (
     Run,
     TrainingArguments,
 )
+from stanford_alpaca.checkpoint.kinds import FSDP, PLAIN, ZERO, check_resumable
 from stanford_alpaca.errors import UserError, check_writable, first_line, nearest, quiet_hub
 from stanford_alpaca.model import check_model
 
@@ -87,6 +88,8 @@ def check_training(training: TrainingArguments, has_eval: bool) -> None:
             "--label_smoothing_factor, --use_liger_kernel and --average_tokens_across_devices False would train "
             "something else than --mode says: drop them"
         )
+    if training.balance_lengths and training.train_sampling_strategy not in ("random", "sequential"):
+        raise UserError(f"--balance_lengths and --train_sampling_strategy {training.train_sampling_strategy}: choose one")
     if training.sample_prompts is None and training.sample_steps is not None:
         raise UserError("--sample_steps needs --sample_prompts FILE")
     metric, saves_best = training.metric_for_best_model, training.save_strategy == "best"
@@ -170,6 +173,8 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
             raise UserError("--streaming needs --max_steps: a stream has no length to count epochs by")
         if data.eval_fraction is not None:
             raise UserError("--streaming and --eval_fraction exclude each other: hold data out with --eval_path")
+        if data.packing or training.balance_lengths:
+            raise UserError("--streaming and --packing or --balance_lengths exclude each other: a stream's lengths are unknown")
         training.accelerator_config.dispatch_batches = False  # every rank reads the stream and takes its part
 
 
@@ -182,6 +187,10 @@ def check_output(training: TrainingArguments) -> None:
             raise UserError(f"--resume_from_checkpoint: no checkpoint in {output}")
     if resume is not None and not (Path(resume) / "trainer_state.json").is_file():
         raise UserError(f"--resume_from_checkpoint {resume}: not a checkpoint of a run")
+    if resume is not None:
+        zero = getattr(training, "hf_deepspeed_config", None)
+        engine = FSDP if training.fsdp else PLAIN if zero is None else ZERO
+        check_resumable(Path(resume), engine, training.world_size, stage_3=zero is not None and zero.is_zero3())
     training.resume_from_checkpoint = resume
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file; give a folder")
@@ -198,6 +207,12 @@ def check_batches(training: TrainingArguments) -> None:
             raise UserError(f"--{name} {getattr(training, name)}: give 1 or more")
     if training.world_size != int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError(f"launched as {os.environ['WORLD_SIZE']} processes, but {training.world_size} found each other")
+    if training.engine == "ddp" and training.world_size == 1:
+        raise UserError("--engine ddp needs at least 2 processes: launch with torchrun, or choose none")
+    if training.engine == "none" and training.world_size > 1:
+        raise UserError(
+            f"--engine none is one process, and there are {training.world_size}: choose ddp, fsdp, zero1, zero2, zero3"
+        )
     if training.n_gpu > 1:
         raise UserError(f"one process sees {training.n_gpu} GPUs: launch with torchrun, or set CUDA_VISIBLE_DEVICES to one")
     if training.global_batch is not None:

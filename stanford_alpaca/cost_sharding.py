@@ -14,8 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from stanford_alpaca.cost import ShardedCost
+from stanford_alpaca.cost import ShardedCost, broadcast_cost
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.loading import weights_come_from_rank_0
 
 COST_SHARDINGS = ("auto", "replicate", "shard", "vocab_parallel")
 AUTO_SHARD_BYTES = 2**30  # auto shards larger embeddings where the engine shards the model
@@ -38,7 +39,10 @@ def shard_cost(model: PreTrainedModel, asked: str, training) -> str:
         sharded = training.fsdp or (zero is not None and zero.is_zero3())
         large = embedding is not None and embedding.rows.nbytes > AUTO_SHARD_BYTES
         asked = "shard" if large and sharded and training.world_size > 1 else "replicate"
+    one_has_it = weights_come_from_rank_0(training)
     if asked == "replicate":
+        if one_has_it and embedding is not None:
+            emo.cost = broadcast_cost(embedding, training.device)
         return asked
     if training.world_size == 1:
         raise UserError(f"--cost_sharding {asked} needs at least 2 processes: launch with torchrun, or drop the flag")
@@ -47,7 +51,7 @@ def shard_cost(model: PreTrainedModel, asked: str, training) -> str:
     if asked == "vocab_parallel":
         _separate_output_layer(model, training)
     if embedding is not None:
-        emo.cost = ShardedCost(embedding, device=training.device)
+        emo.cost = ShardedCost(embedding, device=training.device, from_rank_0=one_has_it)
     return asked
 
 

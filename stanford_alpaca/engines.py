@@ -1,4 +1,4 @@
-"""Where a run computes: devices, ranks, FSDP2 also on CPU, memory."""
+"""Where a run computes: engines by name, FSDP2 also on CPU, devices, memory."""
 
 import atexit
 import contextlib
@@ -7,17 +7,26 @@ import resource
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from stanford_alpaca.cost_sharding import check_separate, wrap_separately
 from stanford_alpaca.errors import UserError
+
+ENGINES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")
+DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # the wheel installs it beside the package, too
 
 
 @contextlib.contextmanager
@@ -38,44 +47,106 @@ def loading_whole(args) -> Iterator[None]:
             set_hf_deepspeed_config(config)
 
 
+def engine_flags(engine: str | None, fsdp: Any, deepspeed: Any) -> tuple[Any, Any]:
+    """``--fsdp`` and ``--deepspeed`` as the engine's name sets them.
+
+    Raises:
+        UserError: a flag that contradicts the name, or a DeepSpeed configuration that is not where the package is.
+    """
+    if engine is None:
+        return fsdp, deepspeed
+    zero = str(DS_CONFIGS / f"{engine}.json") if engine.startswith("zero") else None
+    if deepspeed not in (None, zero) or (fsdp and engine != "fsdp"):
+        raise UserError(f"--engine {engine} and --{'fsdp' if fsdp else 'deepspeed'} exclude each other: drop one")
+    if zero is not None and not Path(zero).is_file():
+        raise UserError(f"--engine {engine}: no {zero}; copy the repository's ds_configs there, or give --deepspeed FILE")
+    return (fsdp or True) if engine == "fsdp" else None, zero
+
+
 def activate_fsdp(trainer) -> None:
     """Makes ``--fsdp`` mean FSDP2 on CPU too, where accelerate would ignore it and train with DDP.
 
     Raises:
         UserError: FSDP was asked for where there is nothing to shard over.
     """
-    if not trainer.args.fsdp:
+    args = trainer.args
+    if not args.fsdp:
         return
-    layers = {type(module).__name__ for module in trainer.model.modules()}
-    for name in trainer.args.fsdp_config.get("transformer_layer_cls_to_wrap") or []:
-        if name not in layers:
-            own = ", ".join(sorted(trainer.model._no_split_modules or []))
-            raise UserError(f"--fsdp_config transformer_layer_cls_to_wrap {name}: the model has no such layer; its own: {own}")
-    if trainer.args.world_size == 1:
-        raise UserError("--fsdp needs at least 2 processes: launch with torchrun, or drop the flag")
+    layers = decoder_layers(trainer.model, args.fsdp_config.get("transformer_layer_cls_to_wrap"))
+    if "RANK" not in os.environ:
+        raise UserError("--fsdp needs a launcher, also for one process: torchrun --nproc_per_node 1 ...; or drop the flag")
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
-        options = trainer.args.fsdp_plugin_args | {"cpu_offload": False}  # all is on the CPU; offloading would pin memory
+        options = args.fsdp_plugin_args | {"cpu_offload": False}  # all is on the CPU; offloading would pin memory
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**options)
         # every new AcceleratorState copies PartialState's, so both have to know
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         trainer.is_fsdp_enabled = True
     if state.distributed_type != DistributedType.FSDP:
         raise UserError(f"--fsdp was asked for, but accelerate chose {state.distributed_type}")
-    wrap_separately(trainer.model, state.fsdp_plugin)
+    plugin = state.fsdp_plugin
+    plugin.transformer_cls_names_to_wrap = layers
+    wrap_separately(trainer.model, plugin)
     if isinstance(trainer.model, PeftModel):  # accelerate looks there for the final norm, in whose unit the output layer is
         trainer.model.__dict__["wrapped_decoder"] = trainer.model.get_base_model().base_model
         trainer.model.__dict__["base_model_prefix"] = "wrapped_decoder"
-    if trainer.args.bf16:  # accelerate's own policy would round the loss to bf16 and sum gradients in bf16
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        state.fsdp_plugin.mixed_precision_policy = policy
+    if args.bf16:  # accelerate's own policy would round the loss to bf16 and sum gradients in bf16
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if plugin.activation_checkpointing:  # accelerate's own would compute layers again with other dropout masks
+        plugin.activation_checkpointing = False
+        apply_activation_checkpointing(trainer.model, check_fn=lambda module: type(module).__name__ in layers)
 
 
-def check_fsdp(trainer) -> None:
-    """Raises UserError if FSDP was asked for and the wrapped model is not sharded."""
-    if trainer.args.fsdp and not isinstance(trainer.model_wrapped, FSDPModule):
-        raise UserError(f"--fsdp was asked for, but the model is a {type(trainer.model_wrapped).__name__}")
-    check_separate(trainer.accelerator.unwrap_model(trainer.model))
+def decoder_layers(model: PreTrainedModel, named: list[str] | None = None) -> list[str]:
+    """Classes of the layers that FSDP shards one by one: those named, the model's own list, or its largest stack's.
+
+    Raises:
+        UserError: a name that no layer has, or a model without a stack of layers of one class.
+    """
+    classes = {type(module).__name__ for module in model.modules()}
+    own = sorted(set(model._no_split_modules or []) & classes)
+    for name in named or []:
+        if name not in classes:
+            raise UserError(
+                f"--fsdp_config transformer_layer_cls_to_wrap {name}: the model has no such layer; its own: {', '.join(own)}"
+            )
+    if named or own:
+        return named or own
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len({*map(type, module)}) == 1]
+    if not stacks:
+        raise UserError(
+            "--fsdp: no stack of layers in the model; name their class in --fsdp_config transformer_layer_cls_to_wrap"
+        )
+    largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+    return [type(next(iter(largest))).__name__]
+
+
+def check_engine(trainer) -> None:
+    """Raises UserError if an engine was asked for and another one, or none, is about to train."""
+    args, active = trainer.args, active_engine(trainer.model_wrapped)
+    wanted = args.engine
+    if wanted is None and args.fsdp:
+        wanted = "fsdp"
+    elif wanted is None and args.deepspeed:  # whether a file of the user's own offloads is not asked
+        stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+        wanted, active = f"zero{stage}", active.removesuffix("_offload")
+    if wanted not in (None, active):
+        raise UserError(f"the engine {wanted} was asked for, but the active one is {active}")
+    if active == "fsdp":
+        check_separate(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def active_engine(model: nn.Module) -> str:
+    """The name of what wraps a model that is ready to be trained."""
+    inner: Any = getattr(model, "_orig_mod", model)  # of a compiled one
+    if isinstance(model, FSDPModule) or isinstance(inner, FSDPModule):
+        return "fsdp" if all(isinstance(parameter, DTensor) for parameter in model.parameters()) else "fsdp in part"
+    if isinstance(inner, DistributedDataParallel):
+        return "ddp"
+    if hasattr(inner, "zero_optimization_stage"):  # DeepSpeed's engine, without importing DeepSpeed
+        offloads = [getattr(inner.optimizer, name, False) for name in ("offload_optimizer", "offload_param")]
+        return f"zero{inner.zero_optimization_stage()}" + ("_offload" if all(offloads) else "")
+    return "none"
 
 
 # dense 16-bit floating-point operations per second, from the manufacturer's data sheets; the first name that fits counts

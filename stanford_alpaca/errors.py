@@ -39,7 +39,7 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What another library's error says, in a line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from stanford_alpaca.errors import first_line
+from stanford_alpaca.flash import played_flash
 from stanford_alpaca.token_stats import Head
 
 TINY, HUGE = 2.0**-30, 2.0**100  # powers of two, so that multiplying and dividing by them is exact
@@ -83,11 +84,11 @@ def recognise_head(model: PreTrainedModel) -> HeadForm:
 
 @contextlib.contextmanager
 def probing(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, without gradients, while the block runs; what goes wrong in it becomes a ValueError."""
+    """Evaluation mode, without gradients, FlashAttention played, while the block runs; what goes wrong becomes a ValueError."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), played_flash(model):
             yield
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be probed with token ids alone: {first_line(error)}") from error

@@ -6,6 +6,7 @@ Code that a model's repository brings along is never run.
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -72,6 +73,20 @@ def load_model(
         raise _cannot_load(path, error) from None
 
 
+def empty_model(
+    path: str, cache_dir: str | None = None, dtype: torch.dtype = torch.float32, *, from_config: bool = False, **options
+) -> PreTrainedModel:
+    """What ``load_model`` returns, with parameters on the meta device: for ranks that get the weights from another one."""
+    try:
+        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):  # no checkpoint holds what a buffer computes
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+        model.tie_weights()
+        return model
+    except Exception as error:
+        raise _cannot_load(path, error) from None
+
+
 @torch.no_grad()
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Grows the embeddings to the tokenizer's size, new rows the mean of the old ones; never shrinks padded ones.
@@ -113,4 +128,7 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets
 
 
 def _cannot_load(path: str, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot load a model from here ({first_line(error)}); give a Hugging Face folder or a hub name")
+    advice, place = "give a Hugging Face folder or a hub name", Path(path)
+    if (place / "trainer_state.json").is_file() and not list(place.glob("*.safetensors")):
+        advice = f"make one of this checkpoint's shards: python -m stanford_alpaca.checkpoint export {path} OUT"
+    return UserError(f"{path}: cannot load a model from here ({first_line(error)}); {advice}")

@@ -17,23 +17,28 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from stanford_alpaca.arguments import DataArguments, ObjectiveArguments, Run, TrainingArguments, parse
-from stanford_alpaca.attach import attach_objective
+from stanford_alpaca.attach import attach_objective, routes
 from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.checks import check
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.cost_sharding import shard_cost
-from stanford_alpaca.data.batching import PadCollator, target_counts
+from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import check_columns
-from stanford_alpaca.data.sources import ExampleStream, Loading, load_source, mix, stream_sources
+from stanford_alpaca.data.packing import PackedExamples
+from stanford_alpaca.data.sources import ExampleStream, Loading, digest, load_source, mix, stream_sources
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import leave_together, loading_whole, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
 from stanford_alpaca.generate import encode_prompts, read_prompts
-from stanford_alpaca.model import add_lora, fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.head import HeadForm
+from stanford_alpaca.isolation import find_isolation
+from stanford_alpaca.loading import allocate, share_from_rank_0, weights_come_from_rank_0
+from stanford_alpaca.model import add_lora, empty_model, fit_vocabulary, load_model, load_tokenizer
 from stanford_alpaca.record import differences, made_with, write_card, write_run
 from stanford_alpaca.teacher import Teacher, same_vocabulary
 from stanford_alpaca.trainer import EmoTrainer
+from stanford_alpaca.turns import load_in_turn
 
 
 def load_data(
@@ -113,10 +118,37 @@ def check_positions(model: PreTrainedModel, name: str, max_length: int) -> None:
 
 
 def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) -> PreTrainedModel:
-    """The model with the objective in it, whole on every rank. Raises UserError for one that cannot be served."""
+    """The model with the objective in it. Raises UserError for one that cannot be served.
+
+    Where the engine shards, rank 0 alone has its weights and costs, the others its architecture: one broadcast of the
+    configurations and of the form of its head.
+    """
+    if not weights_come_from_rank_0(run.training):
+        return build_model(run, tokenizer, with_cost)
+    models = []
+
+    def read() -> tuple:
+        models.append(build_model(run, tokenizer, with_cost))
+        return models[0].emo_objective.form, models[0].config, models[0].generation_config
+
+    if run.training.process_index == 0:
+        share_from_rank_0(read)
+        return models[0]
+    found: tuple = share_from_rank_0(None)
+    form, config, generation_config = found
+    model = build_model(run, tokenizer, with_cost, form)
+    model.config.update(config.to_dict())
+    model.generation_config = generation_config
+    allocate(model)  # DeepSpeed takes no meta tensors, and accelerate tells parameters apart by their addresses
+    return model
+
+
+def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, form: HeadForm | None = None) -> PreTrainedModel:
+    """The model with the objective in it; with a ``form``, on the meta device."""
     model_args, objective_args, training = run.model, run.objective, run.training
     objective, cost = objective_args.objective(), make_cost(objective_args)
-    model = load_model(
+    load = load_model if form is None else empty_model
+    model = load(
         model_args.model_name_or_path, training.cache_dir,
         from_config=model_args.from_config, attn_implementation=model_args.attn_implementation,
     )  # fmt: skip
@@ -131,7 +163,7 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
     try:
         attach_objective(
             model, objective, cost if with_cost or objective.needs_emo else None,
-            cost_kind=objective_args.cost_kind, backend=objective_args.loss_backend, teacher=teacher,
+            cost_kind=objective_args.cost_kind, backend=objective_args.loss_backend, teacher=teacher, form=form,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -139,6 +171,31 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
         lora = run.lora
         model = add_lora(model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     return model
+
+
+def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:
+    """Pads and masks, or with --packing and --padding_free neither. Raises UserError for a model that needs the mask.
+
+    Where rank 0 alone has the weights: one broadcast of a word.
+    """
+    packing, flat = run.data.packing, run.data.padding_free
+    if not packing and not flat:
+        return PadCollator(pad_id)
+
+    def probe() -> str:
+        means = find_isolation(model)
+        teacher = model.emo_objective.teacher
+        if teacher is not None:
+            find_isolation(teacher.model, "teacher", means)
+        return means
+
+    if weights_come_from_rank_0(run.training):  # the others have no weights to probe
+        means = share_from_rank_0(probe if run.training.process_index == 0 else None)
+    else:
+        means = probe()
+    if routes(model, {}) and not flat:
+        raise UserError("--packing: the router's loss of this model would count the padding of rows; add --padding_free")
+    return SegmentCollator(pad_id, flat, apart_by=means)
 
 
 def cache_costs(cost: CostEmbedding | None, run: Run, examples: Dataset | ExampleStream) -> None:
@@ -167,8 +224,10 @@ def train(argv: list[str]) -> None:
     check(run)
     prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
     tokenizer = load_tokenizer(run.model.model_name_or_path, args.model_max_length, args.cache_dir, may_grow=not run.lora.lora)
-    with args.main_process_first(desc="tokenizing"):
-        train_examples, eval_examples = load_data(run.data, args, tokenizer)
+    train_examples, eval_examples = load_in_turn(
+        lambda: load_data(run.data, args, tokenizer), lambda sets: " ".join(map(digest, sets)),
+        args.process_index, args.local_process_index, args.world_size,
+    )  # fmt: skip
     now = made_with(run)
     for line in differences(run, now):
         say(f"--config: {line}")
@@ -180,13 +239,16 @@ def train(argv: list[str]) -> None:
     if shard_cost(model, run.objective.cost_sharding, args) == "replicate":
         cache_costs(model.emo_objective.cost, run, train_examples)
     encode_prompts(model, PromptEncoder(tokenizer, run.data.prompt_template), prompts, args.sample_max_new_tokens)  # all fit?
-    use_cache = model.config.use_cache  # the Trainer turns it off and leaves it so
+    collator = make_collator(run, model, tokenizer.pad_token_id)
+    if run.data.packing:
+        train_examples = PackedExamples.of(train_examples, args.model_max_length, args.seed)
+        say(train_examples.report(args.model_max_length))
     trainer = EmoTrainer(
         model=model,
         args=args,
         train_dataset=train_examples,
         eval_dataset=eval_examples,
-        data_collator=PadCollator(tokenizer.pad_token_id),
+        data_collator=collator,
         processing_class=tokenizer,
     )
     if eval_examples is not None:
@@ -196,12 +258,13 @@ def train(argv: list[str]) -> None:
     if args.should_save:
         write_run(run, now)
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    say(f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), global batch {per_step}")
+    rows = " rows" if run.data.packing else ""
+    say(f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), global batch {per_step}{rows}")
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     rate = trainer.supervised_tokens_per_s()
     metrics |= {"train_peak_memory_mib": peak_memory_mib()}
     metrics |= {} if rate is None else {"train_supervised_tokens_per_s": rate}
-    model.config.use_cache = use_cache
+    model.config.use_cache = trainer.use_cache
     trainer.save_model()
     trainer.save_metrics("train", metrics)
     if eval_examples is not None:

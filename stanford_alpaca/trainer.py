@@ -7,16 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from stanford_alpaca.attach import AttachedObjective
-from stanford_alpaca.checkpoint import full_state_dict
-from stanford_alpaca.data.batching import PadCollator, fill_up
-from stanford_alpaca.engines import activate_fsdp, check_fsdp, peak_flops, training_flops
+from stanford_alpaca.checkpoint import fsdp
+from stanford_alpaca.checkpoint.gather import full_state_dict
+from stanford_alpaca.checkpoint.kinds import FSDP, kind_of
+from stanford_alpaca.data.balance import BalancedSampler
+from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, fill_up
+from stanford_alpaca.data.packing import PackedExamples, example_lengths
+from stanford_alpaca.engines import activate_fsdp, check_engine, peak_flops, training_flops
 from stanford_alpaca.errors import UserError, first_line
 
 
@@ -48,53 +54,85 @@ class Stopwatch:
 
 
 class EmoTrainer(Trainer):
-    """A Trainer for a model with an attached objective and a PadCollator.
+    """A Trainer for a model with an attached objective and one of our collators.
 
     Each log entry of training also has ``nll``, ``emo`` (where the mode computes it), ``target_prob`` (means over the
     supervised tokens of all ranks since the last entry), ``supervised_tokens_per_s`` (all ranks together, without the first
     step, evaluation and saves) and, at 16 bits on a device of known peak, ``mfu``, this rank's model FLOPs utilisation.
+    With packed rows it has ``examples``: how many a step saw, on average since the last entry.
     Evaluation sums over the supervised tokens of all ranks and divides once, so it does not depend on batch size or world
     size. The training set is filled up to whole global batches with fully masked rows,
     which the sampler shuffles in: no example is seen twice or dropped, whatever the world size.
 
-    Collectives of its own: one all-reduce of 5 float64 per log entry and per evaluation.
+    Collectives of its own: one all-reduce of 5 float64 per log entry and per evaluation, of 1 more per entry with packed rows.
     """
 
-    data_collator: PadCollator
+    data_collator: Collator
     train_dataset: Any
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
+        self.use_cache = model.config.use_cache  # of who generates with the model; the Trainer turns it off
+        super().__init__(model, *args, **kwargs)
         self.emo: AttachedObjective = self.accelerator.unwrap_model(self.model).emo_objective
         self.watch = Stopwatch()
         self._steps = 0  # of this call of train()
         self._tokens: Any = 0  # the targets of its steps, without the first step's
         self._flops: Any = 0.0  # the same of this rank's work
+        self._packed = isinstance(self.train_dataset, PackedExamples)
+        self._examples: Any = 0  # this rank's, of the steps since the last log entry
+        self._logged_steps = 0  # steps at the last log entry
         self._peak = peak_flops() if self.args.bf16 or self.args.fp16 else None
         self._linear, self._quadratic = training_flops(self.model) if self._peak else (0.0, 0.0)
-        if isinstance(self.train_dataset, Dataset):  # a stream has no end to fill up
+        if isinstance(self.train_dataset, Dataset | PackedExamples):  # a stream has no end to fill up
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             self.train_dataset = fill_up(self.train_dataset, batch, self.data_collator.pad_id)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:  # else accelerate takes it from DeepSpeed's configuration, and warns
+            self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
         activate_fsdp(self)
 
     # ---- training ------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
         if self._steps == 0:
-            check_fsdp(self)
+            check_engine(self)
         if self._steps == 1:
             self.watch.start()  # the first step, with its warming up, has ended
         samples, num_items = super().get_batch_samples(*args, **kwargs)
         if self._steps >= 1:
             self._tokens = self._tokens + num_items  # a tensor on the device: no synchronisation here
             if self._peak:
-                lengths = [sample["attention_mask"].sum(1).double() for sample in samples]
-                self._flops = self._flops + sum((self._linear * n + self._quadratic * n**2).sum() for n in lengths)
+                sums = [count_tokens(sample) for sample in samples]
+                self._flops = self._flops + sum(self._linear * n + self._quadratic * squares for n, squares in sums)
+        if self._packed:
+            self._examples = self._examples + sum(count_examples(sample) for sample in samples)
         self._steps += 1
         return samples, num_items
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self.args.balance_lengths:  # after accelerate has chosen the sampler, so that the shuffling is the same
+            batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # of all ranks
+            data, args = self.train_dataset, self.args
+            lengths = data.row_lengths() if self._packed else example_lengths(data)
+            loader.set_sampler(
+                BalancedSampler(
+                    batches.sampler, lengths, args.train_batch_size, args.world_size, args.gradient_accumulation_steps,
+                    padded=isinstance(self.data_collator, PadCollator),
+                )
+            )  # fmt: skip
+        return loader
+
+    def examples_per_step(self) -> float:
+        """Examples of all ranks in a step, on average since the last call; one all-reduce of 1 float64."""
+        examples = torch.as_tensor(self._examples, dtype=torch.float64, device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(examples)
+        steps = self._steps - self._logged_steps
+        self._examples, self._logged_steps = 0, self._steps
+        return float(examples) / steps
 
     def supervised_tokens_per_s(self) -> float | None:
         """Targets that entered the loss on all ranks per second of training, or None in the first step."""
@@ -109,6 +147,8 @@ class EmoTrainer(Trainer):
                     logs["target_prob"] = sums.target_prob / sums.tokens
                 if self.emo.objective.needs_emo:
                     logs["emo"] = sums.emo / sums.tokens
+            if self._packed:
+                logs["examples"] = self.examples_per_step()
             rate = self.supervised_tokens_per_s()
             if rate is not None:
                 logs["supervised_tokens_per_s"] = rate
@@ -139,18 +179,47 @@ class EmoTrainer(Trainer):
         batch = self.args.eval_batch_size * self.args.world_size
         return super().get_eval_dataloader(fill_up(dataset, batch, self.data_collator.pad_id))
 
+    # ---- resuming ------------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if kind_of(Path(resume_from_checkpoint)) != FSDP:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        fsdp.load_model(model or self.model, Path(resume_from_checkpoint))  # into any engine but ZeRO
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or kind_of(Path(checkpoint)) != FSDP:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        fsdp.load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if kind_of(Path(best)) != FSDP:
+            return super()._load_best_model()
+        fsdp.load_model(self.model, Path(best))
+
     # ---- saving --------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.watch.paused():
+            self.model.config.use_cache = self.use_cache
             super()._save_checkpoint(*args, **kwargs)
+            self.model.config.use_cache = self.args.use_cache
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A plain Hugging Face folder in the masters' dtype (LoRA: peft's) from every engine. Pushed when it is complete."""
+        """A plain Hugging Face folder in the masters' dtype (LoRA: peft's) from every engine. Pushed when it is complete.
+
+        A checkpoint whose shards will be saved to resume from has no weights beside them: ``export`` makes them.
+        """
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             return super().save_model(output_dir, _internal_call=True)
-        state = full_state_dict(self.model, self.args.should_save, trained_only=isinstance(self.model, PeftModel))
-        self._save(output_dir, state)
+        pushed = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
+        adapter = isinstance(self.model, PeftModel)  # small, so it is always whole
+        if not _internal_call or self.args.save_only_model or pushed or adapter:
+            return self._save(output_dir, full_state_dict(self.model, self.args.should_save, trained_only=adapter))
+        if self.args.should_save:
+            for part in (self.model.config, self.model.generation_config, self.processing_class):
+                part.save_pretrained(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

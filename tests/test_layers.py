@@ -4,21 +4,24 @@ import ast
 
 LAYERS = [
     {"errors", "collectives"},
-    {"data", "model", "sampling", "old_flags"},
+    {"data", "model", "sampling", "old_flags", "flash", "loading", "turns"},
     {"samples"},
     {"cost"},
     {"token_stats"},
     {"losses", "head"},
-    {"teacher"},
+    {"teacher", "isolation"},
     {"attach"},
     {"generate", "checkpoint", "preview"},
     {"evaluation"},
     {"cost_sharding"},
     {"engines"},
+    {"anatomy"},
+    {"estimate"},
+    {"plans"},
     {"trainer"},
     {"arguments", "callbacks"},
     {"checks", "record"},
-    {"train", "launch"},
+    {"train", "launch", "preflight"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -97,11 +97,10 @@ def test_the_objective_inside_peft_is_that_of_the_merged_model(make_model):
 def test_two_processes_train_and_write_the_same_adapter(arguments, tmp_path, root, engine):
     if engine.startswith("zero") and shutil.which("g++") is None:
         pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
-    flags = ["--fsdp"] if engine == "fsdp" else ["--deepspeed", str(root / "ds_configs" / f"{engine}.json")]
     settings = {"learning_rate": 0.01, "eval_path": tmp_path / "held.json", "max_steps": 4}
     train(arguments("--lora", output_dir=tmp_path / "one", **settings))
     saves = {"save_strategy": "steps", "save_steps": 2} if engine == "fsdp" else {}
-    run_ranks(2, train, arguments("--lora", *flags, output_dir=tmp_path / "two", **settings | saves))
+    run_ranks(2, train, arguments("--lora", engine=engine, output_dir=tmp_path / "two", **settings | saves))
     for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
@@ -113,7 +112,7 @@ def test_two_processes_train_and_write_the_same_adapter(arguments, tmp_path, roo
     if not saves:
         return
     resume = {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-2", "output_dir": tmp_path / "again"}
-    run_ranks(2, train, arguments("--lora", *flags, **settings | resume))
+    run_ranks(2, train, arguments("--lora", engine=engine, **settings | resume))
     for two, again in zip(steps(tmp_path / "two"), steps(tmp_path / "again"), strict=True):
         assert two["loss"] == pytest.approx(again["loss"], abs=1e-5)
 

@@ -2,7 +2,7 @@
 
 from stanford_alpaca.cost.cache import CostRows
 from stanford_alpaca.cost.embedding import COST_KINDS, ZERO_BELOW, CostEmbedding
-from stanford_alpaca.cost.sharded import ShardedCost, as_cost
+from stanford_alpaca.cost.sharded import ShardedCost, as_cost, broadcast_cost
 
 __all__ = [
     "COST_KINDS",
@@ -11,4 +11,5 @@ __all__ = [
     "CostRows",
     "ShardedCost",
     "as_cost",
+    "broadcast_cost",
 ]  # what builds is not imported here: losses need none of it

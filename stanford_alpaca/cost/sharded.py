@@ -16,13 +16,28 @@ class ShardedCost:
         cost: the whole embedding, equal on all ranks; of it this rank's rows are copied.
         group: who shares it; None for all ranks.
         device: where the rows are kept and the collectives run.
+        from_rank_0: rank 0 alone has the rows (the others' are on the meta device): one broadcast of V / R rows for each rank.
     """
 
-    def __init__(self, cost: CostEmbedding, group: ProcessGroup | None = None, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        cost: CostEmbedding,
+        group: ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+        from_rank_0: bool = False,
+    ):
         if cost.rows is None:
             raise ValueError("an identity cost has no rows to shard")
         self._share(len(cost.rows), group)
-        self.rows = cost.rows[self.start : self.start + self.per_rank].to(device, copy=True)  # [V / R, D]
+        own = slice(self.start, self.start + self.per_rank)
+        if not from_rank_0:
+            self.rows = cost.rows[own].to(device, copy=True)  # [V / R, D]
+            return
+        rank = torch.distributed.get_rank(group)
+        for owner, part in enumerate(cost.rows.split(self.per_rank)):
+            part = _from_rank_0(part, device, group)
+            if owner == rank:
+                self.rows = part
 
     @classmethod
     def of_part(cls, part: CostEmbedding, vocab_size: int, group: ProcessGroup | None = None) -> "ShardedCost":
@@ -69,6 +84,20 @@ class ShardedCost:
         if len(tokens):
             torch.distributed.all_reduce(wanted, group=self.group)
         return CostRows(transport_costs(wanted, self.rows), index)
+
+
+def broadcast_cost(cost: CostEmbedding, device: torch.device | str, group: ProcessGroup | None = None) -> CostEmbedding:
+    """Rank 0's cosine embedding on all ranks, on the device. One broadcast of V * D numbers."""
+    assert cost.rows is not None
+    return CostEmbedding.of_rows(_from_rank_0(cost.rows, device, group))
+
+
+def _from_rank_0(rows: Tensor, device: torch.device | str, group: ProcessGroup | None) -> Tensor:
+    """Rank 0's tensor; the others' tell its shape and dtype."""
+    leads = torch.distributed.get_rank(group) == 0
+    rows = rows.to(device, copy=True) if leads else torch.empty_like(rows, device=device)
+    torch.distributed.broadcast(rows, group_src=0, group=group)
+    return rows
 
 
 def as_cost(cost: Tensor | CostEmbedding | ShardedCost | None) -> CostEmbedding | ShardedCost | None:

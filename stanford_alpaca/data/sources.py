@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
@@ -80,6 +81,18 @@ def identify(path: str, streaming: bool = False) -> str:
     """What a source was: the sha256 of its files' names and contents (names and sizes, if streamed), or its hub name."""
     files = local_files(path)
     return f"hub:{path}" if files is None else f"sha256:{digest_of(files, contents=not streaming)}"
+
+
+def digest(examples: "Dataset | ExampleStream | None") -> str:
+    """A sha256 over all ids and labels of a set of examples, however it is cached; of a stream nothing is known."""
+    total = sha256()
+    if isinstance(examples, Dataset):
+        for batch in examples.with_format("arrow").iter(batch_size=10_000):
+            for name in ("input_ids", "labels"):
+                lists = batch[name].combine_chunks()
+                for values in (lists.value_lengths(), lists.flatten()):
+                    total.update(values.to_numpy())
+    return total.hexdigest()
 
 
 class ExampleStream(torch.utils.data.IterableDataset):

@@ -12,8 +12,9 @@ class Combination(NamedTuple):
     cost: str  # --cost_sharding
     processes: int
     accumulation: int
-    targets: str  # uneven: 21 very different examples and 11 rows without a target in 32
+    targets: str  # uneven: responses of 1 to 105 words, and rows without a target
     trained: str
+    rows: str  # --packing, or padded
 
     def __str__(self) -> str:
         return " ".join(map(str, self))
@@ -26,10 +27,11 @@ DIMENSIONS = (
     (1, 4),
     ("even", "uneven"),
     ("full", "lora"),
+    ("padded", "packed"),
 )
 EXCLUDED = (
     "vocab_parallel with ddp, zero1, zero2 and zero3: only FSDP2 shards by vocabulary",
-    "1 process with fsdp, shard and vocab_parallel: there is nothing to shard over",
+    "1 process with ddp, shard and vocab_parallel: there is nothing to share",
 )
 
 
@@ -37,7 +39,7 @@ def allowed(c: Combination) -> bool:
     """Whether the training command accepts it."""
     if c.cost == "vocab_parallel" and c.engine != "fsdp":
         return False
-    return c.processes > 1 or (c.engine != "fsdp" and c.cost == "replicate")
+    return c.processes > 1 or (c.engine != "ddp" and c.cost == "replicate")
 
 
 def parts(c: Combination) -> set[tuple]:

@@ -43,22 +43,18 @@ def write_inputs(folder: Path) -> None:
     uneven = [{**record, "output": " ".join(["robin"] * (1 if i % 3 else 5 * i))} for i, record in enumerate(records[:21], 1)]
     for name, data in {"even": even, "uneven": uneven}.items():
         (folder / f"{name}.json").write_text(json.dumps(data))
-    for stage in (1, 2, 3):
-        sizes = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
-        zero = {"zero_optimization": {"stage": stage}, "gradient_clipping": "auto", **sizes}
-        (folder / f"zero{stage}.json").write_text(json.dumps(zero))
 
 
 def argv(folder: Path, c: Combination) -> list[str]:
     """The command line of a combination; of a reference if its engine is ``none``."""
-    engine = {"none": [], "ddp": [], "fsdp": ["--fsdp"]}.get(c.engine, ["--deepspeed", str(folder / f"{c.engine}.json")])
     flags = {
         "model_name_or_path": folder / "model", "data_path": folder / f"{c.targets}.json", "cache_dir": folder / "cache",
         "output_dir": folder / str(c), "mode": "emo", "cost_sharding": c.cost, "max_steps": STEPS, "global_batch": GLOBAL_BATCH,
         "per_device_train_batch_size": GLOBAL_BATCH // c.processes // c.accumulation, "learning_rate": 3e-3,
-        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "lora": c.trained == "lora",
+        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "lora": c.trained == "lora", "engine": c.engine,
+        "packing": c.rows == "packed", "model_max_length": 256,
     }  # fmt: skip
-    return engine + [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
 def run(folder: Path, c: Combination) -> list[dict]:
@@ -72,7 +68,7 @@ def run(folder: Path, c: Combination) -> list[dict]:
 
 def deviations(folder: Path, c: Combination) -> tuple[float, float]:
     """The greatest differences from one process over all steps: of the loss, and of the gradient norm (relative)."""
-    reference = run(folder, Combination("none", "replicate", 1, 1, c.targets, c.trained))
+    reference = run(folder, Combination("none", "replicate", 1, 1, c.targets, c.trained, c.rows))
     pairs = list(zip(reference, run(folder, c), strict=True))
     assert len(pairs) == STEPS and reference[-1]["loss"] < reference[0]["loss"] - 0.1  # something was learned
     loss = max(abs(one["loss"] - two["loss"]) for one, two in pairs)
@@ -88,7 +84,7 @@ def main() -> int:
     if not chosen:
         parser.error(f"--only {options.only}: no such combination")
     rows = []
-    line = "{:7}{:16}{:>10}{:>14}{:>9}{:>9}{:>12}{:>15}{:>9}  {}"
+    line = "{:7}{:16}{:>10}{:>14}{:>9}{:>9}{:>8}{:>12}{:>15}{:>9}  {}"
     print(line.format(*Combination._fields, "loss", "gradient norm", "seconds", ""))
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
         write_inputs(Path(name))

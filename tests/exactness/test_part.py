@@ -9,10 +9,10 @@ from tests.exactness.combinations import DIMENSIONS, Combination, allowed, cover
 from tests.exactness.run import LOSS, NORM, deviations, write_inputs
 
 PART = [
-    Combination("ddp", "shard", 4, 4, "uneven", "full"),
-    Combination("fsdp", "replicate", 2, 1, "uneven", "lora"),
-    Combination("fsdp", "vocab_parallel", 2, 4, "uneven", "full"),
-    Combination("zero2", "shard", 2, 4, "uneven", "lora"),
+    Combination("ddp", "shard", 4, 4, "uneven", "full", "packed"),
+    Combination("fsdp", "replicate", 2, 1, "uneven", "lora", "padded"),
+    Combination("fsdp", "vocab_parallel", 2, 4, "uneven", "full", "packed"),
+    Combination("zero2", "shard", 2, 4, "uneven", "lora", "padded"),
 ]
 
 

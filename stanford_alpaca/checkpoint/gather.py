@@ -1,4 +1,4 @@
-"""What a run leaves behind: a plain Hugging Face folder, whatever engine trained it."""
+"""Whole weights from a model that is sharded, one parameter at a time."""
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,17 @@ def full_state_dict(model: nn.Module, keep: bool, trained_only: bool = False) ->
             continue
         key = name if parameter is None else id(parameter)
         if key not in gathered:
-            whole = _whole(value, parameter)
-            gathered[key] = whole.to("cpu", copy=True) if keep else None
+            gathered[key] = _on_cpu(value, parameter, keep)
         tensor = gathered[key]
         if tensor is not None:
             state[name] = tensor
     return state
+
+
+def _on_cpu(value: Tensor, parameter: nn.Parameter | None, keep: bool) -> Tensor | None:
+    """Gathers one entry; what is not kept is free again before the next one."""
+    whole = _whole(value, parameter)
+    return whole.to("cpu", copy=True) if keep else None
 
 
 def _whole(value: Tensor, parameter: nn.Parameter | None) -> Tensor:

@@ -1,0 +1,134 @@
+"""The preflight's estimates against the memory of real runs: ``python -m benchmarks.preflight`` in the repository's root.
+
+Trains a random LLaMA three steps with each engine, on the CPU in float32, and reads the first rank's peak of resident memory.
+Libraries and buffers that do not depend on the model are taken off by the same of a very small model: compared are differences.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import fire
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stanford_alpaca.anatomy import Anatomy, describe
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.tokenize import tokenize_records
+from stanford_alpaca.errors import exit_on_user_error, refuse_unknown
+from stanford_alpaca.estimate import Memory, Setup, peak_memory
+from stanford_alpaca.losses.formulas import Objective
+from stanford_alpaca.model import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "data" / "tiny-base"
+ENGINES = ("none", "ddp", "fsdp", "zero2", "zero3")
+STEPS, RANKS = 3, 2
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+# every large tensor is a mapping of its own, which goes back to the system when it is freed: what is resident is what is held
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+
+
+def run(
+    engines: Any = ENGINES,
+    accumulations: Any = (1, 2),
+    mode: str = "emo",
+    vocab: int = 32_000,
+    hidden: int = 256,
+    layers: int = 4,
+    batch: int = 8,
+    length: int = 512,
+    **unknown: Any,
+) -> None:
+    """Prints a table: engine, accumulation, estimated and measured MiB, the error.
+
+    Lists are given with commas: --engines none,fsdp. ``none`` runs in one process, the others in two that talk through gloo.
+    """
+    refuse_unknown(unknown, run)
+    large = {"hidden_size": hidden, "intermediate_size": 43 * hidden // 16, "num_hidden_layers": layers,
+             "num_attention_heads": 8}  # fmt: skip
+    print("| engine | micro-batches | estimated MiB | measured MiB | error |\n|---|---|---|---|---|", flush=True)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        models = {"large": write_model(folder / "large", vocab, large), "small": write_model(folder / "small", 2000, SMALL)}
+        data, share, unique = write_data(folder / "data.json", 2 * RANKS * batch * STEPS, length)
+        for engine in as_list(engines):
+            for accumulation in as_list(accumulations):
+                sizes = {}
+                for size, (rows, tokens) in {"large": (batch, length), "small": (1, 128)}.items():
+                    setup = Setup(
+                        ranks=1 if engine == "none" else RANKS, batch=rows, accumulation=accumulation, length=tokens,
+                        priced=Objective(mode).needs_emo, bf16=False, device="cpu",
+                        supervised_share=share, unique_share=unique, cost_cache_mib=0,
+                    )  # fmt: skip
+                    out = folder / f"{size}-{engine}-{accumulation}"
+                    measured = train(folder / size, data, out, engine, mode, setup)
+                    sizes[size] = estimate(describe(models[size], tokens, "float32"), setup, engine).total / 2**20, measured
+                ours, theirs = (large - small for large, small in zip(sizes["large"], sizes["small"], strict=True))
+                print(f"| {engine} | {accumulation} | {ours:.0f} | {theirs:.0f} | {ours / theirs - 1:+.0%} |", flush=True)
+
+
+def estimate(anatomy: Anatomy, setup: Setup, engine: str) -> Memory:
+    return peak_memory(anatomy, setup, engine, "replicate" if setup.priced else "-")
+
+
+def as_list(value: Any) -> list:
+    return list(value) if isinstance(value, tuple | list) else [value]
+
+
+def write_model(folder: Path, vocab: int, fields: dict[str, int]) -> Any:
+    """A folder with a random LLaMA and the tiny base model's tokenizer. Returns its configuration."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", vocab_size=vocab, tie_word_embeddings=False, max_position_embeddings=4096, **fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    load_tokenizer(str(TOKENIZER)).save_pretrained(folder)
+    return config
+
+
+def write_data(file: Path, rows: int, length: int) -> tuple[Path, float, float]:
+    """Examples that are cut at ``length`` tokens. Returns the supervised share, and different targets per target of a row."""
+    words = sorted(
+        {word for record in load_records(str(ROOT / "data/instructions/train.json")) for word in record["output"].split()}
+    )
+    draw = random.Random(0)
+    records = [{"instruction": "Go on.", "output": " ".join(draw.choices(words, k=length))} for _ in range(rows)]
+    file.write_text(json.dumps(records))
+    examples, report = tokenize_records(load_records(str(file)), load_tokenizer(str(TOKENIZER)), length)
+    assert report.tokens == rows * length
+    targets = [label for labels in examples["labels"][:8] for label in labels if label != -100]
+    return file, report.supervised_tokens / report.tokens, len(set(targets)) / len(targets)
+
+
+def train(model: Path, data: Path, out: Path, engine: str, mode: str, setup: Setup) -> float:
+    """The peak of the first rank's resident memory in MiB, as training itself reports it."""
+    how = {"fsdp": ["--fsdp"]}.get(engine, [])
+    if engine.startswith("zero"):
+        how = ["--deepspeed", str(ROOT / "ds_configs" / f"{engine}.json")]
+    flags = {"mode": mode, "per_device_train_batch_size": setup.batch, "model_max_length": setup.length,
+             "gradient_accumulation_steps": setup.accumulation}  # fmt: skip
+    launch = [] if engine == "none" else ["stanford_alpaca.launch", "--standalone", "--nproc_per_node", str(setup.ranks), "-m"]
+    command = [
+        sys.executable,
+        "-m",
+        *launch,
+        "stanford_alpaca.train",
+        "--model_name_or_path",
+        str(model),
+        "--data_path",
+        str(data),
+    ]
+    command += ["--output_dir", str(out), "--max_steps", str(STEPS), "--save_strategy", "no", "--disable_tqdm", "True", *how]
+    command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads((out / "train_results.json").read_text())["train_peak_memory_mib"]
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: fire.Fire(run))

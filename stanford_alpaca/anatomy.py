@@ -1,0 +1,178 @@
+"""A causal LM's parameters by part and the tensors it saves for backward, from its configuration: nothing is allocated."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from stanford_alpaca.engines import training_flops
+from stanford_alpaca.errors import UserError, first_line
+
+OUTSIDE, INPUT = -1, -2  # of the decoder layers
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many there are. FSDP gathers ``embedding``, each layer, and ``norm`` + ``head`` as units."""
+
+    embedding: int  # with positions
+    layers: int  # all decoder layers together
+    layer: int  # the largest one
+    norm: int  # what is left
+    head: int  # 0 if tied to the embedding
+    vocab_size: int
+    width: int  # of the output layer's rows
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.layers + self.norm + self.head
+
+    @property
+    def tied(self) -> bool:
+        return self.head == 0
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes as a function of the batch: ``fixed + per_row * rows``."""
+
+    fixed: int
+    per_row: int
+
+    def of(self, rows: int) -> int:
+        return self.fixed + self.per_row * rows
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that autograd keeps from the forward pass until the backward pass, without the parameters themselves."""
+
+    outside: Line  # embedding, rotary tables, mask, final norm
+    layers: Line  # all decoder layers together
+    layer: Line  # the largest one
+    inputs: Line  # of all layers: what activation checkpointing keeps of them
+    widest: Line  # the largest tensor of them that grows with the batch
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All that an estimate has to know about a model."""
+
+    parameters: Parameters
+    flops: tuple[float, float]  # of training on n tokens: a n + b n^2
+    layer_flops: float  # the part of a that is spent in decoder layers
+    activations: Activations  # at the length and in the precision asked for
+
+
+def describe(config: Any, length: int, precision: str) -> Anatomy:
+    """Counts parameters on the meta device and activations on fake tensors of ``length`` tokens.
+
+    Args:
+        config: a transformers configuration.
+        precision: ``float32``, ``autocast`` (float32 weights, bfloat16 products: none and ddp) or ``bfloat16`` (weights too:
+            fsdp and ZeRO).
+
+    Raises:
+        UserError: the model cannot be built or run without its weights.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        parameters, flops = count_parameters(model), training_flops(model)
+        layer_flops = flops[0] - 6.0 * (parameters.norm + (parameters.head or parameters.embedding))
+        return Anatomy(parameters, flops, layer_flops, count_activations(config, length, precision))
+    except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"this model cannot be estimated from its configuration ({first_line(error)})") from None
+
+
+def read_config(path: str, cache_dir: str | None = None) -> Any:
+    """The configuration of a folder or a hub name, which ``check_model`` has seen."""
+    return AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that FSDP makes units of. Raises ValueError if the model names none."""
+    names = set(model._no_split_modules or [])
+    layers = [module for module in model.base_model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} names no decoder layers")
+    return layers
+
+
+def count_parameters(model: PreTrainedModel) -> Parameters:
+    """Parameters by part; each is counted once."""
+    inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
+    everything = sum(p.numel() for p in model.parameters())
+    own_head = 0 if head is inputs else head.numel()
+    embedding = sum(p.numel() for m in model.base_model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    norm = everything - embedding - sum(sizes) - own_head
+    return Parameters(embedding, sum(sizes), max(sizes), norm, own_head, *head.shape)
+
+
+def count_activations(config: Any, length: int, precision: str) -> Activations:
+    """A forward pass of one row and one of two, on fake CPU tensors: attention then takes a kernel that keeps no scores.
+
+    Attention gets a mask, as it does for a batch with padding: transformers cannot look into fake tensors.
+    """
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            one, two = (saved_tensors(model, rows, length) for rows in (1, 2))
+    sizes = [(place, Line(2 * a - b, b - a)) for (place, a), (_, b) in zip(one, two, strict=True)]
+
+    def total(wanted: int) -> Line:
+        lines = [line for place, line in sizes if place == wanted]
+        return Line(sum(line.fixed for line in lines), sum(line.per_row for line in lines))
+
+    numbers = {place for place, _ in sizes if place >= 0}
+    by_layer = [total(number) for number in numbers]
+    return Activations(
+        outside=total(OUTSIDE),
+        layers=Line(sum(line.fixed for line in by_layer), sum(line.per_row for line in by_layer)),
+        layer=max(by_layer, key=lambda line: line.of(1)),
+        inputs=total(INPUT),
+        widest=max((line for place, line in sizes if place != INPUT), key=lambda line: line.per_row),
+    )
+
+
+def saved_tensors(model: PreTrainedModel, rows: int, length: int) -> list[tuple[int, int]]:
+    """Place and bytes of each storage that one forward pass of the base model saves for backward, parameters left out.
+
+    The place is the number of a decoder layer or OUTSIDE; the layers' inputs are listed once more, as INPUT.
+    """
+    storages = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
+    found: list[tuple[int, int]] = []
+    place = OUTSIDE
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in storages:
+            storages[storage._cdata] = storage  # held, so that no other gets its address
+            found.append((place, storage.nbytes()))
+        return tensor
+
+    def enter(number: int, args: tuple, kwargs: dict) -> None:
+        nonlocal place
+        place, hidden = number, args[0] if args else kwargs["hidden_states"]
+        found.append((INPUT, hidden.untyped_storage().nbytes()))
+
+    def leave(*_: Any) -> None:
+        nonlocal place
+        place = OUTSIDE
+
+    with contextlib.ExitStack() as stack:
+        for number, layer in enumerate(decoder_layers(model)):
+            hook = layer.register_forward_pre_hook(lambda _, args, kwargs, n=number: enter(n, args, kwargs), with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.callback(layer.register_forward_hook(leave).remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        mask = torch.ones(rows, length, dtype=torch.long)
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return found

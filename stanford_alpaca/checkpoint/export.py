@@ -1,0 +1,82 @@
+"""A plain Hugging Face folder from a checkpoint of any engine: one process, no GPU, the whole model once in memory."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from stanford_alpaca.checkpoint import fsdp, zero
+from stanford_alpaca.checkpoint.kinds import FSDP, ZERO, kind_of
+from stanford_alpaca.errors import UserError, first_line
+
+SHARDED: dict[str, Callable[[Path], dict[str, Tensor]]] = {FSDP: fsdp.read_weights, ZERO: zero.read_weights}
+BESIDE = (".json", ".jinja", ".model", ".txt")  # configuration and tokenizer
+
+
+def export(checkpoint: Path, out: Path) -> str:
+    """Writes ``out``, which is there when it is whole or not at all, and returns a line about it.
+
+    Raises:
+        UserError: no checkpoint, shards that are missing, or weights that are not those of its configuration.
+    """
+    kind = kind_of(checkpoint)
+    weights = _fit(SHARDED[kind](checkpoint), checkpoint) if kind in SHARDED else None
+    part = out.with_name(f"{out.name}.part")
+    if part.exists():
+        raise UserError(f"{part}: left by an export that did not end, or another writes there; remove it")
+    part.mkdir(parents=True)
+    try:
+        for file in checkpoint.iterdir():
+            if file.is_file() and file.suffix in BESIDE and file.name != "trainer_state.json":
+                shutil.copy(file, part)
+        if weights is None:
+            for file in checkpoint.glob("*.safetensors"):
+                shutil.copy(file, part)
+        else:
+            model, state = weights
+            (part / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
+            model.save_pretrained(part, state_dict=state)
+        line = _check(part)
+        part.replace(out)  # onto an empty folder, or none
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return f"{out}: {line}"
+
+
+def _fit(read: dict[str, Tensor], checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The checkpoint's model on the meta device, and its state dict, where tied weights are one tensor."""
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{checkpoint}: no configuration to read ({first_line(error)})") from None
+    if not read:
+        raise UserError(f"{checkpoint}: its shards hold no weights")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=next(iter(read.values())).dtype, trust_remote_code=False)
+    empty = model.state_dict(keep_vars=True)
+    first = {id(value): name for name, value in reversed(empty.items()) if name in read}  # of tied names, one that was saved
+    lacking = [name for name, value in empty.items() if id(value) not in first]
+    foreign = sorted(read.keys() - empty.keys())
+    if lacking or foreign:
+        raise UserError(f"{checkpoint}: not the weights of its config.json (lacks {lacking[:3]}, has {foreign[:3]} besides)")
+    for name, value in empty.items():
+        if read[first[id(value)]].shape != value.shape:
+            raise UserError(f"{checkpoint}: {name} is {list(read[first[id(value)]].shape)}, not {list(value.shape)}")
+    return model, {name: read[first[id(value)]] for name, value in empty.items()}
+
+
+def _check(folder: Path) -> str:
+    """Reads the folder as its users will, but for the numbers. Raises UserError if a key is missing, foreign or misshapen."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
+    except Exception as error:
+        raise UserError(f"the exported folder cannot be loaded ({first_line(error)})") from None
+    wrong = [key for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[name]]
+    if wrong:
+        raise UserError(f"the exported folder has not the keys of its config.json ({wrong[:3]})")
+    parts = "in several files" if (folder / SAFE_WEIGHTS_INDEX_NAME).exists() else "in one file"
+    return f"{model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}, {parts}; all keys are there"

@@ -1,0 +1,134 @@
+"""The float32 masters in a DeepSpeed checkpoint, on a machine without DeepSpeed. ZeRO keeps them with the optimizer's state.
+
+A parameter's place in the flat shards follows DeepSpeed's own zero_to_fp32.py. Files are read with torch's restricted
+unpickler, with stand-ins for the few classes of DeepSpeed in them.
+"""
+
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import safe_globals
+
+from stanford_alpaca.errors import UserError, first_line
+
+
+class _Inert:
+    """Stands in for an object of DeepSpeed's bookkeeping: takes what it was made of, and drops it."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+STAND_INS: list[Callable | tuple[Callable, str]] = [
+    (_Inert, f"deepspeed.{name}")
+    for name in (
+        "utils.tensor_fragment.fragment_address",
+        "runtime.fp16.loss_scaler.LossScaler",
+        "runtime.fp16.loss_scaler.DynamicLossScaler",
+        "runtime.zero.config.ZeroStageEnum",
+    )
+]
+
+
+def shards_of(checkpoint: Path) -> list[Path]:
+    """The optimizer's shards, one per rank, in the order of the ranks."""
+    found = _folder(checkpoint).glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt")
+    return sorted(found, key=lambda file: int(file.name.rpartition("zero_pp_rank_")[2].partition("_")[0]))
+
+
+def is_stage_3(checkpoint: Path) -> bool:
+    """Whether the parameters are sharded as well."""
+    return not (_folder(checkpoint) / "mp_rank_00_model_states.pt").exists()
+
+
+def refuse_code(checkpoint: Path) -> None:
+    """Raises UserError if a file holds anything that DeepSpeed, which reads with pickle, would run."""
+    for file in _folder(checkpoint).glob("*.pt"):
+        _load(file)
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """All weights of a checkpoint, whole, on the CPU; the optimizer's own state stays on the disk.
+
+    Raises:
+        UserError: shards that are missing, broken or of another kind.
+    """
+    stage_3, shards = is_stage_3(checkpoint), shards_of(checkpoint)
+    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage_3 else "mp_rank_00_model_states.pt"
+    try:
+        described = _load(_folder(checkpoint) / name)
+        states = [_load(file)["optimizer_state_dict"] for file in shards]
+        count = states[0]["partition_count"] if states else 0
+        ranks = max(count) if isinstance(count, list) else count
+        if not states or ranks != len(states):
+            raise UserError(f"{_folder(checkpoint)}: {len(states)} of {ranks or 'the'} optimizer shards are there")
+        weights = {key: described["module"][key].float() for key in described["buffer_names"]}
+        return weights | (_of_stage_3 if stage_3 else _of_stage_2)(described["param_shapes"], states)
+    except (KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{_folder(checkpoint)}: not the shards of ZeRO 1, 2 or 3 ({first_line(error)})") from None
+
+
+def _of_stage_2(groups: list[dict[str, torch.Size]], states: list[dict]) -> dict[str, Tensor]:
+    """Stages 1 and 2: each group of parameters is one flat vector, cut into as many pieces as there are ranks."""
+    weights = {}
+    for i, shapes in enumerate(groups):
+        pieces = [state["single_partition_of_fp32_groups"][i] for state in states]
+        paddings = states[0].get("param_alignment_paddings")
+        gaps = paddings[i] if paddings else [0] * len(shapes)
+        offset = 0
+        for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
+            weights[name] = _span(pieces, offset, shape.numel()).view(shape)
+            offset += shape.numel() + gap
+    return weights
+
+
+def _of_stage_3(groups: list[dict[str, torch.Size]], states: list[dict]) -> dict[str, Tensor]:
+    """Stage 3: every parameter is cut by itself, padded to a multiple of the ranks."""
+    weights, offset = {}, 0
+    for name, shape in (item for shapes in groups for item in shapes.items()):
+        length = math.ceil(shape.numel() / len(states))
+        parts = [_span(state["fp32_flat_groups"], offset, length) for state in states]
+        weights[name] = torch.cat(parts)[: shape.numel()].view(shape)
+        offset += length
+    return weights
+
+
+def _span(pieces: Sequence[Tensor], offset: int, length: int) -> Tensor:
+    """A copy of ``length`` numbers from ``offset`` on, of pieces that follow each other."""
+    found, start = [], 0
+    for piece in pieces:
+        first, last = max(offset - start, 0), min(offset + length - start, len(piece))
+        if first < last:
+            found.append(piece[first:last])
+        start += len(piece)
+    span = torch.cat(found) if found else torch.empty(0)
+    if len(span) != length:
+        raise UserError(f"the optimizer shards hold {start} numbers, but a parameter ends at {offset + length}")
+    return span
+
+
+def _folder(checkpoint: Path) -> Path:
+    """The folder that DeepSpeed's file ``latest`` names."""
+    latest = checkpoint / "latest"
+    name = latest.read_text().strip() if latest.is_file() else ""
+    if not name or Path(name).name != name or not (checkpoint / name).is_dir():
+        raise UserError(f"{latest}: does not name a folder beside it")
+    return checkpoint / name
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        with safe_globals(STAND_INS):
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:  # its own message advises to trust the file
+        raise UserError(f"{file}: holds more than ZeRO writes, or is broken") from None
+    except Exception as error:  # not there, no zip
+        raise UserError(f"{file}: cannot be read ({first_line(error)})") from None

@@ -1,0 +1,260 @@
+"""Memory, communication and time of a run by engine and cost sharding, in closed form.
+
+Engines shard over all R ranks. Torch's (none, ddp, fsdp) keep float32 weights; DeepSpeed's keep weights and gradients in the
+compute dtype, of c bytes, and float32 masters with the optimizer's state. A rank's memory is that of its worst moment:
+
+    loss      all activations are held, and a chunk of logits
+    backward  all activations are still held, the first layer from the end is worked on
+    end       no activations, all gradients
+    step      the optimizer's own copies
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from stanford_alpaca import cost_sharding
+from stanford_alpaca.anatomy import Anatomy, Parameters
+from stanford_alpaca.token_stats.chunked import TILE_PRODUCTS
+from stanford_alpaca.token_stats.torch_kernels import CACHE_LOGITS, CHUNK_LOGITS
+
+COST_SHARDINGS = tuple(name for name in cost_sharding.COST_SHARDINGS if name != "auto")
+NO_COST = "-"  # in place of a cost sharding where the mode reads no costs
+LIVE = 10**9  # parameters that ZeRO-3 keeps gathered, and those that its optimizer steps at once: DeepSpeed's defaults
+
+
+class Engine(NamedTuple):
+    sharded: str = ""  # of weights, gradients, optimizer
+    deepspeed: bool = False
+    offload: bool = False  # all of them in the host's memory
+
+
+ENGINES = {  # the simplest first
+    "none": Engine(), "ddp": Engine(), "fsdp": Engine("wgo"), "zero1": Engine("o", True), "zero2": Engine("go", True),
+    "zero3": Engine("wgo", True), "zero3_offload": Engine("wgo", True, True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an estimate depends on besides the model, the engine and the cost sharding."""
+
+    ranks: int
+    batch: int  # rows of a micro-batch on one rank
+    accumulation: int  # micro-batches per step
+    length: int  # tokens of the longest row
+    priced: bool  # whether the mode reads costs
+    checkpointing: bool = False
+    bf16: bool = True
+    device: str = "cuda"
+    supervised_share: float = 1.0
+    unique_share: float = 0.31  # different targets per supervised token: the most seen in 8192 tokens of prose
+    cost_cache_mib: float = 2048
+
+    @property
+    def itemsize(self) -> int:
+        """c: bytes of a number in the compute dtype."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def targets(self) -> int:
+        """Supervised tokens of a micro-batch on one rank."""
+        return max(1, round(self.batch * self.length * self.supervised_share))
+
+
+class Memory(NamedTuple):
+    """Bytes on one rank at one moment."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    cost: float
+    activations: float
+    loss: float
+    gather: float  # gathered weights and costs, and buckets of gradients
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def precision_of(engine: str, bf16: bool) -> str:
+    """As ``anatomy.describe`` takes it."""
+    if not bf16:
+        return "float32"
+    return "autocast" if engine in ("none", "ddp") else "bfloat16"
+
+
+def shardings_of(engine: str, setup: Setup, counts: Parameters) -> list[str]:
+    """The cost shardings that can be combined with an engine, the simplest first."""
+    some = ["replicate", *(["shard"] if setup.ranks > 1 else [])] if setup.priced else [NO_COST]
+    columns = -(-counts.vocab_size // setup.ranks)  # every rank has to have some
+    parallel = engine == "fsdp" and not counts.tied and columns * (setup.ranks - 1) < counts.vocab_size
+    return [*some, *(["vocab_parallel"] if parallel else [])]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(anatomy: Anatomy, setup: Setup, engine: str, sharding: str) -> Memory:
+    """The worst moment of a training step, on the rank that has most."""
+    return max(moments(anatomy, setup, engine, sharding).values(), key=lambda memory: memory.total)
+
+
+def moments(anatomy: Anatomy, setup: Setup, engine: str, sharding: str) -> dict[str, Memory]:
+    """Memory at each of the four moments."""
+    counts, saved = anatomy.parameters, anatomy.activations
+    weights, optimizer = state(counts.total, setup, engine)
+    held, final = gradients(counts, setup, engine, sharding)
+    at_loss, in_backward, at_end = gathered(counts, setup, engine, sharding)
+    cost = cost_bytes(counts, setup, sharding)
+    layer = saved.layer.of(setup.batch)
+    kept = saved.outside.of(setup.batch) + (saved.inputs if setup.checkpointing else saved.layers).of(setup.batch)
+    working = 3 * saved.widest.of(setup.batch) + (layer if setup.checkpointing else 0)
+    head = counts.vocab_size * counts.width / (setup.ranks if sharding == "vocab_parallel" else 1)
+    float32_head = sharding == "vocab_parallel" or precision_of(engine, setup.bf16) == "autocast"
+    d_head = head * (4 if float32_head else setup.itemsize)
+    copies = step_copies(counts.total, setup, engine)
+    spread = 4 * counts.vocab_size * counts.width if sharding == "shard" else 0
+    return {
+        "loss": Memory(weights, held, optimizer, cost, kept, loss_bytes(counts, setup, engine, sharding), at_loss + spread),
+        "backward": Memory(weights, held + d_head, optimizer, cost, kept + working, 0, in_backward),
+        "end": Memory(weights, final, optimizer, cost, working, 0, at_end),
+        "step": Memory(weights, final, optimizer + copies, cost, 0, 0, at_end if engine == "ddp" else 0),
+    }
+
+
+def state(total: int, setup: Setup, engine: str) -> tuple[float, float]:
+    """Weights and optimizer (AdamW's two moments; DeepSpeed's masters as well)."""
+    what = ENGINES[engine]
+    if what.offload:
+        return 0, 0
+    weights = total * (setup.itemsize if what.deepspeed else 4) / (setup.ranks if "w" in what.sharded else 1)
+    return weights, total * (12 if what.deepspeed else 8) / (setup.ranks if "o" in what.sharded else 1)
+
+
+def gradients(counts: Parameters, setup: Setup, engine: str, sharding: str) -> tuple[float, float]:
+    """Gradients that are held while a (later) micro-batch runs, and when the last one ends."""
+    what, ranks, several = ENGINES[engine], setup.ranks, setup.accumulation > 1
+    if what.offload:
+        return 0, 0
+    if engine == "fsdp":  # reduced and sharded at the last micro-batch, until then whole, except for vocab_parallel's head
+        apart = counts.head if sharding == "vocab_parallel" else 0
+        whole = 4 * (counts.total - apart) + 4 * apart / ranks
+        return (whole, whole) if several else (0, 4 * counts.total / ranks)
+    size = counts.total * (setup.itemsize if what.deepspeed else 4) / (ranks if "g" in what.sharded else 1)
+    return (size if several or "g" in what.sharded else 0), size
+
+
+def gathered(counts: Parameters, setup: Setup, engine: str, sharding: str) -> tuple[float, float, float]:
+    """Weights gathered from other ranks and gradients in buckets: at the loss, in the first layer's backward, at the end."""
+    c, what = setup.itemsize, ENGINES[engine]
+    if engine == "ddp":  # its buckets are a second copy of the gradients
+        return (4 * counts.total,) * 3
+    if engine == "fsdp":  # a unit's weights and gradients, the float32 input of its reduce-scatter, and the next unit's weights
+        embedding, tail = fsdp_units(counts, sharding)
+        largest = max(counts.layer, embedding)
+        in_layer = (2 * c + 4) * counts.layer + c * counts.layer
+        return c * tail, c * tail + in_layer, max(in_layer, (2 * c + 4) * largest)
+    if not what.deepspeed:
+        return 0, 0, 0
+    buckets = 2 * c * min(counts.width**2, counts.total)  # two of hidden x hidden: transformers' choice for "auto"
+    live = c * min(counts.total, LIVE) if "w" in what.sharded else 0
+    return (live + buckets,) * 3
+
+
+def fsdp_units(counts: Parameters, sharding: str) -> tuple[int, int]:
+    """Parameters of the embedding's unit and of the tail, final norm and output layer, which stays gathered until backward."""
+    if counts.tied:
+        return 0, counts.embedding + counts.norm
+    return counts.embedding, counts.norm + (0 if sharding == "vocab_parallel" else counts.head)
+
+
+def cost_bytes(counts: Parameters, setup: Setup, sharding: str) -> float:
+    """Float32 rows of the frozen cost, and the bfloat16 rows that are kept between steps."""
+    if not setup.priced:
+        return 0
+    rows = 4 * counts.vocab_size * counts.width
+    if sharding != "replicate":
+        return rows / setup.ranks
+    row = 2 * counts.vocab_size
+    return rows + min(counts.vocab_size, int(setup.cost_cache_mib * 2**20) // row) * row
+
+
+def loss_bytes(counts: Parameters, setup: Setup, engine: str, sharding: str) -> float:
+    """One chunk of the loss: logits, costs of the different targets, slices, gradients of the head and of the hidden states."""
+    c, width = setup.itemsize, counts.width
+    parallel = sharding == "vocab_parallel"
+    tokens = setup.targets * (setup.ranks if parallel else 1)
+    vocab = counts.vocab_size / (setup.ranks if parallel else 1)
+    most = max(16, CHUNK_LOGITS[setup.device] / vocab)
+    logits = min(tokens, most) * vocab
+    chunk = logits * (4 + (c if setup.bf16 else 0))
+    if setup.priced:
+        chunk += 4 * logits * setup.unique_share + 4 * min(logits, CACHE_LOGITS[setup.device])
+    chunk += 4 * min(logits, CACHE_LOGITS[setup.device])
+    head = 4 * vocab * width + (c * min(TILE_PRODUCTS, vocab * width) if setup.bf16 else 0)
+    float32_head = parallel or precision_of(engine, setup.bf16) == "autocast"
+    copy = c * vocab * width if setup.bf16 and float32_head else 0
+    hidden = tokens * width * c + setup.targets * width * c + (4 * tokens * width if parallel else tokens * width * c)
+    return chunk + head + copy + hidden
+
+
+def step_copies(total: int, setup: Setup, engine: str) -> float:
+    """What the optimizer's step adds: DeepSpeed's gradients in float32; torch's AdamW is fused and adds nothing."""
+    what = ENGINES[engine]
+    if not what.deepspeed or what.offload:
+        return 0
+    part = total / setup.ranks
+    return 4 * (min(part, LIVE) if "w" in what.sharded else part)
+
+
+def host_memory(total: int, setup: Setup, engine: str) -> float:
+    """Bytes of the host's memory that offloading takes, of all ranks together."""
+    return total * (setup.itemsize + 12 + 4) if ENGINES[engine].offload else 0
+
+
+# ---- communication and time ------------------------------------------------------------------------------------------------
+
+
+def traffic(counts: Parameters, setup: Setup, engine: str, sharding: str) -> float:
+    """Bytes that a rank receives (and sends) per step over rings: an all-gather or reduce-scatter of n bytes moves
+    n (R - 1) / R, an all-reduce twice as much."""
+    share, c, batches = (setup.ranks - 1) / setup.ranks, setup.itemsize, setup.accumulation
+    total = counts.total
+    if engine in ("none", "ddp"):
+        moved = 8.0 * total
+    elif engine == "fsdp":  # gathers forward and backward, but for the tail; gradients once per step
+        apart = counts.head if sharding == "vocab_parallel" else 0
+        moved = batches * c * (2 * (total - apart) - fsdp_units(counts, sharding)[1]) + 4.0 * (total - apart)
+    elif "w" in ENGINES[engine].sharded:  # gathers forward, and backward what did not stay; gradients
+        moved = batches * c * (total + max(0, total - LIVE) + total)
+    else:  # DeepSpeed all-reduces gradients here, stage 1 once per step; weights after it
+        moved = c * (2.0 * total * (1 if engine == "zero1" else batches) + total)
+    return share * (moved + batches * loss_traffic(counts, setup, sharding))
+
+
+def loss_traffic(counts: Parameters, setup: Setup, sharding: str) -> float:
+    """The same of the loss of one micro-batch, times R / (R - 1)."""
+    if sharding == "shard":
+        return 4.0 * counts.vocab_size * counts.width
+    if sharding != "vocab_parallel":
+        return 0
+    tokens = setup.targets * setup.ranks
+    rows = min(counts.vocab_size, tokens * setup.unique_share) * counts.width if setup.priced else 0
+    hidden_and_gradients = tokens * counts.width * (setup.itemsize + 4)
+    return hidden_and_gradients + 8 * tokens + 2 * 4 * (rows + (5 if setup.priced else 3) * tokens)
+
+
+def compute_flops(anatomy: Anatomy, setup: Setup, mean_tokens: float) -> float:
+    """Of one rank and step, for rows of ``mean_tokens``; checkpointed layers run forward twice."""
+    linear, quadratic = anatomy.flops
+    if setup.checkpointing:
+        linear, quadratic = linear + anatomy.layer_flops / 3, quadratic * 4 / 3
+    return setup.batch * setup.accumulation * (linear * mean_tokens + quadratic * mean_tokens**2)
+
+
+def host_traffic(counts: Parameters, setup: Setup, engine: str) -> float:
+    """Bytes per step between host and GPU under offloading: weights for each gather, gradients back."""
+    if not ENGINES[engine].offload:
+        return 0
+    return setup.accumulation * setup.itemsize * 3.0 * counts.total / setup.ranks

@@ -1,0 +1,65 @@
+"""Whether a model keeps apart the examples of one row, found by experiment: no class name and no configuration is asked."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stanford_alpaca.data.batching import SegmentCollator
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flash import uses_flash
+from stanford_alpaca.head import probing
+
+SIZES = (5, 7, 3)  # tokens of the examples that a model is probed with
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the difference that seeing each other makes
+ROUGH = 0.2  # the same at 16 bits
+
+
+def find_isolation(model: PreTrainedModel, name: str = "model", means: str | None = None) -> str:
+    """What the model keeps the examples of one row apart by (``SegmentCollator.apart_by``): the first that works, or ``means``.
+
+    Five short forward passes per try. Where FlashAttention is played (see ``probing``), what is shown is that the model passes
+    on what FlashAttention has to be given.
+
+    Raises:
+        UserError: by none: examples in one row would see each other or other positions, and the loss would not be theirs.
+    """
+    attention = model.config._attn_implementation
+    own = {"sdpa": ["positions", "mask"], "eager": ["positions", "bias"]}.get(attention, ["positions"])
+    tries = [means] if means is not None else ["cu_seq_lens"] if uses_flash(model) else own
+    seen = []
+    for each in tries:
+        try:
+            if isolates(model, each):
+                return each
+            seen.append("they see each other")
+        except ValueError as error:
+            seen.append(str(error))
+    raise UserError(
+        f"--packing and --padding_free: the {name} ({type(model).__name__}, attention {attention}) cannot keep apart the "
+        f"examples of one row ({seen[0]}); try another --attn_implementation, or drop the flag"
+    )
+
+
+def isolates(model: PreTrainedModel, means: str) -> bool:
+    """Whether three short examples have the hidden states in rows that they have apart. ValueError if the model cannot run."""
+    config = model.config.get_text_config()
+    if means in ("mask", "bias") and any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
+        return False  # such a mask would have to know the window
+    embedding = model.get_input_embeddings().weight
+    tokens = torch.arange(sum(SIZES)).mul(7).remainder(embedding.shape[0])
+    examples = [ids.tolist() for ids in tokens.split(SIZES)]
+    both = {"input_ids": examples[0] + examples[1], "labels": [0] * sum(SIZES[:2]), "lengths": list(SIZES[:2])}
+    batch = SegmentCollator(0, apart_by=means)([both, {"input_ids": examples[2], "labels": [0] * SIZES[2]}])
+    del batch["labels"]
+    batch = {key: value.to(embedding.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def hidden_of(ids: list[int]) -> Tensor:  # [len(ids), H]
+        return model.base_model(input_ids=torch.tensor([ids], device=embedding.device), use_cache=False)[0][0].double()
+
+    with probing(model):
+        apart = torch.cat([hidden_of(ids) for ids in examples])
+        joined = hidden_of(tokens.tolist())
+        rows = model.base_model(**batch)[0].double()
+    packed = torch.cat([rows[0], rows[1, : SIZES[2]]])
+    tolerance = TOLERANCE.get(embedding.dtype, ROUGH)
+    return bool((packed - apart).norm() <= tolerance * (joined - apart).norm())

@@ -1,0 +1,81 @@
+"""Parameters and saved activations, from the configuration alone, against a real model's."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, T5Config
+
+from stanford_alpaca.anatomy import count_activations, count_parameters, decoder_layers, describe, read_config
+from stanford_alpaca.errors import UserError
+
+SERVED = ("llama", "qwen3", "gpt2", "gemma2", "opt", "mixtral")
+
+
+def test_llama_7b_by_part(root):
+    with torch.device("meta"):
+        counts = count_parameters(AutoModelForCausalLM.from_config(read_config(str(root / "examples" / "llama-7b"))))
+    assert counts.total == 6_738_415_616
+    assert (counts.embedding, counts.head, counts.norm) == (131_072_000, 131_072_000, 4096)
+    assert (counts.layer, counts.layers, counts.tied) == (202_383_360, 32 * 202_383_360, False)
+
+
+def test_flops_of_the_layers(make_model):
+    anatomy = describe(make_model("llama").config, 16, "float32")
+    assert anatomy.flops[0] == 6 * (anatomy.parameters.total - anatomy.parameters.embedding)
+    assert anatomy.layer_flops == 6 * anatomy.parameters.layers
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_parameter_is_in_one_part(make_model, name):
+    model = make_model(name)
+    counts = count_parameters(model)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.layers == 2 * counts.layer > 0
+    assert counts.tied == (name in ("gpt2", "gemma2", "opt"))
+
+
+def saved_by(model, rows: int, length: int, precision: str) -> int:
+    """Bytes of the storages that a real forward pass over a padded batch saves, parameters left out."""
+    own, held = {p.data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage
+        return tensor
+
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[0, -2:] = 0
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        model.base_model(input_ids=torch.randint(97, (rows, length)), attention_mask=mask, use_cache=False)
+    return sum(storage.nbytes() for storage in held.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("llama", "float32"),
+        ("llama", "autocast"),
+        ("llama", "bfloat16"),
+        ("gpt2", "autocast"),
+        ("gemma2", "bfloat16"),
+        ("opt", "float32"),
+    ],
+)
+def test_activations_are_those_of_a_real_run(make_model, name, precision):
+    model = make_model(name).to(torch.bfloat16 if precision == "bfloat16" else torch.float32).train()
+    counted = count_activations(model.config, 24, precision)
+    got = counted.outside.of(3) + counted.layers.of(3)
+    assert got == pytest.approx(saved_by(model, 3, 24, precision), rel=0.01)
+    width = model.config.hidden_size
+    assert counted.inputs.of(3) == 2 * 3 * 24 * width * (2 if precision == "bfloat16" else 4)
+    assert counted.layer.of(3) == pytest.approx(counted.layers.of(3) / 2, rel=0.01)
+
+
+def test_what_cannot_be_estimated_is_an_error(make_model):
+    model = make_model("llama")
+    model._no_split_modules = []
+    with pytest.raises(ValueError, match="LlamaForCausalLM names no decoder layers"):
+        decoder_layers(model)
+    with pytest.raises(UserError, match="cannot be estimated from its configuration"):
+        describe(T5Config(), 16, "float32")

@@ -1,0 +1,64 @@
+"""Where the engine shards, rank 0 alone reads weights and costs; what it finds, and what fails there, reaches all ranks."""
+
+import pytest
+import torch
+
+from stanford_alpaca import train as training
+from stanford_alpaca.arguments import parse
+from stanford_alpaca.cost_sharding import shard_cost
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.loading import allocate
+from stanford_alpaca.model import empty_model, load_tokenizer
+from tests.ranks import run_ranks
+
+
+def made(argv: list[str]):
+    """What this rank has before the engine takes over, and whether it read the weights."""
+    read, load = [], training.load_model
+    training.load_model = lambda *args, **kwargs: read.append(args) or load(*args, **kwargs)
+    run = parse(argv)
+    tokenizer = load_tokenizer(run.model.model_name_or_path, 512)
+    model = training.make_model(run, tokenizer, with_cost=True)
+    emo = model.emo_objective
+    before = emo.cost.rows.device.type
+    shard_cost(model, "replicate", run.training)
+    devices = {parameter.device.type for parameter in model.parameters()}
+    return bool(read), before, emo.cost.rows, devices, emo.form, model.config.to_dict(), model.generation_config.to_dict()
+
+
+def test_one_rank_reads_and_the_others_get_what_it_found(arguments):
+    (read, before, rows, _, *found), (read_too, before_too, rows_too, devices, *found_too) = run_ranks(
+        2, made, arguments("--fsdp")
+    )
+    assert read and not read_too and before == "cpu" and before_too == "meta"
+    assert torch.equal(rows, rows_too) and devices == {"cpu"} and found == found_too
+    assert [result[0] for result in run_ranks(2, made, arguments())] == [True, True]  # DDP holds it on all ranks anyway
+
+
+def refused(argv: list[str]) -> str:
+    run = parse(argv)
+    with pytest.raises(UserError) as error:
+        training.make_model(run, load_tokenizer(run.model.model_name_or_path, 512), with_cost=True)
+    return str(error.value)
+
+
+def test_what_fails_on_rank_0_is_an_error_on_all(arguments, tmp_path, root):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((root / "data" / "tiny-base" / name).read_bytes())
+    one, two = run_ranks(2, refused, arguments("--fsdp", model_name_or_path=folder))
+    assert one == two and "cannot load a model from here" in one
+
+
+def test_an_empty_model_has_the_buffers_and_the_ties_of_a_loaded_one(make_model, family, tmp_path):
+    loaded = make_model(family)
+    loaded.save_pretrained(tmp_path)
+    empty = empty_model(str(tmp_path))
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    allocate(empty)
+    for (name, one), (same, two) in zip(empty.named_buffers(), loaded.named_buffers(), strict=True):
+        assert name == same and torch.equal(one, two)
+    assert [name for name, _ in empty.named_parameters()] == [name for name, _ in loaded.named_parameters()]
+    for (_, one), (_, two) in zip(empty.named_parameters(), loaded.named_parameters(), strict=True):
+        assert (one.shape, one.dtype, one.device.type) == (two.shape, two.dtype, "cpu")
