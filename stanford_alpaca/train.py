@@ -34,7 +34,7 @@ from stanford_alpaca.generate import encode_prompts, read_prompts
 from stanford_alpaca.head import HeadForm
 from stanford_alpaca.isolation import find_isolation
 from stanford_alpaca.loading import allocate, share_from_rank_0, weights_come_from_rank_0
-from stanford_alpaca.model import empty_model, fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.model import add_lora, empty_model, fit_vocabulary, load_model, load_tokenizer
 from stanford_alpaca.record import differences, made_with, write_card, write_run
 from stanford_alpaca.teacher import Teacher, same_vocabulary
 from stanford_alpaca.trainer import EmoTrainer
@@ -153,7 +153,9 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
         from_config=model_args.from_config, attn_implementation=model_args.attn_implementation,
     )  # fmt: skip
     check_positions(model, "model", training.model_max_length)
-    fit_vocabulary(model, tokenizer)
+    added = fit_vocabulary(model, tokenizer)
+    if added and run.lora.lora:
+        raise UserError(f"--lora trains no embedding, and {added} of the tokenizer's tokens have none: train them without it")
     stops = stop_ids(tokenizer)
     if len(stops) > 1:  # who generates from the folder stops at the end of a turn
         model.generation_config.eos_token_id = stops
@@ -165,6 +167,9 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
+    if run.lora.lora:
+        lora = run.lora
+        model = add_lora(model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     return model
 
 
@@ -218,7 +223,7 @@ def train(argv: list[str]) -> None:
         say(line)
     check(run)
     prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
-    tokenizer = load_tokenizer(run.model.model_name_or_path, args.model_max_length, args.cache_dir)
+    tokenizer = load_tokenizer(run.model.model_name_or_path, args.model_max_length, args.cache_dir, may_grow=not run.lora.lora)
     train_examples, eval_examples = load_in_turn(
         lambda: load_data(run.data, args, tokenizer), lambda sets: " ".join(map(digest, sets)),
         args.process_index, args.local_process_index, args.world_size,
@@ -271,7 +276,8 @@ def train(argv: list[str]) -> None:
         write_card(run, metrics)
     if args.push_to_hub:
         trainer.push_to_hub()
-    say(f"saved the {str(model.config.dtype).removeprefix('torch.')} model to {args.output_dir}")
+    saved = "adapter" if run.lora.lora else f"{str(model.config.dtype).removeprefix('torch.')} model"
+    say(f"saved the {saved} to {args.output_dir}")
 
 
 def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:

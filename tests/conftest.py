@@ -1,5 +1,6 @@
 """Small random models, costs and a naive float64 oracle that shares no code with the package."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,16 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The README's commands first: they take longest, and other workers go on beside them."""
     items.sort(key=lambda item: "test_the_commands_run" not in item.name)
+
+
+def pytest_collection_finish() -> None:
+    """All that was imported stays: the Trainer collects garbage after training, which took longer than the training."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
