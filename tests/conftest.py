@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,10 @@ def root() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # left by transformers' arguments; the next Trainer here would want FSDP
 
 
 def exact_statistics(logits: torch.Tensor, targets: torch.Tensor, embedding: torch.Tensor):
