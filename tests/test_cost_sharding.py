@@ -19,7 +19,9 @@ from tests.ranks import run_ranks
 
 
 def training(**changes):
-    return SimpleNamespace(**{"world_size": 4, "fsdp": True, "device": "cpu"} | changes)
+    return SimpleNamespace(
+        **{"world_size": 4, "fsdp": True, "device": "cpu", "fsdp_plugin_args": {"cpu_ram_efficient_loading": False}} | changes
+    )
 
 
 @pytest.mark.parametrize(
