@@ -19,8 +19,9 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.model import load_tokenizer
+from stanford_alpaca.prepare import cache_costs
 from stanford_alpaca.record import write_card
-from stanford_alpaca.train import cache_costs, evaluation_of, train
+from stanford_alpaca.train import evaluation_of, train
 from tests.helpers import evaluations, steps
 
 
