@@ -12,6 +12,7 @@ import pytest
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 NOT_RUN = ("bash tests/run.sh", "python -m stanford_alpaca.data.fetch")  # this very run; and what needs a network
 STAND_INS = {  # what a reader puts in -> what the test has
+    "DEMO_MODE=mle bash train_emo.sh": "bash train_emo.sh data/tiny-base mle --max_steps 2",  # two minutes less
     "MODEL_PATH": "my-model",
     "--nproc_per_node 4": "--nproc_per_node 2",
     "NPROC=4": "NPROC=2",
