@@ -1,8 +1,9 @@
 """One fine-tuning of ``train.py``'s benchmark: ours or that of TRL's SFTTrainer, counted and timed by the same ruler."""
 
 import json
+import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ TRL: dict[str, dict[str, Any]] = {  # what differs from TRL at its best without 
     "trl": {},
     "trl-packing": {"packing": True},
     "trl-padding_free": {"padding_free": True, "max_length": None},
-    "trl-as-shipped": {"bf16": None, "gradient_checkpointing": True},
+    "trl-bf16": {"bf16": True},
+    "trl-as-shipped": {"bf16": None, "gradient_checkpointing": True},  # bf16 where there is no fp16
 }
 OURS: dict[str, dict[str, Any]] = {
     "emo": {"mode": "emo"},
@@ -34,6 +36,7 @@ OURS: dict[str, dict[str, Any]] = {
     "emo-packing": {"mode": "emo", "packing": True},
     "emo-padding_free": {"mode": "emo", "padding_free": True},
     "emo-packing-padding_free": {"mode": "emo", "packing": True, "padding_free": True},
+    "emo-bf16": {"mode": "emo", "bf16": True},
 }
 CONTENDERS = (*TRL, *OURS)
 MODEL, RECORDS, CACHE = "model", "records.json", "cache"  # in a folder that make_inputs has filled
@@ -46,6 +49,13 @@ class Shape:
     layers: int
     hidden: int
     vocab: int
+
+    def config(self, max_length: int) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=self.vocab, hidden_size=self.hidden, intermediate_size=4 * self.hidden, num_hidden_layers=self.layers,
+            num_attention_heads=max(1, self.hidden // 64), max_position_embeddings=max_length,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,12 +98,7 @@ def make_inputs(folder: Path, data: str, records: int, multiple: int, max_length
         raise UserError(f"--data {data}: {len(whole)} records fit in {max_length} tokens, wanted {multiple} for one step")
     (folder / RECORDS).write_text(json.dumps(whole[:kept]))
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=4 * shape.hidden, num_hidden_layers=shape.layers,
-        num_attention_heads=max(1, shape.hidden // 64), max_position_embeddings=max(2048, max_length),
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / MODEL)
+    AutoModelForCausalLM.from_config(shape.config(max_length)).save_pretrained(folder / MODEL)
     return kept
 
 
@@ -178,14 +183,14 @@ class Measured:
 
 def run_everywhere(job: Job) -> list[dict[str, Any]]:
     """What the job's ranks measured, in processes forked from one that has everything imported and this one's environment."""
+    shutil.rmtree(Path(job.folder) / "out", ignore_errors=True)
     return run_ranks(job.ranks, run_job, job, launched=job.engine != "none")
 
 
 def run_job(job: Job) -> dict[str, Any]:
     """Trains in this process."""
     torch.set_num_threads(job.threads)
-    (run_trl if job.contender in TRL else run_ours)(job, folder := Path(job.folder))
-    assert folder.is_dir()
+    (run_trl if job.contender in TRL else run_ours)(job, Path(job.folder))
     return Measured.meter.result()
 
 
@@ -229,8 +234,3 @@ def run_trl(job: Job, folder: Path) -> None:
         processing_class=AutoTokenizer.from_pretrained(folder / MODEL),
     )
     trainer.train()
-
-
-def describe(job: Job) -> dict[str, Any]:
-    """The job without what a file of results does not say."""
-    return {name: value for name, value in asdict(job).items() if name not in ("folder", "threads", "count")}
