@@ -32,14 +32,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     own = places[-1]  # the launcher's allocator, or the GPU
     rates = {(row["contender"], place): middle(of, "tokens_per_s") for row in rows for place, of in row["runs"].items()}
     best = max((rates[name, own] for name in TRL if not name.endswith("-bf16") and (name, own) in rates), default=None)
-    lines = [["contender", *(f"tokens/s, {place} (min-max)" for place in places), "ms a step", "targets a step",
-              "positions a step", "peak MiB", *(f"/ trl, {place}" for place in places), "/ its like", "/ TRL's best"]]  # fmt: skip
+    lines = [["contender", *(f"tokens/s, {place} (min-max)" for place in places), "ms a step", "targets a step"]]
+    lines[0] += ["positions a step", "peak MiB", *(f"/ trl, {place}" for place in places), "/ its like", "/ TRL's best"]
     for row in rows:
         name, of = row["contender"], row["runs"].get(own) or next(iter(row["runs"].values()))
-        per_step = [
-            1000 * middle(of, "seconds") / of[0]["steps"],
-            *(middle(of, x) / of[0]["steps"] for x in ("targets", "positions")),
-        ]
+        scales = {"seconds": 1000, "targets": 1, "positions": 1}
+        per_step = [scale * middle(of, entry) / of[0]["steps"] for entry, scale in scales.items()]
         peers = [*(rates.get(("trl", place)) for place in places), rates.get((PEERS.get(name, "trl"), own)),
                  rates.get(("trl-bf16", own)) if name == "emo-bf16" else best]  # fmt: skip
         mine = rates.get((name, own)) if name in OURS else None

@@ -105,6 +105,17 @@ class ObjectiveArguments:
 
 
 @dataclass
+class LoraArguments:
+    lora: bool = field(default=False, metadata={"help": "Trains a low-rank adapter beside frozen weights (peft's LoRA)."})
+    lora_r: int = field(default=8, metadata={"help": "The adapter's rank."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter counts lora_alpha / lora_r times."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "The share of its inputs that the adapter does not see."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of linear layers; by default all but the output layer."}
+    )
+
+
+@dataclass
 class TrainingArguments(transformers.TrainingArguments):
     engine: str | None = choice(
         *ENGINES, default=None, help="What trains, by name; without it as launched, --fsdp, --deepspeed."
@@ -171,6 +182,7 @@ class Run:
     model: ModelArguments
     data: DataArguments
     objective: ObjectiveArguments
+    lora: LoraArguments
     training: TrainingArguments
     flags: dict[str, Any]
     made_with: dict[str, Any]
@@ -186,10 +198,11 @@ def parse(argv: list[str]) -> Run:
     """The arguments of a run. Raises UserError for anything argparse or Hugging Face rejects."""
     argv, made_with = with_config(argv)
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
-    classes = (ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments)
+    classes = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments, TrainingArguments)
     parser = _Parser(classes, allow_abbrev=False)
     try:
-        model, data, objective, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        parts = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        model, data, objective, lora, training, unknown = parts
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(str(error)) from None
     if unknown:
@@ -205,7 +218,7 @@ def parse(argv: list[str]) -> Run:
         for name, value in given.items()
         if name not in SECRET and ((name in own and value is not None) or value != parser.get_default(name) or name == "seed")
     }
-    return Run(model, data, objective, training, flags, made_with, notes)
+    return Run(model, data, objective, lora, training, flags, made_with, notes)
 
 
 def _word(value: Any) -> Any:

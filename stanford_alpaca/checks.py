@@ -11,7 +11,15 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
-from stanford_alpaca.arguments import METRICS, DataArguments, ModelArguments, ObjectiveArguments, Run, TrainingArguments
+from stanford_alpaca.arguments import (
+    METRICS,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    ObjectiveArguments,
+    Run,
+    TrainingArguments,
+)
 from stanford_alpaca.checkpoint.kinds import FSDP, PLAIN, ZERO, check_resumable
 from stanford_alpaca.errors import UserError, check_writable, first_line, nearest, quiet_hub
 from stanford_alpaca.model import check_model
@@ -35,6 +43,7 @@ def check(run: Run) -> None:
     check_optimizer(training)
     check_training(training, has_eval=data.eval_path is not None or data.eval_fraction is not None)
     check_objective(model, run.objective)
+    check_lora(model, run.lora)
     check_model(model.model_name_or_path, training.cache_dir)
     if model.teacher is not None:
         check_model(model.teacher, training.cache_dir)
@@ -121,6 +130,21 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
         )
     if model.teacher_top_k < 1:
         raise UserError(f"--teacher_top_k {model.teacher_top_k}: give 1 or more")
+
+
+def check_lora(model: ModelArguments, lora: LoraArguments) -> None:
+    """An adapter that can be made of its flags, beside weights that are worth keeping."""
+    if not lora.lora:
+        if lora.lora_target_modules:
+            raise UserError("--lora_target_modules needs --lora")
+        return
+    if model.from_config:
+        raise UserError("--lora and --from_config exclude each other: an adapter of random weights is of no use")
+    for name in ("lora_r", "lora_alpha"):
+        if getattr(lora, name) < 1:
+            raise UserError(f"--{name} {getattr(lora, name)}: give 1 or more")
+    if not 0 <= lora.lora_dropout < 1:
+        raise UserError(f"--lora_dropout {lora.lora_dropout}: give a number from 0 on and below 1")
 
 
 def check_hub(training: TrainingArguments) -> None:

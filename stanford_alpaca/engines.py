@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import PeftModel
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -86,6 +87,9 @@ def activate_fsdp(trainer) -> None:
     plugin = state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = layers
     wrap_separately(trainer.model, plugin)
+    if isinstance(trainer.model, PeftModel):  # accelerate looks there for the final norm, in whose unit the output layer is
+        trainer.model.__dict__["wrapped_decoder"] = trainer.model.get_base_model().base_model
+        trainer.model.__dict__["base_model_prefix"] = "wrapped_decoder"
     if args.bf16:  # accelerate's own policy would round the loss to bf16 and sum gradients in bf16
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if plugin.activation_checkpointing:  # accelerate's own would compute layers again with other dropout masks
@@ -162,8 +166,8 @@ def peak_flops() -> float | None:
 def training_flops(model: PreTrainedModel) -> tuple[float, float]:
     """FLOPs of training on a sequence of n tokens, as (a, b) of a n + b n^2  (PaLM, arXiv 2204.02311, appendix B).
 
-    6 per parameter that multiplies (all but the input embedding, unless it is the output layer as well; of a mixture's experts
-    those that a token is sent to), and attention.
+    6 (frozen: 4) per parameter that multiplies (all but the input embedding, unless it is the output layer as well; of a
+    mixture's experts those that a token is sent to), and attention.
     """
     config = model.config.get_text_config()
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -174,7 +178,8 @@ def training_flops(model: PreTrainedModel) -> tuple[float, float]:
         parameters -= routed * (experts - config.num_experts_per_tok) // experts
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 6.0 * parameters, 12.0 * config.num_hidden_layers * width
+    each = 6.0 if inputs.requires_grad else 4.0  # LoRA: what is frozen has no gradient of its own
+    return each * parameters, 12.0 * config.num_hidden_layers * width
 
 
 def peak_memory_mib() -> float:

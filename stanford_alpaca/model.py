@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from stanford_alpaca.errors import UserError, first_line, quiet_hub
+from stanford_alpaca.errors import UserError, first_line, nearest, quiet_hub
 
 PAD_TOKEN, EOS_TOKEN = "[PAD]", "</s>"  # Alpaca's names for the tokens a tokenizer lacks
 
@@ -20,6 +23,8 @@ def check_model(path: str, cache_dir: str | None = None) -> None:
     beside = place.is_absolute() or (len(place.parts) > 1 and Path(place.parts[0]).exists())
     if not place.is_dir() and (beside or len(place.parts) > 2):  # a path that was meant to be local, no hub name
         raise UserError(f"{path}: cannot load a model from here (no such folder); give a Hugging Face folder or a hub name")
+    if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
+        raise UserError(f"{path}: an adapter, no whole model; load it with peft's PeftModel.from_pretrained(base, folder)")
     try:
         with quiet_hub():
             AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
@@ -27,8 +32,13 @@ def check_model(path: str, cache_dir: str | None = None) -> None:
         raise _cannot_load(path, error) from None
 
 
-def load_tokenizer(path: str, max_length: int | None = None, cache_dir: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right. Missing pad and end-of-sequence tokens are added, as Alpaca does."""
+def load_tokenizer(
+    path: str, max_length: int | None = None, cache_dir: str | None = None, *, may_grow: bool = True
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the right. Missing pad and end-of-sequence tokens are added, as Alpaca does.
+
+    With ``may_grow=False`` it gets no new token: the end-of-sequence token pads (padding is masked by length).
+    """
     options = {} if max_length is None else {"model_max_length": max_length}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -36,6 +46,8 @@ def load_tokenizer(path: str, max_length: int | None = None, cache_dir: str | No
         )
     except Exception as error:
         raise _cannot_load(path, error) from None
+    if not may_grow and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     missing = {}
     if tokenizer.eos_token is None:
         missing["eos_token"] = EOS_TOKEN
@@ -93,6 +105,26 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         if config.eos_token_id is None:
             config.eos_token_id = tokenizer.eos_token_id
     return added
+
+
+def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets: list[str] | None = None) -> PeftModel:
+    """The model with a float32 LoRA adapter that alone is trained; ``targets`` are names or endings of names of linear layers.
+
+    By default all linear layers but the output layer have one. Raises UserError for targets that cannot.
+    """
+    output = model.get_output_embeddings()
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not output]
+    endings = sorted({name.rpartition(".")[2] for name in linear})
+    for target in targets or []:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            raise UserError(
+                f"--lora_target_modules {target}: no linear layer that can have an adapter; "
+                f"choose from {', '.join(endings)}{nearest(target, endings)}"
+            )
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets or linear
+    )
+    return get_peft_model(model, config)
 
 
 def _cannot_load(path: str, error: Exception) -> UserError:

@@ -12,12 +12,12 @@ from stanford_alpaca import __version__
 from stanford_alpaca.arguments import MADE_WITH, Run
 from stanford_alpaca.data.sources import identify
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed")
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "peft")
 FILE = "run.yaml"
 HEADER = "# Repeat: python -m stanford_alpaca.train --config run.yaml --output_dir ANOTHER\n"
 CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags: [emo, sft]
 {front}---
@@ -88,6 +88,7 @@ def write_card(run: Run, metrics: dict[str, float]) -> None:
         "data": ", ".join(run.data.data_path),
         **({"cost": f"{run.objective.cost}, {run.objective.cost_kind}"} if run.objective.objective().needs_emo else {}),
         **({"teacher": f"{run.model.teacher}, top {run.model.teacher_top_k}"} if run.model.teacher else {}),
+        **({"LoRA": f"r {run.lora.lora_r}, alpha {run.lora.lora_alpha}"} if run.lora.lora else {}),
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
         "examples per step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
         "epochs": f"{metrics['epoch']:.4g}" if "epoch" in metrics else "-",
@@ -101,6 +102,7 @@ def write_card(run: Run, metrics: dict[str, float]) -> None:
     hub_name = None if Path(base).exists() else base
     title = output.resolve().name
     card = CARD.format(
+        library="peft" if run.lora.lora else "transformers",
         front=yaml.safe_dump({"base_model": hub_name}) if hub_name else "",
         title=title,
         base=f"[{base}](https://huggingface.co/{base})" if hub_name else f"`{Path(base).resolve().name}`",

@@ -14,16 +14,12 @@ import os
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
-from stanford_alpaca.arguments import DataArguments, ObjectiveArguments, Run, TrainingArguments, parse
-from stanford_alpaca.attach import attach_objective, routes
+from stanford_alpaca.arguments import DataArguments, Run, TrainingArguments, parse
 from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.checks import check
-from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.cost_sharding import shard_cost
-from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
-from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import check_columns
 from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.data.sources import ExampleStream, Loading, digest, load_source, mix, stream_sources
@@ -31,12 +27,9 @@ from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import leave_together, loading_whole, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
 from stanford_alpaca.generate import encode_prompts, read_prompts
-from stanford_alpaca.head import HeadForm
-from stanford_alpaca.isolation import find_isolation
-from stanford_alpaca.loading import allocate, share_from_rank_0, weights_come_from_rank_0
-from stanford_alpaca.model import empty_model, fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.model import load_tokenizer
+from stanford_alpaca.prepare import cache_costs, make_collator, make_model
 from stanford_alpaca.record import differences, made_with, write_card, write_run
-from stanford_alpaca.teacher import Teacher, same_vocabulary
 from stanford_alpaca.trainer import EmoTrainer
 from stanford_alpaca.turns import load_in_turn
 
@@ -80,136 +73,6 @@ def split(examples: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
     return parts["train"], parts["test"]
 
 
-def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:
-    """What ``attach_objective`` takes as its cost."""
-    if args.cost in ("frozen", "adaptive"):
-        return args.cost
-    if args.cost_kind == "identity":
-        raise UserError(f"--cost {args.cost} would not be used: --cost_kind identity needs no embedding")
-    try:
-        return CostEmbedding.from_file(args.cost, args.cost_kind)
-    except Exception as error:  # no such file, no safetensors, no embedding
-        raise UserError(
-            f"--cost {args.cost}: not frozen, not adaptive, and no embedding in a safetensors file ({error})"
-        ) from None
-
-
-def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
-    """The teacher that --teacher names. Raises UserError for one that does not fit."""
-    name, cache_dir = run.model.teacher, run.training.cache_dir
-    if name is None:
-        return None
-    if not same_vocabulary(load_tokenizer(name, cache_dir=cache_dir), tokenizer):
-        raise UserError(f"--teacher {name}: its tokenizer has other ids than that of {run.model.model_name_or_path}")
-    dtype = torch.bfloat16 if run.training.bf16 else torch.float32
-    model = load_model(name, cache_dir, dtype=dtype)
-    check_positions(model, "teacher", run.training.model_max_length)
-    try:
-        return Teacher(model, run.model.teacher_top_k)
-    except ValueError as error:
-        raise UserError(f"--teacher {name}: {error}") from None
-
-
-def check_positions(model: PreTrainedModel, name: str, max_length: int) -> None:
-    """Raises UserError if examples may have more tokens than the model has positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise UserError(f"--model_max_length {max_length} is more than the {name}'s {positions} positions")
-
-
-def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) -> PreTrainedModel:
-    """The model with the objective in it. Raises UserError for one that cannot be served.
-
-    Where the engine shards, rank 0 alone has its weights and costs, the others its architecture: one broadcast of the
-    configurations and of the form of its head.
-    """
-    if not weights_come_from_rank_0(run.training):
-        return build_model(run, tokenizer, with_cost)
-    models = []
-
-    def read() -> tuple:
-        models.append(build_model(run, tokenizer, with_cost))
-        return models[0].emo_objective.form, models[0].config, models[0].generation_config
-
-    if run.training.process_index == 0:
-        share_from_rank_0(read)
-        return models[0]
-    found: tuple = share_from_rank_0(None)
-    form, config, generation_config = found
-    model = build_model(run, tokenizer, with_cost, form)
-    model.config.update(config.to_dict())
-    model.generation_config = generation_config
-    allocate(model)  # DeepSpeed takes no meta tensors, and accelerate tells parameters apart by their addresses
-    return model
-
-
-def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, form: HeadForm | None = None) -> PreTrainedModel:
-    """The model with the objective in it; with a ``form``, on the meta device."""
-    model_args, objective_args, training = run.model, run.objective, run.training
-    objective, cost = objective_args.objective(), make_cost(objective_args)
-    load = load_model if form is None else empty_model
-    model = load(
-        model_args.model_name_or_path, training.cache_dir,
-        from_config=model_args.from_config, attn_implementation=model_args.attn_implementation,
-    )  # fmt: skip
-    check_positions(model, "model", training.model_max_length)
-    fit_vocabulary(model, tokenizer)
-    stops = stop_ids(tokenizer)
-    if len(stops) > 1:  # who generates from the folder stops at the end of a turn
-        model.generation_config.eos_token_id = stops
-    teacher = make_teacher(run, tokenizer)
-    try:
-        attach_objective(
-            model, objective, cost if with_cost or objective.needs_emo else None,
-            cost_kind=objective_args.cost_kind, backend=objective_args.loss_backend, teacher=teacher, form=form,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return model
-
-
-def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:
-    """Pads and masks, or with --packing and --padding_free neither. Raises UserError for a model that needs the mask.
-
-    Where rank 0 alone has the weights: one broadcast of a word.
-    """
-    packing, flat = run.data.packing, run.data.padding_free
-    if not packing and not flat:
-        return PadCollator(pad_id)
-
-    def probe() -> str:
-        means = find_isolation(model)
-        teacher = model.emo_objective.teacher
-        if teacher is not None:
-            find_isolation(teacher.model, "teacher", means)
-        return means
-
-    if weights_come_from_rank_0(run.training):  # the others have no weights to probe
-        means = share_from_rank_0(probe if run.training.process_index == 0 else None)
-    else:
-        means = probe()
-    if routes(model, {}) and not flat:
-        raise UserError("--packing: the router's loss of this model would count the padding of rows; add --padding_free")
-    return SegmentCollator(pad_id, flat, apart_by=means)
-
-
-def cache_costs(cost: CostEmbedding | None, run: Run, examples: Dataset | ExampleStream) -> None:
-    """Keeps rows of a frozen cost from step to step, within --cost_cache_mib."""
-    mib, training = run.objective.cost_cache_mib, run.training
-    if mib is None:
-        every_step = run.objective.objective().needs_emo and run.model.teacher is None  # else evaluation alone reads rows
-        mib = 2048 if every_step and torch.cuda.is_available() and (training.bf16 or training.fp16) else 0
-    if cost is None or cost.rows is None or not mib:
-        return
-    vocab_size, counts = len(cost.rows), None
-    if 2 * vocab_size**2 > mib * 2**20 and isinstance(examples, Dataset):  # not all rows: the most frequent targets'
-        counts = target_counts(examples, vocab_size)
-    try:
-        cost.cache(mib, counts)
-    except ValueError as error:
-        raise UserError(f"--cost_cache_mib: {error}") from None
-
-
 def train(argv: list[str]) -> None:
     """Runs one fine-tuning from its command line to the saved model."""
     run = parse(argv)
@@ -218,7 +81,7 @@ def train(argv: list[str]) -> None:
         say(line)
     check(run)
     prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
-    tokenizer = load_tokenizer(run.model.model_name_or_path, args.model_max_length, args.cache_dir)
+    tokenizer = load_tokenizer(run.model.model_name_or_path, args.model_max_length, args.cache_dir, may_grow=not run.lora.lora)
     train_examples, eval_examples = load_in_turn(
         lambda: load_data(run.data, args, tokenizer), lambda sets: " ".join(map(digest, sets)),
         args.process_index, args.local_process_index, args.world_size,
@@ -255,14 +118,19 @@ def train(argv: list[str]) -> None:
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = " rows" if run.data.packing else ""
     say(f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), global batch {per_step}{rows}")
-    metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    finish(run, trainer, trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics)
+
+
+def finish(run: Run, trainer: EmoTrainer, metrics: dict[str, float]) -> None:
+    """Saves what was trained, evaluates it, and leaves its metrics and a card beside it."""
+    args, model = run.training, trainer.model
     rate = trainer.supervised_tokens_per_s()
     metrics |= {"train_peak_memory_mib": peak_memory_mib()}
     metrics |= {} if rate is None else {"train_supervised_tokens_per_s": rate}
     model.config.use_cache = trainer.use_cache
     trainer.save_model()
     trainer.save_metrics("train", metrics)
-    if eval_examples is not None:
+    if trainer.eval_dataset is not None:
         evaluation = evaluation_of(trainer)
         trainer.save_metrics("eval", evaluation)
         metrics |= evaluation
@@ -271,7 +139,8 @@ def train(argv: list[str]) -> None:
         write_card(run, metrics)
     if args.push_to_hub:
         trainer.push_to_hub()
-    say(f"saved the {str(model.config.dtype).removeprefix('torch.')} model to {args.output_dir}")
+    saved = "adapter" if run.lora.lora else f"{str(model.config.dtype).removeprefix('torch.')} model"
+    say(f"saved the {saved} to {args.output_dir}")
 
 
 def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
@@ -206,15 +207,16 @@ class EmoTrainer(Trainer):
             self.model.config.use_cache = self.args.use_cache
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A plain Hugging Face folder in the masters' dtype, from every engine. It is pushed when it is complete, not here.
+        """A plain Hugging Face folder in the masters' dtype (LoRA: peft's) from every engine. Pushed when it is complete.
 
         A checkpoint whose shards will be saved to resume from has no weights beside them: ``export`` makes them.
         """
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             return super().save_model(output_dir, _internal_call=True)
         pushed = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
-        if not _internal_call or self.args.save_only_model or pushed:
-            return self._save(output_dir, full_state_dict(self.model, keep=self.args.should_save))
+        adapter = isinstance(self.model, PeftModel)  # small, so it is always whole
+        if not _internal_call or self.args.save_only_model or pushed or adapter:
+            return self._save(output_dir, full_state_dict(self.model, self.args.should_save, trained_only=adapter))
         if self.args.should_save:
             for part in (self.model.config, self.model.generation_config, self.processing_class):
                 part.save_pretrained(output_dir)
@@ -225,7 +227,8 @@ class EmoTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody here reads
-        if state_dict:  # ZeRO's model may be in bfloat16, the weights written are the masters
+        # ZeRO's model may be in bfloat16, the weights written are the masters; an adapter has no such configuration
+        if state_dict and not isinstance(self.model, PeftModel):
             self.model.config.dtype = next(iter(state_dict.values())).dtype
             self.model.config.save_pretrained(folder)
 

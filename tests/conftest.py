@@ -1,7 +1,9 @@
 """Small random models, costs and a naive float64 oracle that shares no code with the package."""
 
+import gc
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "test_the_commands_run" not in item.name)
 
 
+def pytest_collection_finish() -> None:
+    """All that was imported stays: the Trainer collects garbage after training, which took longer than the training."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
@@ -24,8 +36,10 @@ def root() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # left by transformers' arguments; the next Trainer here would want FSDP
 
 
 def exact_statistics(logits: torch.Tensor, targets: torch.Tensor, embedding: torch.Tensor):

@@ -1,5 +1,6 @@
 """Functions on several ranks: processes forked from one that has imported everything, so that each starts in no time."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -87,6 +88,7 @@ def _tails(outputs: list[Path]) -> str:
 
 
 def _rank(pipe, environment: dict[str, str], output: str, folder: str, function: Callable, args: tuple) -> None:
+    gc.freeze()  # what was imported stays: the Trainer collects garbage
     os.environ.update(environment)
     os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

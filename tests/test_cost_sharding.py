@@ -19,7 +19,9 @@ from tests.ranks import run_ranks
 
 
 def training(**changes):
-    return SimpleNamespace(**{"world_size": 4, "fsdp": True, "device": "cpu"} | changes)
+    return SimpleNamespace(
+        **{"world_size": 4, "fsdp": True, "device": "cpu", "fsdp_plugin_args": {"cpu_ram_efficient_loading": False}} | changes
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def test_what_cannot_be_had_is_refused(make_model, asked, cost, changes, family,
 
 def test_auto_shards_large_embeddings_where_the_engine_shards(make_model, monkeypatch):
     chosen = []
-    monkeypatch.setattr(cost_sharding, "ShardedCost", lambda cost, device: chosen.append(cost) or cost)
+    monkeypatch.setattr(cost_sharding, "ShardedCost", lambda cost, **_: chosen.append(cost) or cost)
     for limit, changes, want in [
         (1, {}, "shard"),
         (2**30, {}, "replicate"),

@@ -20,7 +20,7 @@ LAYERS = [
     {"plans"},
     {"trainer"},
     {"arguments", "callbacks"},
-    {"checks", "record"},
+    {"checks", "record", "prepare"},
     {"train", "launch", "preflight"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

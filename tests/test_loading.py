@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stanford_alpaca import train as training
+from stanford_alpaca import prepare as training
 from stanford_alpaca.arguments import parse
 from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.errors import UserError

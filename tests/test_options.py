@@ -19,8 +19,9 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.model import load_tokenizer
+from stanford_alpaca.prepare import cache_costs
 from stanford_alpaca.record import write_card
-from stanford_alpaca.train import cache_costs, evaluation_of, train
+from stanford_alpaca.train import evaluation_of, train
 from tests.helpers import evaluations, steps
 
 
@@ -231,8 +232,8 @@ def test_a_teacher_pulls_the_student_towards_itself(arguments, tmp_path, root):
     """The student is the base, the teacher a model tuned on other words: only through it can the student learn them."""
     records = json.loads((tmp_path / "train.json").read_text())
     (tmp_path / "odd.json").write_text(json.dumps([{**record, "output": "carpenter"} for record in records]))
-    train(arguments(data_path=tmp_path / "odd.json", mode="mle", max_steps=20, output_dir=tmp_path / "teacher"))
-    train(arguments(teacher=tmp_path / "teacher", teacher_top_k=20, mode="emo", max_steps=20))
+    train(arguments(data_path=tmp_path / "odd.json", mode="mle", max_steps=20, global_batch=8, output_dir=tmp_path / "teacher"))
+    train(arguments(teacher=tmp_path / "teacher", teacher_top_k=20, mode="emo", max_steps=20, global_batch=8))
     log = steps(tmp_path / "out")
     assert "target_prob" not in log[0] and log[-1]["nll"] < 0.7 * log[0]["nll"]
     from stanford_alpaca.generate import generate_batch
@@ -318,9 +319,13 @@ def test_sources_of_several_forms_are_trained_on_together(arguments, tmp_path):
     ],
     ids=lambda flags: flags[0][2:],
 )
-def test_options_that_must_not_change_the_steps(arguments, tmp_path, flags):
-    train(arguments(max_steps=2))
-    train(arguments(*flags, max_steps=2, output_dir=tmp_path / "other"))
+def test_options_that_must_not_change_the_steps(arguments, tmp_path, root, flags):
+    shallow = AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base", num_hidden_layers=1)
+    shallow.save_pretrained(tmp_path / "shallow")
+    AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(tmp_path / "shallow")
+    settings = {"model_name_or_path": tmp_path / "shallow", "max_steps": 2, "per_device_train_batch_size": 8}
+    train(arguments(**settings))
+    train(arguments(*flags, **settings, output_dir=tmp_path / "other"))
     for one, two in zip(steps(tmp_path / "out"), steps(tmp_path / "other"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)

@@ -1,7 +1,6 @@
 """The training command: what it writes, what it logs, what it refuses, and that two processes equal one."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +20,7 @@ from stanford_alpaca.evaluation.metrics import teacher_forced
 from stanford_alpaca.losses.formulas import MODES
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
+from tests.ranks import run_ranks
 
 
 def test_a_run_writes_a_plain_model_and_logs_what_it_says(arguments, tmp_path, root):
@@ -51,7 +52,7 @@ def test_a_run_writes_a_plain_model_and_logs_what_it_says(arguments, tmp_path, r
 
 def test_every_mode_raises_the_probability_of_the_targets(arguments, tmp_path):
     for mode in MODES:
-        train(arguments(mode=mode, output_dir=tmp_path / mode, max_steps=4, per_device_train_batch_size=20, global_batch=40))
+        train(arguments(mode=mode, output_dir=tmp_path / mode, max_steps=3, per_device_train_batch_size=8, global_batch=8))
         log = steps(tmp_path / mode)
         assert log[-1]["target_prob"] > log[0]["target_prob"] + 0.02, mode
         assert ("emo" in log[0]) == (mode in ("emo", "emo2", "emd", "mix"))
@@ -65,29 +66,25 @@ def test_accumulation_does_not_change_a_step(arguments, tmp_path):
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
 
 
-def two_processes(argv, root, cwd) -> str:
-    """Runs train.py as a file under torchrun, as its users do, and returns what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = str(root / "stanford_alpaca" / "train.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, script, *argv], cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
-def test_two_processes_equal_one_step_by_step(arguments, tmp_path, root, engine):
-    """Same global batch, 37 examples in steps of 16 and 11 to evaluate: both sets are filled up with masked rows."""
+def flags_of(engine) -> list[str]:
     if engine.startswith("zero") and shutil.which("g++") is None:
         pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
+    return ["--engine", engine]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])  # all: tests/exactness
+def test_two_processes_equal_one_step_by_step(arguments, tmp_path, engine):
+    """Same global batch, 37 examples in steps of 16 and 11 to evaluate: both sets are filled up with masked rows."""
+    flags = flags_of(engine)
     data = tmp_path / "37.json"
     data.write_text(json.dumps(json.loads((tmp_path / "train.json").read_text())[:37]))
     settings = {"data_path": data, "eval_path": tmp_path / "held.json", "max_steps": 5}
     train(arguments(output_dir=tmp_path / "one", **settings))
     (tmp_path / "prompts.txt").write_text("What is another word for big?\n")  # fewer than ranks
     sampling = {"sample_prompts": tmp_path / "prompts.txt", "sample_steps": 2, "sample_max_new_tokens": 5}
-    argv = arguments(engine=engine, output_dir=tmp_path / "two", **settings, **sampling)  # which changes nothing
-    assert "2 process(es), global batch 16" in two_processes(argv, root, tmp_path)
+    argv = arguments(*flags, output_dir=tmp_path / "two", **settings, **sampling)  # which changes nothing
+    run_ranks(2, train, argv)
+    assert yaml.safe_load((tmp_path / "two" / "run.yaml").read_text())["made_with"]["processes"] == 2
     samples = [json.loads(line) for line in (tmp_path / "two" / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [2, 4, 5]
     assert len(steps(tmp_path / "one")) == 5
@@ -107,9 +104,7 @@ def test_two_processes_equal_one_step_by_step(arguments, tmp_path, root, engine)
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 def test_in_bf16_with_a_tied_head_it_resumes_and_saves_float32_plainly(arguments, tmp_path, root, engine):
-    if engine == "zero3" and shutil.which("g++") is None:
-        pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
-    flags = ["--fsdp"] if engine == "fsdp" else ["--deepspeed", str(root / "ds_configs" / "zero3.json")]
+    flags = flags_of(engine)
     config = AutoConfig.for_model(
         "gpt2", vocab_size=2048, n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     )
@@ -122,7 +117,7 @@ def test_in_bf16_with_a_tied_head_it_resumes_and_saves_float32_plainly(arguments
         "save_steps": 2,
         "bf16": True,
     }
-    two_processes(arguments(*flags, **settings), root, tmp_path)
+    run_ranks(2, train, arguments(*flags, **settings))
     whole = steps(tmp_path / "out")
     for entry in whole:  # the loss is not rounded to bfloat16 on its way out of the model
         assert entry["loss"] == pytest.approx(entry["nll"], rel=1e-5)
@@ -137,7 +132,7 @@ def test_in_bf16_with_a_tied_head_it_resumes_and_saves_float32_plainly(arguments
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert exported.keys() == weights.keys() and all(torch.equal(exported[name], weights[name]) for name in weights)
     resume = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2", "output_dir": tmp_path / "again"}
-    two_processes(arguments(*flags, **settings | resume), root, tmp_path)
+    run_ranks(2, train, arguments(*flags, **settings | resume))
     again = steps(tmp_path / "again")
     assert [entry["step"] for entry in again] == [1, 2, 3, 4]
     for one, two in zip(whole, again, strict=True):

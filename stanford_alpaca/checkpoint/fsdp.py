@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -94,6 +95,8 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 def load_model(model: nn.Module, checkpoint: Path) -> None:
     """Loads the weights into a model that is sharded or whole, on all ranks; collectives of torch's own."""
+    if isinstance(model, PeftModel):  # accelerate writes the adapter alone, by peft's names; these tensors are the model's own
+        return _read({"model": get_peft_model_state_dict(model)}, checkpoint / MODEL)
     state = {"model": get_model_state_dict(model, options=OFFLOADED)}
     _read(state, checkpoint / MODEL)
     set_model_state_dict(model, state["model"], options=OFFLOADED)

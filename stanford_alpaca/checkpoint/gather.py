@@ -6,8 +6,10 @@ from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def full_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module, keep: bool, trained_only: bool = False) -> dict[str, Tensor]:
     """The whole weights of a model that FSDP2 or ZeRO shards, on the CPU of the ranks with ``keep``; empty on the others.
+
+    ``trained_only`` leaves out what is frozen.
 
     They have the masters' dtype, also where ZeRO computes in bfloat16. Every rank has to call it: one all-gather (under
     ZeRO-2 an all-reduce) per parameter, so no device ever holds more than one whole parameter extra.
@@ -18,6 +20,8 @@ def full_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     gathered: dict[object, Tensor | None] = {}  # tied weights stay one tensor, so that they are written once
     for name, value in values.items():
         parameter = parameters.get(name)
+        if trained_only and not (parameter is not None and parameter.requires_grad):
+            continue
         key = name if parameter is None else id(parameter)
         if key not in gathered:
             gathered[key] = _on_cpu(value, parameter, keep)

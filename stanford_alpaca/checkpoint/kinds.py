@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from stanford_alpaca.checkpoint import fsdp, zero
 from stanford_alpaca.errors import UserError
@@ -12,7 +12,7 @@ EXPORT = "python -m stanford_alpaca.checkpoint export {} OUT makes a model of it
 
 
 def kind_of(checkpoint: Path) -> str:
-    """What a checkpoint's weights are: plain Hugging Face (one process, DDP), the shards of FSDP2, or those of ZeRO.
+    """What a checkpoint's weights are: plain Hugging Face or peft (one process, DDP), the shards of FSDP2, or those of ZeRO.
 
     Raises:
         UserError: no checkpoint.
@@ -21,7 +21,7 @@ def kind_of(checkpoint: Path) -> str:
         return FSDP
     if (checkpoint / "latest").is_file():
         return ZERO
-    if any((checkpoint / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+    if any((checkpoint / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)):
         return PLAIN
     raise UserError(f"{checkpoint}: no weights of a checkpoint; give a folder checkpoint-N of a run")
 

@@ -49,7 +49,7 @@ def linear_loss(
         raise ValueError("a sharded output layer has no unreduced loss: use reduction mean or sum")
     if isinstance(targets, SoftTargets):
         raise ValueError("a sharded output layer takes no soft targets: gather it, or leave the teacher out")
-    weight, bias, group = _local(head)
+    weight, bias, group = _local(head, hidden.device)
     if cost is not None and cost.rows is not None and not isinstance(cost, ShardedCost):
         raise ValueError("a sharded output layer needs a ShardedCost")
     ranks, vocab_size = dist.get_world_size(group), head.weight.shape[0]
@@ -76,13 +76,13 @@ def linear_loss(
     return loss + (total - total.detach()), stats  # this rank's value with the gradient of all
 
 
-def _local(head: Head) -> tuple[Tensor, Tensor | None, dist.ProcessGroup]:
-    """This rank's rows of the weight and the bias, differentiable, and the group that shares them."""
+def _local(head: Head, device: torch.device) -> tuple[Tensor, Tensor | None, dist.ProcessGroup]:
+    """This rank's rows of the weight and the bias, on the device if they were offloaded, and the group that shares them."""
     weight = head.weight
     if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
         raise ValueError(f"wanted an output layer sharded by vocabulary over one group of ranks, not {type(weight).__name__}")
-    bias = None if head.bias is None else head.bias.to_local()  # type: ignore[attr-defined]
-    return weight.to_local(), bias, weight.device_mesh.get_group()
+    bias = None if head.bias is None else head.bias.to_local().to(device)  # type: ignore[attr-defined]
+    return weight.to_local().to(device), bias, weight.device_mesh.get_group()
 
 
 class _Tokens:

@@ -1,0 +1,153 @@
+"""What a run's flags make: the model with its objective, its costs and teacher, the collator."""
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stanford_alpaca.arguments import ObjectiveArguments, Run
+from stanford_alpaca.attach import attach_objective, routes
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
+from stanford_alpaca.data.chat import stop_ids
+from stanford_alpaca.data.sources import ExampleStream
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.head import HeadForm
+from stanford_alpaca.isolation import find_isolation
+from stanford_alpaca.loading import allocate, share_from_rank_0, weights_come_from_rank_0
+from stanford_alpaca.model import add_lora, empty_model, fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.teacher import Teacher, same_vocabulary
+
+
+def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:
+    """What ``attach_objective`` takes as its cost."""
+    if args.cost in ("frozen", "adaptive"):
+        return args.cost
+    if args.cost_kind == "identity":
+        raise UserError(f"--cost {args.cost} would not be used: --cost_kind identity needs no embedding")
+    try:
+        return CostEmbedding.from_file(args.cost, args.cost_kind)
+    except Exception as error:  # no such file, no safetensors, no embedding
+        raise UserError(
+            f"--cost {args.cost}: not frozen, not adaptive, and no embedding in a safetensors file ({error})"
+        ) from None
+
+
+def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
+    """The teacher that --teacher names. Raises UserError for one that does not fit."""
+    name, cache_dir = run.model.teacher, run.training.cache_dir
+    if name is None:
+        return None
+    if not same_vocabulary(load_tokenizer(name, cache_dir=cache_dir), tokenizer):
+        raise UserError(f"--teacher {name}: its tokenizer has other ids than that of {run.model.model_name_or_path}")
+    dtype = torch.bfloat16 if run.training.bf16 else torch.float32
+    model = load_model(name, cache_dir, dtype=dtype)
+    check_positions(model, "teacher", run.training.model_max_length)
+    try:
+        return Teacher(model, run.model.teacher_top_k)
+    except ValueError as error:
+        raise UserError(f"--teacher {name}: {error}") from None
+
+
+def check_positions(model: PreTrainedModel, name: str, max_length: int) -> None:
+    """Raises UserError if examples may have more tokens than the model has positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise UserError(f"--model_max_length {max_length} is more than the {name}'s {positions} positions")
+
+
+def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) -> PreTrainedModel:
+    """The model with the objective in it. Raises UserError for one that cannot be served.
+
+    Where the engine shards, rank 0 alone has its weights and costs, the others its architecture: one broadcast of the
+    configurations and of the form of its head.
+    """
+    if not weights_come_from_rank_0(run.training):
+        return build_model(run, tokenizer, with_cost)
+    models = []
+
+    def read() -> tuple:
+        models.append(build_model(run, tokenizer, with_cost))
+        return models[0].emo_objective.form, models[0].config, models[0].generation_config
+
+    if run.training.process_index == 0:
+        share_from_rank_0(read)
+        return models[0]
+    found: tuple = share_from_rank_0(None)
+    form, config, generation_config = found
+    model = build_model(run, tokenizer, with_cost, form)
+    model.config.update(config.to_dict())
+    model.generation_config = generation_config
+    allocate(model)  # DeepSpeed takes no meta tensors, and accelerate tells parameters apart by their addresses
+    return model
+
+
+def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, form: HeadForm | None = None) -> PreTrainedModel:
+    """The model with the objective in it; with a ``form``, on the meta device."""
+    model_args, objective_args, training = run.model, run.objective, run.training
+    objective, cost = objective_args.objective(), make_cost(objective_args)
+    load = load_model if form is None else empty_model
+    model = load(
+        model_args.model_name_or_path, training.cache_dir,
+        from_config=model_args.from_config, attn_implementation=model_args.attn_implementation,
+    )  # fmt: skip
+    check_positions(model, "model", training.model_max_length)
+    added = fit_vocabulary(model, tokenizer)
+    if added and run.lora.lora:
+        raise UserError(f"--lora trains no embedding, and {added} of the tokenizer's tokens have none: train them without it")
+    stops = stop_ids(tokenizer)
+    if len(stops) > 1:  # who generates from the folder stops at the end of a turn
+        model.generation_config.eos_token_id = stops
+    teacher = make_teacher(run, tokenizer)
+    try:
+        attach_objective(
+            model, objective, cost if with_cost or objective.needs_emo else None,
+            cost_kind=objective_args.cost_kind, backend=objective_args.loss_backend, teacher=teacher, form=form,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if run.lora.lora:
+        lora = run.lora
+        model = add_lora(model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
+    return model
+
+
+def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:
+    """Pads and masks, or with --packing and --padding_free neither. Raises UserError for a model that needs the mask.
+
+    Where rank 0 alone has the weights: one broadcast of a word.
+    """
+    packing, flat = run.data.packing, run.data.padding_free
+    if not packing and not flat:
+        return PadCollator(pad_id)
+
+    def probe() -> str:
+        means = find_isolation(model)
+        teacher = model.emo_objective.teacher
+        if teacher is not None:
+            find_isolation(teacher.model, "teacher", means)
+        return means
+
+    if weights_come_from_rank_0(run.training):  # the others have no weights to probe
+        means = share_from_rank_0(probe if run.training.process_index == 0 else None)
+    else:
+        means = probe()
+    if routes(model, {}) and not flat:
+        raise UserError("--packing: the router's loss of this model would count the padding of rows; add --padding_free")
+    return SegmentCollator(pad_id, flat, apart_by=means)
+
+
+def cache_costs(cost: CostEmbedding | None, run: Run, examples: Dataset | ExampleStream) -> None:
+    """Keeps rows of a frozen cost from step to step, within --cost_cache_mib."""
+    mib, training = run.objective.cost_cache_mib, run.training
+    if mib is None:
+        every_step = run.objective.objective().needs_emo and run.model.teacher is None  # else evaluation alone reads rows
+        mib = 2048 if every_step and torch.cuda.is_available() and (training.bf16 or training.fp16) else 0
+    if cost is None or cost.rows is None or not mib:
+        return
+    vocab_size, counts = len(cost.rows), None
+    if 2 * vocab_size**2 > mib * 2**20 and isinstance(examples, Dataset):  # not all rows: the most frequent targets'
+        counts = target_counts(examples, vocab_size)
+    try:
+        cost.cache(mib, counts)
+    except ValueError as error:
+        raise UserError(f"--cost_cache_mib: {error}") from None

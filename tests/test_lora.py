@@ -1,0 +1,160 @@
+"""LoRA: what is trained, what is written, and that it is what peft loads, from every engine."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stanford_alpaca.attach import attach_objective
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.tokenize import tokenize_records
+from stanford_alpaca.engines import training_flops
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.model import add_lora, check_model, load_tokenizer
+from stanford_alpaca.train import train
+from tests.helpers import evaluations, steps
+from tests.ranks import run_ranks
+
+LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_plain_adapter(folder: Path, base: Path, held: Path) -> None:
+    """The folder holds an adapter and nothing of the base, and its nll on the evaluation data is the one that was logged."""
+    assert not (folder / "model.safetensors").exists() and not (folder / "config.json").exists()
+    assert not list(folder.glob("*.bin"))
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    adapter = adapter_of(folder)
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    assert {name.split(".")[-3] for name in adapter} == LAYERS and all("lora_" in name for name in adapter)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    examples, _ = tokenize_records(load_records(str(held), str(folder.parent / "cache")), tokenizer, 512)
+    nll, tokens = 0.0, 0
+    for example in examples:
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
+        count = (labels[:, 1:] != -100).sum()
+        nll, tokens = nll + model(input_ids=ids, labels=labels).loss.item() * count, tokens + count
+    assert nll / tokens == pytest.approx(evaluations(folder)[-1]["eval_nll"], rel=1e-5)
+
+
+def test_one_process_trains_the_adapter_alone_and_writes_what_peft_loads(arguments, tmp_path, root):
+    base = root / "data" / "tiny-base"
+    settings = {"lora_r": 4, "learning_rate": 0.01, "eval_path": tmp_path / "held.json"}
+    (tmp_path / "prompts.txt").write_text("Name a bird.\n")
+    train(arguments("--lora", sample_prompts=tmp_path / "prompts.txt", sample_max_new_tokens=3, **settings))
+    out = tmp_path / "out"
+    assert_plain_adapter(out, base, tmp_path / "held.json")
+    assert {min(tensor.shape) for tensor in adapter_of(out).values()} == {4}
+    assert steps(out)[-1]["nll"] < steps(out)[0]["nll"] - 0.1
+    written = yaml.safe_load((out / "run.yaml").read_text())
+    assert (written["lora"], written["lora_r"], written["lora_alpha"]) == (True, 4, 16)
+    card = (out / "README.md").read_text()
+    assert "library_name: peft" in card and "| LoRA | r 4, alpha 16 |" in card
+    with pytest.raises(UserError, match="an adapter, no whole model"):
+        check_model(str(out))
+
+
+def test_the_objective_inside_peft_is_that_of_the_merged_model(make_model):
+    """Also: what is frozen gets no gradient, the guard against another forward still watches, and detaching works."""
+    for family in ("llama", "gpt2"):
+        model = make_model(family)
+        handle = attach_objective(model, "emo")
+        adapted = add_lora(model, r=3, alpha=6, dropout=0.0)
+        for name, parameter in adapted.named_parameters():
+            assert parameter.requires_grad == ("lora_" in name)
+            if "lora_B" in name:  # 0 at first
+                torch.nn.init.normal_(parameter, std=0.3)
+        assert not hasattr(model.get_output_embeddings(), "lora_A")
+        ids = torch.randint(3, 97, (2, 9))
+        loss = adapted(input_ids=ids, labels=ids, num_items_in_batch=7).loss
+        loss.backward()
+        assert all((p.grad is not None and p.grad.norm() > 0) == p.requires_grad for p in adapted.parameters())
+        assert adapted.emo_objective is handle
+        assert training_flops(adapted)[0] == pytest.approx(4 / 6 * training_flops(make_model(family))[0], rel=0.3)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="not that of attach_objective"):
+            patch.setattr(model, "forward", lambda **inputs: None)
+            adapted(input_ids=ids, labels=ids)
+        frozen = make_model(family)  # its costs are those before the adapter
+        cost = handle.cost
+        handle.detach()
+        merged = adapted.merge_and_unload()
+        attach_objective(merged, "emo", cost)
+        torch.testing.assert_close(merged(input_ids=ids, labels=ids, num_items_in_batch=7).loss, loss, rtol=1e-5, atol=1e-6)
+        assert abs(loss - frozen(input_ids=ids, labels=ids).loss * 16 / 7) > 1e-3
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
+def test_two_processes_train_and_write_the_same_adapter(arguments, tmp_path, root, engine):
+    if engine.startswith("zero") and shutil.which("g++") is None:
+        pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
+    settings = {"learning_rate": 0.01, "eval_path": tmp_path / "held.json", "max_steps": 4}
+    train(arguments("--lora", output_dir=tmp_path / "one", **settings))
+    saves = {"save_strategy": "steps", "save_steps": 2} if engine == "fsdp" else {}
+    run_ranks(2, train, arguments("--lora", engine=engine, output_dir=tmp_path / "two", **settings | saves))
+    for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+    assert_plain_adapter(tmp_path / "two", root / "data" / "tiny-base", tmp_path / "held.json")
+    want = adapter_of(tmp_path / "one")
+    assert adapter_of(tmp_path / "two").keys() == want.keys()
+    for name, tensor in adapter_of(tmp_path / "two").items():
+        torch.testing.assert_close(tensor, want[name], rtol=1e-3, atol=1e-4)
+    if not saves:
+        return
+    resume = {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-2", "output_dir": tmp_path / "again"}
+    run_ranks(2, train, arguments("--lora", engine=engine, **settings | resume))
+    for two, again in zip(steps(tmp_path / "two"), steps(tmp_path / "again"), strict=True):
+        assert two["loss"] == pytest.approx(again["loss"], abs=1e-5)
+
+
+def test_one_process_resumes(arguments, tmp_path):
+    settings = {"max_steps": 4, "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 2}
+    train(arguments("--lora", **settings))
+    resume = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2", "output_dir": tmp_path / "again"}
+    train(arguments("--lora", **settings | resume))
+    one, two = adapter_of(tmp_path / "out"), adapter_of(tmp_path / "again")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_no_token_is_added_for_an_adapter(arguments, tmp_path, root):
+    base = root / "data" / "tiny-base"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "bare")
+    assert load_tokenizer(str(tmp_path / "bare"), may_grow=False).pad_token == tokenizer.eos_token
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "bare")
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="--lora trains no embedding, and 2 of the tokenizer's tokens have none"):
+        train(arguments("--lora", model_name_or_path=tmp_path / "bare"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        ({"lora_r": 0}, ["--lora"], "--lora_r 0: give 1 or more"),
+        ({"lora_alpha": -1}, ["--lora"], "--lora_alpha -1"),
+        ({"lora_dropout": 1}, ["--lora"], "--lora_dropout 1"),
+        ({"lora_dropout": "nan"}, ["--lora"], "--lora_dropout nan"),
+        ({"lora_target_modules": "q_proj"}, [], "--lora_target_modules needs --lora"),
+        ({"lora_target_modules": "q_prj"}, ["--lora"], "no linear layer .* did you mean q_proj"),
+        ({"lora_target_modules": "lm_head"}, ["--lora"], "lm_head: no linear layer that can have an adapter"),
+        ({"lora_target_modules": "embed_tokens"}, ["--lora"], "embed_tokens: no linear layer"),
+        ({"mode": "mle"}, ["--lora", "--from_config"], "--lora and --from_config exclude each other"),
+    ],
+    ids=str,
+)
+def test_nonsense_is_one_line_and_nothing_is_written(arguments, tmp_path, changes, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        train(arguments(*flags, **changes))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
