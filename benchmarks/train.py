@@ -38,7 +38,7 @@ ENGINES = (  # contender, engine, cost sharding: on several processes
 def run(
     data: str = str(SHIPPED),
     records: int = 2048,
-    steps: int = 9,
+    steps: int = 7,
     rounds: int = 3,
     batch: int = 8,
     max_length: int = 512,
@@ -55,7 +55,8 @@ def run(
 
     Args:
         data: a file of Alpaca records, of which those that fit in max_length tokens count, at most as many as --records.
-        steps: of the optimizer, the first of which is not measured; a third of them with packing, whose steps see more.
+        steps: of the optimizer, the first of which is not measured; with packing, whose steps see more, a third of them but
+            at least 3.
         rounds: contenders take turns; medians count. batch: rows a step.
         layers, hidden, vocab: of a random LLaMA in float32. only: contenders, with commas.
         device: cpu or cuda; threads: on a CPU. results: the folder.
@@ -170,7 +171,7 @@ def runs(name: str, environment: str) -> bool:
 
 def job_of(job: Job, name: str) -> Job:
     packed = (TRL | OURS)[name].get("packing", False)
-    return replace(job, contender=name, steps=max(2, job.steps // 3) if packed else job.steps)
+    return replace(job, contender=name, steps=max(min(3, job.steps), job.steps // 3) if packed else job.steps)
 
 
 def start_workers(stack: ExitStack, device: str) -> dict[str, Any]:
