@@ -43,6 +43,7 @@ def check(run: Run) -> None:
     check_optimizer(training)
     check_training(training, has_eval=data.eval_path is not None or data.eval_fraction is not None)
     check_objective(model, run.objective)
+    check_cost_sharding(run)
     check_lora(model, run.lora)
     check_model(model.model_name_or_path, training.cache_dir)
     if model.teacher is not None:
@@ -120,8 +121,6 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
             raise UserError(f"--cost_cache_mib {objective.cost_cache_mib}: give 0 (none) or more")
         if objective.cost_cache_mib and (objective.cost == "adaptive" or objective.cost_kind == "identity"):
             raise UserError("--cost_cache_mib: only a cosine cost that is not adaptive has rows to keep")
-    if objective.cost_sharding in ("shard", "vocab_parallel") and objective.cost_cache_mib:
-        raise UserError(f"--cost_cache_mib: --cost_sharding {objective.cost_sharding} keeps no rows; drop one of them")
     if objective.loss_backend == "triton" and not torch.cuda.is_available():
         raise UserError("--loss_backend triton needs an NVIDIA GPU: choose chunked")
     if model.teacher is not None and needs.needs_p:
@@ -145,6 +144,25 @@ def check_lora(model: ModelArguments, lora: LoraArguments) -> None:
             raise UserError(f"--{name} {getattr(lora, name)}: give 1 or more")
     if not 0 <= lora.lora_dropout < 1:
         raise UserError(f"--lora_dropout {lora.lora_dropout}: give a number from 0 on and below 1")
+
+
+def check_cost_sharding(run: Run) -> None:
+    """What --cost_sharding shard and vocab_parallel need; what depends on the model is checked when it is there."""
+    asked, objective, training = run.objective.cost_sharding, run.objective, run.training
+    if asked in ("auto", "replicate"):
+        return
+    if training.world_size == 1:
+        raise UserError(f"--cost_sharding {asked} needs at least 2 processes: launch with torchrun, or drop the flag")
+    if objective.cost_cache_mib:
+        raise UserError(f"--cost_cache_mib: --cost_sharding {asked} keeps no rows; drop one of them")
+    if asked == "vocab_parallel" and not training.fsdp:
+        raise UserError(
+            "--cost_sharding vocab_parallel needs --engine fsdp: other engines do not shard by vocabulary; use shard"
+        )
+    if asked == "vocab_parallel" and run.model.teacher is not None:
+        raise UserError("--cost_sharding vocab_parallel and --teacher exclude each other; use shard")
+    if asked == "shard" and (objective.cost == "adaptive" or objective.cost_kind == "identity"):
+        raise UserError("--cost_sharding shard: only a cosine cost that is not adaptive has rows to shard")
 
 
 def check_hub(training: TrainingArguments) -> None:

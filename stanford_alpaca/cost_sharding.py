@@ -44,8 +44,6 @@ def shard_cost(model: PreTrainedModel, asked: str, training) -> str:
         if one_has_it and embedding is not None:
             emo.cost = broadcast_cost(embedding, training.device)
         return asked
-    if training.world_size == 1:
-        raise UserError(f"--cost_sharding {asked} needs at least 2 processes: launch with torchrun, or drop the flag")
     if asked == "shard" and embedding is None:
         raise UserError("--cost_sharding shard: there is no frozen cosine cost to shard here; drop the flag")
     if asked == "vocab_parallel":
@@ -57,15 +55,9 @@ def shard_cost(model: PreTrainedModel, asked: str, training) -> str:
 
 def _separate_output_layer(model: PreTrainedModel, training) -> None:
     """Makes the output layer a VocabParallelLinear, with the same parameters under the same names."""
-    if not training.fsdp:
-        raise UserError(
-            "--cost_sharding vocab_parallel needs --engine fsdp: other engines do not shard by vocabulary; use shard"
-        )
     layer = model.get_output_embeddings()
     if layer.weight is model.get_input_embeddings().weight:
         raise UserError("--cost_sharding vocab_parallel needs an output layer of its own, and this model's is tied; use shard")
-    if model.emo_objective.teacher is not None:
-        raise UserError("--cost_sharding vocab_parallel and --teacher exclude each other; use shard")
     if layer.weight.shape[0] <= -(-layer.weight.shape[0] // training.world_size) * (training.world_size - 1):
         raise UserError(f"--cost_sharding vocab_parallel: {training.world_size} processes are too many for this vocabulary")
     separate = VocabParallelLinear(1, 1, bias=layer.bias is not None, device="meta")

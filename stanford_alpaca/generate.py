@@ -270,7 +270,7 @@ def run(
         raise UserError("--alpaca_eval holds one response per prompt: give one checkpoint, and no --num_samples")
     records = [] if interactive else read_prompts(prompts, instruction, input, pairs)
     for name in names:
-        check_model(name)
+        check_model(name, or_adapter=True)
     if interactive:
         return chat(*load_for_generation(names[0]), sampling, prompt_template, seed)
 

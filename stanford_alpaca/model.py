@@ -3,6 +3,7 @@
 Code that a model's repository brings along is never run.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -17,14 +18,17 @@ from stanford_alpaca.errors import UserError, first_line, nearest, quiet_hub
 PAD_TOKEN, EOS_TOKEN = "[PAD]", "</s>"  # Alpaca's names for the tokens a tokenizer lacks
 
 
-def check_model(path: str, cache_dir: str | None = None) -> None:
-    """Raises UserError if there is no causal LM to load, before anything larger is read."""
+def check_model(path: str, cache_dir: str | None = None, *, or_adapter: bool = False) -> None:
+    """Raises UserError if there is no causal LM to load, or no adapter of one, before anything larger is read."""
     place = Path(path).expanduser()
     beside = place.is_absolute() or (len(place.parts) > 1 and Path(place.parts[0]).exists())
     if not place.is_dir() and (beside or len(place.parts) > 2):  # a path that was meant to be local, no hub name
         raise UserError(f"{path}: cannot load a model from here (no such folder); give a Hugging Face folder or a hub name")
     if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
-        raise UserError(f"{path}: an adapter, no whole model; load it with peft's PeftModel.from_pretrained(base, folder)")
+        if not or_adapter:
+            raise UserError(f"{path}: an adapter, no whole model; load it with peft's PeftModel.from_pretrained(base, folder)")
+        path = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
+        return check_model(path, cache_dir)
     try:
         with quiet_hub():
             AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
@@ -60,7 +64,7 @@ def load_tokenizer(
 def load_model(
     path: str, cache_dir: str | None = None, dtype: torch.dtype = torch.float32, *, from_config: bool = False, **options
 ) -> PreTrainedModel:
-    """The causal LM in ``dtype``: float32 masters by default, whatever the checkpoint holds.
+    """The causal LM in ``dtype``: float32 masters by default, whatever the checkpoint holds. From an adapter, its base with it.
 
     ``from_config`` reads the configuration alone and gives the model random weights.
     """

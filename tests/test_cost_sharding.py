@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from stanford_alpaca import cost_sharding
+from stanford_alpaca.arguments import parse
 from stanford_alpaca.attach import attach_objective
+from stanford_alpaca.checks import check_cost_sharding
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.errors import UserError
@@ -27,9 +29,7 @@ def training(**changes):
 @pytest.mark.parametrize(
     ("asked", "cost", "changes", "family", "message"),
     [
-        ("shard", "frozen", {"world_size": 1}, "llama", "shard needs at least 2 processes"),
         ("shard", "adaptive", {}, "llama", "no frozen cosine cost"),
-        ("vocab_parallel", "frozen", {"fsdp": False}, "llama", "needs --engine fsdp"),
         ("vocab_parallel", "frozen", {}, "gpt2", "this model's is tied"),
         ("vocab_parallel", "frozen", {"world_size": 60}, "llama", "60 processes are too many"),
     ],
@@ -39,6 +39,23 @@ def test_what_cannot_be_had_is_refused(make_model, asked, cost, changes, family,
     attach_objective(model, "emo", cost)
     with pytest.raises(UserError, match=message):
         shard_cost(model, asked, training(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        ({"cost_sharding": "shard"}, 1, "shard needs at least 2 processes"),
+        ({"cost_sharding": "shard", "cost_cache_mib": 5}, 2, "keeps no rows"),
+        ({"cost_sharding": "shard", "cost": "adaptive"}, 2, "has rows to shard"),
+        ({"cost_sharding": "vocab_parallel"}, 2, "needs --engine fsdp"),
+        ({"cost_sharding": "vocab_parallel", "engine": "fsdp", "teacher": "x"}, 2, "--teacher exclude each other"),
+    ],
+)
+def test_flags_that_exclude_each_other_are_refused_before_anything_is_loaded(arguments, monkeypatch, changes, ranks, message):
+    run = parse(arguments(**changes))
+    monkeypatch.setattr(type(run.training), "world_size", ranks)
+    with pytest.raises(UserError, match=message):
+        check_cost_sharding(run)
 
 
 def test_auto_shards_large_embeddings_where_the_engine_shards(make_model, monkeypatch):

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stanford_alpaca.attach import attach_objective
+from stanford_alpaca.checkpoint.export import export
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.engines import training_flops
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.model import add_lora, check_model, load_tokenizer
+from stanford_alpaca.model import add_lora, check_model, load_model, load_tokenizer
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
 from tests.ranks import run_ranks
@@ -62,6 +63,10 @@ def test_one_process_trains_the_adapter_alone_and_writes_what_peft_loads(argumen
     assert "library_name: peft" in card and "| LoRA | r 4, alpha 16 |" in card
     with pytest.raises(UserError, match="an adapter, no whole model"):
         check_model(str(out))
+    check_model(str(out), or_adapter=True)
+    ids = torch.arange(20)[None]
+    want = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)(ids).logits
+    torch.testing.assert_close(load_model(str(out)).eval()(ids).logits, want)  # what generate and metrics load
 
 
 def test_the_objective_inside_peft_is_that_of_the_merged_model(make_model):
@@ -111,6 +116,10 @@ def test_two_processes_train_and_write_the_same_adapter(arguments, tmp_path, roo
         torch.testing.assert_close(tensor, want[name], rtol=1e-3, atol=1e-4)
     if not saves:
         return
+    export(tmp_path / "two" / "checkpoint-4", tmp_path / "exported")
+    assert all(
+        torch.equal(tensor, adapter_of(tmp_path / "exported")[name]) for name, tensor in adapter_of(tmp_path / "two").items()
+    )
     resume = {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-2", "output_dir": tmp_path / "again"}
     run_ranks(2, train, arguments("--lora", engine=engine, **settings | resume))
     for two, again in zip(steps(tmp_path / "two"), steps(tmp_path / "again"), strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from stanford_alpaca.checkpoint import fsdp, zero
 from stanford_alpaca.checkpoint.kinds import FSDP, ZERO, kind_of
@@ -24,7 +24,8 @@ def export(checkpoint: Path, out: Path) -> str:
         UserError: no checkpoint, shards that are missing, or weights that are not those of its configuration.
     """
     kind = kind_of(checkpoint)
-    weights = _fit(SHARDED[kind](checkpoint), checkpoint) if kind in SHARDED else None
+    whole = (checkpoint / ADAPTER_SAFE_WEIGHTS_NAME).is_file()  # an adapter stands whole beside any engine's shards
+    weights = _fit(SHARDED[kind](checkpoint), checkpoint) if kind in SHARDED and not whole else None
     part = out.with_name(f"{out.name}.part")
     if part.exists():
         raise UserError(f"{part}: left by an export that did not end, or another writes there; remove it")

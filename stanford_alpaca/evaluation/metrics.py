@@ -122,7 +122,7 @@ def run(
         check_writable("out", file)
     names = list(dict.fromkeys(words))
     for name in [*names, cost or names[0]]:
-        check_model(str(name))
+        check_model(str(name), or_adapter=True)
 
     check_columns([str(data)], pairs)
     records = load_records(str(data), columns=pairs)
