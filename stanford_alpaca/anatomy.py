@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from stanford_alpaca.engines import training_flops
+from stanford_alpaca.engines import EXPERTS, training_flops
 from stanford_alpaca.errors import UserError, first_line
 
 OUTSIDE, INPUT = -1, -2  # of the decoder layers
@@ -86,7 +86,9 @@ def describe(config: Any, length: int, precision: str) -> Anatomy:
         layer_flops = flops[0] - 6.0 * (parameters.norm + (parameters.head or parameters.embedding))
         return Anatomy(parameters, flops, layer_flops, count_activations(config, length, precision))
     except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-        raise UserError(f"this model cannot be estimated from its configuration ({first_line(error)})") from None
+        experts = next((name for name in EXPERTS if getattr(config, name, None)), None)
+        reason = f"it has experts, {experts}" if experts else first_line(error)
+        raise UserError(f"a {config.model_type} model cannot be estimated from its configuration ({reason})") from None
 
 
 def read_config(path: str, cache_dir: str | None = None) -> Any:

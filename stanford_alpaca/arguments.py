@@ -150,6 +150,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.fsdp:
             config = given["fsdp_config"]
             config = read_fsdp_config(config) if isinstance(config, str) else dict(config or {})
+            if str(config.get("version", config.get("fsdp_version", 2))) != "2":
+                raise UserError("--fsdp_config version: only FSDP2 is served here; leave it out")
             if str(config.get("cpu_offload")).lower() == "true" and not self.use_cpu:
                 self.ddp_backend = "cuda:nccl,cpu:gloo"  # gradients are clipped where they lie
             if given["activation_checkpointing"] and not self.activation_checkpointing_kwargs:  # see engines.activate_fsdp

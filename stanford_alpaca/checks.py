@@ -231,6 +231,9 @@ def check_batches(training: TrainingArguments) -> None:
         raise UserError(
             f"--engine none is one process, and there are {training.world_size}: choose ddp, fsdp, zero1, zero2, zero3"
         )
+    differences = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", [])
+    if differences:  # the Trainer would say so when files have been written
+        raise UserError(f"--deepspeed contradicts the flags: {'; '.join(line.strip(' -') for line in differences)}")
     if training.n_gpu > 1:
         raise UserError(f"one process sees {training.n_gpu} GPUs: launch with torchrun, or set CUDA_VISIBLE_DEVICES to one")
     if training.global_batch is not None:

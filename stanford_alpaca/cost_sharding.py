@@ -10,10 +10,13 @@ also when a run resumes.
 | vocab_parallel | 1 / R of them, and of the output layer | in token_stats/vocab_parallel.py; the head is never gathered |
 """
 
+from dataclasses import replace
+
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from stanford_alpaca.attach import routes
 from stanford_alpaca.cost import ShardedCost, broadcast_cost
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.loading import weights_come_from_rank_0
@@ -60,6 +63,10 @@ def _separate_output_layer(model: PreTrainedModel, training) -> None:
         raise UserError("--cost_sharding vocab_parallel needs an output layer of its own, and this model's is tied; use shard")
     if layer.weight.shape[0] <= -(-layer.weight.shape[0] // training.world_size) * (training.world_size - 1):
         raise UserError(f"--cost_sharding vocab_parallel: {training.world_size} processes are too many for this vocabulary")
+    if routes(model, {}):
+        raise UserError(
+            "--cost_sharding vocab_parallel: the router's loss of this model is computed with its output layer; use shard"
+        )
     separate = VocabParallelLinear(1, 1, bias=layer.bias is not None, device="meta")
     separate.in_features, separate.out_features = layer.in_features, layer.out_features
     separate.weight, separate.bias = layer.weight, layer.bias
@@ -75,7 +82,13 @@ def wrap_separately(model: PreTrainedModel, plugin) -> None:
 
 
 def check_separate(model: PreTrainedModel) -> None:
-    """Raises UserError if the output layer was to stay sharded and is not."""
+    """Raises UserError if the output layer was to stay sharded and is not. Before the first step of a wrapped model."""
     layer = model.get_output_embeddings()
-    if isinstance(layer, VocabParallelLinear) and not isinstance(layer, FSDPModule):
+    if not isinstance(layer, VocabParallelLinear):
+        return
+    if not isinstance(layer, FSDPModule):
         raise UserError("--cost_sharding vocab_parallel was asked for, but FSDP did not take the output layer as a unit")
+    for group in layer._get_fsdp_state()._fsdp_param_groups:  # its gradients come reduced, past FSDP, which would look for
+        group.mp_policy = replace(group.mp_policy, reduce_dtype=None)  # unsharded ones to sum up in that precision
+        for parameter in group.fsdp_params:
+            parameter.mp_policy = replace(parameter.mp_policy, reduce_dtype=None)

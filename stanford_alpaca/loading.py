@@ -1,13 +1,19 @@
 """One rank reads the weights, the engine sends the others theirs: no host holds the model once for every GPU."""
 
+import pickle
+import sys
+import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import DistError, PrefixStore
+from torch.distributed.distributed_c10d import _get_default_store
 
 from stanford_alpaca.errors import UserError
 
+POLL = 0.1  # seconds between looks for what rank 0 has
 T = TypeVar("T")
 
 
@@ -21,22 +27,37 @@ def weights_come_from_rank_0(args) -> bool:
     return shards and args.world_size > 1
 
 
-def share_from_rank_0(make: Callable[[], T] | None) -> T:
-    """What ``make`` returns on rank 0, on all ranks; the others give None. One broadcast of a pickled object.
+def share_from_rank_0(what: str, make: Callable[[], T] | None) -> T:
+    """What ``make`` returns on rank 0, on all ranks; the others give None. Through the process group's store, no collective:
+    reading a large model takes longer than a collective may. ``what`` is a name of its own for each call.
 
     Raises:
         UserError: on all ranks what ``make`` raised.
     """
-    outcome: list[Any] = [None, None]
-    if make is not None:
+    store = PrefixStore(f"share {what}", _get_default_store())
+    if make is None:
         try:
-            outcome[0] = make()
-        except UserError as error:
-            outcome[1] = str(error)
-    torch.distributed.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+            while not store.check(["outcome"]):
+                time.sleep(POLL)
+            value, error = pickle.loads(store.get("outcome"))
+        except DistError:  # rank 0, which holds the store, has ended and said why
+            sys.exit(2)
+    else:
+        value, error = None, None
+        try:
+            value = make()
+        except UserError as refused:
+            error = str(refused)
+        store.set("outcome", pickle.dumps((value, error)))  # type: ignore[arg-type]
+    if error is not None:
+        raise UserError(error)
+    return value
+
+
+def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds beside parameters, such as what a router has learned about its experts."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
 def allocate(model: nn.Module) -> None:

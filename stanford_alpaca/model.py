@@ -83,7 +83,7 @@ def empty_model(
     """What ``load_model`` returns, with parameters on the meta device: for ranks that get the weights from another one."""
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):  # no checkpoint holds what a buffer computes
+        with init_empty_weights(include_buffers=False):  # most buffers are computed, not stored
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
         model.tie_weights()
         return model

@@ -13,7 +13,7 @@ from stanford_alpaca.data.sources import ExampleStream
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.head import HeadForm
 from stanford_alpaca.isolation import find_isolation
-from stanford_alpaca.loading import allocate, share_from_rank_0, weights_come_from_rank_0
+from stanford_alpaca.loading import allocate, share_from_rank_0, stored_buffers, weights_come_from_rank_0
 from stanford_alpaca.model import add_lora, empty_model, fit_vocabulary, load_model, load_tokenizer
 from stanford_alpaca.teacher import Teacher, same_vocabulary
 
@@ -58,25 +58,28 @@ def check_positions(model: PreTrainedModel, name: str, max_length: int) -> None:
 def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) -> PreTrainedModel:
     """The model with the objective in it. Raises UserError for one that cannot be served.
 
-    Where the engine shards, rank 0 alone has its weights and costs, the others its architecture: one broadcast of the
-    configurations and of the form of its head.
+    Where the engine shards, rank 0 alone has its weights and costs. The others have its architecture, and get from rank 0 the
+    form of its head, how it generates, and its stored buffers.
     """
-    if not weights_come_from_rank_0(run.training):
+    training, name = run.training, run.model.model_name_or_path
+    if training.fsdp and weights_come_from_rank_0(training) and stored_buffers(empty_model(name, training.cache_dir)):
+        training.fsdp_plugin_args["cpu_ram_efficient_loading"] = False  # accelerate sends parameters only: all read
+    if not weights_come_from_rank_0(training):
         return build_model(run, tokenizer, with_cost)
     models = []
 
     def read() -> tuple:
         models.append(build_model(run, tokenizer, with_cost))
-        return models[0].emo_objective.form, models[0].config, models[0].generation_config
+        return models[0].emo_objective.form, models[0].generation_config, stored_buffers(models[0])
 
-    if run.training.process_index == 0:
-        share_from_rank_0(read)
+    if training.process_index == 0:
+        share_from_rank_0("model", read)
         return models[0]
-    found: tuple = share_from_rank_0(None)
-    form, config, generation_config = found
+    found: tuple = share_from_rank_0("model", None)
+    form, generation_config, buffers = found
     model = build_model(run, tokenizer, with_cost, form)
-    model.config.update(config.to_dict())
     model.generation_config = generation_config
+    model.load_state_dict(buffers, strict=False)
     allocate(model)  # DeepSpeed takes no meta tensors, and accelerate tells parameters apart by their addresses
     return model
 
@@ -114,7 +117,7 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
 def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:
     """Pads and masks, or with --packing and --padding_free neither. Raises UserError for a model that needs the mask.
 
-    Where rank 0 alone has the weights: one broadcast of a word.
+    Where rank 0 alone has the weights, it tells the others.
     """
     packing, flat = run.data.packing, run.data.padding_free
     if not packing and not flat:
@@ -128,7 +131,7 @@ def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:
         return means
 
     if weights_come_from_rank_0(run.training):  # the others have no weights to probe
-        means = share_from_rank_0(probe if run.training.process_index == 0 else None)
+        means = share_from_rank_0("isolation", probe if run.training.process_index == 0 else None)
     else:
         means = probe()
     if routes(model, {}) and not flat:

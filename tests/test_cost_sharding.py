@@ -31,6 +31,7 @@ def training(**changes):
     [
         ("shard", "adaptive", {}, "llama", "no frozen cosine cost"),
         ("vocab_parallel", "frozen", {}, "gpt2", "this model's is tied"),
+        ("vocab_parallel", "frozen", {}, "mixtral-routed", "the router's loss of this model"),
         ("vocab_parallel", "frozen", {"world_size": 60}, "llama", "60 processes are too many"),
     ],
 )
@@ -116,6 +117,16 @@ def test_a_resumed_vocab_parallel_run_has_the_costs_of_the_base(arguments, tmp_p
     assert saved.keys() == load_file(root / "data" / "tiny-base" / "model.safetensors").keys()
     for name, tensor in load_file(tmp_path / "one" / "model.safetensors").items():
         torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sharded_output_layer_in_bf16_takes_several_micro_batches(arguments, tmp_path):
+    """FSDP sums other gradients in float32, and here has none to sum."""
+    settings = {"bf16": True, "per_device_train_batch_size": 4, "engine": "fsdp"}
+    for how in ("replicate", "vocab_parallel"):
+        run_ranks(2, train, arguments(output_dir=tmp_path / how, cost_sharding=how, **settings))
+    for one, two in zip(steps(tmp_path / "replicate"), steps(tmp_path / "vocab_parallel"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=0.02)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=0.05)
 
 
 def test_other_objectives_with_a_sharded_output_layer(arguments, tmp_path):

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stanford_alpaca import prepare as training
 from stanford_alpaca.arguments import parse
 from stanford_alpaca.cost_sharding import shard_cost
+from stanford_alpaca.engines import loading_whole
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.loading import allocate
+from stanford_alpaca.loading import allocate, stored_buffers, weights_come_from_rank_0
 from stanford_alpaca.model import empty_model, load_tokenizer
 from tests.ranks import run_ranks
 
@@ -33,6 +35,30 @@ def test_one_rank_reads_and_the_others_get_what_it_found(arguments):
     assert read and not read_too and before == "cpu" and before_too == "meta"
     assert torch.equal(rows, rows_too) and devices == {"cpu"} and found == found_too
     assert [result[0] for result in run_ranks(2, made, arguments())] == [True, True]  # DDP holds it on all ranks anyway
+
+
+def learned(argv: list[str]):
+    """The stored buffers of the model that this rank trains, and whether one rank reads for all."""
+    run = parse(argv)
+    with loading_whole(run.training):
+        model = training.make_model(run, load_tokenizer(run.model.model_name_or_path, 512), with_cost=True)
+    return stored_buffers(model), weights_come_from_rank_0(run.training)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_what_a_checkpoint_holds_beside_parameters_reaches_all_ranks(arguments, tmp_path, root, engine):
+    shape = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8}
+    heads |= {"qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2}
+    config = AutoConfig.for_model("deepseek_v3", vocab_size=2048, first_k_dense_replace=1, topk_group=1, **shape, **heads)
+    model = AutoModelForCausalLM.from_config(config)
+    ((name, buffer),) = stored_buffers(model).items()
+    buffer.copy_(torch.linspace(-1, 1, 4))
+    model.save_pretrained(tmp_path / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / file).write_bytes((root / "data" / "tiny-base" / file).read_bytes())
+    for buffers, by_one in run_ranks(2, learned, arguments(engine=engine, model_name_or_path=tmp_path / "model")):
+        assert torch.equal(buffers[name], torch.linspace(-1, 1, 4)) and by_one == (engine == "zero3")
 
 
 def refused(argv: list[str]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
@@ -43,6 +44,8 @@ def export(checkpoint: Path, out: Path) -> str:
             model.save_pretrained(part, state_dict=state)
         line = _check(part)
         part.replace(out)  # onto an empty folder, or none
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written ({first_line(error)})") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return f"{out}: {line}"

@@ -33,6 +33,7 @@ class ShardedCost:
         if not from_rank_0:
             self.rows = cost.rows[own].to(device, copy=True)  # [V / R, D]
             return
+        self.rows = cost.rows.new_empty(0, cost.rows.shape[1], device=device)  # the last ranks may have none
         rank = torch.distributed.get_rank(group)
         for owner, part in enumerate(cost.rows.split(self.per_rank)):
             part = _from_rank_0(part, device, group)

@@ -60,10 +60,9 @@ def linear_loss(
     everyone = tokens.gather(hidden)
     goals = tokens.gather(targets)
     weights = None if token_weights is None else tokens.gather(token_weights)
-    if weight.requires_grad and torch.is_grad_enabled():
-        weight.register_hook(lambda grad: grad / ranks)
-        if bias is not None:
-            bias.register_hook(lambda grad: grad / ranks)
+    for part in (weight, bias):
+        if part is not None and part.requires_grad:
+            part.register_hook(lambda grad: grad / ranks)
     total, stats = chunked.linear_loss(
         everyone, Head(weight, bias, head.softcap, head.logit_scale), goals, cost, objective, "sum", weights,
         kernels=_Kernels(kernels, columns * dist.get_rank(group), group), columns=columns,

@@ -143,10 +143,11 @@ def test_what_it_cannot_do_is_refused():
             assert want in message
 
 
-def gathered(rows: torch.Tensor):
+def gathered(rows: torch.Tensor, from_rank_0: bool = False):
     """The rows that this rank keeps, those that it gathers, and what came in."""
     start_gloo()
-    cost = ShardedCost(CostEmbedding(rows))
+    own = rows if dist.get_rank() == 0 or not from_rank_0 else rows.to("meta")
+    cost = ShardedCost(CostEmbedding(own), from_rank_0=from_rank_0)
     with Traffic() as traffic:
         whole = cost.gather()
     return cost.rows, whole.rows, whole.directed, dict(traffic.calls), traffic.total
@@ -160,3 +161,10 @@ def test_a_sharded_cost_gathers_what_it_was():
         assert torch.equal(kept, want.rows[8 * rank : 8 * rank + 8])  # ceil(23 / 3)
         assert torch.equal(whole, want.rows) and torch.equal(directed, want.directed)
         assert calls == {"all-gather": 1} and received == 24 * 4 * 4 * 2 // 3
+
+
+def test_the_last_ranks_may_have_no_rows():
+    rows = torch.randn(5, 4)
+    want = CostEmbedding(rows).rows
+    for rank, (kept, whole, *_) in enumerate(run_ranks(4, gathered, rows, True)):  # 2, 2, 1 and 0
+        assert torch.equal(kept, want[2 * rank : 2 * rank + 2]) and torch.equal(whole, want)
