@@ -84,13 +84,14 @@ def write_run(run: Run, now: dict[str, Any]) -> None:
 def write_card(run: Run, metrics: dict[str, float]) -> None:
     """Writes the model card, README.md, with what was trained on what, how, and what evaluation said."""
     training, output = run.training, Path(run.training.output_dir)
+    per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     rows = {
         "data": ", ".join(run.data.data_path),
         **({"cost": f"{run.objective.cost}, {run.objective.cost_kind}"} if run.objective.objective().needs_emo else {}),
         **({"teacher": f"{run.model.teacher}, top {run.model.teacher_top_k}"} if run.model.teacher else {}),
         **({"LoRA": f"r {run.lora.lora_r}, alpha {run.lora.lora_alpha}"} if run.lora.lora else {}),
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
-        "examples per step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        "rows per step" if run.data.packing else "examples per step": per_step,
         "epochs": f"{metrics['epoch']:.4g}" if "epoch" in metrics else "-",
         **{
             name.replace("_", " "): f"{value:.4g}"
