@@ -7,7 +7,8 @@
 # One task per node: a torchrun that starts a process per GPU (without --gpus-per-node: NPROC, or 1). Two minutes before the time is up,
 # and on scancel --batch --signal TERM, SIGTERM goes on to every torchrun, and from there to its processes.
 set -euo pipefail
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HEAD=${HOSTS%%$'\n'*}
 cd "${SLURM_SUBMIT_DIR:?submit it from the repository with sbatch}"
 srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-${NPROC:-1}}" \
