@@ -4,6 +4,7 @@ Code that a model's repository brings along is never run.
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -128,6 +129,7 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets or linear
     )
+    warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks by the old name
     return get_peft_model(model, config)
 
 
