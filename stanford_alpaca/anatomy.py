@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from stanford_alpaca import engines
 from stanford_alpaca.engines import EXPERTS, training_flops
 from stanford_alpaca.errors import UserError, first_line
 
@@ -97,12 +98,9 @@ def read_config(path: str, cache_dir: str | None = None) -> Any:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that FSDP makes units of. Raises ValueError if the model names none."""
-    names = set(model._no_split_modules or [])
-    layers = [module for module in model.base_model.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} names no decoder layers")
-    return layers
+    """The modules that FSDP makes units of. Raises UserError for a model without layers."""
+    names = engines.decoder_layers(model)
+    return [module for module in model.base_model.modules() if type(module).__name__ in names]
 
 
 def count_parameters(model: PreTrainedModel) -> Parameters:

@@ -77,8 +77,7 @@ def _separate_output_layer(model: PreTrainedModel, training) -> None:
 def wrap_separately(model: PreTrainedModel, plugin) -> None:
     """Tells accelerate's FSDP2 plugin to make the VocabParallelLinear a unit, beside the decoder layers."""
     if isinstance(model.get_output_embeddings(), VocabParallelLinear):
-        layers = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules or [])
-        plugin.transformer_cls_names_to_wrap = [*layers, VocabParallelLinear.__name__]
+        plugin.transformer_cls_names_to_wrap = [*plugin.transformer_cls_names_to_wrap, VocabParallelLinear.__name__]
 
 
 def check_separate(model: PreTrainedModel) -> None:

@@ -1,12 +1,9 @@
 """Where a run computes: engines by name, FSDP2 also on CPU, devices, memory."""
 
 import atexit
-import contextlib
 import os
 import resource
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +17,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from stanford_alpaca.cost_sharding import check_separate, wrap_separately
 from stanford_alpaca.errors import UserError
 
 ENGINES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # the wheel installs it beside the package, too
-
-
-@contextlib.contextmanager
-def loading_whole(args) -> Iterator[None]:
-    """Within it a model is loaded whole on every rank, as FSDP does it too.
-
-    Under ZeRO-3 transformers would load shards, and resizing, the probe of the output layer and the frozen cost would see
-    empty weights. DeepSpeed shards the model when the Trainer hands it over.
-    """
-    config = getattr(args, "hf_deepspeed_config", None)
-    if config is not None:  # DeepSpeed calls collectives by their old names, and torch says so every time
-        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            set_hf_deepspeed_config(config)
 
 
 def engine_flags(engine: str | None, fsdp: Any, deepspeed: Any) -> tuple[Any, Any]:

@@ -1,20 +1,41 @@
 """One rank reads the weights, the engine sends the others theirs: no host holds the model once for every GPU."""
 
+import contextlib
 import pickle
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import DistError, PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from stanford_alpaca.errors import UserError
 
 POLL = 0.1  # seconds between looks for what rank 0 has
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def loading_whole(args) -> Iterator[None]:
+    """Within it a rank that loads a model loads it whole, under ZeRO-3 too.
+
+    There transformers would load shards, and resizing, the probe of the output layer and the frozen cost would see empty
+    weights. DeepSpeed shards the model when the Trainer hands it over.
+    """
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is not None:  # DeepSpeed calls collectives by their old names, and torch says so every time
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            set_hf_deepspeed_config(config)
 
 
 def weights_come_from_rank_0(args) -> bool:

@@ -24,9 +24,10 @@ from stanford_alpaca.data.formats import check_columns
 from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.data.sources import ExampleStream, Loading, digest, load_source, mix, stream_sources
 from stanford_alpaca.data.tokenize import PromptEncoder
-from stanford_alpaca.engines import leave_together, loading_whole, peak_memory_mib
+from stanford_alpaca.engines import leave_together, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
 from stanford_alpaca.generate import encode_prompts, read_prompts
+from stanford_alpaca.loading import loading_whole
 from stanford_alpaca.model import load_tokenizer
 from stanford_alpaca.prepare import cache_costs, make_collator, make_model
 from stanford_alpaca.record import differences, made_with, write_card, write_run

@@ -3,7 +3,9 @@
 import pytest
 
 from stanford_alpaca.anatomy import Activations, Anatomy, Line, Parameters
+from stanford_alpaca.engines import ENGINES as NAMES
 from stanford_alpaca.estimate import (
+    ENGINES,
     Setup,
     compute_flops,
     host_memory,
@@ -134,3 +136,7 @@ def test_flops_and_precision():
     assert compute_flops(ANATOMY, again, 8) == pytest.approx(6 * (120 * 8 + 2 * 64 * 4 / 3))
     names = [precision_of(engine, True) for engine in ("none", "ddp", "fsdp", "zero3")]
     assert names == ["autocast", "autocast", "bfloat16", "bfloat16"] and precision_of("fsdp", False) == "float32"
+
+
+def test_what_can_be_trained_with_can_be_estimated():
+    assert tuple(ENGINES) == NAMES
