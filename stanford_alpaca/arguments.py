@@ -92,6 +92,11 @@ class ObjectiveArguments:
     loss_backend: str = choice("auto", *BACKENDS, default="auto", help="How the loss is computed.")
 
     @property
+    def where_costs_live(self) -> str:
+        """--cost_sharding, where auto leaves an embedding whole whose rows are asked to be kept."""
+        return "replicate" if self.cost_sharding == "auto" and self.cost_cache_mib else self.cost_sharding
+
+    @property
     def asks_the_model(self) -> bool:
         """Whether the costs come from the model's own output layer as it is before training."""
         return self.cost == "frozen" and self.cost_kind != "identity"

@@ -95,7 +95,7 @@ def train(argv: list[str]) -> None:
     prices = not (run.model.from_config and run.objective.asks_the_model)
     with loading_whole(args):
         model = make_model(run, tokenizer, with_cost=eval_examples is not None and prices)
-    if shard_cost(model, run.objective.cost_sharding, args) == "replicate":
+    if shard_cost(model, run.objective.where_costs_live, args) == "replicate":
         cache_costs(model.emo_objective.cost, run, train_examples)
     encode_prompts(model, PromptEncoder(tokenizer, run.data.prompt_template), prompts, args.sample_max_new_tokens)  # all fit?
     collator = make_collator(run, model, tokenizer.pad_token_id)

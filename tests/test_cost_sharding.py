@@ -59,6 +59,12 @@ def test_flags_that_exclude_each_other_are_refused_before_anything_is_loaded(arg
         check_cost_sharding(run)
 
 
+def test_auto_keeps_an_embedding_whole_whose_rows_are_to_be_kept(arguments):
+    assert parse(arguments(cost_cache_mib=5)).objective.where_costs_live == "replicate"
+    assert parse(arguments()).objective.where_costs_live == "auto"
+    assert parse(arguments(cost_sharding="shard")).objective.where_costs_live == "shard"
+
+
 def test_auto_shards_large_embeddings_where_the_engine_shards(make_model, monkeypatch):
     chosen = []
     monkeypatch.setattr(cost_sharding, "ShardedCost", lambda cost, **_: chosen.append(cost) or cost)
