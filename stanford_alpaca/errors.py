@@ -15,17 +15,32 @@ from typing import Any
 class UserError(ValueError):
     """Something the user can mend. The message is one line: what came, what was wanted, what to do."""
 
+    status = 2  # with which the command ends
+
+
+class ResumeError(UserError):
+    """What was saved is damaged, or was saved by another run than this one would be."""
+
+    status = 3
+
+
+class Stopped(UserError):
+    """A signal asked the run to stop, and it has. Run again, it goes on."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h
+
 
 def exit_on_user_error(command: Callable[[], Any]) -> None:
-    """Runs a command; a UserError becomes one line on standard error (from one rank) and exit status 2."""
+    """Runs a command; a UserError becomes one line on standard error (from one rank) and its exit status."""
     try:
         command()
     except UserError as error:
         if not is_main_process():  # the first rank to end takes the others down: let the first one speak, if it has this error
             time.sleep(5)
         message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]  # a DataLoader's worker sends a traceback
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        prefix = "" if isinstance(error, Stopped) else "error: "
+        print(f"{prefix}{' '.join(message.split())}", file=sys.stderr, flush=True)
+        sys.exit(error.status)
 
 
 def is_main_process() -> bool:
