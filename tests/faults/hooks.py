@@ -1,4 +1,4 @@
-"""What goes wrong inside a rank: at a point of the run, the how-manieth time it comes there. Nothing in the package knows of it."""
+"""What goes wrong inside a rank, and where: the package has no switches for it."""
 
 import errno
 import itertools
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 POINTS = ("load", "fetch", "step", "save", "evaluation", "disk")
+FAILS = ("EIO", "ENOSPC", "EROFS")  # from then on, always
 REMOVES = ("os.remove", "os.rmdir")
 
 
@@ -24,8 +25,8 @@ class Fault:
     Args:
         do: ``kill``, ``term``, a name of ``errno``, ``wait`` (until a file ``go`` is beside the output folder), or ``count``:
             nothing, but what the rank does on the disk is listed in a file beside the output folder.
-        where: ``load`` the data, ``fetch`` a batch, ``step`` (of a micro-batch), ``save`` (a checkpoint's start), ``evaluation``
-            (of a batch), or ``disk``: open for writing, write, fsync, rename or remove something in the output folder.
+        where: ``load`` the data, ``fetch`` a batch, ``step`` (of a micro-batch), ``save`` (a checkpoint's start),
+            ``evaluation`` (of a batch), or ``disk``: open for writing, write, fsync, rename or remove in the output folder.
         once: not again in a run that is started again.
     """
 
@@ -54,8 +55,8 @@ class Hooks:
             self.log.flush()
         if fault is None or point != fault.where or (fault.ranks is not None and self.rank not in fault.ranks):
             return
-        if fault.do in ("EIO", "ENOSPC"):
-            if count >= fault.at:  # a full disk stays full
+        if fault.do in FAILS:
+            if count >= fault.at:
                 number = getattr(errno, fault.do)
                 raise broken() if broken is not None else OSError(number, os.strerror(number), what)
         elif count == fault.at and not self.acted:
@@ -99,7 +100,7 @@ class Hooks:
             self.watch_disk()
 
     def watch_disk(self) -> None:
-        """Counts what reaches the disk: at Python's audit events, at fsync, and before and amid what torch and safetensors write."""
+        """Points at Python's audit events, at fsync, and before and amid what torch and safetensors write."""
         import safetensors.torch
         import torch
         from safetensors import SafetensorError

@@ -13,17 +13,15 @@ from tests.faults.harness import (
     FSDP_LORA,
     LORA,
     PLAIN,
-    ROOT,
     SETTINGS,
     Case,
-    Fault,
     Setting,
-    World,
     case,
     check,
     exact,
 )
-from tests.faults.hooks import beside
+from tests.faults.hooks import Fault, beside
+from tests.faults.world import ROOT, World
 
 KILLED, STOPPED = -9, 75
 
@@ -95,7 +93,11 @@ def kill_one(rng: Random) -> list[Case]:
     """One of two or three ranks; some of them under the launcher, which starts them again."""
 
     def killed(world: World, out: Path, setting: Setting, where: str, at: int, rank: int) -> None:
-        changes = {"eval_path": world.folder / "held.json", "eval_strategy": "steps", "eval_steps": 2} if where == "evaluation" else {}
+        changes = (
+            {"eval_path": world.folder / "held.json", "eval_strategy": "steps", "eval_steps": 2}
+            if where == "evaluation"
+            else {}
+        )
         usual = world.reference(setting, **changes)
         ended = world.run(setting, out, Fault("kill", where, at, (rank,)), **changes)
         check(ended.statuses[rank] == KILLED, f"rank {rank} was not killed: {ended.statuses}\n{ended.text[-2000:]}")
@@ -139,7 +141,11 @@ def sigterm(rng: Random) -> list[Case]:
     """A scheduler's signal, to all ranks or to one."""
 
     def stopped(world: World, out: Path, setting: Setting, where: str, at: int, ranks: tuple[int, ...] | None) -> None:
-        changes = {"eval_path": world.folder / "held.json", "eval_strategy": "steps", "eval_steps": 2} if where == "evaluation" else {}
+        changes = (
+            {"eval_path": world.folder / "held.json", "eval_strategy": "steps", "eval_steps": 2}
+            if where == "evaluation"
+            else {}
+        )
         usual = world.reference(setting, **changes)
         ended = world.run(setting, out, Fault("term", where, at, ranks), **changes)
         check(set(ended.statuses) == {STOPPED}, f"statuses {ended.statuses}\n{ended.text[-2000:]}")
