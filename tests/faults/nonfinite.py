@@ -134,9 +134,8 @@ def masked_rows(rng: Random) -> list[Case]:
             if whole and one["step"] == STEP:
                 check(one["loss"] == 0 and one["grad_norm"] == 0, f"a batch without targets: {one}")
                 continue
-            close = (
-                abs(one["loss"] - two["loss"]) <= LOSS
-            )
+            close = abs(one["loss"] - two["loss"]) <= LOSS
+            close = close and abs(one["grad_norm"] - two["grad_norm"]) <= NORM * two["grad_norm"]
             check(close, f"step {one['step']}: {one['loss']}, {one['grad_norm']}; without: {two['loss']}, {two['grad_norm']}")
         check(len({one["loss"] for one, _ in pairs}) == len(pairs), "nothing was learned")
 

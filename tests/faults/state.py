@@ -27,7 +27,7 @@ def values(folder: Path) -> dict[str, str]:
             found[f"{name}:{key}"] = value
     for part in (fsdp.MODEL, fsdp.OPTIMIZER):
         if (folder / part).is_dir():
-            found |= {f"{part}:{key}": value for key, value in _walk(_read_shards(folder / part))}
+            found |= {f"{part}:{key}": value for key, value in _walk(read_shards(folder / part))}
     return found
 
 
@@ -54,7 +54,7 @@ def _read(file: Path) -> Any:
     return file.read_bytes()
 
 
-def _read_shards(folder: Path) -> dict[str, Any]:
+def read_shards(folder: Path) -> dict[str, Any]:
     metadata = fsdp.Reader(folder).read_metadata()
     state: dict[str, Any] = {}
     for key, entry in metadata.state_dict_metadata.items():

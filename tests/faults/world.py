@@ -24,6 +24,13 @@ LIMIT = 200.0  # seconds that a run may take: a guard against hanging, no measur
 STEPS, SAVE_STEPS, GLOBAL_BATCH = 6, 2, 8
 LOCK = threading.RLock()  # processes are started and reaped by one thread at a time
 
+BASES: dict[str, dict] = {  # models by name; sure: the same on any number of processes
+    "base": {"attention_dropout": 0.1},
+    "other-base": {"attention_dropout": 0.1},
+    "wide-base": {"attention_dropout": 0.1, "vocab_size": 2080},
+    "sure": {},
+}
+
 
 def command(argv: list[str], out: str, fault: Fault | None, more: Callable[[Hooks], None] | None) -> None:
     """One rank: the training command, with the exit status that it ends with."""
@@ -71,16 +78,13 @@ class World:
 
         logging.disable_progress_bar()
         shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        shape |= {"vocab_size": 2048, "max_position_embeddings": 256, "attention_dropout": 0.1, "initializer_range": 0.1}
+        shape |= {"vocab_size": 2048, "max_position_embeddings": 256, "initializer_range": 0.1, "tie_word_embeddings": False}
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny-base")
-        for seed, name in enumerate(("base", "other-base")):
+        for seed, (name, changes) in enumerate(BASES.items()):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", tie_word_embeddings=False, **shape))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape | changes))
             model.save_pretrained(self.folder / name)
             tokenizer.save_pretrained(self.folder / name)
-        model.config.attention_dropout = 0.0
-        model.save_pretrained(self.folder / "sure")
-        tokenizer.save_pretrained(self.folder / "sure")
         records = json.loads((ROOT / "data" / "instructions" / "train.json").read_text())
         (self.folder / "train.json").write_text(json.dumps(records[:44]))  # the last global batch has fillers
         (self.folder / "held.json").write_text(json.dumps(records[44:53]))
