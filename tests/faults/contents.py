@@ -86,19 +86,14 @@ def look_after(checkpoint: Path, out: Path) -> None:
     from stanford_alpaca import generate
     from stanford_alpaca.checkpoint import __main__ as command
 
-    for number, argv in enumerate(
-        (["verify", checkpoint], ["list", checkpoint.parent], ["export", checkpoint, out / "exported"])
-    ):
-        ends(command.main, argv, number)
-    ends(generate.main, ["--model_name_or_path", checkpoint, "--prompt", "Name a bird.", "--max_new_tokens", 2], 3)
-
-
-def ends(main: Callable[[], None], argv: list, number: int) -> None:
-    sys.argv = ["command", *map(str, argv)]
-    try:
-        main()
-    except SystemExit as end:
-        assert end.code in (None, 0, 2, 3), f"{argv}: {end.code}"
+    look, say = command.main, ["--instruction", "Name a bird.", "--max_new_tokens", 2]
+    commands = [(look, ["verify", checkpoint]), (look, ["list", out]), (look, ["export", checkpoint, f"{out}-exported"])]
+    for main, argv in [*commands, (generate.main, [checkpoint, *say])]:
+        sys.argv = ["command", *map(str, argv)]
+        try:
+            main()
+        except SystemExit as end:
+            assert end.code in (None, 0, 2, 3), f"{argv}: {end.code}"
 
 
 def payloads(rng: Random) -> list[Case]:
@@ -113,7 +108,7 @@ def payloads(rng: Random) -> list[Case]:
             check(not made.exists(), f"it ran, {changes}\n{ended.text[-2000:]}")
             check(set(ended.statuses) <= {2, 3}, f"{changes}: statuses {ended.statuses}\n{ended.text[-2000:]}")
             check("Traceback" not in ended.text, ended.text[-2000:])
-        run_ranks(1, look_after, checkpoint, out.parent, launched=False)
+        run_ranks(1, look_after, checkpoint, out, launched=False)
         check(not made.exists(), "it ran in verify, list, export or generate")
 
     places: list[tuple[Setting, str, Callable]] = [
