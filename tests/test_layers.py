@@ -4,7 +4,7 @@ import ast
 
 LAYERS = [
     {"errors", "collectives"},
-    {"data", "model", "sampling", "old_flags", "flash", "loading", "turns"},
+    {"data", "model", "sampling", "old_flags", "flash", "loading", "turns", "lock", "signals"},
     {"samples"},
     {"cost"},
     {"token_stats"},
@@ -21,6 +21,7 @@ LAYERS = [
     {"trainer"},
     {"arguments", "callbacks"},
     {"checks", "record", "prepare"},
+    {"resume"},
     {"train", "launch", "preflight"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
