@@ -103,7 +103,13 @@ def kill_one(rng: Random) -> list[Case]:
         check(ended.statuses[rank] == KILLED, f"rank {rank} was not killed: {ended.statuses}\n{ended.text[-2000:]}")
         check(0 not in ended.statuses, f"a rank ended with 0: {ended.statuses}")
         check(ended.rest_took < 60, f"the others took {ended.rest_took:.0f} s")
-        steps = at // 2 if where in ("step", "fetch") else 2 * at if where == "save" else 2 * (at // 3 + 1)
+        steps = (
+            at // 2
+            if where in ("step", "fetch")
+            else 2 * at
+            if where == "save"
+            else 2 * (at // -(-9 // (2 * setting.ranks)) + 1)
+        )
         there = {folder.name for folder in out.glob("checkpoint-*")}
         wanted = {f"checkpoint-{step}" for step in (2, 4) if step < steps or (step == steps and where != "evaluation")}
         check(there <= wanted, f"checkpoints {sorted(there)} after {steps} steps")
@@ -158,7 +164,7 @@ def sigterm(rng: Random) -> list[Case]:
 
     cases = []
     for setting in (PLAIN, DDP, FSDP):
-        for where, most in (("step", 10), ("save", 2), ("evaluation", 5), ("fetch", 10)):
+        for where, most in (("step", 10), ("save", 2), ("evaluation", 6), ("fetch", 10)):
             for ranks in (None, (setting.ranks - 1,)):
                 at = rng.randrange(most)
                 point = "load" if setting is PLAIN and where == "fetch" and ranks is None else where

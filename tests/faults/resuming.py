@@ -1,7 +1,5 @@
 """Going on from every step, on other numbers of processes, and beside another run of the same folder."""
 
-import json
-import shutil
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,10 +38,6 @@ def resume_everywhere(rng: Random) -> list[Case]:
         changes |= {"per_device_train_batch_size": micro}
         usual = world.reference(setting, **changes)
         world.copy(usual, out, only=[step])
-        shutil.copy(beside(usual, "seen0"), beside(out, "seen0"))  # the steps before are not made again
-        for rank in range(setting.ranks):
-            lines = [line for line in beside(usual, f"seen{rank}").open() if json.loads(line)[0] <= step]
-            beside(out, f"seen{rank}").write_text("".join(lines))
         world.finish(setting, out, **changes)
         exact(usual, out)
 

@@ -11,9 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.serialization import safe_globals
 
-from stanford_alpaca.checkpoint import fsdp, manifest, zero
+from stanford_alpaca.checkpoint import fsdp, manifest, pickles
 
 CLOCK = ("supervised_tokens_per_s", "runtime", "per_second", "train_loss")  # what no two runs share
 ABOUT_PLACES = ("best_model_checkpoint", "train_batch_size")
@@ -43,8 +42,7 @@ def _read(file: Path) -> Any:
     if file.suffix == ".safetensors":
         return load_file(file)
     if file.suffix in (".pt", ".pth", ".bin"):
-        with safe_globals([*zero.STAND_INS, *_numpy()]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return pickles.load(file)
     if file.name == "trainer_state.json":
         state = json.loads(file.read_text())
         logs = [{k: v for k, v in entry.items() if not k.endswith(CLOCK)} for entry in state.pop("log_history")]
@@ -66,13 +64,6 @@ def read_shards(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _numpy() -> list:
-    import numpy as np
-    from numpy._core.multiarray import _reconstruct
-
-    return [_reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-
-
 def _walk(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, item in value.items():
@@ -86,7 +77,7 @@ def _walk(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
         yield place, sha256(about + data).hexdigest()[:16]
     elif hasattr(value, "tobytes"):
         yield place, sha256(value.tobytes()).hexdigest()[:16]
-    elif type(value) is zero._Inert:  # of DeepSpeed's bookkeeping
+    elif type(value) is pickles._Inert:  # of DeepSpeed's bookkeeping
         yield place, type(value).__name__
     else:
         yield place, sha256(repr(value).encode()).hexdigest()[:16]

@@ -21,7 +21,7 @@ from tests.ranks import start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 200.0  # seconds that a run may take: a guard against hanging, no measurement
-STEPS, SAVE_STEPS, GLOBAL_BATCH = 6, 2, 8
+STEPS, SAVE_STEPS = 6, 2
 LOCK = threading.RLock()  # processes are started and reaped by one thread at a time
 
 BASES: dict[str, dict] = {  # models by name; sure: the same on any number of processes
@@ -91,12 +91,13 @@ class World:
 
     def argv(self, setting: Setting, out: Path, **changes: Any) -> list[str]:
         """The command line of a run. A change that is None drops the flag."""
+        at_once = max(1, 4 // setting.ranks)  # two micro-batches in a step
         flags = {
             "model_name_or_path": self.folder / "base", "data_path": self.folder / "train.json",
             "cache_dir": self.folder / "cache", "output_dir": out, "mode": "emo", "max_steps": STEPS,
-            "global_batch": GLOBAL_BATCH, "per_device_train_batch_size": GLOBAL_BATCH // 2 // setting.ranks,
+            "global_batch": 2 * at_once * setting.ranks, "per_device_train_batch_size": at_once, "per_device_eval_batch_size": 2,
             "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "steps", "save_steps": SAVE_STEPS,
-            "save_total_limit": 2, "model_max_length": 256, "disable_tqdm": True, "resume": None,
+            "save_total_limit": 2, "model_max_length": 256, "disable_tqdm": True, "resume": "auto",
         } | changes  # fmt: skip
         return [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))] + [
             *setting.flags
@@ -162,9 +163,9 @@ class World:
         return out
 
     def copy(self, run: Path, out: Path, only: Sequence[int] | None = None) -> Path:
-        """Copies a run's folder, by hard links, with all checkpoints or those of some steps, and without the final model.
-
-        What changes a file of the copy has to replace it."""
+        """Copies a run's folder with all checkpoints or those of some steps, by hard links, without the final model, and what
+        it says of the steps up to the last of them. What changes a file of the copy has to replace it.
+        """
         from stanford_alpaca.checkpoint import manifest
 
         keep = [folder for folder in manifest.checkpoints(run) if only is None or manifest.step_of(folder) in only]
@@ -172,6 +173,10 @@ class World:
         shutil.copy(run / "run.yaml", out)
         for folder in keep:
             shutil.copytree(folder, out / folder.name, copy_function=os.link)
+        for file in run.parent.glob(f"{run.name}.seen*"):
+            lines = file.read_text().splitlines(keepends=True)
+            made = [line for line in lines if json.loads(line)[0] <= max(map(manifest.step_of, keep), default=0)]
+            beside(out, file.suffix[1:]).write_text("".join(made))
         return out
 
 
