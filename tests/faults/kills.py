@@ -103,13 +103,8 @@ def kill_one(rng: Random) -> list[Case]:
         check(ended.statuses[rank] == KILLED, f"rank {rank} was not killed: {ended.statuses}\n{ended.text[-2000:]}")
         check(0 not in ended.statuses, f"a rank ended with 0: {ended.statuses}")
         check(ended.rest_took < 60, f"the others took {ended.rest_took:.0f} s")
-        steps = (
-            at // 2
-            if where in ("step", "fetch")
-            else 2 * at
-            if where == "save"
-            else 2 * (at // -(-9 // (2 * setting.ranks)) + 1)
-        )
+        batches = -(-9 // (2 * setting.ranks))  # of an evaluation
+        steps = {"step": at // 2, "fetch": at // 2, "save": 2 * at, "evaluation": 2 * (at // batches + 1)}[where]
         there = {folder.name for folder in out.glob("checkpoint-*")}
         wanted = {f"checkpoint-{step}" for step in (2, 4) if step < steps or (step == steps and where != "evaluation")}
         check(there <= wanted, f"checkpoints {sorted(there)} after {steps} steps")

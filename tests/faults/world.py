@@ -95,13 +95,12 @@ class World:
         flags = {
             "model_name_or_path": self.folder / "base", "data_path": self.folder / "train.json",
             "cache_dir": self.folder / "cache", "output_dir": out, "mode": "emo", "max_steps": STEPS,
-            "global_batch": 2 * at_once * setting.ranks, "per_device_train_batch_size": at_once, "per_device_eval_batch_size": 2,
-            "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "steps", "save_steps": SAVE_STEPS,
-            "save_total_limit": 2, "model_max_length": 256, "disable_tqdm": True, "resume": "auto",
+            "global_batch": 2 * at_once * setting.ranks, "per_device_train_batch_size": at_once,
+            "per_device_eval_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "steps",
+            "save_steps": SAVE_STEPS, "save_total_limit": 2, "model_max_length": 256, "disable_tqdm": True, "resume": "auto",
         } | changes  # fmt: skip
-        return [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))] + [
-            *setting.flags
-        ]
+        given = [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
+        return [*given, *setting.flags]
 
     def run(
         self,
