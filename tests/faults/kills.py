@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from random import Random
 
@@ -113,7 +114,7 @@ def kill_one(rng: Random) -> list[Case]:
 
     cases = []
     three = Setting("ddp of 3", 3)
-    for number in range(17):
+    for number in range(16):
         setting = (DDP, FSDP, three)[number % 3]
         where, rank = ("step", "save", "fetch", "evaluation")[number % 4], rng.randrange(setting.ranks)
         changes = {"step": 12, "fetch": 12, "save": 3, "evaluation": 6}
@@ -121,21 +122,37 @@ def kill_one(rng: Random) -> list[Case]:
         cases.append(case(f"{setting.name}, rank {rank}, {where} {at}", killed, setting, where, at, rank))
     for setting, where, at in [(DDP, "step", 7), (FSDP, "save", 1), (DDP, "load", 0)]:
         cases.append(case(f"{setting.name} under the launcher, {where} {at}", restarted, setting, where, at))
-    return cases
+    return [*cases, case("ddp under the launcher, the other rank hangs", left_alone)]
 
 
 def restarted(world: World, out: Path, setting: Setting, where: str, at: int) -> None:
     """The launcher starts all ranks again when one was killed; the run ends by itself, as if nothing had happened."""
-    script = ROOT / "tests" / "faults" / "rank.py"
-    launcher = [sys.executable, "-m", "stanford_alpaca.launch", "--nproc_per_node", str(setting.ranks), "--max_restarts", "1"]
-    argv = world.argv(setting, out)
-    done = subprocess.run(
-        [*launcher, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script), where, str(at), *argv],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = launch(world, out, setting, where, at, restarts=1)
     check(done.returncode == 0, f"status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     check(beside(out, "acted1").exists(), "rank 1 was not killed")
     exact(world.reference(setting), out)
+
+
+def left_alone(world: World, out: Path) -> None:
+    """A rank that does not even notice, as one that waits for a device, does not keep the run from ending."""
+    done = launch(world, out, DDP, "hang", 7, restarts=0)
+    died = beside(out, "acted1").stat().st_mtime
+    check(done.returncode not in (0, 2), f"status {done.returncode}")
+    check(time.time() - died < 60, f"{time.time() - died:.0f} s")
+    check(valid_checkpoints(out) == ["checkpoint-2"], "there is a new checkpoint")
+    world.finish(DDP, out)
+    exact(world.reference(DDP), out)
+
+
+def launch(world: World, out: Path, setting: Setting, where: str, at: int, restarts: int) -> subprocess.CompletedProcess:
+    script = ROOT / "tests" / "faults" / "rank.py"
+    launcher = [sys.executable, "-m", "stanford_alpaca.launch", "--nproc_per_node", str(setting.ranks)]
+    launcher += ["--max_restarts", str(restarts), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    out.parent.mkdir(parents=True)
+    return subprocess.run(
+        [*launcher, str(script), where, str(at), *world.argv(setting, out)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
 
 
 def sigterm(rng: Random) -> list[Case]:

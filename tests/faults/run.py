@@ -49,13 +49,19 @@ def hold(world: World, row: str, seed: int, number: int) -> str | None:
     try:
         case.holds(world, folder / "out")
     except Lost as lost:
-        return f"{case.what}: {lost}"
+        return f"{case.what}: {shortened(str(lost))}"
     except NotHere as error:
         print(f"not here: {case.what}: {error}", file=sys.stderr)
     except Exception:
-        return f"{case.what}: {traceback.format_exc()}"
+        return f"{case.what}: {shortened(traceback.format_exc())}"
     shutil.rmtree(folder, ignore_errors=True)
     return None
+
+
+def shortened(text: str) -> str:
+    """The first line of what a run left, and its last ones without progress bars."""
+    first, *rest = [line for line in text.splitlines() if line.strip() and "it/s]" not in line]
+    return "\n    ".join([first, *rest[-12:]])
 
 
 def main() -> int:
