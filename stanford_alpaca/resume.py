@@ -67,7 +67,9 @@ def where_to_start(run: Run) -> Start:
     before = read_run(output)
     if before is None and any(file.name != LOCK for file in output.iterdir()):
         raise UserError(f"--output_dir {output} is not empty, and no run of this command wrote to it; give another")
-    _refuse(output, changes(before, record)[0] if before is not None else [])
+    if before is None:
+        return Start(record)
+    _refuse(output, changes(before, record)[0])
     return Start(record, None, [f"{output}: no checkpoint yet, training starts from the beginning"])
 
 

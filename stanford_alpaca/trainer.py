@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SaveStrategy
 
 from stanford_alpaca.attach import AttachedObjective
-from stanford_alpaca.checkpoint import fsdp, manifest
+from stanford_alpaca.checkpoint import fsdp, manifest, plain, zero
 from stanford_alpaca.checkpoint.gather import full_state_dict
 from stanford_alpaca.checkpoint.kinds import FSDP, kind_of
 from stanford_alpaca.checkpoint.saving import Staged, keep_newest
@@ -219,10 +219,14 @@ class EmoTrainer(Trainer):
 
     # ---- resuming ------------------------------------------------------------------------------------------------------
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # which would load what it finds
+            zero.check_model(Path(resume_from_checkpoint), self.model)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if kind_of(Path(resume_from_checkpoint)) != FSDP:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        fsdp.load_model(model or self.model, Path(resume_from_checkpoint))  # into any engine but ZeRO
+        sharded = kind_of(Path(resume_from_checkpoint)) == FSDP  # into any engine but ZeRO
+        (fsdp if sharded else plain).load_model(model or self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or kind_of(Path(checkpoint)) != FSDP:
@@ -238,10 +242,9 @@ class EmoTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
-        best = str(self.state.best_model_checkpoint)
-        if kind_of(Path(best)) != FSDP:
+        if self.is_deepspeed_enabled:
             return super()._load_best_model()
-        fsdp.load_model(self.model, Path(best))
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     # ---- saving --------------------------------------------------------------------------------------------------------
 

@@ -6,11 +6,13 @@ A parameter's place in the flat shards follows DeepSpeed's own zero_to_fp32.py.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stanford_alpaca.checkpoint import pickles
+from stanford_alpaca.checkpoint.fit import check_fit
 from stanford_alpaca.errors import UserError, first_line
 
 
@@ -32,9 +34,8 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         UserError: shards that are missing, broken or of another kind.
     """
     stage_3, shards = is_stage_3(checkpoint), shards_of(checkpoint)
-    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage_3 else "mp_rank_00_model_states.pt"
     try:
-        described = pickles.load(_folder(checkpoint) / name)
+        described = _describe(checkpoint)
         states = [pickles.load(file)["optimizer_state_dict"] for file in shards]
         count = states[0]["partition_count"] if states else 0
         ranks = max(count) if isinstance(count, list) else count
@@ -44,6 +45,21 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         return weights | (_of_stage_3 if stage_3 else _of_stage_2)(described["param_shapes"], states)
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(f"{_folder(checkpoint)}: not the shards of ZeRO 1, 2 or 3 ({first_line(error)})") from None
+
+
+def check_model(checkpoint: Path, model: nn.Module) -> None:
+    """Raises ResumeError unless its parameters are those that the model trains, by name and shape."""
+    groups = _describe(checkpoint)["param_shapes"]
+    saved = {name: (list(shape), torch.float32) for shapes in groups for name, shape in shapes.items()}
+    trained = {name: (list(p.shape), torch.float32) for name, p in model.named_parameters() if p.requires_grad}
+    check_fit(checkpoint, saved, trained)
+
+
+def _describe(checkpoint: Path) -> dict[str, Any]:
+    """Names and shapes of the parameters, among other things."""
+    stage_3 = is_stage_3(checkpoint)
+    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage_3 else "mp_rank_00_model_states.pt"
+    return pickles.load(_folder(checkpoint) / name)
 
 
 def _of_stage_2(groups: list[dict[str, torch.Size]], states: list[dict]) -> dict[str, Tensor]:
