@@ -9,10 +9,13 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from stanford_alpaca import attach
 from stanford_alpaca import train as command
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.guard import Guard
+from stanford_alpaca.shards import Shards
 from stanford_alpaca.trainer import EmoTrainer
 from tests.helpers import steps
 from tests.ranks import run_ranks
@@ -23,11 +26,12 @@ NORM = "model.norm.weight"
 def faulty(fault: str, value: float, at: tuple[int, ...], rank: int) -> type[EmoTrainer]:
     """A trainer with a fault in its loss, a gradient, a weight, or none, at some steps of one rank.
 
-    Its ``unchanged`` says of every such step whether this rank's weights were the same bits after it.
+    That rank also asks to stop in these steps. ``after`` says of every one of them whether this rank's weights were the same
+    bits after it and whether all ranks knew of the wish to stop.
     """
 
     class Faulty(EmoTrainer):
-        unchanged: ClassVar[list[bool]] = []
+        after: ClassVar[list[tuple[bool, bool]]] = []
 
         def now(self) -> bool:
             return self.state.global_step + 1 in at
@@ -38,17 +42,23 @@ def faulty(fault: str, value: float, at: tuple[int, ...], rank: int) -> type[Emo
         def get_batch_samples(self, *args, **kwargs):
             samples = super().get_batch_samples(*args, **kwargs)
             self.look()
+            self.guard.stop_requested = self.own
             if fault == "gradient" and self._steps == 1:
                 self.accelerator.unwrap_model(self.model).model.norm.register_forward_pre_hook(self.spoil)
             if fault == "weight" and self.own():
-                dict(self.guard.shards.weights())[NORM].data.view(-1)[:1] = value
+                self.spoil_weight()
             self.before = [part.detach().clone() for _, part in self.guard.shards.weights()] if self.now() else None
             return samples
 
         def look(self) -> None:
             if getattr(self, "before", None) is not None:
                 pairs = zip(self.before, self.guard.shards.weights(), strict=True)
-                Faulty.unchanged.append(all(torch.equal(a.nan_to_num(7), b.detach().nan_to_num(7)) for a, (_, b) in pairs))
+                same = all(torch.equal(a.nan_to_num(7), b.detach().nan_to_num(7)) for a, (_, b) in pairs)
+                Faulty.after.append((same, self.guard.stop_agreed))
+
+        def spoil_weight(self) -> None:
+            (part,) = [part for name, part in self.guard.shards.weights(trained_only=False) if name.endswith(NORM)]
+            part.data.view(-1)[:1] = value
 
         def spoil(self, module, inputs) -> None:
             if not hasattr(module.weight, "spoilt"):
@@ -77,8 +87,8 @@ def faulty(fault: str, value: float, at: tuple[int, ...], rank: int) -> type[Emo
     return Faulty
 
 
-def spoilt_runs(runs: list[tuple[list[str], str, float, tuple[int, ...], int]]) -> list[tuple[str, list[bool]]]:
-    """What each run ended with, and whether its faulty steps left the weights alone."""
+def spoilt_runs(runs: list[tuple[list[str], str, float, tuple[int, ...], int]]) -> list[tuple[str, list]]:
+    """What each run ended with, and what was after its faulty steps."""
     results = []
     for argv, *fault in runs:
         command.EmoTrainer = faulty(*fault)
@@ -87,7 +97,7 @@ def spoilt_runs(runs: list[tuple[list[str], str, float, tuple[int, ...], int]]) 
             message = ""
         except UserError as error:
             message = str(error)
-        results.append((message, command.EmoTrainer.unchanged))
+        results.append((message, command.EmoTrainer.after))
     return results
 
 
@@ -103,13 +113,13 @@ def test_every_rank_stops_before_the_update_and_names_the_culprit(arguments, tmp
         (argv["gradient"], "gradient", math.nan, (2,), 1), (argv["weight"], "weight", math.inf, (2,), 1),
     ]  # fmt: skip
     for results in run_ranks(2, spoilt_runs, runs):
-        (loss, inf, gradient, weight), unchanged = zip(*results, strict=True)
+        (loss, inf, gradient, weight), after = zip(*results, strict=True)
         assert loss == f"step 2: not finite: the loss on rank 1{ADVICE}"
         assert inf == f"step 2: not finite: the loss on rank 0{ADVICE}"
         assert gradient == f"step 2: not finite: the gradient of {NORM} on rank 1{ADVICE}"
         assert weight.startswith(f"step 2: not finite: the weight {NORM} on rank 1; the loss on rank 1;")
         assert weight.endswith("go on from an earlier checkpoint, or begin again, with a lower --learning_rate")
-        assert unchanged == ([True],) * 4
+        assert after == ([(True, True)],) * 4
     assert not list(tmp_path.glob("*/checkpoint-*"))
 
 
@@ -124,10 +134,10 @@ def test_sharded_engines_stop_and_skip_alike(arguments, tmp_path, engine):
         (skips, "loss", math.nan, (2, 3), 1),
     ]  # fmt: skip
     for results in run_ranks(2, spoilt_runs, runs):
-        (gradient, weight, skipped), unchanged = zip(*results, strict=True)
+        (gradient, weight, skipped), after = zip(*results, strict=True)
         assert gradient.startswith(f"step 2: not finite: the gradient of {NORM} in the shard of ")
         assert weight.startswith(f"step 2: not finite: the weight {NORM} ")
-        assert skipped == "" and unchanged == ([True], [True], [True, True])
+        assert skipped == "" and after == ([(True, True)], [(True, True)], [(True, True)] * 2)
     assert not list(tmp_path.glob("*/checkpoint-*"))
     log = steps(tmp_path / "skips")
     assert [(entry["step"], entry.get("skipped_steps")) for entry in log] == [(1, None), (4, 2)]
@@ -177,3 +187,50 @@ def test_a_skipped_step_leaves_no_trace_and_is_counted_across_a_resume(arguments
     monkeypatch.setattr(command, "EmoTrainer", faulty("loss", math.inf, (4,), 0))
     with pytest.raises(UserError, match="step 4: not finite: the loss; the 1 of --skip_nonfinite are used up"):
         command.train([*resumed, "--skip_nonfinite", "1"])
+
+
+def test_a_frozen_weight_is_named_though_only_the_loss_shows_it(arguments, monkeypatch):
+    monkeypatch.setattr(command, "EmoTrainer", faulty("weight", math.nan, (2,), 0))
+    with pytest.raises(
+        UserError, match=rf"step 2: not finite: the weight \S*{NORM}; the loss; go on from an earlier checkpoint"
+    ):
+        command.train(arguments("--lora", skip_nonfinite=5))
+    assert command.EmoTrainer.after == [(True, True)]
+
+
+def guard_of(model: nn.Module, state: dict | None = None) -> Guard:
+    guard = Guard(torch.device("cpu"), world_size=1)
+    guard.start(Shards(model), state or {})
+    return guard
+
+
+def feed(guard: Guard, losses: list[float]) -> None:
+    for step, loss in enumerate(losses, start=1):
+        guard.begin()
+        guard.watch(torch.tensor(loss))
+        assert guard.may_update(step) and not guard.stop_agreed
+
+
+def test_a_spike_is_said_once_and_counted_across_a_resume(capsys):
+    falling = [2 + 8 / step + 0.1 * math.sin(step) for step in range(1, 61)]  # as training does
+    guard = guard_of(nn.Linear(1, 1))
+    feed(guard, [1.0, 9.0, *falling])
+    assert capsys.readouterr().out == "" and guard.counts() == {}
+    resumed = guard_of(nn.Linear(1, 1), json.loads(json.dumps(guard.state_dict())))
+    for one in (guard, resumed):
+        feed(one, [9.81, 9.9, 2.1, 3.0, 9.7])
+        middle = torch.tensor(falling[10:]).quantile(0.5).item()
+        first, second = capsys.readouterr().out.splitlines()
+        assert first == f"step 1: the loss is 9.81; its median over the last 50 steps was {middle:.4g}"
+        assert second.startswith("step 5: the loss is 9.7;")
+        assert one.counts() == {"loss_spikes": 3}
+
+
+def test_weights_are_checked_before_they_are_saved():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    guard = guard_of(model)
+    model[1].weight.data[0, 0] = math.nan  # as it was loaded
+    guard.check_weights(7)
+    model[0].bias.data[1] = -math.inf
+    with pytest.raises(UserError, match=r"after step 7: not finite: the weight 0\.bias, 1\.weight; go on from"):
+        guard.check_weights(7)
