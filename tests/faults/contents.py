@@ -168,7 +168,7 @@ def wrong_weights(rng: Random) -> list[Case]:
         checkpoint = own_copy(world, setting, out)
         change_weights(checkpoint, change, word)
         sign_again(checkpoint)
-        is_refused(world, out, setting, "embed_tokens" if change is other_vocabulary else word)
+        is_refused(world, out, setting, "2049" if change is other_vocabulary else word)
 
     def other_base(world: World, out: Path, setting: Setting, base: str) -> None:
         own_copy(world, setting, out)

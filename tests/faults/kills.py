@@ -147,7 +147,7 @@ def left_alone(world: World, out: Path) -> None:
 def launch(world: World, out: Path, setting: Setting, where: str, at: int, restarts: int) -> subprocess.CompletedProcess:
     script = ROOT / "tests" / "faults" / "rank.py"
     launcher = [sys.executable, "-m", "stanford_alpaca.launch", "--nproc_per_node", str(setting.ranks)]
-    launcher += ["--max_restarts", str(restarts), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    launcher += ["--standalone", "--max_restarts", str(restarts)]
     out.parent.mkdir(parents=True)
     return subprocess.run(
         [*launcher, str(script), where, str(at), *world.argv(setting, out)],
