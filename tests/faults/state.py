@@ -45,7 +45,8 @@ def _read(file: Path) -> Any:
         return pickles.load(file)
     if file.name == "trainer_state.json":
         state = json.loads(file.read_text())
-        logs = [{k: v for k, v in entry.items() if not k.endswith(CLOCK)} for entry in state.pop("log_history")]
+        steps = [entry for entry in state.pop("log_history") if "loss" in entry]  # an evaluation may be left by a signal
+        logs = [{k: v for k, v in entry.items() if not k.endswith(CLOCK)} for entry in steps]
         return {k: v for k, v in state.items() if k not in ABOUT_PLACES} | {"log_history": logs}
     if file.suffix == ".json":
         return json.loads(file.read_text())
