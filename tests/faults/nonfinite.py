@@ -93,6 +93,8 @@ def nonfinite(rng: Random) -> list[Case]:
         last = (setting.ranks - 1,)
         for other, (what, ranks) in enumerate([("loss", None), ("gradient", None), ("loss", last), ("weight", None)]):
             value = ("nan", "inf")[(number + other) % 2]
+            if setting.ranks == 1 and ranks:  # there is no other
+                ranks, value = None, "inf"
             to = f", rank {ranks[0]} alone" if ranks else ""
             cases.append(case(f"{value} in the {what}, {setting.name}{to}", stops, setting, what, value, ranks))
     return cases
