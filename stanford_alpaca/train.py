@@ -207,7 +207,11 @@ def run_or_stop() -> int:
     except RuntimeError as error:  # gloo's and PyTorch's own
         if not (torch.distributed.is_initialized() and is_lost_rank(error)):
             raise
-        print(f"error: rank {torch.distributed.get_rank()} lost another one ({first_line(error)})", file=sys.stderr, flush=True)
+        print(
+            f"error: rank {torch.distributed.get_rank()} lost another one ({first_line(error).split('. ')[0]})",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)  # whatever still waits for the other rank
     return 0
 
