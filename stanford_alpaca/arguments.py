@@ -37,6 +37,9 @@ def choice(*values: str, default: str | None, help: str):
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "A Hugging Face folder or a hub name."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Runs the code that the model's (and the teacher's) repository brings along."}
+    )
     from_config: bool = field(
         default=False, metadata={"help": "Trains from scratch: the model's configuration and tokenizer, random weights."}
     )

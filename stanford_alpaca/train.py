@@ -23,10 +23,10 @@ from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.formats import check_columns
 from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.data.sources import ExampleStream, Loading, digest, load_source, mix, stream_sources
-from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import leave_together, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
-from stanford_alpaca.generate import encode_prompts, read_prompts
+from stanford_alpaca.fit import check_fit
+from stanford_alpaca.generate import read_prompts
 from stanford_alpaca.loading import loading_whole
 from stanford_alpaca.model import load_tokenizer
 from stanford_alpaca.prepare import cache_costs, make_collator, make_model
@@ -82,7 +82,11 @@ def train(argv: list[str]) -> None:
         say(line)
     check(run)
     prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
-    tokenizer = load_tokenizer(run.model.model_name_or_path, args.model_max_length, args.cache_dir, may_grow=not run.lora.lora)
+    tokenizer = load_tokenizer(
+        run.model.model_name_or_path, args.model_max_length, args.cache_dir,
+        may_grow=not run.lora.lora, remote_code=run.model.trust_remote_code, tell=say,
+    )  # fmt: skip
+    check_fit(run, tokenizer, prompts)
     train_examples, eval_examples = load_in_turn(
         lambda: load_data(run.data, args, tokenizer), lambda sets: " ".join(map(digest, sets)),
         args.process_index, args.local_process_index, args.world_size,
@@ -97,7 +101,6 @@ def train(argv: list[str]) -> None:
         model = make_model(run, tokenizer, with_cost=eval_examples is not None and prices)
     if shard_cost(model, run.objective.where_costs_live, args) == "replicate":
         cache_costs(model.emo_objective.cost, run, train_examples)
-    encode_prompts(model, PromptEncoder(tokenizer, run.data.prompt_template), prompts, args.sample_max_new_tokens)  # all fit?
     collator = make_collator(run, model, tokenizer.pad_token_id)
     if run.data.packing:
         train_examples = PackedExamples.of(train_examples, args.model_max_length, args.seed)

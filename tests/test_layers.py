@@ -5,7 +5,7 @@ import ast
 LAYERS = [
     {"errors", "collectives"},
     {"data", "model", "sampling", "old_flags", "flash", "loading", "turns"},
-    {"samples"},
+    {"samples", "loadable"},
     {"cost"},
     {"token_stats"},
     {"losses", "head"},
@@ -20,6 +20,7 @@ LAYERS = [
     {"plans"},
     {"trainer"},
     {"arguments", "callbacks"},
+    {"fit"},
     {"checks", "record", "prepare"},
     {"train", "launch", "preflight"},
 ]
