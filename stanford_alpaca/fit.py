@@ -8,6 +8,7 @@ from transformers.training_args import OptimizerNames
 from stanford_alpaca.arguments import Run
 from stanford_alpaca.checkpoint.space import check_space, checkpoint_bytes
 from stanford_alpaca.data.tokenize import PromptEncoder
+from stanford_alpaca.engines import decoder_layers
 from stanford_alpaca.errors import UserError, say
 from stanford_alpaca.generate import encode_prompts
 from stanford_alpaca.loading import loading_whole
@@ -22,6 +23,8 @@ def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict])
             model_args.model_name_or_path, training.cache_dir, attn_implementation=model_args.attn_implementation,
             remote_code=model_args.trust_remote_code,
         )  # fmt: skip
+    if training.fsdp:
+        decoder_layers(model, dict(training.fsdp_config or {}).get("transformer_layer_cls_to_wrap"))
     check_positions(model, "model", training.model_max_length)
     check_vocabulary(model, tokenizer, run)
     encode_prompts(model.config, PromptEncoder(tokenizer, run.data.prompt_template), prompts, training.sample_max_new_tokens)

@@ -22,7 +22,7 @@ from stanford_alpaca.checks import check
 from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.formats import check_columns
 from stanford_alpaca.data.packing import PackedExamples
-from stanford_alpaca.data.sources import ExampleStream, Loading, digest, load_source, mix, stream_sources
+from stanford_alpaca.data.sources import ExampleStream, Loading, check_sources, digest, load_source, mix, stream_sources
 from stanford_alpaca.engines import leave_together, peak_memory_mib
 from stanford_alpaca.errors import UserError, exit_on_user_error, say
 from stanford_alpaca.fit import check_fit
@@ -53,7 +53,10 @@ def load_data(
             sources.append(examples)
         return sources
 
-    check_columns([*data.data_path, *(data.eval_path or [])], loading.columns)
+    if data.streaming:
+        check_columns([*data.data_path, *(data.eval_path or [])], loading.columns)
+    else:  # before the first record is tokenized, which takes longer
+        check_sources([*data.data_path, *(data.eval_path or [])], loading)
     held_out = mix(load(data.eval_path), None, training.seed) if data.eval_path is not None else None
     if data.streaming:
         say("streamed: what is dropped or cut is not counted; python -m stanford_alpaca.preview shows it")

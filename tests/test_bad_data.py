@@ -108,6 +108,14 @@ def test_what_has_no_answer_or_no_room_is_dropped_and_counted(arguments, tmp_pat
     assert "dropped: 1 without a response, 1 whose prompt fills the length" in printed
 
 
+def test_all_sources_are_checked_before_the_first_is_tokenized(arguments, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    (tmp_path / "b.jsonl").write_text(f"{GOOD}\n[")
+    monkeypatch.setattr("stanford_alpaca.train.load_source", lambda *_: pytest.fail("tokenized"))
+    argv = [*arguments(data_path=None), "--data_path", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    assert "b.jsonl:line 2: broken JSON" in refusal(capsys, monkeypatch, lambda: train(argv), tmp_path / "out")[1]
+
+
 def test_a_pickle_is_no_prompt_file_either(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(Payload()))
