@@ -128,6 +128,9 @@ class TrainingArguments(transformers.TrainingArguments):
     engine: str | None = choice(
         *ENGINES, default=None, help="What trains, by name; without it as launched, --fsdp, --deepspeed."
     )
+    resume: str | None = choice(
+        "auto", default=None, help="auto: goes on from the newest good checkpoint of --output_dir, if there is one."
+    )
     greater_is_better: bool | None = None
     report_to: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "tensorboard, trackio, wandb, ..."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's models and data are kept."})
@@ -145,6 +148,7 @@ class TrainingArguments(transformers.TrainingArguments):
     sample_max_new_tokens: int = field(default=64, metadata={"help": "The most tokens of such an answer."})
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
+    hub_strategy: str = "end"
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():

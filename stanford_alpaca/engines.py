@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch import nn
+from torch.distributed import DistError
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -188,8 +189,14 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def leave_together() -> None:
-    """Ends this process with status 0 when all ranks have come here. One barrier.
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended."""
+    gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "gloo/transport")
+    return isinstance(error, DistError) or any(words in str(error) for words in gloo)
+
+
+def leave_together(status: int = 0) -> None:
+    """Ends this process with the status when all ranks have come here. One barrier.
 
     The interpreter is not taken apart: a thread of gloo that still holds a tensor would then abort the process (see
     benchmarks/LOG.md). What asked to be called at the end is called.
@@ -199,4 +206,4 @@ def leave_together() -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)

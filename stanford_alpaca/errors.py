@@ -36,16 +36,15 @@ class Stopped(UserError):
     status = 75  # EX_TEMPFAIL of sysexits.h
 
 
-def exit_on_user_error(command: Callable[[], Any]) -> None:
+def exit_on_user_error(command: Callable[[], Any]) -> Any:
     """Runs a command; a UserError becomes one line on standard error (from one rank) and its exit status."""
     try:
-        command()
+        return command()
     except UserError as error:
         if not is_main_process():  # the first rank to end takes the others down: let the first one speak, if it has this error
             time.sleep(5)
         message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]  # a DataLoader's worker sends a traceback
-        prefix = "" if isinstance(error, Stopped) else "error: "
-        print(f"{prefix}{' '.join(printable(message).split())}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(printable(message).split())}", file=sys.stderr, flush=True)
         sys.exit(error.status)
 
 

@@ -68,11 +68,11 @@ def share_from_rank_0(what: str, make: Callable[[], T] | None) -> T:
         try:
             value = make()
         except UserError as refused:
-            error = str(refused)
+            error = refused
         store.set("outcome", pickle.dumps((value, error)))  # type: ignore[arg-type]
     if error is not None:
-        raise UserError(error)
-    return value
+        raise error
+    return value  # type: ignore[return-value]
 
 
 def stored_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import ast
 
 LAYERS = [
     {"errors", "collectives"},
-    {"data", "model", "sampling", "old_flags", "flash", "loading", "turns"},
+    {"data", "model", "sampling", "old_flags", "flash", "loading", "turns", "lock", "signals"},
     {"samples", "loadable"},
     {"cost"},
     {"token_stats"},
@@ -22,6 +22,7 @@ LAYERS = [
     {"arguments", "callbacks"},
     {"fit"},
     {"checks", "record", "prepare"},
+    {"resume"},
     {"train", "launch", "preflight"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

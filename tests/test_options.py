@@ -20,7 +20,7 @@ from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.model import load_tokenizer
 from stanford_alpaca.prepare import cache_costs
-from stanford_alpaca.record import write_card
+from stanford_alpaca.record import identify_model, write_card
 from stanford_alpaca.train import evaluation_of, train
 from tests.helpers import evaluations, steps
 
@@ -122,6 +122,15 @@ def test_the_last_evaluation_is_of_the_weights_that_were_kept():
 def test_no_step_is_evaluated_twice(arguments, tmp_path, strategy, times):
     train(arguments(eval_strategy=strategy, eval_steps=3, max_steps=4, eval_path=tmp_path / "held.json"))
     assert len(evaluations(tmp_path / "out")) == times and evaluations(tmp_path / "out")[-1]["step"] == 4
+
+
+def test_a_hub_models_commit_is_recorded(tmp_path):
+    commit, folder = "0123456789abcdef" * 2 + "01234567", tmp_path / "models--me--mine"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "snapshots" / commit / "config.json").write_text("{}")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    assert identify_model("me/mine", str(tmp_path)) == f"hub:me/mine@{commit}"
 
 
 def test_the_model_card_says_what_was_done(arguments, tmp_path):
