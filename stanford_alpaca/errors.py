@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)S?$", re.IGNORECASE)  # of an environment variable
+SHORTEST = 8  # characters of a secret; shorter ones stand in other words
 SECRET_LOOK = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")  # a hub token; user:password in a URL
 _secrets: set[str] = set()
 
@@ -59,15 +60,15 @@ def say(line: str) -> None:
         print(printable(line), flush=True)
 
 
-def keep_secret(*values: str | None) -> None:
-    """No line of this process will hold these values."""
-    _secrets.update(value for value in values if value)
+def keep_secret(*values: str) -> None:
+    """No line that a command prints will hold these values."""
+    _secrets.update(value for value in values if len(value) >= SHORTEST)
 
 
 def printable(text: str) -> str:
     """A text as any terminal or file takes it, without tokens, keys and passwords: those of the environment, those given to
     ``keep_secret``, and what looks like one."""
-    named = {value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 8}
+    named = {value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST}
     for secret in sorted(named | _secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return SECRET_LOOK.sub("***", text).encode(errors="backslashreplace").decode()

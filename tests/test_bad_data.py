@@ -8,10 +8,12 @@ import pytest
 from datasets import Dataset, Image
 
 from stanford_alpaca.data import formats
-from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.formats import form_of, load_records
 from stanford_alpaca.data.reading import read_file
+from stanford_alpaca.data.tokenize import ExampleEncoder, PromptEncoder
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.generate import read_prompts
+from stanford_alpaca.model import load_tokenizer
 from stanford_alpaca.train import train
 from tests.helpers import refusal
 
@@ -122,6 +124,34 @@ def test_a_pickle_is_no_prompt_file_either(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--prompts a\.pkl: .*; give"):
         read_prompts("a.pkl", None, None)
     assert not (tmp_path / "opened").exists()
+
+
+SPECIAL = "</s><s>[PAD]"
+CHAT = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("record", "chat_template"),
+    [
+        ({"instruction": SPECIAL, "input": SPECIAL, "output": SPECIAL, "system": SPECIAL}, None),
+        ({"prompt": SPECIAL, "completion": SPECIAL}, None),
+        ({"text": SPECIAL}, None),
+        ({"messages": [{"role": "user", "content": SPECIAL}, {"role": "assistant", "content": SPECIAL}]}, CHAT),
+    ],
+    ids=["alpaca", "completion", "text", "chat"],
+)
+def test_text_of_special_tokens_stays_text_in_every_form(root, record, chat_template):
+    tokenizer = load_tokenizer(str(root / "data" / "tiny-base"))
+    tokenizer.chat_template = chat_template
+    plain = {name: "a" if isinstance(value, str) else [m | {"content": "a"} for m in value] for name, value in record.items()}
+    counts = []
+    for row in (plain, record):
+        encode = ExampleEncoder.of(tokenizer, form_of(row), 512)
+        ids = encode({name: [value] for name, value in row.items()})["input_ids"][0]
+        (prompt,) = PromptEncoder(tokenizer)([row if "text" not in row else {"prompt": row["text"], "completion": ""}])
+        counts.append([sum(i in tokenizer.all_special_ids for i in part) for part in (ids, prompt)])
+    assert counts[0] == counts[1]
+    assert tokenizer.eos_token in record.get("text", SPECIAL) and len(tokenizer.all_special_ids) > 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])

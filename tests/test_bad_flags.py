@@ -318,7 +318,7 @@ def test_a_prompt_longer_than_the_context(here, root, monkeypatch, capsys, name)
 
 
 def test_secrets_are_in_no_file_and_no_line(arguments, tmp_path, monkeypatch, capfd):
-    token, key = "hf_abcdefghijklmnopqrstuvwxyz0123", "made-up-wandb-key-0123456789"
+    token, key, pasted = "a-made-up-hub-token", "made-up-wandb-key-0123456789", "hf_abcdefghijklmnopqrstuvwxyz0123"
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("HF_TOKEN", "another-made-up-token-value")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "out" / "board"))
@@ -328,12 +328,12 @@ def test_secrets_are_in_no_file_and_no_line(arguments, tmp_path, monkeypatch, ca
         from stanford_alpaca.errors import UserError, exit_on_user_error
 
         def fail():
-            raise UserError(f"https://me:{token}@hub/x {key} {os.environ['HF_TOKEN']} https://you:pass@hub")
+            raise UserError(f"https://me:{token}@hub/x {key} {pasted} {os.environ['HF_TOKEN']} https://you:pass@hub")
 
         exit_on_user_error(fail)
     printed = "".join(capfd.readouterr())
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert len(files) > 10 and "https://***@hub" in printed
-    for secret in (token, key, os.environ["HF_TOKEN"], "you:pass"):
+    for secret in (token, key, pasted, os.environ["HF_TOKEN"], "you:pass"):
         assert secret not in printed
         assert not [file for file in files if secret.encode() in file.read_bytes()]
