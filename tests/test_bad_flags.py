@@ -45,7 +45,9 @@ def here(tmp_path, monkeypatch, root):
     tokenizer.pad_token = tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "grown")
     own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
-    (model("coded", model_type="own", auto_map=own) / "own.py").write_text(OWN)
+    (model("coded", model_type="own", auto_map=own) / "own.py").write_text(
+        f"# {tmp_path}: another module in every test, or it would run once\n{OWN}"
+    )
     (tmp_path / "broken.json").write_text('[{"instruction": "a", ')
     (tmp_path / "field.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]')
     (tmp_path / "ds.json").write_text('{\n  "zero_optimization": {"stage": 2},,\n}')
