@@ -146,6 +146,10 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     sample_steps: int | None = field(default=None, metadata={"help": "Answers them every so many steps, and at the end."})
     sample_max_new_tokens: int = field(default=64, metadata={"help": "The most tokens of such an answer."})
+    skip_nonfinite: int = field(
+        default=0, metadata={"help": "How many steps whose loss or gradients are NaN or Inf are skipped before the run ends."}
+    )
+    logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
     hub_strategy: str = "end"

@@ -34,6 +34,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
+        self._marked: Tensor | None = None
 
     def add(self, stats: TokenStats, objective: Objective) -> None:
         nll = stats.nll.double()
@@ -41,6 +42,14 @@ class Meter:
         loss = objective(stats.nll, stats.log_emo).double()
         new = torch.stack([torch.ones_like(nll), loss, nll, emo, torch.exp(-nll)]).sum(1)
         self._sums = new if self._sums is None else self._sums + new
+
+    def mark(self) -> None:
+        """Remembers the sums so far."""
+        self._marked = self._sums
+
+    def back(self) -> None:
+        """Forgets what was added since the mark."""
+        self._sums = self._marked
 
     def drain(self, device: torch.device | str, over_ranks: bool = False) -> Sums:
         """The sums so far and a fresh start; ``over_ranks`` costs one all-reduce of 5 float64 on the device."""

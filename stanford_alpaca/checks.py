@@ -27,7 +27,7 @@ from stanford_alpaca.lock import FILE as LOCK
 
 FROM_ZERO = (
     "seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay", "neftune_noise_alpha",
-    "dataloader_num_workers",
+    "dataloader_num_workers", "skip_nonfinite",
 )  # fmt: skip
 ABOVE_ZERO = (
     "learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "sample_steps", "sample_max_new_tokens",
@@ -92,6 +92,8 @@ def check_training(training: TrainingArguments, has_eval: bool) -> None:
             "--label_smoothing_factor, --use_liger_kernel and --average_tokens_across_devices False would train "
             "something else than --mode says: drop them"
         )
+    if training.logging_nan_inf_filter:
+        raise UserError("--logging_nan_inf_filter would hide what --skip_nonfinite looks for: drop it")
     if training.balance_lengths and training.train_sampling_strategy not in ("random", "sequential"):
         raise UserError(f"--balance_lengths and --train_sampling_strategy {training.train_sampling_strategy}: choose one")
     if training.sample_prompts is None and training.sample_steps is not None:

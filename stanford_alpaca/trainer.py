@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
@@ -26,6 +27,8 @@ from stanford_alpaca.data.batching import Collator, PadCollator, count_examples,
 from stanford_alpaca.data.packing import PackedExamples, example_lengths
 from stanford_alpaca.engines import activate_fsdp, check_engine, peak_flops, training_flops
 from stanford_alpaca.errors import Stopped, UserError, first_line
+from stanford_alpaca.guard import Guard
+from stanford_alpaca.shards import Shards, stand_before
 
 
 class Stopwatch:
@@ -66,7 +69,11 @@ class EmoTrainer(Trainer):
     size. The training set is filled up to whole global batches with fully masked rows,
     which the sampler shuffles in: no example is seen twice or dropped, whatever the world size.
 
-    Collectives of its own: one all-reduce of 5 float64 per log entry and per evaluation, of 1 more per entry with packed rows.
+    No update is made of what is not finite, see ``Guard``; a step that is skipped leaves no trace in the log's means. The log
+    has ``skipped_steps`` and ``loss_spikes``, both since the run began, once there are any.
+
+    Collectives of its own: one all-reduce of 5 float64 per step (``Guard``: it also carries whether any rank was asked to
+    stop), per log entry and per evaluation, of 1 more per entry with packed rows.
     """
 
     data_collator: Collator
@@ -80,6 +87,8 @@ class EmoTrainer(Trainer):
         super().__init__(model, *args, **kwargs)
         self.emo: AttachedObjective = self.accelerator.unwrap_model(self.model).emo_objective
         self.watch = Stopwatch()
+        self.guard = Guard(self.args.device, self.args.world_size, self.args.skip_nonfinite, fp16=self.args.fp16)
+        self.guard.stop_requested = lambda: bool(self.stop)
         self._steps = 0  # of this call of train()
         self._tokens: Any = 0  # the targets of its steps, without the first step's
         self._flops: Any = 0.0  # the same of this rank's work
@@ -103,6 +112,7 @@ class EmoTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any):
         if self._steps == 0:
             check_engine(self)
+            self._start_guard()
         if self._steps == 1:
             self.watch.start()  # the first step, with its warming up, has ended
         samples, num_items = super().get_batch_samples(*args, **kwargs)
@@ -114,7 +124,54 @@ class EmoTrainer(Trainer):
         if self._packed:
             self._examples = self._examples + sum(count_examples(sample) for sample in samples)
         self._steps += 1
+        self.guard.begin()
+        self._batch, self._loss_before = (samples, num_items), self._tr_loss.clone()
+        self.emo.train_meter.mark()
         return samples, num_items
+
+    def _start_guard(self) -> None:
+        zero = self.model_wrapped.optimizer if self.is_deepspeed_enabled else None
+        shards = Shards(self.accelerator.unwrap_model(self.model), zero)
+        again = self._compute_again if isinstance(self.model_wrapped, DistributedDataParallel) else None
+        self.guard.start(shards, self.state.stateful_callbacks.get("guard", {}), again)
+        if zero is not None:  # whose backward pass makes the update
+            stand_before(zero, lambda: self.guard.may_update(self.state.global_step + 1))
+
+    def compute_loss(self, *args: Any, **kwargs: Any):
+        loss = super().compute_loss(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self.guard.watch(loss)
+        return loss
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        if not self.accelerator.sync_gradients:  # more micro-batches of this step follow
+            return loss
+        if not self.is_deepspeed_enabled and not self.guard.may_update(self.state.global_step + 1):
+            self._drop_gradients()
+        if not self.guard.skipping:
+            return loss
+        self._tr_loss.copy_(self._loss_before)
+        self.emo.train_meter.back()
+        self._globalstep_last_logged += 1  # means are over the steps that count
+        self._initial_global_step += 1
+        return torch.zeros_like(loss)
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.model_wrapped.parameters():
+            if parameter.grad is not None and self.args.fp16:
+                parameter.grad.fill_(math.nan)  # the loss scaler does the skipping
+            else:
+                parameter.grad = None  # so that an optimizer leaves all as it is, its moments and its decay too
+        self._mixed_mesh_grads = None  # which the Trainer would find out from gradients that are not there
+
+    def _compute_again(self) -> None:
+        """The gradients of the present step once more, but each rank's own, where DDP has averaged them."""
+        model, (samples, num_items) = self.model_wrapped, self._batch
+        model.zero_grad()
+        with frozen_random_states(), self.accelerator.no_sync(model):
+            for inputs in samples:
+                super().training_step(model, inputs, num_items)
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -159,13 +216,17 @@ class EmoTrainer(Trainer):
                 logs["supervised_tokens_per_s"] = rate
                 if self._peak:
                     logs["mfu"] = float(self._flops) / self.watch.seconds / self._peak
+            if self.guard.skipping:
+                logs.pop("grad_norm", None)
+        if "loss" in logs or "train_loss" in logs:
+            logs |= self.guard.counts()
         super().log(logs, start_time)
 
     # ---- stopping ------------------------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Raises Stopped on all ranks if one was asked to stop, when what was trained is saved."""
-        if self._anyone_stops():
+        if self.guard.stop_agreed:
             self._leave(*args, **kwargs)
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -254,6 +315,8 @@ class EmoTrainer(Trainer):
         target = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         with self.watch.paused():
             self.store_flos()
+            self.guard.check_weights(step)
+            self.state.stateful_callbacks["guard"] = self.guard.state_dict()
             staged = Staged(target, args.process_index, args.world_size)
             folder = str(staged.folder)
             self.model.config.use_cache = self.use_cache

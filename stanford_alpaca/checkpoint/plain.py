@@ -36,15 +36,14 @@ def load_model(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
 def _read_into_a_copy(model: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
     """transformers reads it, which knows what weights are tied, and what is stored in another shape than computed with."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # its report of what does not fit: we name the first
+    logger.addFilter(_nothing)  # its report of what does not fit: we name the first
     try:
         read, info = type(model).from_pretrained(
             checkpoint, config=copy.deepcopy(model.config), dtype=next(model.parameters()).dtype, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_nothing)
     for key, *shapes in info["mismatched_keys"]:
         raise ResumeError(
             f"{checkpoint}: {key} is {list(shapes[0])}, and {list(shapes[1])} in the model; is it of another model?"
@@ -54,6 +53,10 @@ def _read_into_a_copy(model: PreTrainedModel, checkpoint: Path) -> PreTrainedMod
     for key in sorted(info["unexpected_keys"]):
         raise ResumeError(f"{checkpoint}: has {key}, which the model does not have; is it of another model?")
     return read
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _check_dtypes(checkpoint: Path, dtypes: set[torch.dtype]) -> None:

@@ -1,0 +1,115 @@
+"""What a rank holds of a model's weights and gradients under every engine, and how DeepSpeed is kept from updating them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")  # no part of a weight's name to its user
+
+
+class Shards:
+    """This rank's part of a model: all of it, or shards of FSDP's or ZeRO's.
+
+    Args:
+        model: ready to be trained.
+        zero: DeepSpeed's optimizer, if it trains. Without ZeRO (stage 0), in bf16, it hides the gradients: then there are none.
+    """
+
+    def __init__(self, model: nn.Module, zero: Any = None):
+        self._zero = zero
+        self._named: list[tuple[str, Any]] = [(_plain(name), parameter) for name, parameter in model.named_parameters()]
+        self.of_weights = any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for _, p in self._named)
+        self.of_gradients = self.of_weights or hasattr(zero, "averaged_gradients")
+
+    def weights(self, trained_only: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Names and parts, without what ZeRO has put on a disk."""
+        for name, parameter in self._named:
+            if parameter.requires_grad or not trained_only:
+                shard = getattr(parameter, "ds_tensor", None)  # of ZeRO's stage 3
+                if shard is None:
+                    yield name, _local(parameter)
+                elif shard.status.name == "AVAILABLE":
+                    yield name, shard
+
+    def gradients(self) -> list[Tensor]:
+        """As the engine keeps them between the backward pass and the update, in parts that need not be a parameter's."""
+        if not hasattr(self._zero, "averaged_gradients"):
+            return [_local(parameter.grad) for _, parameter in self._named if parameter.grad is not None]
+        kept = [part for parts in self._zero.averaged_gradients.values() if parts for part in parts]
+        if kept:
+            return kept
+        flat = getattr(self._zero, "fp32_partitioned_groups_flat", None) or self._zero.single_partition_of_fp32_groups
+        return [group.grad for group in flat if group.grad is not None]  # offloaded
+
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The same by parameter, which may cost copies."""
+        for name, parameter in self._named:
+            if hasattr(parameter, "ds_tensor"):
+                if parameter.requires_grad:
+                    yield name, parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
+            elif parameter.grad is not None:
+                yield name, _local(parameter.grad)
+            elif getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO's stages 1 and 2, where this rank has a part
+                yield name, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+
+
+@torch.no_grad()
+def not_finite(tensors: Iterable[Tensor], zero: Tensor) -> Tensor:
+    """1 if any element is NaN or Inf, or too large for a norm, else 0; on the device of ``zero``, without synchronisation."""
+    parts = [tensor.detach() for tensor in tensors]
+    if not parts:
+        return zero
+    dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    norms = torch._foreach_norm(parts, 2.0, dtype=dtype)
+    return (~torch.stack([norm.to(zero.device, non_blocking=True) for norm in norms]).sum().isfinite()).to(zero.dtype)
+
+
+def culprits(parts: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of what has NaN or Inf. Synchronises."""
+    return [name for name, part in parts if not bool(part.isfinite().all())]
+
+
+def stand_before(optimizer: Any, may_update: Callable[[], bool]) -> None:
+    """Makes the step of DeepSpeed's optimizer, which its backward pass takes, ask first, and drop its gradients at a no."""
+    update = optimizer.step
+
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        if hasattr(optimizer, "_wait_for_offload_copies"):
+            optimizer._wait_for_offload_copies()
+        if may_update():
+            update(*args, **kwargs)
+        elif hasattr(optimizer, "averaged_gradients"):
+            _leave_out(optimizer, update)
+        else:  # stage 0
+            optimizer.zero_grad()
+
+    optimizer.step = guarded
+
+
+def _leave_out(optimizer: Any, update: Callable[[], None]) -> None:
+    """ZeRO's own way to drop a step's gradients: an update that is told that one of them overflowed."""
+
+    def overflows(*args: Any, **kwargs: Any) -> None:
+        optimizer.overflow = True
+
+    name = "_overflow_check_and_loss_scale_update" if hasattr(optimizer, "fp16_groups") else "check_overflow"
+    checks = getattr(optimizer, "check_grad_overflow", None)
+    setattr(optimizer, name, overflows)
+    optimizer.check_grad_overflow = True  # which stages 1 and 2 ask
+    update()
+    delattr(optimizer, name)
+    optimizer.check_grad_overflow = checks
+    optimizer.overflow = False  # else the schedule would wait
+
+
+def _plain(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
