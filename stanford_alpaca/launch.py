@@ -20,9 +20,8 @@ def main() -> None:
     """``python -m stanford_alpaca.launch`` with torchrun's arguments."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", TIME_TO_SAVE)
-    os.environ.setdefault(
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1"
-    )  # else ranks that are restarted meet the dead ones' addresses
+    # torch would give ranks that it starts again the store of those that died, with their addresses in it
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:

@@ -27,7 +27,8 @@ def held(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that fails: what failed before is to be told
+            file.unlink(missing_ok=True)
         os.close(descriptor)
         with contextlib.suppress(OSError):  # not empty
             for place in made:
