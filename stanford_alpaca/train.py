@@ -92,19 +92,23 @@ def train(argv: list[str]) -> None:
     for line in run.notes:
         say(line)
     check(run)
-    with held(Path(run.training.output_dir)) if run.training.process_index == 0 else contextlib.nullcontext():
-        start = find_start(run)
+    with contextlib.ExitStack() as leaving:
+        start = find_start(run, leaving)
         for line in start.notes:
             say(line)
         if not start.complete:
             train_from(run, start, stop)
 
 
-def find_start(run: Run) -> Start:
-    """Where this run starts, found out by rank 0 for all; raises on all what it raises there."""
+def find_start(run: Run, leaving: contextlib.ExitStack) -> Start:
+    """Where this run starts, found out by rank 0 for all, which locks the output folder; raises on all what it raises there."""
     args = run.training
-    find = (lambda: where_to_start(run)) if args.process_index == 0 else None
-    start = where_to_start(run) if args.world_size == 1 else share_from_rank_0("start", find)
+
+    def find() -> Start:
+        leaving.enter_context(held(Path(str(args.output_dir))))
+        return where_to_start(run)
+
+    start = find() if args.world_size == 1 else share_from_rank_0("start", find if args.process_index == 0 else None)
     args.resume_from_checkpoint = start.checkpoint
     return start
 
