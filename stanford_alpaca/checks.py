@@ -22,8 +22,8 @@ from stanford_alpaca.arguments import (
 )
 from stanford_alpaca.checkpoint.manifest import checkpoints
 from stanford_alpaca.errors import UserError, check_writable, first_line, nearest, quiet_hub
+from stanford_alpaca.loadable import check_model
 from stanford_alpaca.lock import FILE as LOCK
-from stanford_alpaca.model import check_model
 
 FROM_ZERO = (
     "seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay", "neftune_noise_alpha",
@@ -46,9 +46,11 @@ def check(run: Run) -> None:
     check_objective(model, run.objective)
     check_cost_sharding(run)
     check_lora(model, run.lora)
-    check_model(model.model_name_or_path, training.cache_dir)
+    check_model(
+        model.model_name_or_path, training.cache_dir, remote_code=model.trust_remote_code, weights=not model.from_config
+    )
     if model.teacher is not None:
-        check_model(model.teacher, training.cache_dir)
+        check_model(model.teacher, training.cache_dir, remote_code=model.trust_remote_code)
     if training.push_to_hub:
         check_hub(training)
 
@@ -232,13 +234,17 @@ def check_batches(training: TrainingArguments) -> None:
         raise UserError(f"launched as {os.environ['WORLD_SIZE']} processes, but {training.world_size} found each other")
     if training.engine == "ddp" and training.world_size == 1:
         raise UserError("--engine ddp needs at least 2 processes: launch with torchrun, or choose none")
+    if training.fsdp and "RANK" not in os.environ:
+        raise UserError("--fsdp needs a launcher, also for one process: torchrun --nproc_per_node 1 ...; or drop the flag")
     if training.engine == "none" and training.world_size > 1:
         raise UserError(
             f"--engine none is one process, and there are {training.world_size}: choose ddp, fsdp, zero1, zero2, zero3"
         )
     differences = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", [])
     if differences:  # the Trainer would say so when files have been written
-        raise UserError(f"--deepspeed contradicts the flags: {'; '.join(line.strip(' -') for line in differences)}")
+        raise UserError(
+            f"--deepspeed contradicts the flags: {', '.join(line.strip(' -') for line in differences)}; write auto there"
+        )
     if training.n_gpu > 1:
         raise UserError(f"one process sees {training.n_gpu} GPUs: launch with torchrun, or set CUDA_VISIBLE_DEVICES to one")
     if training.global_batch is not None:

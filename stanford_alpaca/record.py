@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoConfig
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from stanford_alpaca import __version__
 from stanford_alpaca.arguments import MADE_WITH, Run
@@ -100,8 +101,8 @@ def identify_model(name: str, cache_dir: str | None = None) -> str:
     """What a model was: the sha256 of its weights, configuration and tokenizer, or its hub name and commit."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
-        return f"hub:{name}@{getattr(config, '_commit_hash', None)}"
+        config = cached_file(name, "config.json", cache_dir=cache_dir)  # its path has the commit; nothing is loaded
+        return f"hub:{name}@{extract_commit_hash(config, None)}"
     files = [file.name for file in folder.iterdir() if file.suffix in MODEL_FILES and file.name not in NO_MODEL_FILES]
     total = sha256(json.dumps(entries_of(folder, sorted(files))).encode())
     return f"sha256:{total.hexdigest()}"

@@ -25,11 +25,11 @@ from stanford_alpaca.checks import check
 from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.formats import check_columns
 from stanford_alpaca.data.packing import PackedExamples
-from stanford_alpaca.data.sources import ExampleStream, Loading, digest, load_source, mix, stream_sources
-from stanford_alpaca.data.tokenize import PromptEncoder
+from stanford_alpaca.data.sources import ExampleStream, Loading, check_sources, digest, load_source, mix, stream_sources
 from stanford_alpaca.engines import is_lost_rank, leave_together, peak_memory_mib
 from stanford_alpaca.errors import Stopped, UserError, exit_on_user_error, first_line, say
-from stanford_alpaca.generate import encode_prompts, read_prompts
+from stanford_alpaca.fit import check_fit
+from stanford_alpaca.generate import read_prompts
 from stanford_alpaca.loading import loading_whole, share_from_rank_0
 from stanford_alpaca.lock import held
 from stanford_alpaca.model import load_tokenizer
@@ -59,7 +59,10 @@ def load_data(
             sources.append(examples)
         return sources
 
-    check_columns([*data.data_path, *(data.eval_path or [])], loading.columns)
+    if data.streaming:
+        check_columns([*data.data_path, *(data.eval_path or [])], loading.columns)
+    else:  # before the first record is tokenized, which takes longer
+        check_sources([*data.data_path, *(data.eval_path or [])], loading)
     held_out = mix(load(data.eval_path), None, training.seed) if data.eval_path is not None else None
     if data.streaming:
         say("streamed: what is dropped or cut is not counted; python -m stanford_alpaca.preview shows it")
@@ -89,19 +92,23 @@ def train(argv: list[str]) -> None:
     for line in run.notes:
         say(line)
     check(run)
-    with held(Path(run.training.output_dir)) if run.training.process_index == 0 else contextlib.nullcontext():
-        start = find_start(run)
+    with contextlib.ExitStack() as leaving:
+        start = find_start(run, leaving)
         for line in start.notes:
             say(line)
         if not start.complete:
             train_from(run, start, stop)
 
 
-def find_start(run: Run) -> Start:
-    """Where this run starts, found out by rank 0 for all; raises on all what it raises there."""
+def find_start(run: Run, leaving: contextlib.ExitStack) -> Start:
+    """Where this run starts, found out by rank 0 for all, which locks the output folder; raises on all what it raises there."""
     args = run.training
-    find = (lambda: where_to_start(run)) if args.process_index == 0 else None
-    start = where_to_start(run) if args.world_size == 1 else share_from_rank_0("start", find)
+
+    def find() -> Start:
+        leaving.enter_context(held(Path(str(args.output_dir))))
+        return where_to_start(run)
+
+    start = find() if args.world_size == 1 else share_from_rank_0("start", find if args.process_index == 0 else None)
     args.resume_from_checkpoint = start.checkpoint
     return start
 
@@ -110,7 +117,11 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     """Trains and saves, from the beginning or a checkpoint."""
     args = run.training
     prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
-    tokenizer = load_tokenizer(run.model.model_name_or_path, args.model_max_length, args.cache_dir, may_grow=not run.lora.lora)
+    tokenizer = load_tokenizer(
+        run.model.model_name_or_path, args.model_max_length, args.cache_dir,
+        may_grow=not run.lora.lora, remote_code=run.model.trust_remote_code, tell=say,
+    )  # fmt: skip
+    check_fit(run, tokenizer, prompts)
     train_examples, eval_examples = load_in_turn(
         lambda: load_data(run.data, args, tokenizer), lambda sets: " ".join(map(digest, sets)),
         args.process_index, args.local_process_index, args.world_size,
@@ -124,7 +135,6 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
         model = make_model(run, tokenizer, with_cost=eval_examples is not None and prices)
     if shard_cost(model, run.objective.where_costs_live, args) == "replicate":
         cache_costs(model.emo_objective.cost, run, train_examples)
-    encode_prompts(model, PromptEncoder(tokenizer, run.data.prompt_template), prompts, args.sample_max_new_tokens)  # all fit?
     collator = make_collator(run, model, tokenizer.pad_token_id)
     if run.data.packing:
         train_examples = PackedExamples.of(train_examples, args.model_max_length, args.seed)
@@ -208,7 +218,8 @@ def run_or_stop() -> int:
         meeting = isinstance(error, torch.distributed.DistError)  # rank 0 has ended before all knew one another
         if not ((meeting or torch.distributed.is_initialized()) and is_lost_rank(error)):
             raise
-        print(f"error: rank {os.environ['RANK']} lost another one ({first_line(error)})", file=sys.stderr, flush=True)
+        reason = first_line(error).split(". ")[0]
+        print(f"error: rank {os.environ['RANK']} lost another one ({reason})", file=sys.stderr, flush=True)
         os._exit(1)  # whatever still waits for the other rank
     return 0
 

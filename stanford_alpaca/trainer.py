@@ -15,18 +15,21 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SaveStrategy
+from transformers.training_args import OptimizerNames
 
 from stanford_alpaca.attach import AttachedObjective
 from stanford_alpaca.checkpoint import fsdp, manifest, plain, zero
 from stanford_alpaca.checkpoint.gather import full_state_dict
 from stanford_alpaca.checkpoint.kinds import FSDP, kind_of
 from stanford_alpaca.checkpoint.saving import Staged, keep_newest
+from stanford_alpaca.checkpoint.space import checkpoint_bytes
 from stanford_alpaca.data.balance import BalancedSampler
 from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, fill_up
 from stanford_alpaca.data.packing import PackedExamples, example_lengths
 from stanford_alpaca.engines import activate_fsdp, check_engine, peak_flops, training_flops
-from stanford_alpaca.errors import Stopped, UserError, first_line
+from stanford_alpaca.errors import ResumeError, Stopped, UserError, first_line
 from stanford_alpaca.guard import Guard
 from stanford_alpaca.shards import Shards, stand_before
 
@@ -317,7 +320,7 @@ class EmoTrainer(Trainer):
             self.store_flos()
             self.guard.check_weights(step)
             self.state.stateful_callbacks["guard"] = self.guard.state_dict()
-            staged = Staged(target, args.process_index, args.world_size)
+            staged = Staged(target, args.process_index, args.world_size, self._bytes_needed())
             folder = str(staged.folder)
             self.model.config.use_cache = self.use_cache
             staged.write(lambda: self.save_model(folder, _internal_call=True))
@@ -334,6 +337,14 @@ class EmoTrainer(Trainer):
             if args.should_save:
                 keep_newest(target.parent, args.save_total_limit, self.state.best_model_checkpoint)
         self._saved_at = step
+
+    def _bytes_needed(self) -> int:
+        """Of the next checkpoint: as many as the last one had, or at least those of weights and optimizer."""
+        try:
+            return manifest.size(manifest.checkpoints(Path(str(self.args.output_dir)))[0])
+        except (IndexError, ResumeError):
+            trained = get_model_param_count(self.model, trainable_only=True)
+            return checkpoint_bytes(trained, OptimizerNames(self.args.optim).value, self.args.save_only_model)
 
     def save_finished(self) -> dict[str, Any]:
         """The finished model into the output folder, when it is whole; what the folder's manifest will say of its files."""

@@ -5,7 +5,7 @@ import ast
 LAYERS = [
     {"errors", "collectives"},
     {"data", "model", "sampling", "old_flags", "flash", "loading", "turns", "lock", "signals"},
-    {"samples"},
+    {"samples", "loadable"},
     {"cost"},
     {"token_stats"},
     {"losses", "head"},
@@ -21,6 +21,7 @@ LAYERS = [
     {"plans"},
     {"trainer"},
     {"arguments", "callbacks"},
+    {"fit"},
     {"checks", "record", "prepare"},
     {"resume"},
     {"train", "launch", "preflight"},

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from stanford_alpaca.checkpoint.fit import Form, check_fit, form_of
+from stanford_alpaca.checkpoint.shapes import Form, check_fit, form_of
 from stanford_alpaca.errors import ResumeError, UserError, first_line
 
 MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # accelerate's names of the folders

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from stanford_alpaca.checkpoint.fit import check_fit, form_of
+from stanford_alpaca.checkpoint.shapes import check_fit, form_of
 from stanford_alpaca.errors import ResumeError, first_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stanford_alpaca.checkpoint import manifest
+from stanford_alpaca.checkpoint.space import check_space
 from stanford_alpaca.errors import UserError, first_line
 
 STAGING, DELETED = ".saving", ".deleting-"  # in the output folder: what a killed run leaves of them is nobody's
@@ -21,10 +22,11 @@ class Staged:
     Collectives: one all_gather_object for each ``write``, four for ``commit`` and ``merge``.
     """
 
-    def __init__(self, target: Path, rank: int, world_size: int):
+    def __init__(self, target: Path, rank: int, world_size: int, needed: int = 0):
+        """Raises UserError on all ranks unless ``needed`` bytes are free."""
         self.target, self.rank, self.world_size = target, rank, world_size
         self.folder = target.parent / STAGING / target.name
-        self.write(self._prepare)
+        self.write(lambda: self._prepare(needed) if rank == 0 else None)
 
     def write(self, write: Callable[[], Any]) -> None:
         """Calls ``write`` on every rank.
@@ -95,10 +97,10 @@ class Staged:
         manifest.flush_folder(output)
         clear(output)
 
-    def _prepare(self) -> None:
-        if self.rank == 0:
-            clear(self.target.parent)
-            self.folder.mkdir(parents=True)
+    def _prepare(self, needed: int) -> None:
+        clear(self.target.parent)
+        check_space(self.target.parent, needed, self.target.name)
+        self.folder.mkdir(parents=True)
 
     def _gather(self, mine: Any) -> list[Any]:
         if self.world_size == 1:

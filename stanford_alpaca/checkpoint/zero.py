@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stanford_alpaca.checkpoint import pickles
-from stanford_alpaca.checkpoint.fit import check_fit
+from stanford_alpaca.checkpoint.shapes import check_fit
 from stanford_alpaca.errors import UserError, first_line
 
 

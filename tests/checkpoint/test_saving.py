@@ -56,6 +56,13 @@ def test_what_the_disk_refuses_is_one_line_and_leaves_what_was_saved(tmp_path, w
     assert manifest.problems(good) == [] and not (tmp_path / "checkpoint-2").exists()
 
 
+def test_room_is_looked_for_before_the_first_byte(tmp_path):
+    good = save(tmp_path / "checkpoint-1")
+    with pytest.raises(UserError, match=r"checkpoint-2 needs 1,048,576,000 MiB, and .* are free"):
+        Staged(tmp_path / "checkpoint-2", 0, 1, needed=10**9 * 2**20 + 48_576_000 * 2**20)
+    assert manifest.problems(good) == [] and os.listdir(tmp_path) == ["checkpoint-1"]
+
+
 def test_our_own_mistakes_are_not_called_the_disks(tmp_path):
     with pytest.raises(KeyError):
         Staged(tmp_path / "checkpoint-2", 0, 1).write(lambda: {}["a"])
