@@ -48,11 +48,10 @@ SETTINGS = (PLAIN, LORA, DDP, FSDP, FSDP_LORA, ZERO2)
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: exit statuses by rank (minus the signal), what the ranks printed, seconds from the first's end on."""
+    """How a run ended: exit statuses by rank (minus the signal), what they printed, seconds from the first's end to the last's."""
 
     statuses: list[int]
     text: str
-    took: float
     rest_took: float
 
     def errors(self) -> list[str]:

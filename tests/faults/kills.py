@@ -20,9 +20,10 @@ from tests.faults.harness import (
     case,
     check,
     exact,
+    seen,
 )
 from tests.faults.hooks import Fault, beside
-from tests.faults.world import ROOT, World
+from tests.faults.world import ROOT, STEPS, World, wait_until
 
 KILLED, STOPPED = -9, 75
 
@@ -40,20 +41,24 @@ def equal_runs(rng: Random) -> list[Case]:
 
 
 def kill_group(rng: Random) -> list[Case]:
-    """All ranks at once, at any time; every fifth run is killed a second time."""
+    """All ranks at once, at any time: so long after the start, or after a step has begun; every fifth run a second time."""
 
-    def killed(world: World, out: Path, setting: Setting, fractions: list[float]) -> None:
-        usual = world.reference(setting)
-        for fraction in fractions:
-            world.run(setting, out, kill_after=fraction * world.lengths[usual], together=True)
+    def killed(world: World, out: Path, setting: Setting, times: list[tuple[int, float]]) -> None:
+        def reached(step: int) -> bool:
+            return step == 0 or (beside(out, "seen0").exists() and max(made for made, _ in seen(out)) >= step)
+
+        for step, seconds in times:
+            world.run(setting, out, kill_after=seconds, meanwhile=lambda step=step: wait_until(lambda: reached(step)))
         world.finish(setting, out)
-        exact(usual, out)
+        exact(world.reference(setting), out)
 
     cases = []
     for number in range(100):
         setting = (PLAIN, DDP, FSDP, LORA, DDP_LORA, FSDP_LORA)[number % 6]
-        fractions = [round(rng.uniform(0.1, 1.1), 3) for _ in range(2 if number % 5 == 4 else 1)]
-        cases.append(case(f"{setting.name}, at {fractions} of its length", killed, setting, fractions))
+        steps = [rng.randrange(STEPS + 1) for _ in range(2 if number % 5 == 4 else 1)]
+        times = [(step, round(rng.uniform(0, 0.2 if step else 1.5), 3)) for step in steps]
+        words = ", then ".join(f"{seconds} s after {f'step {step}' if step else 'the start'}" for step, seconds in times)
+        cases.append(case(f"{setting.name}, {words}", killed, setting, times))
     return cases
 
 
@@ -169,7 +174,8 @@ def sigterm(rng: Random) -> list[Case]:
         check(set(ended.statuses) == {STOPPED}, f"statuses {ended.statuses}\n{ended.text[-2000:]}")
         check(not ended.errors() and "Traceback" not in ended.text, ended.text[-2000:])
         there = valid_checkpoints(out)
-        check(there or where == "load", "no checkpoint")
+        last = 0 if where == "load" else max(step for step, _ in seen(out))
+        check(there[:1] == [f"checkpoint-{last}"] * (last > 0), f"{there} after step {last}")
         resumed = world.finish(setting, out, **changes)
         check(not there or there[0] in resumed.text, f"it did not go on from {there[:1]}")
         exact(usual, out)

@@ -68,7 +68,7 @@ class World:
     """A folder with a model, data, and references: runs that nothing was done to, each made once."""
 
     folder: Path
-    lengths: dict[Path, float] = field(default_factory=dict)  # seconds of a reference
+    made: set[Path] = field(default_factory=set)
     locks: dict[Path, threading.Lock] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ class World:
         """Trains into ``out``.
 
         Args:
-            kill_after: seconds after which all ranks are killed.
+            kill_after: seconds after which all ranks are killed, counted from the end of ``meanwhile``.
             together: the death of one rank is that of all: their machine lost its power.
             more: further hooks; picklable.
             meanwhile: is called once all ranks have been started.
@@ -124,13 +124,12 @@ class World:
         argv, number = self.argv(setting, out, **changes), len(list(out.parent.glob(f"{out.name}.text*")))
         outputs = [beside(out, f"text{number}-{rank}") for rank in range(setting.ranks)]
         out.parent.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
         with LOCK:
             processes, pipes = start_ranks(outputs, command, (argv, str(out), fault, more), setting.launched)
         try:
             if meanwhile is not None:
                 meanwhile()
-            first = wait_for(processes, 1, kill_after or LIMIT)
+            first = wait_for(processes, 1, LIMIT if kill_after is None else kill_after)
             if together or (kill_after is not None and not first):
                 kill(processes)
             first_end = time.perf_counter()
@@ -142,7 +141,7 @@ class World:
                 pipe.close()
         with LOCK:
             statuses = [process.exitcode for process in processes]
-        return Ended(statuses, read(outputs), ended - start, ended - first_end)
+        return Ended(statuses, read(outputs), ended - first_end)
 
     def finish(self, setting: Setting, out: Path, **kwargs: Any) -> Ended:
         """Runs until the end, and checks that it gets there."""
@@ -157,8 +156,9 @@ class World:
         with LOCK:
             lock = self.locks.setdefault(out, threading.Lock())
         with lock:
-            if out not in self.lengths:
-                self.lengths[out] = self.finish(setting, out, fault=fault, more=more, **changes).took
+            if out not in self.made:
+                self.finish(setting, out, fault=fault, more=more, **changes)
+                self.made.add(out)
         return out
 
     def copy(self, run: Path, out: Path, only: Sequence[int] | None = None) -> Path:
