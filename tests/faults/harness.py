@@ -48,7 +48,7 @@ SETTINGS = (PLAIN, LORA, DDP, FSDP, FSDP_LORA, ZERO2)
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: exit statuses by rank (minus the signal), what they printed, seconds from the first's end to the last's."""
+    """How a run ended: exit statuses by rank (minus the signal), what they printed, seconds from the first end to the last."""
 
     statuses: list[int]
     text: str

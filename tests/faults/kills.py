@@ -45,7 +45,7 @@ def kill_group(rng: Random) -> list[Case]:
 
     def killed(world: World, out: Path, setting: Setting, times: list[tuple[int, float]]) -> None:
         def reached(step: int) -> bool:
-            return step == 0 or (beside(out, "seen0").exists() and max(made for made, _ in seen(out)) >= step)
+            return step == 0 or (beside(out, "seen0").exists() and max((made for made, _ in seen(out)), default=0) >= step)
 
         for step, seconds in times:
             world.run(setting, out, kill_after=seconds, meanwhile=lambda step=step: wait_until(lambda: reached(step)))
