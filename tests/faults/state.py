@@ -1,6 +1,7 @@
 """What a checkpoint holds, value by value, so that two of them can be compared: files of equal values may differ in bytes."""
 
 import json
+import threading
 import warnings
 from collections.abc import Iterator
 from hashlib import sha256
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from stanford_alpaca.checkpoint import fsdp, manifest, pickles
 
+ALLOWING = threading.Lock()  # what torch's restricted unpickler allows is the process's, and cases run in threads
 CLOCK = ("supervised_tokens_per_s", "runtime", "per_second", "train_loss")  # what no two runs share
 ABOUT_PLACES = ("best_model_checkpoint", "train_batch_size")
 
@@ -42,7 +44,8 @@ def _read(file: Path) -> Any:
     if file.suffix == ".safetensors":
         return load_file(file)
     if file.suffix in (".pt", ".pth", ".bin"):
-        return pickles.load(file)
+        with ALLOWING:
+            return pickles.load(file)
     if file.name == "trainer_state.json":
         state = json.loads(file.read_text())
         steps = [entry for entry in state.pop("log_history") if "loss" in entry]  # an evaluation may be left by a signal
