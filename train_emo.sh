@@ -8,11 +8,13 @@
 #                                                      MODE is emo (default), mle, emo2, emd, mix, tailr, mixce or dft
 #
 # Environment: DATA_PATH   a file, a folder or a hub name (default: the shipped instructions); several: --data_path A B
-#              OUTPUT_DIR  where the model goes (default: output/MODEL-MODE); must be new or empty
+#              OUTPUT_DIR  where the model goes (default: output/MODEL-MODE): new, empty, or that of the same command, which
+#                          then goes on from its newest checkpoint
 #              NPROC       processes (default: the visible GPUs, or 1)
 #              ENGINE      none, ddp, fsdp, zero1, zero2, zero3 or zero3_offload (default: fsdp with several GPUs, else
 #                          none; ddp with several processes on a CPU)
 # Flags after MODE go to stanford_alpaca/train.py and win over the recipe's.
+# Exit status: 0 done, 2 a mistake, 3 what was saved is damaged or another run's, 75 stopped by a signal: run it again.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 die() { echo "error: $*" >&2; exit 2; }
@@ -103,12 +105,28 @@ if [ "$NPROC" -gt 1 ] || [ "${ENGINE:-}" != none ]; then
 else
     LAUNCH=("$PYTHON" -m stanford_alpaca.train)
 fi
+RESUME=(--resume auto)
+case " $* " in *" --resume"[_\ =]* | *" --resume-from-checkpoint"[\ =]*) RESUME=() ;; esac # the flags say it themselves
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 # our modules, and none of the current folder's
+set -m # a process group of its own: a signal reaches the training through this script, once
 "${LAUNCH[@]}" --model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" --mode "$MODE" \
     --num_train_epochs 3 --per_device_train_batch_size 4 --learning_rate 2e-5 --lr_scheduler_type cosine \
     --warmup_steps 0.03 --weight_decay 0 --model_max_length 512 --logging_steps 1 \
     --save_strategy steps --save_steps 2000 --save_total_limit 1 \
-    "${PRECISION[@]}" "${ENGINE_FLAGS[@]}" "${BATCH[@]}" "$@"
+    "${PRECISION[@]}" "${ENGINE_FLAGS[@]}" "${BATCH[@]}" "${RESUME[@]}" "$@" &
+TRAINING=$!
+set +m
+trap 'kill -INT $TRAINING' INT
+trap 'kill -TERM $TRAINING' TERM HUP
+STATUS=0
+wait $TRAINING || STATUS=$?
+while kill -0 $TRAINING 2>/dev/null; do # wait ended with a signal, the training has not
+    STATUS=0
+    wait $TRAINING || STATUS=$?
+done
+trap - INT TERM HUP
+[ $STATUS -ne 75 ] || echo "stopped; the same command goes on" >&2
+[ $STATUS -eq 0 ] || exit $STATUS
 
 if [ -n "$DEMO" ]; then
     "$PYTHON" -m stanford_alpaca.evaluation.metrics "$MODEL_PATH" "$OUTPUT_DIR" \

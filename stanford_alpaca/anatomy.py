@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stanford_alpaca import engines
 from stanford_alpaca.engines import EXPERTS, training_flops
@@ -69,7 +69,7 @@ class Anatomy:
     activations: Activations  # at the length and in the precision asked for
 
 
-def describe(config: Any, length: int, precision: str) -> Anatomy:
+def describe(config: Any, length: int, precision: str, remote_code: bool = False) -> Anatomy:
     """Counts parameters on the meta device and activations on fake tensors of ``length`` tokens.
 
     Args:
@@ -82,19 +82,14 @@ def describe(config: Any, length: int, precision: str) -> Anatomy:
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
         parameters, flops = count_parameters(model), training_flops(model)
         layer_flops = flops[0] - 6.0 * (parameters.norm + (parameters.head or parameters.embedding))
-        return Anatomy(parameters, flops, layer_flops, count_activations(config, length, precision))
+        return Anatomy(parameters, flops, layer_flops, count_activations(config, length, precision, remote_code))
     except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         experts = next((name for name in EXPERTS if getattr(config, name, None)), None)
         reason = f"it has experts, {experts}" if experts else first_line(error)
         raise UserError(f"a {config.model_type} model cannot be estimated from its configuration ({reason})") from None
-
-
-def read_config(path: str, cache_dir: str | None = None) -> Any:
-    """The configuration of a folder or a hub name, which ``check_model`` has seen."""
-    return AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -114,14 +109,14 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
     return Parameters(embedding, sum(sizes), max(sizes), norm, own_head, *head.shape)
 
 
-def count_activations(config: Any, length: int, precision: str) -> Activations:
+def count_activations(config: Any, length: int, precision: str, remote_code: bool = False) -> Activations:
     """A forward pass of one row and one of two, on fake CPU tensors: attention then takes a kernel that keeps no scores.
 
     Attention gets a mask, as it does for a batch with padding: transformers cannot look into fake tensors.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code).train()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             one, two = (saved_tensors(model, rows, length) for rows in (1, 2))
     sizes = [(place, Line(2 * a - b, b - a)) for (place, a), (_, b) in zip(one, two, strict=True)]

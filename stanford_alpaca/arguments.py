@@ -17,10 +17,10 @@ from stanford_alpaca.cost_sharding import COST_SHARDINGS
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.tokenize import TEMPLATES
 from stanford_alpaca.engines import ENGINES, engine_flags
-from stanford_alpaca.errors import UserError, first_line, nearest
+from stanford_alpaca.errors import UserError, first_line, keep_secret, nearest
 from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.losses.linear import BACKENDS
-from stanford_alpaca.old_flags import read_fsdp_config, translate
+from stanford_alpaca.old_flags import read_fsdp_config, split, translate
 
 MADE_WITH = "made_with"  # the part of a run.yaml that is no flag
 SECRET = ("hub_token",)  # what no file may hold, least of all one that is pushed to the hub
@@ -37,6 +37,9 @@ def choice(*values: str, default: str | None, help: str):
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "A Hugging Face folder or a hub name."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Runs the code that the model's (and the teacher's) repository brings along."}
+    )
     from_config: bool = field(
         default=False, metadata={"help": "Trains from scratch: the model's configuration and tokenizer, random weights."}
     )
@@ -125,6 +128,9 @@ class TrainingArguments(transformers.TrainingArguments):
     engine: str | None = choice(
         *ENGINES, default=None, help="What trains, by name; without it as launched, --fsdp, --deepspeed."
     )
+    resume: str | None = choice(
+        "auto", default=None, help="auto: goes on from the newest good checkpoint of --output_dir, if there is one."
+    )
     greater_is_better: bool | None = None
     report_to: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "tensorboard, trackio, wandb, ..."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's models and data are kept."})
@@ -146,6 +152,7 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
+    hub_strategy: str = "end"
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -208,6 +215,7 @@ class _Parser(HfArgumentParser):
 def parse(argv: list[str]) -> Run:
     """The arguments of a run. Raises UserError for anything argparse or Hugging Face rejects."""
     argv, made_with = with_config(argv)
+    keep_secret(*(value for flag in split(argv) if flag.name in SECRET for value in flag.values))
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
     classes = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments, TrainingArguments)
     parser = _Parser(classes, allow_abbrev=False)

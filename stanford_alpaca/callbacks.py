@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import IntervalStrategy, TrainerCallback
 
 from stanford_alpaca.errors import say
 from stanford_alpaca.generate import generate_batch, plain_generation
 from stanford_alpaca.samples import append_jsonl, format_sample, sample_of, samples_as_markdown
 from stanford_alpaca.sampling import Sampling
-from stanford_alpaca.trainer import EmoTrainer
+from stanford_alpaca.trainer import EmoTrainer, frozen_random_states
 
 
 class SampleCallback(TrainerCallback):
@@ -32,8 +31,7 @@ class SampleCallback(TrainerCallback):
         args, model = self.trainer.args, self.trainer.model
         training, generation_config = model.training, model.generation_config
         model.generation_config = plain_generation(self.trainer.processing_class)
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with self.trainer.watch.paused(), torch.random.fork_rng(devices):
+        with self.trainer.watch.paused(), frozen_random_states():
             texts = generate_batch(
                 model, self.trainer.processing_class, self.prompts, Sampling(args.sample_max_new_tokens),
                 prompt_template=self.prompt_template, progress=False, synced=args.world_size > 1,

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
 from stanford_alpaca.arguments import (
@@ -20,9 +20,10 @@ from stanford_alpaca.arguments import (
     Run,
     TrainingArguments,
 )
-from stanford_alpaca.checkpoint.kinds import FSDP, PLAIN, ZERO, check_resumable
+from stanford_alpaca.checkpoint.manifest import checkpoints
 from stanford_alpaca.errors import UserError, check_writable, first_line, nearest, quiet_hub
-from stanford_alpaca.model import check_model
+from stanford_alpaca.loadable import check_model
+from stanford_alpaca.lock import FILE as LOCK
 
 FROM_ZERO = (
     "seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay", "neftune_noise_alpha",
@@ -45,9 +46,11 @@ def check(run: Run) -> None:
     check_objective(model, run.objective)
     check_cost_sharding(run)
     check_lora(model, run.lora)
-    check_model(model.model_name_or_path, training.cache_dir)
+    check_model(
+        model.model_name_or_path, training.cache_dir, remote_code=model.trust_remote_code, weights=not model.from_config
+    )
     if model.teacher is not None:
-        check_model(model.teacher, training.cache_dir)
+        check_model(model.teacher, training.cache_dir, remote_code=model.trust_remote_code)
     if training.push_to_hub:
         check_hub(training)
 
@@ -168,7 +171,11 @@ def check_cost_sharding(run: Run) -> None:
 
 
 def check_hub(training: TrainingArguments) -> None:
-    """A hub that knows the user."""
+    """A hub that knows the user. What the Trainer pushes of checkpoints holds its arguments, the token among them."""
+    if training.hub_strategy != HubStrategy.END:
+        raise UserError(
+            f"--hub_strategy {HubStrategy(training.hub_strategy).value}: only the finished model is pushed; choose end"
+        )
     try:
         with quiet_hub():
             HfApi().whoami(token=training.hub_token)
@@ -199,23 +206,21 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
 
 
 def check_output(training: TrainingArguments) -> None:
-    """An output folder that can be made, and is new unless a run is resumed from a checkpoint that is there."""
+    """An output folder that can be made, and is new unless a run is resumed; which checkpoint is good is found out later."""
     output, resume = Path(training.output_dir), training.resume_from_checkpoint
     if resume is not None and str(resume).lower() in ("true", "false"):  # Hugging Face's way to say: the newest one
-        resume = get_last_checkpoint(output) if str(resume).lower() == "true" and output.is_dir() else None
-        if resume is None and str(training.resume_from_checkpoint).lower() == "true":
-            raise UserError(f"--resume_from_checkpoint: no checkpoint in {output}")
-    if resume is not None and not (Path(resume) / "trainer_state.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {resume}: not a checkpoint of a run")
-    if resume is not None:
-        zero = getattr(training, "hf_deepspeed_config", None)
-        engine = FSDP if training.fsdp else PLAIN if zero is None else ZERO
-        check_resumable(Path(resume), engine, training.world_size, stage_3=zero is not None and zero.is_zero3())
+        resume = True if str(resume).lower() == "true" else None
     training.resume_from_checkpoint = resume
+    if resume is True and not (output.is_dir() and checkpoints(output)):
+        raise UserError(f"--resume_from_checkpoint: no checkpoint in {output}")
+    if resume not in (None, True) and not (Path(resume) / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {resume}: not a checkpoint of a run")
+    if resume is not None and training.resume is not None:
+        raise UserError("--resume auto and --resume_from_checkpoint exclude each other: drop one")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file; give a folder")
-    if resume is None and output.exists() and any(output.iterdir()):
-        raise UserError(f"--output_dir {output} is not empty; give another, or --resume_from_checkpoint")
+    if resume is None and training.resume is None and output.exists() and any(file.name != LOCK for file in output.iterdir()):
+        raise UserError(f"--output_dir {output} is not empty; give another, or --resume auto to go on with its run")
     check_writable("output_dir", output)
 
 
@@ -229,13 +234,17 @@ def check_batches(training: TrainingArguments) -> None:
         raise UserError(f"launched as {os.environ['WORLD_SIZE']} processes, but {training.world_size} found each other")
     if training.engine == "ddp" and training.world_size == 1:
         raise UserError("--engine ddp needs at least 2 processes: launch with torchrun, or choose none")
+    if training.fsdp and "RANK" not in os.environ:
+        raise UserError("--fsdp needs a launcher, also for one process: torchrun --nproc_per_node 1 ...; or drop the flag")
     if training.engine == "none" and training.world_size > 1:
         raise UserError(
             f"--engine none is one process, and there are {training.world_size}: choose ddp, fsdp, zero1, zero2, zero3"
         )
     differences = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", [])
     if differences:  # the Trainer would say so when files have been written
-        raise UserError(f"--deepspeed contradicts the flags: {'; '.join(line.strip(' -') for line in differences)}")
+        raise UserError(
+            f"--deepspeed contradicts the flags: {', '.join(line.strip(' -') for line in differences)}; write auto there"
+        )
     if training.n_gpu > 1:
         raise UserError(f"one process sees {training.n_gpu} GPUs: launch with torchrun, or set CUDA_VISIBLE_DEVICES to one")
     if training.global_batch is not None:

@@ -1,8 +1,12 @@
-"""PyTorch's collectives on one tensor, by the names that the installed version has for them."""
+"""PyTorch's collectives on one tensor, by the names that the installed version has for them; and the ranks' store."""
+
+import secrets
+from functools import lru_cache
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import PrefixStore, ProcessGroup, Store
+from torch.distributed.distributed_c10d import _get_default_store
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name warns from 2.13 on
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -20,3 +24,20 @@ def reduce_scatter(everyone: Tensor, group: ProcessGroup | None = None) -> Tenso
     own = everyone.new_empty(len(everyone) // dist.get_world_size(group), *everyone.shape[1:])
     _reduce_scatter(own, everyone.contiguous(), group=group)
     return own
+
+
+def fresh_store(name: str) -> Store:
+    """The part of the process group's store with this name, which nobody has written to yet.
+
+    torchrun's store outlives the ranks: after a restart it still holds what those before them have said. All ranks have to call
+    this; one broadcast the first time.
+    """
+    return PrefixStore(f"{_attempt(dist.group.WORLD)}/{name}", _get_default_store())
+
+
+@lru_cache(maxsize=1)
+def _attempt(group: ProcessGroup | None) -> str:
+    """A word of this process group's own."""
+    word = [secrets.token_hex(8)]
+    dist.broadcast_object_list(word, src=0)
+    return word[0]

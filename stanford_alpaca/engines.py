@@ -1,6 +1,7 @@
 """Where a run computes: engines by name, FSDP2 also on CPU, devices, memory."""
 
 import atexit
+import json
 import os
 import resource
 import sys
@@ -12,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch import nn
+from torch.distributed import DistError
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -19,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from stanford_alpaca.cost_sharding import check_separate, wrap_separately
-from stanford_alpaca.errors import UserError
+from stanford_alpaca.errors import UserError, first_line
 
 ENGINES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # the wheel installs it beside the package, too
@@ -32,6 +34,9 @@ def engine_flags(engine: str | None, fsdp: Any, deepspeed: Any) -> tuple[Any, An
         UserError: a flag that contradicts the name, or a DeepSpeed configuration that is not where the package is.
     """
     if engine is None:
+        if fsdp and deepspeed:
+            raise UserError("--fsdp and --deepspeed exclude each other; drop one")
+        check_deepspeed(deepspeed)
         return fsdp, deepspeed
     zero = str(DS_CONFIGS / f"{engine}.json") if engine.startswith("zero") else None
     if deepspeed not in (None, zero) or (fsdp and engine != "fsdp"):
@@ -41,18 +46,35 @@ def engine_flags(engine: str | None, fsdp: Any, deepspeed: Any) -> tuple[Any, An
     return (fsdp or True) if engine == "fsdp" else None, zero
 
 
+def check_deepspeed(given: Any) -> None:
+    """Raises UserError for a --deepspeed that is no JSON object, nor a file with one."""
+    if not isinstance(given, str):
+        return
+    text = given.strip()
+    try:
+        value = json.loads(text if text.startswith("{") else Path(given).expanduser().read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise UserError(f"--deepspeed {given}: broken JSON at {where}, {error.msg}; mend it") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--deepspeed {given}: no JSON ({first_line(error)}); give a JSON file in UTF-8") from None
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"--deepspeed {given}: {reason}; give a JSON file, or --engine zero1, zero2 or zero3") from None
+    if not isinstance(value, dict):
+        raise UserError(f"--deepspeed {given}: a {type(value).__name__}, wanted an object of DeepSpeed's settings; mend it")
+
+
 def activate_fsdp(trainer) -> None:
     """Makes ``--fsdp`` mean FSDP2 on CPU too, where accelerate would ignore it and train with DDP.
 
     Raises:
-        UserError: FSDP was asked for where there is nothing to shard over.
+        UserError: accelerate chose another engine.
     """
     args = trainer.args
     if not args.fsdp:
         return
     layers = decoder_layers(trainer.model, args.fsdp_config.get("transformer_layer_cls_to_wrap"))
-    if "RANK" not in os.environ:
-        raise UserError("--fsdp needs a launcher, also for one process: torchrun --nproc_per_node 1 ...; or drop the flag")
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
         options = args.fsdp_plugin_args | {"cpu_offload": False}  # all is on the CPU; offloading would pin memory
@@ -167,8 +189,14 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def leave_together() -> None:
-    """Ends this process with status 0 when all ranks have come here. One barrier.
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended."""
+    gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "gloo/transport")
+    return isinstance(error, DistError) or any(words in str(error) for words in gloo)
+
+
+def leave_together(status: int = 0) -> None:
+    """Ends this process with the status when all ranks have come here. One barrier.
 
     The interpreter is not taken apart: a thread of gloo that still holds a tensor would then abort the process (see
     benchmarks/LOG.md). What asked to be called at the end is called.
@@ -178,4 +206,4 @@ def leave_together() -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)

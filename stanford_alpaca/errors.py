@@ -3,13 +3,20 @@
 import contextlib
 import logging
 import os
+import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any
+
+SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)S?$", re.IGNORECASE)  # of an environment variable
+SHORTEST = 8  # characters of a secret; shorter ones stand in other words
+SECRET_LOOK = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")  # a hub token; user:password in a URL
+_secrets: set[str] = set()
 
 
 class UserError(ValueError):
@@ -30,16 +37,15 @@ class Stopped(UserError):
     status = 75  # EX_TEMPFAIL of sysexits.h
 
 
-def exit_on_user_error(command: Callable[[], Any]) -> None:
+def exit_on_user_error(command: Callable[[], Any]) -> Any:
     """Runs a command; a UserError becomes one line on standard error (from one rank) and its exit status."""
     try:
-        command()
+        return command()
     except UserError as error:
         if not is_main_process():  # the first rank to end takes the others down: let the first one speak, if it has this error
             time.sleep(5)
         message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]  # a DataLoader's worker sends a traceback
-        prefix = "" if isinstance(error, Stopped) else "error: "
-        print(f"{prefix}{' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(printable(message).split())}", file=sys.stderr, flush=True)
         sys.exit(error.status)
 
 
@@ -51,7 +57,21 @@ def is_main_process() -> bool:
 def say(line: str) -> None:
     """Prints a line once for all ranks."""
     if is_main_process():
-        print(line, flush=True)
+        print(printable(line), flush=True)
+
+
+def keep_secret(*values: str) -> None:
+    """No line that a command prints will hold these values."""
+    _secrets.update(value for value in values if len(value) >= SHORTEST)
+
+
+def printable(text: str) -> str:
+    """A text as any terminal or file takes it, without tokens, keys and passwords: those of the environment, those given to
+    ``keep_secret``, and what looks like one."""
+    named = {value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST}
+    for secret in sorted(named | _secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return SECRET_LOOK.sub("***", text).encode(errors="backslashreplace").decode()
 
 
 def first_line(error: BaseException) -> str:
@@ -103,5 +123,8 @@ def check_writable(name: str, path: Path) -> None:
         parent = parent.parent
     if parent != path.absolute() and not parent.is_dir():
         raise UserError(f"--{name} {path}: {parent} is a file; give another path")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"--{name} {path}: {parent} cannot be written to; give another path")
+    try:
+        with tempfile.TemporaryFile(dir=parent):  # permissions do not tell: of root, of a disk that is mounted read-only
+            pass
+    except OSError as error:
+        raise UserError(f"--{name} {path}: {parent} cannot be written to ({error.strerror}); give another path") from None

@@ -15,22 +15,27 @@ import fire
 import torch
 from fire.decorators import SetParseFns
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import canonical, take_columns
 from stanford_alpaca.data.reading import SUFFIXES, read_file
 from stanford_alpaca.data.tokenize import PromptEncoder, check_template
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
-from stanford_alpaca.model import check_model, fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.loadable import check_model
+from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer, read_config
 from stanford_alpaca.samples import check_outputs, format_sample, sample_of, write_alpaca_eval, write_jsonl, write_markdown
 from stanford_alpaca.sampling import GIVE_TEMPERATURE, Sampling
 
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 
-def encode_prompts(model: PreTrainedModel, encode: PromptEncoder, records: list[dict], max_new_tokens: int) -> list[list[int]]:
+
+def encode_prompts(
+    config: PreTrainedConfig, encode: PromptEncoder, records: list[dict], max_new_tokens: int
+) -> list[list[int]]:
     """Token ids of the prompts, as training saw them. Raises UserError for one that leaves no space for an answer."""
     prompts = encode(records)
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(config, "max_position_embeddings", None)
     for number, ids in enumerate(prompts, 1):
         if not ids:
             raise UserError(f"prompt {number} is empty, and the tokenizer puts nothing before it: give it a word")
@@ -54,6 +59,16 @@ def no_router_loss(model: PreTrainedModel) -> dict[str, bool]:
     return {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
 
 
+def check_prompts(
+    names: list[str], records: list[dict], max_new_tokens: int, prompt_template: str = "auto", remote_code: bool = False
+) -> None:
+    """Raises UserError for a prompt that does not fit into the context of every model, before any is loaded."""
+    for name in names:
+        tokenizer = load_tokenizer(name, remote_code=remote_code)
+        config = read_config(name, remote_code=remote_code)
+        encode_prompts(config, PromptEncoder(tokenizer, prompt_template), records, max_new_tokens)
+
+
 @torch.no_grad()  # no inference_mode: weights that ZeRO-3 gathers in it could not be trained any more
 def generate_batch(
     model: PreTrainedModel,
@@ -72,7 +87,7 @@ def generate_batch(
     Repeatable: the same arguments give the same text. Under sampling the batch size is one of those arguments. ``synced``: all
     ranks call this together, and go on until the last one is done, as a sharded model needs it.
     """
-    prompts = encode_prompts(model, PromptEncoder(tokenizer, prompt_template), records, sampling.max_new_tokens)
+    prompts = encode_prompts(model.config, PromptEncoder(tokenizer, prompt_template), records, sampling.max_new_tokens)
     stops = stop_ids(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses = [""] * len(prompts)
@@ -103,13 +118,14 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: l
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def load_for_generation(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_for_generation(path: str, remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint on the GPU in bf16 if there is one, else on the CPU in float32.
 
     The vocabulary is made to fit as in training (a base model without a pad token gets one).
     """
     gpu = torch.cuda.is_available()
-    model, tokenizer = load_model(path, dtype=torch.bfloat16 if gpu else torch.float32), load_tokenizer(path)
+    model = load_model(path, dtype=torch.bfloat16 if gpu else torch.float32, remote_code=remote_code)
+    tokenizer = load_tokenizer(path, remote_code=remote_code)
     fit_vocabulary(model, tokenizer)
     model.generation_config = plain_generation(tokenizer)
     return model.to("cuda" if gpu else "cpu"), tokenizer
@@ -131,6 +147,10 @@ def read_prompts(
     file = Path(str(prompts)).expanduser()
     if not file.is_file():
         raise UserError(f"--prompts {file}: no such file")
+    if file.suffix.lower() in PICKLES:
+        raise UserError(
+            f"--prompts {file}: pickles are never opened; give text, an instruction a line, or {', '.join(SUFFIXES)}"
+        )
     if file.suffix.lower() in SUFFIXES:
         records = []
         for where, record in read_file(file):
@@ -158,7 +178,7 @@ def chat(
     encode, stops = PromptEncoder(tokenizer, prompt_template), stop_ids(tokenizer)
     for record in _typed():
         try:
-            ids = torch.tensor(encode_prompts(model, encode, [record], sampling.max_new_tokens), device=model.device)
+            ids = torch.tensor(encode_prompts(model.config, encode, [record], sampling.max_new_tokens), device=model.device)
         except UserError as error:
             print(error)
             continue
@@ -185,7 +205,7 @@ def _typed() -> Iterator[dict[str, str]]:
 
 
 def sample_all(
-    names: list[str], records: list[dict], sampling: Sampling, num_samples: int = 1, **options: Any
+    names: list[str], records: list[dict], sampling: Sampling, num_samples: int = 1, remote_code: bool = False, **options: Any
 ) -> list[dict[str, Any]]:
     """One sample per record, in the form of ``samples.py``; the checkpoints are loaded one after the other.
 
@@ -194,7 +214,7 @@ def sample_all(
     """
     responses: dict[str, list[str | list[str]]] = {}
     for name in names:
-        model, tokenizer = load_for_generation(name)
+        model, tokenizer = load_for_generation(name, remote_code)
         texts = generate_batch(model, tokenizer, records * num_samples, sampling, **options)
         count = len(records)
         responses[name] = [texts[i] if num_samples == 1 else texts[i::count] for i in range(count)]
@@ -227,6 +247,7 @@ def run(
     num_beams: int = 1,
     batch_size: int = 16,
     seed: int = 0,
+    trust_remote_code: bool = False,
     **unknown: Any,
 ) -> None:
     """Generates responses: python -m stanford_alpaca.generate CHECKPOINT [CHECKPOINT ...] --FLAG VALUE ...
@@ -248,6 +269,7 @@ def run(
         temperature: 0 is greedy; top_k, top_p, typical_p and min_p narrow the sampling; num_beams searches instead.
         repetition_penalty: above 1 makes tokens of the prompt and the response so far less likely, below 1 more.
         seed: the same command with the same seed gives the same text.
+        trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
     """
     refuse_unknown(unknown, run)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, num_beams)
@@ -270,12 +292,13 @@ def run(
         raise UserError("--alpaca_eval holds one response per prompt: give one checkpoint, and no --num_samples")
     records = [] if interactive else read_prompts(prompts, instruction, input, pairs)
     for name in names:
-        check_model(name, or_adapter=True)
+        check_model(name, or_adapter=True, remote_code=trust_remote_code)
+    check_prompts(names, records, max_new_tokens, prompt_template, trust_remote_code)
     if interactive:
-        return chat(*load_for_generation(names[0]), sampling, prompt_template, seed)
+        return chat(*load_for_generation(names[0], trust_remote_code), sampling, prompt_template, seed)
 
     options = {"prompt_template": prompt_template, "batch_size": batch_size, "seed": seed}
-    samples = sample_all(names, records, sampling, num_samples, **options)
+    samples = sample_all(names, records, sampling, num_samples, trust_remote_code, **options)
     settings = {**asdict(sampling), "num_samples": num_samples, **options}
     if "out" in files:
         write_jsonl(files["out"], [{**sample, "sampling": settings} for sample in samples])

@@ -12,7 +12,7 @@ from stanford_alpaca.errors import UserError, say
 from stanford_alpaca.shards import Shards, culprits, not_finite
 
 WINDOW, LEAST = 50, 20  # losses that a step's is held against: the last ones, and how many there have to be
-FAR, MORE = 10, 1.5  # a spike is so many median absolute deviations above the median, and so many times the median
+FAR, MORE, RISE = 10, 1.5, 0.1  # a spike is so many median absolute deviations, so many times, and so much above the median
 NAMED = 3  # tensors that a message names
 KINDS = ("weights", "loss", "gradients")  # a cause before what follows from it
 Found = dict[str, dict[int, list[str]]]  # by kind and rank the names of what is not finite
@@ -157,7 +157,7 @@ class Guard:
         if len(self._last) >= LEAST:
             middle = median(self._last)
             spread = median(abs(value - middle) for value in self._last)
-            spiking = loss > max(middle + FAR * spread, MORE * middle)
+            spiking = loss > max(middle + FAR * spread, MORE * middle, middle + RISE)
             if spiking and not self._spiking:  # one that stays is said once
                 say(f"step {step}: the loss is {loss:.4g}; its median over the last {len(self._last)} steps was {middle:.4g}")
         self.spikes, self._spiking = self.spikes + spiking, spiking

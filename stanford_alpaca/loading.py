@@ -10,10 +10,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import DistError, PrefixStore
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed import DistError
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from stanford_alpaca.collectives import fresh_store
 from stanford_alpaca.errors import UserError
 
 POLL = 0.1  # seconds between looks for what rank 0 has
@@ -55,7 +55,7 @@ def share_from_rank_0(what: str, make: Callable[[], T] | None) -> T:
     Raises:
         UserError: on all ranks what ``make`` raised.
     """
-    store = PrefixStore(f"share {what}", _get_default_store())
+    store = fresh_store(f"share {what}")
     if make is None:
         try:
             while not store.check(["outcome"]):
@@ -68,11 +68,11 @@ def share_from_rank_0(what: str, make: Callable[[], T] | None) -> T:
         try:
             value = make()
         except UserError as refused:
-            error = str(refused)
+            error = refused
         store.set("outcome", pickle.dumps((value, error)))  # type: ignore[arg-type]
     if error is not None:
-        raise UserError(error)
-    return value
+        raise error
+    return value  # type: ignore[return-value]
 
 
 def stored_buffers(model: nn.Module) -> dict[str, Tensor]:

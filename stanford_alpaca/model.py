@@ -1,56 +1,76 @@
 """Loads a tokenizer and a causal LM from a folder or the hub, ready for fine-tuning: float32 weights, a pad token.
 
-Code that a model's repository brings along is never run.
+Code that a model's repository brings along runs only where ``remote_code`` is asked for; pickled weights are never read.
 """
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
-from stanford_alpaca.errors import UserError, first_line, nearest, quiet_hub
+from stanford_alpaca.errors import UserError, first_line, nearest
 
+ADAPTER_CONFIG = "adapter_config.json"
+CONVERT = (
+    'if you trust it, convert it once: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+    "[c.from_pretrained('{0}').save_pretrained('CONVERTED') for c in (M, T)]\""
+)
 PAD_TOKEN, EOS_TOKEN = "[PAD]", "</s>"  # Alpaca's names for the tokens a tokenizer lacks
 
 
-def check_model(path: str, cache_dir: str | None = None, *, or_adapter: bool = False) -> None:
-    """Raises UserError if there is no causal LM to load, or no adapter of one, before anything larger is read."""
-    place = Path(path).expanduser()
-    beside = place.is_absolute() or (len(place.parts) > 1 and Path(place.parts[0]).exists())
-    if not place.is_dir() and (beside or len(place.parts) > 2):  # a path that was meant to be local, no hub name
-        raise UserError(f"{path}: cannot load a model from here (no such folder); give a Hugging Face folder or a hub name")
-    if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
-        if not or_adapter:
-            raise UserError(f"{path}: an adapter, no whole model; load it with peft's PeftModel.from_pretrained(base, folder)")
-        path = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return check_model(path, cache_dir)
+def base_of(path: str) -> str | None:
+    """What the folder of an adapter names as its base; None for one of a whole model, and for a hub name."""
+    file = Path(path).expanduser() / ADAPTER_CONFIG
+    if not file.is_file() or file.with_name("config.json").is_file():
+        return None
     try:
-        with quiet_hub():
-            AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
-    except Exception as error:  # OSError, ValueError or a hub error, depending on what is wrong
-        raise _cannot_load(path, error) from None
+        return str(json.loads(file.read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file}: names no base_model_name_or_path ({first_line(error)}); write it there") from None
+
+
+def read_config(path: str, cache_dir: str | None = None, *, remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a folder or a hub name; of an adapter, its base's."""
+    try:
+        return AutoConfig.from_pretrained(base_of(path) or path, cache_dir=cache_dir, trust_remote_code=remote_code)
+    except Exception as error:
+        raise cannot_load(path, error) from None
 
 
 def load_tokenizer(
-    path: str, max_length: int | None = None, cache_dir: str | None = None, *, may_grow: bool = True
+    path: str,
+    max_length: int | None = None,
+    cache_dir: str | None = None,
+    *,
+    may_grow: bool = True,
+    remote_code: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right. Missing pad and end-of-sequence tokens are added, as Alpaca does.
+    """The tokenizer, padding on the right. Missing pad and end-of-sequence tokens are added, as Alpaca does, and said.
 
     With ``may_grow=False`` it gets no new token: the end-of-sequence token pads (padding is masked by length).
     """
     options = {} if max_length is None else {"model_max_length": max_length}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path, cache_dir=cache_dir, padding_side="right", trust_remote_code=False, **options
+            path, cache_dir=cache_dir, padding_side="right", trust_remote_code=remote_code, **options
         )
     except Exception as error:
-        raise _cannot_load(path, error) from None
+        raise cannot_load(path, error) from None
     if not may_grow and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     missing = {}
@@ -59,37 +79,52 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         missing["pad_token"] = PAD_TOKEN
     tokenizer.add_special_tokens(missing)
+    for name, token in missing.items():
+        tell(f"{path}: the tokenizer has no {name}: {token} is one now")
     return tokenizer
 
 
 def load_model(
-    path: str, cache_dir: str | None = None, dtype: torch.dtype = torch.float32, *, from_config: bool = False, **options
+    path: str,
+    cache_dir: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    from_config: bool = False,
+    remote_code: bool = False,
+    **options,
 ) -> PreTrainedModel:
     """The causal LM in ``dtype``: float32 masters by default, whatever the checkpoint holds. From an adapter, its base with it.
 
     ``from_config`` reads the configuration alone and gives the model random weights.
     """
+    options |= {"dtype": dtype, "trust_remote_code": remote_code}
     try:
         if from_config:
-            config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
-        return AutoModelForCausalLM.from_pretrained(path, cache_dir=cache_dir, dtype=dtype, trust_remote_code=False, **options)
+            config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=remote_code)
+            return AutoModelForCausalLM.from_config(config, **options)
+        return AutoModelForCausalLM.from_pretrained(path, cache_dir=cache_dir, use_safetensors=True, **options)
     except Exception as error:
-        raise _cannot_load(path, error) from None
+        raise cannot_load(path, error) from None
 
 
 def empty_model(
-    path: str, cache_dir: str | None = None, dtype: torch.dtype = torch.float32, *, from_config: bool = False, **options
+    path: str,
+    cache_dir: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    from_config: bool = False,
+    remote_code: bool = False,
+    **options,
 ) -> PreTrainedModel:
     """What ``load_model`` returns, with parameters on the meta device: for ranks that get the weights from another one."""
     try:
-        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=remote_code)
         with init_empty_weights(include_buffers=False):  # most buffers are computed, not stored
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code, **options)
         model.tie_weights()
         return model
     except Exception as error:
-        raise _cannot_load(path, error) from None
+        raise cannot_load(path, error) from None
 
 
 @torch.no_grad()
@@ -112,10 +147,11 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return added
 
 
-def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets: list[str] | None = None) -> PeftModel:
-    """The model with a float32 LoRA adapter that alone is trained; ``targets`` are names or endings of names of linear layers.
+def lora_layers(model: PreTrainedModel, targets: list[str] | None = None) -> list[str]:
+    """Names of the linear layers that get an adapter: those whose names end as ``targets``, by default all but the output.
 
-    By default all linear layers but the output layer have one. Raises UserError for targets that cannot.
+    Raises:
+        UserError: a target that no such layer has.
     """
     output = model.get_output_embeddings()
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not output]
@@ -126,15 +162,27 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets
                 f"--lora_target_modules {target}: no linear layer that can have an adapter; "
                 f"choose from {', '.join(endings)}{nearest(target, endings)}"
             )
+    return [name for name in linear if targets is None or any(f".{name}".endswith(f".{target}") for target in targets)]
+
+
+def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets: list[str] | None = None) -> PeftModel:
+    """The model with a float32 LoRA adapter on its ``lora_layers``, which alone is trained."""
+    layers = lora_layers(model, targets)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets or linear
+        task_type=TaskType.CAUSAL_LM, r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets or layers
     )
     warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks by the old name
     return get_peft_model(model, config)
 
 
-def _cannot_load(path: str, error: Exception) -> UserError:
+def cannot_load(path: str, error: Exception) -> UserError:
+    """What to raise for what transformers or the hub raised."""
     advice, place = "give a Hugging Face folder or a hub name", Path(path)
-    if (place / "trainer_state.json").is_file() and not list(place.glob("*.safetensors")):
+    what = first_line(error)
+    if "trust_remote_code" in str(error):
+        what, advice = "it runs code of its own", "read that code, then allow it with --trust_remote_code"
+    elif (place / "trainer_state.json").is_file() and not list(place.glob("*.safetensors")):
         advice = f"make one of this checkpoint's shards: python -m stanford_alpaca.checkpoint export {path} OUT"
-    return UserError(f"{path}: cannot load a model from here ({first_line(error)}); {advice}")
+    elif "safetensors" in what and not place.exists():
+        advice = CONVERT.format(path)
+    return UserError(f"{path}: cannot load a model from here ({what}); {advice}")

@@ -10,15 +10,16 @@ from dataclasses import dataclass, field, replace
 
 from transformers import HfArgumentParser
 
-from stanford_alpaca.anatomy import Parameters, describe, read_config
+from stanford_alpaca.anatomy import Parameters, describe
 from stanford_alpaca.arguments import choice
 from stanford_alpaca.data.formats import form_of, load_records
 from stanford_alpaca.data.tokenize import ExampleEncoder, encode_records
 from stanford_alpaca.engines import PEAK_FLOPS
 from stanford_alpaca.errors import UserError, exit_on_user_error, nearest
 from stanford_alpaca.estimate import COST_SHARDINGS, ENGINES, Setup, precision_of, shardings_of
+from stanford_alpaca.loadable import check_model
 from stanford_alpaca.losses.formulas import MODES, Objective
-from stanford_alpaca.model import check_model, load_tokenizer
+from stanford_alpaca.model import load_tokenizer, read_config
 from stanford_alpaca.plans import Machine, Plan, Row, advise, rows_of
 from stanford_alpaca.preview import WHOLE, statistics_of
 
@@ -57,6 +58,7 @@ class Options:
     inter_gb_s: float = field(default=25.0, metadata={"help": "GB/s of a rank assumed between nodes (InfiniBand)."})
     host_gb_s: float = field(default=25.0, metadata={"help": "GB/s of a rank assumed to the host's memory (PCIe)."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's models are kept."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Runs the code that the model's repository brings along."})
     json: bool = field(default=False, metadata={"help": "Prints the same as JSON, in bytes and seconds."})
 
     @property
@@ -130,7 +132,7 @@ def count_data(options: Options) -> Options:
     """The options with the number of examples, their mean tokens and the supervised share of --data_path."""
     if options.data_path is None:
         return options
-    tokenizer = load_tokenizer(options.model_name_or_path, cache_dir=options.cache_dir)
+    tokenizer = load_tokenizer(options.model_name_or_path, cache_dir=options.cache_dir, remote_code=options.trust_remote_code)
     records = load_records(options.data_path, options.cache_dir)
     encode = ExampleEncoder.of(tokenizer, form_of(records.column_names), WHOLE)
     counted = statistics_of(encode_records(records, encode), options.model_max_length)
@@ -147,15 +149,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def preflight(options: Options) -> None:
     """Prints the estimate."""
-    check_model(options.model_name_or_path, options.cache_dir)
+    name, trusted = options.model_name_or_path, options.trust_remote_code
+    check_model(name, options.cache_dir, remote_code=trusted, weights=False)
     options = count_data(options)
-    config = read_config(options.model_name_or_path, options.cache_dir)
+    config = read_config(name, options.cache_dir, remote_code=trusted)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and options.model_max_length > positions:
         raise UserError(f"--model_max_length {options.model_max_length} is more than the model's {positions} positions")
     setup = options.setup()
     precisions = {precision_of(engine, options.bf16) for engine in ENGINES}
-    anatomies = {name: describe(config, options.model_max_length, name) for name in sorted(precisions)}
+    anatomies = {precision: describe(config, options.model_max_length, precision, trusted) for precision in sorted(precisions)}
     counts = next(iter(anatomies.values())).parameters
     engines = options.engines(counts)
     link = options.intra_gb_s if options.nodes == 1 else options.inter_gb_s

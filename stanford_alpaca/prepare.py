@@ -11,6 +11,7 @@ from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.sources import ExampleStream
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.fit import check_positions
 from stanford_alpaca.head import HeadForm
 from stanford_alpaca.isolation import find_isolation
 from stanford_alpaca.loading import allocate, share_from_rank_0, stored_buffers, weights_come_from_rank_0
@@ -34,25 +35,18 @@ def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:
 
 def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
     """The teacher that --teacher names. Raises UserError for one that does not fit."""
-    name, cache_dir = run.model.teacher, run.training.cache_dir
+    name, cache_dir, remote_code = run.model.teacher, run.training.cache_dir, run.model.trust_remote_code
     if name is None:
         return None
-    if not same_vocabulary(load_tokenizer(name, cache_dir=cache_dir), tokenizer):
+    if not same_vocabulary(load_tokenizer(name, cache_dir=cache_dir, remote_code=remote_code), tokenizer):
         raise UserError(f"--teacher {name}: its tokenizer has other ids than that of {run.model.model_name_or_path}")
     dtype = torch.bfloat16 if run.training.bf16 else torch.float32
-    model = load_model(name, cache_dir, dtype=dtype)
+    model = load_model(name, cache_dir, dtype=dtype, remote_code=remote_code)
     check_positions(model, "teacher", run.training.model_max_length)
     try:
         return Teacher(model, run.model.teacher_top_k)
     except ValueError as error:
         raise UserError(f"--teacher {name}: {error}") from None
-
-
-def check_positions(model: PreTrainedModel, name: str, max_length: int) -> None:
-    """Raises UserError if examples may have more tokens than the model has positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise UserError(f"--model_max_length {max_length} is more than the {name}'s {positions} positions")
 
 
 def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) -> PreTrainedModel:
@@ -62,7 +56,11 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
     form of its head, how it generates, and its stored buffers.
     """
     training, name = run.training, run.model.model_name_or_path
-    if training.fsdp and weights_come_from_rank_0(training) and stored_buffers(empty_model(name, training.cache_dir)):
+    if (
+        training.fsdp
+        and weights_come_from_rank_0(training)
+        and stored_buffers(empty_model(name, training.cache_dir, remote_code=run.model.trust_remote_code))
+    ):
         training.fsdp_plugin_args["cpu_ram_efficient_loading"] = False  # accelerate sends parameters only: all read
     if not weights_come_from_rank_0(training):
         return build_model(run, tokenizer, with_cost)
@@ -92,11 +90,9 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
     model = load(
         model_args.model_name_or_path, training.cache_dir,
         from_config=model_args.from_config, attn_implementation=model_args.attn_implementation,
+        remote_code=model_args.trust_remote_code,
     )  # fmt: skip
-    check_positions(model, "model", training.model_max_length)
-    added = fit_vocabulary(model, tokenizer)
-    if added and run.lora.lora:
-        raise UserError(f"--lora trains no embedding, and {added} of the tokenizer's tokens have none: train them without it")
+    fit_vocabulary(model, tokenizer)
     stops = stop_ids(tokenizer)
     if len(stops) > 1:  # who generates from the folder stops at the end of a turn
         model.generation_config.eos_token_id = stops

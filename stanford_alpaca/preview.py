@@ -20,7 +20,8 @@ from stanford_alpaca.data.encode import SPECIAL
 from stanford_alpaca.data.formats import check_columns, form_of, load_records, take_columns
 from stanford_alpaca.data.tokenize import EMPTY, IGNORE_INDEX, REFUSED, ExampleEncoder, check_template, encode_records
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
-from stanford_alpaca.model import check_model, load_tokenizer
+from stanford_alpaca.loadable import check_model
+from stanford_alpaca.model import load_tokenizer
 
 WHOLE = 2**31 - 1  # a length at which nothing is cut
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -104,6 +105,7 @@ def run(
     columns: str | None = None,
     cache_dir: str | None = None,
     json: bool = False,
+    trust_remote_code: bool = False,
     **unknown: Any,
 ) -> None:
     """Shows what training will see: python -m stanford_alpaca.preview MODEL --data FILE [FILE ...] --FLAG VALUE ...
@@ -113,6 +115,7 @@ def run(
         data: files, folders or hub names, each shown by itself.
         examples: how many of each to show, 3 by default; max_length: tokens per example, 512.
         prompt_template: auto, alpaca, chat or plain; columns: as instruction=question output=answer.
+        trust_remote_code: runs the code that the model's folder or repository brings along.
         json: prints the same as JSON: {source: {statistics, examples: [{pieces, boundaries}]}}.
     """
     refuse_unknown(unknown, run)
@@ -123,8 +126,8 @@ def run(
     check_template(prompt_template)
     pairs, others = take_columns(columns, [str(path) for path in more_data])
     check_columns([data, *others], pairs)
-    check_model(str(model), cache_dir)
-    tokenizer = load_tokenizer(str(model), cache_dir=cache_dir)
+    check_model(str(model), cache_dir, remote_code=trust_remote_code, weights=False)
+    tokenizer = load_tokenizer(str(model), cache_dir=cache_dir, remote_code=trust_remote_code)
     shown: dict[str, dict[str, Any]] = {}
     for path in [data, *others]:
         records = load_records(path, cache_dir, columns=pairs)

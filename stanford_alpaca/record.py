@@ -1,19 +1,48 @@
-"""What a run writes about itself beside the checkpoint: ``run.yaml``, from which it repeats, and a model card."""
+"""What a run is: its flags, and what it was made with. ``run.yaml``, from which it repeats, and a model card say so."""
 
 import importlib.metadata
 import json
 import platform
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from stanford_alpaca import __version__
 from stanford_alpaca.arguments import MADE_WITH, Run
+from stanford_alpaca.checkpoint.manifest import entries_of, file_sha256
 from stanford_alpaca.data.sources import identify
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "peft")
 FILE = "run.yaml"
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+NO_MODEL_FILES = ("manifest.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+BY_CONTENT = ("model", "teacher", "cost")
+# flags that decide nothing, or are compared by what they lead to
+FREE = {
+    "model_name_or_path", "teacher", "cost", "data_path", "eval_path", "output_dir", "resume", "resume_from_checkpoint",
+    "cache_dir", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node",
+    "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
+    "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics", "save_strategy",
+    "save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "sample_prompts", "sample_steps",
+    "sample_max_new_tokens", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push",
+    "hub_revision", "do_train", "do_eval", "do_predict", "local_rank", "ddp_timeout", "skip_nonfinite",
+    "preprocessing_num_workers", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+}  # fmt: skip
+# flags that change the order of sums, what is evaluated, or where things are
+ROUNDING = {
+    "engine", "fsdp", "fsdp_config", "deepspeed", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "global_batch", "balance_lengths", "padding_free", "cost_sharding", "cost_cache_mib", "loss_backend",
+    "attn_implementation", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "use_cpu", "use_cache", "ddp_backend",
+    "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "eval_strategy",
+    "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "per_device_eval_batch_size",
+}  # fmt: skip
 HEADER = "# Repeat: python -m stanford_alpaca.train --config run.yaml --output_dir ANOTHER\n"
 CARD = """\
 ---
@@ -45,17 +74,62 @@ conversations).
 """
 
 
+def record_of(run: Run) -> dict[str, Any]:
+    """All that decides a run's result, as ``run.yaml`` and manifests hold it. Reads every file of data and base model."""
+    return run.flags | {MADE_WITH: made_with(run)}
+
+
 def made_with(run: Run) -> dict[str, Any]:
-    """Versions, data and the number of processes: what the result depends on besides the flags."""
+    """Versions, data, models and processes: what the result depends on besides the flags."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    paths = [*run.data.data_path, *(run.data.eval_path or [])]
+    paths, training = [*run.data.data_path, *(run.data.eval_path or [])], run.training
+    models = {"model": run.model.model_name_or_path} | ({"teacher": run.model.teacher} if run.model.teacher else {})
+    cost = Path(run.objective.cost)
     return {
         "stanford_alpaca": __version__,
         "python": platform.python_version(),
         **versions,
-        "processes": run.training.world_size,
+        "processes": training.world_size,
+        "rows_per_step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        **{role: identify_model(name, training.cache_dir) for role, name in models.items()},
+        **({"cost": f"sha256:{file_sha256(cost)}"} if cost.is_file() else {}),
         "data": {path: identify(path, run.data.streaming) for path in paths},
     }
+
+
+def identify_model(name: str, cache_dir: str | None = None) -> str:
+    """What a model was: the sha256 of its weights, configuration and tokenizer, or its hub name and commit."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        config = cached_file(name, "config.json", cache_dir=cache_dir)  # its path has the commit; nothing is loaded
+        return f"hub:{name}@{extract_commit_hash(config, None)}"
+    files = [file.name for file in folder.iterdir() if file.suffix in MODEL_FILES and file.name not in NO_MODEL_FILES]
+    total = sha256(json.dumps(entries_of(folder, sorted(files))).encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between two records, a line each: what decides the result, and what changes no more than its rounding."""
+    before, now = (json.loads(json.dumps(record)) for record in (before, now))
+    with_before, with_now = (record.get(MADE_WITH) or {} for record in (before, now))
+    matters: list[str] = []
+    rounds: list[str] = []
+    for name in [name for name in {**before, **now} if name not in FREE and name != MADE_WITH]:
+        if before.get(name) != now.get(name):
+            words = [str(record[name]) if record.get(name) is not None else "not given" for record in (before, now)]
+            (rounds if name in ROUNDING else matters).append(f"--{name} was {words[0]}, is {words[1]}")
+    for name in [name for name in {**with_before, **with_now} if name != "data"]:
+        was, is_now = with_before.get(name), with_now.get(name)
+        if was != is_now:
+            line = f"{name} was {was}, is {is_now}" if name not in BY_CONTENT else f"the {name} has changed"
+            (matters if name in (*BY_CONTENT, "rows_per_step") else rounds).append(line)
+    for flag, found in (("data_path", matters), ("eval_path", rounds)):
+        old, new = (
+            [(record[MADE_WITH].get("data") or {}).get(path) for path in record.get(flag) or []] for record in (before, now)
+        )
+        if old != new:
+            found.append(f"--{flag}: {', '.join(now.get(flag) or ['nothing'])} is not what it was")
+    return matters, rounds
 
 
 def differences(run: Run, now: dict[str, Any]) -> list[str]:
@@ -70,15 +144,26 @@ def differences(run: Run, now: dict[str, Any]) -> list[str]:
     return lines + [f"{path} has changed since" for path, digest in now["data"].items() if data.get(path, digest) != digest]
 
 
-def write_run(run: Run, now: dict[str, Any]) -> None:
-    """Writes run.yaml into the output folder; a run resumed there, whose flags may differ, run-from-CHECKPOINT.yaml."""
+def write_run(run: Run, record: dict[str, Any]) -> None:
+    """Writes run.yaml into the output folder; a run resumed there with other flags, run-from-CHECKPOINT.yaml."""
     output, resume = Path(run.training.output_dir), run.training.resume_from_checkpoint
     output.mkdir(parents=True, exist_ok=True)
-    file = output / FILE
-    if file.exists() and resume is not None:
+    file, before = output / FILE, read_run(output)
+    if before is not None and resume is not None:
+        if not any(changes(before, record)):
+            return
         file = output / f"run-from-{Path(resume).name}.yaml"
-    text = HEADER + yaml.safe_dump(run.flags | {MADE_WITH: now}, sort_keys=False, allow_unicode=True)
+    text = HEADER + yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
     file.write_text(text, encoding="utf-8")
+
+
+def read_run(output: Path) -> dict[str, Any] | None:
+    """The record that a run left in its output folder, or None."""
+    try:
+        record = yaml.safe_load((output / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def write_card(run: Run, metrics: dict[str, float]) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: our modules must not shadow others'
 
+import contextlib
 import os
+import threading
 
 import torch
 from datasets import Dataset
@@ -18,19 +20,23 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from stanford_alpaca.arguments import DataArguments, Run, TrainingArguments, parse
 from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
+from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checks import check
 from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.formats import check_columns
 from stanford_alpaca.data.packing import PackedExamples
-from stanford_alpaca.data.sources import ExampleStream, Loading, digest, load_source, mix, stream_sources
-from stanford_alpaca.data.tokenize import PromptEncoder
-from stanford_alpaca.engines import leave_together, peak_memory_mib
-from stanford_alpaca.errors import UserError, exit_on_user_error, say
-from stanford_alpaca.generate import encode_prompts, read_prompts
-from stanford_alpaca.loading import loading_whole
+from stanford_alpaca.data.sources import ExampleStream, Loading, check_sources, digest, load_source, mix, stream_sources
+from stanford_alpaca.engines import is_lost_rank, leave_together, peak_memory_mib
+from stanford_alpaca.errors import Stopped, UserError, exit_on_user_error, first_line, say
+from stanford_alpaca.fit import check_fit
+from stanford_alpaca.generate import read_prompts
+from stanford_alpaca.loading import loading_whole, share_from_rank_0
+from stanford_alpaca.lock import held
 from stanford_alpaca.model import load_tokenizer
 from stanford_alpaca.prepare import cache_costs, make_collator, make_model
-from stanford_alpaca.record import differences, made_with, write_card, write_run
+from stanford_alpaca.record import MADE_WITH, differences, write_card, write_run
+from stanford_alpaca.resume import Start, where_to_start
+from stanford_alpaca.signals import StopRequest
 from stanford_alpaca.trainer import EmoTrainer
 from stanford_alpaca.turns import load_in_turn
 
@@ -53,7 +59,10 @@ def load_data(
             sources.append(examples)
         return sources
 
-    check_columns([*data.data_path, *(data.eval_path or [])], loading.columns)
+    if data.streaming:
+        check_columns([*data.data_path, *(data.eval_path or [])], loading.columns)
+    else:  # before the first record is tokenized, which takes longer
+        check_sources([*data.data_path, *(data.eval_path or [])], loading)
     held_out = mix(load(data.eval_path), None, training.seed) if data.eval_path is not None else None
     if data.streaming:
         say("streamed: what is dropped or cut is not counted; python -m stanford_alpaca.preview shows it")
@@ -76,19 +85,48 @@ def split(examples: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
 
 def train(argv: list[str]) -> None:
     """Runs one fine-tuning from its command line to the saved model."""
+    stop = StopRequest()
+    if threading.current_thread() is threading.main_thread():
+        stop.install()
     run = parse(argv)
-    args = run.training
     for line in run.notes:
         say(line)
     check(run)
+    with contextlib.ExitStack() as leaving:
+        start = find_start(run, leaving)
+        for line in start.notes:
+            say(line)
+        if not start.complete:
+            train_from(run, start, stop)
+
+
+def find_start(run: Run, leaving: contextlib.ExitStack) -> Start:
+    """Where this run starts, found out by rank 0 for all, which locks the output folder; raises on all what it raises there."""
+    args = run.training
+
+    def find() -> Start:
+        leaving.enter_context(held(Path(str(args.output_dir))))
+        return where_to_start(run)
+
+    start = find() if args.world_size == 1 else share_from_rank_0("start", find if args.process_index == 0 else None)
+    args.resume_from_checkpoint = start.checkpoint
+    return start
+
+
+def train_from(run: Run, start: Start, stop: StopRequest) -> None:
+    """Trains and saves, from the beginning or a checkpoint."""
+    args = run.training
     prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
-    tokenizer = load_tokenizer(run.model.model_name_or_path, args.model_max_length, args.cache_dir, may_grow=not run.lora.lora)
+    tokenizer = load_tokenizer(
+        run.model.model_name_or_path, args.model_max_length, args.cache_dir,
+        may_grow=not run.lora.lora, remote_code=run.model.trust_remote_code, tell=say,
+    )  # fmt: skip
+    check_fit(run, tokenizer, prompts)
     train_examples, eval_examples = load_in_turn(
         lambda: load_data(run.data, args, tokenizer), lambda sets: " ".join(map(digest, sets)),
         args.process_index, args.local_process_index, args.world_size,
     )  # fmt: skip
-    now = made_with(run)
-    for line in differences(run, now):
+    for line in differences(run, start.record[MADE_WITH]):
         say(f"--config: {line}")
 
     set_seed(args.seed)  # for the random weights of --from_config
@@ -97,7 +135,6 @@ def train(argv: list[str]) -> None:
         model = make_model(run, tokenizer, with_cost=eval_examples is not None and prices)
     if shard_cost(model, run.objective.where_costs_live, args) == "replicate":
         cache_costs(model.emo_objective.cost, run, train_examples)
-    encode_prompts(model, PromptEncoder(tokenizer, run.data.prompt_template), prompts, args.sample_max_new_tokens)  # all fit?
     collator = make_collator(run, model, tokenizer.pad_token_id)
     if run.data.packing:
         train_examples = PackedExamples.of(train_examples, args.model_max_length, args.seed)
@@ -109,27 +146,31 @@ def train(argv: list[str]) -> None:
         eval_dataset=eval_examples,
         data_collator=collator,
         processing_class=tokenizer,
+        record=start.record,
+        stop=stop,
     )
     if eval_examples is not None:
         trainer.add_callback(EvaluateLast())
     if prompts:
         trainer.add_callback(SampleCallback(trainer, prompts, run.data.prompt_template))
     if args.should_save:
-        write_run(run, now)
+        write_run(run, start.record)
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = " rows" if run.data.packing else ""
     say(f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), global batch {per_step}{rows}")
-    finish(run, trainer, trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics)
+    stop.training = True
+    metrics = trainer.train(resume_from_checkpoint=start.checkpoint).metrics
+    finish(run, trainer, metrics)
 
 
 def finish(run: Run, trainer: EmoTrainer, metrics: dict[str, float]) -> None:
-    """Saves what was trained, evaluates it, and leaves its metrics and a card beside it."""
+    """Saves what was trained, evaluates it, leaves its metrics and a card beside it, and last the manifest of the model."""
     args, model = run.training, trainer.model
     rate = trainer.supervised_tokens_per_s()
     metrics |= {"train_peak_memory_mib": peak_memory_mib()}
     metrics |= {} if rate is None else {"train_supervised_tokens_per_s": rate}
     model.config.use_cache = trainer.use_cache
-    trainer.save_model()
+    files = trainer.save_finished()
     trainer.save_metrics("train", metrics)
     if trainer.eval_dataset is not None:
         evaluation = evaluation_of(trainer)
@@ -138,6 +179,7 @@ def finish(run: Run, trainer: EmoTrainer, metrics: dict[str, float]) -> None:
     trainer.save_state()
     if args.should_save:
         write_card(run, metrics)
+        manifest.write(Path(str(args.output_dir)), files, {"step": trainer.state.global_step, "run": trainer.record})
     if args.push_to_hub:
         trainer.push_to_hub()
     saved = "adapter" if run.lora.lora else f"{str(model.config.dtype).removeprefix('torch.')} model"
@@ -159,9 +201,29 @@ def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:
 
 def main() -> None:
     """The command."""
-    exit_on_user_error(lambda: train(sys.argv[1:]))
+    status = exit_on_user_error(run_or_stop)
     if torch.distributed.is_initialized():
-        leave_together()
+        leave_together(status)
+    sys.exit(status)
+
+
+def run_or_stop() -> int:
+    """The command's exit status. Raises what makes ranks end each for itself."""
+    try:
+        train(sys.argv[1:])
+    except Stopped as stopped:  # all of them
+        say(str(stopped))
+        return Stopped.status
+    except RuntimeError as error:  # gloo's and PyTorch's own
+        if not (torch.distributed.is_initialized() and is_lost_rank(error)):
+            raise
+        print(
+            f"error: rank {torch.distributed.get_rank()} lost another one ({first_line(error).split('. ')[0]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # whatever still waits for the other rank
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,23 +9,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+from transformers import PreTrainedModel
+from transformers.trainer_utils import EvalLoopOutput
 
 from stanford_alpaca.attach import AttachedObjective
-from stanford_alpaca.checkpoint import fsdp
-from stanford_alpaca.checkpoint.gather import full_state_dict
-from stanford_alpaca.checkpoint.kinds import FSDP, kind_of
 from stanford_alpaca.data.balance import BalancedSampler
 from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, fill_up
 from stanford_alpaca.data.packing import PackedExamples, example_lengths
 from stanford_alpaca.engines import activate_fsdp, check_engine, peak_flops, training_flops
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.guard import Guard
+from stanford_alpaca.resumable import ResumableTrainer
 from stanford_alpaca.shards import Shards, stand_before
 
 
@@ -56,7 +52,7 @@ class Stopwatch:
             self.start()
 
 
-class EmoTrainer(Trainer):
+class EmoTrainer(ResumableTrainer):
     """A Trainer for a model with an attached objective and one of our collators.
 
     Each log entry of training also has ``nll``, ``emo`` (where the mode computes it), ``target_prob`` (means over the
@@ -78,11 +74,11 @@ class EmoTrainer(Trainer):
     train_dataset: Any
 
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
-        self.use_cache = model.config.use_cache  # of who generates with the model; the Trainer turns it off
         super().__init__(model, *args, **kwargs)
         self.emo: AttachedObjective = self.accelerator.unwrap_model(self.model).emo_objective
         self.watch = Stopwatch()
         self.guard = Guard(self.args.device, self.args.world_size, self.args.skip_nonfinite, fp16=self.args.fp16)
+        self.guard.stop_requested = lambda: bool(self.stop)
         self._steps = 0  # of this call of train()
         self._tokens: Any = 0  # the targets of its steps, without the first step's
         self._flops: Any = 0.0  # the same of this rank's work
@@ -162,9 +158,8 @@ class EmoTrainer(Trainer):
     def _compute_again(self) -> None:
         """The gradients of the present step once more, but each rank's own, where DDP has averaged them."""
         model, (samples, num_items) = self.model_wrapped, self._batch
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         model.zero_grad()
-        with torch.random.fork_rng(devices), self.accelerator.no_sync(model):
+        with frozen_random_states(), self.accelerator.no_sync(model):
             for inputs in samples:
                 super().training_step(model, inputs, num_items)
 
@@ -217,12 +212,21 @@ class EmoTrainer(Trainer):
             logs |= self.guard.counts()
         super().log(logs, start_time)
 
+    def agreed_to_stop(self) -> bool:
+        return self.guard.stop_agreed
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.watch.paused():
+            self.guard.check_weights(self.state.global_step)
+            self.state.stateful_callbacks["guard"] = self.guard.state_dict()
+            super()._save_checkpoint(*args, **kwargs)
+
     # ---- evaluation ----------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, dataloader, description, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
         """Token-weighted: loss, nll, perplexity, target_prob and, with a cost, emo."""
         self.emo.eval_meter.drain("cpu")
-        with self.watch.paused():
+        with self.watch.paused(), frozen_random_states():  # a run that is resumed after it is as one that was not
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only=True, metric_key_prefix=metric_key_prefix
             )
@@ -240,59 +244,7 @@ class EmoTrainer(Trainer):
         batch = self.args.eval_batch_size * self.args.world_size
         return super().get_eval_dataloader(fill_up(dataset, batch, self.data_collator.pad_id))
 
-    # ---- resuming ------------------------------------------------------------------------------------------------------
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if kind_of(Path(resume_from_checkpoint)) != FSDP:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        fsdp.load_model(model or self.model, Path(resume_from_checkpoint))  # into any engine but ZeRO
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or kind_of(Path(checkpoint)) != FSDP:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        fsdp.load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-
-    def _load_best_model(self) -> None:
-        best = str(self.state.best_model_checkpoint)
-        if kind_of(Path(best)) != FSDP:
-            return super()._load_best_model()
-        fsdp.load_model(self.model, Path(best))
-
-    # ---- saving --------------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.watch.paused():
-            self.model.config.use_cache = self.use_cache
-            self.state.stateful_callbacks["guard"] = self.guard.state_dict()
-            super()._save_checkpoint(*args, **kwargs)
-            self.model.config.use_cache = self.args.use_cache
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A plain Hugging Face folder in the masters' dtype (LoRA: peft's) from every engine. Pushed when it is complete.
-
-        A checkpoint whose shards will be saved to resume from has no weights beside them: ``export`` makes them.
-        """
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            return super().save_model(output_dir, _internal_call=True)
-        pushed = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
-        adapter = isinstance(self.model, PeftModel)  # small, so it is always whole
-        if not _internal_call or self.args.save_only_model or pushed or adapter:
-            return self._save(output_dir, full_state_dict(self.model, self.args.should_save, trained_only=adapter))
-        if self.args.should_save:
-            for part in (self.model.config, self.model.generation_config, self.processing_class):
-                part.save_pretrained(output_dir)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody here reads
-        # ZeRO's model may be in bfloat16, the weights written are the masters; an adapter has no such configuration
-        if state_dict and not isinstance(self.model, PeftModel):
-            self.model.config.dtype = next(iter(state_dict.values())).dtype
-            self.model.config.save_pretrained(folder)
+    # ---- the hub -------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         with _hub(f"--hub_model_id {self.args.hub_model_id}: there is no such repository and it cannot be made"):
@@ -306,6 +258,11 @@ class EmoTrainer(Trainer):
         """What goes to the hub with the model, unless the output folder has a better one."""
         if not (Path(str(self.args.output_dir)) / "README.md").exists():
             super().create_model_card(*args, **kwargs)
+
+
+def frozen_random_states():
+    """Within it random numbers may be drawn; afterwards it is as if none had been."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 @contextlib.contextmanager

@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch.distributed import DistError, PrefixStore, Store
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed import DistError, Store
 
+from stanford_alpaca.collectives import fresh_store
 from stanford_alpaca.errors import UserError, first_line, is_main_process
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ def load_in_turn(load: Callable[[], T], digest: Callable[[T], str], rank: int, l
     """
     if world_size == 1:
         return load()
-    store = PrefixStore("load_in_turn", _get_default_store())
+    store = fresh_store("load_in_turn")
     try:
         if local_rank > 0:
             _outcome_of(rank - local_rank, store)

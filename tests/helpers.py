@@ -1,10 +1,14 @@
-"""What a finished run logged, and Triton kernels that run without a GPU."""
+"""What a finished run logged, what a refused one said, and Triton kernels that run without a GPU."""
 
 import importlib.util
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from stanford_alpaca.errors import exit_on_user_error
 
 
 def history(folder: Path) -> list[dict]:
@@ -28,3 +32,29 @@ def triton_kernels(interpret: bool = True):
         patch.setenv("TRITON_INTERPRET", str(int(interpret)))
         spec.loader.exec_module(module)
     return module
+
+
+def refusal(capsys, monkeypatch, command: Callable[[], object], *untouched: Path) -> tuple[int, str]:
+    """Exit status and line of a command that is refused. Fails if it has loaded a model, said more than a line, or changed
+    one of the folders."""
+
+    def load(*args, **kwargs):
+        pytest.fail("a model or a pickle was loaded")  # no Exception, which would be turned into a line
+
+    before = [_tree(folder) for folder in untouched]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+        patch.setattr("torch.load", load)
+        capsys.readouterr()
+        exit_on_user_error(command)
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line and not re.search(r"examples/s|\?it/s|it/s", line)]
+    assert line.startswith("error: ") and "Traceback" not in printed.out
+    assert [_tree(folder) for folder in untouched] == before
+    return end.value.code, line.removeprefix("error: ")
+
+
+def _tree(folder: Path) -> dict[str, bytes | None] | None:
+    if not folder.exists():
+        return None
+    return {str(file): file.read_bytes() if file.is_file() else None for file in sorted(folder.rglob("*"))}

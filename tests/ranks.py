@@ -1,9 +1,11 @@
 """Functions on several ranks: processes forked from one that has imported everything, so that each starts in no time."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import tempfile
@@ -33,18 +35,9 @@ def run_ranks(world_size: int, function: Callable, *args: Any, launched: bool = 
     Raises:
         RanksFailed: one of them raised, ended early, or all together took more than ``TIMEOUT``.
     """
-    environment = _environment(world_size) if launched else {}
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / f"rank{rank}.txt" for rank in range(world_size)]
-        pipes, processes = [], []
-        for rank, output in enumerate(outputs):
-            receiver, sender = _FORKS.Pipe(duplex=False)
-            mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else {})
-            process = _FORKS.Process(target=_rank, args=(sender, mine, str(output), os.getcwd(), function, args), daemon=True)
-            process.start()
-            sender.close()
-            pipes.append(receiver)
-            processes.append(process)
+        processes, pipes = start_ranks(outputs, function, args, launched)
         try:
             results: list[Any] = [None] * world_size
             waiting = dict(zip(pipes, range(world_size), strict=True))
@@ -67,6 +60,21 @@ def run_ranks(world_size: int, function: Callable, *args: Any, launched: bool = 
                 process.join()
 
 
+def start_ranks(outputs: list[Path], function: Callable, args: tuple, launched: bool = True) -> tuple[list, list]:
+    """Starts ``function(*args)`` as a rank for each output, where what it prints goes: the processes, and pipes to results."""
+    environment = _environment(len(outputs)) if launched else {}
+    processes, pipes = [], []
+    for rank, output in enumerate(outputs):
+        receiver, sender = _FORKS.Pipe(duplex=False)
+        mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else {})
+        process = _FORKS.Process(target=_rank, args=(sender, mine, str(output), os.getcwd(), function, args), daemon=True)
+        process.start()
+        sender.close()
+        processes.append(process)
+        pipes.append(receiver)
+    return processes, pipes
+
+
 def start_gloo() -> None:
     """The process group of a function that needs one and runs no Trainer."""
     import torch
@@ -75,11 +83,18 @@ def start_gloo() -> None:
 
 
 def _environment(world_size: int) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     sizes = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     return sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+
+
+def _free_port() -> int:
+    """A port below those that the system gives to connections: one of these could take it before rank 0 does."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _tails(outputs: list[Path]) -> str:

@@ -263,4 +263,4 @@ def test_a_text_is_continued_and_an_empty_prompt_is_refused(base, folder, tmp_pa
     bare = deepcopy(tokenizer)
     bare.backend_tokenizer.post_processor = None
     with pytest.raises(UserError, match="prompt 1 is empty"):
-        encode_prompts(model, PromptEncoder(bare), [{"prompt": "", "completion": ""}], 5)
+        encode_prompts(model.config, PromptEncoder(bare), [{"prompt": "", "completion": ""}], 5)

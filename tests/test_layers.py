@@ -4,8 +4,8 @@ import ast
 
 LAYERS = [
     {"errors", "collectives"},
-    {"data", "model", "sampling", "old_flags", "flash", "loading", "turns"},
-    {"samples"},
+    {"data", "model", "sampling", "old_flags", "flash", "loading", "turns", "lock", "signals"},
+    {"samples", "loadable"},
     {"cost"},
     {"token_stats"},
     {"losses", "head"},
@@ -19,9 +19,12 @@ LAYERS = [
     {"guard"},
     {"estimate"},
     {"plans"},
+    {"resumable"},
     {"trainer"},
     {"arguments", "callbacks"},
+    {"fit"},
     {"checks", "record", "prepare"},
+    {"resume"},
     {"train", "launch", "preflight"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

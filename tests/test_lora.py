@@ -17,7 +17,8 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.engines import training_flops
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.model import add_lora, check_model, load_model, load_tokenizer
+from stanford_alpaca.loadable import check_model
+from stanford_alpaca.model import add_lora, load_model, load_tokenizer
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
 from tests.ranks import run_ranks

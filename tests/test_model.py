@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.model import check_model, fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.loadable import check_model
+from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.fit import check_fit
+from stanford_alpaca.model import load_tokenizer
 from stanford_alpaca.old_flags import translate
 from stanford_alpaca.train import parse, train
 from tests.helpers import steps
@@ -243,9 +245,8 @@ def test_alpacas_deepspeed_command_as_printed(run_alpaca, tmp_path, root):
 
 
 def test_a_layer_the_model_does_not_have_is_one_line(tmp_path, tiny_opt):
-    (tmp_path / "data.json").write_text('[{"instruction": "a", "output": "b"}]')
-    argv = ["--model_name_or_path", str(tiny_opt), "--data_path", str(tmp_path / "data.json"), "--fsdp", "full_shard auto_wrap"]
+    argv = ["--model_name_or_path", str(tiny_opt), "--data_path", "data.json", "--fsdp", "full_shard auto_wrap"]
     with pytest.raises(UserError) as error:
-        train([*argv, "--output_dir", str(tmp_path / "out"), *CLASS.split()])
+        check_fit(parse([*argv, "--output_dir", str(tmp_path / "out"), *CLASS.split()]), load_tokenizer(str(tiny_opt)), [])
     assert "LlamaDecoderLayer: the model has no such layer; its own: OPTDecoderLayer" in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -8,8 +8,9 @@ import pytest
 
 from benchmarks.traffic import Traffic
 from stanford_alpaca import plans
-from stanford_alpaca.anatomy import describe, read_config
+from stanford_alpaca.anatomy import describe
 from stanford_alpaca.estimate import ENGINES, Setup, peak_memory, traffic
+from stanford_alpaca.model import read_config
 from stanford_alpaca.plans import GIB, Machine, advise, batches_of, recommend, rows_of
 from stanford_alpaca.preflight import Options, count_data, main, parse, steps_of
 from stanford_alpaca.train import train

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from stanford_alpaca.checkpoint.export import export
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.tokenize import tokenize_records
-from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.metrics import teacher_forced
 from stanford_alpaca.losses.formulas import MODES
 from stanford_alpaca.train import train
@@ -148,67 +146,6 @@ def test_a_cost_from_a_file_is_used(arguments, tmp_path, root):
     for one, two in zip(steps(tmp_path / "file"), steps(tmp_path / "kind"), strict=True):
         assert one["emo"] == pytest.approx(two["emo"], rel=1e-4)
         assert one["emo"] == pytest.approx(1 - one["target_prob"], rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "flags", "message"),
-    [
-        ({"data_path": "none.json"}, [], "none.json: no such file"),
-        ({"data_path": "broken.json"}, [], "broken JSON"),
-        ({"data_path": "field.json"}, [], "record 2: no field 'output'"),
-        ({"mode": "emoo"}, [], "invalid choice: 'emoo'"),
-        ({}, ["--learning_rat", "1"], "unknown argument --learning_rat; did you mean --learning_rate"),
-        ({"model_name_or_path": "no/such-model-here"}, [], "no/such-model-here: cannot load a model"),
-        ({"model_name_or_path": None}, [], "model_name_or_path"),
-        ({"learning_rate": -1}, [], "--learning_rate -1"),
-        ({"learning_rate": "nan"}, [], "--learning_rate nan"),
-        ({"learning_rate": "fast"}, [], "invalid float value: 'fast'"),
-        ({"per_device_train_batch_size": 0}, [], "--per_device_train_batch_size 0"),
-        ({"global_batch": 10}, [], "--global_batch 10 is no multiple of 4"),
-        ({"model_max_length": 4096}, [], "more than the model's 1024 positions"),
-        ({"model_max_length": 16}, [], "no example has a token to train on"),
-        ({"eval_fraction": 1.5}, [], "--eval_fraction 1.5"),
-        ({"eval_path": "none.json"}, [], "none.json: no such file"),
-        ({"cost": "froze"}, [], "--cost froze"),
-        ({"mode": "dft", "emo_weighting": "upstream"}, [], "belongs to the modes emo and emo2"),
-        ({"mode": "mix", "emo_weight": 2}, [], "emo_weight is 2.0"),
-        ({}, ["--fsdp"], "--fsdp needs a launcher"),
-        ({}, ["--deepspeed", "x.json"], "--deepspeed needs a launcher"),
-        ({"engine": "zero2"}, [], "--engine zero2 needs a launcher"),
-        ({"engine": "ddp"}, [], "--engine ddp needs at least 2 processes"),
-        ({"engine": "fsdp"}, ["--deepspeed", "x.json"], "--engine fsdp and --deepspeed exclude each other"),
-        ({"engine": "zero2"}, ["--fsdp"], "--engine zero2 and --fsdp exclude each other"),
-        ({"learning_rate": "inf"}, [], "--learning_rate inf"),
-        ({"global_batch": None, "gradient_accumulation_steps": 0}, [], "--gradient_accumulation_steps 0"),
-        ({"gradient_accumulation_steps": 3}, [], "asks for --gradient_accumulation_steps 4"),
-        ({"seed": -1}, [], "--seed -1"),
-        ({"eval_strategy": "epoch"}, [], "--eval_strategy epoch needs --eval_path"),
-        ({"eval_fraction": 0.001}, [], "leaves one side empty"),
-        ({"report_to": "wandbb"}, [], "--report_to"),
-        ({"resume_from_checkpoint": "none"}, [], "not a checkpoint"),
-        ({"resume_from_checkpoint": "True"}, [], "no checkpoint in"),
-        ({"resume_from_checkpoint": "False", "output_dir": "full"}, [], "is not empty"),
-        ({"label_smoothing_factor": 0.1}, [], "--label_smoothing_factor"),
-        ({"average_tokens_across_devices": False}, [], "--average_tokens_across_devices"),
-        ({"output_dir": "broken.json/x"}, [], "is a file"),
-        ({"cost": "broken.json", "cost_kind": "identity"}, [], "needs no embedding"),
-        ({"data_path": "x" * 5000 + ".json"}, [], "no such file"),
-        ({"output_dir": "full"}, [], "is not empty"),
-        ({"output_dir": "broken.json"}, [], "is a file"),
-    ],
-    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list | dict) else None,
-)
-def test_what_users_mistype_is_one_line_and_nothing_is_written(arguments, tmp_path, monkeypatch, changes, flags, message):
-    monkeypatch.chdir(tmp_path)
-    Path("broken.json").write_text('[{"instruction": "a", ')
-    Path("field.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]')
-    Path("full").mkdir()
-    Path("full/precious").write_text("kept")
-    with pytest.raises(UserError, match=message) as error:
-        train(arguments(*flags, **changes))
-    assert "\n" not in str(error.value).strip()
-    assert not Path("out").exists()
-    assert [file.name for file in Path("full").iterdir()] == ["precious"]
 
 
 def test_the_command_exits_with_status_2_and_one_line(root, tmp_path):

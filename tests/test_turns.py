@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from stanford_alpaca import turns
+from stanford_alpaca import collectives, turns
+from stanford_alpaca.collectives import fresh_store
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.turns import load_in_turn
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, start_gloo
 
 PER_MACHINE = 2
 
@@ -53,3 +54,20 @@ def test_the_first_rank_says_what_another_machine_failed_with(tmp_path):
 def test_ranks_with_different_data_are_an_error(tmp_path):
     (message,) = set(run_ranks(2, turn, str(tmp_path), None, 1))
     assert message.startswith("UserError: rank 1 has other training data than rank 0")
+
+
+def look_after_a_restart() -> tuple[bool, bool]:
+    """Whether a rank finds what another one has said, and whether it still does in a new process group on the same store."""
+    start_gloo()
+    if torch.distributed.get_rank() == 0:
+        fresh_store("word").set("said", "before")
+    else:
+        fresh_store("word")
+    torch.distributed.barrier()
+    before = fresh_store("word").check(["said"])
+    collectives._attempt.cache_clear()
+    return before, fresh_store("word").check(["said"])
+
+
+def test_what_ranks_said_before_a_restart_is_not_heard_after_it():
+    assert run_ranks(2, look_after_a_restart) == [(True, False)] * 2

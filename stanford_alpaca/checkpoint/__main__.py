@@ -1,6 +1,8 @@
-"""Looks after checkpoints: ``python -m stanford_alpaca.checkpoint export DIR OUT``."""
+"""Looks after checkpoints: ``python -m stanford_alpaca.checkpoint verify|list DIR``, ``... export DIR OUT``."""
 
+import re
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import fire
 from fire.decorators import SetParseFns
 from transformers.utils import logging
 
+from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.export import export
-from stanford_alpaca.errors import UserError, check_writable, exit_on_user_error, refuse_unknown
+from stanford_alpaca.errors import ResumeError, UserError, check_writable, exit_on_user_error, refuse_unknown
 
 
 @SetParseFns(str, str)
@@ -35,7 +38,60 @@ def export_checkpoint(checkpoint: str | None = None, out: str | None = None, *mo
     print(export(source, target))
 
 
-COMMANDS = {"export": export_checkpoint}
+@SetParseFns(str)
+def verify(folder: str | None = None, *more: Any, **unknown: Any) -> None:
+    """Reads every file of a checkpoint, or of all in a run's output folder: python -m stanford_alpaca.checkpoint verify DIR
+
+    Exit status 3 if one of them is damaged.
+
+    Args:
+        folder: a folder checkpoint-N, or the output folder of a run.
+    """
+    refuse_unknown(unknown, verify)
+    places = _places(folder, more)
+    broken = 0
+    for place in places:
+        found = manifest.problems(place)
+        broken += bool(found)
+        print(f"{place}: good" if not found else f"{place}: " + "; ".join(found))
+    if broken:
+        raise ResumeError(f"{broken} of {len(places)} damaged")
+
+
+@SetParseFns(str)
+def list_checkpoints(folder: str | None = None, *more: Any, **unknown: Any) -> None:
+    """Lists the checkpoints of a run, without reading them: python -m stanford_alpaca.checkpoint list DIR
+
+    Args:
+        folder: the output folder of a run, or a folder checkpoint-N.
+    """
+    refuse_unknown(unknown, list_checkpoints)
+    print(f"{'step':>8} {'processes':>9} {'MiB':>10}  {'saved':16}  folder")
+    for place in _places(folder, more):
+        found = manifest.problems(place, contents=False)
+        if found:
+            print(f"{'':>8} {'':>9} {'':>10}  {'':16}  {place}: {'; '.join(found[:3])}")
+            continue
+        about, mib = manifest.read(place), manifest.size(place) / 2**20
+        saved = datetime.fromtimestamp((place / manifest.FILE).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+        print(f"{about['step']:>8} {about.get('world_size', ''):>9} {mib:>10,.1f}  {saved:16}  {place}")
+
+
+def _places(folder: str | None, more: tuple) -> list[Path]:
+    """The folders with a manifest, or that should have one, that a path names: the oldest first."""
+    if folder is None or more:
+        raise UserError("give one folder: a checkpoint-N, or the output folder of a run")
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise UserError(f"{place}: no such folder")
+    below = manifest.checkpoints(place)[::-1]
+    own = [place] if (place / manifest.FILE).exists() or re.fullmatch(r"checkpoint-\d+", place.absolute().name) else []
+    if not below and not own:
+        raise UserError(f"{place}: no checkpoint-N in it, and no {manifest.FILE}")
+    return [*below, *own]
+
+
+COMMANDS = {"verify": verify, "list": list_checkpoints, "export": export_checkpoint}
 
 
 def main() -> None:

@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from stanford_alpaca.checkpoint import fsdp, zero
+from stanford_alpaca.checkpoint import fsdp, manifest, zero
 from stanford_alpaca.checkpoint.kinds import FSDP, ZERO, kind_of
-from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.errors import ResumeError, UserError, first_line
 
 SHARDED: dict[str, Callable[[Path], dict[str, Tensor]]] = {FSDP: fsdp.read_weights, ZERO: zero.read_weights}
+NOT_EXPORTED = ("trainer_state.json", manifest.FILE)
 BESIDE = (".json", ".jinja", ".model", ".txt")  # configuration and tokenizer
 
 
@@ -25,6 +26,9 @@ def export(checkpoint: Path, out: Path) -> str:
         UserError: no checkpoint, shards that are missing, or weights that are not those of its configuration.
     """
     kind = kind_of(checkpoint)
+    damaged = manifest.problems(checkpoint) if (checkpoint / manifest.FILE).exists() else []
+    if damaged:
+        raise ResumeError(f"{checkpoint}: {'; '.join(damaged[:3])}; another checkpoint may be whole")
     whole = (checkpoint / ADAPTER_SAFE_WEIGHTS_NAME).is_file()  # an adapter stands whole beside any engine's shards
     weights = _fit(SHARDED[kind](checkpoint), checkpoint) if kind in SHARDED and not whole else None
     part = out.with_name(f"{out.name}.part")
@@ -33,7 +37,7 @@ def export(checkpoint: Path, out: Path) -> str:
     part.mkdir(parents=True)
     try:
         for file in checkpoint.iterdir():
-            if file.is_file() and file.suffix in BESIDE and file.name != "trainer_state.json":
+            if file.is_file() and file.suffix in BESIDE and file.name not in NOT_EXPORTED:
                 shutil.copy(file, part)
         if weights is None:
             for file in checkpoint.glob("*.safetensors"):

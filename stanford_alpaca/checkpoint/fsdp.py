@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -26,7 +27,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.checkpoint.shapes import Form, check_fit, form_of
+from stanford_alpaca.errors import ResumeError, UserError, first_line
 
 MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # accelerate's names of the folders
 OFFLOADED = StateDictOptions(cpu_offload=True)  # as accelerate writes them: a device holds no second copy
@@ -110,10 +112,18 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> 
 
 
 def _read(state: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
+    flat, _ = flatten_state_dict(state)
+    saved = Reader(folder).read_metadata().state_dict_metadata
+    nothing: Form = ([], torch.uint8)  # what is no tensor
+    check_fit(
+        folder,
+        {k: (list(e.size), e.properties.dtype) if isinstance(e, TensorStorageMetadata) else nothing for k, e in saved.items()},
+        {key: form_of(value) if isinstance(value, Tensor) else nothing for key, value in flat.items()},
+    )
     try:
         with warnings.catch_warnings():  # that one process alone reads is meant
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             dcp.load(state, storage_reader=Reader(folder), planner=_Planner(), no_dist=no_dist)
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
-        raise UserError(f"{folder}: cannot be read ({first_line(reason)})") from None
+        raise ResumeError(f"{folder}: cannot be read ({first_line(reason)})") from None

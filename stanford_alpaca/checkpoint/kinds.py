@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from stanford_alpaca.checkpoint import fsdp, zero
@@ -32,6 +33,9 @@ def check_resumable(checkpoint: Path, engine: str, world_size: int, stage_3: boo
     FSDP2's shards fit any number of processes, and one without FSDP too. ZeRO's fit the same number under the same stage.
     """
     kind, way_out = kind_of(checkpoint), EXPORT.format(checkpoint)
+    optimizer = {PLAIN: OPTIMIZER_NAME, FSDP: fsdp.OPTIMIZER}.get(kind)
+    if optimizer is not None and not (checkpoint / optimizer).exists():
+        raise UserError(f"{checkpoint}: has no {optimizer} (--save_only_model?), nobody can go on from it; {way_out}")
     if kind == ZERO and engine == ZERO:
         shards = len(zero.shards_of(checkpoint))
         if shards != world_size:
@@ -41,7 +45,6 @@ def check_resumable(checkpoint: Path, engine: str, world_size: int, stage_3: boo
             )
         if zero.is_stage_3(checkpoint) != stage_3:
             raise UserError(f"--resume_from_checkpoint {checkpoint}: written by another stage of ZeRO; {way_out}")
-        zero.refuse_code(checkpoint)
     elif kind != engine and (kind, engine) != (FSDP, PLAIN):
         names = {PLAIN: "a run without shards", FSDP: "FSDP", ZERO: "ZeRO"}
         raise UserError(

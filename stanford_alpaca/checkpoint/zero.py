@@ -1,41 +1,19 @@
 """The float32 masters in a DeepSpeed checkpoint, on a machine without DeepSpeed. ZeRO keeps them with the optimizer's state.
 
-A parameter's place in the flat shards follows DeepSpeed's own zero_to_fp32.py. Files are read with torch's restricted
-unpickler, with stand-ins for the few classes of DeepSpeed in them.
+A parameter's place in the flat shards follows DeepSpeed's own zero_to_fp32.py.
 """
 
 import math
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.serialization import safe_globals
+from torch import Tensor, nn
 
+from stanford_alpaca.checkpoint import pickles
+from stanford_alpaca.checkpoint.shapes import check_fit
 from stanford_alpaca.errors import UserError, first_line
-
-
-class _Inert:
-    """Stands in for an object of DeepSpeed's bookkeeping: takes what it was made of, and drops it."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-STAND_INS: list[Callable | tuple[Callable, str]] = [
-    (_Inert, f"deepspeed.{name}")
-    for name in (
-        "utils.tensor_fragment.fragment_address",
-        "runtime.fp16.loss_scaler.LossScaler",
-        "runtime.fp16.loss_scaler.DynamicLossScaler",
-        "runtime.zero.config.ZeroStageEnum",
-    )
-]
 
 
 def shards_of(checkpoint: Path) -> list[Path]:
@@ -49,12 +27,6 @@ def is_stage_3(checkpoint: Path) -> bool:
     return not (_folder(checkpoint) / "mp_rank_00_model_states.pt").exists()
 
 
-def refuse_code(checkpoint: Path) -> None:
-    """Raises UserError if a file holds anything that DeepSpeed, which reads with pickle, would run."""
-    for file in _folder(checkpoint).glob("*.pt"):
-        _load(file)
-
-
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """All weights of a checkpoint, whole, on the CPU; the optimizer's own state stays on the disk.
 
@@ -62,10 +34,9 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         UserError: shards that are missing, broken or of another kind.
     """
     stage_3, shards = is_stage_3(checkpoint), shards_of(checkpoint)
-    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage_3 else "mp_rank_00_model_states.pt"
     try:
-        described = _load(_folder(checkpoint) / name)
-        states = [_load(file)["optimizer_state_dict"] for file in shards]
+        described = _describe(checkpoint)
+        states = [pickles.load(file)["optimizer_state_dict"] for file in shards]
         count = states[0]["partition_count"] if states else 0
         ranks = max(count) if isinstance(count, list) else count
         if not states or ranks != len(states):
@@ -74,6 +45,21 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         return weights | (_of_stage_3 if stage_3 else _of_stage_2)(described["param_shapes"], states)
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(f"{_folder(checkpoint)}: not the shards of ZeRO 1, 2 or 3 ({first_line(error)})") from None
+
+
+def check_model(checkpoint: Path, model: nn.Module) -> None:
+    """Raises ResumeError unless its parameters are those that the model trains, by name and shape."""
+    groups = _describe(checkpoint)["param_shapes"]
+    saved = {name: (list(shape), torch.float32) for shapes in groups for name, shape in shapes.items()}
+    trained = {name: (list(p.shape), torch.float32) for name, p in model.named_parameters() if p.requires_grad}
+    check_fit(checkpoint, saved, trained)
+
+
+def _describe(checkpoint: Path) -> dict[str, Any]:
+    """Names and shapes of the parameters, among other things."""
+    stage_3 = is_stage_3(checkpoint)
+    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage_3 else "mp_rank_00_model_states.pt"
+    return pickles.load(_folder(checkpoint) / name)
 
 
 def _of_stage_2(groups: list[dict[str, torch.Size]], states: list[dict]) -> dict[str, Tensor]:
@@ -122,13 +108,3 @@ def _folder(checkpoint: Path) -> Path:
     if not name or Path(name).name != name or not (checkpoint / name).is_dir():
         raise UserError(f"{latest}: does not name a folder beside it")
     return checkpoint / name
-
-
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        with safe_globals(STAND_INS):
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:  # its own message advises to trust the file
-        raise UserError(f"{file}: holds more than ZeRO writes, or is broken") from None
-    except Exception as error:  # not there, no zip
-        raise UserError(f"{file}: cannot be read ({first_line(error)})") from None

@@ -41,6 +41,12 @@ OWN = {  # the columns that decide a form
 }
 VERSION = 2  # raise it when the same file would give other records, so that old caches are not used
 
+MEND = "mend the record or take it out"
+KINDS = {  # what JSON calls a value
+    "bool": "true or false", "NoneType": "null", "int": "a number", "float": "a number", "str": "a string", "list": "a list",
+    "dict": "an object",
+}  # fmt: skip
+
 Record = dict  # of one of the forms: its columns, without those of the others
 
 
@@ -110,7 +116,7 @@ def load_records(
         rows, source = _hub_rows, {"data": _from_hub(str(path), cache_dir, streaming), "name": str(path), "columns": mapping}
     first = next(rows(**source, form=None), None)
     if first is None:
-        raise UserError(f"{path}: there is no record in it")
+        raise UserError(f"{path}: there is no record in it; give a file with at least one")
     source |= {"form": form_of(first)}
     features = FORMS[form_of(first)]
     if streaming:
@@ -146,7 +152,9 @@ def _from_hub(name: str, cache_dir: str | None, streaming: bool) -> Dataset | It
 
 
 def _hub_rows(data: Dataset | IterableDataset, name: str, columns, form: str | None) -> Iterator[Record]:
-    yield from _of_one_form(((f"{name}:record {number}", row) for number, row in enumerate(data, 1)), dict(columns), form)
+    batches = data.with_format("arrow").iter(batch_size=1000)  # as it stands: datasets would open files that it names
+    rows = enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    yield from _of_one_form(((f"{name}:record {number}", row) for number, row in rows), dict(columns), form)
 
 
 def _of_one_form(values: Iterator[Placed], columns: dict[str, str], form: str | None) -> Iterator[Record]:
@@ -166,7 +174,7 @@ def canonical(value: object, where: str, columns: Mapping[str, str] | None = Non
         UserError: what is wrong with it, at the place ``where``.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{where}: a {type(value).__name__}, wanted an object with instruction and output")
+        raise UserError(f"{where}: {kind_of(value)}, wanted an object with instruction and output; {MEND}")
     record = _renamed(value, columns or {})
     name = next((name for name in OWN["chat"] if record.get(name) is not None), None)
     if name is not None:
@@ -215,7 +223,7 @@ def _messages(value: object, where: str, columns: Mapping[str, str] | None, syst
     for number, message in enumerate(value, 1):
         place = f"{where}, message {number}"
         if not isinstance(message, dict):
-            raise UserError(f"{place}: a {type(message).__name__}, wanted an object with role and content")
+            raise UserError(f"{place}: {kind_of(message)}, wanted an object with role and content; {MEND}")
         if message.get("tool_calls"):
             raise UserError(f"{place}: tool calls cannot be trained on; write them into the content")
         row = {}
@@ -238,9 +246,14 @@ def _messages(value: object, where: str, columns: Mapping[str, str] | None, syst
     return found
 
 
+def kind_of(value: object) -> str:
+    """What JSON calls a value."""
+    return KINDS.get(type(value).__name__, f"a {type(value).__name__}")
+
+
 def _check_text(value: object, where: str) -> None:
     if not isinstance(value, str):
-        raise UserError(f"{where} is a {type(value).__name__}, wanted a string")
+        raise UserError(f"{where} is {kind_of(value)}, wanted a string; {MEND}")
     try:
         value.encode()
     except UnicodeEncodeError:

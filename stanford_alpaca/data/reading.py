@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from stanford_alpaca.errors import UserError, first_line
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+SPACE = re.compile(r"[ \t\n\r]*")  # JSON's own
 csv.field_size_limit(2**31 - 1)  # the default refuses fields of 128 KiB
 
 Placed = tuple[str, object]  # a place, for messages, and the value that stands there
@@ -73,14 +74,30 @@ def _starts_with_bracket(file: Path) -> bool:
 
 
 def _json_list(file: Path) -> Iterator[Placed]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
-        raise UserError(f"{file}: broken JSON, {error}; is the file complete?") from None
-    for number, value in enumerate(values, 1):
-        yield f"{file}:record {number}", value
+    text = file.read_text(encoding="utf-8-sig")
+    place, mark, number = _skip_space(text, text.index("[") + 1), ",", 0
+    if text[place : place + 1] == "]":
+        place, mark = place + 1, "]"
+    while mark == ",":
+        number += 1
+        where = f"{file}:record {number}"
+        try:
+            value, place, mark = _element(text, place)
+        except (ValueError, RecursionError) as error:
+            at = f" at line {error.lineno} column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise UserError(f"{where}: broken JSON{at}, {_reason(error)}; is the file complete?") from None
+        yield where, value
+    if _skip_space(text, place) < len(text):
+        raise UserError(f"{file}: broken JSON, something stands after the list; wanted a list and nothing else")
+
+
+def _element(text: str, place: int) -> tuple[object, int, str]:
+    """What stands in a list at a place, where the next begins, and what stood between them: a comma, or the list's end."""
+    value, place = JSON.raw_decode(text, place)
+    place = _skip_space(text, place)
+    if text[place : place + 1] not in (",", "]"):
+        raise json.JSONDecodeError("expecting ',' or ']'", text, place)
+    return value, _skip_space(text, place + 1), text[place]
 
 
 def _json_lines(file: Path) -> Iterator[Placed]:
@@ -88,18 +105,47 @@ def _json_lines(file: Path) -> Iterator[Placed]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            where = f"{file}:line {number}"
             try:
-                yield f"{file}:line {number}", json.loads(line)
+                value = JSON.decode(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{file}:line {number}: broken JSON, {error}; wanted a JSON list or one object a line"
-                ) from None
+                at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                raise UserError(f"{where}: broken JSON{at}, {_reason(error)}; wanted a list or an object a line") from None
+            yield where, value
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object's pairs as a dict, of which Python would silently keep the last of each key."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"the key {duplicate([key for key, _ in pairs])!r} stands twice in an object")
+    return record
+
+
+def duplicate(names: Sequence[str]) -> str | None:
+    """The first name that stands among those before it."""
+    return next((name for number, name in enumerate(names) if name in names[:number]), None)
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_without_duplicates)
+
+
+def _skip_space(text: str, place: int) -> int:
+    return SPACE.match(text, place).end()  # type: ignore[union-attr]
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a text that is no JSON."""
+    return "nested too deep" if isinstance(error, RecursionError) else getattr(error, "msg", first_line(error))
 
 
 def _csv(file: Path) -> Iterator[Placed]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
         try:
+            twice = duplicate(reader.fieldnames or [])
+            if twice is not None:
+                raise UserError(f"{file}:line 1: the column {twice!r} stands twice; give each a name of its own")
             for row in reader:
                 where = f"{file}:line {reader.line_num}"
                 if None in row or None in row.values():
@@ -116,6 +162,9 @@ def _parquet(file: Path) -> Iterator[Placed]:
     number = 0
     try:
         with pq.ParquetFile(file) as table:
+            twice = duplicate(table.schema_arrow.names)
+            if twice is not None:
+                raise UserError(f"{file}: the column {twice!r} stands twice; give each a name of its own")
             for batch in table.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1

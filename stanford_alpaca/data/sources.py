@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
-from stanford_alpaca.data.formats import form_of, load_records, local_files
+from stanford_alpaca.data.formats import check_columns, form_of, load_records, local_files
 from stanford_alpaca.data.reading import digest_of
 from stanford_alpaca.data.tokenize import DataReport, ExampleEncoder, stream_records, tokenize_records
 from stanford_alpaca.errors import UserError
@@ -32,6 +32,13 @@ class Loading:
     num_proc: int = 1
     seed: int = 42
     shuffle_buffer: int = 10_000
+
+
+def check_sources(paths: list[str], loading: Loading) -> None:
+    """Reads and checks every record of every source, which stay in the cache. Raises UserError for the first bad one."""
+    check_columns(paths, loading.columns)
+    for path in paths:
+        load_records(path, loading.cache_dir, columns=loading.columns)
 
 
 def load_source(path: str, tokenizer: PreTrainedTokenizerBase, loading: Loading) -> tuple[Dataset, DataReport]:

@@ -21,9 +21,9 @@ from stanford_alpaca.data.formats import check_columns, load_records, take_colum
 from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, check_template, tokenize_records
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
-from stanford_alpaca.generate import generate_batch, load_for_generation
+from stanford_alpaca.generate import check_prompts, generate_batch, load_for_generation
 from stanford_alpaca.head import head_of, output_layer, recognise_head
-from stanford_alpaca.model import check_model
+from stanford_alpaca.loadable import check_model
 from stanford_alpaca.samples import format_sample, sample_of, write_jsonl
 from stanford_alpaca.sampling import Sampling
 from stanford_alpaca.token_stats import reference
@@ -92,6 +92,7 @@ def run(
     prompt_template: str = "auto",
     columns: str | None = None,
     batch_size: int = 32,
+    trust_remote_code: bool = False,
     **unknown: Any,
 ) -> None:
     """Evaluates checkpoints and shows samples: python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE
@@ -104,6 +105,7 @@ def run(
         samples: how many samples to print.
         limit: only the first records.
         prompt_template, columns: as in training.
+        trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
     """
     refuse_unknown(unknown, run)
     pairs, words = take_columns(columns, [str(checkpoint) for checkpoint in checkpoints])
@@ -122,18 +124,19 @@ def run(
         check_writable("out", file)
     names = list(dict.fromkeys(words))
     for name in [*names, cost or names[0]]:
-        check_model(str(name), or_adapter=True)
+        check_model(str(name), or_adapter=True, remote_code=trust_remote_code)
 
     check_columns([str(data)], pairs)
     records = load_records(str(data), columns=pairs)
     if limit is not None:
         records = records.select(range(min(limit, len(records))))
-    base, _ = load_for_generation(str(cost or names[0]))
+    check_prompts(names, list(records), max_new_tokens, prompt_template, trust_remote_code)
+    base, _ = load_for_generation(str(cost or names[0]), trust_remote_code)
     shared_cost = CostEmbedding(output_layer(base).weight)
     del base
     results, responses = {}, {}
     for name in names:
-        model, tokenizer = load_for_generation(name)
+        model, tokenizer = load_for_generation(name, trust_remote_code)
         try:
             recognise_head(model)
         except ValueError as error:

@@ -1,0 +1,92 @@
+"""How long a run looks at its data before it loads a model: ``python -m benchmarks.checks`` in the repository's root.
+
+Reads and checks every record as ``train`` does first (check_sources), then all that it does with them, tokenizing included
+(load_data), each with a fresh cache; also one record of 10 MB, and what the search for duplicate keys costs. Appends a line of
+JSON for each to benchmarks/results/checks.jsonl.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import fire
+
+from benchmarks.tokenizing import ROOT, made_up
+from stanford_alpaca.arguments import parse
+from stanford_alpaca.data import reading
+from stanford_alpaca.data.sources import Loading, check_sources
+from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
+from stanford_alpaca.model import load_tokenizer
+from stanford_alpaca.train import load_data
+
+MODEL = ROOT / "data" / "tiny-base"
+
+
+def run(records: int = 50_000, results: str = str(ROOT / "benchmarks" / "results" / "checks.jsonl"), **unknown: Any) -> None:
+    """Prints seconds and records per second.
+
+    Args:
+        records: how many are made up, of the lengths of Alpaca's; results: the file to append to.
+    """
+    refuse_unknown(unknown, run)
+    check_whole("records", records, 1)
+    check_writable("results", Path(results))
+    rows = []
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        many, large, deep = made_up(folder / "many.json", records), folder / "large.json", folder / "deep.json"
+        large.write_text(json.dumps([{"instruction": "Repeat.", "output": "word and word " * 750_000}]))
+        deep.write_text("[" * 100_000)
+        cases: dict[str, tuple[int, Callable[[], object]]] = {
+            "check_sources": (records, lambda: check_sources([str(many)], Loading(512, cache_dir=str(folder / "1")))),
+            "load_data": (records, lambda: load(many, folder / "2")),
+            "read_file": (records, lambda: sum(1 for _ in reading.read_file(many))),
+            "read_file, duplicate keys not looked for": (records, lambda: without_hook(many)),
+            "load_data of a record of 10 MB": (1, lambda: load(large, folder / "3")),
+            "load_data of 100,000 brackets": (1, lambda: load(deep, folder / "4")),
+        }
+        for case, (count, call) in cases.items():
+            seconds = seconds_of(call)
+            rows.append({"case": case, "records": count, "seconds": round(seconds, 2), "cores": len(os.sched_getaffinity(0))})
+            print(f"{case}: {seconds:.2f} s, {count / seconds:,.0f} records/s", flush=True)
+    with Path(results).open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def load(file: Path, cache: Path) -> None:
+    """What ``train`` does with its data. A refusal is an end, too."""
+    argv = {"model_name_or_path": MODEL, "data_path": file, "output_dir": cache / "out", "cache_dir": cache}
+    given = parse([text for name, value in argv.items() for text in (f"--{name}", str(value))])
+    tokenizer = load_tokenizer(str(MODEL), given.training.model_max_length)
+    try:
+        load_data(given.data, given.training, tokenizer)
+    except UserError as error:
+        print(error)
+
+
+def without_hook(file: Path) -> int:
+    """The records of a file, read by a decoder that keeps the last of each key."""
+    decoder, reading.JSON = reading.JSON, json.JSONDecoder()
+    try:
+        return sum(1 for _ in reading.read_file(file))
+    finally:
+        reading.JSON = decoder
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    began = perf_counter()
+    call()
+    return perf_counter() - began
+
+
+def main() -> None:
+    """The command."""
+    exit_on_user_error(lambda: fire.Fire(run))
+
+
+if __name__ == "__main__":
+    main()

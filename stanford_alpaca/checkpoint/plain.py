@@ -1,0 +1,75 @@
+"""Weights of a plain Hugging Face folder, or peft's adapter, into the model that wrote them."""
+
+import copy
+import logging
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+
+from stanford_alpaca.checkpoint.shapes import check_fit, form_of
+from stanford_alpaca.errors import ResumeError, first_line
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_model(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
+    """Loads the weights into a model that is whole.
+
+    Raises:
+        ResumeError: a tensor is missing, foreign, or of another shape or dtype than the model's; it is named.
+    """
+    try:
+        if isinstance(model, PeftModel):
+            return _load_adapter(model, checkpoint / ADAPTER_SAFE_WEIGHTS_NAME)
+        _check_dtypes(checkpoint, {p.dtype for p in model.parameters()})
+        read = _read_into_a_copy(model, checkpoint)
+    except (OSError, SafetensorError) as error:
+        raise ResumeError(f"{checkpoint}: cannot be read ({first_line(error)})") from None
+    model.load_state_dict(read.state_dict())
+
+
+def _read_into_a_copy(model: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
+    """transformers reads it, which knows what weights are tied, and what is stored in another shape than computed with."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_nothing)  # its report of what does not fit: we name the first
+    try:
+        read, info = type(model).from_pretrained(
+            checkpoint, config=copy.deepcopy(model.config), dtype=next(model.parameters()).dtype, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    finally:
+        logger.removeFilter(_nothing)
+    for key, *shapes in info["mismatched_keys"]:
+        raise ResumeError(
+            f"{checkpoint}: {key} is {list(shapes[0])}, and {list(shapes[1])} in the model; is it of another model?"
+        )
+    for key in sorted(info["missing_keys"]):
+        raise ResumeError(f"{checkpoint}: has no {key}, which the model has; is it of another model?")
+    for key in sorted(info["unexpected_keys"]):
+        raise ResumeError(f"{checkpoint}: has {key}, which the model does not have; is it of another model?")
+    return read
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+def _check_dtypes(checkpoint: Path, dtypes: set[torch.dtype]) -> None:
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                dtype = DTYPES.get(tensors.get_slice(name).get_dtype())
+                if dtype is not None and dtype not in dtypes:
+                    wanted = ", ".join(sorted(map(str, dtypes)))
+                    raise ResumeError(f"{file}: {name} is {dtype}, and {wanted} in the model; was it changed?")
+
+
+def _load_adapter(model: PeftModel, file: Path) -> None:
+    saved, wanted = load_file(file), get_peft_model_state_dict(model)
+    check_fit(file, {name: form_of(t) for name, t in saved.items()}, {name: form_of(t) for name, t in wanted.items()})
+    set_peft_model_state_dict(model, saved)

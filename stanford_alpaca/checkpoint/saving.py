@@ -1,0 +1,158 @@
+"""A folder that every rank writes to, and that is there when it is whole or not at all."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from stanford_alpaca.checkpoint import manifest
+from stanford_alpaca.checkpoint.space import check_space
+from stanford_alpaca.errors import UserError, first_line
+
+STAGING, DELETED = ".saving", ".deleting-"  # in the output folder: what a killed run leaves of them is nobody's
+
+
+class Staged:
+    """Writes a folder beside its place, and moves it there when all ranks have written and all is on the disk.
+
+    Every rank calls every method, in one order; ``write`` and ``commit`` end on all of them or raise on all of them.
+    Collectives: one all_gather_object for each ``write``, four for ``commit`` and ``merge``.
+    """
+
+    def __init__(self, target: Path, rank: int, world_size: int, needed: int = 0):
+        """Raises UserError on all ranks unless ``needed`` bytes are free."""
+        self.target, self.rank, self.world_size = target, rank, world_size
+        self.folder = target.parent / STAGING / target.name
+        self.write(lambda: self._prepare(needed) if rank == 0 else None)
+
+    def write(self, write: Callable[[], Any]) -> None:
+        """Calls ``write`` on every rank.
+
+        Raises:
+            UserError: on all ranks, if the file system failed on one.
+        """
+        error: BaseException | None = None
+        try:
+            write()
+        except (Exception, CheckpointException) as caught:
+            error = caught
+        for rank, reason in enumerate(self._gather(None if error is None else _reason(error))):
+            if reason is not None and (error is None or _is_io(error)):
+                where = f" on rank {rank}" if self.world_size > 1 else ""
+                raise UserError(
+                    f"{self.target}: cannot be saved ({reason}{where}); nothing that was saved before has changed: make room "
+                    "or mend the disk, and --resume auto goes on from there"
+                ) from error
+        if error is not None:
+            raise error
+
+    def commit(self, about: dict[str, Any]) -> None:
+        """Makes the folder ``target``. What has stood there is replaced."""
+        files = self._files_on_disk()
+        self.write(lambda: self._move(files, about) if self.rank == 0 else None)
+
+    def merge(self) -> dict[str, Any]:
+        """Moves the files, one by one, into the folder that ``target`` is in, which has no manifest from then on.
+
+        Returns:
+            What its manifest will say of them.
+        """
+        files = self._files_on_disk()
+        self.write(lambda: self._move_files(files) if self.rank == 0 else None)
+        return files
+
+    def _files_on_disk(self) -> dict[str, Any]:
+        """Every rank waits for the disk, and reads again, what falls to it of all files."""
+        shares: list[dict] = []
+
+        def finish_share() -> None:
+            names = manifest.list_files(self.folder)
+            shares.append(manifest.entries_of(self.folder, names[self.rank :: self.world_size], flush=True))
+
+        self.write(finish_share)
+        files = {name: entry for share in self._gather(shares[0]) for name, entry in share.items()}
+
+        def compare() -> None:
+            if self.rank == 0 and sorted(files) != manifest.list_files(self.folder):
+                raise OSError("the machines do not share the output folder: give all of them the same")
+
+        self.write(compare)
+        return dict(sorted(files.items()))
+
+    def _move(self, files: dict[str, Any], about: dict[str, Any]) -> None:
+        manifest.write(self.folder, files, about)
+        remove(self.target)
+        self.folder.replace(self.target)
+        manifest.flush_folder(self.target.parent)
+        self.folder.parent.rmdir()
+
+    def _move_files(self, files: dict[str, Any]) -> None:
+        output = self.target.parent
+        (output / manifest.FILE).unlink(missing_ok=True)
+        for name in files:
+            (self.folder / name).replace(output / name)
+        manifest.flush_folder(output)
+        clear(output)
+
+    def _prepare(self, needed: int) -> None:
+        clear(self.target.parent)
+        check_space(self.target.parent, needed, self.target.name)
+        self.folder.mkdir(parents=True)
+
+    def _gather(self, mine: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder; one that is killed while it does leaves nothing that looks like a checkpoint."""
+    if folder.exists():
+        gone = folder.with_name(DELETED + folder.name)
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.replace(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def clear(output: Path) -> None:
+    """Removes what a run that was killed has left half written or half deleted."""
+    for left in [output / STAGING, *output.glob(f"{DELETED}*")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def keep_newest(output: Path, limit: int | None, best: str | None) -> None:
+    """Deletes what ``--save_total_limit`` has no room for. Kept are the newest good ones, at least one, and the best.
+
+    Those count as good whose files have the sizes of the manifest; the newest has just been written and read again.
+    """
+    if limit is None or limit <= 0:
+        return
+    found = manifest.checkpoints(output)
+    good = [folder for folder in found if not manifest.problems(folder, contents=False)]
+    kept = good[: max(1, limit)]
+    if best is not None and limit > 1 and Path(best) in good and Path(best) not in kept:
+        kept = kept[: limit - 1]  # the best takes one of the places
+    for folder in found if kept else []:
+        if folder not in kept and folder != Path(best or "") and manifest.step_of(folder) < manifest.step_of(kept[0]):
+            remove(folder)
+
+
+def _is_io(error: BaseException) -> bool:
+    """Whether the file system failed, in the words of those who write files for us."""
+    if isinstance(error, CheckpointException):
+        return all(_is_io(each) for each, _ in error.failures.values())
+    told = ("os error", "inline_container", "file write failed", "No space left", "Input/output error")
+    return isinstance(error, OSError) or any(words in str(error) for words in told)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        return first_line(next(iter(error.failures.values()))[0])
+    if "inline_container" in str(error):
+        return "torch.save could not write: the disk is full or broken"
+    return first_line(error)

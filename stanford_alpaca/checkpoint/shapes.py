@@ -1,0 +1,29 @@
+"""Whether what was saved is what is to be loaded: the same names, shapes and dtypes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stanford_alpaca.errors import ResumeError
+
+Form = tuple[list[int], torch.dtype]
+
+
+def form_of(tensor: Tensor) -> Form:
+    """Shape and dtype; of a sharded tensor those of the whole."""
+    return list(tensor.shape), tensor.dtype
+
+
+def check_fit(place: Path, saved: Mapping[str, Form], wanted: Mapping[str, Form]) -> None:
+    """Raises ResumeError that names the first tensor which is missing, foreign, or of another shape or dtype."""
+    for name, (shape, dtype) in wanted.items():
+        if name not in saved:
+            raise ResumeError(f"{place}: has no {name}, which the model has; is it of another model?")
+        if saved[name] != (shape, dtype):
+            found = " ".join(map(str, saved[name]))
+            raise ResumeError(f"{place}: {name} is {found}, and {shape} {dtype} in the model; is it of another model?")
+    for name in saved:
+        if name not in wanted:
+            raise ResumeError(f"{place}: has {name}, which the model does not have; is it of another model?")

@@ -1,0 +1,33 @@
+"""Room on the disk for what a run saves."""
+
+import shutil
+from pathlib import Path
+
+from stanford_alpaca.errors import UserError
+
+MIB = 2**20
+
+
+def checkpoint_bytes(trained: int, optim: str, only_model: bool = False) -> int:
+    """Least bytes of a checkpoint: float32 weights of ``trained`` parameters and the optimizer's state.
+
+    Args:
+        trained: how many parameters are saved: with LoRA the adapter's.
+        optim: --optim, as OptimizerNames writes it. Of Adam's kind are two moments in float32; of others nothing is assumed.
+        only_model: --save_only_model.
+    """
+    moments = 8 if "adam" in optim and not optim.endswith(("8bit", "4bit")) and not only_model else 0
+    return trained * (4 + moments)
+
+
+def check_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
+    """Raises UserError unless ``needed`` bytes are free where a folder is, or would be made."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {what} needs {needed / MIB:,.0f} MiB, and {free / MIB:,.0f} MiB are free; "
+            "make room, give another --output_dir, or save less (--save_only_model, --save_strategy no)"
+        )

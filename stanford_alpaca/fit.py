@@ -1,0 +1,67 @@
+"""Whether model, tokenizer, flags and disk fit together: found out on the model without its weights."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.training_args import OptimizerNames
+
+from stanford_alpaca.arguments import Run
+from stanford_alpaca.checkpoint.space import check_space, checkpoint_bytes
+from stanford_alpaca.data.tokenize import PromptEncoder
+from stanford_alpaca.engines import decoder_layers
+from stanford_alpaca.errors import UserError, say
+from stanford_alpaca.generate import encode_prompts
+from stanford_alpaca.loading import loading_whole
+from stanford_alpaca.model import empty_model, lora_layers
+
+
+def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict]) -> None:
+    """Raises UserError for the first thing that does not fit. Builds the model once on the meta device, reads no weights."""
+    model_args, training = run.model, run.training
+    with loading_whole(training):  # under ZeRO-3 transformers would allocate it
+        model = empty_model(
+            model_args.model_name_or_path, training.cache_dir, attn_implementation=model_args.attn_implementation,
+            remote_code=model_args.trust_remote_code,
+        )  # fmt: skip
+    if training.fsdp:
+        decoder_layers(model, dict(training.fsdp_config or {}).get("transformer_layer_cls_to_wrap"))
+    check_positions(model, "model", training.model_max_length)
+    check_vocabulary(model, tokenizer, run)
+    encode_prompts(model.config, PromptEncoder(tokenizer, run.data.prompt_template), prompts, training.sample_max_new_tokens)
+    trained = trained_parameters(model, run)
+    if training.save_strategy != "no":
+        size = checkpoint_bytes(trained, OptimizerNames(training.optim).value, training.save_only_model)
+        check_space(Path(training.output_dir), 2 * size, "room for two checkpoints")
+
+
+def check_positions(model: PreTrainedModel, name: str, max_length: int) -> None:
+    """Raises UserError if examples may have more tokens than the model has positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise UserError(f"--model_max_length {max_length} is more than the {name}'s {positions} positions; give at most that")
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+    """Raises UserError for the tokenizer of another model, and for tokens that an adapter would leave without a meaning.
+
+    Says how many rows the embedding is going to grow by.
+    """
+    path, rows = run.model.model_name_or_path, model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding {rows} rows: that is another model's "
+            "tokenizer; put the model's own one there"
+        )
+    added = len(tokenizer) - rows
+    if added > 0 and run.lora.lora:
+        raise UserError(f"--lora trains no embedding, and {added} of the tokenizer's tokens have none: train them without it")
+    if added > 0:
+        say(f"{path}: the embedding grows from {rows} rows to the tokenizer's {len(tokenizer)}, new ones the mean of the old")
+
+
+def trained_parameters(model: PreTrainedModel, run: Run) -> int:
+    """How many parameters are trained. Raises UserError for LoRA targets that no layer has."""
+    if not run.lora.lora:
+        return sum(p.numel() for p in model.parameters())
+    layers = map(model.get_submodule, lora_layers(model, run.lora.lora_target_modules))
+    return sum(run.lora.lora_r * sum(layer.weight.shape) for layer in layers)

@@ -1,0 +1,93 @@
+"""Whether a model can be loaded, and whose code would run: found out before anything large is read."""
+
+from pathlib import Path
+
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+
+from stanford_alpaca.errors import UserError, first_line, quiet_hub, say
+from stanford_alpaca.model import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model
+
+
+def check_model(
+    path: str,
+    cache_dir: str | None = None,
+    *,
+    or_adapter: bool = False,
+    remote_code: bool = False,
+    weights: bool = True,  # whether its weights are going to be read
+) -> None:
+    """Raises UserError if there is no causal LM to load, or no adapter of one, before anything larger is read.
+
+    With ``remote_code`` it says whose code is going to run.
+    """
+    place = Path(path).expanduser()
+    beside = path.startswith((".", "/", "~")) or (len(place.parts) > 1 and Path(place.parts[0]).exists())
+    if not place.is_dir() and (beside or len(place.parts) > 2):  # a path that was meant to be local, no hub name
+        raise UserError(f"{path}: cannot load a model from here (no such folder); give a Hugging Face folder or a hub name")
+    is_adapter = base_of(path) is not None
+    if is_adapter and not or_adapter:
+        raise UserError(f"{path}: an adapter, no whole model; load it with peft's PeftModel.from_pretrained(base, folder)")
+    if weights:
+        _check_weights(place, "adapter_model.bin" if is_adapter else "pytorch_model*.bin*")
+    if is_adapter:
+        return check_adapter(path, cache_dir, remote_code=remote_code)
+    try:
+        with quiet_hub():
+            if remote_code:
+                for source in _code_of(path, cache_dir):
+                    say(f"--trust_remote_code: {source} runs here, with your rights")
+            AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=remote_code)
+    except Exception as error:  # OSError, ValueError or a hub error, depending on what is wrong
+        raise cannot_load(path, error) from None
+
+
+def _check_weights(folder: Path, pickles: str) -> None:
+    """Raises UserError for a folder that has pickled weights and no others."""
+    found = sorted(folder.glob(pickles))
+    if found and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder}: {found[0].name} is a pickle, which could run code, and is not read; {CONVERT.format(folder)}"
+        )
+
+
+def _code_of(path: str, cache_dir: str | None) -> list[str]:
+    """The code that a model and its tokenizer bring along, as REPOSITORY: MODULE."""
+    maps = [
+        PreTrainedConfig.get_config_dict(path, cache_dir=cache_dir)[0].get("auto_map"),
+        get_tokenizer_config(path, cache_dir=cache_dir).get("auto_map"),
+    ]
+    names: set[str] = set()
+    for found in maps:
+        values = found.values() if isinstance(found, dict) else [found]
+        names.update(str(name) for value in values for name in (value if isinstance(value, list | tuple) else [value]) if name)
+    places = [name.rpartition("--") for name in names]  # OTHER_REPOSITORY--module.Class
+    return sorted({f"{other or path}: {name.partition('.')[0]}.py" for other, _, name in places})
+
+
+def check_adapter(path: str, cache_dir: str | None = None, *, remote_code: bool = False) -> None:
+    """Raises UserError if an adapter's base cannot be loaded, or has not the layers that it was trained on."""
+    folder = Path(path)
+    try:
+        base = str(base_of(path))
+        check_model(base, cache_dir, remote_code=remote_code)
+        config = PeftConfig.from_pretrained(path)
+        with safe_open(folder / ADAPTER_SAFE_WEIGHTS_NAME, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, no dict
+        model = empty_model(base, cache_dir, remote_code=remote_code)
+        rows = model.get_input_embeddings().weight.shape[0]
+        wanted = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
+    except UserError:
+        raise
+    except Exception as error:  # no JSON, no such key, a kind of adapter that peft does not know, a damaged file
+        raise UserError(f"{path}: cannot load this adapter ({first_line(error)}); train it again, or give another") from None
+    for name, tensor in wanted.items():
+        if name not in shapes or list(tensor.shape) != list(shapes[name]):
+            has = list(shapes[name]) if name in shapes else "missing"
+            raise UserError(
+                f"{path}: an adapter of another base than {base} (which has {rows} tokens): {name} is {has}, wanted "
+                f"{list(tensor.shape)}; mend base_model_name_or_path in its {ADAPTER_CONFIG}"
+            )

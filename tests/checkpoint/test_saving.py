@@ -1,0 +1,118 @@
+"""Staging: whole or not at all, old ones kept until the new one is there, errors of disks in words."""
+
+import errno
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stanford_alpaca.checkpoint import manifest
+from stanford_alpaca.checkpoint.saving import Staged, keep_newest
+from stanford_alpaca.errors import UserError
+from tests.ranks import run_ranks, start_gloo
+
+
+def save(target, text="new"):
+    staged = Staged(target, 0, 1)
+    staged.write(lambda: (staged.folder / "a.txt").write_text(text))
+    staged.commit({"step": manifest.step_of(target)})
+    return target
+
+
+def test_a_folder_appears_when_it_is_whole_and_replaces_what_was_there(tmp_path):
+    target = tmp_path / "checkpoint-2"
+    (tmp_path / ".deleting-checkpoint-1").mkdir()
+    (tmp_path / ".saving" / "checkpoint-1").mkdir(parents=True)  # of a run that was killed
+    staged = Staged(target, 0, 1)
+    staged.write(lambda: (staged.folder / "a.txt").write_text("old"))
+    assert not target.exists()
+    staged.commit({"step": 2})
+    assert manifest.problems(target) == [] and os.listdir(tmp_path) == ["checkpoint-2"]
+    save(target)
+    assert (target / "a.txt").read_text() == "new" and os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (full, "No space left on device"),
+        (lambda: save_file({"a": torch.ones(1)}, "/proc/a.safetensors"), "os error"),
+        (lambda: torch.save(torch.ones(1), "/proc/a.pt"), ""),
+        (lambda: torch.save(torch.ones(1000), "/dev/full"), "torch.save could not write"),
+    ],
+)
+def test_what_the_disk_refuses_is_one_line_and_leaves_what_was_saved(tmp_path, write, reason):
+    good = save(tmp_path / "checkpoint-1")
+    staged = Staged(tmp_path / "checkpoint-2", 0, 1)
+    with pytest.raises(
+        UserError, match=rf"checkpoint-2: cannot be saved \(.*{reason}.*nothing that was saved before has changed"
+    ):
+        staged.write(write)
+    assert manifest.problems(good) == [] and not (tmp_path / "checkpoint-2").exists()
+
+
+def test_room_is_looked_for_before_the_first_byte(tmp_path):
+    good = save(tmp_path / "checkpoint-1")
+    with pytest.raises(UserError, match=r"checkpoint-2 needs 1,048,576,000 MiB, and .* are free"):
+        Staged(tmp_path / "checkpoint-2", 0, 1, needed=10**9 * 2**20 + 48_576_000 * 2**20)
+    assert manifest.problems(good) == [] and os.listdir(tmp_path) == ["checkpoint-1"]
+
+
+def test_our_own_mistakes_are_not_called_the_disks(tmp_path):
+    with pytest.raises(KeyError):
+        Staged(tmp_path / "checkpoint-2", 0, 1).write(lambda: {}["a"])
+
+
+def save_as_one_of_two(target):
+    start_gloo()
+    rank = torch.distributed.get_rank()
+    staged = Staged(target, rank, 2)
+    staged.write(lambda: (staged.folder / f"rank{rank}.txt").write_text("x"))
+    staged.commit({"step": 1})
+    staged = Staged(target.with_name("checkpoint-2"), rank, 2)
+    try:
+        staged.write(full if rank == 1 else lambda: None)
+    except UserError as error:
+        return str(error)
+
+
+def test_all_ranks_write_and_all_hear_of_the_one_that_could_not(tmp_path):
+    messages = run_ranks(2, save_as_one_of_two, tmp_path / "checkpoint-1")
+    assert list(manifest.read(tmp_path / "checkpoint-1")["files"]) == ["rank0.txt", "rank1.txt"]
+    assert messages[0] == messages[1] and "No space left on device on rank 1" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "broken", "kept"),
+    [
+        (None, None, [], [1, 2, 3, 4]),
+        (2, None, [], [3, 4]),
+        (1, None, [], [4]),
+        (1, 2, [], [2, 4]),
+        (2, 1, [], [1, 4]),
+        (2, None, [3], [2, 4]),  # the damaged one takes no place
+        (2, None, [4], [2, 3, 4]),  # what is newer than the newest good one is left
+        (1, None, [1, 2, 3, 4], [1, 2, 3, 4]),
+    ],
+)
+def test_the_limit_never_deletes_the_last_good_one(tmp_path, limit, best, broken, kept):
+    for step in (1, 2, 3, 4):
+        save(tmp_path / f"checkpoint-{step}")
+        if step in broken:
+            (tmp_path / f"checkpoint-{step}" / "a.txt").unlink()
+    keep_newest(tmp_path, limit, best and str(tmp_path / f"checkpoint-{best}"))
+    assert sorted(map(manifest.step_of, manifest.checkpoints(tmp_path))) == kept
+
+
+def test_finished_files_are_merged_and_the_old_manifest_goes_first(tmp_path):
+    (tmp_path / manifest.FILE).write_text("old")
+    (tmp_path / "run.yaml").write_text("kept")
+    staged = Staged(tmp_path / "model", 0, 1)
+    staged.write(lambda: (staged.folder / "a.txt").write_text("x"))
+    files = staged.merge()
+    assert list(files) == ["a.txt"] and sorted(os.listdir(tmp_path)) == ["a.txt", "run.yaml"]

@@ -1,0 +1,171 @@
+"""Disks that are full, fail, or cannot be written to, and files that were damaged since they were saved."""
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+from stanford_alpaca.checkpoint import manifest
+from tests.faults.harness import (
+    DDP,
+    FSDP,
+    FSDP_LORA,
+    LORA,
+    PLAIN,
+    ZERO2,
+    Case,
+    Lost,
+    NotHere,
+    Setting,
+    case,
+    check,
+    exact,
+)
+from tests.faults.hooks import Fault
+from tests.faults.kills import disk_event, valid_checkpoints
+from tests.faults.world import World
+
+FULL, DAMAGED = 2, 3  # exit statuses
+
+
+def refused_disk(ended, out: Path) -> None:
+    """All ranks ended in one line and the status of a user's mistake, and what was saved before is good."""
+    check(set(ended.statuses) == {FULL}, f"statuses {ended.statuses}\n{ended.text[-3000:]}")
+    check("Traceback" not in ended.text and ended.errors(), f"no clear line\n{ended.text[-2000:]}")
+    check(len(set(ended.errors())) == 1, f"several lines: {ended.errors()}")
+    valid_checkpoints(out)
+
+
+def failing_disk(rng: Random) -> list[Case]:
+    """Errors at any change of the disk from a save on, disks that are too small, and disks that are read-only."""
+
+    def fails(world: World, out: Path, setting: Setting, error: str, rank: int, share: float) -> None:
+        at, what = disk_event(world, setting, rank, share)
+        ended = world.run(setting, out, Fault(error, "disk", at, (rank,)))
+        try:
+            refused_disk(ended, out)
+        except Lost as lost:
+            raise Lost(f"{what}: {lost}") from None
+        check(valid_checkpoints(out), f"{what}: no checkpoint is left")
+        world.finish(setting, out)
+        exact(world.reference(setting), out)
+
+    cases = []
+    for number, (setting, rank) in enumerate([(PLAIN, 0), (LORA, 0), (DDP, 0), (DDP, 1), (FSDP, 0), (FSDP, 1), (PLAIN, 0)] * 2):
+        error, share = ("ENOSPC", "EIO", "EROFS")[number % 3], round(rng.random(), 3)
+        cases.append(case(f"{error} on rank {rank} of {setting.name}, {share} through", fails, setting, error, rank, share))
+    for setting in (PLAIN, LORA, DDP, FSDP):
+        cases.append(case(f"{setting.name}, a disk with room for one checkpoint and a half", too_small, setting))
+    return cases + [case(f"{setting.name}, a disk that has become read-only", read_only, setting) for setting in (PLAIN, FSDP)]
+
+
+def too_small(world: World, out: Path, setting: Setting) -> None:
+    size = manifest.size(manifest.checkpoints(world.reference(setting))[0])
+    with mounted(out, f"size={int(1.5 * size) + 2**16}") as remount:
+        refused_disk(world.run(setting, out), out)
+        remount("size=100m")
+        world.finish(setting, out)
+        exact(world.reference(setting), out)
+
+
+def read_only(world: World, out: Path, setting: Setting) -> None:
+    with mounted(out, "size=100m") as remount:
+        world.run(setting, out, Fault("kill", "step", 7), together=True)
+        remount("ro")
+        refused_disk(world.run(setting, out), out)
+        remount("rw")
+        world.finish(setting, out)
+        exact(world.reference(setting), out)
+
+
+@contextlib.contextmanager
+def mounted(out: Path, options: str) -> Iterator[Callable[[str], None]]:
+    """The output folder on a disk of its own, and a function that mounts it again with other options."""
+
+    def mount(*arguments: str) -> None:
+        done = subprocess.run(["mount", *arguments, str(out)], capture_output=True, text=True)
+        if done.returncode:
+            raise NotHere(f"mount: {done.stderr.strip()}")
+
+    out.mkdir(parents=True)
+    mount("-t", "tmpfs", "-o", options, "faults")
+    try:
+        yield lambda options: mount("-o", f"remount,{options}")
+    finally:
+        subprocess.run(["umount", "-l", str(out)], check=True)
+
+
+# ---- damaged files ---------------------------------------------------------------------------------------------------
+
+
+def deleted(file: Path, rng: Random, other: Path) -> None:
+    file.unlink()
+
+
+def truncated(file: Path, rng: Random, other: Path) -> None:
+    file.write_bytes(file.read_bytes()[: rng.randrange(max(1, file.stat().st_size))])
+
+
+def emptied(file: Path, rng: Random, other: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flipped(file: Path, rng: Random, other: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+
+
+def zeroed(file: Path, rng: Random, other: Path) -> None:
+    """The end of it, as a file system leaves what it did not write; at least a byte changes."""
+    content = file.read_bytes()
+    start = min(rng.randrange(len(content)), len(content.rstrip(b"\0")) - 1)
+    file.write_bytes(content[:start] + bytes(len(content) - start))
+
+
+def swapped(file: Path, rng: Random, other: Path) -> None:
+    """With the file of the same name in the other checkpoint, or with another file of this one if that is equal."""
+    found = [other / file.name, *sorted(path for path in file.parent.iterdir() if path.is_file())]
+    file.write_bytes(next(path.read_bytes() for path in found if path.exists() and path.read_bytes() != file.read_bytes()))
+
+
+HARMS = (deleted, truncated, emptied, flipped, zeroed, swapped)
+ENGINES = (PLAIN, LORA, DDP, FSDP, FSDP_LORA, ZERO2)
+
+
+def damaged(world: World, out: Path, setting: Setting, share: float, harm: Callable, seed: int, alone: bool) -> None:
+    """A file of the newest checkpoint, that far through the list of its files; with an older one to fall back to, or none."""
+    usual = world.reference(setting, save_total_limit=None)
+    world.copy(usual, out, only=[4] if alone else [2, 4])
+    newest, older = out / "checkpoint-4", usual / "checkpoint-2"
+    files = [*manifest.list_files(newest), manifest.FILE]
+    name = files[int(share * len(files))]
+    content = (newest / name).read_bytes()
+    (newest / name).unlink()  # a hard link
+    (newest / name).write_bytes(content)
+    harm(newest / name, Random(seed), older / Path(name).parent)
+    if alone:
+        before = manifest.list_files(out)
+        ended = world.run(setting, out, save_total_limit=None)
+        check(set(ended.statuses) == {DAMAGED}, f"{name}: statuses {ended.statuses}\n{ended.text[-2000:]}")
+        check(any(name in line for line in ended.errors()), f"{name} is not named: {ended.errors()}")
+        check(manifest.list_files(out) == before, f"{name}: the output folder has changed")
+        return
+    ended = world.finish(setting, out, save_total_limit=None)
+    lines = [line for line in ended.text.splitlines() if "checkpoint-4" in line and name in line]
+    check(lines, f"{name} of checkpoint-4 is not named\n{ended.text[-2000:]}")
+    exact(usual, out)
+
+
+def damage(rng: Random) -> list[Case]:
+    cases = []
+    for number in range(60):
+        setting, harm, alone = ENGINES[number % 6], HARMS[(number // 6 + number) % 6], number % 7 == 6
+        share, seed = round((number // 6 + rng.random()) / 10, 3), rng.randrange(2**32)
+        what = f"{setting.name}, the file {share} through the list {harm.__name__}{', the only checkpoint' if alone else ''}"
+        cases.append(case(what, damaged, setting, share, harm, seed, alone))
+    return cases
+
+
+ROWS = {"full and failing disks": failing_disk, "damaged files": damage}

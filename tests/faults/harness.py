@@ -1,0 +1,111 @@
+"""What the rows share: settings of a run, cases, and how two runs are compared."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from tests.faults.hooks import beside
+
+if TYPE_CHECKING:
+    from tests.faults.world import World
+
+
+class Lost(AssertionError):
+    """What had to hold did not."""
+
+
+class NotHere(Exception):
+    """This machine does not let the harness inject it."""
+
+
+def check(holds: Any, message: str) -> None:
+    if not holds:
+        raise Lost(message)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What trains: the number of ranks, and its flags."""
+
+    name: str
+    ranks: int
+    flags: tuple[str, ...] = ()
+
+    @property
+    def launched(self) -> bool:
+        return self.ranks > 1 or "--engine" in self.flags
+
+
+ADAPTER = ("--lora", "True", "--lora_dropout", "0.1")
+PLAIN, LORA, DDP = Setting("plain", 1), Setting("lora", 1, ADAPTER), Setting("ddp", 2)
+FSDP, ZERO2 = Setting("fsdp", 2, ("--engine", "fsdp")), Setting("zero2", 2, ("--engine", "zero2"))
+FSDP_LORA, DDP_LORA = Setting("fsdp-lora", 2, (*FSDP.flags, *ADAPTER)), Setting("ddp-lora", 2, ADAPTER)
+SETTINGS = (PLAIN, LORA, DDP, FSDP, FSDP_LORA, ZERO2)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: exit statuses by rank (minus the signal), what the ranks printed, seconds from the first's end on."""
+
+    statuses: list[int]
+    text: str
+    took: float
+    rest_took: float
+
+    def errors(self) -> list[str]:
+        return [line for line in self.text.splitlines() if line.startswith("error: ")]
+
+
+Check = Callable[["World", Path], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One injection: what it is, and the check that raises if it does not hold; it may use ``out`` and what lies beside it."""
+
+    what: str
+    holds: Check
+
+
+def case(what: str, function: Callable, *args: Any, **kwargs: Any) -> Case:
+    """``function(world, out, *args)`` as a case."""
+    return Case(what, lambda world, out: function(world, out, *args, **kwargs))
+
+
+Row = Callable[[Random], list[Case]]
+
+
+def exact(one: Path, two: Path, over_ranks: bool = False) -> None:
+    """Raises Lost unless two runs ended in equal states and saw equal rows in each step."""
+    from safetensors.torch import load_file
+
+    from stanford_alpaca.checkpoint import manifest
+    from tests.faults.state import differences
+
+    last = [manifest.checkpoints(out)[0] for out in (one, two)]
+    check(last[0].name == last[1].name, f"the last checkpoints are {last[0].name} and {last[1].name}")
+    found = differences(*last)
+    check(not found, f"{last[0].name} differs in {len(found)} values: {', '.join(found[:5])}")
+    for file in one.glob("*.safetensors"):
+        a, b = load_file(file), load_file(two / file.name)
+        check(a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a), f"{file.name} differs")
+    a, b = seen(one, over_ranks), seen(two, over_ranks)
+    check(a.keys() == b.keys(), f"steps {sorted(a)} and {sorted(b)}")
+    check(a == b, f"other rows in {[step for step in sorted(a) if a[step] != b[step]][:3]}")
+
+
+def seen(out: Path, over_ranks: bool = False) -> dict[Any, list]:
+    """The rows of each step by rank, or of all ranks together, each time that the step was made."""
+    rows: dict[Any, dict[int, set]] = {}
+    for file in out.parent.glob(f"{out.name}.seen*"):
+        rank = int(file.name.rpartition("seen")[2])
+        for line in file.read_text().splitlines():
+            step, ids = json.loads(line)
+            rows.setdefault(step, {}).setdefault(rank, set()).add(tuple(ids))
+    assert beside(out, "seen0").exists()
+    if over_ranks:
+        return {step: sorted(row for ids in by_rank.values() for each in ids for row in each) for step, by_rank in rows.items()}
+    return {(step, rank): sorted(ids) for step, by_rank in rows.items() for rank, ids in by_rank.items()}

@@ -1,0 +1,205 @@
+"""Processes that end: all at once, at every change of the disk, one of several, by a scheduler's signal."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+from tests.faults.harness import (
+    DDP,
+    DDP_LORA,
+    FSDP,
+    FSDP_LORA,
+    LORA,
+    PLAIN,
+    SETTINGS,
+    Case,
+    Setting,
+    case,
+    check,
+    exact,
+)
+from tests.faults.hooks import Fault, beside
+from tests.faults.world import ROOT, World
+
+KILLED, STOPPED = -9, 75
+
+
+def equal_runs(rng: Random) -> list[Case]:
+    """Five runs of each engine: what all other rows compare with is no accident."""
+
+    def five(world: World, out: Path, setting: Setting) -> None:
+        for number in range(5):
+            again = out.with_name(f"{out.name}-{number}")
+            world.finish(setting, again)
+            exact(world.reference(setting), again)
+
+    return [case(f"five runs, {setting.name}", five, setting) for setting in SETTINGS]
+
+
+def kill_group(rng: Random) -> list[Case]:
+    """All ranks at once, at any time; every fifth run is killed a second time."""
+
+    def killed(world: World, out: Path, setting: Setting, fractions: list[float]) -> None:
+        usual = world.reference(setting)
+        for fraction in fractions:
+            world.run(setting, out, kill_after=fraction * world.lengths[usual], together=True)
+        world.finish(setting, out)
+        exact(usual, out)
+
+    cases = []
+    for number in range(100):
+        setting = (PLAIN, DDP, FSDP, LORA, DDP_LORA, FSDP_LORA)[number % 6]
+        fractions = [round(rng.uniform(0.1, 1.1), 3) for _ in range(2 if number % 5 == 4 else 1)]
+        cases.append(case(f"{setting.name}, at {fractions} of its length", killed, setting, fractions))
+    return cases
+
+
+def kill_save(rng: Random) -> list[Case]:
+    """At each change of the disk from a save on, evenly spread over those that a run of the setting makes."""
+
+    def killed(world: World, out: Path, setting: Setting, rank: int, share: float) -> None:
+        at, what = disk_event(world, setting, rank, share)
+        ended = world.run(setting, out, Fault("kill", "disk", at, (rank,)), together=True)
+        check(KILLED in ended.statuses, f"it was not killed at {what}: {ended.statuses}\n{ended.text[-2000:]}")
+        ended = world.finish(setting, out)
+        check(f"checkpoint-{SECOND_SAVE - 2}" in ended.text or f"checkpoint-{SECOND_SAVE}" in ended.text, f"fresh after {what}")
+        exact(world.reference(setting), out)
+
+    counts = [(PLAIN, 0, 24), (LORA, 0, 6), (DDP, 0, 8), (DDP, 1, 4), (FSDP, 0, 10), (FSDP, 1, 8)]
+    return [
+        case(f"{setting.name}, rank {rank}, {number}/{count} through the second save", killed, setting, rank, number / count)
+        for setting, rank, count in counts
+        for number in range(count)
+    ]
+
+
+SECOND_SAVE = 4  # the step of the second of three saves
+
+
+def disk_event(world: World, setting: Setting, rank: int, share: float) -> tuple[int, str]:
+    """The number of a change of the disk, that far through the second save and what follows it, and what it is."""
+    run = world.reference(setting, fault=Fault("count", "disk", 0))
+    events = beside(run, f"disk{rank}").read_text().splitlines()
+    second = [number for number, event in enumerate(events) if f"checkpoint-{SECOND_SAVE}" in event]
+    after = [number for number, event in enumerate(events) if "checkpoint-6" in event]
+    window = range(second[0], (after or [len(events)])[0])
+    number = window[int(share * len(window))]
+    return number, events[number]
+
+
+def kill_one(rng: Random) -> list[Case]:
+    """One of two or three ranks; some of them under the launcher, which starts them again."""
+
+    def killed(world: World, out: Path, setting: Setting, where: str, at: int, rank: int) -> None:
+        changes = (
+            {"eval_path": world.folder / "held.json", "eval_strategy": "steps", "eval_steps": 2}
+            if where == "evaluation"
+            else {}
+        )
+        usual = world.reference(setting, **changes)
+        ended = world.run(setting, out, Fault("kill", where, at, (rank,)), **changes)
+        check(ended.statuses[rank] == KILLED, f"rank {rank} was not killed: {ended.statuses}\n{ended.text[-2000:]}")
+        check(0 not in ended.statuses, f"a rank ended with 0: {ended.statuses}")
+        check(ended.rest_took < 60, f"the others took {ended.rest_took:.0f} s")
+        batches = -(-9 // (2 * setting.ranks))  # of an evaluation
+        steps = {"step": at // 2, "fetch": at // 2, "save": 2 * at, "evaluation": 2 * (at // batches + 1)}[where]
+        there = {folder.name for folder in out.glob("checkpoint-*")}
+        wanted = {f"checkpoint-{step}" for step in (2, 4) if step < steps or (step == steps and where != "evaluation")}
+        check(there <= wanted, f"checkpoints {sorted(there)} after {steps} steps")
+        world.finish(setting, out, **changes)
+        exact(usual, out)
+
+    cases = []
+    three = Setting("ddp of 3", 3)
+    for number in range(16):
+        setting = (DDP, FSDP, three)[number % 3]
+        where, rank = ("step", "save", "fetch", "evaluation")[number % 4], rng.randrange(setting.ranks)
+        changes = {"step": 12, "fetch": 12, "save": 3, "evaluation": 6}
+        at = rng.randrange(changes[where])
+        cases.append(case(f"{setting.name}, rank {rank}, {where} {at}", killed, setting, where, at, rank))
+    for setting, where, at in [(DDP, "step", 7), (FSDP, "save", 1), (DDP, "load", 0)]:
+        cases.append(case(f"{setting.name} under the launcher, {where} {at}", restarted, setting, where, at))
+    return [*cases, case("ddp under the launcher, the other rank hangs", left_alone)]
+
+
+def restarted(world: World, out: Path, setting: Setting, where: str, at: int) -> None:
+    """The launcher starts all ranks again when one was killed; the run ends by itself, as if nothing had happened."""
+    done = launch(world, out, setting, where, at, restarts=1)
+    check(done.returncode == 0, f"status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    check(beside(out, "acted1").exists(), "rank 1 was not killed")
+    exact(world.reference(setting), out)
+
+
+def left_alone(world: World, out: Path) -> None:
+    """A rank that does not even notice, as one that waits for a device, does not keep the run from ending."""
+    done = launch(world, out, DDP, "hang", 7, restarts=0)
+    died = beside(out, "acted1").stat().st_mtime
+    check(done.returncode not in (0, 2), f"status {done.returncode}")
+    check(time.time() - died < 60, f"{time.time() - died:.0f} s")
+    check(valid_checkpoints(out) == ["checkpoint-2"], "there is a new checkpoint")
+    world.finish(DDP, out)
+    exact(world.reference(DDP), out)
+
+
+def launch(world: World, out: Path, setting: Setting, where: str, at: int, restarts: int) -> subprocess.CompletedProcess:
+    script = ROOT / "tests" / "faults" / "rank.py"
+    launcher = [sys.executable, "-m", "stanford_alpaca.launch", "--nproc_per_node", str(setting.ranks)]
+    launcher += ["--standalone", "--max_restarts", str(restarts)]
+    out.parent.mkdir(parents=True)
+    return subprocess.run(
+        [*launcher, str(script), where, str(at), *world.argv(setting, out)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def sigterm(rng: Random) -> list[Case]:
+    """A scheduler's signal, to all ranks or to one."""
+
+    def stopped(world: World, out: Path, setting: Setting, where: str, at: int, ranks: tuple[int, ...] | None) -> None:
+        changes = (
+            {"eval_path": world.folder / "held.json", "eval_strategy": "steps", "eval_steps": 2}
+            if where == "evaluation"
+            else {}
+        )
+        usual = world.reference(setting, **changes)
+        ended = world.run(setting, out, Fault("term", where, at, ranks), **changes)
+        check(set(ended.statuses) == {STOPPED}, f"statuses {ended.statuses}\n{ended.text[-2000:]}")
+        check(not ended.errors() and "Traceback" not in ended.text, ended.text[-2000:])
+        there = valid_checkpoints(out)
+        check(there or where == "load", "no checkpoint")
+        resumed = world.finish(setting, out, **changes)
+        check(not there or there[0] in resumed.text, f"it did not go on from {there[:1]}")
+        exact(usual, out)
+
+    cases = []
+    for setting in (PLAIN, DDP, FSDP):
+        for where, most in (("step", 10), ("save", 2), ("evaluation", 6), ("fetch", 10)):
+            for ranks in (None, (setting.ranks - 1,)):
+                at = rng.randrange(most)
+                point = "load" if setting is PLAIN and where == "fetch" and ranks is None else where
+                to = "all ranks" if ranks is None else f"rank {ranks[0]}"
+                at = 0 if point == "load" else at
+                cases.append(case(f"{setting.name}, {point} {at}, to {to}", stopped, setting, point, at, ranks))
+    return cases
+
+
+def valid_checkpoints(out: Path) -> list[str]:
+    """Names of the checkpoints, the newest first. Raises Lost if one of them does not verify."""
+    from stanford_alpaca.checkpoint import manifest
+
+    found = manifest.checkpoints(out)
+    for folder in found:
+        check(not manifest.problems(folder), f"{folder.name}: {manifest.problems(folder)}")
+    return [folder.name for folder in found]
+
+
+ROWS = {
+    "five equal runs": equal_runs,
+    "kill the group": kill_group,
+    "kill in a save": kill_save,
+    "kill one rank": kill_one,
+    "SIGTERM": sigterm,
+}

@@ -1,0 +1,26 @@
+"""A rank under a real launcher: ``rank.py WHERE AT FLAGS OF THE TRAINING COMMAND`` kills rank 1 there, once.
+
+With ``hang`` as the place it is in a step, and rank 0 waits in that step for good.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from stanford_alpaca.train import main
+from tests.faults.hooks import Fault, Hooks
+
+if __name__ == "__main__":
+    where, at, *argv = sys.argv[1:]
+    out = Path(argv[argv.index("--output_dir") + 1])
+    hangs = where == "hang" and os.environ["RANK"] == "0"
+    fault = (
+        Fault("wait", "step", int(at))
+        if hangs
+        else Fault("kill", "step" if where == "hang" else where, int(at), (1,), once=True)
+    )
+    Hooks(fault, out).install()
+    sys.argv = [sys.argv[0], *argv]
+    main()

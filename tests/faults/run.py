@@ -1,0 +1,107 @@
+"""Injects what goes wrong in training runs, and checks what holds: ``python tests/faults/run.py [--full] [--only ROW]``.
+
+Without ``--full`` a fixed part of each row. A case is drawn from the seed and its number alone. Exit status 1 if one is lost.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+ENVIRONMENT = {
+    "PYTHONWARNINGS": "ignore:resource_tracker", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu",
+}  # fmt: skip
+os.environ.update(ENVIRONMENT)
+
+from tests.faults import contents, disks, fuzzed, kills, nonfinite, resuming
+from tests.faults.harness import Case, Lost, NotHere, Row
+from tests.faults.world import World
+
+ROWS: dict[str, Row] = {**kills.ROWS, **disks.ROWS, **contents.ROWS, **resuming.ROWS, **nonfinite.ROWS, **fuzzed.ROWS}
+PART = 10  # without --full, one case of so many
+SEED = 0
+
+
+def cases_of(row: str, seed: int) -> list[Case]:
+    """All cases of a row, which follow from the seed alone."""
+    return ROWS[row](Random(f"{row} {seed}"))
+
+
+def part_of(count: int) -> list[int]:
+    """Numbers of the cases that are run without ``--full``: always the same."""
+    return sorted(Random(count).sample(range(count), -(-count // PART)))
+
+
+def hold(world: World, row: str, seed: int, number: int) -> str | None:
+    """Runs one case: None if it holds, else what does not."""
+    case = cases_of(row, seed)[number]
+    folder = world.folder / "cases" / f"{row.replace(' ', '-')}-{number}"
+    try:
+        case.holds(world, folder / "out")
+    except Lost as lost:
+        return f"{case.what}: {shortened(str(lost))}"
+    except NotHere as error:
+        print(f"not here: {case.what}: {error}", file=sys.stderr)
+    except Exception:
+        return f"{case.what}: {shortened(traceback.format_exc())}"
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def shortened(text: str) -> str:
+    """The first line of what a run left, and its last ones without progress bars."""
+    first, *rest = [line for line in text.splitlines() if line.strip() and "it/s]" not in line]
+    return "\n    ".join([first, *rest[-12:]])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="all cases")
+    parser.add_argument("--seed", type=int, default=SEED, help="draws what is injected where")
+    parser.add_argument("--only", default="", help="rows whose name has this text")
+    parser.add_argument("--case", type=int, help="one case of them, by its number")
+    parser.add_argument("--json", help="also writes the table here")
+    parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
+    parser.add_argument("--keep", help="a new folder for all files of the runs, which is kept")
+    options = parser.parse_args()
+    rows = [row for row in ROWS if options.only in row]
+    if not rows:
+        parser.error(f"--only {options.only}: none of {', '.join(ROWS)}")
+    line = "{:32}{:>7}{:>7}{:>7}{:>9}"
+    print(line.format("row", "cases", "held", "lost", "seconds"))
+    table = []
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
+        folder = Path(options.keep or name)
+        folder.mkdir(parents=True, exist_ok=True)
+        world = World(folder)
+        for row in rows:
+            start, count = time.perf_counter(), len(cases_of(row, options.seed))
+            numbers = list(range(count)) if options.full else part_of(count)
+            numbers = numbers if options.case is None else [options.case]
+            outcomes = pool.map(lambda number, row=row: hold(world, row, options.seed, number), numbers)
+            lost = {number: outcome for number, outcome in zip(numbers, outcomes, strict=True) if outcome is not None}
+            seconds = time.perf_counter() - start
+            print(line.format(row, len(numbers), len(numbers) - len(lost), len(lost), f"{seconds:.0f}"), flush=True)
+            for number, outcome in lost.items():
+                print(f"  lost: {outcome}\n  again: python {Path(__file__).relative_to(ROOT)} --seed {options.seed} ", end="")
+                print(f'--only "{row}" --case {number}', flush=True)
+            table.append({"row": row, "cases": len(numbers), "lost": len(lost), "seconds": round(seconds)})
+    lost = sum(row["lost"] for row in table)
+    print(line.format("all", cases := sum(row["cases"] for row in table), cases - lost, lost, sum(r["seconds"] for r in table)))
+    if options.json:
+        Path(options.json).write_text(json.dumps(table, indent=1))
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""A tenth of the fuzzing: nothing but success or one line."""
+
+from collections import Counter
+
+import pytest
+
+from tests.faults.fuzz import Hang, check_command, check_file, fuzz_argv, fuzz_json, outcome
+
+
+@pytest.mark.parametrize("kind", ["data", "command lines"])
+def test_what_is_nearly_right_ends_well(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    seen: Counter = Counter()
+    for seed in range(30):
+        case = check_file(fuzz_json(seed, tmp_path)) if kind == "data" else check_command(fuzz_argv(seed, tmp_path))
+        seen[outcome(case)] += 1
+    assert seen["ok"] >= 3 and seen["refused"] >= 10
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_would_hang_and_what_would_fall_is_told():
+    def hang():
+        while True:
+            pass
+
+    with pytest.raises(Hang):
+        outcome(hang, limit=1)
+    with pytest.raises(ZeroDivisionError):
+        outcome(lambda: 1 / 0)

@@ -1,0 +1,211 @@
+"""Runs of the training command that something is done to, and what they leave; all ranks are forked from a warm process."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from tests.faults.harness import Ended, Setting, check
+from tests.faults.hooks import Fault, Hooks, beside
+from tests.ranks import start_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 200.0  # seconds that a run may take: a guard against hanging, no measurement
+STEPS, SAVE_STEPS = 6, 2
+LOCK = threading.RLock()  # processes are started and reaped by one thread at a time
+
+BASES: dict[str, dict] = {  # models by name; sure: the same on any number of processes
+    "base": {"attention_dropout": 0.1},
+    "other-base": {"attention_dropout": 0.1},
+    "wide-base": {"attention_dropout": 0.1, "vocab_size": 2080},
+    "sure": {},
+}
+
+
+def command(argv: list[str], out: str, fault: Fault | None, more: Callable[[Hooks], None] | None) -> None:
+    """One rank: the training command, with the exit status that it ends with."""
+    from stanford_alpaca import errors, train
+
+    status = 1
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        errors.time.sleep = pause  # rank 1 waits there so that a launcher hears rank 0 first: nobody listens here
+        hooks = Hooks(fault, Path(out))
+        hooks.install()
+        if more is not None:
+            more(hooks)
+        sys.argv = ["train", *argv]
+        train.main()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def pause(seconds: float, sleep: Callable[[float], None] = time.sleep) -> None:
+    """``time.sleep`` for ranks without a launcher."""
+    sleep(min(seconds, 0.2))
+
+
+@dataclass
+class World:
+    """A folder with a model, data, and references: runs that nothing was done to, each made once."""
+
+    folder: Path
+    lengths: dict[Path, float] = field(default_factory=dict)  # seconds of a reference
+    locks: dict[Path, threading.Lock] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        shape |= {"vocab_size": 2048, "max_position_embeddings": 256, "initializer_range": 0.1, "tie_word_embeddings": False}
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny-base")
+        for seed, (name, changes) in enumerate(BASES.items()):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape | changes))
+            model.save_pretrained(self.folder / name)
+            tokenizer.save_pretrained(self.folder / name)
+        records = json.loads((ROOT / "data" / "instructions" / "train.json").read_text())
+        (self.folder / "train.json").write_text(json.dumps(records[:44]))  # the last global batch has fillers
+        (self.folder / "held.json").write_text(json.dumps(records[44:53]))
+
+    def argv(self, setting: Setting, out: Path, **changes: Any) -> list[str]:
+        """The command line of a run. A change that is None drops the flag."""
+        at_once = max(1, 4 // setting.ranks)  # two micro-batches in a step
+        flags = {
+            "model_name_or_path": self.folder / "base", "data_path": self.folder / "train.json",
+            "cache_dir": self.folder / "cache", "output_dir": out, "mode": "emo", "max_steps": STEPS,
+            "global_batch": 2 * at_once * setting.ranks, "per_device_train_batch_size": at_once,
+            "per_device_eval_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "steps",
+            "save_steps": SAVE_STEPS, "save_total_limit": 2, "model_max_length": 256, "disable_tqdm": True, "resume": "auto",
+        } | changes  # fmt: skip
+        given = [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
+        return [*given, *setting.flags]
+
+    def run(
+        self,
+        setting: Setting,
+        out: Path,
+        fault: Fault | None = None,
+        kill_after: float | None = None,
+        together: bool = False,
+        more: Callable[[Hooks], None] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+        **changes: Any,
+    ) -> Ended:
+        """Trains into ``out``.
+
+        Args:
+            kill_after: seconds after which all ranks are killed.
+            together: the death of one rank is that of all: their machine lost its power.
+            more: further hooks; picklable.
+            meanwhile: is called once all ranks have been started.
+        """
+        argv, number = self.argv(setting, out, **changes), len(list(out.parent.glob(f"{out.name}.text*")))
+        outputs = [beside(out, f"text{number}-{rank}") for rank in range(setting.ranks)]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        with LOCK:
+            processes, pipes = start_ranks(outputs, command, (argv, str(out), fault, more), setting.launched)
+        try:
+            if meanwhile is not None:
+                meanwhile()
+            first = wait_for(processes, 1, kill_after or LIMIT)
+            if together or (kill_after is not None and not first):
+                kill(processes)
+            first_end = time.perf_counter()
+            check(wait_for(processes, len(processes), LIMIT), f"{out}: did not end\n{read(outputs)}")
+            ended = time.perf_counter()
+        finally:
+            kill(processes)
+            for pipe in pipes:
+                pipe.close()
+        with LOCK:
+            statuses = [process.exitcode for process in processes]
+        return Ended(statuses, read(outputs), ended - start, ended - first_end)
+
+    def finish(self, setting: Setting, out: Path, **kwargs: Any) -> Ended:
+        """Runs until the end, and checks that it gets there."""
+        ended = self.run(setting, out, **kwargs)
+        check(set(ended.statuses) == {0}, f"it did not end: statuses {ended.statuses}\n{ended.text[-3000:]}")
+        return ended
+
+    def reference(self, setting: Setting, fault: Fault | None = None, more: Any = None, **changes: Any) -> Path:
+        """The output folder of a run that nothing happened to; with the fault ``count``, of one that says what it wrote."""
+        about = sha256(repr((setting, fault, more, sorted(changes.items()))).encode()).hexdigest()[:8]
+        out = self.folder / "references" / f"{setting.name.replace(' ', '-')}-{about}"
+        with LOCK:
+            lock = self.locks.setdefault(out, threading.Lock())
+        with lock:
+            if out not in self.lengths:
+                self.lengths[out] = self.finish(setting, out, fault=fault, more=more, **changes).took
+        return out
+
+    def copy(self, run: Path, out: Path, only: Sequence[int] | None = None) -> Path:
+        """Copies a run's folder with all checkpoints or those of some steps, by hard links, without the final model, and what
+        it says of the steps up to the last of them. What changes a file of the copy has to replace it.
+        """
+        from stanford_alpaca.checkpoint import manifest
+
+        keep = [folder for folder in manifest.checkpoints(run) if only is None or manifest.step_of(folder) in only]
+        out.mkdir(parents=True)
+        shutil.copy(run / "run.yaml", out)
+        for folder in keep:
+            shutil.copytree(folder, out / folder.name, copy_function=os.link)
+        for file in run.parent.glob(f"{run.name}.seen*"):
+            lines = file.read_text().splitlines(keepends=True)
+            made = [line for line in lines if json.loads(line)[0] <= max(map(manifest.step_of, keep), default=0)]
+            beside(out, file.suffix[1:]).write_text("".join(made))
+        return out
+
+
+def wait_until(holds: Callable[[], Any]) -> None:
+    """Looks again and again. Raises Lost if it takes too long."""
+    end = time.monotonic() + LIMIT
+    while not holds():
+        check(time.monotonic() < end, "waited in vain")
+        time.sleep(0.01)
+
+
+def wait_for(processes: list, count: int, seconds: float) -> bool:
+    """Whether so many of the processes have ended within that time."""
+    end, left = time.monotonic() + seconds, {process.sentinel for process in processes}
+    while len(processes) - len(left) < count:
+        ready = wait(list(left), timeout=max(0.0, end - time.monotonic()))
+        if not ready:
+            return False
+        left -= set(ready)
+    return True
+
+
+def kill(processes: list) -> None:
+    """Ends all of them at once, and waits for that."""
+    with LOCK:
+        for process in processes:
+            process.kill()
+    wait_for(processes, len(processes), LIMIT)
+
+
+def read(outputs: list[Path]) -> str:
+    texts = [file.read_text(errors="replace") if file.exists() else "" for file in outputs]
+    return "\n".join(f"--- rank {rank}:\n{text}" for rank, text in enumerate(texts)) if len(texts) > 1 else texts[0]
