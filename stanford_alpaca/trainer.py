@@ -221,6 +221,11 @@ class EmoTrainer(ResumableTrainer):
             self.state.stateful_callbacks["guard"] = self.guard.state_dict()
             super()._save_checkpoint(*args, **kwargs)
 
+    def save_finished(self) -> dict[str, Any]:
+        if self._steps:  # else it is what was loaded
+            self.guard.check_weights(self.state.global_step)
+        return super().save_finished()
+
     # ---- evaluation ----------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, dataloader, description, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
