@@ -215,13 +215,11 @@ def run_or_stop() -> int:
         say(str(stopped))
         return Stopped.status
     except RuntimeError as error:  # gloo's and PyTorch's own
-        if not (torch.distributed.is_initialized() and is_lost_rank(error)):
+        meeting = isinstance(error, torch.distributed.DistError)  # rank 0 has ended before all knew one another
+        if not ((meeting or torch.distributed.is_initialized()) and is_lost_rank(error)):
             raise
-        print(
-            f"error: rank {torch.distributed.get_rank()} lost another one ({first_line(error).split('. ')[0]})",
-            file=sys.stderr,
-            flush=True,
-        )
+        reason = first_line(error).split(". ")[0]
+        print(f"error: rank {os.environ['RANK']} lost another one ({reason})", file=sys.stderr, flush=True)
         os._exit(1)  # whatever still waits for the other rank
     return 0
 

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
+from transformers import Trainer
 
 from stanford_alpaca import train
 from stanford_alpaca.checkpoint import manifest
@@ -29,7 +30,7 @@ class NotFinite:
     def __init__(self, hooks: Hooks, what: str, value: str, ranks: tuple[int, ...] | None):
         self.what, self.value, self.here = what, float(value), ranks is None or hooks.rank in ranks
         self.file, self.trainer, self.micro_batch = beside(hooks.out, f"weights{hooks.rank}").open("w"), None, 0
-        step, loss, run = EmoTrainer.training_step, EmoTrainer.compute_loss, train.train
+        step, loss, run = Trainer.training_step, Trainer.compute_loss, train.train
 
         def training_step(trainer, *args: Any, **kwargs: Any):
             self.trainer, now = trainer, trainer.state.global_step + 1 == STEP
@@ -54,7 +55,7 @@ class NotFinite:
             finally:
                 self.write()
 
-        EmoTrainer.training_step, EmoTrainer.compute_loss, train.train = training_step, compute_loss, to_the_end
+        Trainer.training_step, Trainer.compute_loss, train.train = training_step, compute_loss, to_the_end
 
     def parameter(self) -> Any:
         return next(p for name, p in self.trainer.model.named_parameters() if name.endswith(TENSOR[self.what]))
@@ -92,6 +93,8 @@ def nonfinite(rng: Random) -> list[Case]:
         last = (setting.ranks - 1,)
         for other, (what, ranks) in enumerate([("loss", None), ("gradient", None), ("loss", last), ("weight", None)]):
             value = ("nan", "inf")[(number + other) % 2]
+            if setting.ranks == 1 and ranks:  # there is no other
+                ranks, value = None, "inf"
             to = f", rank {ranks[0]} alone" if ranks else ""
             cases.append(case(f"{value} in the {what}, {setting.name}{to}", stops, setting, what, value, ranks))
     return cases
