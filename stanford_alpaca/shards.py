@@ -32,7 +32,8 @@ class Shards:
                 if shard is None:
                     yield name, _local(parameter)
                 elif shard.status.name == "AVAILABLE":
-                    yield name, shard
+                    before = torch.distributed.get_rank(parameter.ds_process_group) * shard.numel()
+                    yield name, shard[: max(0, parameter.ds_numel - before)]  # its end may be padding that nobody wrote
 
     def gradients(self) -> list[Tensor]:
         """As the engine keeps them between the backward pass and the update, in parts that need not be a parameter's."""

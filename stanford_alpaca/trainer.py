@@ -9,28 +9,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, Trainer, set_seed
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_pt_utils import get_model_param_count
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SaveStrategy
-from transformers.training_args import OptimizerNames
+from transformers import PreTrainedModel
+from transformers.trainer_utils import EvalLoopOutput
 
 from stanford_alpaca.attach import AttachedObjective
-from stanford_alpaca.checkpoint import fsdp, manifest, plain, zero
-from stanford_alpaca.checkpoint.gather import full_state_dict
-from stanford_alpaca.checkpoint.kinds import FSDP, kind_of
-from stanford_alpaca.checkpoint.saving import Staged, keep_newest
-from stanford_alpaca.checkpoint.space import checkpoint_bytes
 from stanford_alpaca.data.balance import BalancedSampler
 from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, fill_up
 from stanford_alpaca.data.packing import PackedExamples, example_lengths
 from stanford_alpaca.engines import activate_fsdp, check_engine, peak_flops, training_flops
-from stanford_alpaca.errors import ResumeError, Stopped, UserError, first_line
+from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.guard import Guard
+from stanford_alpaca.resumable import ResumableTrainer
 from stanford_alpaca.shards import Shards, stand_before
 
 
@@ -61,7 +52,7 @@ class Stopwatch:
             self.start()
 
 
-class EmoTrainer(Trainer):
+class EmoTrainer(ResumableTrainer):
     """A Trainer for a model with an attached objective and one of our collators.
 
     Each log entry of training also has ``nll``, ``emo`` (where the mode computes it), ``target_prob`` (means over the
@@ -82,11 +73,7 @@ class EmoTrainer(Trainer):
     data_collator: Collator
     train_dataset: Any
 
-    def __init__(self, model: PreTrainedModel, *args: Any, record: dict | None = None, stop: Any = False, **kwargs: Any):
-        self.record = record or {}  # what manifests say of the run
-        self.stop = stop  # true when this process has been asked to stop
-        self._saved_at = -1  # the step of the last checkpoint
-        self.use_cache = model.config.use_cache  # of who generates with the model; the Trainer turns it off
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
         self.emo: AttachedObjective = self.accelerator.unwrap_model(self.model).emo_objective
         self.watch = Stopwatch()
@@ -225,33 +212,19 @@ class EmoTrainer(Trainer):
             logs |= self.guard.counts()
         super().log(logs, start_time)
 
-    # ---- stopping ------------------------------------------------------------------------------------------------------
+    def agreed_to_stop(self) -> bool:
+        return self.guard.stop_agreed
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Raises Stopped on all ranks if one was asked to stop, when what was trained is saved."""
-        if self.guard.stop_agreed:
-            self._leave(*args, **kwargs)
-        try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-        except Stopped:  # within an evaluation, which is left
-            self._leave(*args, **kwargs)
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.watch.paused():
+            self.guard.check_weights(self.state.global_step)
+            self.state.stateful_callbacks["guard"] = self.guard.state_dict()
+            super()._save_checkpoint(*args, **kwargs)
 
-    def _leave(self, *args: Any, **kwargs: Any) -> None:
-        step, saves = self.state.global_step, self.args.save_strategy != SaveStrategy.NO
-        self.control.should_evaluate = False
-        self.control.should_save = saves and self._saved_at != step
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.callback_handler.on_train_end(self.args, self.state, self.control)
-        left = "checkpoint-{} is saved: the same command with --resume auto goes on from it" if saves else "--save_strategy no"
-        raise Stopped(f"stopped after step {step}; {left.format(step)}")
-
-    def _anyone_stops(self) -> bool:
-        asked = bool(self.stop)
-        if self.args.world_size == 1:
-            return asked
-        anyone = torch.tensor(float(asked), device=self.args.device)
-        torch.distributed.all_reduce(anyone)
-        return bool(anyone)
+    def save_finished(self) -> dict[str, Any]:
+        if self._steps:  # else it is what was loaded
+            self.guard.check_weights(self.state.global_step)
+        return super().save_finished()
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -271,140 +244,12 @@ class EmoTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, output.num_samples)
 
-    def prediction_step(self, *args: Any, **kwargs: Any):
-        if self._anyone_stops():
-            raise Stopped("stopped in an evaluation; the same command with --resume auto makes up for it")
-        return super().prediction_step(*args, **kwargs)
-
     def get_eval_dataloader(self, eval_dataset=None):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         batch = self.args.eval_batch_size * self.args.world_size
         return super().get_eval_dataloader(fill_up(dataset, batch, self.data_collator.pad_id))
 
-    # ---- resuming ------------------------------------------------------------------------------------------------------
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
-        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # which would load what it finds
-            zero.check_model(Path(resume_from_checkpoint), self.model)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        sharded = kind_of(Path(resume_from_checkpoint)) == FSDP  # into any engine but ZeRO
-        (fsdp if sharded else plain).load_model(model or self.model, Path(resume_from_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or kind_of(Path(checkpoint)) != FSDP:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        fsdp.load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Those of other ranks than there are now would not fit: then they follow from seed and step."""
-        if checkpoint is not None and manifest.read(Path(checkpoint))["world_size"] != self.args.world_size:
-            set_seed(self.args.seed + self.state.global_step)
-        else:
-            super()._load_rng_state(checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-    # ---- saving --------------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A folder checkpoint-N that is whole, on the disk and has a manifest, or none; see ``Staged``."""
-        args, step = self.args, self.state.global_step
-        target = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        with self.watch.paused():
-            self.store_flos()
-            self.guard.check_weights(step)
-            self.state.stateful_callbacks["guard"] = self.guard.state_dict()
-            staged = Staged(target, args.process_index, args.world_size, self._bytes_needed())
-            folder = str(staged.folder)
-            self.model.config.use_cache = self.use_cache
-            staged.write(lambda: self.save_model(folder, _internal_call=True))
-            self.model.config.use_cache = args.use_cache
-            best = target.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            if best == target or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
-            if not args.save_only_model:
-                staged.write(lambda: self._save_optimizer_and_scheduler(folder))
-                staged.write(lambda: self._save_scaler(folder))
-                staged.write(lambda: self._save_rng_state(folder))
-            staged.write(lambda: self._save_state(folder))
-            staged.commit({"step": step, "world_size": args.world_size, "run": self.record})
-            if args.should_save:
-                keep_newest(target.parent, args.save_total_limit, self.state.best_model_checkpoint)
-        self._saved_at = step
-
-    def _bytes_needed(self) -> int:
-        """Of the next checkpoint: as many as the last one had, or at least those of weights and optimizer."""
-        try:
-            return manifest.size(manifest.checkpoints(Path(str(self.args.output_dir)))[0])
-        except (IndexError, ResumeError):
-            trained = get_model_param_count(self.model, trainable_only=True)
-            return checkpoint_bytes(trained, OptimizerNames(self.args.optim).value, self.args.save_only_model)
-
-    def save_finished(self) -> dict[str, Any]:
-        """The finished model into the output folder, when it is whole; what the folder's manifest will say of its files."""
-        staged = Staged(Path(str(self.args.output_dir)) / "model", self.args.process_index, self.args.world_size)
-        staged.write(lambda: self.save_model(str(staged.folder)))
-        return staged.merge()
-
-    def _save_state(self, folder: str) -> None:
-        if not self.args.should_save:
-            return
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        self.state.save_to_json(str(Path(folder) / TRAINER_STATE_NAME))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """DeepSpeed's ranks wait for one another within it: one that cannot write goes on, and says so when all are through."""
-        if not self.is_deepspeed_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        engine, failed = self.model_wrapped.checkpoint_engine, []
-        save = engine.save
-
-        def save_or_go_on(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return save(*args, **kwargs)
-            except (OSError, RuntimeError) as error:
-                failed.append(error)
-
-        engine.save = save_or_go_on
-        try:
-            super()._save_optimizer_and_scheduler(output_dir)
-        finally:
-            engine.save = save
-        if failed:
-            raise failed[0]
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A plain Hugging Face folder in the masters' dtype (LoRA: peft's) from every engine. Pushed when it is complete.
-
-        A checkpoint whose shards will be saved to resume from has no weights beside them: ``export`` makes them.
-        """
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            return super().save_model(output_dir, _internal_call=True)
-        adapter = isinstance(self.model, PeftModel)  # small, so it is always whole
-        if not _internal_call or self.args.save_only_model or adapter:
-            return self._save(output_dir, full_state_dict(self.model, self.args.should_save, trained_only=adapter))
-        if self.args.should_save:
-            for part in (self.model.config, self.model.generation_config, self.processing_class):
-                part.save_pretrained(output_dir)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody here reads
-        # ZeRO's model may be in bfloat16, the weights written are the masters; an adapter has no such configuration
-        if state_dict and not isinstance(self.model, PeftModel):
-            self.model.config.dtype = next(iter(state_dict.values())).dtype
-            self.model.config.save_pretrained(folder)
+    # ---- the hub -------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         with _hub(f"--hub_model_id {self.args.hub_model_id}: there is no such repository and it cannot be made"):

@@ -237,3 +237,7 @@ def test_weights_are_checked_before_they_are_saved():
     model[0].bias.data[1] = -math.inf
     with pytest.raises(UserError, match=r"after step 7: not finite: the weight 0\.bias, 1\.weight; go on from"):
         guard.check_weights(7)
+    guard.begin()
+    guard.watch(torch.tensor(1.0))  # of a batch that does not use the weight
+    with pytest.raises(UserError, match=r"^step 8: not finite: the weight 0\.bias, 1\.weight; go on from"):
+        guard.may_update(8)

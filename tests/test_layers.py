@@ -19,6 +19,7 @@ LAYERS = [
     {"guard"},
     {"estimate"},
     {"plans"},
+    {"resumable"},
     {"trainer"},
     {"arguments", "callbacks"},
     {"fit"},
