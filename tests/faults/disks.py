@@ -22,9 +22,10 @@ from tests.faults.harness import (
     case,
     check,
     exact,
+    valid_checkpoints,
 )
 from tests.faults.hooks import Fault, Hooks
-from tests.faults.kills import disk_event, valid_checkpoints
+from tests.faults.kills import disk_event
 from tests.faults.world import World
 
 FULL, DAMAGED = 2, 3  # exit statuses of rank 0; the others end with one of them

@@ -108,3 +108,13 @@ def seen(out: Path, over_ranks: bool = False) -> dict[Any, list]:
     if over_ranks:
         return {step: sorted(row for ids in by_rank.values() for each in ids for row in each) for step, by_rank in rows.items()}
     return {(step, rank): sorted(ids) for step, by_rank in rows.items() for rank, ids in by_rank.items()}
+
+
+def valid_checkpoints(out: Path) -> list[str]:
+    """Names of the checkpoints, the newest first. Raises Lost if one of them does not verify."""
+    from stanford_alpaca.checkpoint import manifest
+
+    found = manifest.checkpoints(out)
+    for folder in found:
+        check(not manifest.problems(folder), f"{folder.name}: {manifest.problems(folder)}")
+    return [folder.name for folder in found]

@@ -1,4 +1,4 @@
-"""Processes that end: all at once, at every change of the disk, one of several, by a scheduler's signal."""
+"""Processes that end: all at once, at every change of the disk, one of several."""
 
 import os
 import subprocess
@@ -21,11 +21,13 @@ from tests.faults.harness import (
     check,
     exact,
     seen,
+    valid_checkpoints,
 )
 from tests.faults.hooks import Fault, beside
-from tests.faults.world import ROOT, STEPS, World, wait_until
+from tests.faults.processes import wait_until
+from tests.faults.world import ROOT, STEPS, World
 
-KILLED, STOPPED = -9, 75
+KILLED = -9
 
 
 def equal_runs(rng: Random) -> list[Case]:
@@ -56,7 +58,7 @@ def kill_group(rng: Random) -> list[Case]:
     for number in range(100):
         setting = (PLAIN, DDP, FSDP, LORA, DDP_LORA, FSDP_LORA)[number % 6]
         steps = [rng.randrange(STEPS + 1) for _ in range(2 if number % 5 == 4 else 1)]
-        times = [(step, round(rng.uniform(0, 0.2 if step else 1.5), 3)) for step in steps]
+        times = [(step, round(rng.uniform(0, 0.2 if step else 1.5), 4)) for step in steps]
         words = ", then ".join(f"{seconds} s after {f'step {step}' if step else 'the start'}" for step, seconds in times)
         cases.append(case(f"{setting.name}, {words}", killed, setting, times))
     return cases
@@ -160,52 +162,9 @@ def launch(world: World, out: Path, setting: Setting, where: str, at: int, resta
     )  # fmt: skip
 
 
-def sigterm(rng: Random) -> list[Case]:
-    """A scheduler's signal, to all ranks or to one."""
-
-    def stopped(world: World, out: Path, setting: Setting, where: str, at: int, ranks: tuple[int, ...] | None) -> None:
-        changes = (
-            {"eval_path": world.folder / "held.json", "eval_strategy": "steps", "eval_steps": 2}
-            if where == "evaluation"
-            else {}
-        )
-        usual = world.reference(setting, **changes)
-        ended = world.run(setting, out, Fault("term", where, at, ranks), **changes)
-        check(set(ended.statuses) == {STOPPED}, f"statuses {ended.statuses}\n{ended.text[-2000:]}")
-        check(not ended.errors() and "Traceback" not in ended.text, ended.text[-2000:])
-        there = valid_checkpoints(out)
-        last = 0 if where == "load" else max(step for step, _ in seen(out))
-        check(there[:1] == [f"checkpoint-{last}"] * (last > 0), f"{there} after step {last}")
-        resumed = world.finish(setting, out, **changes)
-        check(not there or there[0] in resumed.text, f"it did not go on from {there[:1]}")
-        exact(usual, out)
-
-    cases = []
-    for setting in (PLAIN, DDP, FSDP):
-        for where, most in (("step", 10), ("save", 2), ("evaluation", 6), ("fetch", 10)):
-            for ranks in (None, (setting.ranks - 1,)):
-                at = rng.randrange(most)
-                point = "load" if setting is PLAIN and where == "fetch" and ranks is None else where
-                to = "all ranks" if ranks is None else f"rank {ranks[0]}"
-                at = 0 if point == "load" else at
-                cases.append(case(f"{setting.name}, {point} {at}, to {to}", stopped, setting, point, at, ranks))
-    return cases
-
-
-def valid_checkpoints(out: Path) -> list[str]:
-    """Names of the checkpoints, the newest first. Raises Lost if one of them does not verify."""
-    from stanford_alpaca.checkpoint import manifest
-
-    found = manifest.checkpoints(out)
-    for folder in found:
-        check(not manifest.problems(folder), f"{folder.name}: {manifest.problems(folder)}")
-    return [folder.name for folder in found]
-
-
 ROWS = {
     "five equal runs": equal_runs,
     "kill the group": kill_group,
     "kill in a save": kill_save,
     "kill one rank": kill_one,
-    "SIGTERM": sigterm,
 }

@@ -22,8 +22,9 @@ from tests.faults.harness import (
     seen,
 )
 from tests.faults.hooks import Fault, beside
-from tests.faults.kills import STOPPED
-from tests.faults.world import World, wait_until
+from tests.faults.processes import wait_until
+from tests.faults.stops import STOPPED
+from tests.faults.world import World
 from tests.helpers import steps
 
 LOSS = 1e-5  # equal runs: absolute difference of a step's loss

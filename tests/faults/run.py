@@ -23,11 +23,19 @@ ENVIRONMENT = {
 }  # fmt: skip
 os.environ.update(ENVIRONMENT)
 
-from tests.faults import contents, disks, fuzzed, kills, nonfinite, resuming
+from tests.faults import contents, disks, fuzzed, kills, nonfinite, resuming, stops
 from tests.faults.harness import Case, Lost, NotHere, Row
 from tests.faults.world import World
 
-ROWS: dict[str, Row] = {**kills.ROWS, **disks.ROWS, **contents.ROWS, **resuming.ROWS, **nonfinite.ROWS, **fuzzed.ROWS}
+ROWS: dict[str, Row] = {
+    **kills.ROWS,
+    **stops.ROWS,
+    **disks.ROWS,
+    **contents.ROWS,
+    **resuming.ROWS,
+    **nonfinite.ROWS,
+    **fuzzed.ROWS,
+}
 PART = 10  # without --full, one case of so many
 SEED = 0
 
