@@ -125,7 +125,6 @@ while kill -0 $TRAINING 2>/dev/null; do # wait ended with a signal, the training
     wait $TRAINING || STATUS=$?
 done
 trap - INT TERM HUP
-[ $STATUS -ne 75 ] || echo "stopped; the same command goes on" >&2
 [ $STATUS -eq 0 ] || exit $STATUS
 
 if [ -n "$DEMO" ]; then

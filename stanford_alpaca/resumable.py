@@ -1,5 +1,6 @@
 """The Hugging Face Trainer with checkpoints that are whole or not there, of any engine, and that stops when it is asked to."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from stanford_alpaca.checkpoint import fsdp, manifest, plain, zero
 from stanford_alpaca.checkpoint.gather import full_state_dict
 from stanford_alpaca.checkpoint.kinds import FSDP, kind_of
+from stanford_alpaca.checkpoint.pickles import refuse_code
 from stanford_alpaca.checkpoint.saving import Staged, keep_newest
 from stanford_alpaca.checkpoint.space import checkpoint_bytes
 from stanford_alpaca.errors import ResumeError, Stopped
+from stanford_alpaca.loading import share_from_rank_0
+
+OWED = "owed evaluation"  # in the state of a run that was stopped
 
 
 class ResumableTrainer(Trainer):
@@ -47,13 +52,18 @@ class ResumableTrainer(Trainer):
             self._leave(*args, **kwargs)
 
     def _leave(self, *args: Any, **kwargs: Any) -> None:
-        step, saves = self.state.global_step, self.args.save_strategy != SaveStrategy.NO
+        """An evaluation that was due is owed: who goes on makes it first, as it may decide which checkpoint is the best."""
+        step, saves, state = self.state.global_step, self.args.save_strategy != SaveStrategy.NO, self.state
+        ended = state.epoch is not None and math.isclose(state.epoch, round(state.epoch))  # an epoch
+        if self.control.should_evaluate or (ended and self.args.eval_strategy == IntervalStrategy.EPOCH):
+            due = self.control.should_save or (ended and self.args.save_strategy == SaveStrategy.EPOCH)
+            state.stateful_callbacks[OWED] = {"save": due}
         self.control.should_evaluate = False
         self.control.should_save = saves and self._saved_at != step
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.callback_handler.on_train_end(self.args, self.state, self.control)
-        left = "checkpoint-{} is saved: the same command with --resume auto goes on from it" if saves else "--save_strategy no"
-        raise Stopped(f"stopped after step {step}; {left.format(step)}")
+        self.callback_handler.on_train_end(self.args, state, self.control)
+        saved = f"checkpoint-{step} is saved: the same command with --resume auto goes on from it"
+        raise Stopped(f"stopped after step {step}; {saved if saves else 'nothing is saved (--save_strategy no)'}")
 
     def agreed_to_stop(self) -> bool:
         """Whether any rank was asked to, the same on all."""
@@ -77,7 +87,24 @@ class ResumableTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # which would load what it finds
             zero.check_model(Path(resume_from_checkpoint), self.model)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._make_up_evaluation()
+        return prepared
+
+    def _make_up_evaluation(self) -> None:
+        """The one that a stop has left, see ``_leave``."""
+        owed = self.state.stateful_callbacks.pop(OWED, None)
+        if owed is None or self.eval_dataset is None:
+            return
+        is_best = self._determine_best_metric(self._evaluate(None, None), None)
+        if owed["save"] or (is_best and self.args.save_strategy == SaveStrategy.BEST):
+            self._save_checkpoint(self.model, None)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # a run that is resumed after its last step
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         sharded = kind_of(Path(resume_from_checkpoint)) == FSDP  # into any engine but ZeRO
@@ -97,9 +124,31 @@ class ResumableTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+
+        def verify() -> None:
+            found = manifest.problems(best)
+            if found:
+                raise ResumeError(f"{best}, the best checkpoint: {found[0]}; without --load_best_model_at_end the last is kept")
+            refuse_code(best)
+
+        if self.args.world_size == 1:
+            verify()
+        else:
+            share_from_rank_0("best", verify if self.args.process_index == 0 else None)
         if self.is_deepspeed_enabled:
             return super()._load_best_model()
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(str(best))
+
+    def _finalize_training(self, *args: Any, **kwargs: Any):
+        """The Trainer would delete all but the best checkpoint also where the last weights are what is to be saved."""
+        limit = self.args.save_total_limit
+        if not self.args.load_best_model_at_end:
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     # ---- saving --------------------------------------------------------------------------------------------------------
 

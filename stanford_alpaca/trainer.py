@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
 from stanford_alpaca.attach import AttachedObjective
+from stanford_alpaca.checkpoint.pickles import restrict_deepspeed
 from stanford_alpaca.data.balance import BalancedSampler
 from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, fill_up
 from stanford_alpaca.data.packing import PackedExamples, example_lengths
@@ -95,6 +96,7 @@ class EmoTrainer(ResumableTrainer):
         super().create_accelerator_and_postprocess()
         if self.is_deepspeed_enabled:  # else accelerate takes it from DeepSpeed's configuration, and warns
             self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
+            restrict_deepspeed()
         activate_fsdp(self)
 
     # ---- training ------------------------------------------------------------------------------------------------------
@@ -217,8 +219,9 @@ class EmoTrainer(ResumableTrainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.watch.paused():
-            self.guard.check_weights(self.state.global_step)
-            self.state.stateful_callbacks["guard"] = self.guard.state_dict()
+            if self._steps:
+                self.guard.check_weights(self.state.global_step)
+                self.state.stateful_callbacks["guard"] = self.guard.state_dict()
             super()._save_checkpoint(*args, **kwargs)
 
     def save_finished(self) -> dict[str, Any]:

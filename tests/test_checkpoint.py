@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from deepspeed.runtime.checkpoint_engine import torch_checkpoint_engine
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +19,7 @@ from stanford_alpaca.checkpoint import __main__ as command
 from stanford_alpaca.checkpoint import fsdp, zero
 from stanford_alpaca.checkpoint.export import export
 from stanford_alpaca.checkpoint.kinds import FSDP, PLAIN, ZERO, check_resumable
-from stanford_alpaca.checkpoint.pickles import refuse_code
+from stanford_alpaca.checkpoint.pickles import refuse_code, restrict_deepspeed
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
@@ -92,10 +93,16 @@ def test_nothing_in_zero_shards_is_run(tmp_path):
     (tmp_path / "latest").write_text("global_step1")
     torch.save({"module": Payload(tmp_path / "made")}, folder / "mp_rank_00_model_states.pt")
     torch.save({}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    for read in (zero.read_weights, refuse_code):
+    restrict_deepspeed()  # what it reads with: resuming, and the best checkpoint at the end
+    engine = torch_checkpoint_engine.TorchCheckpointEngine()
+    for read in (zero.read_weights, refuse_code, lambda place: engine.load(folder / "mp_rank_00_model_states.pt")):
         with pytest.raises(UserError, match=r"mp_rank_00_model_states\.pt: holds more than a checkpoint does"):
             read(tmp_path)
     assert not (tmp_path / "made").exists()
+    for name in ("..", ".", "../global_step1"):
+        (tmp_path / "latest").write_text(name)
+        with pytest.raises(UserError, match="does not name a folder beside it"):
+            zero.read_weights(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def test_the_real_form_with_the_published_recipe(launch, tmp_path):
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["train_batch_size"] == 4
     again = launch("data/tiny-base", "emo", "--max_steps", 1)
-    assert again.returncode == 2 and "is not empty" in again.stderr
+    assert again.returncode == 0 and "this run is complete" in again.stdout
+    other = launch("data/tiny-base", "emo", "--max_steps", 2)
+    assert other.returncode == 3 and "--max_steps was 1, is 2" in other.stderr and "checkpoint:" not in other.stdout
 
 
 def test_from_inside_the_package_folder_with_two_processes_and_an_inexact_batch(launch, root):

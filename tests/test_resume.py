@@ -6,11 +6,13 @@ import shutil
 import pytest
 import yaml
 
+from stanford_alpaca import train as command
 from stanford_alpaca.checkpoint import manifest
-from stanford_alpaca.errors import ResumeError, UserError
+from stanford_alpaca.errors import ResumeError, Stopped, UserError
 from stanford_alpaca.record import changes
+from stanford_alpaca.resumable import ResumableTrainer
 from stanford_alpaca.train import train
-from tests.helpers import steps
+from tests.helpers import evaluations, steps
 
 RECORD = {
     "learning_rate": 1e-3,
@@ -108,3 +110,54 @@ def test_a_folder_without_checkpoints_has_to_be_this_runs(arguments, tmp_path, c
     capsys.readouterr()
     train(arguments(resume="auto", save_strategy="no", max_steps=1))
     assert "no checkpoint yet, training starts from the beginning" in capsys.readouterr().out
+
+
+class Stop:
+    """Asked to stop in the step, or evaluation batch, with this number."""
+
+    def __init__(self, when):
+        self.when, self.asked, self.training = when, 0, False
+
+    def install(self):
+        pass
+
+    def __bool__(self):
+        self.asked += self.training
+        return self.asked >= self.when
+
+
+@pytest.mark.parametrize("when", [3, 4])  # in the last step; in the evaluation after it
+def test_stopped_at_the_end_it_makes_up_for_the_evaluation_and_trains_no_more(arguments, tmp_path, monkeypatch, when):
+    """The third and last step is within an epoch, and its evaluation decides which checkpoint is saved."""
+    settings = {"save_strategy": "steps", "save_steps": 3, "eval_steps": 3, "eval_strategy": "steps", "resume": "auto"}
+    settings |= {"eval_path": tmp_path / "held.json", "load_best_model_at_end": True, "per_device_train_batch_size": 2}
+    settings |= {"global_batch": 4, "lr_scheduler_type": "constant"}
+    train(arguments(**settings, output_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "StopRequest", lambda: Stop(when))
+        with pytest.raises(Stopped, match="stopped after step 3; checkpoint-3 is saved"):
+            train(arguments(**settings))
+    assert not evaluations(tmp_path / "out" / "checkpoint-3")
+    train(arguments(**settings))
+    whole, resumed = (json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("whole", "out"))
+    assert resumed["global_step"] == 3 and resumed["best_global_step"] == 3
+    assert evaluations(tmp_path / "out")[0]["eval_loss"] == evaluations(tmp_path / "whole")[0]["eval_loss"]
+    assert resumed["best_metric"] == whole["best_metric"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_damaged_best_checkpoint_is_not_saved_as_the_finished_model(arguments, tmp_path, monkeypatch):
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "max_steps": 1}
+    load = ResumableTrainer._load_best_model
+
+    def harm(trainer):
+        weights = tmp_path / "out" / "checkpoint-1" / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        load(trainer)
+
+    monkeypatch.setattr(ResumableTrainer, "_load_best_model", harm)
+    with pytest.raises(ResumeError, match=r"checkpoint-1, the best checkpoint: model.safetensors: its content has changed"):
+        train(arguments(**settings, eval_path=tmp_path / "held.json", load_best_model_at_end=True))
+    assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -113,7 +113,9 @@ def problems(folder: Path, contents: bool = True) -> list[str]:
             return [*found, f"cannot be read ({first_line(error)})"]
         found += [f"{name}: its content has changed" for name in same_size if now[name] != files[name]]
     strange = [name for name in list_files(folder) if name not in files and _is_loaded(name)]
-    return found + [f"{name}: was not saved with the others" for name in strange]
+    found += [f"{name}: was not saved with the others" for name in strange]
+    links = [path for path in folder.rglob("*") if path.is_symlink() and not path.name.startswith("checkpoint-")]
+    return found + [f"{path.relative_to(folder)}: leads out of the folder" for path in links]
 
 
 def size(folder: Path) -> int:

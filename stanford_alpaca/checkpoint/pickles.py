@@ -1,5 +1,6 @@
 """Reads what engines pickle without running it: torch's restricted unpickler, with stand-ins for DeepSpeed's few classes."""
 
+import importlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -25,30 +26,37 @@ class _Inert:
         pass
 
 
-STAND_INS: list[Callable | tuple[Callable, str]] = [
-    (_Inert, f"deepspeed.{name}")
-    for name in (
-        "utils.tensor_fragment.fragment_address",
-        "runtime.fp16.loss_scaler.LossScaler",
-        "runtime.fp16.loss_scaler.DynamicLossScaler",
-        "runtime.zero.config.ZeroStageEnum",
-    )
-]
+DEEPSPEEDS = (
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+)
+STAND_INS: list[Callable | tuple[Callable, str]] = [(_Inert, name) for name in DEEPSPEEDS]
 
 
-def load(file: Path) -> dict[str, Any]:
+def load(file: Path, bookkeeping: list[Callable | tuple[Callable, str]] = STAND_INS) -> dict[str, Any]:
     """What a file of an engine or the Trainer holds; tensors stay on the disk until they are used.
 
     Raises:
         UserError: it holds anything but numbers, words, tensors and known bookkeeping, or is broken.
     """
     try:
-        with safe_globals(STAND_INS), safe_random_states():
+        with safe_globals(bookkeeping), safe_random_states():
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:  # its own message advises to trust the file
         raise UserError(f"{file}: holds more than a checkpoint does, or is broken") from None
     except Exception as error:  # not there, no zip
         raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
+
+
+def restrict_deepspeed() -> None:
+    """From now on DeepSpeed, which unpickles whatever a file says, reads its checkpoints by ``load``, with its own classes."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    places = [name.rpartition(".") for name in DEEPSPEEDS]
+    classes = [getattr(importlib.import_module(module), name) for module, _, name in places]
+    TorchCheckpointEngine.load = lambda self, path, map_location=None: load(Path(path), classes)
 
 
 def refuse_code(checkpoint: Path) -> None:

@@ -105,6 +105,6 @@ def _folder(checkpoint: Path) -> Path:
     """The folder that DeepSpeed's file ``latest`` names."""
     latest = checkpoint / "latest"
     name = latest.read_text().strip() if latest.is_file() else ""
-    if not name or Path(name).name != name or not (checkpoint / name).is_dir():
+    if name in ("", "..") or Path(name).name != name or not (checkpoint / name).is_dir():
         raise UserError(f"{latest}: does not name a folder beside it")
     return checkpoint / name

@@ -48,6 +48,7 @@ def test_a_whole_folder_has_no_problems_and_says_what_it_is(folder):
         (lambda f: (f / "part" / "b.distcp").write_bytes(b"sEcond"), "part/b.distcp: its content has changed"),
         (lambda f: (f / "scaler.pt").write_bytes(b"x"), "scaler.pt: was not saved with the others"),
         (lambda f: (f / "part" / ".metadata").write_bytes(b"x"), "part/.metadata: was not saved with the others"),
+        (lambda f: (f / "global_step3").symlink_to(f / "part"), "global_step3: leads out of the folder"),
         (lambda f: (f / manifest.FILE).unlink(), "manifest.json: not there, so nothing says what the files should be"),
         (lambda f: (f / manifest.FILE).write_text("{"), "manifest.json: cannot be read"),
         (lambda f: (f / manifest.FILE).write_text("[" * 100_000), "manifest.json: cannot be read"),

@@ -159,7 +159,7 @@ def test_a_head_is_copied_with_its_padding(base, make_model, tmp_path, capsys):
         ({"text": "latin.txt"}, "latin.txt: not UTF-8"),
         ({"text": "broken.json"}, "broken JSON"),
         ({"text": "odd.json"}, "odd.json:record 2: no field 'instruction'"),
-        ({"text": "number.json"}, "number.json:record 1: 'output' is a int"),
+        ({"text": "number.json"}, "number.json:record 1: 'output' is a number"),
         ({"text": "surrogate.json"}, "lone surrogate"),
         ({"text": "story.txt", "width": 2048}, "--width 2048: give less than the 2048 tokens"),
         ({"text": "story.txt", "width": 0}, "--width 0"),

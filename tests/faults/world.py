@@ -84,8 +84,8 @@ class World:
             model.save_pretrained(self.folder / name)
             tokenizer.save_pretrained(self.folder / name)
         records = json.loads((ROOT / "data" / "instructions" / "train.json").read_text())
-        (self.folder / "train.json").write_text(json.dumps(records[:44]))  # the last global batch has fillers
-        (self.folder / "held.json").write_text(json.dumps(records[44:53]))
+        (self.folder / "train.json").write_text(json.dumps(records[:36]))  # fillers in an epoch; the last step within one
+        (self.folder / "held.json").write_text(json.dumps(records[36:45]))
 
     def argv(self, setting: Setting, out: Path, **changes: Any) -> list[str]:
         """The command line of a run. A change that is None drops the flag."""
