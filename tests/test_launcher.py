@@ -53,11 +53,6 @@ def test_from_inside_the_package_folder_with_two_processes_and_an_inexact_batch(
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (("data/tiny-base", "emoo"), {}, "argument --mode: invalid choice: 'emoo'"),
-        (("data/tiny-base", "emo", "--sed", "1"), {}, "unknown argument --sed; did you mean --seed"),
-        (("no/such-model", "emo"), {}, "no/such-model: cannot load a model"),
-        (("data/tiny-base", "emo"), {"DATA_PATH": "none.json"}, "none.json: no such file"),
-        (("data/tiny-base", "emo"), {"ENGINE": "fsdp2"}, "argument --engine: invalid choice: 'fsdp2'"),
         (("data/tiny-base", "emo", "--deepspeed", "x"), {"ENGINE": "fsdp"}, "ENGINE=fsdp and --engine, --fsdp or"),
         (("data/tiny-base", "emo"), {"NPROC": "two"}, "NPROC=two"),
         (("data/tiny-base", "emo", "--per-device-train-batch-size", "x"), {}, "--per_device_train_batch_size x"),

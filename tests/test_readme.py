@@ -2,12 +2,16 @@
 
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import run_ranks
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 NOT_RUN = ("bash tests/run.sh", "python -m stanford_alpaca.data.fetch")  # this very run; and what needs a network
@@ -61,11 +65,25 @@ def environment():
     return os.environ | {"PYTHON": sys.executable, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
 
 
+def run_module(argv: list[str]) -> None:
+    """``python -m``, in a process that has imported everything before."""
+    sys.argv = argv
+    try:
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise AssertionError(f"exit status {end.code}") from None
+
+
 @pytest.mark.xdist_group("readme")
-def test_the_commands_run_in_their_order(clone, environment):
+def test_the_commands_run_in_their_order(clone, environment, monkeypatch):
     lines = commands()
     assert lines[0] == "bash train_emo.sh" and len(lines) >= 8
+    monkeypatch.chdir(clone)
     for line in lines:
+        if line.startswith("python -m stanford_alpaca."):
+            run_ranks(1, run_module, shlex.split(runnable(line))[2:], launched=False)
+            continue
         done = subprocess.run(
             ["bash", "-c", runnable(line)], cwd=clone, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
         )
