@@ -88,14 +88,16 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # which would load what it finds
             zero.check_model(Path(resume_from_checkpoint), self.model)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self._make_up_evaluation()
+        if resume_from_checkpoint is not None:
+            self._make_up_evaluation(resume_from_checkpoint)
         return prepared
 
-    def _make_up_evaluation(self) -> None:
-        """The one that a stop has left, see ``_leave``."""
+    def _make_up_evaluation(self, checkpoint: str) -> None:
+        """The one that a stop has left, see ``_leave``; the checkpoint, which may be saved again, is that of the same step."""
         owed = self.state.stateful_callbacks.pop(OWED, None)
         if owed is None or self.eval_dataset is None:
             return
+        self._load_rng_state(checkpoint)
         is_best = self._determine_best_metric(self._evaluate(None, None), None)
         if owed["save"] or (is_best and self.args.save_strategy == SaveStrategy.BEST):
             self._save_checkpoint(self.model, None)

@@ -124,7 +124,7 @@ def change_rows(hooks: Hooks, rows: list[list[int]], how: str) -> None:
 def masked_rows(rng: Random) -> list[Case]:
     def equal(world: World, out: Path, setting: Setting, which: str) -> None:
         changes: dict[str, Any] = {"model_name_or_path": world.folder / "sure", "learning_rate": 0.1, "optim": "sgd"}
-        changes |= {"lr_scheduler_type": "constant", "save_strategy": "no"}
+        changes |= {"lr_scheduler_type": "constant", "save_strategy": "no", "max_steps": 5}  # an epoch: each row once
         rows = chosen(world, setting, which, changes)
         without = out.with_name("without")
         whole = which == "a whole batch"
