@@ -2,13 +2,14 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from stanford_alpaca.checkpoint import manifest
-from stanford_alpaca.checkpoint.saving import Staged, keep_newest
+from stanford_alpaca.checkpoint.saving import Staged, keep_newest, write_together
 from stanford_alpaca.errors import UserError
 from tests.ranks import run_ranks, start_gloo
 
@@ -66,6 +67,16 @@ def test_room_is_looked_for_before_the_first_byte(tmp_path):
 def test_our_own_mistakes_are_not_called_the_disks(tmp_path):
     with pytest.raises(KeyError):
         Staged(tmp_path / "checkpoint-2", 0, 1).write(lambda: {}["a"])
+    with pytest.raises(FileNotFoundError):
+        write_together(tmp_path, 1, (tmp_path / "none" / "a.txt").touch)
+
+
+def test_room_helps_against_a_full_disk_only(tmp_path):
+    (tmp_path / "a").touch()
+    for write, advised in ((full, True), ((tmp_path / "a" / "b").touch, False)):
+        with pytest.raises(UserError, match="cannot be saved") as error:
+            write_together(tmp_path, 1, write)
+        assert ("make room" in str(error.value)) == advised
 
 
 def save_as_one_of_two(target):
@@ -113,6 +124,16 @@ def test_finished_files_are_merged_and_the_old_manifest_goes_first(tmp_path):
     (tmp_path / manifest.FILE).write_text("old")
     (tmp_path / "run.yaml").write_text("kept")
     staged = Staged(tmp_path / "model", 0, 1)
+    (staged.folder / "templates").mkdir()
     staged.write(lambda: (staged.folder / "a.txt").write_text("x"))
+    staged.write(lambda: (staged.folder / "templates" / "b.txt").write_text("x"))
     files = staged.merge()
-    assert list(files) == ["a.txt"] and sorted(os.listdir(tmp_path)) == ["a.txt", "run.yaml"]
+    assert list(files) == ["a.txt", "templates/b.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "run.yaml", "templates"] and (tmp_path / "templates" / "b.txt").exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_said(tmp_path, monkeypatch, capsys):
+    save(tmp_path / "checkpoint-1"), save(tmp_path / "checkpoint-2")
+    monkeypatch.setattr(Path, "replace", full)
+    keep_newest(tmp_path, 1, None)
+    assert "an old checkpoint cannot be deleted ([Errno 28] No space left on device)" in capsys.readouterr().out
