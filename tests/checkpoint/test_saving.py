@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.saving import Staged, keep_newest, write_together
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.train import train
 from tests.ranks import run_ranks, start_gloo
 
 
@@ -137,3 +140,30 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_said(tmp_path, monkeypatch,
     monkeypatch.setattr(Path, "replace", full)
     keep_newest(tmp_path, 1, None)
     assert "an old checkpoint cannot be deleted ([Errno 28] No space left on device)" in capsys.readouterr().out
+
+
+def train_on_a_full_disk(argv, ranks_and_names):
+    """What the run says that cannot make a file or folder of these names, each on its rank."""
+
+    def refuse(event, args):
+        saving = event in ("open", "os.mkdir") and torch.distributed.is_initialized() and ".saving" in str(args[0])
+        if saving and (torch.distributed.get_rank(), Path(str(args[0])).name) in ranks_and_names:
+            full()
+
+    sys.addaudithook(refuse)
+    try:
+        train(argv)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("engine", "refused"), [("fsdp", [(1, "optimizer_0")]), ("zero2", [(0, "latest"), (0, "zero_to_fp32.py")])]
+)
+def test_no_rank_waits_for_one_whose_disk_is_full(arguments, monkeypatch, engine, refused):
+    if engine == "zero2" and shutil.which("g++") is None:
+        pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
+    monkeypatch.setattr("tests.ranks.TIMEOUT", 60.0)
+    argv = arguments("--engine", engine, max_steps=1, save_strategy="steps", mode="mle")
+    one, other = run_ranks(2, train_on_a_full_disk, argv, refused)
+    assert one == other and f"No space left on device on rank {refused[0][0]}" in one
