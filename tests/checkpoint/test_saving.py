@@ -146,7 +146,7 @@ def train_on_a_full_disk(argv, ranks_and_names):
     """What the run says that cannot make a file or folder of these names, each on its rank."""
 
     def refuse(event, args):
-        saving = event in ("open", "os.mkdir") and torch.distributed.is_initialized() and ".saving" in str(args[0])
+        saving = event in ("open", "os.mkdir") and torch.distributed.is_initialized() and f"{os.sep}out{os.sep}" in str(args[0])
         if saving and (torch.distributed.get_rank(), Path(str(args[0])).name) in ranks_and_names:
             full()
 
@@ -158,7 +158,8 @@ def train_on_a_full_disk(argv, ranks_and_names):
 
 
 @pytest.mark.parametrize(
-    ("engine", "refused"), [("fsdp", [(1, "optimizer_0")]), ("zero2", [(0, "latest"), (0, "zero_to_fp32.py")])]
+    ("engine", "refused"),
+    [("fsdp", [(1, "optimizer_0")]), ("zero2", [(0, "latest"), (0, "zero_to_fp32.py")]), ("ddp", [(0, "README.md")])],
 )
 def test_no_rank_waits_for_one_whose_disk_is_full(arguments, monkeypatch, engine, refused):
     if engine == "zero2" and shutil.which("g++") is None:
@@ -167,3 +168,12 @@ def test_no_rank_waits_for_one_whose_disk_is_full(arguments, monkeypatch, engine
     argv = arguments("--engine", engine, max_steps=1, save_strategy="steps", mode="mle")
     one, other = run_ranks(2, train_on_a_full_disk, argv, refused)
     assert one == other and f"No space left on device on rank {refused[0][0]}" in one
+
+
+@pytest.mark.parametrize("name", ["train.write_run", "callbacks.append_jsonl", "train.manifest.write"])
+def test_a_full_disk_is_a_line_also_beside_checkpoints(arguments, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(f"stanford_alpaca.{name}", full)
+    (tmp_path / "prompts.json").write_text('[{"instruction": "Say hello."}]')
+    sampled = {"sample_prompts": tmp_path / "prompts.json", "sample_max_new_tokens": 1}
+    with pytest.raises(UserError, match=r"out.*: cannot be saved \(.*No space left on device\).*make room"):
+        train(arguments(max_steps=1, mode="mle", **sampled))
