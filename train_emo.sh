@@ -15,6 +15,7 @@
 #                          none; ddp with several processes on a CPU)
 # Flags after MODE go to stanford_alpaca/train.py and win over the recipe's.
 # Exit status: 0 done, 2 a mistake, 3 what was saved is damaged or another run's, 75 stopped by a signal: run it again.
+# SIGKILL to this script alone leaves the training running.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 die() { echo "error: $*" >&2; exit 2; }

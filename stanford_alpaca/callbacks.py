@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import IntervalStrategy, TrainerCallback
 
+from stanford_alpaca.checkpoint.saving import write_together
 from stanford_alpaca.errors import say
 from stanford_alpaca.generate import generate_batch, plain_generation
 from stanford_alpaca.samples import append_jsonl, format_sample, sample_of, samples_as_markdown
@@ -38,12 +39,14 @@ class SampleCallback(TrainerCallback):
             )  # fmt: skip
         model.train(training)
         model.generation_config = generation_config
-        if not self.trainer.is_world_process_zero():
-            return
         samples = [sample_of(record, {f"step {step}": text}) for record, text in zip(self.prompts, texts, strict=True)]
+        file, first = Path(args.output_dir) / "samples.jsonl", self.trainer.is_world_process_zero()
+        lines = [{"step": step, **sample} for sample in samples]
+        write_together(file, args.world_size, lambda: append_jsonl(file, lines) if first else None)
+        if not first:
+            return
         for sample in samples:
             say(format_sample(sample))
-        append_jsonl(Path(args.output_dir) / "samples.jsonl", [{"step": step, **sample} for sample in samples])
         for callback in self.trainer.callback_handler.callbacks:
             _track(callback, samples, step)
 

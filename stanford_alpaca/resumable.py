@@ -1,6 +1,7 @@
 """The Hugging Face Trainer with checkpoints that are whole or not there, of any engine, and that stops when it is asked to."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ class ResumableTrainer(Trainer):
         if best == target or best.is_dir():
             self.state.best_model_checkpoint = str(best)
         if not args.save_only_model:
+            staged.write(lambda: self._prepare_engines_files(staged.folder))
             staged.write(lambda: self._save_optimizer_and_scheduler(folder))
             staged.write(lambda: self._save_scaler(folder))
             staged.write(lambda: self._save_rng_state(folder))
@@ -199,12 +201,20 @@ class ResumableTrainer(Trainer):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(Path(folder) / TRAINER_STATE_NAME))
 
+    def _prepare_engines_files(self, folder: Path) -> None:
+        """What an engine would make where its other ranks wait for the one that cannot."""
+        if self.is_fsdp_enabled:
+            for name in (fsdp.MODEL, fsdp.OPTIMIZER):
+                (folder / name).mkdir(exist_ok=True)
+        elif self.is_deepspeed_enabled and self.args.should_save:
+            (folder / "latest").write_text(f"global_step{self.model_wrapped.global_steps}", encoding="utf-8")
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """DeepSpeed's ranks wait for one another within it: one that cannot write goes on, and says so when all are through."""
         if not self.is_deepspeed_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
-        engine, failed = self.model_wrapped.checkpoint_engine, []
-        save = engine.save
+        engine, failed = self.model_wrapped, []
+        files, save = engine.checkpoint_engine, engine.checkpoint_engine.save
 
         def save_or_go_on(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -212,11 +222,14 @@ class ResumableTrainer(Trainer):
             except (OSError, RuntimeError) as error:
                 failed.append(error)
 
-        engine.save = save_or_go_on
+        files.save = save_or_go_on
+        engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)
+        engine._copy_recovery_script = lambda folder: None  # a script of DeepSpeed's, whose work is that of ``export``
         try:
             super()._save_optimizer_and_scheduler(output_dir)
         finally:
-            engine.save = save
+            files.save = save
+            del engine.save_checkpoint, engine._copy_recovery_script
         if failed:
             raise failed[0]
 

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT: a run that is asked to stop ends at a place from which it can go on."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -41,10 +42,15 @@ class StopRequest:
             return
         name = signal.Signals(number).name
         if not self.training or (self.name and number == signal.SIGINT and time.monotonic() - self._since > A_HUMAN):
-            if is_main_process():
-                print(f"stopped by {name}", file=sys.stderr, flush=True)
+            _say(2, f"stopped by {name}")
             sys.exit(Stopped.status)
         if not self.name:
             self.name, self._since = name, time.monotonic()
-            if is_main_process():
-                print(f"{name}: stopping after this step (Ctrl-C: at once, without a checkpoint)", flush=True)
+            _say(1, f"{name}: stopping after this step (Ctrl-C: at once, without a checkpoint)")
+
+
+def _say(descriptor: int, line: str) -> None:
+    """Past Python's own buffer, which may be in the middle of a line of its own."""
+    if is_main_process():
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            os.write(descriptor, f"{line}\n".encode())

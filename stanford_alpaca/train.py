@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from stanford_alpaca.arguments import DataArguments, Run, TrainingArguments, parse
 from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.checkpoint import manifest
+from stanford_alpaca.checkpoint.saving import write_together
 from stanford_alpaca.checks import check
 from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.formats import check_columns
@@ -153,8 +154,9 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
         trainer.add_callback(EvaluateLast())
     if prompts:
         trainer.add_callback(SampleCallback(trainer, prompts, run.data.prompt_template))
-    if args.should_save:
-        write_run(run, start.record)
+    write_together(
+        Path(str(args.output_dir)), args.world_size, lambda: write_run(run, start.record) if args.should_save else None
+    )
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = " rows" if run.data.packing else ""
     say(f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), global batch {per_step}{rows}")
@@ -165,21 +167,24 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
 
 def finish(run: Run, trainer: EmoTrainer, metrics: dict[str, float]) -> None:
     """Saves what was trained, evaluates it, leaves its metrics and a card beside it, and last the manifest of the model."""
-    args, model = run.training, trainer.model
+    args, model, output = run.training, trainer.model, Path(str(run.training.output_dir))
     rate = trainer.supervised_tokens_per_s()
     metrics |= {"train_peak_memory_mib": peak_memory_mib()}
     metrics |= {} if rate is None else {"train_supervised_tokens_per_s": rate}
     model.config.use_cache = trainer.use_cache
     files = trainer.save_finished()
-    trainer.save_metrics("train", metrics)
-    if trainer.eval_dataset is not None:
-        evaluation = evaluation_of(trainer)
-        trainer.save_metrics("eval", evaluation)
-        metrics |= evaluation
-    trainer.save_state()
-    if args.should_save:
-        write_card(run, metrics)
-        manifest.write(Path(str(args.output_dir)), files, {"step": trainer.state.global_step, "run": trainer.record})
+    write_together(output, args.world_size, lambda: trainer.save_metrics("train", metrics))
+    evaluation = evaluation_of(trainer) if trainer.eval_dataset is not None else {}
+
+    def write_rest() -> None:
+        if evaluation:
+            trainer.save_metrics("eval", evaluation)
+        trainer.save_state()
+        if args.should_save:
+            write_card(run, metrics | evaluation)
+            manifest.write(output, files, {"step": trainer.state.global_step, "run": trainer.record})
+
+    write_together(output, args.world_size, write_rest)
     if args.push_to_hub:
         trainer.push_to_hub()
     saved = "adapter" if run.lora.lora else f"{str(model.config.dtype).removeprefix('torch.')} model"

@@ -1,5 +1,7 @@
 """A folder that every rank writes to, and that is there when it is whole or not at all."""
 
+import errno
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.space import check_space
-from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.errors import UserError, first_line, say
 
 STAGING, DELETED = ".saving", ".deleting-"  # in the output folder: what a killed run leaves of them is nobody's
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # full, or broken
 
 
 class Staged:
@@ -34,20 +37,7 @@ class Staged:
         Raises:
             UserError: on all ranks, if the file system failed on one.
         """
-        error: BaseException | None = None
-        try:
-            write()
-        except (Exception, CheckpointException) as caught:
-            error = caught
-        for rank, reason in enumerate(self._gather(None if error is None else _reason(error))):
-            if reason is not None and (error is None or _is_io(error)):
-                where = f" on rank {rank}" if self.world_size > 1 else ""
-                raise UserError(
-                    f"{self.target}: cannot be saved ({reason}{where}); nothing that was saved before has changed: make room "
-                    "or mend the disk, and --resume auto goes on from there"
-                ) from error
-        if error is not None:
-            raise error
+        write_together(self.target, self.world_size, write)
 
     def commit(self, about: dict[str, Any]) -> None:
         """Makes the folder ``target``. What has stood there is replaced."""
@@ -73,7 +63,7 @@ class Staged:
             shares.append(manifest.entries_of(self.folder, names[self.rank :: self.world_size], flush=True))
 
         self.write(finish_share)
-        files = {name: entry for share in self._gather(shares[0]) for name, entry in share.items()}
+        files = {name: entry for share in _gather(shares[0], self.world_size) for name, entry in share.items()}
 
         def compare() -> None:
             if self.rank == 0 and sorted(files) != manifest.list_files(self.folder):
@@ -93,8 +83,10 @@ class Staged:
         output = self.target.parent
         (output / manifest.FILE).unlink(missing_ok=True)
         for name in files:
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).replace(output / name)
-        manifest.flush_folder(output)
+        for folder in {output, *((output / name).parent for name in files)}:
+            manifest.flush_folder(folder)
         clear(output)
 
     def _prepare(self, needed: int) -> None:
@@ -102,12 +94,35 @@ class Staged:
         check_space(self.target.parent, needed, self.target.name)
         self.folder.mkdir(parents=True)
 
-    def _gather(self, mine: Any) -> list[Any]:
-        if self.world_size == 1:
-            return [mine]
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, mine)
-        return everyone
+
+def write_together(place: Path, world_size: int, write: Callable[[], Any]) -> None:
+    """Calls ``write`` on every rank; ends on all of them or raises on all of them. One all_gather_object.
+
+    Raises:
+        UserError: on all ranks, if the file system failed on one.
+    """
+    error: BaseException | None = None
+    try:
+        write()
+    except (Exception, CheckpointException) as caught:
+        error = caught
+    for rank, failure in enumerate(_gather(None if error is None else (_reason(error), _is_disk(error)), world_size)):
+        if failure is not None and (error is None or _is_io(error)):
+            where = f" on rank {rank}" if world_size > 1 else ""
+            advice = ": make room or mend the disk, and --resume auto goes on from there" if failure[1] else ""
+            raise UserError(
+                f"{place}: cannot be saved ({failure[0]}{where}); nothing that was saved before has changed{advice}"
+            ) from error
+    if error is not None:
+        raise error
+
+
+def _gather(mine: Any, world_size: int) -> list[Any]:
+    if world_size == 1:
+        return [mine]
+    everyone: list[Any] = [None] * world_size
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def remove(folder: Path) -> None:
@@ -126,28 +141,47 @@ def clear(output: Path) -> None:
 
 
 def keep_newest(output: Path, limit: int | None, best: str | None) -> None:
-    """Deletes what ``--save_total_limit`` has no room for. Kept are the newest good ones, at least one, and the best.
+    """Deletes what ``--save_total_limit`` has no room for; says so if it cannot."""
+    try:
+        for folder in _surplus(output, limit, best):
+            remove(folder)
+    except OSError as error:
+        say(f"{output}: an old checkpoint cannot be deleted ({first_line(error)})")
+
+
+def _surplus(output: Path, limit: int | None, best: str | None) -> list[Path]:
+    """All checkpoints but the newest good ones, at least one, and the best.
 
     Those count as good whose files have the sizes of the manifest; the newest has just been written and read again.
     """
     if limit is None or limit <= 0:
-        return
+        return []
     found = manifest.checkpoints(output)
     good = [folder for folder in found if not manifest.problems(folder, contents=False)]
     kept = good[: max(1, limit)]
     if best is not None and limit > 1 and Path(best) in good and Path(best) not in kept:
         kept = kept[: limit - 1]  # the best takes one of the places
-    for folder in found if kept else []:
-        if folder not in kept and folder != Path(best or "") and manifest.step_of(folder) < manifest.step_of(kept[0]):
-            remove(folder)
+    older = [folder for folder in found if kept and manifest.step_of(folder) < manifest.step_of(kept[0])]
+    return [folder for folder in older if folder not in kept and folder != Path(best or "")]
 
 
 def _is_io(error: BaseException) -> bool:
-    """Whether the file system failed, in the words of those who write files for us."""
+    """Whether the file system failed, in the words of those who write for us. A file that is not there is our mistake."""
     if isinstance(error, CheckpointException):
         return all(_is_io(each) for each, _ in error.failures.values())
     told = ("os error", "inline_container", "file write failed", "No space left", "Input/output error")
-    return isinstance(error, OSError) or any(words in str(error) for words in told)
+    mine = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return mine or any(words in str(error) for words in told)
+
+
+def _is_disk(error: BaseException) -> bool:
+    """Whether it failed because the disk is full or broken."""
+    if isinstance(error, CheckpointException):
+        return all(_is_disk(each) for each, _ in error.failures.values())
+    number = re.search(r"os error (\d+)", str(error))  # safetensors
+    if isinstance(error, OSError) or number:
+        return (int(number[1]) if number else getattr(error, "errno", None)) in DISK
+    return _is_io(error)
 
 
 def _reason(error: BaseException) -> str:

@@ -2,14 +2,18 @@
 
 import errno
 import os
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from stanford_alpaca.checkpoint import manifest
-from stanford_alpaca.checkpoint.saving import Staged, keep_newest
+from stanford_alpaca.checkpoint.saving import Staged, keep_newest, write_together
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.train import train
 from tests.ranks import run_ranks, start_gloo
 
 
@@ -66,6 +70,16 @@ def test_room_is_looked_for_before_the_first_byte(tmp_path):
 def test_our_own_mistakes_are_not_called_the_disks(tmp_path):
     with pytest.raises(KeyError):
         Staged(tmp_path / "checkpoint-2", 0, 1).write(lambda: {}["a"])
+    with pytest.raises(FileNotFoundError):
+        write_together(tmp_path, 1, (tmp_path / "none" / "a.txt").touch)
+
+
+def test_room_helps_against_a_full_disk_only(tmp_path):
+    (tmp_path / "a").touch()
+    for write, advised in ((full, True), ((tmp_path / "a" / "b").touch, False)):
+        with pytest.raises(UserError, match="cannot be saved") as error:
+            write_together(tmp_path, 1, write)
+        assert ("make room" in str(error.value)) == advised
 
 
 def save_as_one_of_two(target):
@@ -113,6 +127,53 @@ def test_finished_files_are_merged_and_the_old_manifest_goes_first(tmp_path):
     (tmp_path / manifest.FILE).write_text("old")
     (tmp_path / "run.yaml").write_text("kept")
     staged = Staged(tmp_path / "model", 0, 1)
+    (staged.folder / "templates").mkdir()
     staged.write(lambda: (staged.folder / "a.txt").write_text("x"))
+    staged.write(lambda: (staged.folder / "templates" / "b.txt").write_text("x"))
     files = staged.merge()
-    assert list(files) == ["a.txt"] and sorted(os.listdir(tmp_path)) == ["a.txt", "run.yaml"]
+    assert list(files) == ["a.txt", "templates/b.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "run.yaml", "templates"] and (tmp_path / "templates" / "b.txt").exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_said(tmp_path, monkeypatch, capsys):
+    save(tmp_path / "checkpoint-1"), save(tmp_path / "checkpoint-2")
+    monkeypatch.setattr(Path, "replace", full)
+    keep_newest(tmp_path, 1, None)
+    assert "an old checkpoint cannot be deleted ([Errno 28] No space left on device)" in capsys.readouterr().out
+
+
+def train_on_a_full_disk(argv, ranks_and_names):
+    """What the run says that cannot make a file or folder of these names, each on its rank."""
+
+    def refuse(event, args):
+        saving = event in ("open", "os.mkdir") and torch.distributed.is_initialized() and f"{os.sep}out{os.sep}" in str(args[0])
+        if saving and (torch.distributed.get_rank(), Path(str(args[0])).name) in ranks_and_names:
+            full()
+
+    sys.addaudithook(refuse)
+    try:
+        train(argv)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("engine", "refused"),
+    [("fsdp", [(1, "optimizer_0")]), ("zero2", [(0, "latest"), (0, "zero_to_fp32.py")]), ("ddp", [(0, "README.md")])],
+)
+def test_no_rank_waits_for_one_whose_disk_is_full(arguments, monkeypatch, engine, refused):
+    if engine == "zero2" and shutil.which("g++") is None:
+        pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
+    monkeypatch.setattr("tests.ranks.TIMEOUT", 60.0)
+    argv = arguments("--engine", engine, max_steps=1, save_strategy="steps", mode="mle")
+    one, other = run_ranks(2, train_on_a_full_disk, argv, refused)
+    assert one == other and f"No space left on device on rank {refused[0][0]}" in one
+
+
+@pytest.mark.parametrize("name", ["train.write_run", "callbacks.append_jsonl", "train.manifest.write"])
+def test_a_full_disk_is_a_line_also_beside_checkpoints(arguments, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(f"stanford_alpaca.{name}", full)
+    (tmp_path / "prompts.json").write_text('[{"instruction": "Say hello."}]')
+    sampled = {"sample_prompts": tmp_path / "prompts.json", "sample_max_new_tokens": 1}
+    with pytest.raises(UserError, match=r"out.*: cannot be saved \(.*No space left on device\).*make room"):
+        train(arguments(max_steps=1, mode="mle", **sampled))

@@ -1,0 +1,42 @@
+"""The launcher: what it passes on of signals to its ranks, and of their exit statuses."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+RANK = """
+trap 'echo TERM >>"$1/said.$RANK"' TERM
+trap 'echo INT >>"$1/said.$RANK"; [ "$RANK" = 0 ] && exit 75; exit "$2"' INT
+touch "$1/said.$RANK"
+for _ in {1..600}; do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize("status", [75, 3])
+def test_a_second_ctrl_c_reaches_the_ranks_and_their_status_is_told(root, tmp_path, status):
+    (tmp_path / "rank.sh").write_text(RANK)
+    said = [tmp_path / f"said.{rank}" for rank in range(2)]
+
+    def wait(text):
+        for _ in range(600):
+            if all(file.exists() and file.read_text() == text for file in said):
+                return
+            time.sleep(0.05)
+        pytest.fail(f"{[file.exists() and file.read_text() for file in said]}, not {text!r}")
+
+    command = [sys.executable, "-m", "stanford_alpaca.launch", "--standalone", "--nproc_per_node", "2", "--no_python"]
+    with subprocess.Popen([*command, "bash", str(tmp_path / "rank.sh"), str(tmp_path), str(status)], cwd=root) as launcher:
+        try:
+            wait("")
+            launcher.send_signal(signal.SIGTERM)
+            wait("TERM\n")
+            launcher.send_signal(signal.SIGTERM)  # a cluster repeats it
+            time.sleep(0.3)
+            launcher.send_signal(signal.SIGINT)
+            wait("TERM\nINT\n")
+            assert launcher.wait(30) == status
+        finally:
+            launcher.kill()
