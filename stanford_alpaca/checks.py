@@ -92,6 +92,11 @@ def check_training(training: TrainingArguments, has_eval: bool) -> None:
             "--label_smoothing_factor, --use_liger_kernel and --average_tokens_across_devices False would train "
             "something else than --mode says: drop them"
         )
+    if training.enable_jit_checkpoint or training.save_on_each_node:
+        raise UserError(
+            "--enable_jit_checkpoint and --save_on_each_node: a stopped run saves by itself, and one machine writes what all "
+            "share; drop them"
+        )
     if training.logging_nan_inf_filter:
         raise UserError("--logging_nan_inf_filter would hide what --skip_nonfinite looks for: drop it")
     if training.balance_lengths and training.train_sampling_strategy not in ("random", "sequential"):

@@ -1,7 +1,9 @@
 """What a run is: its flags, and what it was made with. ``run.yaml``, from which it repeats, and a model card say so."""
 
+import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 from hashlib import sha256
 from pathlib import Path
@@ -12,23 +14,34 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from stanford_alpaca import __version__
-from stanford_alpaca.arguments import MADE_WITH, Run
-from stanford_alpaca.checkpoint.manifest import entries_of, file_sha256
+from stanford_alpaca.arguments import (
+    MADE_WITH,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    ObjectiveArguments,
+    Run,
+    TrainingArguments,
+)
+from stanford_alpaca.checkpoint.manifest import FILE as MANIFEST
+from stanford_alpaca.checkpoint.manifest import entries_of, file_sha256, is_record, write_whole
 from stanford_alpaca.data.sources import identify
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "peft")
-FILE = "run.yaml"
+FILE, FILE_FROM = "run.yaml", "run-from-{}.yaml"
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 NO_MODEL_FILES = ("manifest.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 BY_CONTENT = ("model", "teacher", "cost")
+CONFIGS = ("deepspeed", "fsdp_config", "accelerator_config")  # flags that name a file
+CONTENT = "content of --"
 # flags that decide nothing, or are compared by what they lead to
 FREE = {
     "model_name_or_path", "teacher", "cost", "data_path", "eval_path", "output_dir", "resume", "resume_from_checkpoint",
     "cache_dir", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node",
     "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
     "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics", "save_strategy",
-    "save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "sample_prompts", "sample_steps",
-    "sample_max_new_tokens", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push",
+    "save_steps", "save_total_limit", "save_only_model", "sample_prompts", "sample_steps", "sample_max_new_tokens",
+    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push",
     "hub_revision", "do_train", "do_eval", "do_predict", "local_rank", "ddp_timeout", "skip_nonfinite",
     "preprocessing_num_workers", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
@@ -43,6 +56,11 @@ ROUNDING = {
     "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "eval_strategy",
     "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "per_device_eval_batch_size",
 }  # fmt: skip
+OF_STREAMS = {"dataloader_num_workers"}  # of these, what decides what is drawn from a stream
+OF_THE_BEST = {  # and which checkpoint is the best, of which others go on or which the run ends with
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_path", "save_strategy", "save_steps",
+}  # fmt: skip
+FLAGS = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments, TrainingArguments)
 HEADER = "# Repeat: python -m stanford_alpaca.train --config run.yaml --output_dir ANOTHER\n"
 CARD = """\
 ---
@@ -93,6 +111,7 @@ def made_with(run: Run) -> dict[str, Any]:
         "rows_per_step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
         **{role: identify_model(name, training.cache_dir) for role, name in models.items()},
         **({"cost": f"sha256:{file_sha256(cost)}"} if cost.is_file() else {}),
+        **{f"{CONTENT}{name}": digest_of_config(run.flags[name]) for name in CONFIGS if run.flags.get(name)},
         "data": {path: identify(path, run.data.streaming) for path in paths},
     }
 
@@ -108,28 +127,59 @@ def identify_model(name: str, cache_dir: str | None = None) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs between two records, a line each: what decides the result, and what changes no more than its rounding."""
-    before, now = (json.loads(json.dumps(record)) for record in (before, now))
-    with_before, with_now = (record.get(MADE_WITH) or {} for record in (before, now))
-    matters: list[str] = []
-    rounds: list[str] = []
-    for name in [name for name in {**before, **now} if name not in FREE and name != MADE_WITH]:
-        if before.get(name) != now.get(name):
-            words = [str(record[name]) if record.get(name) is not None else "not given" for record in (before, now)]
-            (rounds if name in ROUNDING else matters).append(f"--{name} was {words[0]}, is {words[1]}")
+def digest_of_config(value: str) -> str:
+    """The sha256 of a file, or of what was given in place of its name."""
+    return f"sha256:{file_sha256(Path(value)) if os.path.isfile(value) else sha256(str(value).encode()).hexdigest()}"
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str], list[str]]:
+    """What differs between two records, a line each: flags that decide the result, data and models, mere rounding.
+
+    A flag that one of them lacks has its default there: it may be of a later version.
+    """
+    before, now = records = [json.loads(json.dumps(record)) for record in (before, now)]
+    flags: list[str] = []
+    contents: list[str] = []
+    rounding: list[str] = []
+    strict, usual = _strict(*records), defaults()
+    free, rounds = FREE - strict, ROUNDING - strict
+    for name in [name for name in {**before, **now} if name not in free | {MADE_WITH, "data_path", "eval_path"}]:
+        was, is_now = (record.get(name, usual.get(name)) for record in records)
+        if was != is_now:
+            words = [str(record[name]) if record.get(name) is not None else "not given" for record in records]
+            (rounding if name in rounds else flags).append(f"--{name} was {words[0]}, is {words[1]}")
+    with_before, with_now = (record.get(MADE_WITH) or {} for record in records)
     for name in [name for name in {**with_before, **with_now} if name != "data"]:
         was, is_now = with_before.get(name), with_now.get(name)
-        if was != is_now:
-            line = f"{name} was {was}, is {is_now}" if name not in BY_CONTENT else f"the {name} has changed"
-            (matters if name in (*BY_CONTENT, "rows_per_step") else rounds).append(line)
-    for flag, found in (("data_path", matters), ("eval_path", rounds)):
+        if was == is_now:
+            continue
+        if name in BY_CONTENT or name.startswith(CONTENT):
+            other_engine = name.startswith(CONTENT) and None in (was, is_now)
+            (rounding if other_engine else contents).append(f"the {name} has changed")
+        else:
+            (flags if name == "rows_per_step" else rounding).append(f"{name} was {was}, is {is_now}")
+    for flag, found in (("data_path", contents), ("eval_path", contents if "eval_path" in strict else rounding)):
         old, new = (
-            [(record[MADE_WITH].get("data") or {}).get(path) for path in record.get(flag) or []] for record in (before, now)
+            [(made.get("data") or {}).get(path) for path in record.get(flag) or []]
+            for record, made in ((before, with_before), (now, with_now))
         )
         if old != new:
             found.append(f"--{flag}: {', '.join(now.get(flag) or ['nothing'])} is not what it was")
-    return matters, rounds
+    return flags, contents, rounding
+
+
+def _strict(*records: dict[str, Any]) -> set[str]:
+    """Flags of FREE and ROUNDING that decide the result, because of others."""
+    streams = any(record.get("streaming") for record in records)
+    best = any(record.get("load_best_model_at_end") or record.get("save_strategy") == "best" for record in records)
+    return (OF_STREAMS if streams else set()) | (OF_THE_BEST if best else set())
+
+
+def defaults() -> dict[str, Any]:
+    """What every flag is when it is not given, as JSON has it."""
+    fields = [f for flags in FLAGS for f in dataclasses.fields(flags)]
+    values = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
+    return json.loads(json.dumps({name: None if value is dataclasses.MISSING else value for name, value in values.items()}))
 
 
 def differences(run: Run, now: dict[str, Any]) -> list[str]:
@@ -145,25 +195,28 @@ def differences(run: Run, now: dict[str, Any]) -> list[str]:
 
 
 def write_run(run: Run, record: dict[str, Any]) -> None:
-    """Writes run.yaml into the output folder; a run resumed there with other flags, run-from-CHECKPOINT.yaml."""
+    """Writes run.yaml into the output folder; a run resumed there with other flags, run-from-CHECKPOINT.yaml.
+
+    Training goes on from here: a model that is there is not this run's, so its manifest goes.
+    """
     output, resume = Path(run.training.output_dir), run.training.resume_from_checkpoint
     output.mkdir(parents=True, exist_ok=True)
+    (output / MANIFEST).unlink(missing_ok=True)
     file, before = output / FILE, read_run(output)
     if before is not None and resume is not None:
         if not any(changes(before, record)):
             return
-        file = output / f"run-from-{Path(resume).name}.yaml"
-    text = HEADER + yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
-    file.write_text(text, encoding="utf-8")
+        file = output / FILE_FROM.format(Path(resume).name)
+    write_whole(file, HEADER + yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
 
 
-def read_run(output: Path) -> dict[str, Any] | None:
+def read_run(output: Path, name: str = FILE) -> dict[str, Any] | None:
     """The record that a run left in its output folder, or None."""
     try:
-        record = yaml.safe_load((output / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        record = yaml.safe_load((output / name).read_text(encoding="utf-8"))
+        return json.loads(json.dumps(record)) if is_record(record) else None
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         return None
-    return record if isinstance(record, dict) else None
 
 
 def write_card(run: Run, metrics: dict[str, float]) -> None:

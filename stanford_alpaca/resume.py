@@ -1,19 +1,21 @@
 """Where a run starts: from the beginning, from a checkpoint that is whole and belongs to it, or not at all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from stanford_alpaca.arguments import Run, TrainingArguments
 from stanford_alpaca.checkpoint import manifest
-from stanford_alpaca.checkpoint.kinds import FSDP, PLAIN, ZERO, check_resumable
+from stanford_alpaca.checkpoint.kinds import FSDP, PLAIN, ZERO, check_resumable, check_state
 from stanford_alpaca.checkpoint.pickles import refuse_code
+from stanford_alpaca.checkpoint.saving import STAGING
 from stanford_alpaca.errors import ResumeError, UserError
 from stanford_alpaca.lock import FILE as LOCK
-from stanford_alpaca.record import changes, read_run, record_of
+from stanford_alpaca.record import FILE, FILE_FROM, changes, read_run, record_of
 
 AUTO = "auto"
+OWN = {LOCK, FILE, f"{FILE}.part", STAGING, "samples.jsonl", "runs"}  # what there may be before the first checkpoint
 
 
 @dataclass(frozen=True)
@@ -40,49 +42,73 @@ def where_to_start(run: Run) -> Start:
         ResumeError: nothing that was saved is good, or it is another run's.
     """
     training, output = run.training, Path(run.training.output_dir)
-    record, asked = record_of(run), training.resume_from_checkpoint
+    record, asked, fits = record_of(run), training.resume_from_checkpoint, _fits(training)
     if training.resume != AUTO and asked is None:
         return Start(record)
-    fits = _fits(training)
-    if training.resume != AUTO and asked is not True:
-        passed = _reasons(Path(asked), fits)
-        if passed:
-            raise ResumeError(f"{asked}: {passed}; --resume auto looks for an older one that is whole")
-        return _go_on(Path(asked), record, strict=False)
-    if training.resume == AUTO and (output / manifest.FILE).is_file() and not manifest.problems(output):
-        matters, _ = changes(manifest.read(output)["run"], record)
-        _refuse(output, matters)
+    if asked not in (None, True):
+        return _from_named(Path(asked), record, fits)
+    finished = training.resume == AUTO and (output / manifest.FILE).is_file()
+    wrong = manifest.summary(output) if finished else ""
+    if finished and not wrong:
+        _refuse(output, manifest.read(output)["run"], record)
         return Start(record, None, [f"{output}: this run is complete; nothing is left to do"], complete=True)
-    notes: list[str] = []
+    start = _from_newest(output, record, fits, strict=training.resume == AUTO)
+    if start is not None:
+        notes = [f"{output}: the finished model is made again, for {wrong}"] if wrong else []
+        return replace(start, notes=[*notes, *start.notes])
+    if wrong:
+        raise ResumeError(
+            f"{output}: the finished model is not what was saved ({wrong}), and there is no checkpoint to make it again from; "
+            "put right what has changed, or give another --output_dir"
+        )
+    return _from_none(output, record)
+
+
+def _from_named(checkpoint: Path, record: dict[str, Any], fits: Callable[[Path], None]) -> Start:
+    reason = _reasons(checkpoint, fits)
+    if reason:
+        raise ResumeError(f"{checkpoint}: {reason}; --resume auto looks for an older one that is whole")
+    return _go_on(checkpoint, record, strict=False)
+
+
+def _from_newest(output: Path, record: dict[str, Any], fits: Callable[[Path], None], strict: bool) -> Start | None:
+    """The newest checkpoint that is good; None if there is no checkpoint."""
     broken: list[str] = []
     for folder in manifest.checkpoints(output):
         reason = _reasons(folder, fits)
         if not reason:
-            start = _go_on(folder, record, strict=training.resume == AUTO)
-            return Start(record, start.checkpoint, [*notes, *start.notes])
+            later = read_run(output, FILE_FROM.format(folder.name))  # the user has asked for other flags from there on
+            start = _go_on(folder, record, strict and (later is None or bool(changes(later, record)[0])))
+            return replace(start, notes=[*(f"passed over {line}" for line in broken), *start.notes])
         broken.append(f"{folder.name}: {reason}")
-        notes.append(f"passed over {broken[-1]}")
     if broken:
         raise ResumeError(f"{output}: no checkpoint is good ({'; '.join(broken)}); give another --output_dir to start anew")
+    return None
+
+
+def _from_none(output: Path, record: dict[str, Any]) -> Start:
+    """From the beginning, in a folder that is new or this run's."""
     before = read_run(output)
-    if before is None and any(file.name != LOCK for file in output.iterdir()):
+    if before is not None:
+        _refuse(output, before, record)
+        return Start(record, None, [f"{output}: no checkpoint yet, training starts from the beginning"])
+    if any(file.name not in OWN for file in output.iterdir()):
         raise UserError(f"--output_dir {output} is not empty, and no run of this command wrote to it; give another")
-    if before is None:
-        return Start(record)
-    _refuse(output, changes(before, record)[0])
-    return Start(record, None, [f"{output}: no checkpoint yet, training starts from the beginning"])
+    return Start(record)
 
 
 def _go_on(checkpoint: Path, record: dict[str, Any], strict: bool) -> Start:
     """A start from a checkpoint that is whole. Flags may differ if the user named it, data and models never."""
-    matters, rounds = changes(manifest.read(checkpoint)["run"], record)
-    flags = [line for line in matters if line.startswith("--") and not line.startswith("--data_path:")]
-    _refuse(checkpoint, matters if strict else [line for line in matters if line not in flags])
-    noted = [f"{checkpoint.name}: {line}" for line in [*([] if strict else flags), *rounds]]
+    before = manifest.read(checkpoint)["run"]
+    _refuse(checkpoint, before, record, strict)
+    flags, _, rounding = changes(before, record)
+    noted = [f"{checkpoint.name}: {line}" for line in [*flags, *rounding]]
     return Start(record, str(checkpoint), [f"going on from {checkpoint}", *noted])
 
 
-def _refuse(folder: Path, matters: list[str]) -> None:
+def _refuse(folder: Path, before: dict[str, Any], record: dict[str, Any], strict: bool = True) -> None:
+    flags, contents, _ = changes(before, record)
+    matters = [*(flags if strict else []), *contents]
     if matters:
         raise ResumeError(
             f"{folder} is of another run: {'; '.join(matters)}; give the same command to go on, or another --output_dir"
@@ -94,14 +120,22 @@ def _fits(training: TrainingArguments) -> Callable[[Path], None]:
     zero = getattr(training, "hf_deepspeed_config", None)
     engine = FSDP if training.fsdp else PLAIN if zero is None else ZERO
     stage_3 = zero is not None and zero.is_zero3()
-    return lambda checkpoint: check_resumable(checkpoint, engine, training.world_size, stage_3)
+
+    def fits(checkpoint: Path) -> None:
+        check_resumable(checkpoint, engine, training.world_size, stage_3)
+        about = manifest.read(checkpoint)
+        if "world_size" not in about:
+            raise ResumeError(f"{manifest.FILE}: does not say how many processes wrote the others")
+        check_state(checkpoint, about["step"], ranks=training.world_size if about["world_size"] == training.world_size else 0)
+
+    return fits
 
 
 def _reasons(checkpoint: Path, fits: Callable[[Path], None]) -> str:
     """Why a checkpoint is none, or nothing."""
-    found = manifest.problems(checkpoint)
-    if found:
-        return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+    wrong = manifest.summary(checkpoint)
+    if wrong:
+        return wrong
     try:
         fits(checkpoint)
         refuse_code(checkpoint)

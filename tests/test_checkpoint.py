@@ -145,6 +145,10 @@ def test_who_can_go_on_from_what(make_model, tmp_path):
     with pytest.raises(UserError, match=r"has no optimizer.pt .* nobody can go on from it"):
         check_resumable(tmp_path / "plain", PLAIN, world_size=1)
     (tmp_path / "plain" / "optimizer.pt").touch()
+    with pytest.raises(UserError, match=r"has no scheduler.pt .* nobody can go on from it"):
+        check_resumable(tmp_path / "plain", PLAIN, world_size=1)
+    for folder in (tmp_path / "plain", shards):
+        (folder / "scheduler.pt").touch()
     (shards / fsdp.OPTIMIZER).mkdir()
     (tmp_path / "zero" / "step").mkdir(parents=True)
     (tmp_path / "zero" / "latest").write_text("step")

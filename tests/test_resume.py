@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from hashlib import sha256
 
 import pytest
 import yaml
 
 from stanford_alpaca import train as command
+from stanford_alpaca.arguments import parse
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.errors import ResumeError, Stopped, UserError
-from stanford_alpaca.record import changes
+from stanford_alpaca.record import FREE, ROUNDING, changes, defaults, made_with, read_run, write_run
 from stanford_alpaca.resumable import ResumableTrainer
+from stanford_alpaca.resume import where_to_start
 from stanford_alpaca.train import train
+from stanford_alpaca.trainer import EmoTrainer
 from tests.helpers import evaluations, steps
 
 RECORD = {
@@ -22,24 +26,59 @@ RECORD = {
 }
 
 
+MADE = RECORD["made_with"]
+STREAM, BEST = {"streaming": True}, {"load_best_model_at_end": True}
+
+
 @pytest.mark.parametrize(
-    ("change", "matters", "rounds"),
+    ("change", "flags", "contents", "rounding"),
     [
-        ({"learning_rate": 1e-4}, ["--learning_rate was 0.001, is 0.0001"], []),
-        ({"learning_rate": None}, ["--learning_rate was 0.001, is not given"], []),
-        ({"lora": True}, ["--lora was not given, is True"], []),
-        ({"engine": "fsdp"}, [], ["--engine was ddp, is fsdp"]),
-        ({"logging_steps": 3, "output_dir": "elsewhere", "save_steps": 2}, [], []),
-        ({"data_path": ["b.json"]}, ["--data_path: b.json is not what it was"], []),
-        ({"made_with": RECORD["made_with"] | {"torch": "3"}}, [], ["torch was 2, is 3"]),
-        ({"made_with": RECORD["made_with"] | {"model": "y"}}, ["the model has changed"], []),
-        ({"made_with": RECORD["made_with"] | {"rows_per_step": 8}}, ["rows_per_step was None, is 8"], []),
-        ({"data_path": ["c.json"], "made_with": RECORD["made_with"] | {"data": {"c.json": "d"}}}, [], []),  # moved
+        ({"learning_rate": 1e-4}, ["--learning_rate was 0.001, is 0.0001"], [], []),
+        ({"learning_rate": None}, ["--learning_rate was 0.001, is not given"], [], []),
+        ({"lora": True}, ["--lora was not given, is True"], [], []),
+        ({"lora": False, "lr_scheduler_type": "linear"}, [], [], []),  # as they are when they are not given
+        ({"engine": "fsdp"}, [], [], ["--engine was ddp, is fsdp"]),
+        ({"logging_steps": 3, "output_dir": "elsewhere", "save_steps": 2, "dataloader_num_workers": 2}, [], [], []),
+        ({"data_path": ["b.json"]}, [], ["--data_path: b.json is not what it was"], []),
+        ({"made_with": MADE | {"torch": "3"}}, [], [], ["torch was 2, is 3"]),
+        ({"made_with": MADE | {"model": "y"}}, [], ["the model has changed"], []),
+        ({"made_with": MADE | {"rows_per_step": 8}}, ["rows_per_step was None, is 8"], [], []),
+        ({"data_path": ["c.json"], "made_with": MADE | {"data": {"c.json": "d"}}}, [], [], []),  # moved
+        ({"made_with": MADE | {"content of --deepspeed": "x"}}, [], [], ["the content of --deepspeed has changed"]),
     ],
 )
-def test_what_makes_another_run_of_it(change, matters, rounds):
-    assert changes(RECORD, RECORD | change) == (matters, rounds)
-    assert changes(json.loads(json.dumps(RECORD)), RECORD) == ([], [])
+def test_what_makes_another_run_of_it(change, flags, contents, rounding):
+    assert changes(RECORD, RECORD | change) == (flags, contents, rounding)
+    assert changes(json.loads(json.dumps(RECORD)), RECORD) == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("common", "change", "flags", "contents"),
+    [
+        (STREAM, {"dataloader_num_workers": 2}, ["--dataloader_num_workers was not given, is 2"], []),
+        (BEST, {"save_steps": 2}, ["--save_steps was not given, is 2"], []),
+        (BEST, {"eval_path": ["b.json"]}, [], ["--eval_path: b.json is not what it was"]),
+        ({}, {"save_strategy": "best"}, ["--save_strategy was not given, is best"], []),
+        ({"made_with": MADE | {"content of --deepspeed": "x"}}, {"made_with": MADE | {"content of --deepspeed": "y"}}, [],
+         ["the content of --deepspeed has changed"]),
+    ],
+)  # fmt: skip
+def test_what_decides_the_result_because_of_others(common, change, flags, contents):
+    assert changes(RECORD | common, RECORD | common | change) == (flags, contents, [])
+
+
+def test_every_flag_that_may_change_is_one():
+    assert set(defaults()) >= FREE | ROUNDING
+    assert not FREE & ROUNDING
+
+
+def test_what_a_file_of_settings_holds_is_in_the_record(arguments, tmp_path):
+    (tmp_path / "settings.json").write_text('{"split_batches": false}')
+    run = parse(arguments(accelerator_config=tmp_path / "settings.json"))
+    first = made_with(run)["content of --accelerator_config"]
+    assert first == "sha256:" + sha256(b'{"split_batches": false}').hexdigest()
+    (tmp_path / "settings.json").write_text('{"even_batches": true}')
+    assert made_with(run)["content of --accelerator_config"] != first
 
 
 @pytest.fixture
@@ -82,7 +121,11 @@ def test_another_runs_folder_is_refused_with_a_diff(interrupted, tmp_path):
     with pytest.raises(ResumeError, match=r"--data_path: .*held.json is not what it was"):
         train(interrupted(resume=None, resume_from_checkpoint=True, data_path=tmp_path / "held.json"))
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    train(interrupted(max_steps=4, resume=None, resume_from_checkpoint=True))  # asked for by name: said, and done
+    asked = {"resume": None, "resume_from_checkpoint": True}  # by name: said, and done
+    named = {"resume": None, "resume_from_checkpoint": tmp_path / "out" / "checkpoint-3"}
+    start = where_to_start(parse(interrupted(**named, per_device_train_batch_size=8, global_batch=8)))
+    assert "checkpoint-3: rows_per_step was 16, is 8" in start.notes
+    train(interrupted(max_steps=4, **asked))
     assert len(steps(tmp_path / "out")) == 4
     assert yaml.safe_load((tmp_path / "out" / "run-from-checkpoint-3.yaml").read_text())["max_steps"] == 4
 
@@ -161,3 +204,107 @@ def test_a_damaged_best_checkpoint_is_not_saved_as_the_finished_model(arguments,
     with pytest.raises(ResumeError, match=r"checkpoint-1, the best checkpoint: model.safetensors: its content has changed"):
         train(arguments(**settings, eval_path=tmp_path / "held.json", load_best_model_at_end=True))
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_finished_run_that_goes_on_and_is_killed_goes_on_again(arguments, tmp_path, monkeypatch, capsys):
+    more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    train(arguments(**more | {"max_steps": 2}))
+    killed_at = [2, 3]  # before the first checkpoint of its own, and after it
+    for resume, last in (({"resume_from_checkpoint": True}, killed_at[0]), ({"resume": "auto"}, killed_at[1])):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(EmoTrainer, "training_step", killed_after(last))
+            train(arguments(**more, **resume))
+        assert manifest.checkpoints(tmp_path / "out")[0].name == f"checkpoint-{last}"
+    train(arguments(**more, resume="auto"))
+    assert "going on from" in capsys.readouterr().out and len(steps(tmp_path / "out")) == 4
+    assert manifest.problems(tmp_path / "out") == []
+    with pytest.raises(ResumeError, match="--max_steps was 4, is 2"):
+        train(arguments(**more | {"max_steps": 2}, resume="auto"))
+
+
+def killed_after(step):
+    usual = EmoTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return usual(self, *args, **kwargs)
+
+    return training_step
+
+
+def test_a_finished_model_that_was_touched_is_not_trained_anew(arguments, tmp_path, capsys):
+    out = tmp_path / "out"
+    for strategy in ("no", "steps"):
+        train(arguments(output_dir=out / strategy, save_strategy=strategy, save_steps=1, max_steps=1))
+        with (out / strategy / "tokenizer_config.json").open("a") as file:
+            file.write("\n")
+    again = {"resume": "auto", "max_steps": 1}
+    with pytest.raises(ResumeError, match=r"not what was saved \(tokenizer_config.json: .* bytes, not .*put right"):
+        train(arguments(**again, output_dir=out / "no"))
+    assert (out / "no" / "tokenizer_config.json").read_text().endswith("\n")
+    train(arguments(**again, output_dir=out / "steps", save_strategy="steps", save_steps=1))
+    said = capsys.readouterr().out
+    assert "made again, for tokenizer_config.json" in said and "going on from" in said
+    assert manifest.problems(out / "steps") == []
+
+
+def test_a_record_that_was_half_written_locks_nobody_out(arguments, tmp_path):
+    out = tmp_path / "out"
+    (out / "runs").mkdir(parents=True)
+    (out / "run.yaml").write_text("")
+    (out / "run.yaml.part").write_text("mode: e")
+    start = where_to_start(parse(arguments(resume="auto")))
+    assert (start.checkpoint, start.notes) == (None, [])
+    write_run(parse(arguments(resume="auto")), start.record)
+    assert read_run(out) == start.record and sorted(file.name for file in out.iterdir()) == ["run.yaml", "runs"]
+
+
+def sign(checkpoint, **changes):
+    """A manifest for the files as they are, which says something else of the run; None: nothing."""
+    about = manifest.read(checkpoint) | {name: None for name in ("version", "files", "sum")} | changes
+    kept = {name: value for name, value in about.items() if value is not None}
+    manifest.write(checkpoint, manifest.entries_of(checkpoint, manifest.list_files(checkpoint)), kept)
+
+
+def state(checkpoint, **changes):
+    file = checkpoint / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    sign(checkpoint)
+
+
+def without(checkpoint, name):
+    (checkpoint / name).unlink()
+    sign(checkpoint)
+
+
+def test_what_is_not_a_runs_under_a_manifest_that_fits_is_refused(interrupted, tmp_path):
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    usual = tmp_path / "usual"
+    shutil.copytree(checkpoint, usual)
+    run = parse(interrupted(resume=None, resume_from_checkpoint=checkpoint, output_dir=tmp_path / "new"))
+    record = manifest.read(checkpoint)["run"]
+    assert where_to_start(run).checkpoint == str(checkpoint)
+    for harm, message in [
+        (lambda: sign(checkpoint, run=None), "is of another run: the model has changed"),
+        (lambda: sign(checkpoint, run="mine"), "manifest.json: damaged"),
+        (lambda: sign(checkpoint, run=record | {"made_with": []}), "the model has changed"),
+        (lambda: sign(checkpoint, run=record | {"made_with": "x"}), "manifest.json: damaged"),
+        (lambda: sign(checkpoint, run=record | {"made_with": {"data": ["x"]}}), "manifest.json: damaged"),
+        (lambda: sign(checkpoint, run=record | {"data_path": [["x"]]}), "manifest.json: damaged"),
+        (lambda: sign(checkpoint, step=None), "manifest.json: cannot be read .KeyError"),
+        (lambda: sign(checkpoint, world_size=None), "does not say how many processes"),
+        (lambda: sign(checkpoint, world_size="2"), "manifest.json: damaged"),
+        (lambda: without(checkpoint, "scheduler.pt"), "has no scheduler.pt"),
+        (lambda: without(checkpoint, "rng_state.pth"), "has no rng_state.pth"),
+        (lambda: state(checkpoint, global_step=2), "trainer_state.json: not what the Trainer writes at step 3"),
+        (lambda: state(checkpoint, log_history=7), "trainer_state.json: "),
+        (lambda: state(checkpoint, log_history=[{}]), "trainer_state.json: cannot be read"),
+        (lambda: state(checkpoint, best_model_checkpoint=7), "trainer_state.json: not what"),
+        (lambda: state(checkpoint, train_batch_sizes=7), "trainer_state.json: cannot be read"),
+    ]:  # fmt: skip
+        harm()
+        with pytest.raises(ResumeError, match=message):
+            where_to_start(run)
+        shutil.rmtree(checkpoint)
+        shutil.copytree(usual, checkpoint)

@@ -68,9 +68,9 @@ def list_checkpoints(folder: str | None = None, *more: Any, **unknown: Any) -> N
     refuse_unknown(unknown, list_checkpoints)
     print(f"{'step':>8} {'processes':>9} {'MiB':>10}  {'saved':16}  folder")
     for place in _places(folder, more):
-        found = manifest.problems(place, contents=False)
+        found = manifest.summary(place, contents=False)
         if found:
-            print(f"{'':>8} {'':>9} {'':>10}  {'':16}  {place}: {'; '.join(found[:3])}")
+            print(f"{'':>8} {'':>9} {'':>10}  {'':16}  {place}: {found}")
             continue
         about, mib = manifest.read(place), manifest.size(place) / 2**20
         saved = datetime.fromtimestamp((place / manifest.FILE).stat().st_mtime).strftime("%Y-%m-%d %H:%M")

@@ -26,9 +26,9 @@ def export(checkpoint: Path, out: Path) -> str:
         UserError: no checkpoint, shards that are missing, or weights that are not those of its configuration.
     """
     kind = kind_of(checkpoint)
-    damaged = manifest.problems(checkpoint) if (checkpoint / manifest.FILE).exists() else []
+    damaged = manifest.summary(checkpoint) if (checkpoint / manifest.FILE).exists() else ""
     if damaged:
-        raise ResumeError(f"{checkpoint}: {'; '.join(damaged[:3])}; another checkpoint may be whole")
+        raise ResumeError(f"{checkpoint}: {damaged}; another checkpoint may be whole")
     whole = (checkpoint / ADAPTER_SAFE_WEIGHTS_NAME).is_file()  # an adapter stands whole beside any engine's shards
     weights = _fit(SHARDED[kind](checkpoint), checkpoint) if kind in SHARDED and not whole else None
     part = out.with_name(f"{out.name}.part")

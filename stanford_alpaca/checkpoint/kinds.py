@@ -1,12 +1,14 @@
 """Which engine wrote a checkpoint, and which run can go on from it."""
 
 from pathlib import Path
+from typing import Any
 
-from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from stanford_alpaca.checkpoint import fsdp, zero
-from stanford_alpaca.errors import UserError
+from stanford_alpaca.errors import UserError, first_line
 
 PLAIN, FSDP, ZERO = "plain", "fsdp", "zero"
 EXPORT = "python -m stanford_alpaca.checkpoint export {} OUT makes a model of it that any run can start from"
@@ -33,9 +35,10 @@ def check_resumable(checkpoint: Path, engine: str, world_size: int, stage_3: boo
     FSDP2's shards fit any number of processes, and one without FSDP too. ZeRO's fit the same number under the same stage.
     """
     kind, way_out = kind_of(checkpoint), EXPORT.format(checkpoint)
-    optimizer = {PLAIN: OPTIMIZER_NAME, FSDP: fsdp.OPTIMIZER}.get(kind)
-    if optimizer is not None and not (checkpoint / optimizer).exists():
-        raise UserError(f"{checkpoint}: has no {optimizer} (--save_only_model?), nobody can go on from it; {way_out}")
+    needed = {PLAIN: (OPTIMIZER_NAME, SCHEDULER_NAME), FSDP: (fsdp.OPTIMIZER, SCHEDULER_NAME)}.get(kind, ())
+    for name in needed:  # ZeRO has both in its shards, and says so if they lack
+        if not (checkpoint / name).exists():
+            raise UserError(f"{checkpoint}: has no {name} (--save_only_model?), nobody can go on from it; {way_out}")
     if kind == ZERO and engine == ZERO:
         shards = len(zero.shards_of(checkpoint))
         if shards != world_size:
@@ -50,3 +53,25 @@ def check_resumable(checkpoint: Path, engine: str, world_size: int, stage_3: boo
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: {names[kind]} wrote it, {names[engine]} cannot go on; {way_out}"
         )
+
+
+def check_state(checkpoint: Path, step: int, ranks: int) -> None:
+    """Raises UserError unless trainer_state.json is the Trainer's, of this step, and each of these ranks has random states."""
+    file, usual = checkpoint / TRAINER_STATE_NAME, vars(TrainerState())
+    try:
+        state = TrainerState.load_from_json(str(file))
+        right = all(_is_like(getattr(state, name), value) for name, value in usual.items() if value is not None)
+        right = right and state.global_step == step and isinstance(state.best_model_checkpoint, str | None)
+        right = right and all(isinstance(entry["step"], int) for entry in state.log_history)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
+    if not right:
+        raise UserError(f"{file}: not what the Trainer writes at step {step}")
+    for rank in range(ranks):
+        name = "rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth"
+        if not (checkpoint / name).is_file():
+            raise UserError(f"{checkpoint}: has no {name}, so a run would not go on as it was")
+
+
+def _is_like(value: Any, usual: Any) -> bool:
+    return isinstance(value, int | float if isinstance(usual, int | float) else type(usual))

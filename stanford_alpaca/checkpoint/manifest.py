@@ -49,13 +49,19 @@ def write(folder: Path, files: dict[str, dict[str, Any]], about: dict[str, Any])
     """Makes a folder of files that are on the disk a checkpoint: the manifest appears whole or not at all."""
     content = {"version": VERSION, **about, "files": files}
     content["sum"] = _sum(content)
-    part = folder / f"{FILE}.part"
+    write_whole(folder / FILE, json.dumps(content, indent=1))
+    flush_folders(folder)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """A file that is on the disk as a whole, or as it was before."""
+    part = file.with_name(f"{file.name}.part")
     with part.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    part.replace(folder / FILE)
-    flush_folders(folder)
+    part.replace(file)
+    flush_folder(file.parent)
 
 
 def flush_folders(folder: Path) -> None:
@@ -79,6 +85,11 @@ def read(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
         whole = content["version"] == VERSION and content["sum"] == _sum(content)
         known = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in content["files"].values())
+        known &= (
+            isinstance(content["step"], int)
+            and isinstance(content.get("world_size", 1), int)
+            and is_record(content.setdefault("run", {}))
+        )
     except FileNotFoundError:
         raise ResumeError(f"{FILE}: not there, so nothing says what the files should be") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -98,24 +109,41 @@ def problems(folder: Path, contents: bool = True) -> list[str]:
     except ResumeError as error:
         return [str(error)]
     found, same_size = [], []
-    for name, entry in files.items():
-        file = folder / name
-        if not file.is_file():
-            found.append(f"{name}: not there")
-        elif file.stat().st_size != entry["bytes"]:
-            found.append(f"{name}: {file.stat().st_size:,} bytes, not {entry['bytes']:,}")
-        else:
-            same_size.append(name)
-    if contents:
-        try:
-            now = entries_of(folder, same_size)
-        except OSError as error:
-            return [*found, f"cannot be read ({first_line(error)})"]
-        found += [f"{name}: its content has changed" for name in same_size if now[name] != files[name]]
-    strange = [name for name in list_files(folder) if name not in files and _is_loaded(name)]
+    try:
+        for name, entry in files.items():
+            file = folder / name
+            if not file.is_file():
+                found.append(f"{name}: not there")
+            elif file.stat().st_size != entry["bytes"]:
+                found.append(f"{name}: {file.stat().st_size:,} bytes, not {entry['bytes']:,}")
+            else:
+                same_size.append(name)
+        now = entries_of(folder, same_size) if contents else files
+        strange = [name for name in list_files(folder) if name not in files and _is_loaded(name)]
+        links = [path for path in folder.rglob("*") if path.is_symlink() and not path.name.startswith("checkpoint-")]
+    except OSError as error:  # a disk that fails, a name too long
+        return [*found, f"cannot be read ({first_line(error)})"]
+    found += [f"{name}: its content has changed" for name in same_size if now[name] != files[name]]
     found += [f"{name}: was not saved with the others" for name in strange]
-    links = [path for path in folder.rglob("*") if path.is_symlink() and not path.name.startswith("checkpoint-")]
     return found + [f"{path.relative_to(folder)}: leads out of the folder" for path in links]
+
+
+def summary(folder: Path, contents: bool = True) -> str:
+    """The first of its ``problems`` on a line, or nothing."""
+    found = problems(folder, contents)
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def is_record(run: Any) -> bool:
+    """Whether this has the types of a run's record: flags by name, with lists of paths, and what it was made with."""
+    if not isinstance(run, dict):
+        return False
+    made_with, paths = run.get("made_with") or {}, [run.get(name) or [] for name in ("data_path", "eval_path")]
+    return (
+        isinstance(made_with, dict)
+        and isinstance(made_with.get("data") or {}, dict)
+        and all(isinstance(part, list) and all(isinstance(path, str) for path in part) for part in paths)
+    )
 
 
 def size(folder: Path) -> int:

@@ -57,6 +57,7 @@ def test_a_whole_folder_has_no_problems_and_says_what_it_is(folder):
         (lambda f: change_entry(f, "../elsewhere"), "manifest.json: names ../elsewhere, which is outside the folder"),
         (lambda f: change_entry(f, "/etc/passwd"), "manifest.json: names /etc/passwd, which is outside the folder"),
         (lambda f: change_entry(f, "a.pt", bytes="many"), "manifest.json: damaged"),
+        (lambda f: change_entry(f, "x" * 300), "cannot be read ([Errno 36] File name too long"),
     ],
 )
 def test_every_harm_is_found_and_named(folder, harm, problem):
