@@ -176,7 +176,7 @@ class ResumableTrainer(Trainer):
         staged.write(lambda: self._save_state(folder))
         staged.commit({"step": step, "world_size": args.world_size, "run": self.record})
         if args.should_save:
-            keep_newest(target.parent, args.save_total_limit, self.state.best_model_checkpoint)
+            keep_newest(target, args.save_total_limit, self.state.best_model_checkpoint)
         self._saved_at = step
 
     def _bytes_needed(self) -> int:

@@ -46,12 +46,13 @@ def where_to_start(run: Run) -> Start:
     if training.resume != AUTO and asked is None:
         return Start(record)
     if asked not in (None, True):
-        return _from_named(Path(asked), record, fits)
+        return _from_named(Path(asked), output, record, fits)
     finished = training.resume == AUTO and (output / manifest.FILE).is_file()
     wrong = manifest.summary(output) if finished else ""
     if finished and not wrong:
         _refuse(output, manifest.read(output)["run"], record)
-        return Start(record, None, [f"{output}: this run is complete; nothing is left to do"], complete=True)
+        upload = f" (to upload it: hf upload NAME {output})" if training.push_to_hub else ""
+        return Start(record, None, [f"{output}: this run is complete; nothing is left to do{upload}"], complete=True)
     start = _from_newest(output, record, fits, strict=training.resume == AUTO)
     if start is not None:
         notes = [f"{output}: the finished model is made again, for {wrong}"] if wrong else []
@@ -64,10 +65,15 @@ def where_to_start(run: Run) -> Start:
     return _from_none(output, record)
 
 
-def _from_named(checkpoint: Path, record: dict[str, Any], fits: Callable[[Path], None]) -> Start:
+def _from_named(checkpoint: Path, output: Path, record: dict[str, Any], fits: Callable[[Path], None]) -> Start:
     reason = _reasons(checkpoint, fits)
     if reason:
         raise ResumeError(f"{checkpoint}: {reason}; --resume auto looks for an older one that is whole")
+    newer = [folder for folder in manifest.checkpoints(output) if manifest.step_of(folder) > manifest.read(checkpoint)["step"]]
+    if newer:
+        raise UserError(
+            f"{output} has {newer[0].name}, which is newer than {checkpoint}: give another --output_dir, or take the newer away"
+        )
     return _go_on(checkpoint, record, strict=False)
 
 

@@ -308,3 +308,11 @@ def test_what_is_not_a_runs_under_a_manifest_that_fits_is_refused(interrupted, t
             where_to_start(run)
         shutil.rmtree(checkpoint)
         shutil.copytree(usual, checkpoint)
+
+
+def test_an_older_checkpoint_is_taken_up_in_another_folder(interrupted, tmp_path):
+    older = {"resume": None, "resume_from_checkpoint": tmp_path / "out" / "checkpoint-1"}
+    with pytest.raises(UserError, match=r"has checkpoint-3, which is newer than .*checkpoint-1: give another --output_dir"):
+        train(interrupted(**older))
+    train(interrupted(**older, output_dir=tmp_path / "other", max_steps=2))
+    assert len(steps(tmp_path / "other")) == 2

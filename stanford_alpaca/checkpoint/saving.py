@@ -140,29 +140,28 @@ def clear(output: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def keep_newest(output: Path, limit: int | None, best: str | None) -> None:
-    """Deletes what ``--save_total_limit`` has no room for; says so if it cannot."""
+def keep_newest(saved: Path, limit: int | None, best: str | None) -> None:
+    """Deletes what ``--save_total_limit`` has no room for beside the checkpoint just saved; says so if it cannot."""
     try:
-        for folder in _surplus(output, limit, best):
+        for folder in _surplus(saved, limit, best):
             remove(folder)
     except OSError as error:
-        say(f"{output}: an old checkpoint cannot be deleted ({first_line(error)})")
+        say(f"{saved.parent}: an old checkpoint cannot be deleted ({first_line(error)})")
 
 
-def _surplus(output: Path, limit: int | None, best: str | None) -> list[Path]:
-    """All checkpoints but the newest good ones, at least one, and the best.
+def _surplus(saved: Path, limit: int | None, best: str | None) -> list[Path]:
+    """All older checkpoints but the newest good ones and the best. Newer ones, which were passed over, are left alone.
 
-    Those count as good whose files have the sizes of the manifest; the newest has just been written and read again.
+    Those count as good whose files have the sizes of the manifest; the one just saved has been read again.
     """
     if limit is None or limit <= 0:
         return []
-    found = manifest.checkpoints(output)
-    good = [folder for folder in found if not manifest.problems(folder, contents=False)]
-    kept = good[: max(1, limit)]
-    if best is not None and limit > 1 and Path(best) in good and Path(best) not in kept:
-        kept = kept[: limit - 1]  # the best takes one of the places
-    older = [folder for folder in found if kept and manifest.step_of(folder) < manifest.step_of(kept[0])]
-    return [folder for folder in older if folder not in kept and folder != Path(best or "")]
+    older = [folder for folder in manifest.checkpoints(saved.parent) if manifest.step_of(folder) < manifest.step_of(saved)]
+    good = [folder for folder in older if not manifest.problems(folder, contents=False)]
+    apart = Path(best) if best is not None and Path(best) in good else None
+    places = limit - 1 - (apart is not None and limit > 1)  # of the saved one, and of the best
+    kept = [*[folder for folder in good if folder != apart][: max(0, places)], apart]
+    return [folder for folder in older if folder not in kept]
 
 
 def _is_io(error: BaseException) -> bool:

@@ -102,24 +102,25 @@ def test_all_ranks_write_and_all_hear_of_the_one_that_could_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("limit", "best", "broken", "kept"),
+    ("limit", "best", "broken", "saved", "kept"),
     [
-        (None, None, [], [1, 2, 3, 4]),
-        (2, None, [], [3, 4]),
-        (1, None, [], [4]),
-        (1, 2, [], [2, 4]),
-        (2, 1, [], [1, 4]),
-        (2, None, [3], [2, 4]),  # the damaged one takes no place
-        (2, None, [4], [2, 3, 4]),  # what is newer than the newest good one is left
-        (1, None, [1, 2, 3, 4], [1, 2, 3, 4]),
+        (None, None, [], 4, [1, 2, 3, 4]),
+        (2, None, [], 4, [3, 4]),
+        (1, None, [], 4, [4]),
+        (1, 2, [], 4, [2, 4]),
+        (2, 1, [], 4, [1, 4]),
+        (2, 4, [], 4, [3, 4]),
+        (2, None, [3], 4, [2, 4]),  # the damaged one takes no place
+        (1, None, [], 3, [3, 4]),  # a newer one, whose bits may be wrong: it was passed over
+        (2, None, [4], 3, [2, 3, 4]),
     ],
 )
-def test_the_limit_never_deletes_the_last_good_one(tmp_path, limit, best, broken, kept):
+def test_the_limit_never_deletes_the_one_just_saved(tmp_path, limit, best, broken, saved, kept):
     for step in (1, 2, 3, 4):
         save(tmp_path / f"checkpoint-{step}")
         if step in broken:
             (tmp_path / f"checkpoint-{step}" / "a.txt").unlink()
-    keep_newest(tmp_path, limit, best and str(tmp_path / f"checkpoint-{best}"))
+    keep_newest(tmp_path / f"checkpoint-{saved}", limit, best and str(tmp_path / f"checkpoint-{best}"))
     assert sorted(map(manifest.step_of, manifest.checkpoints(tmp_path))) == kept
 
 
@@ -138,7 +139,7 @@ def test_finished_files_are_merged_and_the_old_manifest_goes_first(tmp_path):
 def test_an_old_checkpoint_that_cannot_be_deleted_is_said(tmp_path, monkeypatch, capsys):
     save(tmp_path / "checkpoint-1"), save(tmp_path / "checkpoint-2")
     monkeypatch.setattr(Path, "replace", full)
-    keep_newest(tmp_path, 1, None)
+    keep_newest(tmp_path / "checkpoint-2", 1, None)
     assert "an old checkpoint cannot be deleted ([Errno 28] No space left on device)" in capsys.readouterr().out
 
 
