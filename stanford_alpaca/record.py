@@ -29,7 +29,7 @@ from stanford_alpaca.data.sources import identify
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "peft")
 FILE, FILE_FROM = "run.yaml", "run-from-{}.yaml"
-MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 NO_MODEL_FILES = ("manifest.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 BY_CONTENT = ("model", "teacher", "cost")
 CONFIGS = ("deepspeed", "fsdp_config", "accelerator_config")  # flags that name a file

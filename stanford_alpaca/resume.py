@@ -9,7 +9,7 @@ from stanford_alpaca.arguments import Run, TrainingArguments
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.kinds import FSDP, PLAIN, ZERO, check_resumable, check_state
 from stanford_alpaca.checkpoint.pickles import refuse_code
-from stanford_alpaca.checkpoint.saving import STAGING
+from stanford_alpaca.checkpoint.saving import STAGING, recover
 from stanford_alpaca.errors import ResumeError, UserError
 from stanford_alpaca.lock import FILE as LOCK
 from stanford_alpaca.record import FILE, FILE_FROM, changes, read_run, record_of
@@ -45,6 +45,7 @@ def where_to_start(run: Run) -> Start:
     record, asked, fits = record_of(run), training.resume_from_checkpoint, _fits(training)
     if training.resume != AUTO and asked is None:
         return Start(record)
+    recover(output)
     if asked not in (None, True):
         return _from_named(Path(asked), output, record, fits)
     finished = training.resume == AUTO and (output / manifest.FILE).is_file()

@@ -134,6 +134,13 @@ def remove(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
+def recover(output: Path) -> None:
+    """Ends the move of a checkpoint that was whole when its run was killed, perhaps after the old one of its step was gone."""
+    for staged in (output / STAGING).glob("checkpoint-*"):
+        if (staged / manifest.FILE).is_file() and not (output / staged.name).exists():
+            staged.replace(output / staged.name)
+
+
 def clear(output: Path) -> None:
     """Removes what a run that was killed has left half written or half deleted."""
     for left in [output / STAGING, *output.glob(f"{DELETED}*")]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stanford_alpaca.checkpoint import manifest
-from stanford_alpaca.checkpoint.saving import Staged, keep_newest, write_together
+from stanford_alpaca.checkpoint import manifest, saving
+from stanford_alpaca.checkpoint.saving import Staged, keep_newest, recover, write_together
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.train import train
 from tests.ranks import run_ranks, start_gloo
@@ -35,6 +35,23 @@ def test_a_folder_appears_when_it_is_whole_and_replaces_what_was_there(tmp_path)
     assert manifest.problems(target) == [] and os.listdir(tmp_path) == ["checkpoint-2"]
     save(target)
     assert (target / "a.txt").read_text() == "new" and os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("name", ["remove", "flush_folders"])  # killed before the old one goes, and when it has gone
+def test_a_checkpoint_that_is_replaced_is_there_whenever_the_run_is_killed(tmp_path, monkeypatch, name):
+    target, module = save(tmp_path / "checkpoint-2", "old"), saving if name == "remove" else manifest
+    act = getattr(module, name)
+
+    def killed(folder):
+        if name == "remove":
+            act(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(target)
+    recover(tmp_path)
+    assert manifest.problems(target) == [] and (target / "a.txt").read_text() == ("new" if name == "remove" else "old")
 
 
 def full(*args):
