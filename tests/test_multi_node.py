@@ -34,7 +34,7 @@ def test_a_torchrun_on_every_node_meets_at_the_first_and_its_status_is_the_jobs(
     assert (
         printed.split()
         == (
-            "-m torch.distributed.run --nnodes 2 --nproc_per_node 4 --rdzv_id 12345 --rdzv_backend c10d "
+            "-m stanford_alpaca.launch --nnodes 2 --nproc_per_node 4 --rdzv_id 12345 --rdzv_backend c10d "
             "--rdzv_endpoint node7:22345 -m stanford_alpaca.train --mode emo"
         ).split()
     )
