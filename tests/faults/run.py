@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -81,6 +82,7 @@ def main() -> int:
     line = "{:32}{:>7}{:>7}{:>7}{:>9}"
     print(line.format("row", "cases", "held", "lost", "seconds"))
     table = []
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads shards
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
         folder = Path(options.keep or name)
         folder.mkdir(parents=True, exist_ok=True)
