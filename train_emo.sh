@@ -14,7 +14,8 @@
 #              ENGINE      none, ddp, fsdp, zero1, zero2, zero3 or zero3_offload (default: fsdp with several GPUs, else
 #                          none; ddp with several processes on a CPU)
 # Flags after MODE go to stanford_alpaca/train.py and win over the recipe's.
-# Exit status: 0 done, 2 a mistake, 3 what was saved is damaged or another run's, 75 stopped by a signal: run it again.
+# Exit status: 0 done, 2 a mistake, 3 what was saved is damaged or another run's, 75 stopped by a signal: run it again,
+# 128 + N a process was ended by signal N (9: out of memory?).
 # SIGKILL to this script alone leaves the training running.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -125,6 +126,8 @@ while kill -0 $TRAINING 2>/dev/null; do # wait ended with a signal, the training
     STATUS=0
     wait $TRAINING || STATUS=$?
 done
+STATUS=0
+wait $TRAINING || STATUS=$? # its own, where the signal's has taken its place
 trap - INT TERM HUP
 [ $STATUS -eq 0 ] || exit $STATUS
 

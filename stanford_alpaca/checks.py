@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from httpx import TransportError
 from huggingface_hub import HfApi
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
@@ -30,7 +31,8 @@ FROM_ZERO = (
     "dataloader_num_workers", "skip_nonfinite",
 )  # fmt: skip
 ABOVE_ZERO = (
-    "learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "sample_steps", "sample_max_new_tokens",
+    "learning_rate", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "sample_steps",
+    "sample_max_new_tokens",
 )  # fmt: skip
 
 
@@ -184,7 +186,11 @@ def check_hub(training: TrainingArguments) -> None:
     try:
         with quiet_hub():
             HfApi().whoami(token=training.hub_token)
-    except Exception as error:  # no token, a wrong one, no network
+    except TransportError as error:
+        raise UserError(
+            f"--push_to_hub: the hub cannot be reached ({first_line(error)}); try again, or drop the flag"
+        ) from None
+    except Exception as error:  # no token, a wrong one
         raise UserError(f"--push_to_hub: the hub does not know you ({first_line(error)}); run: hf auth login") from None
 
 

@@ -222,6 +222,11 @@ def leave_together(status: int = 0) -> None:
     """
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    leave_alone(status)
+
+
+def leave_alone(status: int) -> None:
+    """The same for one rank, whatever the others do."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -12,6 +13,8 @@ from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)S?$", re.IGNORECASE)  # of an environment variable
 SHORTEST = 8  # characters of a secret; shorter ones stand in other words
@@ -43,7 +46,10 @@ def exit_on_user_error(command: Callable[[], Any]) -> Any:
         return command()
     except UserError as error:
         if not is_main_process():  # the first rank to end takes the others down: let the first one speak, if it has this error
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
+        for bar in list(getattr(tqdm, "_instances", [])):  # which has not ended its line
+            bar.close()
         message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]  # a DataLoader's worker sends a traceback
         print(f"error: {' '.join(printable(message).split())}", file=sys.stderr, flush=True)
         sys.exit(error.status)

@@ -148,7 +148,7 @@ class Guard:
     def _advice(self, found: Found) -> str:
         if found["weights"]:
             return "go on from an earlier checkpoint, or begin again, with a lower --learning_rate"
-        if self.allowed:
+        if self.skipped >= self.allowed > 0:
             return f"the {self.allowed} of --skip_nonfinite are used up: lower --learning_rate, or look at the data"
         return "lower --learning_rate, look at the data, or allow --skip_nonfinite N steps"
 

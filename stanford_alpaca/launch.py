@@ -62,7 +62,11 @@ def main() -> None:
     try:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            memory = " (out of memory?)" if name == "SIGKILL" else ""
+            print(f"\nerror: rank {rank} was ended by {name}{memory}; --resume auto goes on", file=sys.stderr, flush=True)
         sys.exit(as_shell(failure.exitcode))
     except SignalException:
         sys.exit(ranks.status())

@@ -146,7 +146,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
     for name in [name for name in {**before, **now} if name not in free | {MADE_WITH, "data_path", "eval_path"}]:
         was, is_now = (record.get(name, usual.get(name)) for record in records)
         if was != is_now:
-            words = [str(record[name]) if record.get(name) is not None else "not given" for record in records]
+            words = ["not given" if value is None else str(value) for value in (was, is_now)]
             (rounding if name in rounds else flags).append(f"--{name} was {words[0]}, is {words[1]}")
     with_before, with_now = (record.get(MADE_WITH) or {} for record in records)
     for name in [name for name in {**with_before, **with_now} if name != "data"]:
@@ -164,7 +164,8 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
             for record, made in ((before, with_before), (now, with_now))
         )
         if old != new:
-            found.append(f"--{flag}: {', '.join(now.get(flag) or ['nothing'])} is not what it was")
+            was, is_now = (", ".join(record.get(flag) or ["not given"]) for record in records)
+            found.append(f"--{flag} was {was}, is {is_now}" if was != is_now else f"--{flag}: {is_now} has changed")
     return flags, contents, rounding
 
 

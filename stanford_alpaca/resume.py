@@ -97,7 +97,7 @@ def _from_none(output: Path, record: dict[str, Any]) -> Start:
     """From the beginning, in a folder that is new or this run's."""
     before = read_run(output)
     if before is not None:
-        _refuse(output, before, record)
+        _refuse(output, before, record, more="; it saved no checkpoint, so the folder may be deleted, too")
         return Start(record, None, [f"{output}: no checkpoint yet, training starts from the beginning"])
     if any(file.name not in OWN for file in output.iterdir()):
         raise UserError(f"--output_dir {output} is not empty, and no run of this command wrote to it; give another")
@@ -113,12 +113,12 @@ def _go_on(checkpoint: Path, record: dict[str, Any], strict: bool) -> Start:
     return Start(record, str(checkpoint), [f"going on from {checkpoint}", *noted])
 
 
-def _refuse(folder: Path, before: dict[str, Any], record: dict[str, Any], strict: bool = True) -> None:
+def _refuse(folder: Path, before: dict[str, Any], record: dict[str, Any], strict: bool = True, more: str = "") -> None:
     flags, contents, _ = changes(before, record)
     matters = [*(flags if strict else []), *contents]
     if matters:
         raise ResumeError(
-            f"{folder} is of another run: {'; '.join(matters)}; give the same command to go on, or another --output_dir"
+            f"{folder} is of another run: {'; '.join(matters)}; give the same command to go on, or another --output_dir{more}"
         )
 
 

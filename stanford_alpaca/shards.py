@@ -69,8 +69,8 @@ def not_finite(tensors: Iterable[Tensor], zero: Tensor) -> Tensor:
 
 
 def culprits(parts: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of what has NaN or Inf. Synchronises."""
-    return [name for name, part in parts if not bool(part.isfinite().all())]
+    """Names of what has NaN or Inf, or is too large for a norm. Synchronises."""
+    return [name for name, part in parts if bool(not_finite([part], torch.zeros((), device=part.device)))]
 
 
 def stand_before(optimizer: Any, may_update: Callable[[], bool]) -> None:

@@ -46,7 +46,13 @@ class StopRequest:
             sys.exit(Stopped.status)
         if not self.name:
             self.name, self._since = name, time.monotonic()
-            _say(1, f"{name}: stopping after this step (Ctrl-C: at once, without a checkpoint)")
+            _say(1, f"\n{name}: stopping after this step (Ctrl-C: at once, without a checkpoint)")
+
+
+def ignore_signals() -> None:
+    """From now on they change nothing."""
+    for number in _HANDLED:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _say(descriptor: int, line: str) -> None:

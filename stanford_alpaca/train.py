@@ -27,7 +27,7 @@ from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.formats import check_columns
 from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.data.sources import ExampleStream, Loading, check_sources, digest, load_source, mix, stream_sources
-from stanford_alpaca.engines import is_lost_rank, leave_together, peak_memory_mib
+from stanford_alpaca.engines import is_lost_rank, leave_alone, leave_together, peak_memory_mib
 from stanford_alpaca.errors import Stopped, UserError, exit_on_user_error, first_line, say
 from stanford_alpaca.fit import check_fit
 from stanford_alpaca.generate import read_prompts
@@ -37,7 +37,7 @@ from stanford_alpaca.model import load_tokenizer
 from stanford_alpaca.prepare import cache_costs, make_collator, make_model
 from stanford_alpaca.record import MADE_WITH, differences, write_card, write_run
 from stanford_alpaca.resume import Start, where_to_start
-from stanford_alpaca.signals import StopRequest
+from stanford_alpaca.signals import StopRequest, ignore_signals
 from stanford_alpaca.trainer import EmoTrainer
 from stanford_alpaca.turns import load_in_turn
 
@@ -206,7 +206,13 @@ def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:
 
 def main() -> None:
     """The command."""
-    status = exit_on_user_error(run_or_stop)
+    try:
+        status = exit_on_user_error(run_or_stop)
+    except SystemExit as end:
+        if torch.distributed.is_initialized() and isinstance(end.code, int):
+            leave_alone(end.code)
+        raise
+    ignore_signals()  # what is left is to end
     if torch.distributed.is_initialized():
         leave_together(status)
     sys.exit(status)
@@ -217,7 +223,7 @@ def run_or_stop() -> int:
     try:
         train(sys.argv[1:])
     except Stopped as stopped:  # all of them
-        say(str(stopped))
+        say(f"\n{stopped}")
         return Stopped.status
     except RuntimeError as error:  # gloo's and PyTorch's own
         meeting = isinstance(error, torch.distributed.DistError)  # rank 0 has ended before all knew one another

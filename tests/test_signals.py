@@ -48,7 +48,7 @@ def test_it_speaks_in_the_middle_of_a_line_that_is_written(stop, capfd, monkeypa
     stop.training = True
     monkeypatch.setattr("sys.stdout", Busy())
     signal.raise_signal(signal.SIGTERM)
-    assert capfd.readouterr().out.startswith("SIGTERM: stopping after this step")
+    assert capfd.readouterr().out.startswith("\nSIGTERM: stopping after this step")
 
 
 def test_a_data_loaders_process_leaves_it_to_its_parent(stop):

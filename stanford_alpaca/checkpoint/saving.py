@@ -106,7 +106,10 @@ def write_together(place: Path, world_size: int, write: Callable[[], Any]) -> No
         write()
     except (Exception, CheckpointException) as caught:
         error = caught
-    for rank, failure in enumerate(_gather(None if error is None else (_reason(error), _is_disk(error)), world_size)):
+    told = None if error is None else (_reason(error), _is_disk(error), isinstance(error, UserError))
+    for rank, failure in enumerate(_gather(told, world_size)):
+        if failure is not None and failure[2]:
+            raise error or UserError(failure[0])
         if failure is not None and (error is None or _is_io(error)):
             where = f" on rank {rank}" if world_size > 1 else ""
             advice = ": make room or mend the disk, and --resume auto goes on from there" if failure[1] else ""
