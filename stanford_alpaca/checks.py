@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import torch
-from httpx import TransportError
 from huggingface_hub import HfApi
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
@@ -186,12 +185,11 @@ def check_hub(training: TrainingArguments) -> None:
     try:
         with quiet_hub():
             HfApi().whoami(token=training.hub_token)
-    except TransportError as error:
-        raise UserError(
-            f"--push_to_hub: the hub cannot be reached ({first_line(error)}); try again, or drop the flag"
-        ) from None
-    except Exception as error:  # no token, a wrong one
-        raise UserError(f"--push_to_hub: the hub does not know you ({first_line(error)}); run: hf auth login") from None
+    except Exception as error:  # no token, a wrong one, no network
+        reason, advice = "the hub does not know you", "run: hf auth login"
+        if any(cls.__name__ == "TransportError" for cls in type(error).__mro__):  # of the library below the hub's
+            reason, advice = "the hub cannot be reached", "try again, or drop the flag"
+        raise UserError(f"--push_to_hub: {reason} ({first_line(error)}); {advice}") from None
 
 
 def check_data(data: DataArguments, training: TrainingArguments) -> None:
