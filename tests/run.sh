@@ -5,9 +5,8 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$ROOT/stanford_alpaca/ensure_env.sh"
 ensure_env requirements.txt tests/requirements.txt
 cd "$ROOT"
-# one more than cores: ranks of a test wait for one another a third of the time (nproc heeds that variable)
-WORKERS=${WORKERS:-$(($(env -u OMP_NUM_THREADS nproc) + 1))}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # none spinning
+WORKERS=${WORKERS:-$(env -u OMP_NUM_THREADS nproc)} # nproc heeds that variable
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # a worker a core, none spinning
 export PYTHON HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
