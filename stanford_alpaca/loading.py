@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import DistError
+from torch.distributed import DistError, is_initialized
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from stanford_alpaca.collectives import fresh_store
@@ -55,6 +55,8 @@ def share_from_rank_0(what: str, make: Callable[[], T] | None) -> T:
     Raises:
         UserError: on all ranks what ``make`` raised.
     """
+    if make is not None and not is_initialized():  # one process
+        return make()
     store = fresh_store(f"share {what}")
     if make is None:
         try:

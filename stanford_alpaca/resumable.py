@@ -135,10 +135,7 @@ class ResumableTrainer(Trainer):
                 raise ResumeError(f"{best}, the best checkpoint: {found[0]}; without --load_best_model_at_end the last is kept")
             refuse_code(best)
 
-        if self.args.world_size == 1:
-            verify()
-        else:
-            share_from_rank_0("best", verify if self.args.process_index == 0 else None)
+        share_from_rank_0("best", verify if self.args.process_index == 0 else None)
         if self.is_deepspeed_enabled:
             return super()._load_best_model()
         self._load_from_checkpoint(str(best))

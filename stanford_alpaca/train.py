@@ -109,7 +109,7 @@ def find_start(run: Run, leaving: contextlib.ExitStack) -> Start:
         leaving.enter_context(held(Path(str(args.output_dir))))
         return where_to_start(run)
 
-    start = find() if args.world_size == 1 else share_from_rank_0("start", find if args.process_index == 0 else None)
+    start = share_from_rank_0("start", find if args.process_index == 0 else None)
     args.resume_from_checkpoint = start.checkpoint
     return start
 
