@@ -25,7 +25,7 @@ class Settings(NamedTuple):
     pool: int | None
     seeds: list[Seed]
     score: str  # of ``SCORES``
-    batch_size: int = 16
+    batch_size: int | None = None
 
 
 def choose_examples(data: TaskData, settings: Settings, featurize: Featurize | None) -> Examples:

@@ -41,7 +41,7 @@ def run(
     pool: int | None = None,
     seeds: str = "0,1,2",
     score: str = "likelihood",
-    batch_size: int = 16,
+    batch_size: int | None = None,
     out: str | None = None,
     trust_remote_code: bool = False,
     **unknown: Any,
@@ -62,7 +62,7 @@ def run(
         pool: look for similar examples among so many training records, which each seed draws; else among all.
         seeds: of what is drawn, 0,1,2 by default. Accuracies are means over them, with the standard deviation.
         score: likelihood of what differs between the classes, given all before; or perplexity of the whole prompt.
-        batch_size: test items at a time.
+        batch_size: test items at a time; by default 512 tokens of them on a CPU, 4,096 on a GPU.
         out: a folder for predictions.jsonl and results.json; neither may exist.
         trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
     """
@@ -109,11 +109,11 @@ def _models(model_path: str | None) -> list[str]:
     return names
 
 
-def _settings(shots: int, retriever: str | None, pool: int | None, seeds: str, score: str, batch_size: int) -> Settings:
+def _settings(shots: int, retriever: str | None, pool: int | None, seeds: str, score: str, batch_size: int | None) -> Settings:
     """The settings of these flags. Raises UserError for a value that cannot be."""
     check_whole("shots", shots, 0)
     check_whole("pool", 1 if pool is None else pool, 1)
-    check_whole("batch_size", batch_size, 1)
+    check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
     for flag, word, known in (("retriever", retriever or SIMILAR[0], RETRIEVERS), ("score", score, SCORES)):
         if word not in known:
             raise UserError(
@@ -178,7 +178,7 @@ def _predict_all(
     rows: Rows = {name: [] for name in models}
     for name in models:
         model, tokenizer = load_for_generation(name, remote_code)
-        own = means_of(model, tokenizer, settings.batch_size)
+        own = means_of(model, tokenizer)
         for data in sets:
             examples = shared.get(data.task.name) or choose_examples(data, settings, own)
             rows[name] += predict(model, tokenizer, data, examples, settings)

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.errors import UserError, first_line, quiet_hub
 from stanford_alpaca.evaluation.prompting import encode
+from stanford_alpaca.evaluation.scoring import batches
 
 SIMILAR = ("sentence", "tfidf", "bm25", "model")  # they compare texts; those below draw
 RETRIEVERS = (*SIMILAR, "random", "fixed")
 ENCODER = "sentence-transformers/all-mpnet-base-v2"
 ROWS = 256  # test items that are compared with the whole training set at a time
+TOKENS = 4096  # of a batch of texts
 
 Features = Any  # [N, D] of texts, an array or a sparse one: the similarity of two texts is the product of their rows
 Featurize = Callable[[list[str], list[str]], tuple[Features, Features]]  # training texts, test texts
@@ -83,17 +85,15 @@ def load_encoder(name: str) -> Featurize:
     return lambda train, test: (features(train), features(test))
 
 
-def means_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Featurize:
+def means_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Featurize:
     """The evaluated model's own embeddings: the mean over a text's tokens of its last hidden states, of unit length."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @torch.inference_mode()
     def features(texts: list[str]) -> np.ndarray:
         rows = [row[:positions] or [tokenizer.eos_token_id] for row in encode(tokenizer, texts)]
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         means = [np.empty(0)] * len(rows)
-        for start in tqdm(range(0, len(order), batch_size), desc="Embedding"):
-            batch = order[start : start + batch_size]
+        for batch in tqdm(list(batches([*map(len, rows)], None, TOKENS)), desc="Embedding"):
             longest = len(rows[batch[0]])
             ids = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in batch], device=model.device)
             mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch], device=model.device)

@@ -6,7 +6,7 @@
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from stanford_alpaca.token_stats.reference import logits_of
 
 ROWS = 1024  # tokens whose logits are held at a time
 STEM = 16  # tokens that all items share, from which on they are computed once
+TOKENS = {"cpu": 512, "cuda": 4096}  # of a batch's contexts: no more fit a core's cache, or the cache of a 7B model into memory
 
 Scores = list[list[float]]  # of every item and class
 
@@ -41,19 +42,28 @@ def plain(model: PreTrainedModel, choices: list[Choices], whole: bool = False) -
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, choices: list[Choices], batch_size: int = 16, whole: bool = False, name: str = "") -> Scores:
-    """``plain(model, choices, whole)``, fast: ``batch_size`` items at a time, the longest first; a bar of this name."""
+def score(
+    model: PreTrainedModel, choices: list[Choices], batch_size: int | None = None, whole: bool = False, name: str = ""
+) -> Scores:
+    """``plain(model, choices, whole)``, fast. ``batch_size`` items at a time, by default by ``TOKENS``; a bar of this name."""
     model.eval()
-    order = sorted(range(len(choices)), key=lambda i: -len(choices[i].context))
     take = choose_way(model, choices, whole)
     scores: Scores = [[] for _ in choices]
     with tqdm(total=sum(len(item.endings) for item in choices), desc=name, unit=" prompts") as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in batches([len(item.context) for item in choices], batch_size, TOKENS.get(model.device.type, 4096)):
             for i, found in zip(rows, take([choices[i] for i in rows]), strict=True):
                 scores[i] = found
                 bar.update(len(found))
     return scores
+
+
+def batches(lengths: list[int], batch_size: int | None, tokens: int) -> Iterator[list[int]]:
+    """Indices of items of similar lengths, the longest first: ``batch_size`` of them, or what ``tokens`` hold with padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        count = batch_size or max(1, tokens // max(1, lengths[order[0]]))
+        yield order[:count]
+        order = order[count:]
 
 
 def choose_way(model: PreTrainedModel, choices: list[Choices], whole: bool) -> Callable[[list[Choices]], Scores]:
