@@ -69,7 +69,8 @@ def batches(lengths: list[int], batch_size: int | None, tokens: int) -> Iterator
 def choose_way(model: PreTrainedModel, choices: list[Choices], whole: bool) -> Callable[[list[Choices]], Scores]:
     """The fastest way that scores the longest and the shortest item together as ``plain`` does. Says what does not work."""
     lengths = [len(item.context) for item in choices]
-    sample = [choices[lengths.index(max(lengths))], choices[lengths.index(min(lengths))]]
+    extremes = [choices[lengths.index(pick(lengths))] for pick in (max, min)]
+    sample = [item._replace(endings=[item.endings[0], max(item.endings, key=len)]) for item in extremes]
     want = torch.tensor(plain(model, sample, whole), dtype=torch.float64)
     scorer = Scorer(model, whole)
     stem = common_start([item.context for item in choices])[: min(lengths) - 1]

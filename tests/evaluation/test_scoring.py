@@ -69,10 +69,12 @@ def test_what_a_model_cannot_do_is_found_and_said(make_model, monkeypatch, capsy
     window = make_model("mistral", sliding_window=8, initializer_range=0.3)  # padding behind the stem moves its window
     assert furthest(score(window, choices), plain(window, choices)) < 1e-4
     llama = make_model("llama", initializer_range=0.3)
-    monkeypatch.setattr(Scorer, "shared", lambda self, batch, stem=[]: [[0.0] * 3 for _ in batch])
-    monkeypatch.setattr(Scorer, "padded", lambda self, batch: [[float("nan")] * 3 for _ in batch])
+    monkeypatch.setattr(Scorer, "shared", lambda self, batch, *stem: [[0.0] * len(item.endings) for item in batch])
+    monkeypatch.setattr(Scorer, "padded", lambda self, batch: [[float("nan")] * len(item.endings) for item in batch])
     assert choose_way(llama, choices, False)(choices) == plain(llama, choices)
-    assert "batching does not work here (log-likelihoods move by nan)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "MistralForCausalLM: sharing what all items share does not" in said
+    assert "LlamaForCausalLM: batching does not work here (log-likelihoods move by nan)" in said
 
 
 def test_an_output_layer_that_is_not_recognised_gives_the_models_own_logits(make_model, monkeypatch):
