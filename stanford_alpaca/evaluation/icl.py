@@ -62,7 +62,7 @@ def run(
         pool: look for similar examples among so many training records, which each seed draws; else among all.
         seeds: of what is drawn, 0,1,2 by default. Accuracies are means over them, with the standard deviation.
         score: likelihood of what differs between the classes, given all before; or perplexity of the whole prompt.
-        batch_size: test items at a time; by default 512 tokens of them on a CPU, 4,096 on a GPU.
+        batch_size: test items at a time; by default 768 tokens of them on a CPU, 4,096 on a GPU.
         out: a folder for predictions.jsonl and results.json; neither may exist.
         trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
     """
@@ -177,7 +177,7 @@ def _predict_all(
         shared = {data.task.name: choose_examples(data, settings, featurize) for data in sets}
     rows: Rows = {name: [] for name in models}
     for name in models:
-        model, tokenizer = load_for_generation(name, remote_code)
+        model, tokenizer = load_for_generation(name, remote_code, may_grow=False)  # a new token would take probability
         own = means_of(model, tokenizer)
         for data in sets:
             examples = shared.get(data.task.name) or choose_examples(data, settings, own)

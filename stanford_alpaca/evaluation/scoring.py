@@ -22,7 +22,7 @@ from stanford_alpaca.token_stats.reference import logits_of
 
 ROWS = 1024  # tokens whose logits are held at a time
 STEM = 16  # tokens that all items share, from which on they are computed once
-TOKENS = {"cpu": 512, "cuda": 4096}  # of a batch's contexts: no more fit a core's cache, or the cache of a 7B model into memory
+TOKENS = {"cpu": 768, "cuda": 4096}  # of a batch's contexts: what a core's cache holds; what the cache of a 7B model takes
 
 Scores = list[list[float]]  # of every item and class
 

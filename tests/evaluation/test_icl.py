@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.icl import join_models, run
-from stanford_alpaca.evaluation.prompting import Choices
+from stanford_alpaca.evaluation.prompting import Choices, split
 from stanford_alpaca.evaluation.scoring import plain
 from stanford_alpaca.generate import load_for_generation
 from tests.helpers import refusal
@@ -102,13 +102,19 @@ def run_script(script: Path, flags: list[str], printed: Path) -> None:
 def test_two_models_from_the_top_level(root, folder, base, make_model, tmp_path):
     other = tmp_path / "other"
     make_model("gpt2", vocab_size=2048, positions=256).save_pretrained(other)
-    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    tokenizer = AutoTokenizer.from_pretrained(base, pad_token=None)
+    tokenizer.save_pretrained(other)
     flags = ["--model_path", base, f"--model_path={other}", "--data_dir", folder, "--shots=2", "--retriever", "random",
              "--seeds", "0,1", "--out", str(tmp_path / "out")]  # fmt: skip
     run_ranks(1, run_script, root / "icl.py", flags, tmp_path / "printed", launched=False)
     results, rows = results_of(tmp_path / "out")
     assert [row["model"] for row in rows] == [base] * 10 + [str(other)] * 10
     assert [row["examples"] for row in rows[:10]] == [row["examples"] for row in rows[10:]]
+    shots = [written(results["tasks"]["rt"], *TRAIN["rt"][i]) for i in rows[10]["examples"]]
+    texts = ["\n\n".join([*shots, written(results["tasks"]["rt"], "great film", label)]) for label in (0, 1)]
+    context, endings = split(tokenizer(texts)["input_ids"], 0)
+    (want,) = plain(AutoModelForCausalLM.from_pretrained(other), [Choices(context, endings, [])])
+    assert rows[10]["scores"] == pytest.approx(want, abs=1e-5)  # no pad token that would take probability
     compared = results[f"against {base}"][str(other)]
     accuracy = {name: results["accuracy"][name]["rt"] for name in (base, str(other))}
     assert compared["rt"]["mean"] == pytest.approx(np.mean(accuracy[str(other)]) - np.mean(accuracy[base]))
