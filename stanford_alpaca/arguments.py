@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.utils.import_utils import is_torch_tf32_available
 
 from stanford_alpaca.cost import COST_KINDS
 from stanford_alpaca.cost_sharding import COST_SHARDINGS
+from stanford_alpaca.data.documents import DOCUMENTS
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.tokenize import TEMPLATES
 from stanford_alpaca.engines import ENGINES, engine_flags
@@ -66,6 +68,18 @@ class DataArguments:
     )
     padding_free: bool = field(
         default=False, metadata={"help": "The examples of a micro-batch in one row without padding, best with FlashAttention."}
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Cuts running text into blocks of so many tokens, which take the place of --model_max_length."},
+    )
+    documents: str = choice(
+        *DOCUMENTS, default="auto",
+        help="With --block_size: what begins a document, behind which an end-of-sequence token stands; see the README.",
+    )  # fmt: skip
+    max_sentences: int | None = field(
+        default=None,
+        metadata={"help": "With --block_size: only the first lines (rows) of each --data_path that are not blank; 0: all."},
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
@@ -212,9 +226,13 @@ class _Parser(HfArgumentParser):
         raise UserError(message)
 
 
-def parse(argv: list[str]) -> Run:
-    """The arguments of a run. Raises UserError for anything argparse or Hugging Face rejects."""
+def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
+    """The arguments of a run, those of the recipe where they are not given.
+
+    Raises UserError for anything argparse or Hugging Face rejects.
+    """
     argv, made_with = with_config(argv)
+    argv = [*_not_given(recipe or {}, argv), *argv]
     keep_secret(*(value for flag in split(argv) if flag.name in SECRET for value in flag.values))
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
     classes = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments, TrainingArguments)
@@ -266,9 +284,13 @@ def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     if not isinstance(values, dict):
         raise UserError(f"--config {name}: wanted a line 'flag: value' for each flag")
     made_with = values.pop(MADE_WITH, {})
-    given = {token[2:].partition("=")[0].replace("-", "_") for token in rest if token.startswith("--")}
-    tokens = [text for flag, value in values.items() if flag not in given for text in _tokens(str(flag), value)]
-    return tokens + rest, made_with if isinstance(made_with, dict) else {}
+    return _not_given(values, rest) + rest, made_with if isinstance(made_with, dict) else {}
+
+
+def _not_given(values: Mapping[str, Any], argv: list[str]) -> list[str]:
+    """The command line of those flags that another one does not have."""
+    given = {token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")}
+    return [text for flag, value in values.items() if flag not in given for text in _tokens(str(flag), value)]
 
 
 def _tokens(flag: str, value: Any) -> list[str]:

@@ -204,6 +204,7 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
         raise UserError(f"--data_weights {weights}: give a number above 0 for each of the {len(data.data_path)} --data_path")
     if data.shuffle_buffer < 1:
         raise UserError(f"--shuffle_buffer {data.shuffle_buffer}: give 1 (not shuffled) or more")
+    check_blocks(data, training)
     if data.streaming:
         if training.max_steps <= 0:
             raise UserError("--streaming needs --max_steps: a stream has no length to count epochs by")
@@ -212,6 +213,22 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
         if data.packing or training.balance_lengths:
             raise UserError("--streaming and --packing or --balance_lengths exclude each other: a stream's lengths are unknown")
         training.accelerator_config.dispatch_batches = False  # every rank reads the stream and takes its part
+
+
+def check_blocks(data: DataArguments, training: TrainingArguments) -> None:
+    """Blocks that can be cut, whose size is then the length that the model has to take."""
+    if data.block_size is None:
+        if data.max_sentences is not None or data.documents != "auto":
+            raise UserError("--max_sentences and --documents are about running text: they need --block_size")
+        return
+    if data.block_size < 2:
+        raise UserError(f"--block_size {data.block_size}: give 2 or more")
+    if data.max_sentences is not None and data.max_sentences < 0:
+        raise UserError(f"--max_sentences {data.max_sentences}: give 1 or more, or 0 for all")
+    for flag in ("streaming", "packing", "padding_free"):
+        if getattr(data, flag):
+            raise UserError(f"--block_size and --{flag} exclude each other: drop one")
+    training.model_max_length = data.block_size
 
 
 def check_output(training: TrainingArguments) -> None:

@@ -26,6 +26,7 @@ LAYERS = [
     {"checks", "record", "prepare"},
     {"resume"},
     {"train", "launch", "preflight"},
+    {"continual"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
