@@ -45,10 +45,12 @@ def test_auto_without_titles_a_text_file_is_a_document_and_a_row_is_one(tmp_path
 
 
 def test_the_first_sentences_are_lines_that_are_not_blank_over_all_files(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
     for name, text in (("a", "1\n\n2\n"), ("b", "3\n4\n")):
-        (tmp_path / f"{name}.txt").write_text(text)
-    assert texts(tmp_path, tmp_path, documents="row", max_sentences=3) == ["1", "2", "3"]
-    assert texts(tmp_path, tmp_path, documents="file", max_sentences=1) == ["1"]
+        (folder / f"{name}.txt").write_text(text)
+    assert texts(folder, tmp_path, documents="row", max_sentences=3) == ["1", "2", "3"]
+    assert texts(folder, tmp_path, documents="file", max_sentences=1) == ["1"]
 
 
 def test_gzipped_records_and_damaged_ones(tmp_path):
