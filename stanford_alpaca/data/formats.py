@@ -126,7 +126,7 @@ def load_records(
         digest = digest_of(files, contents=not streaming)
         rows: Callable = _file_rows
         names = [str(file) for file in files]  # a list would be read a file at a time, each from a count of its own
-        source = {
+        source: dict[str, Any] = {
             "files": names if max_sentences is None else tuple(names),
             "digest": f"{VERSION} {digest}",
             "whole_lists": not streaming,
