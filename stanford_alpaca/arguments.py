@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from transformers import HfArgumentParser
+from peft import PeftModel
+from transformers import HfArgumentParser, PreTrainedModel
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from stanford_alpaca.cost import COST_KINDS
@@ -22,6 +23,7 @@ from stanford_alpaca.engines import ENGINES, engine_flags
 from stanford_alpaca.errors import UserError, first_line, keep_secret, nearest
 from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.losses.linear import BACKENDS
+from stanford_alpaca.model import LORA_EMBEDDINGS, add_lora
 from stanford_alpaca.old_flags import read_fsdp_config, split, translate
 
 MADE_WITH = "made_with"  # the part of a run.yaml that is no flag
@@ -135,6 +137,23 @@ class LoraArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of linear layers; by default all but the output layer."}
     )
+    lora_embeddings: str = choice(
+        *LORA_EMBEDDINGS,
+        default="frozen",
+        help="Embedding and output layer: lora gives them an adapter, full trains them whole.",
+    )
+    qlora: bool = field(
+        default=False, metadata={"help": "--lora beside weights in 4 bits (bitsandbytes' NF4, double quantization)."}
+    )
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether tokens that are added get rows that are trained."""
+        return not self.lora or self.lora_embeddings == "full"
+
+    def adapt(self, model: PreTrainedModel) -> PeftModel:
+        """The model with the adapter that these flags ask for. Raises UserError for one that cannot be had."""
+        return add_lora(model, self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules, self.lora_embeddings)
 
 
 @dataclass

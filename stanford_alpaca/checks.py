@@ -1,5 +1,6 @@
 """What can be found out about a run before anything is loaded or written."""
 
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -46,7 +47,7 @@ def check(run: Run) -> None:
     check_training(training, has_eval=data.eval_path is not None or data.eval_fraction is not None)
     check_objective(model, run.objective)
     check_cost_sharding(run)
-    check_lora(model, run.lora)
+    check_lora(model, run.lora, training)
     check_model(
         model.model_name_or_path, training.cache_dir, remote_code=model.trust_remote_code, weights=not model.from_config
     )
@@ -142,12 +143,19 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
         raise UserError(f"--teacher_top_k {model.teacher_top_k}: give 1 or more")
 
 
-def check_lora(model: ModelArguments, lora: LoraArguments) -> None:
+def check_lora(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> None:
     """An adapter that can be made of its flags, beside weights that are worth keeping."""
     if not lora.lora:
-        if lora.lora_target_modules:
-            raise UserError("--lora_target_modules needs --lora")
+        for name, given in (("lora_target_modules", lora.lora_target_modules), ("qlora", lora.qlora)):
+            if given:
+                raise UserError(f"--{name} needs --lora")
         return
+    if lora.qlora:
+        zero = getattr(training, "hf_deepspeed_config", None)
+        if training.fsdp or (zero is not None and zero.is_zero3()):
+            raise UserError("--qlora: weights in 4 bits are not sharded here; choose --engine ddp, zero1 or zero2, or none")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError("--qlora needs bitsandbytes: pip install bitsandbytes, or drop the flag")
     if model.from_config:
         raise UserError("--lora and --from_config exclude each other: an adapter of random weights is of no use")
     for name in ("lora_r", "lora_alpha"):

@@ -9,7 +9,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from stanford_alpaca.errors import UserError, first_line, quiet_hub, say
-from stanford_alpaca.model import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model
+from stanford_alpaca.model import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model, grow_for_adapter
 
 
 def check_model(
@@ -78,6 +78,7 @@ def check_adapter(path: str, cache_dir: str | None = None, *, remote_code: bool 
         with safe_open(folder / ADAPTER_SAFE_WEIGHTS_NAME, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, no dict
         model = empty_model(base, cache_dir, remote_code=remote_code)
+        grow_for_adapter(model, path)
         rows = model.get_input_embeddings().weight.shape[0]
         wanted = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
     except UserError:

@@ -128,7 +128,7 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
     tokenizer = load_tokenizer(
         run.model.model_name_or_path, args.model_max_length, args.cache_dir,
-        may_grow=not run.lora.lora, remote_code=run.model.trust_remote_code, tell=say,
+        may_grow=run.lora.may_grow, remote_code=run.model.trust_remote_code, tell=say,
     )  # fmt: skip
     check_fit(run, tokenizer, prompts)
     train_examples, eval_examples = load_in_turn(
