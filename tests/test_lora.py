@@ -9,7 +9,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.checkpoint.export import export
@@ -248,6 +248,38 @@ def test_trained_embeddings_and_added_tokens_go_through_files(arguments, tmp_pat
         torch.testing.assert_close(tensor, adapter[name], rtol=1e-4, atol=1e-6)
 
 
+def test_four_bits_are_what_is_trained_beside(make_model, arguments, tmp_path, root):
+    pytest.importorskip("bitsandbytes", reason="--qlora needs bitsandbytes, which is not installed")
+    base = tmp_path / "base"  # of a width that bitsandbytes' blocks divide
+    make_model("llama", vocab_size=2048, hidden_size=64, intermediate_size=128, initializer_range=0.2).save_pretrained(base)
+    AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(base)
+    settings = {
+        "model_name_or_path": base,
+        "eval_path": tmp_path / "held.json",
+        "model_max_length": 128,
+        "learning_rate": 1e-12,
+    }
+    train(arguments("--lora", "--qlora", **settings))
+    examples, _ = tokenize_records(
+        load_records(str(tmp_path / "held.json"), str(tmp_path / "cache")), AutoTokenizer.from_pretrained(base), 128
+    )
+
+    def nll_of(model) -> float:
+        losses = [model(torch.tensor([e["input_ids"]]), labels=torch.tensor([e["labels"]])).loss.item() for e in examples]
+        counts = [sum(label != -100 for label in e["labels"][1:]) for e in examples]
+        return sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts)
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    config.bnb_4bit_compute_dtype = torch.float32
+    four, whole = (
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=c) for c in (config, None)
+    )
+    logged = evaluations(tmp_path / "out")[-1]["eval_nll"]
+    assert logged == pytest.approx(nll_of(four), rel=1e-4) and abs(logged - nll_of(whole)) > 1e-3
+    adapter = adapter_of(tmp_path / "out")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32} and len(adapter) == 28
+
+
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
@@ -259,6 +291,8 @@ def test_trained_embeddings_and_added_tokens_go_through_files(arguments, tmp_pat
         ({"lora_target_modules": "q_prj"}, ["--lora"], "no linear layer .* did you mean q_proj"),
         ({"lora_target_modules": "lm_head"}, ["--lora"], "lm_head: no linear layer that can have an adapter"),
         ({"lora_target_modules": "embed_tokens"}, ["--lora"], "embed_tokens: no linear layer"),
+        ({"lora_embeddings": "some"}, ["--lora"], "invalid choice: 'some'"),
+        ({"engine": "fsdp"}, ["--lora", "--qlora"], "--fsdp needs a launcher|--qlora: weights in 4 bits are not sharded here"),
         ({"mode": "mle"}, ["--lora", "--from_config"], "--lora and --from_config exclude each other"),
     ],
     ids=str,
