@@ -93,7 +93,7 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
         model_args.model_name_or_path, training.cache_dir,
         from_config=model_args.from_config, attn_implementation=model_args.attn_implementation,
         remote_code=model_args.trust_remote_code,
-        **four_bits(run),
+        **precision(run),
     )  # fmt: skip
     fit_vocabulary(model, tokenizer)
     stops = stop_ids(tokenizer)
@@ -111,14 +111,14 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
     return adapted
 
 
-def four_bits(run: Run) -> dict[str, Any]:
-    """What --qlora has ``load_model`` do: linear layers but the output in 4 bits, computed in what the others are in.
+def precision(run: Run) -> dict[str, Any]:
+    """How ``load_model`` keeps the weights: float32 masters; of LoRA, which trains none of them, what --bf16 computes with.
 
-    Source: QLoRA, arXiv 2305.14314.
+    With --qlora linear layers but the output are in 4 bits (QLoRA, arXiv 2305.14314).
     """
+    dtype = torch.bfloat16 if run.lora.lora and run.training.bf16 else torch.float32
     if not run.lora.qlora:
-        return {}
-    dtype = torch.bfloat16 if run.training.bf16 else torch.float32
+        return {"dtype": dtype}
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
