@@ -1,5 +1,6 @@
 """Whether a model can be loaded, and whose code would run: found out before anything large is read."""
 
+import re
 from pathlib import Path
 
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
@@ -10,6 +11,9 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from stanford_alpaca.errors import UserError, first_line, quiet_hub, say
 from stanford_alpaca.model import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model
+
+WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)")  # peft's
+SIZED = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}  # tensors of an embedding, and their axis of tokens
 
 
 def check_model(
@@ -98,10 +102,10 @@ def check_adapter(
         with safe_open(Path(path) / ADAPTER_SAFE_WEIGHTS_NAME, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, no dict
         model = empty_model(base, cache_dir, remote_code=remote_code)
+        own = set(model.state_dict())
         rows = fitting = model.get_input_embeddings().weight.shape[0]
         if tokens and (fitting := max(rows, _rows_of(model, shapes) or tokens)) > rows:
             model.resize_token_embeddings(fitting, mean_resizing=False)
-        own = set(model.state_dict())
         wanted = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
     except UserError:
         raise
@@ -113,8 +117,8 @@ def check_adapter(
         if name not in shapes or list(tensor.shape) != list(shapes[name]):
             has = list(shapes[name]) if name in shapes else "missing"
             raise UserError(f"{other}: {name} is {has}, wanted {list(tensor.shape)}; {mend}")
-    for name in shapes.keys() - wanted.keys():  # may hold the base's embedding, too
-        if name.removeprefix("base_model.model.").replace(".base_layer.", ".") not in own:
+    for name in sorted(shapes.keys() - wanted.keys()):
+        if _base_name(name) not in own:  # peft saves copies of the base's embedding beside its own tensors
             raise UserError(f"{other}: it has no layer for {name}; {mend}")
     return fitting
 
@@ -123,6 +127,11 @@ def _rows_of(model: PreTrainedModel, shapes: dict[str, list[int]]) -> int:
     """Of how many tokens the adapter itself has rows of the embedding or the output layer; 0 if of none."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if module in layers]
-    axes = {"weight": 0, "base_layer.weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}
-    keys = [(f"base_model.model.{name}.{part}", axis) for name in names for part, axis in axes.items()]
-    return max((shapes[key][axis] for key, axis in keys if key in shapes), default=0)
+    axes = {f"{name}.{part}": axis for name in names for part, axis in SIZED.items()}
+    sizes = ((_base_name(key), shape) for key, shape in shapes.items())
+    return max((shape[axes[key]] for key, shape in sizes if key in axes), default=0)
+
+
+def _base_name(key: str) -> str:
+    """The name in the base of a tensor that peft saved, if it is one of the base's: without what stands around modules."""
+    return WRAPPERS.sub("", key.removeprefix("base_model.model."))

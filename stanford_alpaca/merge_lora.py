@@ -64,7 +64,6 @@ def run(
         raise UserError(f"{target} is not an empty folder; give another")
     check_writable("output", target)
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
     warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks by the old name
     found = find_adapter(adapter, cache_dir)
     found_base = find_base(found, base, cache_dir, remote_code=trust_remote_code)
@@ -107,11 +106,10 @@ def merge(
         history = [*merged_into(base), adapter.sha256]
         manifest.write_whole(part / MERGED, json.dumps({"merged_from": about, "adapters": history}, indent=1) + "\n")
         manifest.write(part, manifest.entries_of(part, manifest.list_files(part), flush=True), {"step": 0})
-    layers, whole = about["layers"], about["replaced"]
-    also = f" and {', '.join(whole)} replaced" if whole else ""
+    where = ", ".join([f"{about['layers']} layers", *about["modules"]])
     rounded = f" ({about['logits_differ_written']:.1g} in {about['dtype']})" if written != torch.float32 else ""
     return (
-        f"merged {adapter.size} into {layers} layers{also} of {base}; logits of up to {about['logits_scale']:.2g} differ by at "
+        f"merged {adapter.size} into {where} of {base}; logits of up to {about['logits_scale']:.2g} differ by at "
         f"most {about['logits_differ']:.1g}{rounded}; saved the {about['dtype']} model to {out}"
     )
 
@@ -123,6 +121,8 @@ def load_float32(base: str, cache_dir: str | None, remote_code: bool) -> PreTrai
         return load_model(base, cache_dir, remote_code=remote_code).eval()
     try:
         model = load_model(base, cache_dir, remote_code=remote_code, device_map="cpu").dequantize(torch.float32)
+        model._weight_conversions = None  # how it was read, which is not how a plain model is written
+        vars(model).pop("hf_device_map", None)
         say(f"{base}: its quantized weights are written out in full")
         return model.float().eval()  # what was not quantized has kept its dtype
     except UserError as error:
@@ -151,10 +151,12 @@ def merge_weights(model: PreTrainedModel, adapter: Adapter) -> tuple[PreTrainedM
         ids = probe_ids(pair[0].weight.shape[0])
         before = adapted(input_ids=ids, use_cache=False).logits
         modules = dict(adapted.named_modules())
-        layers = [module for module in modules.values() if isinstance(module, BaseTunerLayer)]
+        whole = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
+        inside = tuple(f"{name}." for name in whole)
+        layers = [m for name, m in modules.items() if isinstance(m, BaseTunerLayer) and not name.startswith(inside)]
         about = {
             "layers": len(layers),
-            "replaced": sorted({n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, AuxiliaryTrainingWrapper)}),
+            "modules": sorted(name.rpartition(".")[2] for name in whole),
             "scaling": sorted({value for layer in layers for value in getattr(layer, "scaling", {}).values()}),
         }
         untied = tied and pair != (model.get_input_embeddings(), model.get_output_embeddings())
@@ -224,6 +226,7 @@ def compare_written(folder: Path, want: Tensor, dtype: torch.dtype, remote_code:
 
 def main() -> None:
     """The command."""
+    logging.set_verbosity_error()
     exit_on_user_error(lambda: fire.Fire(run))
 
 

@@ -128,14 +128,14 @@ def empty_model(
 
 
 @torch.no_grad()
-def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int = 0) -> int:
-    """Grows the embeddings to the tokenizer's size (or ``rows``), new rows the mean of the old; never shrinks padded ones.
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
+    """Grows the embeddings to ``rows``, by default the tokenizer's size, new ones the mean of the old; never shrinks them.
 
     Returns:
         The number of rows added. Also sets the model's pad and end-of-sequence ids.
     """
     old = model.get_input_embeddings().weight.shape[0]
-    added = max(0, len(tokenizer) - old, rows - old)
+    added = max(0, (len(tokenizer) if rows is None else rows) - old)
     if added:
         model.resize_token_embeddings(old + added, mean_resizing=False)
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
