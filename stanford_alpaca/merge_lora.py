@@ -218,7 +218,9 @@ def compare_written(folder: Path, want: Tensor, dtype: torch.dtype, remote_code:
     logits = model.eval()(input_ids=probe_ids(rows), use_cache=False).logits[..., :rows]
     difference, scale = (logits.float() - want).abs().max().item(), want.abs().max().item()
     if not difference < float("inf"):
-        raise UserError(f"in {dtype} the merged model's logits are not finite; give --dtype bfloat16 or float32")
+        raise UserError(
+            f"in {str(dtype).removeprefix('torch.')} the merged model's logits are not finite; give --dtype bfloat16 or float32"
+        )
     if dtype == torch.float32 and difference > TOLERANCE * scale:
         raise UserError(f"read again, its logits differ by {difference:.2g} (of {scale:.2g}); nothing is written")
     return difference

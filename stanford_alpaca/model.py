@@ -144,6 +144,10 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
         config.pad_token_id = tokenizer.pad_token_id
         if config.eos_token_id is None:
             config.eos_token_id = tokenizer.eos_token_id
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature without do_sample: published so, and not saved again once a field has changed
+        model.generation_config.do_sample = True
     return added
 
 

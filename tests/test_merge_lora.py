@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from stanford_alpaca import merge_lora
@@ -228,6 +229,11 @@ def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(make_base, tmp
     pickled = changed("pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     assert "adapter_model.bin is a pickle" in refused(pickled, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2**30, 2**30, 2**10))
+        assert "the merged model needs 1 MiB, and 0 MiB are free; make room, or write a smaller --dtype" in refused(
+            adapter, out
+        )
     (tmp_path / "out.part").mkdir()
     with pytest.raises(UserError, match=r"out\.part: left by a command that did not end"):
         merge_lora.run(str(adapter), str(out))
@@ -242,17 +248,23 @@ def test_merging_twice_is_refused(make_base, tmp_path, capsys, monkeypatch):
     assert status == 2 and f"{out}: already has {adapter} in it (merge.json)" in line
 
 
-def test_other_logits_after_merging_are_refused(make_base, tmp_path, monkeypatch):
+def test_other_logits_after_merging_or_writing_are_refused(make_base, tmp_path, monkeypatch):
     base, adapter = make_base(), tmp_path / "adapter"
     make_adapter(base, adapter)
-    monkeypatch.setattr(LoraModel, "merge_and_unload", LoraModel.unload)
-    with pytest.raises(UserError, match=r"merged, its logits differ by .*; nothing is written"):
-        merge_lora.run(str(adapter), str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraModel, "merge_and_unload", LoraModel.unload)
+        with pytest.raises(UserError, match=r"merged, its logits differ by .*; nothing is written"):
+            merge_lora.run(str(adapter), str(tmp_path / "out"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: 1e5 * tensor for name, tensor in weights.items()}, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"in float16 the merged model's logits are not finite; give --dtype bfloat16"):
+        merge_lora.run(str(adapter), str(tmp_path / "out"), dtype="float16")
     assert sorted(place.name for place in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_the_script(make_base, tmp_path, root):
     base, adapter, out = make_base(), tmp_path / "adapter", tmp_path / "out"
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 2}')  # which is saved after no change
     want = make_adapter(base, adapter)
     environment = {**os.environ, "PYTHON": sys.executable}
     command = ["bash", str(root / "merge.sh"), str(adapter), str(out), "--dtype", "bfloat16"]
@@ -261,6 +273,7 @@ def test_the_script(make_base, tmp_path, root):
     assert f"merged r 4, alpha 8 into 14 layers of {base};" in done.stdout
     model = load(out)
     assert model.dtype == torch.bfloat16
+    assert (model.generation_config.temperature, model.generation_config.do_sample) == (0.6, True)
     torch.testing.assert_close(model(IDS).logits.float(), want, rtol=0, atol=0.05 * want.abs().max().item())
     about = json.loads((out / "merge.json").read_text())
     merged = about["merged_from"]
