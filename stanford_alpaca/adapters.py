@@ -41,7 +41,7 @@ class Adapter:
     def size(self) -> str:
         """What it is, in words."""
         if self.kind != "LORA":
-            return f"a {self.kind} adapter"
+            return self.kind
         return f"r {self.config.r}, alpha {self.config.lora_alpha:g}"
 
 

@@ -99,6 +99,8 @@ def check_adapter(
         base = base or str(base_of(path))
         check_model(base, cache_dir, remote_code=remote_code)
         config = PeftConfig.from_pretrained(path)
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # others decompose the weights, which are not read here
         with safe_open(Path(path) / ADAPTER_SAFE_WEIGHTS_NAME, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, no dict
         model = empty_model(base, cache_dir, remote_code=remote_code)

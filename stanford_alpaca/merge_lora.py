@@ -106,7 +106,7 @@ def merge(
         history = [*merged_into(base), adapter.sha256]
         manifest.write_whole(part / MERGED, json.dumps({"merged_from": about, "adapters": history}, indent=1) + "\n")
         manifest.write(part, manifest.entries_of(part, manifest.list_files(part), flush=True), {"step": 0})
-    where = ", ".join([f"{about['layers']} layers", *about["modules"]])
+    where = ", ".join([f"{about['layers']} layer{'s' * (about['layers'] != 1)}", *about["modules"]])
     rounded = f" ({about['logits_differ_written']:.1g} in {about['dtype']})" if written != torch.float32 else ""
     return (
         f"merged {adapter.size} into {where} of {base}; logits of up to {about['logits_scale']:.2g} differ by at "
@@ -126,7 +126,7 @@ def load_float32(base: str, cache_dir: str | None, remote_code: bool) -> PreTrai
         say(f"{base}: its quantized weights are written out in full")
         return model.float().eval()  # what was not quantized has kept its dtype
     except UserError as error:
-        if "bitsandbytes" in str(error):
+        if "requires bitsandbytes" in str(error):
             raise UserError(f"{base}: quantized; install bitsandbytes to read it: pip install bitsandbytes") from None
         raise
     except Exception as error:  # a method that cannot be undone
