@@ -12,7 +12,7 @@ from stanford_alpaca.engines import decoder_layers
 from stanford_alpaca.errors import UserError, say
 from stanford_alpaca.generate import encode_prompts
 from stanford_alpaca.loading import loading_whole
-from stanford_alpaca.model import empty_model, lora_layers
+from stanford_alpaca.model import empty_model
 
 
 def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict]) -> None:
@@ -53,8 +53,11 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             "tokenizer; put the model's own one there"
         )
     added = len(tokenizer) - rows
-    if added > 0 and run.lora.lora:
-        raise UserError(f"--lora trains no embedding, and {added} of the tokenizer's tokens have none: train them without it")
+    if added > 0 and not run.lora.may_grow:
+        raise UserError(
+            f"--lora trains no embedding, and {added} of the tokenizer's tokens have none: add --lora_embeddings full, or drop "
+            "--lora"
+        )
     if added > 0:
         say(f"{path}: the embedding grows from {rows} rows to the tokenizer's {len(tokenizer)}, new ones the mean of the old")
 
@@ -63,5 +66,4 @@ def trained_parameters(model: PreTrainedModel, run: Run) -> int:
     """How many parameters are trained. Raises UserError for LoRA targets that no layer has."""
     if not run.lora.lora:
         return sum(p.numel() for p in model.parameters())
-    layers = map(model.get_submodule, lora_layers(model, run.lora.lora_target_modules))
-    return sum(run.lora.lora_r * sum(layer.weight.shape) for layer in layers)
+    return sum(p.numel() for p in run.lora.adapt(model).parameters() if p.requires_grad)

@@ -10,7 +10,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from stanford_alpaca.errors import UserError, first_line, quiet_hub, say
-from stanford_alpaca.model import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model
+from stanford_alpaca.model import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model, grow_for_adapter
 
 WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)")  # peft's
 SIZED = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}  # tensors of an embedding, and their axis of tokens
@@ -87,7 +87,7 @@ def check_adapter(
     Args:
         path: the adapter's folder.
         base: in place of what its configuration names.
-        tokens: the base may be given more rows: as many as the adapter has, or this many if it has no embedding of its own.
+        tokens: rows for a base with fewer, where the adapter has no embedding of its own; by default as ``load_model`` does it.
 
     Returns:
         The rows of the embedding with which the adapter fits.
@@ -105,6 +105,8 @@ def check_adapter(
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, no dict
         model = empty_model(base, cache_dir, remote_code=remote_code)
         own = set(model.state_dict())
+        if not tokens:
+            grow_for_adapter(model, path)
         rows = fitting = model.get_input_embeddings().weight.shape[0]
         if tokens and (fitting := max(rows, _rows_of(model, shapes) or tokens)) > rows:
             model.resize_token_embeddings(fitting, mean_resizing=False)

@@ -26,6 +26,7 @@ LAYERS = [
     {"checks", "record", "prepare"},
     {"resume", "adapters"},
     {"train", "launch", "preflight", "merge_lora"},
+    {"continual"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
