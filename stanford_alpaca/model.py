@@ -142,22 +142,26 @@ def empty_model(
 
 
 @torch.no_grad()
-def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Grows the embeddings to the tokenizer's size, new rows the mean of the old ones; never shrinks padded ones.
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
+    """Grows the embeddings to ``rows``, by default the tokenizer's size, new ones the mean of the old; never shrinks them.
 
     Returns:
         The number of rows added. Also sets the model's pad and end-of-sequence ids.
     """
     old = model.get_input_embeddings().weight.shape[0]
-    added = max(0, len(tokenizer) - old)
+    added = max(0, (len(tokenizer) if rows is None else rows) - old)
     if added:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.resize_token_embeddings(old + added, mean_resizing=False)
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[old:] = layer.weight[:old].mean(dim=0)
     for config in (model.config, model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
         if config.eos_token_id is None:
             config.eos_token_id = tokenizer.eos_token_id
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature without do_sample: published so, and not saved again once a field has changed
+        model.generation_config.do_sample = True
     return added
 
 
