@@ -7,9 +7,7 @@
 # Exit status: 0 done, 2 a mistake, 3 the adapter is damaged.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-
-case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
-source "$ROOT/stanford_alpaca/ensure_env.sh"
+source "$ROOT/stanford_alpaca/launcher.sh"
+help_if_asked "$@"
 ensure_env requirements.txt
-export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 # our modules, and none of the current folder's
 exec "$PYTHON" -m stanford_alpaca.merge_lora "$@"

@@ -16,7 +16,6 @@ from stanford_alpaca.model import ADAPTER_CONFIG
 from stanford_alpaca.record import FILE as RUN_FILE
 from stanford_alpaca.record import MADE_WITH, identify_model, read_run
 
-CARD = "README.md"
 MERGED = "merge.json"  # what a merged model holds, and of what base
 READ = ["*.json", "*.jinja", "*.model", "*.txt", str(ADAPTER_SAFE_WEIGHTS_NAME)]  # of a repository on the hub
 WANTED = f"give a folder or hub name with {ADAPTER_CONFIG} and {ADAPTER_SAFE_WEIGHTS_NAME}, or a run that trained with --lora"
@@ -90,9 +89,8 @@ def _in_run(place: Path) -> Path:
 
 
 def _damage(folder: Path) -> str:
-    """What of a folder with a manifest is not as it was saved; its card may be rewritten."""
-    found = manifest.problems(folder) if (folder / manifest.FILE).exists() else []
-    return "; ".join(line for line in found if not line.startswith(CARD))
+    """What of a folder with a manifest is not as it was saved."""
+    return manifest.summary(folder) if (folder / manifest.FILE).exists() else ""
 
 
 def _download(name: str, cache_dir: str | None) -> Path:

@@ -89,6 +89,8 @@ def merge(
     parameters = empty_model(base, cache_dir, remote_code=remote_code).num_parameters()
     check_space(out.parent, parameters * written.itemsize, "the merged model", "or write a smaller --dtype")
     model = load_float32(base, cache_dir, remote_code)
+    if adapter.run.get("qlora"):
+        say(f"{adapter.name}: trained beside 4-bit weights, and merged into the {base} that they were rounded from")
     if added := fit_vocabulary(model, tokenizer, rows):
         say(f"{base}: {added} row(s) added to its embedding, the mean of the others, for the tokenizer's {len(tokenizer)}")
     model, about = merge_weights(model, adapter)

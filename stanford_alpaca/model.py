@@ -212,9 +212,6 @@ def add_lora(
     )  # fmt: skip
     warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks by the old name
     adapted = get_peft_model(model, config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:  # of a copied embedding, which has the dtype of the frozen weights
-            parameter.data = parameter.data.float()
     output = model.get_output_embeddings()
     if tied and embeddings == "full" and not isinstance(output, ModulesToSaveWrapper):
         raise UserError(

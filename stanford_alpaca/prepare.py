@@ -112,17 +112,19 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
 
 
 def precision(run: Run) -> dict[str, Any]:
-    """How ``load_model`` keeps the weights: float32 masters; of LoRA, which trains none of them, what --bf16 computes with.
+    """How ``load_model`` keeps the weights: as float32 masters, or where LoRA trains none of them as what --bf16 computes with.
 
     With --qlora linear layers but the output are in 4 bits (QLoRA, arXiv 2305.14314).
     """
-    dtype = torch.bfloat16 if run.lora.lora and run.training.bf16 else torch.float32
-    if not run.lora.qlora:
-        return {"dtype": dtype}
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    return {"dtype": dtype, "quantization_config": config, "device_map": {"": run.training.device}}
+    computed = torch.bfloat16 if run.training.bf16 else torch.float32
+    frozen = run.lora.lora and run.lora.lora_embeddings != "full"
+    options: dict[str, Any] = {"dtype": computed if frozen else torch.float32}
+    if run.lora.qlora:
+        options["device_map"] = {"": run.training.device}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computed
+        )
+    return options
 
 
 def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:

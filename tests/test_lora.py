@@ -11,7 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from stanford_alpaca.arguments import parse
 from stanford_alpaca.attach import attach_objective
+from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.export import export
 from stanford_alpaca.cost import CostAlias, CostEmbedding
 from stanford_alpaca.data.formats import load_records
@@ -22,6 +24,7 @@ from stanford_alpaca.head import original_weight
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.losses import emo_loss
 from stanford_alpaca.model import add_lora, load_model, load_tokenizer
+from stanford_alpaca.prepare import precision
 from stanford_alpaca.token_stats import chunked
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
@@ -69,6 +72,7 @@ def test_one_process_trains_the_adapter_alone_and_writes_what_peft_loads(argumen
     with pytest.raises(UserError, match="an adapter, no whole model"):
         check_model(str(out))
     check_model(str(out), or_adapter=True)
+    assert manifest.problems(out) == []
     ids = torch.arange(20)[None]
     want = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)(ids).logits
     torch.testing.assert_close(load_model(str(out)).eval()(ids).logits, want)  # what generate and metrics load
@@ -246,6 +250,18 @@ def test_trained_embeddings_and_added_tokens_go_through_files(arguments, tmp_pat
     run_ranks(2, train, again) if engine else train(again)
     for name, tensor in adapter_of(tmp_path / "again").items():
         torch.testing.assert_close(tensor, adapter[name], rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_weights_have_the_precision_that_is_computed_with(arguments, tmp_path):
+    for flags, dtype in (
+        (["--lora", "--bf16"], torch.bfloat16), (["--lora"], torch.float32), (["--bf16"], torch.float32),
+        (["--lora", "--bf16", "--lora_embeddings", "full"], torch.float32),
+    ):  # fmt: skip
+        assert precision(parse(arguments(*flags))) == {"dtype": dtype}
+    train(arguments("--lora", "--bf16", max_steps=1))
+    assert {tensor.dtype for tensor in adapter_of(tmp_path / "out").values()} == {torch.float32}
+    train(arguments("--lora", max_steps=1, output_dir=tmp_path / "exact"))
+    assert steps(tmp_path / "out")[0]["loss"] == pytest.approx(steps(tmp_path / "exact")[0]["loss"], rel=5e-3)
 
 
 def test_four_bits_are_what_is_trained_beside(make_model, arguments, tmp_path, root):
