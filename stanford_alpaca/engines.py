@@ -65,6 +65,15 @@ def check_deepspeed(given: Any) -> None:
         raise UserError(f"--deepspeed {given}: a {type(value).__name__}, wanted an object of DeepSpeed's settings; mend it")
 
 
+def spare_deepspeed_its_helper() -> None:
+    """Keeps DeepSpeed from compiling its all-reduce in shared memory: only tensor-parallel inference calls it, and every new
+    environment would need g++ and most of a minute. Has to come before the process group.
+    """
+    import deepspeed  # here, because most runs do without it
+
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
 def activate_fsdp(trainer) -> None:
     """Makes ``--fsdp`` mean FSDP2 on CPU too, where accelerate would ignore it and train with DDP.
 
