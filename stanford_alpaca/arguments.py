@@ -19,7 +19,7 @@ from stanford_alpaca.cost_sharding import COST_SHARDINGS
 from stanford_alpaca.data.documents import DOCUMENTS
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.tokenize import TEMPLATES
-from stanford_alpaca.engines import ENGINES, engine_flags
+from stanford_alpaca.engines import ENGINES, engine_flags, spare_deepspeed_trouble
 from stanford_alpaca.errors import UserError, first_line, keep_secret, nearest
 from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.losses.linear import BACKENDS
@@ -196,6 +196,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.deepspeed and "RANK" not in os.environ:
             flag = f"--engine {self.engine}" if self.engine else "--deepspeed"
             raise UserError(f"{flag} needs a launcher, also for one process: torchrun --nproc_per_node 1 ...")
+        if self.deepspeed and self.use_cpu:
+            spare_deepspeed_trouble()
         if self.fsdp:
             config = given["fsdp_config"]
             config = read_fsdp_config(config) if isinstance(config, str) else dict(config or {})
