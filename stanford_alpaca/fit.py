@@ -25,7 +25,7 @@ def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict])
         )  # fmt: skip
     if training.fsdp:
         decoder_layers(model, dict(training.fsdp_config or {}).get("transformer_layer_cls_to_wrap"))
-    check_positions(model, "model", training.model_max_length)
+    check_positions(model, "model", run)
     check_vocabulary(model, tokenizer, run)
     encode_prompts(model.config, PromptEncoder(tokenizer, run.data.prompt_template), prompts, training.sample_max_new_tokens)
     trained = trained_parameters(model, run)
@@ -34,11 +34,12 @@ def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict])
         check_space(Path(training.output_dir), 2 * size, "room for two checkpoints")
 
 
-def check_positions(model: PreTrainedModel, name: str, max_length: int) -> None:
+def check_positions(model: PreTrainedModel, name: str, run: Run) -> None:
     """Raises UserError if examples may have more tokens than the model has positions."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise UserError(f"--model_max_length {max_length} is more than the {name}'s {positions} positions; give at most that")
+    flag, length = "block_size" if run.data.block_size else "model_max_length", run.training.model_max_length
+    if positions is not None and length > positions:
+        raise UserError(f"--{flag} {length} is more than the {name}'s {positions} positions; give at most that")
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:

@@ -44,7 +44,7 @@ def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None
         raise UserError(f"--teacher {name}: its tokenizer has other ids than that of {run.model.model_name_or_path}")
     dtype = torch.bfloat16 if run.training.bf16 else torch.float32
     model = load_model(name, cache_dir, dtype=dtype, remote_code=remote_code)
-    check_positions(model, "teacher", run.training.model_max_length)
+    check_positions(model, "teacher", run)
     try:
         return Teacher(model, run.model.teacher_top_k)
     except ValueError as error:

@@ -83,7 +83,7 @@ def test_two_processes_and_a_resumed_run_take_the_same_steps(argv, tmp_path):
     ("changes", "message"),
     [
         ({"block_size": 1}, "--block_size 1: give 2 or more"),
-        ({"block_size": 2000}, "--model_max_length 2000 is more than the model's 1024 positions"),
+        ({"block_size": 2000}, "--block_size 2000 is more than the model's 1024 positions"),
         ({"max_sentences": -1}, "--max_sentences -1: give 1 or more, or 0 for all"),
         ({"packing": True}, "--block_size and --packing exclude each other"),
         ({"streaming": True}, "--block_size and --streaming exclude each other"),
