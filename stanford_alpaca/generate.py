@@ -118,14 +118,16 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: l
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def load_for_generation(path: str, remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_for_generation(
+    path: str, remote_code: bool = False, may_grow: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint on the GPU in bf16 if there is one, else on the CPU in float32.
 
-    The vocabulary is made to fit as in training (a base model without a pad token gets one).
+    The vocabulary is made to fit as in training (a base model without a pad token gets one, unless it may not grow).
     """
     gpu = torch.cuda.is_available()
     model = load_model(path, dtype=torch.bfloat16 if gpu else torch.float32, remote_code=remote_code)
-    tokenizer = load_tokenizer(path, remote_code=remote_code)
+    tokenizer = load_tokenizer(path, may_grow=may_grow, remote_code=remote_code)
     fit_vocabulary(model, tokenizer)
     model.generation_config = plain_generation(tokenizer)
     return model.to("cuda" if gpu else "cpu"), tokenizer

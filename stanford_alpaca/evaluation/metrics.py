@@ -175,6 +175,11 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
     table += [
         [measure.replace("_", " "), *(_number(column.get(measure)) for column in results.values())] for measure in measures
     ]
+    return align(table)
+
+
+def align(table: list[list[str]]) -> str:
+    """Rows of cells as text: the first column to the left, the others to the right."""
     first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
     return "\n".join(
         "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])

@@ -1,0 +1,82 @@
+"""Few-shot scoring against a plain loop: ``python -m benchmarks.icl --data_dir DIR`` in the repository's root.
+
+Prompts per second (a prompt is one class of one test item) of ``scoring.score``, its look for the fastest way included,
+and of ``scoring.plain``, which runs the model on a prompt at a time, over the same token ids. On the shipped base model, and
+on a Llama with random weights and 32,000 entries that gets the same ids. The two take turns; the ratio is the median over
+the rounds.
+"""
+
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import fire
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.packing import make_model
+from stanford_alpaca.errors import check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.evaluation.fewshot import Settings, choose_examples
+from stanford_alpaca.evaluation.prompting import Choices, encode_choices
+from stanford_alpaca.evaluation.retrieval import tfidf
+from stanford_alpaca.evaluation.scoring import Scores, plain, score
+from stanford_alpaca.evaluation.tasks import choose_tasks, load_task, read_tasks
+from stanford_alpaca.generate import load_for_generation
+
+
+def run(
+    data_dir: str, tasks: str | None = None, model: str = "data/tiny-base", limit: int = 64, shots: int = 8,
+    retriever: str = "tfidf", layers: int = 4, hidden_size: int = 256,
+    batch_size: int | None = None, rounds: int = 5, **unknown: Any,
+) -> None:  # fmt: skip
+    """Prints a line per model and task.
+
+    Args:
+        data_dir, tasks, limit, shots, batch_size: as in icl.py; retriever: tfidf, random or fixed; model: the first model,
+            whose tokenizer both use; layers, hidden_size: of the random one; rounds: of each after one to warm up.
+    """
+    refuse_unknown(unknown, run)
+    for name, value in [("limit", limit), ("rounds", rounds), ("layers", layers)]:
+        check_whole(name, value, 1)
+    shipped, tokenizer = load_for_generation(model)
+    models = {model: shipped, f"random, {layers} x {hidden_size}": make_model(layers, hidden_size, 32_000, "sdpa").eval()}
+    print(f"{torch.get_num_threads()} threads, {shots} examples ({retriever})")
+    for task in choose_tasks(tasks, read_tasks(), Path(data_dir)):
+        data = load_task(task, Path(data_dir), limit)
+        examples = choose_examples(data, Settings(shots, retriever, None, [0], "likelihood"), tfidf)[0]
+        for name, other in models.items():
+            choices = encode_choices(tokenizer, data, examples, other.config.max_position_embeddings)
+            print(f"{name}, {task.name}: {compare(other.to(shipped.device), choices, batch_size, rounds)}", flush=True)
+
+
+def compare(model: PreTrainedModel, choices: list[Choices], batch_size: int | None, rounds: int) -> str:
+    """Both ways in turn, and how far their scores are apart."""
+    prompts = sum(len(item.endings) for item in choices)
+    tokens = sum(len(item.context) + len(ending) for item in choices for ending in item.endings) / prompts
+    seconds: dict[str, list[float]] = {"plain": [], "fast": []}
+    for number in range(rounds + 1):
+        took, slow = timed(lambda: plain(model, choices))
+        seconds["plain"].append(took)
+        took, fast = timed(lambda: score(model, choices, batch_size))
+        seconds["fast"].append(took)
+        if number == 0:  # warmed up
+            seconds = {way: [] for way in seconds}
+    apart = max(abs(a - b) for pair in zip(slow, fast, strict=True) for a, b in zip(*pair, strict=True))
+    rates = {way: prompts / median(times) for way, times in seconds.items()}
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    return (
+        f"{prompts} prompts of {tokens:.0f} tokens; plain {rates['plain']:.1f} prompts/s, fast {rates['fast']:.1f}, ratio "
+        f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}); scores within {apart:.1e}"
+    )
+
+
+def timed(call: Any) -> tuple[float, Scores]:
+    """Seconds and the scores."""
+    began = perf_counter()
+    scores = call()  # scores are numbers by now, so a GPU has ended
+    return perf_counter() - began, scores
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: fire.Fire(run))

@@ -1,0 +1,217 @@
+"""Few-shot in-context learning on classification tasks: ``python icl.py --model_path MODEL [--model_path OTHER]``.
+
+Each class of a test item is written behind a few examples, and the class whose text is likeliest is the prediction. Prints
+accuracies, a column per model, and whether they differ.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import fire
+from fire.decorators import SetParseFns
+
+from stanford_alpaca import __version__
+from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, nearest, refuse_unknown, say
+from stanford_alpaca.evaluation.accuracy import accuracies, accuracy_table, compare, comparison_table, right_by_task
+from stanford_alpaca.evaluation.fewshot import SCORES, Examples, Settings, choose_examples, predict
+from stanford_alpaca.evaluation.retrieval import ENCODER, RETRIEVERS, SIMILAR, Featurize, bm25, load_encoder, means_of, tfidf
+from stanford_alpaca.evaluation.tasks import TaskData, choose_tasks, load_task, read_tasks
+from stanford_alpaca.generate import load_for_generation
+from stanford_alpaca.loadable import check_model
+from stanford_alpaca.samples import write_jsonl
+
+Rows = dict[str, list[dict[str, Any]]]  # of every model
+
+
+@SetParseFns(
+    model_path=str, tasks=str, data_dir=str, templates=str, retriever=str, encoder=str, seeds=str, score=str, out=str
+)  # fire makes "0,1,2" a tuple
+def run(
+    model_path: str | None = None,
+    tasks: str | None = None,
+    data_dir: str | None = None,
+    templates: str | None = None,
+    limit: int | None = None,
+    shots: int = 8,
+    retriever: str | None = None,
+    encoder: str | None = None,
+    pool: int | None = None,
+    seeds: str = "0,1,2",
+    score: str = "likelihood",
+    batch_size: int | None = None,
+    out: str | None = None,
+    trust_remote_code: bool = False,
+    **unknown: Any,
+) -> None:
+    """Evaluates models by few-shot in-context learning: python icl.py --model_path MODEL [--model_path OTHER] --FLAG VALUE ...
+
+    Args:
+        model_path: a folder, an adapter's folder, or a hub name; give the flag again for more, each compared with the first.
+        tasks: of tweet_eval, trec, sst2, subj, cr, rt, ag_news, with commas; by default all, or those that data_dir has.
+        data_dir: a folder with TASK_train.jsonl and TASK_test.jsonl (text, label: the number of the class); else the hub.
+        templates: a folder with YAML files for tasks of your own, as those in stanford_alpaca/evaluation/templates.
+        limit: only the first records of each test set.
+        shots: examples before the question, 8 by default.
+        retriever: how examples are chosen. By similarity, the nearest last: sentence (embeddings, the default), tfidf (taken if
+            there is no encoder), bm25, or model (the evaluated model's own hidden states); random: others for each item;
+            fixed: one set for all.
+        encoder: for sentence, what sentence-transformers loads, all-mpnet-base-v2 by default.
+        pool: look for similar examples among so many training records, which each seed draws; else among all.
+        seeds: of what is drawn, 0,1,2 by default. Accuracies are means over them, with the standard deviation.
+        score: likelihood of what differs between the classes, given all before; or perplexity of the whole prompt.
+        batch_size: test items at a time; by default 768 tokens of them on a CPU, 4,096 on a GPU.
+        out: a folder for predictions.jsonl and results.json; neither may exist.
+        trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
+    """
+    refuse_unknown(unknown, run)
+    models = _models(model_path)
+    settings = _settings(shots, retriever, pool, seeds, score, batch_size)
+    check_whole("limit", 1 if limit is None else limit, 1)
+    files = _check_files(out)
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    chosen = choose_tasks(tasks, read_tasks(None if templates is None else Path(templates).expanduser()), folder)
+    for name in models:
+        check_model(name, or_adapter=True, remote_code=trust_remote_code)
+    sets = [load_task(task, folder, limit) for task in chosen]
+    for data in sets:
+        _check_sizes(data, settings)
+    settings, featurize = _load_retriever(settings, retriever is not None or encoder is not None, encoder or ENCODER)
+
+    rows = _predict_all(models, sets, settings, featurize, trust_remote_code)
+    right = {name: right_by_task(found) for name, found in rows.items()}
+    columns = {name: accuracies(values) for name, values in right.items()}
+    compared = {name: compare(right[models[0]], right[name]) for name in models[1:]}
+    if files:
+        about = settings._asdict() | {"encoder": encoder or ENCODER} if settings.retriever == "sentence" else settings._asdict()
+        results = {
+            "settings": about | {"data": data_dir or "hub", "limit": limit, "version": __version__},
+            "tasks": {data.task.name: data.described() for data in sets},
+            "accuracy": columns,
+            f"against {models[0]}": compared,
+        }
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(files[1], [{"model": name} | row for name in models for row in rows[name]])
+        files[0].write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{_heading(sets, settings)}\n{accuracy_table(columns)}")
+    for name, found in compared.items():
+        print(f"\n{comparison_table(models[0], name, found)}")
+
+
+def _models(model_path: str | None) -> list[str]:
+    """The models of --model_path, with commas between them unless that is a folder's name."""
+    path = str(model_path or "")
+    names = [path] if Path(path).exists() else list(dict.fromkeys(path.split(",")))
+    if not path or not all(names):
+        raise UserError("give a model: --model_path MODEL, a folder or a hub name")
+    return names
+
+
+def _settings(shots: int, retriever: str | None, pool: int | None, seeds: str, score: str, batch_size: int | None) -> Settings:
+    """The settings of these flags. Raises UserError for a value that cannot be."""
+    check_whole("shots", shots, 0)
+    check_whole("pool", 1 if pool is None else pool, 1)
+    check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
+    for flag, word, known in (("retriever", retriever or SIMILAR[0], RETRIEVERS), ("score", score, SCORES)):
+        if word not in known:
+            raise UserError(
+                f"--{flag} {word}: there is none of this name{nearest(word, list(known))}; choose from {', '.join(known)}"
+            )
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", seeds.replace(" ", "").strip("()[]")):
+        raise UserError(f"--seeds {seeds}: give whole numbers from 0 on, with commas, as 0,1,2")
+    numbers = [int(number) for number in re.findall(r"\d+", seeds)]
+    if len({*numbers}) < len(numbers):
+        raise UserError(f"--seeds {seeds}: one of them stands there twice; give each once")
+    retriever = retriever or SIMILAR[0]
+    if pool is not None and retriever not in SIMILAR:
+        raise UserError(
+            f"--pool {pool}: {retriever} draws from all training records; drop it, or choose from {', '.join(SIMILAR)}"
+        )
+    same = shots == 0 or (retriever in SIMILAR and pool is None)
+    if same:
+        say(
+            "the examples are the same for every seed, so there is one run"
+            + (" (--pool N draws some to choose from)" if shots else "")
+        )
+    return Settings(shots, retriever, pool, [None] if same else list(numbers), score, batch_size)
+
+
+def _check_files(out: str | None) -> list[Path]:
+    """results.json and predictions.jsonl in the folder. Raises UserError if there is one already."""
+    files = [Path(out) / name for name in ("results.json", "predictions.jsonl")] if out is not None else []
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} exists: give another --out or remove it")
+        check_writable("out", file)
+    return files
+
+
+def _check_sizes(data: TaskData, settings: Settings) -> None:
+    size = len(data.train.texts)
+    for flag, value, most in (("pool", settings.pool, size), ("shots", settings.shots, settings.pool or size)):
+        if value is not None and value > most:
+            raise UserError(f"--{flag} {value}: task {data.task.name} has {most} to choose from; give {most} or fewer")
+
+
+def _load_retriever(settings: Settings, asked_for: bool, encoder: str) -> tuple[Settings, Featurize | None]:
+    """What compares texts, None if nothing does or the models do; TF-IDF for want of an encoder that nobody asked for."""
+    if settings.retriever != "sentence" or not settings.shots:
+        return settings, {"tfidf": tfidf, "bm25": bm25}.get(settings.retriever)
+    try:
+        return settings, load_encoder(encoder)
+    except UserError as error:
+        if asked_for:
+            raise
+        say(f"examples are chosen by TF-IDF: {error}")
+        return settings._replace(retriever="tfidf"), tfidf
+
+
+def _predict_all(
+    models: list[str], sets: list[TaskData], settings: Settings, featurize: Featurize | None, remote_code: bool
+) -> Rows:
+    """The predictions of all models, loaded one after the other."""
+    shared: dict[str, Examples] = {}
+    if settings.retriever != "model":
+        shared = {data.task.name: choose_examples(data, settings, featurize) for data in sets}
+    rows: Rows = {name: [] for name in models}
+    for name in models:
+        model, tokenizer = load_for_generation(name, remote_code, may_grow=False)  # a new token would take probability
+        own = means_of(model, tokenizer)
+        for data in sets:
+            examples = shared.get(data.task.name) or choose_examples(data, settings, own)
+            rows[name] += predict(model, tokenizer, data, examples, settings)
+        del model, own
+    return rows
+
+
+def _heading(sets: list[TaskData], settings: Settings) -> str:
+    """Over the table: how it came about."""
+    chosen = {"random": "drawn for each item", "fixed": "drawn once", "tfidf": "by TF-IDF", "bm25": "by BM25",
+              "sentence": "by sentence embeddings", "model": "by the model's hidden states"}[settings.retriever]  # fmt: skip
+    pool = f" among {settings.pool} drawn records" if settings.pool is not None else ""
+    seeds = "" if settings.seeds == [None] else f"; seeds {', '.join(map(str, settings.seeds))}, mean ± standard deviation"
+    sizes = ", ".join(f"{data.task.name} {len(data.test.texts):,}" for data in sets)
+    return f"accuracy in %, {settings.shots} examples {chosen}{pool}, scored by {settings.score}{seeds}; test items: {sizes}"
+
+
+def join_models(words: list[str]) -> list[str]:
+    """Command-line words with one --model_path, of which fire would take the last: A,B for those of A and B."""
+    models, others, rest = [], [], iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag.replace("-", "_") == "__model_path":
+            models.append(value if equals else next(rest, ""))
+        else:
+            others.append(word)
+    return [*others, f"--model_path={','.join(models)}"] if models else others
+
+
+def main() -> None:
+    """The command."""
+    exit_on_user_error(lambda: fire.Fire(run, command=join_models(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()
