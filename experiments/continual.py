@@ -1,6 +1,6 @@
 """Does continual fine-tuning with EMO lift few-shot results? The published comparison at a scale that fits a CPU.
 
-    python experiments/continual.py --text_dir DIR --icl_dir DIR [--work DIR] [--limit 300]
+    python experiments/continual.py --text_dir DIR --icl_dir DIR [--work DIR] [--limit N]
 
 1. A base that has read English: data/tiny-base, all weights, cross entropy on DIR/english.txt.gz.
 2. From it LoRA on DIR/wikitext2_valid.txt, once for each objective and seed; nll and emo on the last 5 % of it.
@@ -37,12 +37,11 @@ def flags(values: dict[str, object]) -> list[str]:
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
-def evaluate(model: Path, icl_dir: Path, limit: int, out: Path) -> dict[str, float]:
+def evaluate(model: Path, chosen: dict[str, object], out: Path) -> dict[str, float]:
     """Accuracies in %, a task each."""
     file = out / "results.json"
     if not file.exists():
-        chosen = {"data_dir": icl_dir, "retriever": "tfidf", "limit": limit, "out": out}
-        bash(sys.executable, "icl.py", "--model_path", model, *flags(chosen))
+        bash(sys.executable, "icl.py", "--model_path", model, *flags(chosen | {"out": out}))
     (accuracy,) = json.loads(file.read_text())["accuracy"].values()
     return accuracy
 
@@ -65,12 +64,15 @@ def table(runs: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def run(text_dir: str, icl_dir: str, work: str = "output/continual", limit: int = 300) -> None:
+def run(text_dir: str, icl_dir: str, work: str = "output/continual", limit: int | None = None) -> None:
     """All of it; see the head of this file."""
-    texts, tasks, folder = Path(text_dir).resolve(), Path(icl_dir).resolve(), (ROOT / work).resolve()
+    texts, folder = Path(text_dir).resolve(), (ROOT / work).resolve()
+    chosen: dict[str, object] = {"data_dir": Path(icl_dir).resolve(), "retriever": "tfidf"}
+    if limit is not None:
+        chosen["limit"] = limit
     base = folder / "base"
     bash("bash", "finetune.sh", ROOT / "data" / "tiny-base", base, *flags(BASE | {"data_path": texts / "english.txt.gz"}))
-    runs = {"base": [evaluate(base, tasks, limit, folder / "icl" / "base")]}
+    runs = {"base": [evaluate(base, chosen, folder / "icl" / "base")]}
     for mode in MODES:
         runs[mode] = []
         for seed in SEEDS:
@@ -82,14 +84,14 @@ def run(text_dir: str, icl_dir: str, work: str = "output/continual", limit: int 
                 bash("bash", "merge.sh", tuned, merged)
             learned = json.loads((tuned / "eval_results.json").read_text())
             measured = {short: learned[name] for name, short in MEASURES.items()}
-            runs[mode].append(measured | evaluate(merged, tasks, limit, folder / "icl" / name))
+            runs[mode].append(measured | evaluate(merged, chosen, folder / "icl" / name))
     results = ROOT / "experiments" / "results"
     results.mkdir(exist_ok=True)
     (results / "continual.json").write_text(json.dumps({"limit": limit, "seeds": SEEDS, "runs": runs}, indent=1) + "\n")
     (results / "continual.md").write_text(table(runs) + "\n")
     print(f"\n{table(runs)}")
     pair = ",".join(str(folder / f"{mode}-0-merged") for mode in ("mle", "emo2"))
-    bash(sys.executable, "icl.py", "--model_path", pair, *flags({"data_dir": tasks, "retriever": "tfidf", "limit": limit}))
+    bash(sys.executable, "icl.py", "--model_path", pair, *flags(chosen))
 
 
 if __name__ == "__main__":
