@@ -38,12 +38,12 @@ def flags(values: dict[str, object]) -> list[str]:
 
 
 def evaluate(model: Path, chosen: dict[str, object], out: Path) -> dict[str, float]:
-    """Accuracies in %, a task each."""
+    """Accuracies in % of each task, and their mean."""
     file = out / "results.json"
     if not file.exists():
         bash(sys.executable, "icl.py", "--model_path", model, *flags(chosen | {"out": out}))
     (accuracy,) = json.loads(file.read_text())["accuracy"].values()
-    return accuracy
+    return {task: 100 * statistics.mean(values) for task, values in accuracy.items()}
 
 
 def cell(values: list[float], digits: int) -> str:
