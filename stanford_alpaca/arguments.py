@@ -3,23 +3,27 @@
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
 import yaml
-from transformers import HfArgumentParser
+from peft import PeftModel
+from transformers import HfArgumentParser, PreTrainedModel
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from stanford_alpaca.cost import COST_KINDS
 from stanford_alpaca.cost_sharding import COST_SHARDINGS
+from stanford_alpaca.data.documents import DOCUMENTS
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.tokenize import TEMPLATES
-from stanford_alpaca.engines import ENGINES, engine_flags
+from stanford_alpaca.engines import ENGINES, engine_flags, spare_deepspeed_trouble
 from stanford_alpaca.errors import UserError, first_line, keep_secret, nearest
 from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.losses.linear import BACKENDS
+from stanford_alpaca.model import LORA_EMBEDDINGS, add_lora
 from stanford_alpaca.old_flags import read_fsdp_config, split, translate
 
 MADE_WITH = "made_with"  # the part of a run.yaml that is no flag
@@ -66,6 +70,18 @@ class DataArguments:
     )
     padding_free: bool = field(
         default=False, metadata={"help": "The examples of a micro-batch in one row without padding, best with FlashAttention."}
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Cuts running text into blocks of so many tokens, which take the place of --model_max_length."},
+    )
+    documents: str = choice(
+        *DOCUMENTS, default="auto",
+        help="With --block_size: what begins a document, behind which an end-of-sequence token stands; see the README.",
+    )  # fmt: skip
+    max_sentences: int | None = field(
+        default=None,
+        metadata={"help": "With --block_size: only the first lines (rows) of each --data_path that are not blank; 0: all."},
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
@@ -121,6 +137,23 @@ class LoraArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of linear layers; by default all but the output layer."}
     )
+    lora_embeddings: str = choice(
+        *LORA_EMBEDDINGS,
+        default="frozen",
+        help="Embedding and output layer: lora gives them an adapter, full trains them whole.",
+    )
+    qlora: bool = field(
+        default=False, metadata={"help": "--lora beside weights in 4 bits (bitsandbytes' NF4, double quantization)."}
+    )
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether tokens that are added get rows that are trained."""
+        return not self.lora or self.lora_embeddings == "full"
+
+    def adapt(self, model: PreTrainedModel) -> PeftModel:
+        """The model with the adapter that these flags ask for. Raises UserError for one that cannot be had."""
+        return add_lora(model, self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules, self.lora_embeddings)
 
 
 @dataclass
@@ -163,6 +196,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.deepspeed and "RANK" not in os.environ:
             flag = f"--engine {self.engine}" if self.engine else "--deepspeed"
             raise UserError(f"{flag} needs a launcher, also for one process: torchrun --nproc_per_node 1 ...")
+        if self.deepspeed and self.use_cpu:
+            spare_deepspeed_trouble()
         if self.fsdp:
             config = given["fsdp_config"]
             config = read_fsdp_config(config) if isinstance(config, str) else dict(config or {})
@@ -212,9 +247,13 @@ class _Parser(HfArgumentParser):
         raise UserError(message)
 
 
-def parse(argv: list[str]) -> Run:
-    """The arguments of a run. Raises UserError for anything argparse or Hugging Face rejects."""
+def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
+    """The arguments of a run, those of the recipe where they are not given.
+
+    Raises UserError for anything argparse or Hugging Face rejects.
+    """
     argv, made_with = with_config(argv)
+    argv = [*_not_given(recipe or {}, argv), *argv]
     keep_secret(*(value for flag in split(argv) if flag.name in SECRET for value in flag.values))
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
     classes = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments, TrainingArguments)
@@ -266,9 +305,13 @@ def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     if not isinstance(values, dict):
         raise UserError(f"--config {name}: wanted a line 'flag: value' for each flag")
     made_with = values.pop(MADE_WITH, {})
-    given = {token[2:].partition("=")[0].replace("-", "_") for token in rest if token.startswith("--")}
-    tokens = [text for flag, value in values.items() if flag not in given for text in _tokens(str(flag), value)]
-    return tokens + rest, made_with if isinstance(made_with, dict) else {}
+    return _not_given(values, rest) + rest, made_with if isinstance(made_with, dict) else {}
+
+
+def _not_given(values: Mapping[str, Any], argv: list[str]) -> list[str]:
+    """The command line of those flags that another one does not have."""
+    given = {token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")}
+    return [text for flag, value in values.items() if flag not in given for text in _tokens(str(flag), value)]
 
 
 def _tokens(flag: str, value: Any) -> list[str]:

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
-from stanford_alpaca.cost import CostEmbedding, ShardedCost
-from stanford_alpaca.head import HeadForm, probe_inputs, probing, recognise_head
+from stanford_alpaca.cost import CostAlias, CostEmbedding, ShardedCost
+from stanford_alpaca.head import HeadForm, original_weight, probe_inputs, probing, recognise_head
 from stanford_alpaca.losses.formulas import Objective
 from stanford_alpaca.losses.linear import check_backend, linear_loss_and_stats
 from stanford_alpaca.teacher import Teacher
@@ -129,6 +129,8 @@ class AttachedObjective:
         cost = self.cost
         if self.adaptive is not None:
             cost = live_cost(head.weight, self.adaptive)
+        elif isinstance(cost, CostAlias) and isinstance(head.weight, DTensor):
+            cost = live_cost(head.weight, cost.kind)
         if learning and not self.objective.needs_emo:
             cost = None  # training pays for nothing it does not use
         hidden, targets = outputs[0][:, :-1], labels[:, 1:]
@@ -152,7 +154,7 @@ class AttachedObjective:
 def live_cost(weight: Tensor, kind: str) -> CostEmbedding | ShardedCost:
     """The cost of the output layer as it is now, or this rank's part of it where the layer is sharded by vocabulary."""
     if not isinstance(weight, DTensor):
-        return CostEmbedding(weight, kind)
+        return CostAlias(lambda: weight) if kind == "cosine" else CostEmbedding(None, kind)
     part = CostEmbedding(weight.to_local(), kind)
     return part if part.rows is None else ShardedCost.of_part(part, weight.shape[0], weight.device_mesh.get_group())
 
@@ -227,8 +229,9 @@ def attach_objective(
 
     Args:
         mode: ``mle``, ``emo``, ``emo2``, ... (see ``Objective``), or an ``Objective``.
-        cost: ``frozen``: a copy of the output embedding as it is now; ``adaptive``: the live one, detached, at every step;
-            a [V, D] tensor or CostEmbedding of any width; None for modes without emo.
+        cost: ``frozen``: a copy of the output embedding as it is now, or where nothing trains it (LoRA) the embedding itself,
+            without what peft puts beside it; ``adaptive``: the live one, detached, at every step; a [V, D] tensor or
+            CostEmbedding of any width; None for modes without emo.
         cost_kind: ``cosine`` or ``identity``.
         backend: as in ``linear_emo_loss``.
         teacher: gives soft targets in place of the labels' tokens in training; the labels tell which positions count.
@@ -262,7 +265,8 @@ def attach_objective(
     elif isinstance(cost, str):
         if cost != "frozen":
             raise ValueError(f"unknown cost {cost!r}: choose frozen, adaptive or give an embedding")
-        cost = CostEmbedding(head.weight, cost_kind)
+        frozen = cost_kind == "cosine" and not original_weight(model).requires_grad
+        cost = CostAlias(lambda: original_weight(model)) if frozen else CostEmbedding(head.weight, cost_kind)
     elif isinstance(cost, Tensor):
         cost = CostEmbedding(cost, cost_kind)
     if cost is not None:

@@ -1,5 +1,6 @@
 """What can be found out about a run before anything is loaded or written."""
 
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -46,7 +47,7 @@ def check(run: Run) -> None:
     check_training(training, has_eval=data.eval_path is not None or data.eval_fraction is not None)
     check_objective(model, run.objective)
     check_cost_sharding(run)
-    check_lora(model, run.lora)
+    check_lora(model, run.lora, training)
     check_model(
         model.model_name_or_path, training.cache_dir, remote_code=model.trust_remote_code, weights=not model.from_config
     )
@@ -142,12 +143,19 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
         raise UserError(f"--teacher_top_k {model.teacher_top_k}: give 1 or more")
 
 
-def check_lora(model: ModelArguments, lora: LoraArguments) -> None:
+def check_lora(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> None:
     """An adapter that can be made of its flags, beside weights that are worth keeping."""
     if not lora.lora:
-        if lora.lora_target_modules:
-            raise UserError("--lora_target_modules needs --lora")
+        for name, given in (("lora_target_modules", lora.lora_target_modules), ("qlora", lora.qlora)):
+            if given:
+                raise UserError(f"--{name} needs --lora")
         return
+    if lora.qlora:
+        zero = getattr(training, "hf_deepspeed_config", None)
+        if training.fsdp or (zero is not None and zero.is_zero3()):
+            raise UserError("--qlora: weights in 4 bits are not sharded here; choose --engine ddp, zero1 or zero2, or none")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError("--qlora needs bitsandbytes: pip install bitsandbytes, or drop the flag")
     if model.from_config:
         raise UserError("--lora and --from_config exclude each other: an adapter of random weights is of no use")
     for name in ("lora_r", "lora_alpha"):
@@ -204,6 +212,7 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
         raise UserError(f"--data_weights {weights}: give a number above 0 for each of the {len(data.data_path)} --data_path")
     if data.shuffle_buffer < 1:
         raise UserError(f"--shuffle_buffer {data.shuffle_buffer}: give 1 (not shuffled) or more")
+    check_blocks(data, training)
     if data.streaming:
         if training.max_steps <= 0:
             raise UserError("--streaming needs --max_steps: a stream has no length to count epochs by")
@@ -212,6 +221,22 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
         if data.packing or training.balance_lengths:
             raise UserError("--streaming and --packing or --balance_lengths exclude each other: a stream's lengths are unknown")
         training.accelerator_config.dispatch_batches = False  # every rank reads the stream and takes its part
+
+
+def check_blocks(data: DataArguments, training: TrainingArguments) -> None:
+    """Blocks that can be cut, whose size is then the length that the model has to take."""
+    if data.block_size is None:
+        if data.max_sentences is not None or data.documents != "auto":
+            raise UserError("--max_sentences and --documents are about running text: they need --block_size")
+        return
+    if data.block_size < 2:
+        raise UserError(f"--block_size {data.block_size}: give 2 or more")
+    if data.max_sentences is not None and data.max_sentences < 0:
+        raise UserError(f"--max_sentences {data.max_sentences}: give 1 or more, or 0 for all")
+    for flag in ("streaming", "packing", "padding_free"):
+        if getattr(data, flag):
+            raise UserError(f"--block_size and --{flag} exclude each other: drop one")
+    training.model_max_length = data.block_size
 
 
 def check_output(training: TrainingArguments) -> None:

@@ -1,6 +1,7 @@
 """PyTorch's collectives on one tensor, by the names that the installed version has for them; and the ranks' store."""
 
 import secrets
+import time
 from functools import lru_cache
 
 import torch.distributed as dist
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroup, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
+POLL = 0.2  # seconds between looks at the store, once another rank takes long
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name warns from 2.13 on
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -33,6 +35,14 @@ def fresh_store(name: str) -> Store:
     this; one broadcast the first time.
     """
     return PrefixStore(f"{_attempt(dist.group.WORLD)}/{name}", _get_default_store())
+
+
+def await_key(store: Store, key: str) -> None:
+    """Returns when a rank has set it, however long that takes."""
+    pause = 0.01
+    while not store.check([key]):
+        time.sleep(pause)
+        pause = min(2 * pause, POLL)
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 """Where the cost embedding lives: whole on every rank, in parts that are gathered for the loss, or beside the head's parts.
 
 The frozen cost is no parameter: nothing trains, decays or saves it. It is made of the base model before anything is wrapped,
-also when a run resumes.
+also when a run resumes. Where the output layer is not trained (LoRA) the cost is the layer itself, and takes nothing.
 
 | --cost_sharding | a rank keeps | collectives of a micro-batch, beside the engine's own |
 |---|---|---|
@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from stanford_alpaca.attach import routes
-from stanford_alpaca.cost import ShardedCost, broadcast_cost
+from stanford_alpaca.cost import CostAlias, ShardedCost, broadcast_cost
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.loading import weights_come_from_rank_0
 
@@ -36,6 +36,10 @@ def shard_cost(model: PreTrainedModel, asked: str, training) -> str:
         UserError: what was asked for cannot be had with this model, objective or engine.
     """
     emo = model.emo_objective
+    if isinstance(emo.cost, CostAlias):  # it lives where the output layer does, as whole or as sharded
+        if asked == "vocab_parallel":
+            _separate_output_layer(model, training)
+        return "replicate" if asked == "auto" else asked
     embedding = emo.cost if emo.cost is not None and emo.cost.rows is not None else None
     if asked == "auto":
         zero = getattr(training, "hf_deepspeed_config", None)  # set where DeepSpeed is asked for
@@ -59,6 +63,10 @@ def shard_cost(model: PreTrainedModel, asked: str, training) -> str:
 def _separate_output_layer(model: PreTrainedModel, training) -> None:
     """Makes the output layer a VocabParallelLinear, with the same parameters under the same names."""
     layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise UserError(
+            "--cost_sharding vocab_parallel needs a plain output layer: leave --lora_embeddings frozen, or use shard"
+        )
     if layer.weight is model.get_input_embeddings().weight:
         raise UserError("--cost_sharding vocab_parallel needs an output layer of its own, and this model's is tied; use shard")
     if layer.weight.shape[0] <= -(-layer.weight.shape[0] // training.world_size) * (training.world_size - 1):

@@ -65,6 +65,18 @@ def check_deepspeed(given: Any) -> None:
         raise UserError(f"--deepspeed {given}: a {type(value).__name__}, wanted an object of DeepSpeed's settings; mend it")
 
 
+def spare_deepspeed_trouble() -> None:
+    """Keeps DeepSpeed on a CPU from two things that take long. Has to come before its engine.
+
+    Its all-reduce in shared memory, which only tensor-parallel inference calls: every new environment would compile it, with
+    g++ and for most of a minute. And, where torchrun starts it, a process of numactl for each gradient, to count its devices.
+    """
+    import deepspeed  # here, because most runs do without it
+
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as its own launcher does
+
+
 def activate_fsdp(trainer) -> None:
     """Makes ``--fsdp`` mean FSDP2 on CPU too, where accelerate would ignore it and train with DDP.
 

@@ -12,7 +12,7 @@ from stanford_alpaca.engines import decoder_layers
 from stanford_alpaca.errors import UserError, say
 from stanford_alpaca.generate import encode_prompts
 from stanford_alpaca.loading import loading_whole
-from stanford_alpaca.model import empty_model, lora_layers
+from stanford_alpaca.model import empty_model
 
 
 def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict]) -> None:
@@ -25,7 +25,7 @@ def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict])
         )  # fmt: skip
     if training.fsdp:
         decoder_layers(model, dict(training.fsdp_config or {}).get("transformer_layer_cls_to_wrap"))
-    check_positions(model, "model", training.model_max_length)
+    check_positions(model, "model", run)
     check_vocabulary(model, tokenizer, run)
     encode_prompts(model.config, PromptEncoder(tokenizer, run.data.prompt_template), prompts, training.sample_max_new_tokens)
     trained = trained_parameters(model, run)
@@ -34,11 +34,12 @@ def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict])
         check_space(Path(training.output_dir), 2 * size, "room for two checkpoints")
 
 
-def check_positions(model: PreTrainedModel, name: str, max_length: int) -> None:
+def check_positions(model: PreTrainedModel, name: str, run: Run) -> None:
     """Raises UserError if examples may have more tokens than the model has positions."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise UserError(f"--model_max_length {max_length} is more than the {name}'s {positions} positions; give at most that")
+    flag, length = "block_size" if run.data.block_size else "model_max_length", run.training.model_max_length
+    if positions is not None and length > positions:
+        raise UserError(f"--{flag} {length} is more than the {name}'s {positions} positions; give at most that")
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
@@ -53,8 +54,11 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             "tokenizer; put the model's own one there"
         )
     added = len(tokenizer) - rows
-    if added > 0 and run.lora.lora:
-        raise UserError(f"--lora trains no embedding, and {added} of the tokenizer's tokens have none: train them without it")
+    if added > 0 and not run.lora.may_grow:
+        raise UserError(
+            f"--lora trains no embedding, and {added} of the tokenizer's tokens have none: add --lora_embeddings full, or drop "
+            "--lora"
+        )
     if added > 0:
         say(f"{path}: the embedding grows from {rows} rows to the tokenizer's {len(tokenizer)}, new ones the mean of the old")
 
@@ -63,5 +67,4 @@ def trained_parameters(model: PreTrainedModel, run: Run) -> int:
     """How many parameters are trained. Raises UserError for LoRA targets that no layer has."""
     if not run.lora.lora:
         return sum(p.numel() for p in model.parameters())
-    layers = map(model.get_submodule, lora_layers(model, run.lora.lora_target_modules))
-    return sum(run.lora.lora_r * sum(layer.weight.shape) for layer in layers)
+    return sum(p.numel() for p in run.lora.adapt(model).parameters() if p.requires_grad)

@@ -7,9 +7,11 @@ huge ones become is the cap. Whatever else happens on the way shows when the rec
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -29,8 +31,7 @@ class HeadForm(NamedTuple):
 
     def head(self, model: PreTrainedModel) -> Head:
         """The head with the parameters that are the output layer's now, so that gradients reach them."""
-        layer = output_layer(model)
-        return Head(layer.weight, layer.bias, self.softcap, self.logit_scale)
+        return Head(*_effective(output_layer(model)), self.softcap, self.logit_scale)
 
     def of(self, outputs: Tensor) -> Tensor:
         """The logits that the form makes of the output layer's output."""
@@ -43,12 +44,35 @@ class HeadForm(NamedTuple):
         )
 
 
-def output_layer(model: PreTrainedModel) -> nn.Linear:
-    """The output layer of a causal LM, or ValueError."""
+def output_layer(model: PreTrainedModel) -> nn.Module:
+    """The output layer of a causal LM: linear, with peft's LoRA or copied by peft to be trained, else ValueError."""
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(_original(layer), nn.Linear):
         raise ValueError(f"{type(model).__name__} has no linear output layer to attach an objective to")
     return layer
+
+
+def original_weight(model: PreTrainedModel) -> Tensor:  # [V, H]
+    """The output layer's weight without what peft has put beside it."""
+    return _original(output_layer(model)).weight
+
+
+def _original(layer: nn.Module) -> Any:
+    if isinstance(layer, LoraLayer):
+        return layer.base_layer
+    return layer.original_module if isinstance(layer, ModulesToSaveWrapper) else layer
+
+
+def _effective(layer: Any) -> tuple[Tensor, Tensor | None]:  # [V, H], [V]
+    """Weight and bias of the linear map that the layer is now. LoRA's dropout is no part of it (see ``add_lora``)."""
+    original = _original(layer)
+    if isinstance(layer, ModulesToSaveWrapper) and layer.active_adapters and not layer.disable_adapters:
+        original = layer.modules_to_save[layer.active_adapters[0]]
+    weight = original.weight
+    if isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged:
+        for name in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(name).to(weight.dtype)  # type: ignore[attr-defined]
+    return weight, original.bias
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -68,14 +92,15 @@ def recognise_head(model: PreTrainedModel) -> HeadForm:
         ValueError: the logits are anything but softcap(scale * (hidden @ weight.T + bias)); the message says what was seen.
     """
     layer = output_layer(model)
-    if layer.weight.is_meta or layer.weight.dim() != 2:
+    weight, bias = _effective(layer)
+    if weight.is_meta or weight.dim() != 2:
         _refuse(model, "its output layer is on the meta device or sharded: load it first, and attach before wrapping")
-    sent = _known_values(layer.weight.shape[0], layer.weight.device)
+    sent = _known_values(weight.shape[0], weight.device)
     hidden, received, returned, logits = _probe(model, layer, sent)
-    if not _same(returned, F.linear(received, layer.weight, layer.bias)):
+    if not _same(returned, F.linear(received, weight, bias)):
         _refuse(model, "its output layer returns something else than input @ weight.T + bias (quantised, or with an adapter)")
     factor = _factor(model, received, hidden)
-    if factor != 1.0 and layer.bias is not None:
+    if factor != 1.0 and bias is not None:
         _refuse(model, f"its output layer has a bias and receives {factor:.7g} times the last hidden state")
     form = _read(model, sent, logits)
     scale = factor * (form.logit_scale or 1.0)
@@ -108,7 +133,7 @@ def _known_values(vocab_size: int, device: torch.device) -> Tensor:  # [1, 4, V]
     return torch.stack([torch.full_like(ramp, TINY), torch.full_like(ramp, HUGE), 10 * ramp, -1000 * ramp]).double()[None]
 
 
-def _probe(model: PreTrainedModel, layer: nn.Linear, sent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _probe(model: PreTrainedModel, layer: nn.Module, sent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The last hidden state, the output layer's input and output, and the logits if that output is replaced."""
     calls = []
 

@@ -1,15 +1,19 @@
 """Whether a model can be loaded, and whose code would run: found out before anything large is read."""
 
+import re
 from pathlib import Path
 
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from stanford_alpaca.errors import UserError, first_line, quiet_hub, say
-from stanford_alpaca.model import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model
+from stanford_alpaca.model import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model, grow_for_adapter
+
+WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)")  # peft's
+SIZED = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}  # tensors of an embedding, and their axis of tokens
 
 
 def check_model(
@@ -24,17 +28,15 @@ def check_model(
 
     With ``remote_code`` it says whose code is going to run.
     """
-    place = Path(path).expanduser()
-    beside = path.startswith((".", "/", "~")) or (len(place.parts) > 1 and Path(place.parts[0]).exists())
-    if not place.is_dir() and (beside or len(place.parts) > 2):  # a path that was meant to be local, no hub name
-        raise UserError(f"{path}: cannot load a model from here (no such folder); give a Hugging Face folder or a hub name")
+    place = check_place(path)
     is_adapter = base_of(path) is not None
     if is_adapter and not or_adapter:
         raise UserError(f"{path}: an adapter, no whole model; load it with peft's PeftModel.from_pretrained(base, folder)")
     if weights:
         _check_weights(place, "adapter_model.bin" if is_adapter else "pytorch_model*.bin*")
     if is_adapter:
-        return check_adapter(path, cache_dir, remote_code=remote_code)
+        check_adapter(path, cache_dir, remote_code=remote_code)
+        return
     try:
         with quiet_hub():
             if remote_code:
@@ -43,6 +45,15 @@ def check_model(
             AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=remote_code)
     except Exception as error:  # OSError, ValueError or a hub error, depending on what is wrong
         raise cannot_load(path, error) from None
+
+
+def check_place(path: str) -> Path:
+    """The path. Raises UserError if it was meant to be a folder, is no hub name, and there is none."""
+    place = Path(path).expanduser()
+    beside = path.startswith((".", "/", "~")) or (len(place.parts) > 1 and Path(place.parts[0]).exists())
+    if not place.is_dir() and (beside or len(place.parts) > 2):
+        raise UserError(f"{path}: cannot load a model from here (no such folder); give a Hugging Face folder or a hub name")
+    return place
 
 
 def _check_weights(folder: Path, pickles: str) -> None:
@@ -68,26 +79,63 @@ def _code_of(path: str, cache_dir: str | None) -> list[str]:
     return sorted({f"{other or path}: {name.partition('.')[0]}.py" for other, _, name in places})
 
 
-def check_adapter(path: str, cache_dir: str | None = None, *, remote_code: bool = False) -> None:
-    """Raises UserError if an adapter's base cannot be loaded, or has not the layers that it was trained on."""
-    folder = Path(path)
+def check_adapter(
+    path: str, cache_dir: str | None = None, *, base: str | None = None, tokens: int = 0, remote_code: bool = False
+) -> int:
+    """Whether an adapter's base can be loaded and has the layers that it was trained on.
+
+    Args:
+        path: the adapter's folder.
+        base: in place of what its configuration names.
+        tokens: rows for a base with fewer, where the adapter has no embedding of its own; by default as ``load_model`` does it.
+
+    Returns:
+        The rows of the embedding with which the adapter fits.
+
+    Raises:
+        UserError: it does not.
+    """
     try:
-        base = str(base_of(path))
+        base = base or str(base_of(path))
         check_model(base, cache_dir, remote_code=remote_code)
         config = PeftConfig.from_pretrained(path)
-        with safe_open(folder / ADAPTER_SAFE_WEIGHTS_NAME, "pt") as file:
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # others decompose the weights, which are not read here
+        with safe_open(Path(path) / ADAPTER_SAFE_WEIGHTS_NAME, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, no dict
         model = empty_model(base, cache_dir, remote_code=remote_code)
-        rows = model.get_input_embeddings().weight.shape[0]
+        own = set(model.state_dict())
+        if not tokens:
+            grow_for_adapter(model, path)
+        rows = fitting = model.get_input_embeddings().weight.shape[0]
+        if tokens and (fitting := max(rows, _rows_of(model, shapes) or tokens)) > rows:
+            model.resize_token_embeddings(fitting, mean_resizing=False)
         wanted = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
     except UserError:
         raise
     except Exception as error:  # no JSON, no such key, a kind of adapter that peft does not know, a damaged file
         raise UserError(f"{path}: cannot load this adapter ({first_line(error)}); train it again, or give another") from None
+    other = f"{path}: an adapter of another base than {base} (which has {rows} tokens)"
+    mend = f"mend base_model_name_or_path in its {ADAPTER_CONFIG}"
     for name, tensor in wanted.items():
         if name not in shapes or list(tensor.shape) != list(shapes[name]):
             has = list(shapes[name]) if name in shapes else "missing"
-            raise UserError(
-                f"{path}: an adapter of another base than {base} (which has {rows} tokens): {name} is {has}, wanted "
-                f"{list(tensor.shape)}; mend base_model_name_or_path in its {ADAPTER_CONFIG}"
-            )
+            raise UserError(f"{other}: {name} is {has}, wanted {list(tensor.shape)}; {mend}")
+    for name in sorted(shapes.keys() - wanted.keys()):
+        if _base_name(name) not in own:  # peft saves copies of the base's embedding beside its own tensors
+            raise UserError(f"{other}: it has no layer for {name}; {mend}")
+    return fitting
+
+
+def _rows_of(model: PreTrainedModel, shapes: dict[str, list[int]]) -> int:
+    """Of how many tokens the adapter itself has rows of the embedding or the output layer; 0 if of none."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if module in layers]
+    axes = {f"{name}.{part}": axis for name in names for part, axis in SIZED.items()}
+    sizes = ((_base_name(key), shape) for key, shape in shapes.items())
+    return max((shape[axes[key]] for key, shape in sizes if key in axes), default=0)
+
+
+def _base_name(key: str) -> str:
+    """The name in the base of a tensor that peft saved, if it is one of the base's: without what stands around modules."""
+    return WRAPPERS.sub("", key.removeprefix("base_model.model."))

@@ -3,7 +3,6 @@
 import contextlib
 import pickle
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 from torch.distributed import DistError, is_initialized
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from stanford_alpaca.collectives import fresh_store
+from stanford_alpaca.collectives import await_key, fresh_store
 from stanford_alpaca.errors import UserError
 
-POLL = 0.1  # seconds between looks for what rank 0 has
 T = TypeVar("T")
 
 
@@ -60,8 +58,7 @@ def share_from_rank_0(what: str, make: Callable[[], T] | None) -> T:
     store = fresh_store(f"share {what}")
     if make is None:
         try:
-            while not store.check(["outcome"]):
-                time.sleep(POLL)
+            await_key(store, "outcome")
             value, error = pickle.loads(store.get("outcome"))
         except DistError:  # rank 0, which holds the store, has ended and said why
             sys.exit(2)

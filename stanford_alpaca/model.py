@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stanford_alpaca.errors import UserError, first_line, nearest
 
+LORA_EMBEDDINGS = ("frozen", "lora", "full")  # what LoRA does to the embedding and the output layer
 ADAPTER_CONFIG = "adapter_config.json"
 CONVERT = (
     'if you trust it, convert it once: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
@@ -102,9 +105,20 @@ def load_model(
         if from_config:
             config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=remote_code)
             return AutoModelForCausalLM.from_config(config, **options)
-        return AutoModelForCausalLM.from_pretrained(path, cache_dir=cache_dir, use_safetensors=True, **options)
+        base = base_of(path)
+        model = AutoModelForCausalLM.from_pretrained(base or path, cache_dir=cache_dir, use_safetensors=True, **options)
+        if base is None:
+            return model
+        grow_for_adapter(model, path)
+        return PeftModel.from_pretrained(model, path, use_safetensors=True).get_base_model()
     except Exception as error:
         raise cannot_load(path, error) from None
+
+
+def grow_for_adapter(base: PreTrainedModel, adapter: str) -> None:
+    """Gives the base a row for each token that was added when the adapter was trained, as training did."""
+    if (Path(adapter) / "tokenizer_config.json").is_file():
+        fit_vocabulary(base, AutoTokenizer.from_pretrained(adapter))
 
 
 def empty_model(
@@ -128,22 +142,26 @@ def empty_model(
 
 
 @torch.no_grad()
-def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Grows the embeddings to the tokenizer's size, new rows the mean of the old ones; never shrinks padded ones.
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
+    """Grows the embeddings to ``rows``, by default the tokenizer's size, new ones the mean of the old; never shrinks them.
 
     Returns:
         The number of rows added. Also sets the model's pad and end-of-sequence ids.
     """
     old = model.get_input_embeddings().weight.shape[0]
-    added = max(0, len(tokenizer) - old)
+    added = max(0, (len(tokenizer) if rows is None else rows) - old)
     if added:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.resize_token_embeddings(old + added, mean_resizing=False)
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[old:] = layer.weight[:old].mean(dim=0)
     for config in (model.config, model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
         if config.eos_token_id is None:
             config.eos_token_id = tokenizer.eos_token_id
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature without do_sample: published so, and not saved again once a field has changed
+        model.generation_config.do_sample = True
     return added
 
 
@@ -165,14 +183,43 @@ def lora_layers(model: PreTrainedModel, targets: list[str] | None = None) -> lis
     return [name for name in linear if targets is None or any(f".{name}".endswith(f".{target}") for target in targets)]
 
 
-def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets: list[str] | None = None) -> PeftModel:
-    """The model with a float32 LoRA adapter on its ``lora_layers``, which alone is trained."""
-    layers = lora_layers(model, targets)
+def add_lora(
+    model: PreTrainedModel,
+    r: int,
+    alpha: int,
+    dropout: float,
+    targets: list[str] | None = None,
+    embeddings: str = "frozen",  # one of LORA_EMBEDDINGS
+) -> PeftModel:
+    """The model with a float32 LoRA adapter on its ``lora_layers``, which alone is trained, and what ``embeddings`` adds.
+
+    The output layer's adapter has no dropout: the loss has to read it as one weight. Embeddings that are tied stay tied.
+
+    Raises:
+        UserError: targets that no layer has, or embeddings that cannot be had.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tied = ends[0].weight is ends[1].weight
+    names = [name for name, module in model.named_modules() if module in ends]
+    if tied and embeddings == "lora":
+        raise UserError("--lora_embeddings lora: the embedding is the output layer, and their adapters would differ; use full")
+    names = names[:1] if tied else names  # the input embedding stands first; peft ties the other
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets or layers
-    )
+        task_type=TaskType.CAUSAL_LM, r=r, lora_alpha=alpha, lora_dropout=dropout,
+        target_modules=[*lora_layers(model, targets), *(names if embeddings == "lora" else [])],
+        modules_to_save=names if embeddings == "full" else None,
+        ensure_weight_tying=tied and embeddings == "full",
+    )  # fmt: skip
     warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks by the old name
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    output = model.get_output_embeddings()
+    if tied and embeddings == "full" and not isinstance(output, ModulesToSaveWrapper):
+        raise UserError(
+            f"--lora_embeddings full: peft does not keep {names[0]} tied to this model's output layer; leave it frozen"
+        )
+    if isinstance(output, LoraLayer):
+        output.lora_dropout["default"] = nn.Identity()
+    return adapted
 
 
 def cannot_load(path: str, error: Exception) -> UserError:

@@ -1,8 +1,10 @@
 """What a run's flags make: the model with its objective, its costs and teacher, the collator."""
 
+from typing import Any
+
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.arguments import ObjectiveArguments, Run
 from stanford_alpaca.attach import attach_objective, routes
@@ -15,7 +17,7 @@ from stanford_alpaca.fit import check_positions
 from stanford_alpaca.head import HeadForm
 from stanford_alpaca.isolation import find_isolation
 from stanford_alpaca.loading import allocate, share_from_rank_0, stored_buffers, weights_come_from_rank_0
-from stanford_alpaca.model import add_lora, empty_model, fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.model import empty_model, fit_vocabulary, load_model, load_tokenizer
 from stanford_alpaca.teacher import Teacher, same_vocabulary
 
 
@@ -42,7 +44,7 @@ def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None
         raise UserError(f"--teacher {name}: its tokenizer has other ids than that of {run.model.model_name_or_path}")
     dtype = torch.bfloat16 if run.training.bf16 else torch.float32
     model = load_model(name, cache_dir, dtype=dtype, remote_code=remote_code)
-    check_positions(model, "teacher", run.training.model_max_length)
+    check_positions(model, "teacher", run)
     try:
         return Teacher(model, run.model.teacher_top_k)
     except ValueError as error:
@@ -91,12 +93,14 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
         model_args.model_name_or_path, training.cache_dir,
         from_config=model_args.from_config, attn_implementation=model_args.attn_implementation,
         remote_code=model_args.trust_remote_code,
+        **precision(run),
     )  # fmt: skip
     fit_vocabulary(model, tokenizer)
     stops = stop_ids(tokenizer)
     if len(stops) > 1:  # who generates from the folder stops at the end of a turn
         model.generation_config.eos_token_id = stops
     teacher = make_teacher(run, tokenizer)
+    adapted = run.lora.adapt(model) if run.lora.lora else model
     try:
         attach_objective(
             model, objective, cost if with_cost or objective.needs_emo else None,
@@ -104,10 +108,23 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
-    if run.lora.lora:
-        lora = run.lora
-        model = add_lora(model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
-    return model
+    return adapted
+
+
+def precision(run: Run) -> dict[str, Any]:
+    """How ``load_model`` keeps the weights: as float32 masters, or where LoRA trains none of them as what --bf16 computes with.
+
+    With --qlora linear layers but the output are in 4 bits (QLoRA, arXiv 2305.14314).
+    """
+    computed = torch.bfloat16 if run.training.bf16 else torch.float32
+    frozen = run.lora.lora and run.lora.lora_embeddings != "full"
+    options: dict[str, Any] = {"dtype": computed if frozen else torch.float32}
+    if run.lora.qlora:
+        options["device_map"] = {"": run.training.device}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computed
+        )
+    return options
 
 
 def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:

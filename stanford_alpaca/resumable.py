@@ -251,7 +251,10 @@ class ResumableTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(folder, state_dict=state_dict)
+        only = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}  # but for those that are trained
+        model.save_pretrained(folder, state_dict=state_dict, **only)
+        if only:  # peft's card: a run writes its own when all else is hashed
+            (folder / "README.md").unlink(missing_ok=True)
         self.processing_class.save_pretrained(folder)
         # ZeRO's model may be in bfloat16, the weights written are the masters; an adapter has no such configuration
         if state_dict and not isinstance(model, PeftModel):

@@ -13,6 +13,9 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import contextlib
 import os
 import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -50,9 +53,12 @@ def load_data(
         max_length=training.model_max_length, prompt_template=data.prompt_template, columns=data.column_names(),
         cache_dir=training.cache_dir, num_proc=data.preprocessing_num_workers or len(os.sched_getaffinity(0)),
         seed=training.seed, shuffle_buffer=data.shuffle_buffer,
+        block_size=data.block_size, documents=data.documents, max_sentences=data.max_sentences or None,
     )  # fmt: skip
 
-    def load(paths: list[str]) -> list[Dataset]:
+    evaluating = replace(loading, max_sentences=None)
+
+    def load(paths: list[str], loading: Loading) -> list[Dataset]:
         sources = []
         for path in paths:
             examples, report = load_source(path, tokenizer, loading)
@@ -63,33 +69,35 @@ def load_data(
     if data.streaming:
         check_columns([*data.data_path, *(data.eval_path or [])], loading.columns)
     else:  # before the first record is tokenized, which takes longer
-        check_sources([*data.data_path, *(data.eval_path or [])], loading)
-    held_out = mix(load(data.eval_path), None, training.seed) if data.eval_path is not None else None
+        check_sources(data.data_path, loading)
+        check_sources(data.eval_path or [], evaluating)
+    held_out = mix(load(data.eval_path, evaluating), None, training.seed) if data.eval_path is not None else None
     if data.streaming:
         say("streamed: what is dropped or cut is not counted; python -m stanford_alpaca.preview shows it")
         return stream_sources(data.data_path, data.data_weights, tokenizer, loading), held_out
-    sources = load(data.data_path)
+    sources = load(data.data_path, loading)
     if data.eval_fraction is not None:
-        splits = [split(source, data.eval_fraction, training.seed) for source in sources]
+        seed = None if data.block_size else training.seed
+        splits = [split(source, data.eval_fraction, seed) for source in sources]
         sources, held_out = [kept for kept, _ in splits], mix([held for _, held in splits], None, training.seed)
         say(f"held out {len(held_out):,} examples")
     return mix(sources, data.data_weights, training.seed), held_out
 
 
-def split(examples: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """What is trained on and what is held out. Raises UserError if either would be empty."""
+def split(examples: Dataset, fraction: float, seed: int | None) -> tuple[Dataset, Dataset]:
+    """What is trained on and what is held out: without a seed, the end. Raises UserError if either would be empty."""
     if not 0 < round(len(examples) * fraction) < len(examples):
         raise UserError(f"--eval_fraction {fraction} of {len(examples)} examples leaves one side empty")
-    parts = examples.train_test_split(test_size=fraction, seed=seed)
+    parts = examples.train_test_split(test_size=fraction, seed=seed, shuffle=seed is not None)
     return parts["train"], parts["test"]
 
 
-def train(argv: list[str]) -> None:
-    """Runs one fine-tuning from its command line to the saved model."""
+def train(argv: list[str], recipe: Mapping[str, Any] | None = None) -> None:
+    """Runs one fine-tuning from its command line to the saved model; the recipe has defaults of flags that are not given."""
     stop = StopRequest()
     if threading.current_thread() is threading.main_thread():
         stop.install()
-    run = parse(argv)
+    run = parse(argv, recipe)
     for line in run.notes:
         say(line)
     check(run)
@@ -120,7 +128,7 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
     tokenizer = load_tokenizer(
         run.model.model_name_or_path, args.model_max_length, args.cache_dir,
-        may_grow=not run.lora.lora, remote_code=run.model.trust_remote_code, tell=say,
+        may_grow=run.lora.may_grow, remote_code=run.model.trust_remote_code, tell=say,
     )  # fmt: skip
     check_fit(run, tokenizer, prompts)
     train_examples, eval_examples = load_in_turn(
@@ -204,10 +212,10 @@ def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:
     return {name: value for name, value in entries[-1].items() if name != "step"} if entries else trainer.evaluate()
 
 
-def main() -> None:
+def main(recipe: Mapping[str, Any] | None = None) -> None:
     """The command."""
     try:
-        status = exit_on_user_error(run_or_stop)
+        status = exit_on_user_error(lambda: run_or_stop(recipe))
     except SystemExit as end:
         if torch.distributed.is_initialized() and isinstance(end.code, int):
             leave_alone(end.code)
@@ -218,10 +226,10 @@ def main() -> None:
     sys.exit(status)
 
 
-def run_or_stop() -> int:
+def run_or_stop(recipe: Mapping[str, Any] | None) -> int:
     """The command's exit status. Raises what makes ranks end each for itself."""
     try:
-        train(sys.argv[1:])
+        train(sys.argv[1:], recipe)
     except Stopped as stopped:  # all of them
         say(f"\n{stopped}")
         return Stopped.status

@@ -7,11 +7,10 @@ from typing import TypeVar
 
 from torch.distributed import DistError, Store
 
-from stanford_alpaca.collectives import fresh_store
+from stanford_alpaca.collectives import await_key, fresh_store
 from stanford_alpaca.errors import UserError, first_line, is_main_process
 
 T = TypeVar("T")
-POLL = 0.2  # seconds between looks at another rank's outcome
 OK, FAILED = "ok ", "failed "
 
 
@@ -52,8 +51,7 @@ def load_in_turn(load: Callable[[], T], digest: Callable[[T], str], rank: int, l
 
 def _outcome_of(rank: int, store: Store) -> str:
     """The digest that a rank came to, once it has."""
-    while not store.check([str(rank)]):
-        time.sleep(POLL)
+    await_key(store, str(rank))
     outcome = store.get(str(rank)).decode()
     if outcome.startswith(OK):
         return outcome

@@ -17,9 +17,7 @@ from typing import Any
 
 TIMEOUT = 240.0  # seconds that all ranks together may take
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    ["stanford_alpaca.train", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tests.ranks"]
-)
+_FORKS.set_forkserver_preload(["tests.warm"])
 
 
 class RanksFailed(AssertionError):

@@ -1,5 +1,6 @@
 """Engines: what FSDP shards, in which precision it computes, and that another engine than the one asked for is an error."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -63,13 +64,20 @@ def test_a_zero_engine_without_its_file_is_an_error(tmp_path, monkeypatch):
 
 
 def filled_in(folder: str) -> list[int]:
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    os.environ["TORCH_EXTENSIONS_DIR"] = f"{folder}/compiled"
     args = TrainingArguments(output_dir=folder, engine="zero2", per_device_train_batch_size=2, global_batch=16)
+    deepspeed.init_distributed("gloo")  # as its engine does
+    assert get_accelerator().device_count() == 2 and torch.distributed.get_world_size() == 2
     config = args.hf_deepspeed_config.config
     return [config[name] for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")]
 
 
-def test_deepspeed_knows_what_the_global_batch_makes_of_the_accumulation(tmp_path):
-    assert run_ranks(1, filled_in, str(tmp_path)) == [[2, 8, 16]]
+def test_deepspeed_knows_what_the_global_batch_makes_of_the_accumulation_and_compiles_nothing(tmp_path):
+    assert run_ranks(2, filled_in, str(tmp_path)) == [[2, 4, 16]] * 2
+    assert not (tmp_path / "compiled").exists()
 
 
 def sharded_step(folder: str) -> tuple:

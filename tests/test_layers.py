@@ -24,8 +24,9 @@ LAYERS = [
     {"arguments", "callbacks"},
     {"fit"},
     {"checks", "record", "prepare"},
-    {"resume"},
-    {"train", "launch", "preflight"},
+    {"resume", "adapters"},
+    {"train", "launch", "preflight", "merge_lora"},
+    {"continual"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

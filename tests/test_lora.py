@@ -1,7 +1,6 @@
 """LoRA: what is trained, what is written, and that it is what peft loads, from every engine."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,16 +8,23 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from stanford_alpaca.arguments import parse
 from stanford_alpaca.attach import attach_objective
+from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.export import export
+from stanford_alpaca.cost import CostAlias, CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.engines import training_flops
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.head import original_weight
 from stanford_alpaca.loadable import check_model
+from stanford_alpaca.losses import emo_loss
 from stanford_alpaca.model import add_lora, load_model, load_tokenizer
+from stanford_alpaca.prepare import precision
+from stanford_alpaca.token_stats import chunked
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
 from tests.ranks import run_ranks
@@ -65,6 +71,7 @@ def test_one_process_trains_the_adapter_alone_and_writes_what_peft_loads(argumen
     with pytest.raises(UserError, match="an adapter, no whole model"):
         check_model(str(out))
     check_model(str(out), or_adapter=True)
+    assert manifest.problems(out) == []
     ids = torch.arange(20)[None]
     want = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)(ids).logits
     torch.testing.assert_close(load_model(str(out)).eval()(ids).logits, want)  # what generate and metrics load
@@ -101,8 +108,6 @@ def test_the_objective_inside_peft_is_that_of_the_merged_model(make_model):
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 def test_two_processes_train_and_write_the_same_adapter(arguments, tmp_path, root, engine):
-    if engine.startswith("zero") and shutil.which("g++") is None:
-        pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
     settings = {"learning_rate": 0.01, "eval_path": tmp_path / "held.json", "max_steps": 4}
     train(arguments("--lora", output_dir=tmp_path / "one", **settings))
     saves = {"save_strategy": "steps", "save_steps": 2} if engine == "fsdp" else {}
@@ -149,6 +154,143 @@ def test_no_token_is_added_for_an_adapter(arguments, tmp_path, root):
         train(arguments("--lora", model_name_or_path=tmp_path / "bare"))
 
 
+@pytest.mark.parametrize("embeddings", ["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_trained_output_layer_is_in_the_loss_and_not_in_the_costs(make_model, family, embeddings):
+    """The loss and its gradients are those of the model's own logits; the costs those before training, without a copy."""
+    model = make_model(family)
+    if family == "gemma3" and embeddings == "lora":  # tied
+        with pytest.raises(UserError, match="--lora_embeddings lora: the embedding is the output layer"):
+            add_lora(model, 3, 6, 0.5, embeddings=embeddings)
+        return
+    before = model.get_output_embeddings().weight.detach().clone()
+    adapted = add_lora(model, r=3, alpha=6, dropout=0.5, embeddings=embeddings)
+    handle = attach_objective(model, "emo")
+    assert isinstance(handle.cost, CostAlias)
+    adapted.eval()  # the hidden layers' dropout; the output layer's adapter has none
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "lora_embedding" in name or "modules_to_save" in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+    ids = torch.randint(3, 97, (2, 9))
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    got = {name: p.grad for name, p in trained.items()}
+    logits = adapted(input_ids=ids).logits[:, :-1]
+    want = emo_loss(logits, ids[:, 1:], before)
+    for p in trained.values():
+        p.grad = None
+    want.backward()
+    assert len(got) == len(trained) and any("head" in name or "embed" in name for name in got)
+    for name, p in trained.items():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(adapted(input_ids=ids, labels=ids).loss, want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(handle.cost.rows, before) and handle.cost.rows.data_ptr() == original_weight(model).data_ptr()
+    with adapted.disable_adapter():
+        plain = make_model(family)
+        attach_objective(plain, "emo")
+        torch.testing.assert_close(adapted(input_ids=ids, labels=ids).loss, plain(input_ids=ids, labels=ids).loss)
+
+
+def test_a_frozen_output_layer_costs_no_gradient_and_no_copy(make_model, monkeypatch):
+    """What the loss computes: with all weights trained a product for the layer's gradient in each chunk, with LoRA none."""
+    products, through = [], chunked._through_head
+    monkeypatch.setattr(
+        chunked, "_through_head", lambda g, h, w, rows, out: (products.append(out.d_weight), through(g, h, w, rows, out))
+    )
+    ids = torch.randint(3, 97, (2, 9))
+    whole, adapted = make_model("llama"), make_model("llama")
+    copy = attach_objective(whole, "emo").cost
+    assert type(copy) is CostEmbedding and copy.rows.data_ptr() != whole.lm_head.weight.data_ptr()
+    peft_model = add_lora(adapted, r=2, alpha=4, dropout=0.0)
+    alias = attach_objective(adapted, "emo").cost
+    assert alias.rows.data_ptr() == adapted.lm_head.weight.data_ptr()
+    losses = []
+    for model in (whole, peft_model):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    assert [tensor is None for tensor in products] == [False, True]
+
+
+@pytest.mark.parametrize("engine", [None, "fsdp", "zero3"])
+def test_trained_embeddings_and_added_tokens_go_through_files(arguments, tmp_path, root, engine):
+    """Trained whole, with tokens that the base has not: what is written is what was trained, for peft and for us."""
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base").save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
+    tokenizer.add_tokens(["<one>", "<two>", "<three>"])
+    tokenizer.save_pretrained(base)
+    argv = arguments(
+        "--lora", model_name_or_path=base, lora_embeddings="full", eval_path=tmp_path / "held.json", save_strategy="steps",
+        save_steps=2, max_steps=3, **({"engine": engine} if engine else {}),
+    )  # fmt: skip
+    run_ranks(2, train, argv) if engine else train(argv)
+    out = tmp_path / "out"
+    adapter = adapter_of(out)
+    assert [tuple(adapter[f"base_model.model.{name}.weight"].shape) for name in ("lm_head", "model.embed_tokens")] == [
+        (2051, 160)
+    ] * 2
+    assert all(".default" not in name and "base_layer" not in name and "original" not in name for name in adapter)
+    check_model(str(out), or_adapter=True)
+    model, tokenizer = load_model(str(out)).eval(), AutoTokenizer.from_pretrained(out)
+    examples, _ = tokenize_records(load_records(str(tmp_path / "held.json"), str(tmp_path / "cache")), tokenizer, 512)
+    nll, tokens = 0.0, 0
+    for example in examples:
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
+        count = (labels[:, 1:] != -100).sum()
+        nll, tokens = nll + model(input_ids=ids, labels=labels).loss.item() * count, tokens + count
+    assert nll / tokens == pytest.approx(evaluations(out)[-1]["eval_nll"], rel=1e-5)
+    again = [*argv, "--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint", str(out / "checkpoint-2")]
+    run_ranks(2, train, again) if engine else train(again)
+    for name, tensor in adapter_of(tmp_path / "again").items():
+        torch.testing.assert_close(tensor, adapter[name], rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_weights_have_the_precision_that_is_computed_with(arguments, tmp_path):
+    for flags, dtype in (
+        (["--lora", "--bf16"], torch.bfloat16), (["--lora"], torch.float32), (["--bf16"], torch.float32),
+        (["--lora", "--bf16", "--lora_embeddings", "full"], torch.float32),
+    ):  # fmt: skip
+        assert precision(parse(arguments(*flags))) == {"dtype": dtype}
+    train(arguments("--lora", "--bf16", max_steps=1))
+    assert {tensor.dtype for tensor in adapter_of(tmp_path / "out").values()} == {torch.float32}
+    train(arguments("--lora", max_steps=1, output_dir=tmp_path / "exact"))
+    assert steps(tmp_path / "out")[0]["loss"] == pytest.approx(steps(tmp_path / "exact")[0]["loss"], rel=5e-3)
+
+
+def test_four_bits_are_what_is_trained_beside(make_model, arguments, tmp_path, root):
+    pytest.importorskip("bitsandbytes", reason="--qlora needs bitsandbytes, which is not installed")
+    base = tmp_path / "base"  # of a width that bitsandbytes' blocks divide
+    make_model("llama", vocab_size=2048, hidden_size=64, intermediate_size=128, initializer_range=0.2).save_pretrained(base)
+    AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(base)
+    settings = {
+        "model_name_or_path": base,
+        "eval_path": tmp_path / "held.json",
+        "model_max_length": 128,
+        "learning_rate": 1e-12,
+    }
+    train(arguments("--lora", "--qlora", **settings))
+    examples, _ = tokenize_records(
+        load_records(str(tmp_path / "held.json"), str(tmp_path / "cache")), AutoTokenizer.from_pretrained(base), 128
+    )
+
+    def nll_of(model) -> float:
+        losses = [model(torch.tensor([e["input_ids"]]), labels=torch.tensor([e["labels"]])).loss.item() for e in examples]
+        counts = [sum(label != -100 for label in e["labels"][1:]) for e in examples]
+        return sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts)
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    config.bnb_4bit_compute_dtype = torch.float32
+    four, whole = (
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=c) for c in (config, None)
+    )
+    logged = evaluations(tmp_path / "out")[-1]["eval_nll"]
+    assert logged == pytest.approx(nll_of(four), rel=1e-4) and abs(logged - nll_of(whole)) > 1e-3
+    adapter = adapter_of(tmp_path / "out")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32} and len(adapter) == 28
+
+
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
@@ -160,6 +302,8 @@ def test_no_token_is_added_for_an_adapter(arguments, tmp_path, root):
         ({"lora_target_modules": "q_prj"}, ["--lora"], "no linear layer .* did you mean q_proj"),
         ({"lora_target_modules": "lm_head"}, ["--lora"], "lm_head: no linear layer that can have an adapter"),
         ({"lora_target_modules": "embed_tokens"}, ["--lora"], "embed_tokens: no linear layer"),
+        ({"lora_embeddings": "some"}, ["--lora"], "invalid choice: 'some'"),
+        ({"engine": "fsdp"}, ["--lora", "--qlora"], "--fsdp needs a launcher|--qlora: weights in 4 bits are not sharded here"),
         ({"mode": "mle"}, ["--lora", "--from_config"], "--lora and --from_config exclude each other"),
     ],
     ids=str,

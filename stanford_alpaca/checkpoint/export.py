@@ -1,7 +1,8 @@
 """A plain Hugging Face folder from a checkpoint of any engine: one process, no GPU, the whole model once in memory."""
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,11 +32,7 @@ def export(checkpoint: Path, out: Path) -> str:
         raise ResumeError(f"{checkpoint}: {damaged}; another checkpoint may be whole")
     whole = (checkpoint / ADAPTER_SAFE_WEIGHTS_NAME).is_file()  # an adapter stands whole beside any engine's shards
     weights = _fit(SHARDED[kind](checkpoint), checkpoint) if kind in SHARDED and not whole else None
-    part = out.with_name(f"{out.name}.part")
-    if part.exists():
-        raise UserError(f"{part}: left by an export that did not end, or another writes there; remove it")
-    part.mkdir(parents=True)
-    try:
+    with appearing(out) as part:
         for file in checkpoint.iterdir():
             if file.is_file() and file.suffix in BESIDE and file.name not in NOT_EXPORTED:
                 shutil.copy(file, part)
@@ -47,12 +44,27 @@ def export(checkpoint: Path, out: Path) -> str:
             (part / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
             model.save_pretrained(part, state_dict=state)
         line = _check(part)
+    return f"{out}: {line}"
+
+
+@contextlib.contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes ``out`` when the block ends well, and is gone when it does not.
+
+    Raises:
+        UserError: the file system failed, or somebody writes there already.
+    """
+    part = out.with_name(f"{out.name}.part")
+    if part.exists():
+        raise UserError(f"{part}: left by a command that did not end, or another writes there; remove it")
+    try:
+        part.mkdir(parents=True)
+        yield part
         part.replace(out)  # onto an empty folder, or none
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written ({first_line(error)})") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return f"{out}: {line}"
 
 
 def _fit(read: dict[str, Tensor], checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:

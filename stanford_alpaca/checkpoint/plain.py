@@ -70,6 +70,6 @@ def _check_dtypes(checkpoint: Path, dtypes: set[torch.dtype]) -> None:
 
 
 def _load_adapter(model: PeftModel, file: Path) -> None:
-    saved, wanted = load_file(file), get_peft_model_state_dict(model)
+    saved, wanted = load_file(file), get_peft_model_state_dict(model, save_embedding_layers=False)
     check_fit(file, {name: form_of(t) for name, t in saved.items()}, {name: form_of(t) for name, t in wanted.items()})
     set_peft_model_state_dict(model, saved)

@@ -6,6 +6,7 @@ from pathlib import Path
 from stanford_alpaca.errors import UserError
 
 MIB = 2**20
+SAVE_LESS = "give another --output_dir, or save less (--save_only_model, --save_strategy no)"
 
 
 def checkpoint_bytes(trained: int, optim: str, only_model: bool = False) -> int:
@@ -20,7 +21,7 @@ def checkpoint_bytes(trained: int, optim: str, only_model: bool = False) -> int:
     return trained * (4 + moments)
 
 
-def check_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
+def check_space(folder: Path, needed: int, what: str = "a checkpoint", advice: str = SAVE_LESS) -> None:
     """Raises UserError unless ``needed`` bytes are free where a folder is, or would be made."""
     place = folder.absolute()
     while not place.exists():
@@ -28,6 +29,5 @@ def check_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"{folder}: {what} needs {needed / MIB:,.0f} MiB, and {free / MIB:,.0f} MiB are free; "
-            "make room, give another --output_dir, or save less (--save_only_model, --save_strategy no)"
+            f"{folder}: {what} needs {needed / MIB:,.0f} MiB, and {free / MIB:,.0f} MiB are free; make room, {advice}"
         )

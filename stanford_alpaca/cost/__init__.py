@@ -1,5 +1,6 @@
 """The transport cost between tokens. ``python -m stanford_alpaca.cost build`` makes an embedding where a model has none yet."""
 
+from stanford_alpaca.cost.alias import CostAlias
 from stanford_alpaca.cost.cache import CostRows
 from stanford_alpaca.cost.embedding import COST_KINDS, ZERO_BELOW, CostEmbedding
 from stanford_alpaca.cost.sharded import ShardedCost, as_cost, broadcast_cost
@@ -7,6 +8,7 @@ from stanford_alpaca.cost.sharded import ShardedCost, as_cost, broadcast_cost
 __all__ = [
     "COST_KINDS",
     "ZERO_BELOW",
+    "CostAlias",
     "CostEmbedding",
     "CostRows",
     "ShardedCost",

@@ -12,6 +12,7 @@ from torch.nn.functional import embedding_bag
 from stanford_alpaca.cost.cache import CostCache, CostRows
 
 COST_KINDS = ("cosine", "identity")
+TILE = 2**13  # rows that are held in a higher precision at a time
 ZERO_BELOW = 1e-6  # in float32, 1 - cos of two equal rows is noise of about this size
 
 
@@ -42,9 +43,7 @@ class CostEmbedding:
         self._cache: CostCache | None = None
         if kind == "cosine":
             assert embedding is not None
-            exact = embedding.detach().to(_at_least_float32(embedding.dtype))
-            # norms in float64: squares of small entries do not underflow, and 1 - cos of equal rows stays below ZERO_BELOW
-            norms = torch.linalg.vector_norm(exact, dim=1, keepdim=True, dtype=torch.float64).to(exact.dtype)
+            exact, norms = embedding.detach().to(_at_least_float32(embedding.dtype)), norms_of(embedding.detach())[:, None]
             directed = norms > torch.finfo(exact.dtype).tiny
             self.rows, self.directed = (exact / norms).masked_fill_(~directed, 0.0), directed.squeeze(1)
 
@@ -127,7 +126,7 @@ class CostEmbedding:
         if rows is None or self.rows is None:
             costs = torch.ones(targets.shape[0], vocab_size, device=targets.device)
         else:
-            costs = rows.table[rows.which].to(self.rows.dtype)
+            costs = rows.table[rows.which].to(_at_least_float32(self.rows.dtype))
         return costs.scatter_(1, targets[:, None], 0.0)
 
     def _compute(self, tokens: Tensor) -> Tensor:  # [r] -> [r, V] in the dtype of the rows
@@ -160,7 +159,24 @@ def transport_costs(towards: Tensor, rows: Tensor) -> Tensor:  # [r, D], [V, D] 
     """1 - cos of unit rows (0 for rows of zeros), with noise cut to 0."""
     with full_precision(rows.device.type):
         costs = torch.addmm(rows.new_ones(1), towards, rows.T, alpha=-1)
+    return cut_noise(costs)
+
+
+def cut_noise(costs: Tensor) -> Tensor:
+    """The same tensor, in which what is noise is 0."""
     return torch.threshold_(costs, ZERO_BELOW, 0.0)
+
+
+def norms_of(rows: Tensor) -> Tensor:  # [V, D] -> [V] float32 (float64 of float64 rows)
+    """Summed in float64: squares of small entries do not underflow, and 1 - cos of equal rows stays below ZERO_BELOW."""
+    norms = [torch.linalg.vector_norm(tile, dim=1, dtype=torch.float64) for tile in rows.split(TILE)]
+    return torch.cat(norms).to(_at_least_float32(rows.dtype))
+
+
+def inverse_norms(rows: Tensor) -> Tensor:  # [V, D] -> [V] float32 (float64 of float64 rows)
+    """1 / norm, and 0 for rows of zeros."""
+    norms = norms_of(rows)
+    return torch.where(norms > torch.finfo(norms.dtype).tiny, 1 / norms, 0.0)
 
 
 @contextmanager

@@ -6,17 +6,28 @@ form        columns                                        also written as
 alpaca      instruction, input, output, system             ``input`` and ``system`` may be absent
 completion  prompt, completion                             two strings; two lists of messages are a ``chat``
 chat        messages: [{role, content}]                    ShareGPT: conversations: [{from, value}]
-text        text
+text        text                                           a text file: a document (see ``documents``)
 ==========  ============================================== =====================================================
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from stanford_alpaca.data.reading import SUFFIXES, Placed, digest_of, exists, list_files, read_file
+from stanford_alpaca.data.documents import Texts
+from stanford_alpaca.data.reading import (
+    FILE_KINDS,
+    TEXT_FILE,
+    Placed,
+    digest_of,
+    exists,
+    kind_of_file,
+    list_files,
+    read_file,
+)
 from stanford_alpaca.errors import UserError, first_line, nearest, quiet_hub
 
 ROLES = {
@@ -39,7 +50,7 @@ OWN = {  # the columns that decide a form
     "completion": ("prompt", "completion"),
     "text": ("text",),
 }
-VERSION = 2  # raise it when the same file would give other records, so that old caches are not used
+VERSION = 3  # raise it when the same file would give other records, so that old caches are not used
 
 MEND = "mend the record or take it out"
 KINDS = {  # what JSON calls a value
@@ -96,8 +107,12 @@ def load_records(
     *,
     columns: Mapping[str, str] | None = None,  # our name -> the name in the file
     streaming: bool = False,
+    documents: str | None = None,
+    max_sentences: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Reads the records of a file, a folder of files, or the train split of a hub set, all of one form.
+    """Reads the records of a file, a folder of files, or the train split of a hub set (NAME or NAME:CONFIG), all of one form.
+
+    ``documents`` and ``max_sentences`` are about running text: see ``Texts``.
 
     Every record is checked before anything else happens; under ``streaming``, when it is reached. Files are read a record
     at a time (but for JSON lists) into a table on disk, which is cached by the hash of their content.
@@ -105,15 +120,20 @@ def load_records(
     Raises:
         UserError: the path or the record that cannot be used, and what to do about it.
     """
-    mapping = tuple((columns or {}).items())
+    mapping, texts = tuple((columns or {}).items()), (documents, max_sentences)
     files = local_files(path)
     if files is not None:
         digest = digest_of(files, contents=not streaming)
         rows: Callable = _file_rows
-        names = [str(file) for file in files]
-        source = {"files": names, "digest": f"{VERSION} {digest}", "whole_lists": not streaming, "columns": mapping}
+        names = [str(file) for file in files]  # a list would be read a file at a time, each from a count of its own
+        source: dict[str, Any] = {
+            "files": names if max_sentences is None else tuple(names),
+            "digest": f"{VERSION} {digest}",
+            "whole_lists": not streaming,
+        }
     else:
-        rows, source = _hub_rows, {"data": _from_hub(str(path), cache_dir, streaming), "name": str(path), "columns": mapping}
+        rows, source = _hub_rows, {"data": _from_hub(str(path), cache_dir, streaming), "name": str(path)}
+    source |= {"columns": mapping, "texts": texts}
     first = next(rows(**source, form=None), None)
     if first is None:
         raise UserError(f"{path}: there is no record in it; give a file with at least one")
@@ -132,29 +152,37 @@ def load_records(
 def local_files(path: str | Path) -> list[Path] | None:
     """The files that a path names, None for the name of a hub set. Raises UserError for a path that leads nowhere."""
     place = Path(path).expanduser()
-    if exists(place) or place.suffix.lower() in SUFFIXES or str(path).startswith((".", "/", "~")):
+    if exists(place) or kind_of_file(place) in FILE_KINDS or str(path).startswith((".", "/", "~")):
         return list_files(place)
     return None
 
 
-def _file_rows(files: list[str], digest: str, whole_lists: bool, columns, form: str | None) -> Iterator[Record]:
+def _file_rows(
+    files: Sequence[str], digest: str, whole_lists: bool, columns, texts: tuple, form: str | None
+) -> Iterator[Record]:
     """The generator behind the cached table. ``digest`` makes changed files another table; the files are its shards."""
-    values = (placed for file in files for placed in read_file(Path(file), whole_lists))
-    yield from _of_one_form(values, dict(columns), form)
+    running = Texts(*texts)
+    for file in map(Path, files):
+        records = _of_one_form(read_file(file, whole_lists), dict(columns), form)
+        for record in running.documents(records, in_lines=kind_of_file(file) == TEXT_FILE):
+            form = form or form_of(record)
+            yield record
 
 
 def _from_hub(name: str, cache_dir: str | None, streaming: bool) -> Dataset | IterableDataset:
+    path, _, config = name.partition(":")
     try:
         with quiet_hub():
-            return load_dataset(name, split="train", cache_dir=cache_dir, streaming=streaming)
+            return load_dataset(path, *([config] if config else []), split="train", cache_dir=cache_dir, streaming=streaming)
     except Exception as error:  # the hub raises many kinds of errors: not found, no network, gated, a bad name
         raise UserError(f"{name}: no such file, and the hub did not give it ({first_line(error)})") from None
 
 
-def _hub_rows(data: Dataset | IterableDataset, name: str, columns, form: str | None) -> Iterator[Record]:
+def _hub_rows(data: Dataset | IterableDataset, name: str, columns, texts: tuple, form: str | None) -> Iterator[Record]:
     batches = data.with_format("arrow").iter(batch_size=1000)  # as it stands: datasets would open files that it names
     rows = enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    yield from _of_one_form(((f"{name}:record {number}", row) for number, row in rows), dict(columns), form)
+    records = _of_one_form(((f"{name}:record {number}", row) for number, row in rows), dict(columns), form)
+    yield from Texts(*texts).documents(records, in_lines=False)
 
 
 def _of_one_form(values: Iterator[Placed], columns: dict[str, str], form: str | None) -> Iterator[Record]:

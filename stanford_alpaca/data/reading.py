@@ -1,11 +1,14 @@
-"""From files and folders to raw records: whatever stands in JSON, JSON lines, CSV or parquet, and where it stands."""
+"""From files and folders to raw records: whatever stands in JSON, JSON lines, CSV, parquet or text, and where it stands."""
 
 import csv
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +16,8 @@ import pyarrow.parquet as pq
 from stanford_alpaca.errors import UserError, first_line
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+TEXT_FILE, GZIPPED = ".txt", ".gz"
+FILE_KINDS = (*SUFFIXES, TEXT_FILE)  # all but parquet may be gzipped
 SPACE = re.compile(r"[ \t\n\r]*")  # JSON's own
 csv.field_size_limit(2**31 - 1)  # the default refuses fields of 128 KiB
 
@@ -27,22 +32,38 @@ def exists(path: Path) -> bool:
         return False
 
 
+def kind_of_file(path: Path) -> str:
+    """One of FILE_KINDS, or what else the name ends with."""
+    name = path.name.lower().removesuffix(GZIPPED)
+    return path.suffix.lower() if name.endswith(".parquet") else Path(name).suffix
+
+
+def open_text(file: Path, newline: str | None = None) -> IO[str]:
+    """A text file, gzipped or not, without the mark that some systems put at the beginning."""
+    if file.suffix.lower() == GZIPPED:
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline=newline)
+    return file.open(encoding="utf-8-sig", newline=newline)
+
+
 def list_files(path: Path) -> list[Path]:
     """The data files that a path names: itself, or all in the folder, the training split of one with splits.
+
+    Text counts in a folder that has nothing else: beside data it is about them.
 
     Raises:
         UserError: no such path, another kind of file, or a folder without data files.
     """
-    kinds = ", ".join(SUFFIXES)
+    kinds = f"{', '.join(FILE_KINDS)}, also as {GZIPPED}"
     if not exists(path):
         raise UserError(f"{path}: no such file; give a file ({kinds}), a folder of them, or a hub name")
     if not path.is_dir():
-        if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+        if not path.is_file() or kind_of_file(path) not in FILE_KINDS:
             raise UserError(f"{path}: not one of {kinds}; give such a file, a folder of them, or a hub name")
         return [path]
-    names = {file: str(file.relative_to(path)).lower() for file in path.rglob("*") if file.suffix.lower() in SUFFIXES}
+    names = {file: str(file.relative_to(path)).lower() for file in path.rglob("*") if kind_of_file(file) in FILE_KINDS}
     hidden = re.compile(r"(^|/)\.")  # what a system or a tool keeps beside the data
     files = sorted(file for file, name in names.items() if not hidden.search(name) and file.is_file())
+    files = [file for file in files if kind_of_file(file) != TEXT_FILE] or files
     training = [file for file in files if re.search(r"(?<![a-z])train(ing)?(?![a-z])", names[file])]
     if not files:
         raise UserError(f"{path}: a folder without data files; wanted {kinds}")
@@ -50,12 +71,16 @@ def list_files(path: Path) -> list[Path]:
 
 
 def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
-    """The values of one file, a record at a time; only a JSON list is read as a whole, and refused on request."""
+    """The values of one file, a record at a time, a line of text being one; only a JSON list is read as a whole, and refused on
+    request."""
+    kind = kind_of_file(file)
     try:
-        if file.suffix.lower() == ".parquet":
+        if kind == ".parquet":
             yield from _parquet(file)
-        elif file.suffix.lower() in (".csv", ".tsv"):
-            yield from _csv(file)
+        elif kind == TEXT_FILE:
+            yield from _lines(file)
+        elif kind in (".csv", ".tsv"):
+            yield from _csv(file, "\t" if kind == ".tsv" else ",")
         elif _starts_with_bracket(file):
             if not whole_lists:
                 raise UserError(f"{file}: a JSON list has to be read as a whole; for --streaming give one object a line")
@@ -64,17 +89,24 @@ def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
             yield from _json_lines(file)
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: byte {_bad_byte(file, error)} is not UTF-8; convert the file to UTF-8") from None
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
 
 
+def _lines(file: Path) -> Iterator[Placed]:
+    with open_text(file) as lines:
+        for number, line in enumerate(lines, 1):
+            yield f"{file}:line {number}", {"text": line.removesuffix("\n")}
+
+
 def _starts_with_bracket(file: Path) -> bool:
-    with file.open(encoding="utf-8-sig") as lines:
+    with open_text(file) as lines:
         return next((line for line in lines if line.strip()), "").lstrip()[:1] == "["
 
 
 def _json_list(file: Path) -> Iterator[Placed]:
-    text = file.read_text(encoding="utf-8-sig")
+    with open_text(file) as whole:
+        text = whole.read()
     place, mark, number = _skip_space(text, text.index("[") + 1), ",", 0
     if text[place : place + 1] == "]":
         place, mark = place + 1, "]"
@@ -101,7 +133,7 @@ def _element(text: str, place: int) -> tuple[object, int, str]:
 
 
 def _json_lines(file: Path) -> Iterator[Placed]:
-    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+    with open_text(file, newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -139,9 +171,9 @@ def _reason(error: Exception) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else getattr(error, "msg", first_line(error))
 
 
-def _csv(file: Path) -> Iterator[Placed]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+def _csv(file: Path, delimiter: str) -> Iterator[Placed]:
+    with open_text(file, newline="") as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             twice = duplicate(reader.fieldnames or [])
             if twice is not None:
@@ -176,7 +208,7 @@ def _parquet(file: Path) -> Iterator[Placed]:
 def _bad_byte(file: Path, error: UnicodeDecodeError) -> int:
     """Where in the file the first bad byte is: a text file decodes in pieces, and the error counts from its piece."""
     try:
-        file.read_bytes().decode("utf-8-sig")
+        (gzip.open if file.suffix.lower() == GZIPPED else open)(file, "rb").read().decode("utf-8-sig")
     except UnicodeDecodeError as whole:
         return whole.start
     return error.start

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
+from stanford_alpaca.data.blocks import BlockReport, make_blocks
 from stanford_alpaca.data.formats import check_columns, form_of, load_records, local_files
 from stanford_alpaca.data.reading import digest_of
 from stanford_alpaca.data.tokenize import DataReport, ExampleEncoder, stream_records, tokenize_records
@@ -20,6 +21,8 @@ class Loading:
 
     Args:
         max_length: tokens of an example.
+        block_size: tokens of a block into which running text is cut, see ``blocks``; None for examples.
+        documents, max_sentences: with a block_size, as in ``load_records``.
         prompt_template: one of ``tokenize.TEMPLATES``.
         columns: our column names -> the names in the files.
         shuffle_buffer: examples of a stream that are held to be shuffled.
@@ -32,19 +35,31 @@ class Loading:
     num_proc: int = 1
     seed: int = 42
     shuffle_buffer: int = 10_000
+    block_size: int | None = None
+    documents: str = "auto"
+    max_sentences: int | None = None
+
+    def records(self, path: str) -> Dataset:
+        """The records of a source, checked. Raises UserError for the first bad one."""
+        documents = None if self.block_size is None else self.documents
+        return load_records(path, self.cache_dir, columns=self.columns, documents=documents, max_sentences=self.max_sentences)
 
 
 def check_sources(paths: list[str], loading: Loading) -> None:
     """Reads and checks every record of every source, which stay in the cache. Raises UserError for the first bad one."""
     check_columns(paths, loading.columns)
     for path in paths:
-        load_records(path, loading.cache_dir, columns=loading.columns)
+        loading.records(path)
 
 
-def load_source(path: str, tokenizer: PreTrainedTokenizerBase, loading: Loading) -> tuple[Dataset, DataReport]:
-    """The examples of one source, and what became of its records. Raises UserError naming the source."""
-    records = load_records(path, loading.cache_dir, columns=loading.columns)
+def load_source(path: str, tokenizer: PreTrainedTokenizerBase, loading: Loading) -> tuple[Dataset, DataReport | BlockReport]:
+    """The examples or blocks of one source, and what became of its records. Raises UserError naming the source."""
+    records = loading.records(path)
     try:
+        if loading.block_size is not None:
+            return make_blocks(
+                records, tokenizer, loading.block_size, loading.num_proc, loading.cache_dir, loading.max_sentences
+            )
         return tokenize_records(records, tokenizer, loading.max_length, loading.num_proc, loading.prompt_template)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

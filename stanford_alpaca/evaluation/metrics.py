@@ -22,7 +22,7 @@ from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, check_template, tokenize_records
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generate import check_prompts, generate_batch, load_for_generation
-from stanford_alpaca.head import head_of, output_layer, recognise_head
+from stanford_alpaca.head import head_of, original_weight, recognise_head
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.samples import format_sample, sample_of, write_jsonl
 from stanford_alpaca.sampling import Sampling
@@ -132,7 +132,7 @@ def run(
         records = records.select(range(min(limit, len(records))))
     check_prompts(names, list(records), max_new_tokens, prompt_template, trust_remote_code)
     base, _ = load_for_generation(str(cost or names[0]), trust_remote_code)
-    shared_cost = CostEmbedding(output_layer(base).weight)
+    shared_cost = CostEmbedding(original_weight(base))
     del base
     results, responses = {}, {}
     for name in names:

@@ -204,5 +204,5 @@ def test_the_loss_imports_nothing_that_builds(root):
     code += "n.split('.')[1] in ('cost', 'data', 'model')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.replace("'", chr(34))) == [
-        "stanford_alpaca.cost", *(f"stanford_alpaca.cost.{name}" for name in ("cache", "embedding", "sharded"))
+        "stanford_alpaca.cost", *(f"stanford_alpaca.cost.{name}" for name in ("alias", "cache", "embedding", "sharded"))
     ]  # fmt: skip

@@ -170,6 +170,25 @@ def test_a_list_cannot_be_streamed(tmp_path):
         load_records(tmp_path / "a.json", streaming=True)
 
 
+def test_a_hub_sets_configuration_stands_behind_a_colon_and_its_rows_are_joined(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    from stanford_alpaca.data import formats
+
+    rows = ["", " = First = \n", "", " One . \n", " = = Part = = \n", " Two . \n", " = Second = \n", " Three . \n"]
+    asked = []
+
+    def load_dataset(*names, split, cache_dir, streaming):
+        asked.append(names)
+        return Dataset.from_dict({"text": rows})
+
+    monkeypatch.setattr(formats, "load_dataset", load_dataset)
+    records = load_records("some/wikitext:raw-v1", str(tmp_path), documents="auto", max_sentences=5)
+    assert asked == [("some/wikitext", "raw-v1")]
+    assert records["text"] == [" = First = \n\n One . \n = = Part = = \n Two . ", " = Second = \n"]
+    assert len(load_records("some/wikitext:raw-v1", str(tmp_path))) == len(rows)
+
+
 def test_a_hub_set_goes_the_same_way(tmp_path, monkeypatch):
     """The hub is out of reach here; what it would return is not."""
     from datasets import Dataset

@@ -1,6 +1,5 @@
 """A part of ``python tests/exactness/run.py``, and that its combinations are what it says."""
 
-import shutil
 from itertools import combinations, product
 
 import pytest
@@ -25,8 +24,6 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("combination", PART, ids=str)
 def test_it_equals_one_process(folder, combination):
-    if combination.engine.startswith("zero") and shutil.which("g++") is None:
-        pytest.skip("DeepSpeed compiles a helper with g++, which is not installed")
     loss, norm = deviations(folder, combination)
     assert loss <= LOSS and norm <= NORM
 

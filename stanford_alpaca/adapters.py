@@ -1,0 +1,146 @@
+"""Where an adapter is, what it was trained on, and whether it can be merged: found out before anything large is read."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftType
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
+
+from stanford_alpaca.checkpoint import manifest
+from stanford_alpaca.errors import ResumeError, UserError, first_line, quiet_hub, say
+from stanford_alpaca.loadable import check_model, check_place
+from stanford_alpaca.model import ADAPTER_CONFIG
+from stanford_alpaca.record import FILE as RUN_FILE
+from stanford_alpaca.record import MADE_WITH, identify_model, read_run
+
+MERGED = "merge.json"  # what a merged model holds, and of what base
+READ = ["*.json", "*.jinja", "*.model", "*.txt", str(ADAPTER_SAFE_WEIGHTS_NAME)]  # of a repository on the hub
+WANTED = f"give a folder or hub name with {ADAPTER_CONFIG} and {ADAPTER_SAFE_WEIGHTS_NAME}, or a run that trained with --lora"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that is whole and can be merged."""
+
+    name: str  # as it was asked for
+    folder: Path
+    config: PeftConfig
+    sha256: str  # of its weights
+    run: dict[str, Any]  # the record of the run of ours that trained it, else empty
+
+    @property
+    def kind(self) -> str:
+        """peft's name for it."""
+        return PeftType(self.config.peft_type).value
+
+    @property
+    def size(self) -> str:
+        """What it is, in words."""
+        if self.kind != "LORA":
+            return self.kind
+        return f"r {self.config.r}, alpha {self.config.lora_alpha:g}"
+
+
+def find_adapter(name: str, cache_dir: str | None = None) -> Adapter:
+    """The adapter in a folder, in a run's newest checkpoint that is whole, or on the hub.
+
+    Raises:
+        ResumeError: it is damaged.
+        UserError: there is none, or none that can be merged.
+    """
+    place = check_place(name)
+    folder = _in_run(place) if place.is_dir() else _download(name, cache_dir)
+    if not (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file() or not (folder / ADAPTER_CONFIG).is_file():
+        if (folder / ADAPTER_WEIGHTS_NAME).is_file():
+            raise UserError(f"{name}: {ADAPTER_WEIGHTS_NAME} is a pickle, which could run code, and is not read; {WANTED}")
+        if (folder / "config.json").is_file():
+            raise UserError(f"{name}: a whole model, no adapter: nothing to merge; {WANTED}")
+        raise UserError(f"{name}: no adapter; {WANTED}")
+    if damage := _damage(folder):
+        raise ResumeError(f"{folder}: {damage}; a checkpoint of its run may be whole")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # no JSON, a kind of adapter that peft does not know
+        raise UserError(f"{name}: {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from None
+    found = Adapter(name, folder, config, manifest.file_sha256(folder / ADAPTER_SAFE_WEIGHTS_NAME), _run_of(folder))
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise UserError(f"{name}: a {found.kind} adapter changes no weights, so it cannot be merged")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise UserError(f"{name}: an adapter for {config.task_type}; only those of a causal LM are merged")
+    return found
+
+
+def _in_run(place: Path) -> Path:
+    """The folder itself, or the newest whole checkpoint of a run that has not finished there."""
+    saved = manifest.checkpoints(place)
+    unfinished = (place / RUN_FILE).is_file() and not (place / manifest.FILE).exists()
+    if not saved or ((place / ADAPTER_SAFE_WEIGHTS_NAME).is_file() and not unfinished) or (place / "config.json").is_file():
+        return place
+    for checkpoint in saved:
+        damage = _damage(checkpoint)
+        if not damage and (checkpoint / manifest.FILE).exists():
+            say(f"{place}: has not finished; its newest whole checkpoint is taken: {checkpoint.name}")
+            return checkpoint
+        say(f"{checkpoint}: passed over: {damage or 'no manifest'}")
+    raise ResumeError(f"{place}: none of its checkpoints is whole")
+
+
+def _damage(folder: Path) -> str:
+    """What of a folder with a manifest is not as it was saved."""
+    return manifest.summary(folder) if (folder / manifest.FILE).exists() else ""
+
+
+def _download(name: str, cache_dir: str | None) -> Path:
+    try:
+        with quiet_hub():
+            return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=READ))
+    except Exception as error:  # no such name, no network, no access
+        raise UserError(f"{name}: no adapter here ({first_line(error)}); {WANTED}") from None
+
+
+def _run_of(folder: Path) -> dict[str, Any]:
+    if (folder / manifest.FILE).exists():
+        return manifest.read(folder)["run"]
+    return read_run(folder) or {}
+
+
+def find_base(adapter: Adapter, base: str | None = None, cache_dir: str | None = None, *, remote_code: bool = False) -> str:
+    """The model that the adapter was trained on: a folder or a hub name.
+
+    Args:
+        base: where it is now, if not where the adapter says. A relative path there may also start from the adapter's folder.
+
+    Raises:
+        UserError: it is not there, is not the one, or has this adapter in it already.
+    """
+    named = base or adapter.config.base_model_name_or_path
+    if not named:
+        raise UserError(f"{adapter.name}: its {ADAPTER_CONFIG} names no base; give --base PATH")
+    places = [Path(named).expanduser(), adapter.folder / named]
+    found = next((str(place) for place in places[: 1 if base else 2] if place.is_dir()), named)
+    try:
+        check_model(found, cache_dir, remote_code=remote_code)
+    except UserError as error:
+        raise UserError(f"the base of {adapter.name}: {error}" + ("" if base else ", or --base PATH if it has moved")) from None
+    if adapter.sha256 in merged_into(found):
+        raise UserError(f"{found}: already has {adapter.name} in it ({MERGED}); give the model that it was trained on")
+    then = (adapter.run.get(MADE_WITH) or {}).get("model")
+    now = identify_model(found, cache_dir) if then else None
+    if now != then and str(then).partition(":")[0] == str(now).partition(":")[0]:
+        raise UserError(
+            f"{found}: not the base that {adapter.name} was trained on, or it has changed since ({then} then, {now} "
+            f"now); give that one with --base"
+        )
+    return found
+
+
+def merged_into(base: str) -> list[str]:
+    """The sha256 of each adapter that was merged into a model."""
+    file = Path(base).expanduser() / MERGED
+    try:
+        return list(json.loads(file.read_text(encoding="utf-8"))["adapters"]) if file.is_file() else []
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)})") from None

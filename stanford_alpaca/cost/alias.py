@@ -1,0 +1,49 @@
+"""The cost of weights that somebody else keeps: read when costs are asked for, never copied."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stanford_alpaca.cost.embedding import TILE, CostEmbedding, cut_noise, full_precision, inverse_norms
+
+
+class CostAlias(CostEmbedding):
+    """The cosine CostEmbedding of the [V, D] weight that ``weight()`` returns, which has to be the same at every call.
+
+    It keeps 1 / norm of each row, [V], and no row: for an output layer that is not trained, wherever and in whatever precision
+    an engine keeps it. Costs are those of ``CostEmbedding(weight())``, but for rounding.
+    """
+
+    def __init__(self, weight: Callable[[], Tensor]):
+        super().__init__(None, "identity")
+        self.kind, self._weight = "cosine", weight
+        self._inverse: Tensor | None = None  # [V], at the first use: until then the weight may be on the meta device
+
+    @property
+    def rows(self) -> Tensor:  # type: ignore[override]  # [V, D], not of unit length
+        return self._weight().detach()
+
+    @rows.setter
+    def rows(self, rows: Tensor | None) -> None:
+        assert rows is None  # what the constructor of the base says
+
+    def to(self, device: torch.device | str) -> "CostAlias":
+        """Nothing: the weight is where it is."""
+        return self
+
+    def _compute(self, tokens: Tensor) -> Tensor:
+        weight = self.rows
+        if self._inverse is None or self._inverse.device != weight.device:
+            self._inverse = inverse_norms(weight)
+        inverse = self._inverse
+        towards = weight[tokens].to(inverse.dtype).mul_(inverse[tokens, None])
+        with full_precision(weight.device.type):
+            if weight.dtype == inverse.dtype:
+                cosines = towards @ weight.T
+            else:
+                cosines = torch.cat([towards @ tile.to(inverse.dtype).T for tile in weight.split(TILE)], dim=1)
+        return cut_noise(cosines.mul_(inverse).neg_().add_(1))
+
+    def _expected_costs(self, targets: Tensor, ids: Tensor, probs: Tensor, vocab_size: int) -> Tensor:
+        return CostEmbedding(self.rows)._expected_costs(targets, ids, probs, vocab_size)  # whose products need unit rows

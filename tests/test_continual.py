@@ -1,0 +1,108 @@
+"""Continual fine-tuning: the published recipe by the training command, on text, the same on two processes and when resumed."""
+
+import subprocess
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stanford_alpaca.continual import recipe
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.losses import emo_loss
+from stanford_alpaca.train import train
+from tests.helpers import evaluations, steps
+from tests.ranks import run_ranks
+
+LINES = [f"The king of land {i} is old, and his river runs to the sea of the {i % 7} winds." for i in range(60)]
+
+
+@pytest.fixture
+def argv(root, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(LINES[:40]) + "\n\n" + "\n".join(LINES[40:]))
+    fixed = {
+        "model_name_or_path": root / "data" / "tiny-base", "data_path": tmp_path / "text.txt", "cache_dir": tmp_path / "cache",
+        "block_size": 32, "logging_steps": 1, "disable_tqdm": True, "per_device_train_batch_size": 8, "max_steps": 3,
+    }  # fmt: skip
+
+    def make(**changes) -> list[str]:
+        return [text for name, value in (fixed | changes).items() for text in (f"--{name}", str(value))]
+
+    return make
+
+
+def test_the_recipe_fills_in_what_is_not_given_and_the_first_loss_is_emo2_of_the_text(argv, tmp_path, root):
+    train(argv(output_dir=tmp_path / "out", documents="blank", max_sentences=50), recipe(1))
+    written = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    wanted = {
+        "mode": "emo2", "lora": True, "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.05, "learning_rate": 2e-5,
+        "num_train_epochs": 1.0, "block_size": 32, "save_total_limit": 1, "max_sentences": 50,
+    }  # fmt: skip
+    assert {name: written[name] for name in wanted} == wanted
+    assert recipe(4)["per_device_train_batch_size"] == 4 and recipe(1)["max_sentences"] == 25_000
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_blocks_are_what_is_trained_and_evaluated(argv, tmp_path, root):
+    """All weights, one block a step, learning nothing: each step's loss is that of its text, and no text is seen twice."""
+    changes = {"lora": False, "per_device_train_batch_size": 4, "learning_rate": 1e-12, "max_steps": -1, "eval_fraction": 0.1}
+    train(argv(output_dir=tmp_path / "out", train_sampling_strategy="sequential", **changes), recipe(1))
+    tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
+    model = AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base", dtype=torch.float32)
+    text = load_records(str(tmp_path / "text.txt"), str(tmp_path / "cache"))[0]["text"]
+    ids = torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+    blocks = list(ids.unfold(0, 32, 31)) + [ids[(len(ids) - 1) // 31 * 31 :]] * ((len(ids) - 1) % 31 > 0)
+    held = round(0.1 * len(blocks) + 0.499)
+    cost = model.get_output_embeddings().weight.detach()
+
+    def loss_of(part: list[torch.Tensor]) -> float:
+        rows = [emo_loss(model(block[None]).logits[0, :-1], block[1:], cost, mode="emo2", reduction="none") for block in part]
+        return torch.cat(rows).mean().item()
+
+    logged = steps(tmp_path / "out")
+    assert len(logged) == -(-(len(blocks) - held) // 4)
+    for number, step in enumerate(logged):
+        assert step["loss"] == pytest.approx(loss_of(blocks[:-held][4 * number : 4 * number + 4]), rel=1e-4)
+    assert evaluations(tmp_path / "out")[-1]["eval_loss"] == pytest.approx(loss_of(blocks[-held:]), rel=1e-4)
+
+
+def test_two_processes_and_a_resumed_run_take_the_same_steps(argv, tmp_path):
+    changes = {"lora_dropout": 0, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 5, "learning_rate": 1e-3}
+    train(argv(output_dir=tmp_path / "one", **changes), recipe(1))
+    changes |= {"per_device_train_batch_size": 4, "engine": "fsdp"}
+    run_ranks(2, train, argv(output_dir=tmp_path / "two", **changes), recipe(2))
+    changes |= {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-2"}
+    run_ranks(2, train, argv(output_dir=tmp_path / "again", **changes), recipe(2))
+    for runs in zip(*(steps(tmp_path / name) for name in ("one", "two", "again")), strict=True):
+        assert [entry["loss"] for entry in runs] == pytest.approx([runs[0]["loss"]] * 3, abs=1e-5)
+        assert [entry["grad_norm"] for entry in runs] == pytest.approx([runs[0]["grad_norm"]] * 3, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_size": 1}, "--block_size 1: give 2 or more"),
+        ({"block_size": 2000}, "--block_size 2000 is more than the model's 1024 positions"),
+        ({"max_sentences": -1}, "--max_sentences -1: give 1 or more, or 0 for all"),
+        ({"packing": True}, "--block_size and --packing exclude each other"),
+        ({"streaming": True}, "--block_size and --streaming exclude each other"),
+        ({"data_path": "no.txt"}, "no.txt: no such file"),
+        ({"data_path": "data/instructions/train.json"}, "--block_size cuts running text"),
+        ({"eval_fraction": 0.001}, "leaves one side empty"),
+        ({"qlora": True, "lora": False}, "--qlora needs --lora"),
+    ],
+    ids=str,
+)
+def test_nonsense_is_one_line_and_nothing_is_written(argv, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        train(argv(output_dir=tmp_path / "out", **changes), recipe(1))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--mode", "emo"]])
+def test_the_launcher_wants_a_model_first(root, words):
+    """What it does with one the README's commands show."""
+    done = subprocess.run(["bash", str(root / "finetune.sh"), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: give MODEL_PATH first, a folder or a hub name: bash finetune.sh MODEL_PATH [OUTPUT] [flags]\n"
