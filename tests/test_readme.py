@@ -1,5 +1,6 @@
 """Every command and every piece of code in the README runs."""
 
+import json
 import os
 import re
 import runpy
@@ -14,7 +15,9 @@ import pytest
 from tests.ranks import run_ranks
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-NOT_RUN = ("bash tests/run.sh", "python -m stanford_alpaca.data.fetch")  # this very run; and what needs a network
+NOT_RUN = (  # this very run; what needs a network; what tests/evaluation/test_lm_eval.py runs
+    "bash tests/run.sh", "python -m stanford_alpaca.data.fetch", "lm_eval run",
+)  # fmt: skip
 STAND_INS = {  # what a reader puts in -> what the test has
     "DEMO_MODE=mle bash train_emo.sh": "bash train_emo.sh data/tiny-base mle --max_steps 1",  # two minutes less
     "--samples 4": "--samples 4 --limit 40",  # the first command evaluates on all
@@ -23,6 +26,8 @@ STAND_INS = {  # what a reader puts in -> what the test has
     "NPROC=4": "NPROC=2",
     "ENGINE=fsdp": "ENGINE=ddp OMP_NUM_THREADS=1",  # FSDP on CPU has its own test
     "/data/alpaca.json": "data/instructions/train.json",
+    "/data/text.txt": "text.txt",
+    "/data/icl": "icl",
 }
 
 
@@ -57,6 +62,11 @@ def clone(root, tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / name, folder / name)
     shutil.copytree(root / "data" / "tiny-base", folder / "my-model")
+    (folder / "text.txt").write_text(README)
+    (folder / "icl").mkdir()
+    for split, count in (("train", 30), ("test", 6)):
+        rows = [{"text": f"What is the name of land {i}?", "label": i % 6} for i in range(count)]
+        (folder / "icl" / f"trec_{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
