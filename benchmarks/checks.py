@@ -16,7 +16,7 @@ from typing import Any
 import fire
 
 from benchmarks.tokenizing import ROOT, made_up
-from stanford_alpaca.arguments import parse
+from stanford_alpaca.command_line import parse
 from stanford_alpaca.data import reading
 from stanford_alpaca.data.sources import Loading, check_sources
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown

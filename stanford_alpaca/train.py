@@ -21,11 +21,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from stanford_alpaca.arguments import DataArguments, Run, TrainingArguments, parse
+from stanford_alpaca.arguments import DataArguments, Run, TrainingArguments
 from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.saving import write_together
 from stanford_alpaca.checks import check
+from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.formats import check_columns
 from stanford_alpaca.data.packing import PackedExamples

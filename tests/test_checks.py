@@ -2,8 +2,8 @@
 
 import pytest
 
-from stanford_alpaca.arguments import parse
 from stanford_alpaca.checks import check
+from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import UserError
 
 
@@ -25,7 +25,7 @@ from stanford_alpaca.errors import UserError
         ({"eval_strategy": "steps", "eval_steps": -1}, "--eval_steps -1.0"),
         ({"neftune_noise_alpha": "nan"}, "--neftune_noise_alpha nan"),
         ({"dataloader_num_workers": -1}, "--dataloader_num_workers -1"),
-        ({"optim": "adamw_bnb_8bit"}, "--optim .*bitsandbytes"),
+        ({"optim": "lomo"}, "--optim lomo: .*lomo"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr.*min_lr"),
         ({"lr_scheduler_kwargs": '{"num_cycles": 2}'}, "--lr_scheduler_type linear, --lr_scheduler_kwargs: .*num_cycles"),
         ({"metric_for_best_model": "eval_nl"}, "--metric_for_best_model eval_nl: .*did you mean nll"),

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from stanford_alpaca import cost_sharding
-from stanford_alpaca.arguments import parse
 from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.checks import check_cost_sharding
+from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.errors import UserError

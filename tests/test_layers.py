@@ -22,7 +22,7 @@ LAYERS = [
     {"resumable"},
     {"trainer"},
     {"arguments", "callbacks"},
-    {"fit"},
+    {"fit", "command_line"},
     {"checks", "record", "prepare"},
     {"resume", "adapters"},
     {"train", "launch", "preflight", "merge_lora"},

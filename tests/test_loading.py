@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stanford_alpaca import prepare as training
-from stanford_alpaca.arguments import parse
+from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.loading import allocate, loading_whole, stored_buffers, weights_come_from_rank_0

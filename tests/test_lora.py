@@ -10,10 +10,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from stanford_alpaca.arguments import parse
 from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.export import export
+from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost import CostAlias, CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
@@ -36,6 +36,17 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+def nll_of(model, tokenizer, held: Path, max_length: int = 512) -> float:
+    """The mean nll of the targets, a record at a time, by the model's own loss."""
+    examples, _ = tokenize_records(load_records(str(held), str(held.parent / "cache")), tokenizer, max_length)
+    nll, tokens = 0.0, 0
+    for example in examples:
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
+        count = int((labels[:, 1:] != -100).sum())
+        nll, tokens = nll + model(input_ids=ids, labels=labels).loss.item() * count, tokens + count
+    return nll / tokens
+
+
 def assert_plain_adapter(folder: Path, base: Path, held: Path) -> None:
     """The folder holds an adapter and nothing of the base, and its nll on the evaluation data is the one that was logged."""
     assert not (folder / "model.safetensors").exists() and not (folder / "config.json").exists()
@@ -46,13 +57,7 @@ def assert_plain_adapter(folder: Path, base: Path, held: Path) -> None:
     assert {name.split(".")[-3] for name in adapter} == LAYERS and all("lora_" in name for name in adapter)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
-    examples, _ = tokenize_records(load_records(str(held), str(folder.parent / "cache")), tokenizer, 512)
-    nll, tokens = 0.0, 0
-    for example in examples:
-        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
-        count = (labels[:, 1:] != -100).sum()
-        nll, tokens = nll + model(input_ids=ids, labels=labels).loss.item() * count, tokens + count
-    assert nll / tokens == pytest.approx(evaluations(folder)[-1]["eval_nll"], rel=1e-5)
+    assert nll_of(model, tokenizer, held) == pytest.approx(evaluations(folder)[-1]["eval_nll"], rel=1e-5)
 
 
 def test_one_process_trains_the_adapter_alone_and_writes_what_peft_loads(arguments, tmp_path, root):
@@ -234,13 +239,7 @@ def test_trained_embeddings_and_added_tokens_go_through_files(arguments, tmp_pat
     assert all(".default" not in name and "base_layer" not in name and "original" not in name for name in adapter)
     check_model(str(out), or_adapter=True)
     model, tokenizer = load_model(str(out)).eval(), AutoTokenizer.from_pretrained(out)
-    examples, _ = tokenize_records(load_records(str(tmp_path / "held.json"), str(tmp_path / "cache")), tokenizer, 512)
-    nll, tokens = 0.0, 0
-    for example in examples:
-        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
-        count = (labels[:, 1:] != -100).sum()
-        nll, tokens = nll + model(input_ids=ids, labels=labels).loss.item() * count, tokens + count
-    assert nll / tokens == pytest.approx(evaluations(out)[-1]["eval_nll"], rel=1e-5)
+    assert nll_of(model, tokenizer, tmp_path / "held.json") == pytest.approx(evaluations(out)[-1]["eval_nll"], rel=1e-5)
     again = [*argv, "--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint", str(out / "checkpoint-2")]
     run_ranks(2, train, again) if engine else train(again)
     for name, tensor in adapter_of(tmp_path / "again").items():
@@ -271,22 +270,14 @@ def test_four_bits_are_what_is_trained_beside(make_model, arguments, tmp_path, r
         "learning_rate": 1e-12,
     }
     train(arguments("--lora", "--qlora", **settings))
-    examples, _ = tokenize_records(
-        load_records(str(tmp_path / "held.json"), str(tmp_path / "cache")), AutoTokenizer.from_pretrained(base), 128
-    )
-
-    def nll_of(model) -> float:
-        losses = [model(torch.tensor([e["input_ids"]]), labels=torch.tensor([e["labels"]])).loss.item() for e in examples]
-        counts = [sum(label != -100 for label in e["labels"][1:]) for e in examples]
-        return sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts)
-
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     config.bnb_4bit_compute_dtype = torch.float32
     four, whole = (
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=c) for c in (config, None)
     )
     logged = evaluations(tmp_path / "out")[-1]["eval_nll"]
-    assert logged == pytest.approx(nll_of(four), rel=1e-4) and abs(logged - nll_of(whole)) > 1e-3
+    exact, rough = (nll_of(m, AutoTokenizer.from_pretrained(base), tmp_path / "held.json", 128) for m in (whole, four))
+    assert logged == pytest.approx(rough, rel=1e-4) and abs(logged - exact) > 1e-3
     adapter = adapter_of(tmp_path / "out")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32} and len(adapter) == 28
 

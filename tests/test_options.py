@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from stanford_alpaca import engines, trainer
-from stanford_alpaca.arguments import parse
+from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from stanford_alpaca import train as command
-from stanford_alpaca.arguments import parse
 from stanford_alpaca.checkpoint import manifest
+from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import ResumeError, Stopped, UserError
 from stanford_alpaca.record import FREE, ROUNDING, changes, defaults, made_with, read_run, write_run
 from stanford_alpaca.resumable import ResumableTrainer

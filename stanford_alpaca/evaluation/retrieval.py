@@ -75,7 +75,7 @@ def load_encoder(name: str) -> Featurize:
 
     try:
         with quiet_hub():
-            model = SentenceTransformer(name)
+            model = SentenceTransformer(name, model_kwargs={"use_safetensors": True})
     except Exception as error:  # not found, no network, no such kind of model
         raise UserError(f"--encoder {name}: cannot be loaded ({first_line(error)}); give a folder, or take tfidf") from None
 

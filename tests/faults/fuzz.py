@@ -23,9 +23,9 @@ from stanford_alpaca.arguments import (
     ModelArguments,
     ObjectiveArguments,
     TrainingArguments,
-    parse,
 )
 from stanford_alpaca.checks import check
+from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.fit import check_fit
 from stanford_alpaca.generate import read_prompts

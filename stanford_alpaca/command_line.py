@@ -1,0 +1,106 @@
+"""How a command line and a --config file become the flags of a run."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+import yaml
+from transformers import HfArgumentParser
+from transformers.utils.import_utils import is_torch_tf32_available
+
+from stanford_alpaca.arguments import (
+    MADE_WITH,
+    SECRET,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    ObjectiveArguments,
+    Run,
+    TrainingArguments,
+)
+from stanford_alpaca.errors import UserError, first_line, keep_secret, nearest
+from stanford_alpaca.old_flags import split, translate
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):  # type: ignore[override]
+        raise UserError(message)
+
+
+def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
+    """The arguments of a run, those of the recipe where they are not given.
+
+    Raises UserError for anything argparse or Hugging Face rejects.
+    """
+    argv, made_with = with_config(argv)
+    argv = [*_not_given(recipe or {}, argv), *argv]
+    keep_secret(*(value for flag in split(argv) if flag.name in SECRET for value in flag.values))
+    argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
+    classes = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments, TrainingArguments)
+    parser = _Parser(classes, allow_abbrev=False)
+    try:
+        parts = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        model, data, objective, lora, training, unknown = parts
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise UserError(str(error)) from None
+    if unknown:
+        known = ["--config", *(option for action in parser._actions for option in action.option_strings)]
+        name = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument {name}{nearest(name, known)}")
+    own = {f.name for cls in classes for f in dataclasses.fields(cls)} - {
+        f.name for f in dataclasses.fields(transformers.TrainingArguments)
+    }
+    given = vars(parser.parse_known_args(argv)[0])
+    flags = {
+        name: [_word(item) for item in value] if isinstance(value, list) else _word(value)
+        for name, value in given.items()
+        if name not in SECRET and ((name in own and value is not None) or value != parser.get_default(name) or name == "seed")
+    }
+    return Run(model, data, objective, lora, training, flags, made_with, notes)
+
+
+def _word(value: Any) -> Any:
+    """A value as YAML can write it: enums are their words."""
+    return getattr(value, "value", value)
+
+
+def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The command line with the flags of its --config file in front, where those that follow win; and its made_with."""
+    places = [i for i, token in enumerate(argv) if token == "--config" or token.startswith("--config=")]
+    if not places:
+        return argv, {}
+    if len(places) > 1:
+        raise UserError("--config was given twice: put all into one file")
+    (place,) = places
+    separate = argv[place] == "--config"
+    if separate and len(argv) == place + 1:
+        raise UserError("--config needs the name of a YAML file")
+    name = argv[place + 1] if separate else argv[place].partition("=")[2]
+    rest = argv[:place] + argv[place + (2 if separate else 1) :]
+    try:
+        with open(name, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config {name}: cannot be read ({first_line(error)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {name}: wanted a line 'flag: value' for each flag")
+    made_with = values.pop(MADE_WITH, {})
+    return _not_given(values, rest) + rest, made_with if isinstance(made_with, dict) else {}
+
+
+def _not_given(values: Mapping[str, Any], argv: list[str]) -> list[str]:
+    """The command line of those flags that another one does not have."""
+    given = {token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")}
+    return [text for flag, value in values.items() if flag not in given for text in _tokens(str(flag), value)]
+
+
+def _tokens(flag: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{flag}", *map(str, value)]
+    if value is False and flag.replace("-", "_").endswith("_strategy"):
+        value = "no"  # which YAML 1.1 reads as a boolean
+    return [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
