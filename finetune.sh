@@ -6,9 +6,9 @@
 #                                                  hub name; OUTPUT (default: output/MODEL-continual) is new, empty, or that of
 #                                                  the same command, which then goes on from its newest checkpoint
 #
-# Other text: --data_path FILE (text, JSON lines, CSV, parquet; also gzipped; or a hub name), all of it: --max_sentences 0.
+# Other text: --data_path FILE (text, JSON lines, CSV, also gzipped; parquet; a folder; a hub name), all of it: --max_sentences 0.
 # All weights: --lora False. Other objectives: --mode mle. Flags are those of stanford_alpaca/train.py and win over the recipe's.
-# Environment: NPROC       processes (default: the visible GPUs, or 1); the 16 blocks are divided among them
+# Environment: NPROC       processes (default: the visible GPUs, or 1); they share the 16 blocks; 15 a step for 3
 #              ENGINE      none, ddp, fsdp, zero1, zero2, zero3 or zero3_offload (default: as train_emo.sh)
 # Then: bash merge.sh OUTPUT MERGED; python icl.py --model_path MERGED
 # Exit status: as train_emo.sh.
@@ -21,6 +21,8 @@ MODEL_PATH=$1
 shift
 OUTPUT=$(default_output "$MODEL_PATH" continual)
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then OUTPUT=$1; shift; fi
+asked=$(flag --output_dir "$@")
+OUTPUT=${asked:-$OUTPUT}
 ensure_env requirements.txt
 
 where_to_run "$@"

@@ -1,9 +1,14 @@
 """Supervised fine-tuning with EMO (Earth Mover Distance Optimization, arXiv 2310.04691)."""
 
+import logging
 import os
 
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:  # read when torch loads OpenMP; see benchmarks/LOG.md
     os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"] = "passive", "500"  # threads wait a moment, then sleep
+
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # peft imports it where it is there, and it speaks of optional kernels
 
 import torch
 

@@ -128,6 +128,11 @@ def find_base(adapter: Adapter, base: str | None = None, cache_dir: str | None =
     if adapter.sha256 in merged_into(found):
         raise UserError(f"{found}: already has {adapter.name} in it ({MERGED}); give the model that it was trained on")
     then = (adapter.run.get(MADE_WITH) or {}).get("model")
+    recorded = Path(str(adapter.config.base_model_name_or_path)).expanduser()
+    if not then and recorded.is_dir():
+        then = identify_model(str(recorded), cache_dir)
+    elif not then:
+        say(f"{adapter.name}: no record of its run is with it; that {found} is its base follows from layers and shapes alone")
     now = identify_model(found, cache_dir) if then else None
     if now != then and str(then).partition(":")[0] == str(now).partition(":")[0]:
         raise UserError(

@@ -265,8 +265,9 @@ def attach_objective(
     elif isinstance(cost, str):
         if cost != "frozen":
             raise ValueError(f"unknown cost {cost!r}: choose frozen, adaptive or give an embedding")
-        frozen = cost_kind == "cosine" and not original_weight(model).requires_grad
-        cost = CostAlias(lambda: original_weight(model)) if frozen else CostEmbedding(head.weight, cost_kind)
+        original = original_weight(model)
+        alias = cost_kind == "cosine" and teacher is None and not original.requires_grad  # expected costs need unit rows
+        cost = CostAlias(lambda: original_weight(model)) if alias else CostEmbedding(original, cost_kind)
     elif isinstance(cost, Tensor):
         cost = CostEmbedding(cost, cost_kind)
     if cost is not None:

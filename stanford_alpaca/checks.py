@@ -212,7 +212,7 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
         raise UserError(f"--data_weights {weights}: give a number above 0 for each of the {len(data.data_path)} --data_path")
     if data.shuffle_buffer < 1:
         raise UserError(f"--shuffle_buffer {data.shuffle_buffer}: give 1 (not shuffled) or more")
-    check_blocks(data, training)
+    check_blocks(data)
     if data.streaming:
         if training.max_steps <= 0:
             raise UserError("--streaming needs --max_steps: a stream has no length to count epochs by")
@@ -223,8 +223,8 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
         training.accelerator_config.dispatch_batches = False  # every rank reads the stream and takes its part
 
 
-def check_blocks(data: DataArguments, training: TrainingArguments) -> None:
-    """Blocks that can be cut, whose size is then the length that the model has to take."""
+def check_blocks(data: DataArguments) -> None:
+    """Blocks that can be cut."""
     if data.block_size is None:
         if data.max_sentences is not None or data.documents != "auto":
             raise UserError("--max_sentences and --documents are about running text: they need --block_size")
@@ -236,7 +236,6 @@ def check_blocks(data: DataArguments, training: TrainingArguments) -> None:
     for flag in ("streaming", "packing", "padding_free"):
         if getattr(data, flag):
             raise UserError(f"--block_size and --{flag} exclude each other: drop one")
-    training.model_max_length = data.block_size
 
 
 def check_output(training: TrainingArguments) -> None:

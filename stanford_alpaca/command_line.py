@@ -53,6 +53,11 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
         f.name for f in dataclasses.fields(transformers.TrainingArguments)
     }
     given = vars(parser.parse_known_args(argv)[0])
+    if data.block_size is not None:
+        asked = {flag.name: flag.values for flag in split(argv)}.get("model_max_length", [str(data.block_size)])
+        if asked != [str(data.block_size)]:
+            raise UserError("--block_size takes the place of --model_max_length: drop that")
+        given["model_max_length"] = training.model_max_length = data.block_size
     flags = {
         name: [_word(item) for item in value] if isinstance(value, list) else _word(value)
         for name, value in given.items()

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed import DistError
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -102,11 +103,26 @@ def activate_fsdp(trainer) -> None:
     if isinstance(trainer.model, PeftModel):  # accelerate looks there for the final norm, in whose unit the output layer is
         trainer.model.__dict__["wrapped_decoder"] = trainer.model.get_base_model().base_model
         trainer.model.__dict__["base_model_prefix"] = "wrapped_decoder"
+        keep_copies_tied(trainer.model)
     if args.bf16:  # accelerate's own policy would round the loss to bf16 and sum gradients in bf16
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if plugin.activation_checkpointing:  # accelerate's own would compute layers again with other dropout masks
         plugin.activation_checkpointing = False
         apply_activation_checkpointing(trainer.model, check_fn=lambda module: type(module).__name__ in layers)
+
+
+def keep_copies_tied(model: PeftModel) -> None:
+    """Has accelerate tie the copies of tied embeddings that peft trains, which transformers cannot."""
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(outer, ModulesToSaveWrapper) or inner.weight is not outer.weight:
+        return
+
+    def tie_weights() -> None:
+        outer.original_module.weight = inner.original_module.weight
+        for name, copied in outer.modules_to_save.items():
+            copied.weight = inner.modules_to_save[name].weight
+
+    model.__dict__["tie_weights"] = tie_weights
 
 
 def decoder_layers(model: PreTrainedModel, named: list[str] | None = None) -> list[str]:

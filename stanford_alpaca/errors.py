@@ -113,7 +113,9 @@ def refuse_unknown(unknown: dict[str, Any], command: Callable) -> None:
         print(command.__doc__)
         sys.exit(0)
     for name in unknown:
-        raise UserError(f"unknown argument --{name}{nearest(name, list(signature(command).parameters))}")
+        raise UserError(
+            f"unknown argument --{name}{nearest(f'--{name}', [f'--{known}' for known in signature(command).parameters])}"
+        )
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

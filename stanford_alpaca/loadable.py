@@ -9,11 +9,14 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from stanford_alpaca.data.reading import exists
 from stanford_alpaca.errors import UserError, first_line, quiet_hub, say
 from stanford_alpaca.model import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model, grow_for_adapter
 
 WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)")  # peft's
 SIZED = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}  # tensors of an embedding, and their axis of tokens
+
+LONGEST = 250  # characters of a name
 
 
 def check_model(
@@ -31,7 +34,7 @@ def check_model(
     place = check_place(path)
     is_adapter = base_of(path) is not None
     if is_adapter and not or_adapter:
-        raise UserError(f"{path}: an adapter, no whole model; load it with peft's PeftModel.from_pretrained(base, folder)")
+        raise UserError(f"{path}: an adapter, no whole model; merge it first: bash merge.sh {path} OUTPUT")
     if weights:
         _check_weights(place, "adapter_model.bin" if is_adapter else "pytorch_model*.bin*")
     if is_adapter:
@@ -51,6 +54,8 @@ def check_place(path: str) -> Path:
     """The path. Raises UserError if it was meant to be a folder, is no hub name, and there is none."""
     place = Path(path).expanduser()
     beside = path.startswith((".", "/", "~")) or (len(place.parts) > 1 and Path(place.parts[0]).exists())
+    if not exists(place) and len(path) > LONGEST:  # of which file systems say something else
+        raise UserError(f"{path[:40]}...: no folder and no hub name has {len(path)} characters")
     if not place.is_dir() and (beside or len(place.parts) > 2):
         raise UserError(f"{path}: cannot load a model from here (no such folder); give a Hugging Face folder or a hub name")
     return place
@@ -97,7 +102,10 @@ def check_adapter(
     """
     try:
         base = base or str(base_of(path))
-        check_model(base, cache_dir, remote_code=remote_code)
+        try:
+            check_model(base, cache_dir, remote_code=remote_code)
+        except UserError as error:
+            raise UserError(f"the base of {path}: {error}") from None
         config = PeftConfig.from_pretrained(path)
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # others decompose the weights, which are not read here

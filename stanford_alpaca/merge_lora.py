@@ -56,7 +56,7 @@ def run(
     """
     refuse_unknown(unknown, run)
     if adapter is None or output is None or more:
-        raise UserError("give an adapter and a folder to write: python -m stanford_alpaca.merge_lora ADAPTER_OR_RUN OUTPUT")
+        raise UserError("give an adapter and a folder to write: ADAPTER_OR_RUN OUTPUT")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     target = Path(output).expanduser().absolute()
@@ -64,7 +64,6 @@ def run(
         raise UserError(f"{target} is not an empty folder; give another")
     check_writable("output", target)
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks by the old name
     found = find_adapter(adapter, cache_dir)
     found_base = find_base(found, base, cache_dir, remote_code=trust_remote_code)
     print(merge(found, found_base, target, dtype, cache_dir, remote_code=trust_remote_code))
@@ -96,7 +95,7 @@ def merge(
     model, about = merge_weights(model, adapter)
     if added := fit_vocabulary(model, tokenizer):
         say(f"{base}: {added} token(s) of the tokenizer have no row in the adapter: they got the mean of the others")
-    about |= {"base": base, "base_identity": identify_model(base, cache_dir), "adapter": adapter.name}
+    about |= {"base": shown(base), "base_identity": identify_model(base, cache_dir), "adapter": shown(adapter.name)}
     about |= {"adapter_sha256": adapter.sha256, "dtype": str(written).removeprefix("torch.")}
     logits = about.pop("logits")
     with appearing(out) as part:
@@ -114,6 +113,12 @@ def merge(
         f"merged {adapter.size} into {where} of {base}; logits of up to {about['logits_scale']:.2g} differ by at "
         f"most {about['logits_differ']:.1g}{rounded}; saved the {about['dtype']} model to {out}"
     )
+
+
+def shown(name: str) -> str:
+    """A hub name, or the last part of a folder's: where it lay is nobody's business."""
+    place = Path(name).expanduser()
+    return place.resolve().name if place.exists() else name
 
 
 def load_float32(base: str, cache_dir: str | None, remote_code: bool) -> PreTrainedModel:
@@ -150,7 +155,7 @@ def merge_weights(model: PreTrainedModel, adapter: Adapter) -> tuple[PreTrainedM
             adapted = PeftModel.from_pretrained(model, str(adapter.folder), torch_device="cpu").eval()
         except Exception as error:
             raise UserError(f"{adapter.name}: cannot be loaded into its base ({first_line(error)})") from None
-        ids = probe_ids(pair[0].weight.shape[0])
+        ids = probe_ids(model, pair[0].weight.shape[0])
         before = adapted(input_ids=ids, use_cache=False).logits
         modules = dict(adapted.named_modules())
         whole = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -177,11 +182,12 @@ def merge_weights(model: PreTrainedModel, adapter: Adapter) -> tuple[PreTrainedM
     return merged, about | {"logits_differ": difference, "logits_scale": scale, "logits": before}
 
 
-def probe_ids(size: int) -> Tensor:  # [ROWS, LENGTH]
+def probe_ids(model: PreTrainedModel, size: int) -> Tensor:  # [ROWS, LENGTH], or as many as the model has positions
     """Token ids from all of a vocabulary, with the last ones, which may have been added."""
-    last = torch.arange(size - LENGTH // 2, size).clamp_min(0)
-    ids = torch.linspace(0, size - 1, ROWS * LENGTH - len(last)).long()
-    return torch.cat([ids, last]).view(LENGTH, ROWS).T.contiguous()
+    length = min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
+    last = torch.arange(size - length // 2, size).clamp_min(0)
+    ids = torch.linspace(0, size - 1, ROWS * length - len(last)).long()
+    return torch.cat([ids, last]).view(length, ROWS).T.contiguous()
 
 
 def tie_if_equal(model: PreTrainedModel) -> None:
@@ -217,7 +223,7 @@ def compare_written(folder: Path, want: Tensor, dtype: torch.dtype, remote_code:
     if wrong:
         raise UserError(f"the merged folder has not the keys of its config.json ({wrong[:3]}); nothing is written")
     rows = want.shape[-1]
-    logits = model.eval()(input_ids=probe_ids(rows), use_cache=False).logits[..., :rows]
+    logits = model.eval()(input_ids=probe_ids(model, rows), use_cache=False).logits[..., :rows]
     difference, scale = (logits.float() - want).abs().max().item(), want.abs().max().item()
     if not difference < float("inf"):
         raise UserError(

@@ -32,6 +32,7 @@ CONVERT = (
     'if you trust it, convert it once: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
     "[c.from_pretrained('{0}').save_pretrained('CONVERTED') for c in (M, T)]\""
 )
+warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks by the old name
 PAD_TOKEN, EOS_TOKEN = "[PAD]", "</s>"  # Alpaca's names for the tokens a tokenizer lacks
 
 
@@ -210,8 +211,9 @@ def add_lora(
         modules_to_save=names if embeddings == "full" else None,
         ensure_weight_tying=tied and embeddings == "full",
     )  # fmt: skip
-    warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks by the old name
     adapted = get_peft_model(model, config)
+    if Path(base := str(config.base_model_name_or_path)).is_dir():  # found from any folder
+        config.base_model_name_or_path = str(Path(base).resolve())
     output = model.get_output_embeddings()
     if tied and embeddings == "full" and not isinstance(output, ModulesToSaveWrapper):
         raise UserError(

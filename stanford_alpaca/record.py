@@ -87,9 +87,12 @@ model = AutoModelForCausalLM.from_pretrained({path})
 tokenizer = AutoTokenizer.from_pretrained({path})
 ```
 
-Prompts are written with the template `{template}` (`auto`: Alpaca's for instructions, the tokenizer's chat template for
-conversations).
+{prompts}
 """
+PROMPTS = """\
+Prompts are written with the template `{}` (`auto`: Alpaca's for instructions, the tokenizer's chat template for
+conversations)."""
+BLOCKS = "Trained on running text, in blocks of {} tokens: no prompt template."
 
 
 def record_of(run: Run) -> dict[str, Any]:
@@ -220,6 +223,11 @@ def read_run(output: Path, name: str = FILE) -> dict[str, Any] | None:
         return None
 
 
+def unit_of(run: Run) -> str:
+    """What a batch counts."""
+    return "blocks" if run.data.block_size else "rows" if run.data.packing else "examples"
+
+
 def write_card(run: Run, metrics: dict[str, float]) -> None:
     """Writes the model card, README.md, with what was trained on what, how, and what evaluation said."""
     training, output = run.training, Path(run.training.output_dir)
@@ -228,9 +236,13 @@ def write_card(run: Run, metrics: dict[str, float]) -> None:
         "data": ", ".join(run.data.data_path),
         **({"cost": f"{run.objective.cost}, {run.objective.cost_kind}"} if run.objective.objective().needs_emo else {}),
         **({"teacher": f"{run.model.teacher}, top {run.model.teacher_top_k}"} if run.model.teacher else {}),
-        **({"LoRA": f"r {run.lora.lora_r}, alpha {run.lora.lora_alpha}"} if run.lora.lora else {}),
+        **(
+            {"LoRA": f"r {run.lora.lora_r}, alpha {run.lora.lora_alpha}, embeddings {run.lora.lora_embeddings}"}
+            if run.lora.lora
+            else {}
+        ),
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
-        "rows per step" if run.data.packing else "examples per step": per_step,
+        f"{unit_of(run)} per step": per_step,
         "epochs": f"{metrics['epoch']:.4g}" if "epoch" in metrics else "-",
         **{
             name.replace("_", " "): f"{value:.4g}"
@@ -251,6 +263,6 @@ def write_card(run: Run, metrics: dict[str, float]) -> None:
         version=__version__,
         rows="\n".join(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows.items()),
         path=json.dumps(training.hub_model_id or title, ensure_ascii=False),
-        template=run.data.prompt_template,
+        prompts=BLOCKS.format(size) if (size := run.data.block_size) else PROMPTS.format(run.data.prompt_template),
     )
     (output / "README.md").write_text(card, encoding="utf-8")

@@ -51,7 +51,10 @@ def where_to_start(run: Run) -> Start:
     finished = training.resume == AUTO and (output / manifest.FILE).is_file()
     wrong = manifest.summary(output) if finished else ""
     if finished and not wrong:
-        _refuse(output, manifest.read(output)["run"], record)
+        written = manifest.read(output)["run"]
+        if not written:
+            raise UserError(f"--output_dir {output} holds a model that no run wrote (merged, or exported); give another")
+        _refuse(output, written, record)
         upload = f" (to upload it: hf upload NAME {output})" if training.push_to_hub else ""
         return Start(record, None, [f"{output}: this run is complete; nothing is left to do{upload}"], complete=True)
     start = _from_newest(output, record, fits, strict=training.resume == AUTO)

@@ -81,7 +81,7 @@ def load_data(
         seed = None if data.block_size else training.seed
         splits = [split(source, data.eval_fraction, seed) for source in sources]
         sources, held_out = [kept for kept, _ in splits], mix([held for _, held in splits], None, training.seed)
-        say(f"held out {len(held_out):,} examples")
+        say(f"held out {len(held_out):,} {'blocks' if data.block_size else 'examples'}")
     return mix(sources, data.data_weights, training.seed), held_out
 
 

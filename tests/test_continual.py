@@ -24,6 +24,7 @@ def argv(root, tmp_path):
     fixed = {
         "model_name_or_path": root / "data" / "tiny-base", "data_path": tmp_path / "text.txt", "cache_dir": tmp_path / "cache",
         "block_size": 32, "logging_steps": 1, "disable_tqdm": True, "per_device_train_batch_size": 8, "max_steps": 3,
+        "global_batch": 8,
     }  # fmt: skip
 
     def make(**changes) -> list[str]:
@@ -33,21 +34,28 @@ def argv(root, tmp_path):
 
 
 def test_the_recipe_fills_in_what_is_not_given_and_the_first_loss_is_emo2_of_the_text(argv, tmp_path, root):
-    train(argv(output_dir=tmp_path / "out", documents="blank", max_sentences=50), recipe(1))
+    train(argv(output_dir=tmp_path / "out", documents="blank", max_sentences=50), recipe([], 1))
     written = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
     wanted = {
         "mode": "emo2", "lora": True, "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.05, "learning_rate": 2e-5,
         "num_train_epochs": 1.0, "block_size": 32, "save_total_limit": 1, "max_sentences": 50,
     }  # fmt: skip
     assert {name: written[name] for name in wanted} == wanted
-    assert recipe(4)["per_device_train_batch_size"] == 4 and recipe(1)["max_sentences"] == 25_000
+    assert recipe([], 1)["max_sentences"] == 25_000
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_blocks_are_what_is_trained_and_evaluated(argv, tmp_path, root):
     """All weights, one block a step, learning nothing: each step's loss is that of its text, and no text is seen twice."""
-    changes = {"lora": False, "per_device_train_batch_size": 4, "learning_rate": 1e-12, "max_steps": -1, "eval_fraction": 0.1}
-    train(argv(output_dir=tmp_path / "out", train_sampling_strategy="sequential", **changes), recipe(1))
+    changes = {
+        "lora": False,
+        "per_device_train_batch_size": 4,
+        "global_batch": 4,
+        "learning_rate": 1e-12,
+        "max_steps": -1,
+        "eval_fraction": 0.1,
+    }
+    train(argv(output_dir=tmp_path / "out", train_sampling_strategy="sequential", **changes), recipe([], 1))
     tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
     model = AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base", dtype=torch.float32)
     text = load_records(str(tmp_path / "text.txt"), str(tmp_path / "cache"))[0]["text"]
@@ -69,14 +77,32 @@ def test_blocks_are_what_is_trained_and_evaluated(argv, tmp_path, root):
 
 def test_two_processes_and_a_resumed_run_take_the_same_steps(argv, tmp_path):
     changes = {"lora_dropout": 0, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 5, "learning_rate": 1e-3}
-    train(argv(output_dir=tmp_path / "one", **changes), recipe(1))
+    train(argv(output_dir=tmp_path / "one", **changes), recipe([], 1))
     changes |= {"per_device_train_batch_size": 4, "engine": "fsdp"}
-    run_ranks(2, train, argv(output_dir=tmp_path / "two", **changes), recipe(2))
+    run_ranks(2, train, argv(output_dir=tmp_path / "two", **changes), recipe([], 2))
     changes |= {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-2"}
-    run_ranks(2, train, argv(output_dir=tmp_path / "again", **changes), recipe(2))
+    run_ranks(2, train, argv(output_dir=tmp_path / "again", **changes), recipe([], 2))
     for runs in zip(*(steps(tmp_path / name) for name in ("one", "two", "again")), strict=True):
         assert [entry["loss"] for entry in runs] == pytest.approx([runs[0]["loss"]] * 3, abs=1e-5)
         assert [entry["grad_norm"] for entry in runs] == pytest.approx([runs[0]["grad_norm"]] * 3, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "want"),
+    [
+        ([], 1, (16, 16)),
+        ([], 4, (4, 16)),
+        ([], 3, (5, 15)),
+        ([], 20, (1, 20)),
+        (["--per_device_train_batch_size", "4"], 2, (8, 16)),
+        (["--per-device-train-batch-size=6"], 1, (16, 12)),
+        (["--gradient_accumulation_steps", "2"], 2, (8, None)),
+    ],
+)  # fmt: skip
+def test_sixteen_blocks_make_a_step(argv, world_size, want, capsys):
+    found = recipe(argv, world_size)
+    assert (found["per_device_train_batch_size"], found.get("global_batch")) == want
+    assert ("cannot be had" in capsys.readouterr().out) == (want[1] in (15, 20, 12))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +122,7 @@ def test_two_processes_and_a_resumed_run_take_the_same_steps(argv, tmp_path):
 )
 def test_nonsense_is_one_line_and_nothing_is_written(argv, tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
-        train(argv(output_dir=tmp_path / "out", **changes), recipe(1))
+        train(argv(output_dir=tmp_path / "out", **changes), recipe([], 1))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 

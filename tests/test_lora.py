@@ -72,7 +72,7 @@ def test_one_process_trains_the_adapter_alone_and_writes_what_peft_loads(argumen
     written = yaml.safe_load((out / "run.yaml").read_text())
     assert (written["lora"], written["lora_r"], written["lora_alpha"]) == (True, 4, 16)
     card = (out / "README.md").read_text()
-    assert "library_name: peft" in card and "| LoRA | r 4, alpha 16 |" in card
+    assert "library_name: peft" in card and "| LoRA | r 4, alpha 16, embeddings frozen |" in card
     with pytest.raises(UserError, match="an adapter, no whole model"):
         check_model(str(out))
     check_model(str(out), or_adapter=True)
@@ -218,11 +218,11 @@ def test_a_frozen_output_layer_costs_no_gradient_and_no_copy(make_model, monkeyp
     assert [tensor is None for tensor in products] == [False, True]
 
 
-@pytest.mark.parametrize("engine", [None, "fsdp", "zero3"])
-def test_trained_embeddings_and_added_tokens_go_through_files(arguments, tmp_path, root, engine):
+@pytest.mark.parametrize(("engine", "family"), [(None, "llama"), ("fsdp", "gemma3"), ("zero3", "llama")])
+def test_trained_embeddings_and_added_tokens_go_through_files(arguments, make_model, tmp_path, root, engine, family):
     """Trained whole, with tokens that the base has not: what is written is what was trained, for peft and for us."""
     base = tmp_path / "base"
-    AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base").save_pretrained(base)
+    make_model(family, vocab_size=2048, positions=512).save_pretrained(base)  # gemma3's embedding is its output layer
     tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
     tokenizer.add_tokens(["<one>", "<two>", "<three>"])
     tokenizer.save_pretrained(base)
@@ -233,9 +233,8 @@ def test_trained_embeddings_and_added_tokens_go_through_files(arguments, tmp_pat
     run_ranks(2, train, argv) if engine else train(argv)
     out = tmp_path / "out"
     adapter = adapter_of(out)
-    assert [tuple(adapter[f"base_model.model.{name}.weight"].shape) for name in ("lm_head", "model.embed_tokens")] == [
-        (2051, 160)
-    ] * 2
+    ends = [adapter[f"base_model.model.{name}.weight"] for name in ("lm_head", "model.embed_tokens")]
+    assert [tuple(end.shape) for end in ends] == [(2051, 32)] * 2 and torch.equal(*ends) == (family == "gemma3")
     assert all(".default" not in name and "base_layer" not in name and "original" not in name for name in adapter)
     check_model(str(out), or_adapter=True)
     model, tokenizer = load_model(str(out)).eval(), AutoTokenizer.from_pretrained(out)

@@ -147,12 +147,16 @@ def test_a_quantized_base_is_written_out(make_base, tmp_path):
     quantized.save_pretrained(base)
     AutoTokenizer.from_pretrained(full).save_pretrained(base)
     make_adapter(full, adapter)
-    merge_lora.run(str(adapter), str(out), base=str(base), dtype="float32")
+    with pytest.raises(UserError, match="not the base that"):  # the one that it names is there, and is another
+        merge_lora.run(str(adapter), str(out), base=str(base))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    merge_lora.run(str(adapter), str(out), dtype="float32")
     dequantized = AutoModelForCausalLM.from_pretrained(base, device_map="cpu").dequantize(torch.float32).float()
     want = PeftModel.from_pretrained(dequantized, adapter).eval()(IDS).logits
     assert_close(load(out)(IDS).logits, want)
     assert "quantization_config" not in (out / "config.json").read_text()
-    merge_lora.run(str(adapter), str(tmp_path / "usual"), base=str(base))
+    merge_lora.run(str(adapter), str(tmp_path / "usual"))
     assert load(tmp_path / "usual").dtype == torch.bfloat16
 
 
@@ -211,7 +215,7 @@ def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(make_base, tmp
     assert "is not an empty folder" in refused(adapter, base)
     assert "give an adapter and a folder to write" in refused(adapter)
     assert "--dtype int8: choose from float32, bfloat16, float16" in refused(adapter, out, dtype="int8")
-    assert "unknown argument --dtpe; did you mean dtype?" in refused(adapter, out, dtpe="float32")
+    assert "unknown argument --dtpe; did you mean --dtype?" in refused(adapter, out, dtpe="float32")
     assert "no such folder" in refused(tmp_path / "nowhere", out)
     assert "no adapter" in refused("someone/nothing", out)
     wider = make_base(name="wider", hidden_size=48)

@@ -112,7 +112,7 @@ def test_bad_arguments(root, file):
         ({"model": base, "data": str(file), "examples": -1}, "--examples -1"),
         ({"model": base, "data": str(file), "prompt_template": "vicuna"}, "--prompt_template vicuna: choose from auto"),
         ({"model": base, "data": str(file), "columns": "outptu=a"}, "outptu is no column of ours; did you mean output"),
-        ({"model": base, "data": str(file), "exmples": 1}, "unknown argument --exmples; did you mean examples"),
+        ({"model": base, "data": str(file), "exmples": 1}, "unknown argument --exmples; did you mean --examples"),
     ]:
         with pytest.raises(UserError, match=message):
             run(**arguments)

@@ -55,10 +55,13 @@ def appearing(out: Path) -> Iterator[Path]:
         UserError: the file system failed, or somebody writes there already.
     """
     part = out.with_name(f"{out.name}.part")
-    if part.exists():
-        raise UserError(f"{part}: left by a command that did not end, or another writes there; remove it")
     try:
         part.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{part}: left by a command that did not end, or another writes there; remove it") from None
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({first_line(error)})") from None
+    try:
         yield part
         part.replace(out)  # onto an empty folder, or none
     except (OSError, SafetensorError) as error:

@@ -4,6 +4,7 @@ A block begins with the last token of the one before, as context: so every token
 the length of the blocks. The last block of a source is as long as what is left.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,9 +20,10 @@ from stanford_alpaca.data.tokenize import IGNORE_INDEX, PARALLEL_FROM
 from stanford_alpaca.errors import UserError
 
 PIECE = 2**20  # characters that are tokenized at a time; longer documents are tokenized in parts, which end with a line
+CUT = re.compile(r"\n(?=\S)")
 IDS = Features({"input_ids": List(Value("int32"))})
 BLOCK = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-VERSION = "1"  # raise it when the same text would give other ids
+VERSION = "2"  # raise it when the same text would give other ids
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,33 @@ class DocumentEncoder:
         return {"input_ids": [self.ids(text) for text in batch["text"]]}
 
     def ids(self, text: str) -> np.ndarray:  # [tokens] int32
-        parts = [
-            self.encoder([part], add_special_tokens=first and self.before is not None)[0][0]
-            for part, first in _parts(clean(text))
-        ]
+        text = clean(text)
+        parts = [self._ids(text, start, end) for start, end in _parts(text)]
         return np.concatenate([*map(_int32, parts), _int32([self.encoder.eos_id])])
+
+    def _ids(self, text: str, start: int, end: int) -> list[int]:
+        """Of a part of the text. One that is not the first is encoded behind its line break: some tokenizers put a space, or
+        something else, at the beginning of what they are given."""
+        if start == 0:
+            return self.encoder([text[:end]], add_special_tokens=self.before is not None)[0][0]
+        ((ids, spans),) = self.encoder([text[start - 1 : end]], add_special_tokens=False)
+        first = next((i for i, (begin, _) in enumerate(spans) if begin >= 1), len(ids))
+        if first < len(ids) and spans[first][0] == 1:
+            return ids[first:]
+        return self.encoder([text[start:end]], add_special_tokens=False)[0][0]  # the line break is in one token with a letter
 
 
 def _int32(ids: list[int]) -> np.ndarray:
     return np.array(ids, dtype=np.int32)
 
 
-def _parts(text: str) -> Iterator[tuple[str, bool]]:
-    """A text in parts of about PIECE characters, and whether a part is the first."""
+def _parts(text: str) -> Iterator[tuple[int, int]]:
+    """Where parts of about PIECE characters begin and end: behind a line break that no white space follows."""
     start = 0
     while start == 0 or start < len(text):
-        end = text.find("\n", start + PIECE) + 1 or len(text)
-        yield text[start:end], start == 0
+        cut = CUT.search(text, start + PIECE)
+        end = cut.end() if cut else len(text)
+        yield start, end
         start = end or 1
 
 
@@ -101,7 +113,7 @@ def make_blocks(
     form = form_of(records.column_names)
     if form != "text":
         raise UserError(
-            f"--block_size cuts running text, and these are records of the form {form}; drop the flag to train on them"
+            f"--block_size cuts running text, and these are records of the form {form}: fine-tune on them with train_emo.sh"
         )
     encode = DocumentEncoder.of(tokenizer)
     key = f"{records._fingerprint}\n{VERSION}\n{encode.encoder.identity()}"

@@ -235,11 +235,12 @@ def _strings(record: Record, needed: list[str], optional: list[str], where: str)
     for name in needed:
         if name not in record:
             has = ", ".join(map(str, record)) or "none"
-            raise UserError(f"{where}: no field {name!r}; it has {has} (another name? --columns {name}=NAME)")
+            or_text = ", or text=NAME" if name == "instruction" else ""
+            raise UserError(f"{where}: no field {name!r}; it has {has} (another name? --columns {name}=NAME{or_text})")
     row = {name: record[name] for name in needed}
     row |= {name: "" if record.get(name) is None else record[name] for name in optional}
     for name, text in row.items():
-        _check_text(text, f"{where}: {name!r}")
+        check_text(text, f"{where}: {name!r}")
     return row
 
 
@@ -263,13 +264,13 @@ def _messages(value: object, where: str, columns: Mapping[str, str] | None, syst
             row[name] = message[key]
         if isinstance(row["content"], list) and all(isinstance(p, dict) and p.get("type") == "text" for p in row["content"]):
             row["content"] = "".join(str(part.get("text", "")) for part in row["content"])
-        _check_text(row["content"], f"{place}: 'content'")
+        check_text(row["content"], f"{place}: 'content'")
         role = ROLES.get(str(row["role"]).lower())
         if role is None:
             raise UserError(f"{place}: role {row['role']!r}; known are {', '.join(ROLES)}")
         found.append({"role": role, "content": row["content"]})
     if system:
-        _check_text(system, f"{where}: 'system'")
+        check_text(system, f"{where}: 'system'")
         found.insert(0, {"role": "system", "content": system})
     return found
 
@@ -279,7 +280,8 @@ def kind_of(value: object) -> str:
     return KINDS.get(type(value).__name__, f"a {type(value).__name__}")
 
 
-def _check_text(value: object, where: str) -> None:
+def check_text(value: object, where: str) -> None:
+    """Raises UserError for what is no text that can be encoded."""
     if not isinstance(value, str):
         raise UserError(f"{where} is {kind_of(value)}, wanted a string; {MEND}")
     try:

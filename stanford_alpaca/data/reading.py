@@ -53,7 +53,7 @@ def list_files(path: Path) -> list[Path]:
     Raises:
         UserError: no such path, another kind of file, or a folder without data files.
     """
-    kinds = f"{', '.join(FILE_KINDS)}, also as {GZIPPED}"
+    kinds = f"{', '.join(FILE_KINDS)}; all but .parquet also with {GZIPPED}"
     if not exists(path):
         raise UserError(f"{path}: no such file; give a file ({kinds}), a folder of them, or a hub name")
     if not path.is_dir():

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stanford_alpaca.errors import UserError, say
+from stanford_alpaca.errors import UserError, first_line, say
 from stanford_alpaca.evaluation.prompting import Choices, encode_choices
 from stanford_alpaca.evaluation.retrieval import SIMILAR, Featurize, draw, draw_pool, nearest_examples
 from stanford_alpaca.evaluation.scoring import Scores
@@ -34,7 +34,13 @@ def choose_examples(data: TaskData, settings: Settings, featurize: Featurize | N
     if settings.retriever not in SIMILAR or not settings.shots:
         return {seed: draw(settings.retriever, seed or 0, items, size, settings.shots) for seed in settings.seeds}
     assert featurize is not None
-    train, test = featurize(data.train.texts, data.test.texts)
+    try:
+        train, test = featurize(data.train.texts, data.test.texts)
+    except ValueError as error:  # of scikit-learn, about a vocabulary without words
+        raise UserError(
+            f"task {data.task.name}: --retriever {settings.retriever} cannot compare these texts ({first_line(error)}); take "
+            "model or random"
+        ) from None
     pools = {seed: None if settings.pool is None else draw_pool(seed or 0, size, settings.pool) for seed in settings.seeds}
     return {seed: nearest_examples(train, test, settings.shots, pool) for seed, pool in pools.items()}
 

@@ -14,6 +14,7 @@ import fire
 from fire.decorators import SetParseFns
 
 from stanford_alpaca import __version__
+from stanford_alpaca.data.reading import exists
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, nearest, refuse_unknown, say
 from stanford_alpaca.evaluation.accuracy import accuracies, accuracy_table, compare, comparison_table, right_by_task
 from stanford_alpaca.evaluation.fewshot import SCORES, Examples, Settings, choose_examples, predict
@@ -21,8 +22,8 @@ from stanford_alpaca.evaluation.retrieval import ENCODER, RETRIEVERS, SIMILAR, F
 from stanford_alpaca.evaluation.tasks import TaskData, choose_tasks, load_task, read_tasks
 from stanford_alpaca.generate import load_for_generation
 from stanford_alpaca.loadable import check_model
-from stanford_alpaca.samples import write_jsonl
 
+BETWEEN = "\n"  # models in one --model_path
 Rows = dict[str, list[dict[str, Any]]]  # of every model
 
 
@@ -70,6 +71,8 @@ def run(
     models = _models(model_path)
     settings = _settings(shots, retriever, pool, seeds, score, batch_size)
     check_whole("limit", 1 if limit is None else limit, 1)
+    if encoder is not None and settings.retriever != "sentence":
+        raise UserError(f"--encoder {encoder} would not be used: --retriever {settings.retriever}; drop one of them")
     files = _check_files(out)
     folder = None if data_dir is None else Path(data_dir).expanduser()
     chosen = choose_tasks(tasks, read_tasks(None if templates is None else Path(templates).expanduser()), folder)
@@ -78,9 +81,16 @@ def run(
     sets = [load_task(task, folder, limit) for task in chosen]
     for data in sets:
         _check_sizes(data, settings)
+    if settings.seeds == [None]:
+        say(
+            "the examples are the same for every seed, so there is one run"
+            + " (--pool N draws some to choose from)" * (shots > 0)
+        )
     settings, featurize = _load_retriever(settings, retriever is not None or encoder is not None, encoder or ENCODER)
 
-    rows = _predict_all(models, sets, settings, featurize, trust_remote_code)
+    if files:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+    rows = _predict_all(models, sets, settings, featurize, trust_remote_code, files[1] if files else None)
     right = {name: right_by_task(found) for name, found in rows.items()}
     columns = {name: accuracies(values) for name, values in right.items()}
     compared = {name: compare(right[models[0]], right[name]) for name in models[1:]}
@@ -92,20 +102,30 @@ def run(
             "accuracy": columns,
             f"against {models[0]}": compared,
         }
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        write_jsonl(files[1], [{"model": name} | row for name in models for row in rows[name]])
         files[0].write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\n{_heading(sets, settings)}\n{accuracy_table(columns)}")
+    short = dict(zip(models, short_names(models), strict=True))
+    print(f"\n{_heading(sets, settings)}\n{accuracy_table({short[name]: column for name, column in columns.items()})}")
     for name, found in compared.items():
-        print(f"\n{comparison_table(models[0], name, found)}")
+        print(f"\n{comparison_table(short[models[0]], short[name], found)}")
+
+
+def short_names(models: list[str]) -> list[str]:
+    """The last parts of paths, as many as tell them apart."""
+    for count in range(1, max(len(Path(name).parts) for name in models) + 1):
+        names = ["/".join(Path(name).parts[-count:]) for name in models]
+        if len({*names}) == len(names):
+            return names
+    return models
 
 
 def _models(model_path: str | None) -> list[str]:
-    """The models of --model_path, with commas between them unless that is a folder's name."""
-    path = str(model_path or "")
-    names = [path] if Path(path).exists() else list(dict.fromkeys(path.split(",")))
-    if not path or not all(names):
+    """The models of --model_path, as ``join_models`` puts them together; one may be several with commas, if it is no folder."""
+    given = str(model_path or "").split(BETWEEN)
+    names = [name for path in given for name in ([path] if exists(Path(path)) else path.split(","))]
+    if not all(names):
         raise UserError("give a model: --model_path MODEL, a folder or a hub name")
+    if len({*names}) < len(names):
+        raise UserError(f"--model_path {', '.join(names)}: one of them stands there twice; give each once")
     return names
 
 
@@ -130,11 +150,6 @@ def _settings(shots: int, retriever: str | None, pool: int | None, seeds: str, s
             f"--pool {pool}: {retriever} draws from all training records; drop it, or choose from {', '.join(SIMILAR)}"
         )
     same = shots == 0 or (retriever in SIMILAR and pool is None)
-    if same:
-        say(
-            "the examples are the same for every seed, so there is one run"
-            + (" (--pool N draws some to choose from)" if shots else "")
-        )
     return Settings(shots, retriever, pool, [None] if same else list(numbers), score, batch_size)
 
 
@@ -169,9 +184,14 @@ def _load_retriever(settings: Settings, asked_for: bool, encoder: str) -> tuple[
 
 
 def _predict_all(
-    models: list[str], sets: list[TaskData], settings: Settings, featurize: Featurize | None, remote_code: bool
+    models: list[str],
+    sets: list[TaskData],
+    settings: Settings,
+    featurize: Featurize | None,
+    remote_code: bool,
+    file: Path | None,
 ) -> Rows:
-    """The predictions of all models, loaded one after the other."""
+    """The predictions of all models, loaded one after the other; those of a task go to the file as soon as they are there."""
     shared: dict[str, Examples] = {}
     if settings.retriever != "model":
         shared = {data.task.name: choose_examples(data, settings, featurize) for data in sets}
@@ -181,7 +201,11 @@ def _predict_all(
         own = means_of(model, tokenizer)
         for data in sets:
             examples = shared.get(data.task.name) or choose_examples(data, settings, own)
-            rows[name] += predict(model, tokenizer, data, examples, settings)
+            found = predict(model, tokenizer, data, examples, settings)
+            rows[name] += found
+            if file is not None:
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.writelines(json.dumps({"model": name} | row, ensure_ascii=False) + "\n" for row in found)
         del model, own
     return rows
 
@@ -191,13 +215,15 @@ def _heading(sets: list[TaskData], settings: Settings) -> str:
     chosen = {"random": "drawn for each item", "fixed": "drawn once", "tfidf": "by TF-IDF", "bm25": "by BM25",
               "sentence": "by sentence embeddings", "model": "by the model's hidden states"}[settings.retriever]  # fmt: skip
     pool = f" among {settings.pool} drawn records" if settings.pool is not None else ""
-    seeds = "" if settings.seeds == [None] else f"; seeds {', '.join(map(str, settings.seeds))}, mean ± standard deviation"
+    several = ", mean ± standard deviation" if len(settings.seeds) > 1 else ""
+    seeds = "" if settings.seeds == [None] else f"; seeds {', '.join(map(str, settings.seeds))}{several}"
     sizes = ", ".join(f"{data.task.name} {len(data.test.texts):,}" for data in sets)
-    return f"accuracy in %, {settings.shots} examples {chosen}{pool}, scored by {settings.score}{seeds}; test items: {sizes}"
+    examples = f"{settings.shots} examples {chosen}{pool}" if settings.shots else "no examples"
+    return f"accuracy in %, {examples}, scored by {settings.score}{seeds}; test items: {sizes}"
 
 
 def join_models(words: list[str]) -> list[str]:
-    """Command-line words with one --model_path, of which fire would take the last: A,B for those of A and B."""
+    """Command-line words with one --model_path, of which fire would take the last."""
     models, others, rest = [], [], iter(words)
     for word in rest:
         flag, equals, value = word.partition("=")
@@ -205,12 +231,16 @@ def join_models(words: list[str]) -> list[str]:
             models.append(value if equals else next(rest, ""))
         else:
             others.append(word)
-    return [*others, f"--model_path={','.join(models)}"] if models else others
+    return [*others, f"--model_path={BETWEEN.join(models)}"] if models else others
 
 
 def main() -> None:
     """The command."""
-    exit_on_user_error(lambda: fire.Fire(run, command=join_models(sys.argv[1:])))
+    try:
+        exit_on_user_error(lambda: fire.Fire(run, command=join_models(sys.argv[1:])))
+    except KeyboardInterrupt:
+        print("\nstopped; with --out, predictions.jsonl has the tasks that were done", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

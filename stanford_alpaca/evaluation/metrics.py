@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
-from stanford_alpaca.data.formats import check_columns, load_records, take_columns
+from stanford_alpaca.data.blocks import make_blocks
+from stanford_alpaca.data.formats import check_columns, form_of, load_records, take_columns
 from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, check_template, tokenize_records
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
@@ -99,7 +100,7 @@ def run(
 
     Args:
         checkpoints: folders or hub names, the base model first.
-        data: what training takes, with reference outputs.
+        data: what training takes, with reference outputs; of running text nll, emo and perplexity, in blocks of max_length.
         cost: the model whose output embedding prices emo, the same for all; the first checkpoint by default.
         out: a folder for metrics.json and samples.jsonl; neither may exist.
         samples: how many samples to print.
@@ -127,10 +128,12 @@ def run(
         check_model(str(name), or_adapter=True, remote_code=trust_remote_code)
 
     check_columns([str(data)], pairs)
-    records = load_records(str(data), columns=pairs)
+    records = load_records(str(data), columns=pairs, documents="auto")
+    answers = form_of(records.column_names) != "text"  # running text asks nothing: it is read in blocks
     if limit is not None:
         records = records.select(range(min(limit, len(records))))
-    check_prompts(names, list(records), max_new_tokens, prompt_template, trust_remote_code)
+    if answers:
+        check_prompts(names, list(records), max_new_tokens, prompt_template, trust_remote_code)
     base, _ = load_for_generation(str(cost or names[0]), trust_remote_code)
     shared_cost = CostEmbedding(original_weight(base))
     del base
@@ -141,22 +144,29 @@ def run(
             recognise_head(model)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
-        examples, _ = tokenize_records(records, tokenizer, max_length, prompt_template=prompt_template)
+        if answers:
+            examples, _ = tokenize_records(records, tokenizer, max_length, prompt_template=prompt_template)
+        else:
+            examples, _ = make_blocks(records, tokenizer, max_length)
         results[name] = teacher_forced(model, tokenizer, examples, shared_cost, batch_size)
-        responses[name] = generate_batch(
-            model, tokenizer, list(records), sampling, prompt_template=prompt_template, batch_size=batch_size
-        )
-        results[name]["exact_match"] = exact_match(responses[name], [as_shown(record)["reference"] for record in records])
+        if answers:
+            responses[name] = generate_batch(
+                model, tokenizer, list(records), sampling, prompt_template=prompt_template, batch_size=batch_size
+            )
+            references = [as_shown(record)["reference"] for record in records]
+            results[name]["exact_match"] = exact_match(responses[name], references)
         results[name] |= training_figures(name)
         del model
-    shown = [sample_of(record, {name: responses[name][i] for name in names}) for i, record in enumerate(records)]
+    shown = [
+        sample_of(record, {name: responses[name][i] for name in names}) for i, record in enumerate(records if answers else [])
+    ]
     if files:
         files[0].parent.mkdir(parents=True, exist_ok=True)
         files[0].write_text(json.dumps({"data": str(data), "results": results}, indent=1) + "\n")
         write_jsonl(files[1], shown)
     for sample in shown[:samples]:
         print(format_sample(sample))
-    print(f"{len(records)} examples of {data}")
+    print(f"{len(records)} {'examples' if answers else 'document(s)'} of {data}")
     print(format_table(results))
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from datasets import load_dataset
 
+from stanford_alpaca.data.formats import check_text
 from stanford_alpaca.data.reading import Placed, read_file
 from stanford_alpaca.errors import UserError, first_line, nearest, quiet_hub
 
@@ -74,8 +75,10 @@ def _read_task(file: Path) -> Task:
     known = [field.name for field in fields(Task) if field.name != "name"]
     try:
         values = yaml.safe_load(file.read_text())
-        places = {name for _, name, _, _ in Formatter().parse(values["template"]) if name is not None}
-        classes = list(map(str, values["classes"]))
+        places = {
+            f"{name}{spec}{kind or ''}" for _, name, spec, kind in Formatter().parse(values["template"]) if name is not None
+        }
+        classes = values["classes"]
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
         raise UserError(f"{file}: no task ({first_line(error)}); give template and classes") from None
     for name in values:
@@ -83,6 +86,10 @@ def _read_task(file: Path) -> Task:
             raise UserError(f"{file}: unknown field {name}{nearest(str(name), known)}; known are {', '.join(known)}")
     if places != {"text", "label"}:
         raise UserError(f"{file}: the template needs {{text}} and {{label}} and nothing else in braces")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(
+            f"{file}: classes is {classes!r}; wanted a list of words, in quotes where YAML reads them as something else"
+        )
     if len(classes) < 2 or any(a != b and b.startswith(a) for a in classes for b in classes) or len({*classes}) < len(classes):
         raise UserError(f"{file}: give two classes or more, none of which begins with another's name")
     return Task(**values | {"name": file.stem, "classes": classes})
@@ -145,6 +152,7 @@ def checked(task: Task, values: Iterable[Placed], source: str) -> Split:
         text, label = (value.get("text"), value.get("label")) if isinstance(value, dict) else (None, None)
         if not isinstance(text, str):
             raise UserError(f'{where}: no text; wanted {{"text": "...", "label": 0}}')
+        check_text(text, where)
         if type(label) is not int or not 0 <= label < len(task.classes):
             classes = ", ".join(f"{number} {name}" for number, name in enumerate(task.classes))
             raise UserError(f"{where}: label {label!r} is no class of task {task.name}: {classes}")

@@ -6,8 +6,8 @@ import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stanford_alpaca.data import blocks as module
 from stanford_alpaca.data.blocks import _blocks, make_blocks
@@ -71,15 +71,33 @@ def test_long_documents_are_tokenized_in_parts_that_end_with_a_line(tokenizer, t
     text = "\n".join(f"The year {i} was long." for i in range(40))
     whole = make_blocks(Dataset.from_dict({"text": [text]}), tokenizer, 16, cache_dir=str(tmp_path / "a"))[0]
     monkeypatch.setattr(module, "PIECE", 50)
-    assert [len(part) > 50 for part, _ in module._parts(text)].count(True) > 10
-    assert "".join(part for part, _ in module._parts(text)) == text
+    places = list(module._parts(text))
+    assert len(places) > 10 and "".join(text[start:end] for start, end in places) == text
     parts = make_blocks(Dataset.from_dict({"text": [text]}), tokenizer, 16, cache_dir=str(tmp_path / "b"))[0]
     ids = [[token for block in blocks["input_ids"] for token in block[1:]] for blocks in (whole, parts)]
-    assert tokenizer.decode(ids[1]) == tokenizer.decode(ids[0])
-    assert ids[1].count(tokenizer.bos_token_id) == ids[0].count(tokenizer.bos_token_id)
+    assert ids[1] == ids[0]
+
+
+def test_a_tokenizer_that_begins_with_a_space_puts_one_at_the_beginning_only(tmp_path, monkeypatch):
+    """As Llama 2's: the ids do not depend on where a long document is cut."""
+    text = "\n".join(f"\n  Line {i} of the sea.\nIt ends." for i in range(30))
+    model = models.BPE(byte_fallback=True, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
+    backend.train_from_iterator(text.split(), trainers.BpeTrainer(vocab_size=400, special_tokens=names))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    whole = module.DocumentEncoder.of(tokenizer).ids(text).tolist()
+    monkeypatch.setattr(module, "PIECE", 40)
+    assert len(list(module._parts(text))) > 8
+    assert module.DocumentEncoder.of(tokenizer).ids(text).tolist() == whole
 
 
 def test_instructions_are_no_running_text(tokenizer):
     records = Dataset.from_dict({"instruction": ["a"], "input": [""], "output": ["b"], "system": [""]})
-    with pytest.raises(UserError, match="--block_size cuts running text, and these are records of the form alpaca"):
+    with pytest.raises(
+        UserError,
+        match="--block_size cuts running text, and these are records of the form alpaca: fine-tune",
+    ):
         make_blocks(records, tokenizer, 8)

@@ -61,7 +61,7 @@ def test_a_set_is_written_in_alpacas_form(hub, capsys, name, hub_name, file):
     [
         ([], "no data set named; choose from alpaca, alpaca-gpt4"),
         (["alpaca_gpt4"], "unknown data set alpaca_gpt4; did you mean alpaca-gpt4?"),
-        (["alpaca", "--ou", "x.json"], "unknown argument --ou; did you mean out?"),
+        (["alpaca", "--ou", "x.json"], "unknown argument --ou; did you mean --out?"),
         (["alpaca", "--out"], "--out True: give the name"),
         (["alpaca", "--out", "x.txt"], "--out x.txt: give the name of a .json file"),
         (["alpaca", "--out", "file/x.json"], "is a file; give another path"),

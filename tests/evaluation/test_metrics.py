@@ -59,6 +59,20 @@ def test_the_command_writes_what_it_prints_and_overwrites_nothing(root, tmp_path
         run(base, data=str(data), out=str(tmp_path / "ev"))
 
 
+def test_running_text_is_scored_in_blocks_and_asks_nothing(root, tmp_path, capsys):
+    base, text = str(root / "data" / "tiny-base"), "The king of the north is old.\nHis river runs to the sea.\n" * 9
+    (tmp_path / "text.txt").write_text(text)
+    run(base, data=str(tmp_path / "text.txt"), max_length=64, out=str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"][base]
+    model, tokenizer = load_for_generation(base)
+    ids = torch.tensor([*tokenizer(text.rstrip("\n"))["input_ids"], tokenizer.eos_token_id])
+    parts = [ids[start : start + 64] for start in range(0, len(ids) - 1, 63)]
+    losses = [model(part[None], labels=part[None]).loss.item() * (len(part) - 1) for part in parts]
+    assert found["supervised_tokens"] == len(ids) - 1
+    assert found["nll"] == pytest.approx(sum(losses) / (len(ids) - 1), rel=1e-5) and "exact_match" not in found
+    assert "1 document(s) of" in capsys.readouterr().out
+
+
 def test_exact_match_and_table():
     assert exact_match([" a", "b", "c\n"], ["a", "x", "c"]) == pytest.approx(2 / 3)
     table = format_table({"base": {"nll": 2.0, "n": 1234}, "tuned": {"nll": 0.5, "n": 1234, "rate": 1000.4}})
@@ -70,7 +84,7 @@ def test_exact_match_and_table():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dat": "x"}, "unknown argument --dat; did you mean data"),
+        ({"dat": "x"}, "unknown argument --dat; did you mean --data"),
         ({}, "give one or more checkpoints and --data"),
         ({"data": "none.json"}, "no such file"),
         ({"data": "data.json", "limit": 0}, "--limit 0"),

@@ -16,7 +16,7 @@ def test_the_seven_tasks_are_there_and_a_label_can_be_put_first(tmp_path):
     assert {name: len(task.classes) for name, task in known.items()} == SEVEN
     assert all(task.hub for task in known.values())
     assert known["trec"].write("Who ?", 3).endswith("Who ?\nAnswer type: person")
-    (tmp_path / "mine.yaml").write_text('template: "{label}: {text}"\nclasses: [yes, "no"]\n')
+    (tmp_path / "mine.yaml").write_text('template: "{label}: {text}"\nclasses: ["yes", "no"]\n')
     assert read_tasks(tmp_path)["mine"].write("a {b}", 1) == "no: a {b}"
 
 
@@ -28,6 +28,9 @@ def test_the_seven_tasks_are_there_and_a_label_can_be_put_first(tmp_path):
         ('template: "{text} {label}"\nclasses: [a, ab]', "none of which begins with another's name"),
         ('template: "{text} {label}"\nclasses: [a, b]\nspilts: x', "unknown field spilts"),
         ("[", "no task"),
+        ('template: "{text!r} {label}"\nclasses: [a, b]', "nothing else in braces"),
+        ('template: "{text:d} {label}"\nclasses: [a, b]', "nothing else in braces"),
+        ('template: "{text} {label}"\nclasses: [yes, no]', "classes is \\[True, False\\]; wanted a list of words, in quotes"),
     ],
 )
 def test_a_bad_task_file(tmp_path, text, message):
