@@ -180,7 +180,7 @@ def test_interactive_streams_until_an_empty_line(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"promts": "x"}, "unknown argument --promts; did you mean prompts"),
+        ({"promts": "x"}, "unknown argument --promts; did you mean --prompts"),
         ({}, "give the prompts"),
         ({"prompts": "none.json"}, "none.json: no such file"),
         ({"prompts": "broken.json"}, "broken JSON"),
@@ -235,7 +235,7 @@ def test_the_command_line_rejects_an_unknown_flag_before_it_writes(root, folder,
     command = [sys.executable, "-m", "stanford_alpaca.generate", folder, "--instruction", "x", "--out", str(out), "--sed", "1"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "error: unknown argument --sed; did you mean seed?" in done.stderr
+    assert "error: unknown argument --sed; did you mean --seed?" in done.stderr
     assert "Traceback" not in done.stderr and not out.exists()
 
 

@@ -219,9 +219,13 @@ def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(make_base, tmp
     assert "no such folder" in refused(tmp_path / "nowhere", out)
     assert "no adapter" in refused("someone/nothing", out)
     wider = make_base(name="wider", hidden_size=48)
+    assert "not the base that" in refused(adapter, out, base=str(wider))
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "gone/away"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))  # so layers and shapes are all that is left to compare
     assert "an adapter of another base" in refused(adapter, out, base=str(wider))
     shallower = make_base(name="shallower", num_hidden_layers=1)
     assert "it has no layer for base_model.model.model.layers.1." in refused(adapter, out, base=str(shallower))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
     assert "an adapter, no whole model" in refused(adapter, out, base=str(adapter))
     assert "no causal LM" not in (line := refused(changed("classes", task_type="SEQ_CLS"), out)) and "SEQ_CLS" in line
     assert "names no base; give --base PATH" in refused(changed("baseless", base_model_name_or_path=None), out)

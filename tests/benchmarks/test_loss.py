@@ -179,7 +179,7 @@ def test_real_ids_are_the_supervised_tokens_of_the_records(root):
         ({"only": "plane"}, "--only plane: choose from plain"),
         ({"vocab": 300}, "--hidden and --vocab together"),
         ({"rounds": 0}, "--rounds 0: give a whole number from 1 on"),
-        ({"round": 3}, "did you mean rounds"),
+        ({"round": 3}, "did you mean --rounds"),
         ({"tokens": 0}, "--tokens 0"),
         ({"threads": "x"}, "--threads x: give a whole number"),
         ({"device": "tpu"}, "--device tpu: choose cpu"),

@@ -47,6 +47,6 @@ def test_tables_give_the_mean_of_the_seeds_and_the_best_rate(runs, tmp_path, cap
 
 
 def test_a_mistyped_flag_runs_nothing(runs, tmp_path):
-    with pytest.raises(UserError, match="did you mean seeds"):
+    with pytest.raises(UserError, match="did you mean --seeds"):
         modes.run(seed=3, results=str(tmp_path / "results.jsonl"))
     assert not runs

@@ -150,7 +150,7 @@ def test_a_head_is_copied_with_its_padding(base, make_model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"widht": 3}, "unknown argument --widht; did you mean width"),
+        ({"widht": 3}, "unknown argument --widht; did you mean --width"),
         ({}, "give one source"),
         ({"text": "story.txt", "head": "x"}, "give one source"),
         ({"text": "none.txt"}, "--text none.txt: no such file"),
@@ -186,7 +186,7 @@ def test_the_command_line(base, tmp_path, monkeypatch, capsys):
     command = ["cost", "build", "--tokenizer", base, "--out", "c.safetensors", "--width", "8", "--text", "story.txt"]
     for argv, message in (
         ([*command, "none.txt"], "--text none.txt: no such file"),
-        ([*command, "--windo", "3"], "unknown argument --windo; did you mean window?"),
+        ([*command, "--windo", "3"], "unknown argument --windo; did you mean --window?"),
         (["cost", "bild"], "give a command: python -m stanford_alpaca.cost build --help"),
     ):
         monkeypatch.setattr(sys, "argv", argv)
