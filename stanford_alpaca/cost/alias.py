@@ -16,17 +16,13 @@ class CostAlias(CostEmbedding):
     """
 
     def __init__(self, weight: Callable[[], Tensor]):
-        super().__init__(None, "identity")
         self.kind, self._weight = "cosine", weight
+        self.directed = self._cached = self._cache = None
         self._inverse: Tensor | None = None  # [V], at the first use: until then the weight may be on the meta device
 
     @property
     def rows(self) -> Tensor:  # type: ignore[override]  # [V, D], not of unit length
         return self._weight().detach()
-
-    @rows.setter
-    def rows(self, rows: Tensor | None) -> None:
-        assert rows is None  # what the constructor of the base says
 
     def to(self, device: torch.device | str) -> "CostAlias":
         """Nothing: the weight is where it is."""

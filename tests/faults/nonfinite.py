@@ -49,9 +49,9 @@ class NotFinite:
             now = what == "loss" and self.here and trainer.state.global_step + 1 == STEP and self.micro_batch == 0
             return value * self.value if now else value
 
-        def to_the_end(argv: list[str]) -> None:
+        def to_the_end(*args: Any) -> None:
             try:
-                run(argv)
+                run(*args)
             finally:
                 self.write()
 
