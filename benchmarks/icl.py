@@ -13,6 +13,7 @@ from typing import Any
 
 import fire
 import torch
+from fire.decorators import SetParseFns
 from transformers import PreTrainedModel
 
 from benchmarks.packing import make_model
@@ -25,6 +26,7 @@ from stanford_alpaca.evaluation.tasks import choose_tasks, load_task, read_tasks
 from stanford_alpaca.generate import load_for_generation
 
 
+@SetParseFns(tasks=str)
 def run(
     data_dir: str, tasks: str | None = None, model: str = "data/tiny-base", limit: int = 64, shots: int = 8,
     retriever: str = "tfidf", layers: int = 4, hidden_size: int = 256,
