@@ -217,6 +217,9 @@ class TrainingArguments(transformers.TrainingArguments):
                 self.fsdp_plugin_args["state_dict_type"] = "SHARDED_STATE_DICT"
 
 
+FLAGS = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments, TrainingArguments)
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's arguments.

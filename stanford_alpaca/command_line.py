@@ -10,16 +10,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from stanford_alpaca.arguments import (
-    MADE_WITH,
-    SECRET,
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    ObjectiveArguments,
-    Run,
-    TrainingArguments,
-)
+from stanford_alpaca.arguments import FLAGS, MADE_WITH, SECRET, Run
 from stanford_alpaca.errors import UserError, first_line, keep_secret, nearest
 from stanford_alpaca.old_flags import split, translate
 
@@ -38,8 +29,7 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
     argv = [*_not_given(recipe or {}, argv), *argv]
     keep_secret(*(value for flag in split(argv) if flag.name in SECRET for value in flag.values))
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
-    classes = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments, TrainingArguments)
-    parser = _Parser(classes, allow_abbrev=False)
+    parser = _Parser(FLAGS, allow_abbrev=False)
     try:
         parts = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         model, data, objective, lora, training, unknown = parts
@@ -49,7 +39,7 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
         known = ["--config", *(option for action in parser._actions for option in action.option_strings)]
         name = unknown[0].split("=")[0]
         raise UserError(f"unknown argument {name}{nearest(name, known)}")
-    own = {f.name for cls in classes for f in dataclasses.fields(cls)} - {
+    own = {f.name for cls in FLAGS for f in dataclasses.fields(cls)} - {
         f.name for f in dataclasses.fields(transformers.TrainingArguments)
     }
     given = vars(parser.parse_known_args(argv)[0])

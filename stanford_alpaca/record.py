@@ -14,15 +14,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from stanford_alpaca import __version__
-from stanford_alpaca.arguments import (
-    MADE_WITH,
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    ObjectiveArguments,
-    Run,
-    TrainingArguments,
-)
+from stanford_alpaca.arguments import FLAGS, MADE_WITH, Run
 from stanford_alpaca.checkpoint.manifest import FILE as MANIFEST
 from stanford_alpaca.checkpoint.manifest import entries_of, file_sha256, is_record, write_whole
 from stanford_alpaca.data.sources import identify
@@ -60,7 +52,6 @@ OF_STREAMS = {"dataloader_num_workers"}  # of these, what decides what is drawn 
 OF_THE_BEST = {  # and which checkpoint is the best, of which others go on or which the run ends with
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_path", "save_strategy", "save_steps",
 }  # fmt: skip
-FLAGS = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments, TrainingArguments)
 HEADER = "# Repeat: python -m stanford_alpaca.train --config run.yaml --output_dir ANOTHER\n"
 CARD = """\
 ---

@@ -17,13 +17,8 @@ import pyarrow.parquet as pq
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
 
-from stanford_alpaca.arguments import (
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    ObjectiveArguments,
-    TrainingArguments,
-)
+from stanford_alpaca.arguments import FLAGS as CLASSES
+from stanford_alpaca.arguments import TrainingArguments
 from stanford_alpaca.checks import check
 from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import UserError
@@ -221,9 +216,9 @@ BYTES: list[Callable[[random.Random, bytes], bytes]] = [_flip, _truncate, _inser
 
 # ---- command lines ---------------------------------------------------------------------------------------------------------
 
-OWN = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments)
-ACTIONS = {action.dest: action for action in HfArgumentParser((*OWN, TrainingArguments))._actions}
-FLAGS = sorted({field.name for cls in (*OWN, TrainingArguments) for field in fields(cls)})
+OWN = tuple(cls for cls in CLASSES if cls is not TrainingArguments)
+ACTIONS = {action.dest: action for action in HfArgumentParser(CLASSES)._actions}
+FLAGS = sorted({field.name for cls in CLASSES for field in fields(cls)})
 FEW = sorted({field.name for cls in OWN for field in fields(cls)} | {field.name for field in fields(TrainingArguments)} - {
     field.name for field in fields(HfTrainingArguments)
 })  # fmt: skip
