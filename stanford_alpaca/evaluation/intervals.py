@@ -1,0 +1,91 @@
+"""How sure a measure is: intervals of 95 %, and paired differences between models, over test items or over seeds."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from stanford_alpaca.evaluation.significance import Difference
+
+RESAMPLES = 2000
+AT_ONCE = 250  # resamples whose [AT_ONCE, n] counts are held at a time
+
+
+class Measured(NamedTuple):
+    """A value with its 95 % interval; NaN for both ends where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Items(NamedTuple):
+    """A measure that is a function of sums over test items: a mean, a perplexity, a calibration error."""
+
+    sums: np.ndarray  # [n, k] float64, a row per test item (over its seeds)
+    of: Callable[[np.ndarray], np.ndarray]  # [..., k] -> [...]
+
+    def measured(self, seed: int = 0) -> Measured:
+        """The value, and the percentile interval of a bootstrap over items."""
+        low, high = np.quantile(self.of(_resampled(self.sums, seed)), [0.025, 0.975])
+        return Measured(float(self.of(self.sums.sum(0))), float(low), float(high))
+
+    def minus(self, other: "Items", seed: int = 0) -> Difference:
+        """Self minus other, on the same items: both see the same resamples. p is two-sided.
+
+        p is twice the share of resamples at or beyond no difference, on the rarer side, the sample itself counted in.
+        """
+        if len(self.sums) != len(other.sums):
+            raise ValueError(f"{len(self.sums)} and {len(other.sums)} test items cannot be paired")
+        gains = self.of(_resampled(self.sums, seed)) - other.of(_resampled(other.sums, seed))
+        low, high = np.quantile(gains, [0.025, 0.975])
+        rarer = min((gains <= 1e-12).sum(), (gains >= -1e-12).sum())
+        mean = self.of(self.sums.sum(0)) - other.of(other.sums.sum(0))
+        return Difference(float(mean), float(low), float(high), float(min(1.0, 2 * (rarer + 1) / (RESAMPLES + 1))))
+
+
+class Replicates(NamedTuple):
+    """A measure of a whole set of responses, such as MAUVE: a value per seed. Intervals are Student's t over the seeds."""
+
+    values: np.ndarray  # [seeds] float64
+
+    def measured(self) -> Measured:
+        """The mean over seeds; with one seed there is no interval."""
+        return Measured(*_student(self.values)[:3])
+
+    def minus(self, other: "Replicates") -> Difference:
+        """Self minus other, paired by seed; with one seed there is no interval, and p is NaN."""
+        return Difference(*_student(self.values - other.values))
+
+
+def mean_of(values: np.ndarray, weights: np.ndarray | None = None) -> Items:  # [n], [n]
+    """sum(values) / sum(weights): ``values`` are sums within items where there are weights, else the items' own values."""
+    weights = np.ones(len(values)) if weights is None else weights
+    return Items(np.stack([values, weights], 1).astype(np.float64), _ratio)
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / np.maximum(sums[..., 1], np.finfo(np.float64).tiny)
+
+
+def _resampled(sums: np.ndarray, seed: int) -> np.ndarray:  # [n, k] -> [RESAMPLES, k]
+    """Sums over items drawn with replacement: equal seeds and numbers of items draw the same items."""
+    return np.concatenate([counts @ sums for counts in _counts(len(sums), seed)])
+
+
+def _counts(n: int, seed: int) -> Iterator[np.ndarray]:
+    random = np.random.default_rng(seed)
+    for _ in range(0, RESAMPLES, AT_ONCE):
+        yield random.multinomial(n, np.full(n, 1 / n), AT_ONCE).astype(np.float64)
+
+
+def _student(values: np.ndarray) -> tuple[float, float, float, float]:
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return mean, np.nan, np.nan, np.nan
+    error = float(values.std(ddof=1)) / np.sqrt(n)
+    if error == 0:
+        return mean, mean, mean, float(mean == 0)
+    half = float(stats.t.ppf(0.975, n - 1)) * error
+    return mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, n - 1))
