@@ -1,0 +1,63 @@
+"""What training left behind in a run's folder: its curves and the flags that tell runs apart."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stanford_alpaca.checkpoint.manifest import checkpoints
+from stanford_alpaca.errors import UserError, first_line
+
+STATE, FLAGS = "trainer_state.json", "run.yaml"
+CURVES = ("loss", "nll", "emo", "learning_rate", "eval_loss", "eval_nll", "eval_emo")
+POINTS = 600  # of a curve; of longer ones, means of as many log entries as it takes
+TOLD = ("mode", "model_name_or_path", "learning_rate", "global_batch", "cost", "cost_kind", "emo_weighting", "lora")
+
+Points = list[list[float]]  # [step, value]
+
+
+def curves_of(run: str) -> dict[str, Points] | None:
+    """The curves that the run logged, those without a point left out; of a run that has not ended, its newest checkpoint's.
+    None where there is no log."""
+    folder = Path(run).expanduser()
+    file = next((place / STATE for place in [folder, *checkpoints(folder)] if (place / STATE).is_file()), None)
+    if file is None:
+        return None
+    try:
+        history = json.loads(file.read_text(encoding="utf-8"))["log_history"]
+        found = {name: [[entry["step"], entry[name]] for entry in history if name in entry] for name in CURVES}
+        drawn = {name: thinned([point for point in points if math.isfinite(point[1])]) for name, points in found.items()}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file}: no training log ({first_line(error)}); remove it, or train again") from None
+    return {name: points for name, points in drawn.items() if points}
+
+
+def thinned(points: Points, most: int = POINTS) -> Points:
+    """At most so many points: means of equally many neighbours, at the step of the last of them."""
+    size = -(-len(points) // most)
+    parts = [points[i : i + size] for i in range(0, len(points), size or 1)]
+    return [[part[-1][0], sum(value for _, value in part) / len(part)] for part in parts]
+
+
+def flags_of(run: str) -> dict[str, Any]:
+    """The flags of the run's run.yaml; none for what training did not write."""
+    file = Path(run).expanduser() / FLAGS
+    if not file.is_file():
+        return {}
+    try:
+        flags = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)}); remove it") from None
+    return flags if isinstance(flags, dict) else {}
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """The end of each path, as few folders of it as tell them all apart."""
+    parts = [Path(path).parts or (path,) for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*part[-count:])) for part in parts]
+        if len(set(names)) == len(paths):
+            return names
+    return paths

@@ -1,0 +1,157 @@
+// The training curves: a chart a quantity, one line a run, a crosshair that pointer and arrow keys move.
+
+const CHARTS = [
+  ["loss", "Loss"],
+  ["nll", "nll, nats a token"],
+  ["emo", "emo, expected cost"],
+  ["learning_rate", "Learning rate"],
+];
+const MARGIN = { left: 52, right: 14, top: 12, bottom: 26 };
+const HEIGHT = 220;
+
+function drawCurves(box) {
+  const logged = DATA.runs.map((_, i) => i).filter((i) => DATA.runs[i].curves);
+  if (!logged.length) return box.append(note("None of these runs left a training log."));
+  const hidden = new Set();
+  const charts = CHARTS.map(([key, title]) => new Chart(key, title, logged, hidden)).filter((chart) => chart.lines.length);
+  const toggles = logged.map((i) =>
+    el("button", { type: "button", class: "legend", "aria-pressed": "true", on: { click: (event) => toggle(i, event.currentTarget) } }, runName(i)),
+  );
+  function toggle(i, button) {
+    if (!hidden.delete(i)) hidden.add(i);
+    button.setAttribute("aria-pressed", String(!hidden.has(i)));
+    charts.forEach((chart) => chart.draw());
+  }
+  box.append(
+    el("div", { class: "controls", role: "group", "aria-label": "Runs shown" }, ...toggles),
+    el("div", { class: "charts" }, ...charts.map((chart) => chart.figure)),
+  );
+  const redraw = new ResizeObserver(() => charts.forEach((chart) => chart.draw()));
+  redraw.observe(box);
+}
+
+class Chart {
+  constructor(key, title, runs, hidden) {
+    this.key = key;
+    this.hidden = hidden;
+    this.lines = runs.flatMap((i) =>
+      [[key, false], [`eval_${key}`, true]]
+        .filter(([name]) => DATA.runs[i].curves[name])
+        .map(([name, held]) => ({ run: i, held, points: DATA.runs[i].curves[name] })),
+    );
+    this.steps = [...new Set(this.lines.flatMap((line) => line.points.map(([step]) => step)))].sort((a, b) => a - b);
+    this.at = null; // the place in steps that the crosshair is at
+    this.readout = el("p", { class: "readout" });
+    this.canvas = svg("svg", {
+      class: "chart", tabindex: 0, role: "slider", "aria-label": `${title} by step`, "aria-valuemin": this.steps[0] ?? 0,
+      "aria-valuemax": this.steps.at(-1) ?? 0,
+      on: {
+        pointermove: (event) => this.point(event), pointerdown: (event) => this.point(event), pointerleave: () => this.move(null),
+        keydown: (event) => this.key_(event), focus: () => this.at === null && this.move(this.steps.length - 1), blur: () => this.move(null),
+      },
+    });
+    this.figure = el("figure", {}, el("figcaption", { text: title }), this.canvas, this.readout);
+    this.say();
+  }
+
+  visible() {
+    return this.lines.filter((line) => !this.hidden.has(line.run));
+  }
+
+  draw() {
+    const width = Math.max(this.canvas.parentNode.clientWidth, 200);
+    const values = (this.visible().length ? this.visible() : this.lines).flatMap((line) => line.points.map(([, value]) => value));
+    const from_zero = this.key === "learning_rate" || Math.min(...values) < 0.35 * Math.max(...values);
+    const [low, high, step] = nice(from_zero ? Math.min(0, ...values) : Math.min(...values), Math.max(...values), 4);
+    const last = this.steps.at(-1) || 1;
+    this.x = (value) => MARGIN.left + ((width - MARGIN.left - MARGIN.right) * value) / last;
+    this.y = (value) => HEIGHT - MARGIN.bottom - ((HEIGHT - MARGIN.top - MARGIN.bottom) * (value - low)) / (high - low);
+    this.canvas.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
+    this.canvas.setAttribute("height", HEIGHT);
+    const axis = [];
+    for (let tick = low; tick <= high + step / 2; tick += step) {
+      axis.push(
+        svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: this.y(tick), y2: this.y(tick) }),
+        svg("text", { class: "tick", x: MARGIN.left - 8, y: this.y(tick) + 4, "text-anchor": "end", text: short(tick, step) }),
+      );
+    }
+    const [, , every] = nice(0, last, width > 400 ? 5 : 3);
+    for (let tick = 0; tick <= last; tick += every) {
+      axis.push(svg("text", { class: "tick", x: this.x(tick), y: HEIGHT - 6, "text-anchor": "middle", text: short(tick, every) }));
+    }
+    this.cross = svg("g", { class: "cross" });
+    this.canvas.replaceChildren(...axis, ...this.visible().map((line) => this.path(line)), this.cross);
+    this.move(this.at);
+  }
+
+  path({ run, held, points }) {
+    const places = points.map(([step, value]) => [this.x(step).toFixed(1), this.y(value).toFixed(1)]);
+    if (!held && points.length > 1) return svg("polyline", { class: `line ${runClass(run)}`, points: places.join(" ") });
+    return svg("g", { class: runClass(run) }, ...places.map(([cx, cy]) => svg("circle", { class: "ring", cx, cy, r: 3.5 })));
+  }
+
+  point(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const x = event.clientX - box.left;
+    const distance = (step) => Math.abs(this.x(step) - x);
+    this.move(this.steps.reduce((best, step, i) => (distance(step) < distance(this.steps[best]) ? i : best), 0));
+  }
+
+  key_(event) {
+    const last = this.steps.length - 1;
+    const jump = Math.max(1, Math.round(last / 10));
+    const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowDown: -1, ArrowUp: 1, PageDown: -jump, PageUp: jump, Home: -last, End: last };
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    this.move(Math.min(last, Math.max(0, (this.at ?? last) + moves[event.key])));
+  }
+
+  move(at) {
+    this.at = at;
+    this.cross.replaceChildren();
+    if (at !== null) {
+      const x = this.x(this.steps[at]);
+      this.cross.append(svg("line", { x1: x, x2: x, y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom }));
+      for (const { line, value } of this.values()) {
+        this.cross.append(svg("circle", { class: runClass(line.run), cx: x, cy: this.y(value), r: 4 }));
+      }
+    }
+    this.say();
+  }
+
+  /** What each visible line has at the crosshair. */
+  values() {
+    const step = this.steps[this.at ?? this.steps.length - 1];
+    const found = this.visible().map((line) => ({ line, point: line.points.find(([at]) => at === step) }));
+    return found.filter(({ point }) => point).map(({ line, point }) => ({ line, value: point[1] }));
+  }
+
+  say() {
+    const step = this.steps[this.at ?? this.steps.length - 1];
+    const parts = this.values().map(({ line, value }) => [line, `${line.held ? "held out " : ""}${number(value)}`]);
+    this.readout.replaceChildren(
+      el("span", { class: "step", text: `step ${number(step)}` }),
+      ...parts.map(([line, text]) => el("span", {}, runName(line.run), ` ${text}`)),
+    );
+    this.canvas.setAttribute("aria-valuenow", step ?? 0);
+    const words = parts.map(([line, text]) => `${DATA.runs[line.run].name} ${text}`);
+    this.canvas.setAttribute("aria-valuetext", `step ${step}: ${words.join(", ")}`);
+  }
+}
+
+/** A range that holds both numbers and ends on ticks: [low, high, step]. */
+function nice(low, high, ticks) {
+  if (high === low) high = low + (Math.abs(low) || 1);
+  const raw = (high - low) / ticks;
+  const power = 10 ** Math.floor(Math.log10(raw));
+  const step = power * ([1, 2, 2.5, 5].find((factor) => factor * power >= raw * 0.999) ?? 10);
+  return [Math.floor(low / step + 1e-9) * step, Math.ceil(high / step - 1e-9) * step, step];
+}
+
+/** A tick's number, with no more digits than the step has. */
+function short(value, step) {
+  if (Math.abs(value) < step / 1e6) return "0";
+  if (step < 1e-3) return value.toExponential(1).replace(".0e", "e").replace("-", "−");
+  if (step >= 1000) return `${+(value / 1000).toFixed(1)}k`;
+  return value.toFixed(Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (/[^0]25/.test(String(step)) ? 1 : 0)));
+}

@@ -1,0 +1,68 @@
+// The measures with their intervals, drawn too, and the paired differences between models.
+
+function drawMeasures(box) {
+  const found = DATA.evaluation;
+  if (!found) return box.append(note("Nothing was evaluated: none of these runs has a model yet."));
+  const shown = DATA.runs.map((_, i) => i).filter((i) => DATA.runs[i].model);
+  const wide = found.rows.some((row) => row.cells.some((cell) => cell && cell[1] !== null));
+  const head = el("tr", {}, el("th", { scope: "col", text: "measure" }), ...shown.map((i) => el("th", { scope: "col" }, runName(i))),
+    wide ? el("th", { scope: "col", class: "forest" }, el("span", { class: "hidden", text: "drawn" })) : null);
+  const rows = found.rows.map((row) =>
+    el("tr", {}, measureName(row), ...shown.map((i) => measureCell(row, i)), wide ? el("td", { class: "forest" }, forest(row, shown)) : null),
+  );
+  box.append(scrolling("Measures with intervals", el("table", { class: "measures" }, el("thead", {}, head), el("tbody", {}, ...rows))));
+  if (!found.differences.length) return;
+  const columns = found.pairs.map(([model, minus]) =>
+    el("th", { scope: "col" }, el("span", { class: "pair" }, runName(model), " − ", runName(minus))));
+  const differences = found.differences.map((row) => el("tr", {}, measureName(row), ...row.cells.map((cell) => differenceCell(cell, row.better))));
+  box.append(
+    el("h3", { text: "Differences, on the same records" }),
+    el("p", { class: "lede", text: "Paired, so that what is hard for both does not blur them. A mark shows where p < 0.05; p is not corrected for how many there are." }),
+    scrolling("Paired differences", el("table", { class: "measures" },
+      el("thead", {}, el("tr", {}, el("th", { scope: "col", text: "measure" }), ...columns)), el("tbody", {}, ...differences))),
+  );
+}
+
+function scrolling(label, table) {
+  return el("div", { class: "scroll", role: "region", "aria-label": label, tabindex: 0 }, table);
+}
+
+function measureName({ measure, better }) {
+  const hint = { "1": "higher is better", "-1": "lower is better" }[better];
+  const arrow = { "1": "↑", "-1": "↓" }[better];
+  return el("th", { scope: "row" }, readable(measure), arrow ? el("span", { class: "arrow", title: hint, role: "img", "aria-label": hint, text: arrow }) : null);
+}
+
+function measureCell(row, i) {
+  const cell = row.cells[i];
+  if (!cell) return el("td", { text: "–" });
+  const best = row.best === i;
+  const value = el(best ? "strong" : "span", { class: "value", text: number(cell[0]) }, ...(best ? [el("span", { class: "hidden", text: " (best)" })] : []));
+  const range = cell[1] === null ? null : el("span", { class: "range", text: `${number(cell[1])} to ${number(cell[2])}` });
+  return el("td", { class: best ? `best ${runClass(i)}` : null }, value, range);
+}
+
+/** Values and intervals of a row on a scale of its own. */
+function forest(row, shown) {
+  const cells = shown.map((i) => [i, row.cells[i]]).filter(([, cell]) => cell && cell[1] !== null);
+  if (!cells.length) return "";
+  const [low, high] = [Math.min(...cells.map(([, cell]) => cell[1])), Math.max(...cells.map(([, cell]) => cell[2]))];
+  const [width, line] = [170, 9];
+  const x = (value) => 6 + ((width - 12) * (value - low)) / (high - low || 1);
+  const marks = cells.flatMap(([i, [value, from, to]], n) => [
+    svg("line", { class: runClass(i), x1: x(from), x2: x(to), y1: 6 + n * line, y2: 6 + n * line }),
+    svg("circle", { class: runClass(i), cx: x(value), cy: 6 + n * line, r: 3.2 }),
+  ]);
+  return svg("svg", { viewBox: `0 0 ${width} ${3 + cells.length * line}`, width, height: 3 + cells.length * line, "aria-hidden": "true" }, ...marks);
+}
+
+function differenceCell(cell, better) {
+  if (!cell) return el("td", { text: "–" });
+  const sure = cell.p !== null && cell.p < 0.05;
+  const verdict = !sure || !better ? "" : cell.mean * better > 0 ? "better" : "worse";
+  const sign = cell.mean > 0 ? "+" : "";
+  return el("td", { class: verdict || null },
+    el("span", { class: "value", text: `${sign}${number(cell.mean)}` }, ...(verdict ? [el("span", { class: "verdict", text: verdict })] : [])),
+    cell.low === null ? null : el("span", { class: "range", text: `${number(cell.low)} to ${number(cell.high)}` }),
+    cell.p === null ? null : el("span", { class: "range", text: cell.p < 0.001 ? "p < 0.001" : `p ${cell.p.toFixed(3)}` }));
+}

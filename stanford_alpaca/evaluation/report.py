@@ -1,0 +1,185 @@
+"""Runs on one page: ``python -m stanford_alpaca.evaluation.report RUN [RUN ...] --out report.html``.
+
+Their curves, their measures with intervals, their responses side by side, and of every reference token what each model
+predicted in its place and at what cost. The page is one file that asks for nothing else.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fire
+from datasets import Dataset
+from fire.decorators import SetParseFns
+
+from stanford_alpaca import __version__
+from stanford_alpaca.checkpoint.manifest import write_whole
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.data.formats import form_of, load_records
+from stanford_alpaca.data.prompts import as_shown
+from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, first_line, refuse_unknown, say
+from stanford_alpaca.evaluation import metrics
+from stanford_alpaca.evaluation.curves import TOLD, curves_of, flags_of, short_names
+from stanford_alpaca.evaluation.page import render
+from stanford_alpaca.evaluation.table import table_of
+from stanford_alpaca.evaluation.transport import view_of
+from stanford_alpaca.generate import load_for_generation
+from stanford_alpaca.head import original_weight
+from stanford_alpaca.loadable import check_model
+from stanford_alpaca.model import ADAPTER_CONFIG
+from stanford_alpaca.samples import check_outputs
+
+Evaluation = tuple[dict[str, Any], list[dict[str, Any]]]  # metrics.json and the lines of samples.jsonl
+
+
+@SetParseFns(out=str, data=str, evaluation=str)
+def run(
+    *runs: str,
+    out: str | None = None,
+    data: str | None = None,
+    evaluation: str | None = None,
+    transport_records: int = 24,
+    limit: int | None = None,
+    trust_remote_code: bool = False,
+    **unknown: Any,
+) -> None:
+    """Writes a page about runs: python -m stanford_alpaca.evaluation.report RUN [RUN ...] --out report.html
+
+    Args:
+        runs: folders that training wrote, or base models; the first one's output embedding prices emo for all.
+        out: the page, a file that does not exist yet.
+        data: held-out records with references; by default those of the evaluation, or of the runs' own --eval_path.
+        evaluation: a folder that ``metrics --out`` wrote about these models: nothing is generated again.
+        transport_records: of how many records the transport view shows the tokens; 0 leaves it out.
+        limit: evaluates on the first records only.
+        trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
+    """
+    refuse_unknown(unknown, run)
+    names = list(dict.fromkeys(str(name) for name in runs))
+    if not names or out is None:
+        raise UserError("give one or more runs and --out FILE")
+    file = check_outputs({"out": out})["out"]
+    check_whole("transport_records", transport_records, 0)
+    check_whole("limit", 1 if limit is None else limit, 1)
+    if evaluation is not None and limit is not None:
+        raise UserError("--limit is about an evaluation yet to be made: drop it, or --evaluation")
+    curves = {name: curves_of(name) for name in names}
+    models = [name for name in names if curves[name] is None or has_model(name)]
+    for name in models:
+        check_model(name, or_adapter=True, remote_code=trust_remote_code)
+    found = None if evaluation is None else read_evaluation(Path(evaluation).expanduser(), models)
+    records = None
+    if models and (transport_records or found is None):
+        data = data or (found[0]["data"] if found else held_out_of(models))
+        records = load_records(data, documents="auto")
+    if records is not None and found is None:
+        found = evaluate(models, str(data), limit, trust_remote_code)
+    view = None
+    if records is not None and transport_records:
+        shown = records.select(range(min(transport_records, len(records))))
+        view = transport(names, models, shown, trust_remote_code)
+    page = render(page_data(names, curves, models, found, view))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, page)
+    say(f"report: {file.absolute()}")
+
+
+def has_model(name: str) -> bool:
+    """Whether there is something to load: a run that has not ended has only checkpoints. Hub names are taken at their word."""
+    folder = Path(name).expanduser()
+    return not folder.is_dir() or any((folder / config).is_file() for config in ("config.json", ADAPTER_CONFIG))
+
+
+def held_out_of(runs: list[str]) -> str:
+    """The one source that the runs were evaluated on while they trained."""
+    paths = {path for name in runs for path in flags_of(name).get("eval_path") or []}
+    if len(paths) != 1:
+        seen = f"the runs had {', '.join(sorted(paths))}" if paths else "no run had an --eval_path"
+        raise UserError(f"give --data FILE, the held-out records to compare the runs on ({seen})")
+    return str(paths.pop())
+
+
+def evaluate(models: list[str], data: str, limit: int | None, remote_code: bool) -> Evaluation:
+    """What the metrics command writes of the models."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "evaluation"
+        metrics.run(*models, data=data, out=str(folder), samples=0, limit=limit, trust_remote_code=remote_code)
+        return read_evaluation(folder, models)
+
+
+def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
+    """What the metrics command wrote, with the names that the models have here. Raises UserError if it is not about them."""
+    try:
+        measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+        known = {Path(name).expanduser().resolve(): name for name in measured["results"]}
+        theirs = {known.get(Path(name).expanduser().resolve(), name): name for name in models}
+        for name in theirs:
+            if name not in measured["results"]:
+                raise UserError(f"{folder} is not about {name}, only {', '.join(measured['results'])}: evaluate them together")
+        measured["results"] = {theirs.get(name, name): result for name, result in measured["results"].items()}
+        for difference in measured["differences"]:
+            difference |= {key: theirs.get(difference[key], difference[key]) for key in ("model", "minus")}
+        for sample in samples:
+            sample["responses"] = {theirs.get(name, name): text for name, text in sample["responses"].items()}
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"--evaluation {folder}: not what this version's metrics --out writes ({reason}); evaluate again"
+        ) from None
+    return measured, samples
+
+
+def transport(names: list[str], models: list[str], records: Dataset, remote_code: bool) -> dict[str, Any]:
+    """The transport view of every run that has a model, at the costs of the first one."""
+    views: dict[str, dict] = {}
+    cost = None
+    for name in models:
+        model, tokenizer = load_for_generation(name, remote_code)
+        cost = cost or CostEmbedding(original_weight(model))
+        views[name] = view_of(name, model, tokenizer, records, cost)
+        del model
+    asked = [{"instruction": "", "input": "", "reference": ""}] * len(records)  # of running text
+    if form_of(records.column_names) != "text":
+        asked = [as_shown(record) for record in records]
+    return {"cost": models[0], "records": asked, "runs": [views.get(name) for name in names]}
+
+
+def page_data(
+    names: list[str],
+    curves: dict[str, dict | None],
+    models: list[str],
+    evaluation: Evaluation | None,
+    view: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """All that the page shows; runs are told by their place."""
+    short = dict(zip(names, short_names(names), strict=True))
+    runs = []
+    for name in names:
+        flags = flags_of(name)
+        told = {flag: flags[flag] for flag in TOLD if flag in flags}
+        runs.append({"name": short[name], "path": name, "flags": told, "curves": curves[name], "model": name in models})
+    data: dict[str, Any] = {"version": __version__, "runs": runs, "evaluation": None, "samples": None, "transport": view}
+    if view is not None:
+        view["cost"] = short[view["cost"]]
+    if evaluation is not None:
+        measured, samples = evaluation
+        data["evaluation"] = {"data": measured["data"], "records": measured["records"], **table_of(measured, names)}
+        data["samples"] = [
+            {key: sample.get(key) or "" for key in ("instruction", "input", "reference", "decoding")}
+            | {"responses": [sample["responses"].get(name) for name in names]}
+            for sample in samples
+        ]
+    return data
+
+
+def main() -> None:
+    """The command."""
+    exit_on_user_error(lambda: fire.Fire(run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The measures of several models as a table: which of them is the best, where that is more than chance, and their differences."""
+
+from typing import Any
+
+HIGHER = ("token_accuracy", "exact_match", "mauve", "rouge_", "distinct_")  # what these begin with is better if it is higher
+LOWER = (
+    "nll", "emo", "perplexity", "ece", "costly_mass", "oracle_perplexity", "forward_cross_entropy", "reverse_cross_entropy",
+    "total_variation", "transport_cost", "optimal_transport",
+)  # fmt: skip
+SIGNIFICANT = 0.05
+
+Measures = dict[str, dict[str, Any]]
+
+
+def better(measure: str) -> int:
+    """1 where higher is better, -1 where lower is, 0 where neither is."""
+    return 1 if measure.startswith(HIGHER) else -1 if measure.partition(" (")[0] in LOWER else 0
+
+
+def table_of(evaluation: dict[str, Any], models: list[str]) -> dict[str, Any]:
+    """The rows of both tables, columns by the place in ``models``.
+
+    Returns:
+        ``rows``: {measure, better, cells: [value, low, high] or null for each model, best: the place of the model that differs
+        from every other for the better with p < SIGNIFICANT, or null}; ``pairs``: [model, minus] for each column of
+        ``differences``: {measure, better, cells: {mean, low, high, p} or null}, of measures that were compared.
+    """
+    results = [evaluation["results"].get(model, {}) for model in models]
+    measures = list(dict.fromkeys(name for result in results for name in result))
+    pairs, found = [], []
+    for difference in evaluation["differences"]:
+        if difference["model"] in models and difference["minus"] in models:
+            pairs.append([models.index(difference["model"]), models.index(difference["minus"])])
+            found.append(difference["measures"])
+    rows = [
+        {"measure": name, "better": better(name), "cells": [_cell(result.get(name)) for result in results],
+         "best": _best(name, [place for place, result in enumerate(results) if name in result], pairs, found)}
+        for name in measures
+    ]  # fmt: skip
+    differences = [
+        {"measure": name, "better": better(name), "cells": [measured.get(name) for measured in found]}
+        for name in measures
+        if any(name in measured for measured in found)
+    ]
+    return {"rows": rows, "pairs": pairs, "differences": differences}
+
+
+def _cell(measured: dict[str, float | None] | None) -> list[float | None] | None:
+    return None if measured is None else [measured["value"], measured["low"], measured["high"]]
+
+
+def _best(measure: str, places: list[int], pairs: list[list[int]], found: list[Measures]) -> int | None:
+    """The model that beats each of the others, if there is one."""
+    beats: dict[int, set[int]] = {place: set() for place in places}
+    for (model, minus), measured in zip(pairs, found, strict=True):
+        difference = measured.get(measure)
+        if difference is None or difference["p"] is None or difference["p"] >= SIGNIFICANT:
+            continue
+        gain = difference["mean"] * better(measure)
+        if gain:
+            winner, loser = (model, minus) if gain > 0 else (minus, model)
+            beats[winner].add(loser)
+    return next((place for place in places if len(places) > 1 and beats[place] >= set(places) - {place}), None)

@@ -1,0 +1,161 @@
+"""The transport view of a model: of every reference token, what was predicted in its place, how likely, and at what cost.
+
+emo of a token is sum_i p_i c_i over the vocabulary; the view holds its largest shares by probability, and the rest as one.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.data.formats import form_of
+from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.head import head_of
+from stanford_alpaca.token_stats import Head, reference
+
+TOP = 8  # predictions, and neighbours, that are shown of a token
+ROWS = 256  # tokens whose logits and costs are held at a time
+
+
+class Tokens(NamedTuple):
+    """N supervised tokens as a model predicts them, teacher-forced; all of float but ids and rank."""
+
+    nll: Tensor  # [N]
+    emo: Tensor  # [N] the sum of all products p c
+    p: Tensor  # [N] of the target
+    rank: Tensor  # [N] of the target among the predictions, from 1 on
+    mean_cost: Tensor  # [N] of the vocabulary: what a random prediction would cost
+    top_ids: Tensor  # [N, k] the likeliest predictions
+    top_p: Tensor  # [N, k]
+    top_cost: Tensor  # [N, k]
+    rest_p: Tensor  # [N] of all others
+    rest_emo: Tensor  # [N] the sum of the others' products
+
+
+def predicted(hidden: Tensor, head: Head, targets: Tensor, cost: CostEmbedding, top: int = TOP) -> Tokens:  # [N, H], [N]
+    """What stands in place of each target. The rest is summed by itself: nothing is subtracted."""
+    logits = reference.logits_of(hidden, head).float()
+    stats = reference.token_stats(logits, targets, cost)
+    assert stats.log_emo is not None
+    p, costs = logits.softmax(1), cost.costs(targets, logits.shape[1]).float()
+    top_p, top_ids = p.topk(min(top, p.shape[1]), 1)
+    p_target, others = p.gather(1, targets[:, None]), p.scatter(1, top_ids, 0.0)
+    return Tokens(
+        nll=stats.nll, emo=stats.log_emo.exp(), p=p_target.squeeze(1), rank=(p > p_target).sum(1) + 1, mean_cost=costs.mean(1),
+        top_ids=top_ids, top_p=top_p, top_cost=costs.gather(1, top_ids),
+        rest_p=others.sum(1), rest_emo=(others * costs).sum(1),
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def view_of(
+    name: str,  # of the model, for messages
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Dataset,  # with references, of any form
+    cost: CostEmbedding,
+    max_length: int = 512,
+    prompt_template: str = "auto",
+    top: int = TOP,
+) -> dict[str, Any]:
+    """The view as JSON: ``records``, a list of tokens each (``_shown``); ``pieces``, the text of every id that occurs;
+    ``neighbours``, of every target the nearest others as [id, cost], and how many ``tokens`` the vocabulary has.
+
+    Raises:
+        UserError: a model whose output layer is not understood, or does not fit the cost.
+    """
+    model.eval()
+    try:
+        head = head_of(model)
+        cost.to(model.device).check(len(head.weight))
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+    encode = ExampleEncoder.of(tokenizer, form_of(records.column_names), max_length, prompt_template)
+    shown = []
+    for record in records:
+        ids, texts = targets_of(encode, dict(record))
+        if not texts:
+            shown.append([])
+            continue
+        places = torch.tensor(list(texts), device=model.device)
+        row = torch.tensor([ids], device=model.device)
+        hidden = model.base_model(input_ids=row, use_cache=False)[0][0, places - 1]
+        found = [
+            predicted(states, head, targets, cost, top)
+            for states, targets in zip(hidden.split(ROWS), row[0, places].split(ROWS), strict=True)
+        ]
+        tokens = Tokens(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        shown.append(_shown(tokens, row[0, places].tolist(), list(texts.values())))
+    near = neighbours({token["id"] for tokens in shown for token in tokens}, cost, len(head.weight), top)
+    used = {i for tokens in shown for token in tokens for i in [token["id"], *(row[0] for row in token["top"])]}
+    used |= {i for rows in near.values() for i, _ in rows}
+    return {
+        "tokens": len(head.weight),
+        "records": shown,
+        "pieces": {i: piece_of(tokenizer, i) for i in sorted(used)},
+        "neighbours": near,
+    }
+
+
+def targets_of(encode: ExampleEncoder, record: dict) -> tuple[list[int], dict[int, str]]:
+    """The token ids of a record, and the text of every supervised place in it, with what stands before it and is no token."""
+    text, spans = encode.template.render(record)
+    ((ids, offsets),) = encode.encoder([text], encode.template.add_special_tokens)
+    row = encode.label(ids, offsets, spans)
+    texts, end = {}, None
+    for place, label in enumerate(row["labels"]):
+        if label == IGNORE_INDEX or place == 0:
+            continue
+        start, stop = offsets[place]
+        again = end is not None and row["labels"][place - 1] == IGNORE_INDEX  # another response of a conversation
+        texts[place] = ("\n\n" if again else "") + text[start if again or end is None else min(end, start) : stop]
+        if label == encode.encoder.eos_id:
+            texts[place] = encode.encoder.eos_token
+        end = stop
+    return row["input_ids"], texts
+
+
+def neighbours(targets: set[int], cost: CostEmbedding, vocab_size: int, top: int = TOP) -> dict[int, list[list[float]]]:
+    """Of every target the ids that cost least to move to it, with their cost, the nearest first; itself is none."""
+    near = {}
+    device = "cpu" if cost.rows is None else cost.rows.device
+    for part in torch.tensor(sorted(targets), dtype=torch.long, device=device).split(ROWS):
+        costs = cost.costs(part, vocab_size).scatter_(1, part[:, None], torch.inf)
+        values, ids = costs.topk(min(top, vocab_size - 1), 1, largest=False)
+        for target, row, prices in zip(part.tolist(), ids.tolist(), values.tolist(), strict=True):
+            near[target] = [[i, rounded(price)] for i, price in zip(row, prices, strict=True)]
+    return near
+
+
+def piece_of(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """A token as text, with the space it begins with; what is no text by itself (a part of a character) as its name."""
+    name = str(tokenizer.convert_ids_to_tokens(token_id) or f"[{token_id}]")
+    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    if not text or "\ufffd" in text:
+        return name
+    return f" {text}" if name.startswith("\u2581") and not text.startswith(" ") else text
+
+
+def rounded(value: float) -> float:
+    """Six significant digits: what a page has to show, in a third of the characters."""
+    return float(f"{value:.6g}")
+
+
+def _shown(tokens: Tokens, targets: list[int], texts: list[str]) -> list[dict[str, Any]]:
+    """One dict a token: ``top`` has [id, p, cost] a prediction, ``rest`` [p, sum of the products] of all others."""
+    plain = [[rounded(value) for value in column.tolist()] for column in tokens[:5]]
+    tops = zip(tokens.top_ids.tolist(), tokens.top_p.tolist(), tokens.top_cost.tolist(), strict=True)
+    rests = zip(tokens.rest_p.tolist(), tokens.rest_emo.tolist(), strict=True)
+    rows = zip(targets, texts, *plain, tops, rests, strict=True)
+    return [
+        {
+            "id": target, "text": text, "nll": nll, "emo": emo, "p": p, "rank": int(rank), "mean_cost": mean,
+            "top": [[i, rounded(q), rounded(c)] for i, q, c in zip(*top, strict=True)],
+            "rest": [rounded(value) for value in rest],
+        }
+        for target, text, nll, emo, p, rank, mean, top, rest in rows
+    ]  # fmt: skip
