@@ -13,7 +13,8 @@ from stanford_alpaca.errors import UserError, first_line
 STATE, FLAGS = "trainer_state.json", "run.yaml"
 CURVES = ("loss", "nll", "emo", "learning_rate", "eval_loss", "eval_nll", "eval_emo")
 POINTS = 600  # of a curve; of longer ones, means of as many log entries as it takes
-TOLD = ("mode", "model_name_or_path", "learning_rate", "global_batch", "cost", "cost_kind", "emo_weighting", "lora")
+TOLD = ("mode", "model_name_or_path", "learning_rate", "global_batch")
+TOLD_APART = ("data_path", "cost", "cost_kind", "emo_weighting", "emo_weight", "lora", "seed")  # only where runs differ
 
 Points = list[list[float]]  # [step, value]
 
@@ -51,6 +52,13 @@ def flags_of(run: str) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)}); remove it") from None
     return flags if isinstance(flags, dict) else {}
+
+
+def told(flags: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the flags of each run those that a reader wants to see."""
+    trained = [run for run in flags if run]
+    apart = [name for name in TOLD_APART if len({str(run.get(name)) for run in trained}) > 1]
+    return [{name: run[name] for name in (*TOLD, *apart) if run.get(name) is not None} for run in flags]
 
 
 def short_names(paths: list[str]) -> list[str]:

@@ -20,9 +20,9 @@ from stanford_alpaca.data.formats import form_of, load_records
 from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, first_line, refuse_unknown, say
 from stanford_alpaca.evaluation import metrics
-from stanford_alpaca.evaluation.curves import TOLD, curves_of, flags_of, short_names
+from stanford_alpaca.evaluation.curves import curves_of, flags_of, short_names, told
 from stanford_alpaca.evaluation.page import render
-from stanford_alpaca.evaluation.table import table_of
+from stanford_alpaca.evaluation.verdicts import table_of
 from stanford_alpaca.evaluation.transport import view_of
 from stanford_alpaca.generate import load_for_generation
 from stanford_alpaca.head import original_weight
@@ -157,11 +157,10 @@ def page_data(
 ) -> dict[str, Any]:
     """All that the page shows; runs are told by their place."""
     short = dict(zip(names, short_names(names), strict=True))
-    runs = []
-    for name in names:
-        flags = flags_of(name)
-        told = {flag: flags[flag] for flag in TOLD if flag in flags}
-        runs.append({"name": short[name], "path": name, "flags": told, "curves": curves[name], "model": name in models})
+    runs = [
+        {"name": short[name], "path": name, "flags": flags, "curves": curves[name], "model": name in models}
+        for name, flags in zip(names, told([flags_of(name) for name in names]), strict=True)
+    ]
     data: dict[str, Any] = {"version": __version__, "runs": runs, "evaluation": None, "samples": None, "transport": view}
     if view is not None:
         view["cost"] = short[view["cost"]]

@@ -75,7 +75,7 @@ def view_of(
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
     encode = ExampleEncoder.of(tokenizer, form_of(records.column_names), max_length, prompt_template)
-    shown = []
+    shown: list[list[dict[str, Any]]] = []
     for record in records:
         ids, texts = targets_of(encode, dict(record))
         if not texts:
@@ -102,7 +102,8 @@ def view_of(
 
 
 def targets_of(encode: ExampleEncoder, record: dict) -> tuple[list[int], dict[int, str]]:
-    """The token ids of a record, and the text of every supervised place in it, with what stands before it and is no token."""
+    """The token ids of a record, and the text of every supervised place in it: empty for the end of a response, and with
+    white space that belongs to no token."""
     text, spans = encode.template.render(record)
     ((ids, offsets),) = encode.encoder([text], encode.template.add_special_tokens)
     row = encode.label(ids, offsets, spans)
@@ -114,7 +115,7 @@ def targets_of(encode: ExampleEncoder, record: dict) -> tuple[list[int], dict[in
         again = end is not None and row["labels"][place - 1] == IGNORE_INDEX  # another response of a conversation
         texts[place] = ("\n\n" if again else "") + text[start if again or end is None else min(end, start) : stop]
         if label == encode.encoder.eos_id:
-            texts[place] = encode.encoder.eos_token
+            texts[place] = ""
         end = stop
     return row["input_ids"], texts
 

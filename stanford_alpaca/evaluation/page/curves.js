@@ -6,6 +6,7 @@ const CHARTS = [
   ["emo", "emo, expected cost"],
   ["learning_rate", "Learning rate"],
 ];
+const WIDE = 15; // a range from which on the scale is logarithmic at first
 const MARGIN = { left: 52, right: 14, top: 12, bottom: 26 };
 const HEIGHT = 220;
 
@@ -17,13 +18,18 @@ function drawCurves(box) {
   const toggles = logged.map((i) =>
     el("button", { type: "button", class: "legend", "aria-pressed": "true", on: { click: (event) => toggle(i, event.currentTarget) } }, runName(i)),
   );
+  const log = charts.some((chart) => chart.wide());
+  charts.forEach((chart) => (chart.log = log));
+  const scale = (value) => charts.forEach((chart) => chart.draw((chart.log = value === "log")));
   function toggle(i, button) {
     if (!hidden.delete(i)) hidden.add(i);
     button.setAttribute("aria-pressed", String(!hidden.has(i)));
     charts.forEach((chart) => chart.draw());
   }
   box.append(
-    el("div", { class: "controls", role: "group", "aria-label": "Runs shown" }, ...toggles),
+    el("div", { class: "controls" },
+      el("div", { class: "legends", role: "group", "aria-label": "Runs shown" }, ...toggles),
+      choice("Scale", "scale", [["log", "logarithmic"], ["linear", "linear"]], log ? "log" : "linear", scale)),
     el("div", { class: "charts" }, ...charts.map((chart) => chart.figure)),
   );
   const redraw = new ResizeObserver(() => charts.forEach((chart) => chart.draw()));
@@ -58,21 +64,26 @@ class Chart {
     return this.lines.filter((line) => !this.hidden.has(line.run));
   }
 
+  /** Whether its values span more than a linear scale can show; a learning rate ends at 0. */
+  wide() {
+    const values = this.lines.flatMap((line) => line.points.map(([, value]) => value));
+    return this.key !== "learning_rate" && Math.min(...values) > 0 && Math.max(...values) > WIDE * Math.min(...values);
+  }
+
   draw() {
     const width = Math.max(this.canvas.parentNode.clientWidth, 200);
     const values = (this.visible().length ? this.visible() : this.lines).flatMap((line) => line.points.map(([, value]) => value));
-    const from_zero = this.key === "learning_rate" || Math.min(...values) < 0.35 * Math.max(...values);
-    const [low, high, step] = nice(from_zero ? Math.min(0, ...values) : Math.min(...values), Math.max(...values), 4);
+    const [at, ticks] = this.log && this.key !== "learning_rate" && Math.min(...values) > 0 ? powers(values) : evenly(values, this.key);
     const last = this.steps.at(-1) || 1;
     this.x = (value) => MARGIN.left + ((width - MARGIN.left - MARGIN.right) * value) / last;
-    this.y = (value) => HEIGHT - MARGIN.bottom - ((HEIGHT - MARGIN.top - MARGIN.bottom) * (value - low)) / (high - low);
+    this.y = (value) => HEIGHT - MARGIN.bottom - (HEIGHT - MARGIN.top - MARGIN.bottom) * at(value);
     this.canvas.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.canvas.setAttribute("height", HEIGHT);
     const axis = [];
-    for (let tick = low; tick <= high + step / 2; tick += step) {
+    for (const [tick, text] of ticks) {
       axis.push(
         svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: this.y(tick), y2: this.y(tick) }),
-        svg("text", { class: "tick", x: MARGIN.left - 8, y: this.y(tick) + 4, "text-anchor": "end", text: short(tick, step) }),
+        svg("text", { class: "tick", x: MARGIN.left - 8, y: this.y(tick) + 4, "text-anchor": "end", text }),
       );
     }
     const [, , every] = nice(0, last, width > 400 ? 5 : 3);
@@ -112,31 +123,54 @@ class Chart {
     if (at !== null) {
       const x = this.x(this.steps[at]);
       this.cross.append(svg("line", { x1: x, x2: x, y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom }));
-      for (const { line, value } of this.values()) {
-        this.cross.append(svg("circle", { class: runClass(line.run), cx: x, cy: this.y(value), r: 4 }));
+      for (const { line, step, value } of this.values()) {
+        this.cross.append(svg("circle", { class: runClass(line.run), cx: this.x(step), cy: this.y(value), r: 4 }));
       }
     }
     this.say();
   }
 
-  /** What each visible line has at the crosshair. */
+  /** What each visible line had last at the crosshair. */
   values() {
     const step = this.steps[this.at ?? this.steps.length - 1];
-    const found = this.visible().map((line) => ({ line, point: line.points.find(([at]) => at === step) }));
-    return found.filter(({ point }) => point).map(({ line, point }) => ({ line, value: point[1] }));
+    const found = this.visible().map((line) => ({ line, point: line.points.findLast(([at]) => at <= step) }));
+    return found.filter(({ point }) => point).map(({ line, point }) => ({ line, step: point[0], value: point[1] }));
   }
 
   say() {
     const step = this.steps[this.at ?? this.steps.length - 1];
-    const parts = this.values().map(({ line, value }) => [line, `${line.held ? "held out " : ""}${number(value)}`]);
+    const texts = new Map();
+    for (const { line, value } of this.values()) {
+      texts.set(line.run, [...(texts.get(line.run) ?? []), `${line.held ? "held out " : ""}${number(value)}`]);
+    }
+    const parts = [...texts].map(([run, values]) => [run, values.join(", ")]);
     this.readout.replaceChildren(
-      el("span", { class: "step", text: `step ${number(step)}` }),
-      ...parts.map(([line, text]) => el("span", {}, runName(line.run), ` ${text}`)),
+      el("span", { class: "step", text: `step ${whole(step)}` }),
+      ...parts.map(([run, text]) => el("span", {}, runName(run), ` ${text}`)),
     );
     this.canvas.setAttribute("aria-valuenow", step ?? 0);
-    const words = parts.map(([line, text]) => `${DATA.runs[line.run].name} ${text}`);
+    const words = parts.map(([run, text]) => `${DATA.runs[run].name} ${text}`);
     this.canvas.setAttribute("aria-valuetext", `step ${step}: ${words.join(", ")}`);
   }
+}
+
+/** A linear scale: where a value lies between 0 and 1, and the ticks as [value, text]. */
+function evenly(values, key) {
+  const [least, most] = [Math.min(...values), Math.max(...values)];
+  const fromZero = key === "learning_rate" || least < 0.35 * most;
+  const [low, high, step] = nice(fromZero ? Math.min(0, least) : least, most, 4);
+  const ticks = Array.from({ length: Math.round((high - low) / step) + 1 }, (_, n) => low + n * step);
+  return [(value) => (value - low) / (high - low), ticks.map((tick) => [tick, short(tick, step)])];
+}
+
+/** A logarithmic one: ticks at 1, 2 and 5, or at powers of ten where there are many. */
+function powers(values) {
+  const [low, high] = [Math.log10(Math.min(...values)) - 0.05, Math.log10(Math.max(...values)) + 0.05];
+  const all = [];
+  for (let power = Math.floor(low); power <= high; power++) all.push(...[1, 2, 5].map((factor) => factor * 10 ** power));
+  const inside = all.filter((tick) => Math.log10(tick) >= low && Math.log10(tick) <= high);
+  const ticks = inside.length <= 7 ? inside : inside.filter((tick) => Math.abs(Math.log10(tick) % 1) < 1e-6);
+  return [(value) => (Math.log10(value) - low) / (high - low), ticks.map((tick) => [tick, String(+tick.toPrecision(1))])];
 }
 
 /** A range that holds both numbers and ends on ticks: [low, high, step]. */

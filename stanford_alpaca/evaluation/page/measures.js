@@ -37,7 +37,8 @@ function measureCell(row, i) {
   const cell = row.cells[i];
   if (!cell) return el("td", { text: "–" });
   const best = row.best === i;
-  const value = el(best ? "strong" : "span", { class: "value", text: number(cell[0]) }, ...(best ? [el("span", { class: "hidden", text: " (best)" })] : []));
+  const counted = cell[1] === null && Number.isInteger(cell[0]);
+  const value = el(best ? "strong" : "span", { class: "value", text: counted ? whole(cell[0]) : number(cell[0]) }, ...(best ? [el("span", { class: "hidden", text: " (best)" })] : []));
   const range = cell[1] === null ? null : el("span", { class: "range", text: `${number(cell[1])} to ${number(cell[2])}` });
   return el("td", { class: best ? `best ${runClass(i)}` : null }, value, range);
 }

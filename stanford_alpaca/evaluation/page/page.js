@@ -24,11 +24,15 @@ function dress(node, { text, vars = {}, on = {}, ...attributes }, children) {
   return node;
 }
 
+function whole(value) {
+  return Math.round(value).toLocaleString("en").replaceAll("-", "−");
+}
+
 /** A number as one reads it: four digits that say something. */
 function number(value) {
-  if (value === null || value === undefined) return "–";
+  if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const size = Math.abs(value);
-  if (Number.isInteger(value) || size >= 1000) return Math.round(value).toLocaleString("en").replaceAll("-", "−");
+  if (size === 0 || size >= 1000) return whole(value);
   const text = size >= 1e-3 ? value.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : size >= 1 ? 3 : 4) : value.toExponential(1);
   return text.replaceAll("-", "−");
 }
@@ -40,7 +44,7 @@ function percent(p) {
 }
 
 function count(n, noun) {
-  return `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
+  return `${whole(n)} ${noun}${n === 1 ? "" : "s"}`;
 }
 
 function readable(name) {
@@ -108,7 +112,7 @@ function drawTheme() {
   const root = document.documentElement;
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ?? (dark.matches ? "dark" : "light")) === "dark";
-  const show = () => (button.textContent = isDark() ? "Light" : "Dark");
+  const show = () => button.setAttribute("aria-label", isDark() ? "Switch to light" : "Switch to dark");
   button.addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
     show();

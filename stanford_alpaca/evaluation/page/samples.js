@@ -32,7 +32,7 @@ function drawSamples(box) {
     entries.append(...found.slice(before, state.shown).map((row) => sampleEntry(row, state.against)));
     if (focus) entries.children[before]?.focus();
     const all = rows.filter((row) => row.decoding === state.decoding).length;
-    status.textContent = `${found.length.toLocaleString("en")} of ${count(all, "record")}`;
+    status.textContent = `${whole(found.length)} of ${count(all, "record")}`;
     more.hidden = state.shown >= found.length;
     more.textContent = `Show ${Math.min(PAGE, found.length - state.shown)} more`;
   }

@@ -15,6 +15,7 @@ class TransportView {
     this.runs = view.runs.map((_, i) => i).filter((i) => view.runs[i]);
     this.run = this.runs.at(-1);
     this.by = "emo";
+    this.order = view.records.map((_, r) => r);
     this.at = null; // {record, token} chosen
     this.records = el("div", { class: "records", on: { click: (event) => this.click(event), keydown: (event) => this.key(event) } });
     this.more = el("button", { type: "button", class: "more", on: { click: () => this.showMore(true) } });
@@ -25,21 +26,34 @@ class TransportView {
     const controls = el("div", { class: "controls" },
       choice("Run", "transport-run", this.runs.map((i) => [String(i), runName(i)]), String(this.run), (i) => this.choose({ run: Number(i) })),
       choice("Colour by", "transport-by", [["emo", "emo"], ["nll", "nll"]], this.by, (by) => this.choose({ by })),
+      choice("Order", "transport-order", [["", "as in the data"], ["worst", "worst token first"]], "", (order) => this.sort(order)),
       this.scale);
     this.element = el("div", { class: "transport" }, controls,
       el("div", { class: "reading" }, el("div", {}, this.records, this.more), this.panel));
     this.showMore();
-    const first = view.runs[this.run].records.findIndex((tokens) => tokens.length);
-    if (first >= 0) this.select(first, this.costliest(first), false);
-    this.colour();
+    this.selectFirst();
+  }
+
+  selectFirst() {
+    const first = this.order.find((r) => this.tokens(r).length);
+    if (first !== undefined) this.select(first, this.worst(first), false);
+  }
+
+  sort(order) {
+    const worst = (r) => this.tokens(r)[this.worst(r)]?.[this.by] ?? -1;
+    this.order = this.view.records.map((_, r) => r);
+    if (order) this.order.sort((a, b) => worst(b) - worst(a));
+    this.records.replaceChildren();
+    this.showMore();
+    this.selectFirst();
   }
 
   tokens(record) {
     return this.view.runs[this.run].records[record] ?? [];
   }
 
-  costliest(record) {
-    return this.tokens(record).reduce((best, token, t, all) => (token.emo > all[best].emo ? t : best), 0);
+  worst(record) {
+    return this.tokens(record).reduce((best, token, t, all) => (token[this.by] > all[best][this.by] ? t : best), 0);
   }
 
   choose(changes) {
@@ -58,13 +72,13 @@ class TransportView {
 
   showMore(focus = false) {
     const before = this.records.childElementCount;
-    const shown = this.view.records.slice(before, before + RECORDS);
-    this.records.append(...shown.map((_, i) => this.record(before + i)));
+    const shown = this.order.slice(before, before + RECORDS);
+    this.records.append(...shown.map((r) => this.record(r)));
     const left = this.view.records.length - this.records.childElementCount;
     this.more.hidden = left <= 0;
     this.more.textContent = `Show ${Math.min(RECORDS, left)} more`;
     this.colour();
-    if (focus && this.tokens(before).length) this.select(before, 0);
+    if (focus && shown.length && this.tokens(shown[0]).length) this.select(shown[0], 0);
   }
 
   record(r) {
@@ -93,14 +107,14 @@ class TransportView {
   }
 
   colour() {
-    const tops = { nll: NLL_TOP, emo: this.random };
+    const top = { nll: NLL_TOP, emo: this.random }[this.by];
     for (const option of this.records.querySelectorAll(".token")) {
       const token = this.tokens(option.dataset.record)[option.dataset.token];
-      option.style.setProperty("--heat", Math.min(1, token[this.by] / tops[this.by]).toFixed(3));
+      option.style.setProperty("--heat", Math.sqrt(Math.min(1, token[this.by] / top)).toFixed(3));
     }
     this.element?.setAttribute("data-by", this.by);
-    const ends = { nll: ["0", `${NLL_TOP} nats and more`], emo: ["0", `${number(this.random)}, as a random token`] }[this.by];
-    this.scale.replaceChildren(el("span", { text: ends[0] }), el("i", { "aria-hidden": "true" }), el("span", { text: ends[1] }));
+    const steps = [0, 0.25, 0.5, 0.75, 1].map((heat) => el("span", { vars: { "--heat": heat }, text: (top * heat * heat).toFixed(2) }));
+    this.scale.replaceChildren(...steps, el("small", { text: { nll: "nats and more", emo: "a random token" }[this.by] }));
   }
 
   option(r, t) {
@@ -108,7 +122,7 @@ class TransportView {
   }
 
   select(record, token, focus = true) {
-    while (record >= this.records.childElementCount && !this.more.hidden) this.showMore();
+    while (!this.option(record, token) && !this.more.hidden) this.showMore();
     for (const old of this.records.querySelectorAll('[aria-selected="true"]')) {
       old.setAttribute("aria-selected", "false");
       old.tabIndex = -1;
@@ -146,9 +160,10 @@ class TransportView {
 
   /** The nearest record before or after that has tokens: its last or first one. */
   beside(record, way) {
-    let next = record + way;
-    while (this.view.records[next] && !this.tokens(next).length) next += way;
-    return this.view.records[next] ? [next, way > 0 ? 0 : this.tokens(next).length - 1] : null;
+    let place = this.order.indexOf(record) + way;
+    while (place in this.order && !this.tokens(this.order[place]).length) place += way;
+    const next = this.order[place];
+    return next === undefined ? null : [next, way > 0 ? 0 : this.tokens(next).length - 1];
   }
 
   /** The token that stands nearest on the line above or below. */
@@ -166,7 +181,7 @@ class TransportView {
 
   explained(token, record, t) {
     const before = this.tokens(record).slice(0, t).map(({ text }) => text).join("");
-    const figures = [["nll", number(token.nll)], ["emo", number(token.emo)], ["probability", percent(token.p)], ["rank", number(token.rank)]];
+    const figures = [["nll", number(token.nll)], ["emo", number(token.emo)], ["probability", percent(token.p)], ["rank", whole(token.rank)]];
     return [
       el("div", { "aria-live": "polite" },
         el("p", { class: "before", text: before.length > 60 ? `…${before.slice(-60)}` : before || "The reference begins:" }),
@@ -199,20 +214,20 @@ class TransportView {
     const top = Math.max(...rows.map((row) => row.product), product) || 1;
     const line = (name, row, kind) =>
       el("tr", { class: kind }, el("th", { scope: "row" }, name), bar(row.p, row.p, percent(row.p), "p"),
-        el("td", { text: row.p > 0 || kind !== "rest" ? number(row.cost) : "–" }), bar(row.product, row.product / top, number(row.product), "product"));
-    const name = (row) => el("span", {}, this.word(row.id), row.id === token.id ? el("span", { class: "tag", text: row.rank ? `right, rank ${number(row.rank)}` : "right" }) : "");
+        el("td", { text: small(row.cost) }), bar(row.product, row.product / top, small(row.product), "product"));
+    const name = (row) => el("span", {}, this.word(row.id), row.id === token.id ? el("span", { class: "tag", text: row.rank ? `right, rank ${whole(row.rank)}` : "right" }) : "");
     return el("table", { class: "predictions" },
       el("caption", { text: "What the model expected" }),
       el("thead", {}, el("tr", {}, ...["token", "probability", "cost", "product"].map((title) => el("th", { scope: "col", text: title })))),
       el("tbody", {}, ...rows.map((row) => line(name(row), row, row.id === token.id ? "target" : "")),
-        others > 0 ? line(`${others.toLocaleString("en")} others`, { p, cost: product / p, product }, "rest") : null),
-      el("tfoot", {}, el("tr", {}, el("th", { scope: "row", text: "sum" }), el("td", { text: "100 %" }), el("td"), el("td", { "data-value": token.emo }, el("b", { text: number(token.emo) }), " emo"))));
+        others > 0 ? line(`${whole(others)} others`, { p, cost: product / p, product }, "rest") : null),
+      el("tfoot", {}, el("tr", {}, el("th", { scope: "row", text: "sum" }), el("td", { text: "100 %" }), el("td"), el("td", { "data-value": token.emo }, el("b", { text: small(token.emo) }), " emo"))));
   }
 
   nearest(token) {
     const near = this.view.runs[this.run].neighbours[token.id] ?? [];
     return el("div", { class: "nearest" }, el("h4", { text: "Nearest to it under the cost" }),
-      el("ul", {}, ...near.map(([id, cost]) => el("li", {}, this.word(id), el("span", { class: "cost", text: number(cost) })))));
+      el("ul", {}, ...near.map(([id, cost]) => el("li", {}, this.word(id), el("span", { class: "cost", text: small(cost) })))));
   }
 
   /** The same token under the other runs, where they cut the reference alike. */
@@ -232,6 +247,11 @@ class TransportView {
     this.choose({ run: i });
     this.panel.querySelector('.others [aria-pressed="true"]')?.focus();
   }
+}
+
+/** A cost, or a share of one: four places, so that a column adds up. */
+function small(value) {
+  return value > 0 && value < 5e-5 ? "< 0.0001" : Number.isNaN(value) ? "–" : value === 0 ? "0" : value.toFixed(4);
 }
 
 /** A number with a bar behind it; `share` is the bar's part of the whole width. */

@@ -1,4 +1,4 @@
-"""The measures of several models as a table: which of them is the best, where that is more than chance, and their differences."""
+"""The measures of several models as a table: which is the best, where that is more than chance, and their differences."""
 
 from typing import Any
 
