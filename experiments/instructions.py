@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file
     sys.path[0] = str(ROOT)
 
-from experiments.tables import differences, keep, markdown, means
+from experiments.tables import bold, differences, keep, markdown, means
 
 BASE = ROOT / "data" / "tiny-base"
 ARMS = {
@@ -121,12 +121,8 @@ def run(gsm8k: str, work: str = "output/instructions", processes: int = os.cpu_c
 
 def rates_table(rates: dict[str, dict[str, dict[float, float]]]) -> str:
     """What the learning rates were chosen by; the least in bold."""
-    rows = []
-    for name, arms in rates.items():
-        for arm, found in arms.items():
-            best = min(found.values())
-            rows.append([name, arm, *(f"**{nll:.4f}**" if nll == best else f"{nll:.4f}" for nll in found.values())])
-    return markdown(["", "", *(f"{rate:g}" for rate in next(iter(next(iter(rates.values())).values())))], rows)
+    rows = [[name, arm, *bold(found.values())] for name, arms in rates.items() for arm, found in arms.items()]
+    return markdown(["", "", *map(str, RATES)], rows)
 
 
 if __name__ == "__main__":

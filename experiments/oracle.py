@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import fire
@@ -27,7 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file
     sys.path[0] = str(ROOT)
 
-from experiments.students import Student, device, make_tokenizer, pretrain, sample, sequences_of, train
+from experiments.measuring import measure
+from experiments.students import Student, device, make_tokenizer, pretrain, sample, sequences_of, spent, train
+from experiments.tables import RESULTS, Run, bold, differences, keep, markdown, means, plot
+
+PLOTTED = ["perplexity", "oracle_perplexity", "mauve", "total_variation", "transport_cost", "optimal_transport"]
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,41 @@ def run(text_dir: str, scale: str = "cpu", work: str = "output/oracle", processe
     """All of it; see the head of this file."""
     chosen, texts, folder = SCALES[scale], Path(text_dir).resolve(), (ROOT / work / scale).resolve()
     at_once = pool(processes or (1 if device() == "cuda" else os.cpu_count() or 1))
+    runs, rates = [], []
     for vocab_size in chosen.vocab_sizes:
         for shape in chosen.students:
             here = prepare(chosen, vocab_size, shape, texts, folder)
-            students_of(chosen, here, at_once)
+            found, size = students_of(chosen, here, at_once), f"{vocab_size} tokens, width {shape[0]}, "
+            runs += measured(chosen, found, here, size if len(chosen.vocab_sizes) * len(chosen.students) > 1 else "", at_once)
+            rates += [
+                [f"{size}{student.sequences} sequences", student.objective, *bold(nll.values())]
+                for student, nll in found.items()
+                if student.seed == chosen.seeds[0]
+            ]
+    tables = [means(runs), "Differences, paired by seed, with 95 % intervals (Student's t):", differences(runs)]
+    tables += ["nll on the development set by learning rate, first seed:", markdown(["", "", *map(str, chosen.rates)], rates)]
+    keep(f"oracle-{scale}", {"scale": asdict(chosen), "rates": rates, "cpu_minutes": spent(folder)}, runs, "\n\n".join(tables))
+    plot(runs, PLOTTED, "", RESULTS / f"oracle-{scale}.png")
+    print("\n\n".join(tables))
+
+
+def measured(scale: Scale, students: Iterable[Student], here: Path, size: str, run: Callable) -> list[Run]:
+    """Every student, and their start and the oracle itself beside them, against the oracle."""
+    files = {student: here / "measured" / f"{student.name}.json" for student in students}
+    ends = {"start": here / "start", "oracle": here.parent / "oracle"}
+    run(measure, [(folder, here, 0, here / "measured" / f"{name}.json") for name, folder in ends.items()])
+    run(measure, [(here / "students" / student.name, here, student.seed, file) for student, file in files.items()])
+    runs = []
+    for sequences, _ in scale.data:
+        setting = f"{size}{sequences} sequences"
+        for name in ends:
+            values = json.loads((here / "measured" / f"{name}.json").read_text())
+            runs.append({"setting": setting, "arm": name, "seed": 0, "measures": values})
+        for student, file in files.items():
+            if student.sequences == sequences:
+                values = json.loads(file.read_text())
+                runs.append({"setting": setting, "arm": student.objective, "seed": student.seed, "measures": values})
+    return runs
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +51,22 @@ class Student:
         return f"{self.objective}-{self.sequences}-{self.rate:g}-{self.seed}"
 
 
+@contextmanager
+def counted(out: Path) -> Iterator[None]:
+    """Says what is made, and adds the CPU seconds it took to spent.jsonl beside it."""
+    print(f"making {out.parent.name}/{out.name}", flush=True)
+    began = time.process_time()
+    yield
+    with (out.parent / "spent.jsonl").open("a") as file:
+        file.write(json.dumps({"made": out.name, "cpu_seconds": round(time.process_time() - began, 1)}) + "\n")
+
+
+def spent(work: Path) -> float:
+    """CPU minutes of all that was made in a folder, however many commands it took."""
+    lines = (line for file in work.rglob("spent.jsonl") for line in file.read_text().splitlines())
+    return round(sum(json.loads(line)["cpu_seconds"] for line in lines) / 60, 1)
+
+
 def make_tokenizer(texts: list[Path], vocab_size: int, out: Path) -> PreTrainedTokenizerBase:
     """A byte-level BPE of the texts, with the special tokens of data/tiny-base."""
     if not out.exists():
@@ -72,7 +90,6 @@ def pretrain(rows: Tensor, shape: tuple[int, int], tokenizer: PreTrainedTokenize
     """A Llama of (width, layers) with cross entropy, from scratch."""
     if out.exists():
         return
-    print(f"training {out}", flush=True)
     width, layers = shape
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -81,8 +98,8 @@ def pretrain(rows: Tensor, shape: tuple[int, int], tokenizer: PreTrainedTokenize
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device())
-    fit(model, rows, "mle", epochs, rate=3e-3, seed=0)
-    with appearing(out) as part:
+    with counted(out), appearing(out) as part:
+        fit(model, rows, "mle", epochs, rate=3e-3, seed=0)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
 
@@ -112,13 +129,12 @@ def sample(folder: Path, count: int, seed: int, out: Path) -> Tensor:  # [count,
     if not out.exists():
         model, tokenizer = load(folder)
         begin, sampling = [tokenizer.bos_token_id], Sampling(LENGTH, temperature=1.0)
-        rows = []
-        while len(rows) < count:  # the few that end earlier are left out
-            drawn = generate_ids(
-                model, tokenizer, [begin] * min(512, count), sampling, batch_size=512, seed=seed + len(rows), progress=False
-            )
-            rows += [begin + ids for ids in drawn if len(ids) == LENGTH and ids[-1] != tokenizer.eos_token_id]
-        out.parent.mkdir(parents=True, exist_ok=True)
+        rows: list[list[int]] = []
+        with counted(out):
+            while len(rows) < count:  # the few that end earlier are left out
+                prompts, now = [begin] * min(512, count), seed + len(rows)
+                drawn = generate_ids(model, tokenizer, prompts, sampling, batch_size=512, seed=now, progress=False)
+                rows += [begin + ids for ids in drawn if len(ids) == LENGTH and ids[-1] != tokenizer.eos_token_id]
         part = out.with_suffix(".part")
         torch.save(torch.tensor(rows[:count]), part)
         part.replace(out)
@@ -138,18 +154,15 @@ def train(student: Student, work: Path) -> None:
     out = work / "students" / student.name
     if out.exists():
         return
-    print(f"training {out.name}", flush=True)
-    began = time.process_time()
     model, _ = load(work / "start")
     corpus, dev = (torch.load(work / f"{name}.pt", weights_only=True) for name in ("corpus", "dev"))
     drawn = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(1000 + student.seed))[: student.sequences]
-    fit(model, corpus[drawn], student.objective, student.epochs, student.rate, student.seed)
-    with torch.inference_mode():
-        losses = [model(input_ids=rows, labels=rows).loss * len(rows) for rows in dev.to(device()).split(BATCH)]
-    with appearing(out) as part:
+    with counted(out), appearing(out) as part:
+        fit(model, corpus[drawn], student.objective, student.epochs, student.rate, student.seed)
+        with torch.inference_mode():
+            losses = [model(input_ids=rows, labels=rows).loss * len(rows) for rows in dev.to(device()).split(BATCH)]
         model.save_pretrained(part)
-        found = {"dev_nll": sum(losses).item() / len(dev), "cpu_seconds": time.process_time() - began}
-        (part / "dev.json").write_text(json.dumps(found))
+        (part / "dev.json").write_text(json.dumps({"dev_nll": sum(losses).item() / len(dev)}))
 
 
 def device() -> str:

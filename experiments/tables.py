@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def differences(runs: list[Run], base: str = "mle") -> str:
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def bold(nlls: Iterable[float]) -> list[str]:
+    """As text; the least in bold."""
+    values = list(nlls)
+    return [f"**{nll:.4f}**" if nll == min(values) else f"{nll:.4f}" for nll in values]
 
 
 def plot(runs: list[Run], names: list[str], label: str, file: Path) -> None:
