@@ -154,7 +154,7 @@ def train(student: Student, work: Path) -> None:
     out = work / "students" / student.name
     if out.exists():
         return
-    model, _ = load(work / "start")
+    model, tokenizer = load(work / "start")
     corpus, dev = (torch.load(work / f"{name}.pt", weights_only=True) for name in ("corpus", "dev"))
     drawn = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(1000 + student.seed))[: student.sequences]
     with counted(out), appearing(out) as part:
@@ -162,6 +162,7 @@ def train(student: Student, work: Path) -> None:
         with torch.inference_mode():
             losses = [model(input_ids=rows, labels=rows).loss * len(rows) for rows in dev.to(device()).split(BATCH)]
         model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
         (part / "dev.json").write_text(json.dumps({"dev_nll": sum(losses).item() / len(dev)}))
 
 
