@@ -18,7 +18,8 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import exit_on_user_error, refuse_unknown
-from stanford_alpaca.evaluation.metrics import exact_match, teacher_forced
+from stanford_alpaca.evaluation.forced import teacher_forced
+from stanford_alpaca.evaluation.texts import exact_match
 from stanford_alpaca.generate import generate_batch, load_for_generation
 from stanford_alpaca.head import head_of
 from stanford_alpaca.losses.formulas import MODES
@@ -100,10 +101,10 @@ def evaluate(checkpoint: str) -> dict[str, float]:
     model, tokenizer = load_for_generation(checkpoint)
     records = load_records(str(HELD_OUT))
     examples, _ = tokenize_records(records, tokenizer, 512)
-    scores = teacher_forced(model, tokenizer, examples, CostEmbedding(head_of(base).weight), batch_size=32)
+    measures = teacher_forced(model, tokenizer, examples, CostEmbedding(head_of(base).weight), batch_size=32).measures()
     responses = generate_batch(model, tokenizer, list(records), Sampling(max_new_tokens=32), batch_size=32)
-    scores["exact_match"] = exact_match(responses, records["output"][:])
-    return {name: scores[name] for name in ("nll", "emo", "token_accuracy", "exact_match")}
+    scores = {name: measures[name].value for name in ("nll", "emo", "token_accuracy")}
+    return scores | {"exact_match": exact_match(responses, records["output"][:])}
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------------

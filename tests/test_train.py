@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from stanford_alpaca.checkpoint.export import export
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.tokenize import tokenize_records
-from stanford_alpaca.evaluation.metrics import teacher_forced
+from stanford_alpaca.evaluation.forced import teacher_forced
 from stanford_alpaca.losses.formulas import MODES
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
@@ -41,10 +41,10 @@ def test_a_run_writes_a_plain_model_and_logs_what_it_says(arguments, tmp_path, r
 
     base = AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base")
     examples, _ = tokenize_records(load_records(tmp_path / "held.json", str(tmp_path / "cache")), tokenizer, 512)
-    want = teacher_forced(model, tokenizer, examples, CostEmbedding(base.lm_head.weight), batch_size=5)
+    want = teacher_forced(model, tokenizer, examples, CostEmbedding(base.lm_head.weight), batch_size=5).measures()
     got = json.loads((out / "eval_results.json").read_text())
     for name in ("nll", "emo", "perplexity"):
-        assert got[f"eval_{name}"] == pytest.approx(want[name], rel=1e-4)
+        assert got[f"eval_{name}"] == pytest.approx(want[name].value, rel=1e-4)
 
 
 def test_every_mode_raises_the_probability_of_the_targets(arguments, tmp_path):

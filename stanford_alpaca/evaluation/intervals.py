@@ -1,6 +1,7 @@
 """How sure a measure is: intervals of 95 %, and paired differences between models, over test items or over seeds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ from scipy import stats
 from stanford_alpaca.evaluation.significance import Difference
 
 RESAMPLES = 2000
-AT_ONCE = 250  # resamples whose [AT_ONCE, n] counts are held at a time
+AT_ONCE = 250  # resamples whose [AT_ONCE, n] counts are held as float64 at a time
 
 
 class Measured(NamedTuple):
@@ -26,10 +27,14 @@ class Items(NamedTuple):
     sums: np.ndarray  # [n, k] float64, a row per test item (over its seeds)
     of: Callable[[np.ndarray], np.ndarray]  # [..., k] -> [...]
 
+    @property
+    def value(self) -> float:
+        return float(self.of(self.sums.sum(0)))
+
     def measured(self, seed: int = 0) -> Measured:
         """The value, and the percentile interval of a bootstrap over items."""
         low, high = np.quantile(self.of(_resampled(self.sums, seed)), [0.025, 0.975])
-        return Measured(float(self.of(self.sums.sum(0))), float(low), float(high))
+        return Measured(self.value, float(low), float(high))
 
     def minus(self, other: "Items", seed: int = 0) -> Difference:
         """Self minus other, on the same items: both see the same resamples. p is two-sided.
@@ -41,8 +46,8 @@ class Items(NamedTuple):
         gains = self.of(_resampled(self.sums, seed)) - other.of(_resampled(other.sums, seed))
         low, high = np.quantile(gains, [0.025, 0.975])
         rarer = min((gains <= 1e-12).sum(), (gains >= -1e-12).sum())
-        mean = self.of(self.sums.sum(0)) - other.of(other.sums.sum(0))
-        return Difference(float(mean), float(low), float(high), float(min(1.0, 2 * (rarer + 1) / (RESAMPLES + 1))))
+        mean = self.value - other.value
+        return Difference(mean, float(low), float(high), float(min(1.0, 2 * (rarer + 1) / (RESAMPLES + 1))))
 
 
 class Replicates(NamedTuple):
@@ -71,13 +76,16 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 def _resampled(sums: np.ndarray, seed: int) -> np.ndarray:  # [n, k] -> [RESAMPLES, k]
     """Sums over items drawn with replacement: equal seeds and numbers of items draw the same items."""
-    return np.concatenate([counts @ sums for counts in _counts(len(sums), seed)])
+    counts = _counts(len(sums), seed)
+    return np.concatenate([counts[start : start + AT_ONCE] @ sums for start in range(0, RESAMPLES, AT_ONCE)])
 
 
-def _counts(n: int, seed: int) -> Iterator[np.ndarray]:
+@lru_cache(maxsize=1)  # drawing takes longer than adding up, and all measures of an evaluation share the draw
+def _counts(n: int, seed: int) -> np.ndarray:  # [RESAMPLES, n] how often each item is drawn; more than 255 times never
     random = np.random.default_rng(seed)
-    for _ in range(0, RESAMPLES, AT_ONCE):
-        yield random.multinomial(n, np.full(n, 1 / n), AT_ONCE).astype(np.float64)
+    return np.concatenate(
+        [random.multinomial(n, np.full(n, 1 / n), AT_ONCE).astype(np.uint8) for _ in range(0, RESAMPLES, AT_ONCE)]
+    )
 
 
 def _student(values: np.ndarray) -> tuple[float, float, float, float]:

@@ -1,173 +1,148 @@
-"""Checkpoints on held-out instructions: ``python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE``.
+"""Measures of checkpoints: ``python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE [--out FOLDER]``.
 
-Prints a table (nll, emo, perplexity, token accuracy, exact match) with a column per checkpoint, and samples side by side.
+Prints the measures with intervals, a column per checkpoint, what the checkpoints differ by, and samples side by side.
 """
 
 import json
-import math
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fire
-import torch
+import numpy as np
 from datasets import Dataset
 from fire.decorators import SetParseFns
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.blocks import make_blocks
-from stanford_alpaca.data.formats import check_columns, form_of, load_records, take_columns
+from stanford_alpaca.data.formats import form_of, take_columns
 from stanford_alpaca.data.prompts import as_shown
-from stanford_alpaca.data.tokenize import IGNORE_INDEX, check_template, tokenize_records
-from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
-from stanford_alpaca.generate import check_prompts, generate_batch, load_for_generation
-from stanford_alpaca.head import head_of, original_weight, recognise_head
-from stanford_alpaca.loadable import check_model
+from stanford_alpaca.data.tokenize import DataReport, ExampleEncoder, encode_records
+from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown, say
+from stanford_alpaca.evaluation.comparison import Measures, compare, with_intervals
+from stanford_alpaca.evaluation.forced import teacher_forced
+from stanford_alpaca.evaluation.intervals import Replicates
+from stanford_alpaca.evaluation.mauve_score import load_featuriser, mauve
+from stanford_alpaca.evaluation.settings import Settings, read_records
+from stanford_alpaca.evaluation.tables import format_differences, format_results
+from stanford_alpaca.evaluation.texts import against_references, by_themselves
+from stanford_alpaca.generate import generate_batch, load_for_generation
+from stanford_alpaca.head import original_weight, recognise_head
 from stanford_alpaca.samples import format_sample, sample_of, write_jsonl
-from stanford_alpaca.sampling import Sampling
-from stanford_alpaca.token_stats import reference
 
-ROWS = 1024  # supervised tokens whose logits are held at a time
-
-
-@torch.inference_mode()
-def teacher_forced(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Dataset,  # input_ids and labels
-    cost: CostEmbedding,
-    batch_size: int = 16,
-) -> dict[str, float]:
-    """nll and emo (means per supervised token), perplexity and token accuracy of the references.
-
-    The model's logits are computed for supervised tokens only; ValueError if ``recognise_head`` does not know its head.
-    Sums over all supervised tokens and divides once, so the batch size does not matter.
-    """
-    collate, device = PadCollator(tokenizer.pad_token_id), model.device
-    cost.to(device)
-    model.eval()
-    head = head_of(model)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # tokens, nll, emo, correct
-    for start in tqdm(range(0, len(order), batch_size), desc="Evaluating"):
-        batch = collate([examples[i] for i in order[start : start + batch_size]])
-        labels = batch.pop("labels")[:, 1:].to(device)
-        hidden = model.base_model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)[0][:, :-1]
-        keep = labels != IGNORE_INDEX
-        for rows, targets in zip(hidden[keep].split(ROWS), labels[keep].split(ROWS), strict=True):
-            logits = reference.logits_of(rows, head)
-            stats = reference.token_stats(logits, targets, cost)
-            assert stats.log_emo is not None
-            correct = logits.argmax(1) == targets
-            ones = torch.ones_like(stats.nll)
-            sums += torch.stack([ones, stats.nll, stats.log_emo.exp(), correct.to(ones.dtype)]).double().sum(1)
-    tokens, nll, emo, correct = sums.tolist()
-    nll /= tokens
-    return {
-        "nll": nll,
-        "emo": emo / tokens,
-        "perplexity": math.exp(min(nll, 700.0)),
-        "token_accuracy": correct / tokens,
-        "supervised_tokens": int(tokens),
-    }
+REFERENCES = "(references)"  # the column of what the references are by themselves
+Responses = dict[str, list[list[str]]]  # of a model: decoding -> [seeds][records]
 
 
-def exact_match(responses: list[str], references: list[str]) -> float:
-    """The share of responses that are the reference, leading and trailing white space aside."""
-    equal = sum(response.strip() == text.strip() for response, text in zip(responses, references, strict=True))
-    return equal / len(references)
+class Evaluation(NamedTuple):
+    """What the two files hold."""
+
+    metrics: dict[str, Any]  # metrics.json: data, records, settings, results, differences
+    samples: list[dict[str, Any]]  # samples.jsonl: one per record and decoding
 
 
-@SetParseFns(data=str, cost=str, out=str, columns=str)
-def run(
-    *checkpoints: str,
-    data: str | None = None,
-    cost: str | None = None,
-    out: str | None = None,
-    samples: int = 12,
-    limit: int | None = None,
-    max_new_tokens: int = 64,
-    max_length: int = 512,
-    prompt_template: str = "auto",
-    columns: str | None = None,
-    batch_size: int = 32,
-    trust_remote_code: bool = False,
-    **unknown: Any,
-) -> None:
-    """Evaluates checkpoints and shows samples: python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE
-
-    Args:
-        checkpoints: folders or hub names, the base model first.
-        data: what training takes, with reference outputs; of running text nll, emo and perplexity, in blocks of max_length.
-        cost: the model whose output embedding prices emo, the same for all; the first checkpoint by default.
-        out: a folder for metrics.json and samples.jsonl; neither may exist.
-        samples: how many samples to print.
-        limit: only the first records.
-        prompt_template, columns: as in training.
-        trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
-    """
-    refuse_unknown(unknown, run)
-    pairs, words = take_columns(columns, [str(checkpoint) for checkpoint in checkpoints])
-    if not words or data is None:
-        raise UserError("give one or more checkpoints and --data FILE")
-    check_whole("samples", samples, 0)
-    check_whole("limit", 1 if limit is None else limit, 1)
-    check_whole("batch_size", batch_size, 1)
-    check_whole("max_length", max_length, 2)
-    check_template(prompt_template)
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    files = [Path(out) / name for name in ("metrics.json", "samples.jsonl")] if out is not None else []
-    for file in files:
-        if file.exists():
-            raise UserError(f"{file} exists: give another --out or remove it")
-        check_writable("out", file)
-    names = list(dict.fromkeys(words))
-    for name in [*names, cost or names[0]]:
-        check_model(str(name), or_adapter=True, remote_code=trust_remote_code)
-
-    check_columns([str(data)], pairs)
-    records = load_records(str(data), columns=pairs, documents="auto")
-    answers = form_of(records.column_names) != "text"  # running text asks nothing: it is read in blocks
-    if limit is not None:
-        records = records.select(range(min(limit, len(records))))
-    if answers:
-        check_prompts(names, list(records), max_new_tokens, prompt_template, trust_remote_code)
-    base, _ = load_for_generation(str(cost or names[0]), trust_remote_code)
-    shared_cost = CostEmbedding(original_weight(base))
+def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluation:
+    """Measures checkpoints, the base model first, on what ``read_records`` returned. They are loaded one after the other."""
+    base, _ = load_for_generation(settings.cost or names[0], settings.trust_remote_code)
+    cost = CostEmbedding(original_weight(base))
     del base
-    results, responses = {}, {}
+    found: dict[str, Measures] = {}
+    responses: dict[str, Responses] = {}
     for name in names:
-        model, tokenizer = load_for_generation(name, trust_remote_code)
+        model, tokenizer = load_for_generation(name, settings.trust_remote_code)
         try:
             recognise_head(model)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
-        if answers:
-            examples, _ = tokenize_records(records, tokenizer, max_length, prompt_template=prompt_template)
-        else:
-            examples, _ = make_blocks(records, tokenizer, max_length)
-        results[name] = teacher_forced(model, tokenizer, examples, shared_cost, batch_size)
-        if answers:
-            responses[name] = generate_batch(
-                model, tokenizer, list(records), sampling, prompt_template=prompt_template, batch_size=batch_size
-            )
-            references = [as_shown(record)["reference"] for record in records]
-            results[name]["exact_match"] = exact_match(responses[name], references)
-        results[name] |= training_figures(name)
+        examples = make_examples(name, records, tokenizer, settings)
+        found[name] = {**teacher_forced(model, tokenizer, examples, cost, settings.batch_size).measures()}
+        if form_of(records.column_names) != "text":  # running text asks nothing
+            responses[name] = respond(model, tokenizer, records, settings)
         del model
-    shown = [
-        sample_of(record, {name: responses[name][i] for name in names}) for i, record in enumerate(records if answers else [])
-    ]
-    if files:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        files[0].write_text(json.dumps({"data": str(data), "results": results}, indent=1) + "\n")
-        write_jsonl(files[1], shown)
-    for sample in shown[:samples]:
-        print(format_sample(sample))
-    print(f"{len(records)} {'examples' if answers else 'document(s)'} of {data}")
-    print(format_table(results))
+    for name, measures in measure_responses(records, responses, settings).items():
+        found.setdefault(name, {}).update(measures)
+    for name in names:
+        found[name] |= training_figures(name)
+    metrics = {
+        "data": settings.data,
+        "records": len(records),
+        "settings": {name: value for name, value in asdict(settings).items() if name != "data"},
+        "results": with_intervals(found),
+        "differences": compare({name: found[name] for name in names}),
+    }
+    return Evaluation(metrics, make_samples(records, responses, settings))
+
+
+def make_examples(name: str, records: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
+    """An example per record, also without a target (so that models are compared on the same); running text in blocks."""
+    form = form_of(records.column_names)
+    if form == "text":
+        return make_blocks(records, tokenizer, settings.max_length)[0]
+    encode = ExampleEncoder.of(tokenizer, form, settings.max_length, settings.prompt_template)
+    examples = encode_records(records, encode)
+    report = DataReport.of(examples)
+    if report.kept == 0:
+        raise UserError(f"no reference has a token to measure: {report}; raise --max_length or mend the data")
+    if report.dropped or report.truncated:
+        say(f"{name}: {report}")
+    return examples
+
+
+def respond(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Dataset, settings: Settings) -> Responses:
+    """What the model answers, for every way of decoding and seed."""
+    options: dict[str, Any] = {"prompt_template": settings.prompt_template, "batch_size": settings.batch_size}
+    asked = list(records)
+    return {
+        decoding: [generate_batch(model, tokenizer, asked, sampling, seed=seed, **options) for sampling, seed in ways]
+        for decoding, ways in settings.decodings().items()
+    }
+
+
+def measure_responses(records: Dataset, responses: dict[str, Responses], settings: Settings) -> dict[str, Measures]:
+    """Of every model, and of the references by themselves. With several ways of decoding the measures are named by them."""
+    if not responses:
+        return {}
+    named = "{} ({})" if len(settings.decodings()) > 1 else "{}"
+    references = _compared([as_shown(record)["reference"] for record in records], settings)
+    found: dict[str, Measures] = {name: {} for name in (*responses, REFERENCES)}
+    if settings.mauve is not None:
+        featurize = load_featuriser(settings.mauve, settings.trust_remote_code)
+        wanted = featurize(_with_prompts(references, records))
+    for decoding, ways in settings.decodings().items():
+        for name, of in responses.items():
+            texts = [_compared(answers, settings) for answers in of[decoding]]
+            measures = {**against_references(texts, references), **by_themselves(texts)}
+            if settings.mauve is not None:
+                features = [featurize(_with_prompts(answers, records)) for answers in texts]
+                values = [mauve(wanted, given, seed) for given, (_, seed) in zip(features, ways, strict=True)]
+                measures["mauve"] = Replicates(np.array(values))
+            found[name] |= {named.format(measure, decoding): value for measure, value in measures.items()}
+        found[REFERENCES] |= {named.format(name, decoding): value for name, value in by_themselves([references]).items()}
+    return found
+
+
+def _compared(texts: list[str], settings: Settings) -> list[str]:
+    words = settings.continuation_words
+    return texts if words is None else [" ".join(text.split()[:words]) for text in texts]
+
+
+def _with_prompts(texts: list[str], records: Dataset) -> list[str]:
+    """The texts whose features MAUVE compares: continuations with what they continue, answers to instructions alone."""
+    if form_of(records.column_names) != "completion":
+        return texts
+    return [f"{prompt} {text.strip()}" for prompt, text in zip(records["prompt"], texts, strict=True)]
+
+
+def make_samples(records: Dataset, responses: dict[str, Responses], settings: Settings) -> list[dict[str, Any]]:
+    """A sample per record and decoding; several seeds give a list of responses."""
+    samples = []
+    for i, record in enumerate(records if responses else []):
+        for decoding, ways in settings.decodings().items():
+            texts = {name: [answers[i] for answers in of[decoding]] for name, of in responses.items()}
+            sample = sample_of(record, {name: of if len(ways) > 1 else of[0] for name, of in texts.items()})
+            samples.append({**sample, "decoding": decoding})
+    return samples
 
 
 def training_figures(checkpoint: str) -> dict[str, float]:
@@ -178,29 +153,75 @@ def training_figures(checkpoint: str) -> dict[str, float]:
     return {shown: figures[name] for name, shown in names.items() if name in figures}
 
 
-def format_table(results: dict[str, dict[str, float]]) -> str:
-    """Measures down, checkpoints across."""
-    measures = list(dict.fromkeys(measure for column in results.values() for measure in column))
-    table = [["", *results]]
-    table += [
-        [measure.replace("_", " "), *(_number(column.get(measure)) for column in results.values())] for measure in measures
-    ]
-    return align(table)
+TEXTS = ("data", "cost", "out", "columns", "decoding", "seeds", "mauve")  # flags that stay as they are typed
 
 
-def align(table: list[list[str]]) -> str:
-    """Rows of cells as text: the first column to the left, the others to the right."""
-    first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
-    return "\n".join(
-        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
-        for row in table
-    )
+@SetParseFns(**dict.fromkeys(TEXTS, str))
+def run(
+    *checkpoints: str,
+    data: str | None = None,
+    out: str | None = None,
+    samples: int = 12,
+    columns: str | None = None,
+    limit: int | None = None,
+    prefix_words: int | None = None,
+    continuation_words: int | None = None,
+    cost: str | None = None,
+    decoding: str = "greedy",
+    seeds: str = "0",
+    num_beams: int = 4,
+    mauve: str | None = None,
+    max_new_tokens: int = 64,
+    max_length: int = 512,
+    prompt_template: str = "auto",
+    batch_size: int = 32,
+    trust_remote_code: bool = False,
+    **unknown: Any,
+) -> None:
+    """Evaluates checkpoints and shows samples: python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE
 
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.4f}"
+    Args:
+        checkpoints: folders or hub names, the base model first.
+        data: what training takes, with reference outputs; of running text the teacher-forced measures, in blocks of max_length.
+        prefix_words: running text is cut after so many words of each document; what follows is the reference.
+        continuation_words: how many words of references and responses are compared; all by default.
+        out: a folder for metrics.json and samples.jsonl; neither may exist.
+        samples: how many samples to print.
+        limit: only the first records.
+        cost: the model whose output embedding prices emo, the same for all; the first checkpoint by default.
+        decoding: greedy, sample (temperature 1, nothing cut off) or beam, several with commas.
+        seeds: of sampling, several with commas; num_beams: of beam search.
+        mauve: a causal LM or an encoder whose features MAUVE compares; needs mauve-text.
+        prompt_template, columns: as in training.
+        trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
+    """
+    refuse_unknown(unknown, run)
+    pairs, words = take_columns(columns, [str(checkpoint) for checkpoint in checkpoints])
+    if not words or data is None:
+        raise UserError("give one or more checkpoints and --data FILE")
+    check_whole("samples", samples, 0)
+    settings = Settings(
+        data, pairs, limit, prefix_words, continuation_words, cost, max_length, max_new_tokens, prompt_template, batch_size,
+        decoding, seeds, num_beams, mauve, trust_remote_code,
+    )  # fmt: skip
+    files = [Path(out) / name for name in ("metrics.json", "samples.jsonl")] if out is not None else []
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} exists: give another --out or remove it")
+        check_writable("out", file)
+    names = list(dict.fromkeys(words))
+    records = read_records(names, settings)
+    metrics, shown = evaluate(names, records, settings)
+    if files:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        files[0].write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+        write_jsonl(files[1], shown)
+    for sample in shown[:samples]:
+        print(format_sample(sample))
+    print(f"{len(records)} {'examples' if shown else 'document(s)'} of {data}, values with 95 % intervals")
+    print(format_results(metrics["results"]))
+    if metrics["differences"]:
+        print(f"\n{format_differences(metrics['differences'])}")
 
 
 def main() -> None:

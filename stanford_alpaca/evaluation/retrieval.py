@@ -89,18 +89,34 @@ def means_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Feat
     """The evaluated model's own embeddings: the mean over a text's tokens of its last hidden states, of unit length."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    @torch.inference_mode()
     def features(texts: list[str]) -> np.ndarray:
-        rows = [row[:positions] or [tokenizer.eos_token_id] for row in encode(tokenizer, texts)]
-        means = [np.empty(0)] * len(rows)
-        for batch in tqdm(list(batches([*map(len, rows)], None, TOKENS)), desc="Embedding"):
-            longest = len(rows[batch[0]])
-            ids = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in batch], device=model.device)
-            mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch], device=model.device)
-            states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0].float()
-            sums = (states * mask[..., None]).sum(1)
-            for i, mean in zip(batch, torch.nn.functional.normalize(sums, dim=1).cpu().numpy(), strict=True):
-                means[i] = mean
-        return np.stack(means)
+        means = embed(model, tokenizer, texts, positions, use_cache=False)
+        return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
 
     return lambda train, test: (features(train), features(test))
+
+
+@torch.inference_mode()
+def embed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    positions: int | None,
+    last: bool = False,
+    **options: Any,  # for the model
+) -> np.ndarray:  # [N, D] float32
+    """The mean over a text's first ``positions`` tokens of its last hidden states, or the state at the last one of them."""
+    first_token = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), 0)  # of an empty text
+    rows = [row[:positions] or [first_token] for row in encode(tokenizer, texts)]
+    found = [np.empty(0)] * len(rows)
+    for batch in tqdm(list(batches([*map(len, rows)], None, TOKENS)), desc="Embedding"):
+        longest = len(rows[batch[0]])
+        ids = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in batch], device=model.device)
+        lengths = torch.tensor([len(rows[i]) for i in batch], device=model.device)
+        place = torch.arange(longest, device=model.device)
+        mask = (place < lengths[:, None]).long()
+        states = model.base_model(input_ids=ids, attention_mask=mask, **options)[0].float()
+        kept = (place == lengths[:, None] - 1) if last else mask / lengths[:, None]
+        for i, vector in zip(batch, (states * kept[..., None]).sum(1).cpu().numpy(), strict=True):
+            found[i] = vector
+    return np.stack(found)

@@ -1,0 +1,114 @@
+"""What decides an evaluation beside the checkpoints: the flags, checked, and the records that they select."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+
+from datasets import Dataset
+
+from stanford_alpaca.data.formats import FORMS, check_columns, form_of, load_records
+from stanford_alpaca.data.tokenize import check_template
+from stanford_alpaca.errors import UserError, check_whole, say
+from stanford_alpaca.evaluation.mauve_score import check_mauve
+from stanford_alpaca.generate import check_prompts
+from stanford_alpaca.loadable import check_model
+from stanford_alpaca.sampling import Sampling
+
+DECODINGS = ("greedy", "sample", "beam")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of the commands that evaluate. Raises UserError for what cannot be."""
+
+    data: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    prefix_words: int | None = None  # running text: each document is cut after so many words, and continued
+    continuation_words: int | None = None  # of responses and references, the first ones are compared; None: all
+    cost: str | None = None  # the model whose output embedding prices emo; None: the first checkpoint
+    max_length: int = 512  # tokens of prompt and reference
+    max_new_tokens: int = 64
+    prompt_template: str = "auto"
+    batch_size: int = 32
+    decoding: str = "greedy"  # of ``DECODINGS``, with commas
+    seeds: str = "0"  # of sampling, with commas
+    num_beams: int = 4
+    mauve: str | None = None  # the model whose features are compared
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("prefix_words", 1), ("continuation_words", 1)):
+            check_whole(name, least if getattr(self, name) is None else getattr(self, name), least)
+        for name, least in (("batch_size", 1), ("max_length", 2), ("num_beams", 2)):
+            check_whole(name, getattr(self, name), least)
+        check_template(self.prompt_template)
+        self.decodings()
+
+    def decodings(self) -> dict[str, list[tuple[Sampling, int]]]:
+        """For every way of decoding that was asked for, how each of its responses is chosen, and the seed."""
+        names = [name.strip() for name in self.decoding.split(",")]
+        for name in names:
+            if name not in DECODINGS:
+                raise UserError(f"--decoding {self.decoding}: choose from {', '.join(DECODINGS)}, with commas")
+        if (
+            not re.fullmatch(r"\d{1,9}(,\s*\d{1,9})*", self.seeds)
+            or len(set(self.seeds.split(","))) < self.seeds.count(",") + 1
+        ):
+            raise UserError(f"--seeds {self.seeds}: give different whole numbers from 0 on, with commas")
+        if self.seeds != "0" and "sample" not in names:
+            raise UserError(f"--seeds {self.seeds} belongs to sampling: add --decoding greedy,sample")
+        plain = Sampling(max_new_tokens=self.max_new_tokens)
+        unbiased = Sampling(max_new_tokens=self.max_new_tokens, temperature=1.0)  # nothing cut off, as in the EMO paper
+        search = Sampling(max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
+        ways = {
+            "greedy": [(plain, 0)],
+            "sample": [(unbiased, int(seed)) for seed in self.seeds.split(",")],
+            "beam": [(search, 0)],
+        }
+        return {name: ways[name] for name in names}
+
+
+def read_records(names: list[str], settings: Settings) -> Dataset:
+    """The records to evaluate on. Everything that could be wrong with them, the checkpoints and the settings is found first.
+
+    Raises:
+        UserError: no model, no such data, a prompt that does not fit into a model's context.
+    """
+    remote_code = settings.trust_remote_code
+    for name in [*names, settings.cost or names[0]]:
+        check_model(name, or_adapter=True, remote_code=remote_code)
+    check_columns([settings.data], settings.columns)
+    records = load_records(settings.data, columns=settings.columns, documents="auto")
+    if settings.limit is not None:
+        records = records.select(range(min(settings.limit, len(records))))
+    is_text = form_of(records.column_names) == "text"
+    if settings.prefix_words is not None:
+        if not is_text:
+            raise UserError(f"--prefix_words cuts running text, and {settings.data} has prompts of its own: leave it out")
+        records = continuations(records, settings.prefix_words)
+    elif is_text and (settings.decoding != "greedy" or settings.mauve is not None):
+        raise UserError("running text asks nothing: give --prefix_words N to have each document continued after N words")
+    if settings.mauve is not None:
+        check_mauve(settings.mauve, len(records), remote_code)
+    if form_of(records.column_names) != "text":
+        check_prompts(names, list(records), settings.max_new_tokens, settings.prompt_template, remote_code)
+    return records
+
+
+def continuations(documents: Dataset, words: int) -> Dataset:
+    """Documents as prompts, their first words, and completions: what follows, from the white space on.
+
+    Those without a further word are left out, and counted. Raises UserError if none is left.
+    """
+    rows = []
+    for text in documents["text"]:
+        ends = [match.end() for match in islice(re.finditer(r"\S+", text), words + 1)]
+        if len(ends) > words:
+            rows.append({"prompt": text[: ends[words - 1]], "completion": text[ends[words - 1] :]})
+    if not rows:
+        raise UserError(f"--prefix_words {words}: no document has a word after so many; give fewer")
+    if len(rows) < len(documents):
+        say(f"{len(documents) - len(rows)} of {len(documents)} documents have no word after the first {words}: left out")
+    return Dataset.from_list(rows, features=FORMS["completion"])

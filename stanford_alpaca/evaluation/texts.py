@@ -1,0 +1,98 @@
+"""Measures of responses as texts: against their references, and by themselves. Words are what stands between white space."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from stanford_alpaca.evaluation.intervals import Items, Replicates, mean_of
+
+ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}  # our names and rouge-score's
+
+
+def against_references(responses: list[list[str]], references: list[str]) -> dict[str, Items]:  # [seeds][n], [n]
+    """Exact match (white space around it aside) and F1 of ROUGE (Lin 2004): means over texts, each over its seeds."""
+    from rouge_score.rouge_scorer import RougeScorer  # a second to import
+
+    scorer = RougeScorer(list(ROUGE.values()), tokenizer=_Words())
+    found = {name: np.zeros(len(references)) for name in ("exact_match", *ROUGE)}
+    for texts in responses:
+        for i, (text, wanted) in enumerate(zip(texts, references, strict=True)):
+            found["exact_match"][i] += text.strip() == wanted.strip()
+            scores = scorer.score(wanted, text)
+            for name, theirs in ROUGE.items():
+                found[name][i] += scores[theirs].fmeasure
+    return {name: mean_of(values / len(responses)) for name, values in found.items()}
+
+
+def by_themselves(responses: list[list[str]]) -> dict[str, Items | Replicates]:  # [seeds][n]
+    """Variety, repetition and length. Of the whole set are distinct-2 and self-BLEU: a value per seed."""
+    return {
+        "distinct_2": Replicates(np.array([distinct(texts, 2) for texts in responses])),
+        "self_bleu": Replicates(np.array([self_bleu(texts) for texts in responses])),
+        "repetition_4": mean_of(np.mean([[repetition(text, 4) for text in texts] for texts in responses], axis=0)),
+        "length": mean_of(np.mean([[len(text.split()) for text in texts] for texts in responses], axis=0)),
+    }
+
+
+def exact_match(responses: list[str], references: list[str]) -> float:
+    """The share of responses that are the reference, leading and trailing white space aside."""
+    equal = sum(response.strip() == text.strip() for response, text in zip(responses, references, strict=True))
+    return equal / len(references)
+
+
+def distinct(texts: list[str], n: int) -> float:
+    """The share of the n-grams of all texts that are different ones (Li et al. 2016); NaN if there are none."""
+    grams = [gram for text in texts for gram in _ngrams(text, n)]
+    return len(set(grams)) / len(grams) if grams else np.nan
+
+
+def repetition(text: str, n: int) -> float:
+    """The share of a text's n-grams that repeat an earlier one of it (Welleck et al. 2020); 0 if it is too short for any."""
+    grams = list(_ngrams(text, n))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def self_bleu(texts: list[str]) -> float:
+    """The mean BLEU of each text with all others as its references (Zhu et al. 2018), 0 to 1; NaN of fewer than two texts.
+
+    equals np.mean([BLEU(effective_order=True).sentence_score(text, others).score / 100]), sacrebleu's, in linear time: a
+    text's n-gram is matched as often as the others' largest count allows, which the two largest counts of all texts tell.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.helpers import extract_all_word_ngrams
+
+    if len(texts) < 2:
+        return np.nan
+    bleu = BLEU(effective_order=True)
+    rows = [extract_all_word_ngrams(bleu.tokenizer(text.rstrip()), 1, 4) for text in texts]
+    most: dict[tuple, tuple[int, int]] = {}
+    for counts, _ in rows:
+        for gram, count in counts.items():
+            first, second = most.get(gram, (0, 0))
+            most[gram] = (count, first) if count > first else (first, max(second, count))
+    lengths = Counter(length for _, length in rows)
+    scores = []
+    for counts, length in rows:
+        correct, total = [0] * 4, [0] * 4
+        for gram, count in counts.items():
+            first, second = most[gram]
+            correct[len(gram) - 1] += min(count, second if count == first else first)
+            total[len(gram) - 1] += count
+        others = (other for other, texts_of_it in lengths.items() if other != length or texts_of_it > 1)
+        nearest = min(others, key=lambda other: (abs(other - length), other))
+        scores.append(BLEU.compute_bleu(correct, total, length, nearest, smooth_method="exp", effective_order=True).score)
+    return float(np.mean(scores)) / 100
+
+
+class _Words:
+    """rouge-score's own tokenizer for ASCII; letters and digits of other scripts count here too."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
+
+
+def _ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
+    words = text.split()
+    return zip(*(words[start:] for start in range(n)), strict=False)
