@@ -5,7 +5,7 @@ predicted in its place and at what cost. The page is one file that asks for noth
 """
 
 import json
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,19 @@ from fire.decorators import SetParseFns
 from stanford_alpaca import __version__
 from stanford_alpaca.checkpoint.manifest import write_whole
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.data.formats import form_of, load_records
+from stanford_alpaca.data.formats import form_of
 from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, first_line, refuse_unknown, say
-from stanford_alpaca.evaluation import metrics
 from stanford_alpaca.evaluation.curves import curves_of, flags_of, short_names, told
+from stanford_alpaca.evaluation.metrics import REFERENCES, Evaluation, evaluate
 from stanford_alpaca.evaluation.page import render
-from stanford_alpaca.evaluation.verdicts import table_of
+from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.transport import view_of
+from stanford_alpaca.evaluation.verdicts import table_of
 from stanford_alpaca.generate import load_for_generation
 from stanford_alpaca.head import original_weight
-from stanford_alpaca.loadable import check_model
 from stanford_alpaca.model import ADAPTER_CONFIG
 from stanford_alpaca.samples import check_outputs
-
-Evaluation = tuple[dict[str, Any], list[dict[str, Any]]]  # metrics.json and the lines of samples.jsonl
 
 
 @SetParseFns(out=str, data=str, evaluation=str)
@@ -66,19 +64,16 @@ def run(
         raise UserError("--limit is about an evaluation yet to be made: drop it, or --evaluation")
     curves = {name: curves_of(name) for name in names}
     models = [name for name in names if curves[name] is None or has_model(name)]
-    for name in models:
-        check_model(name, or_adapter=True, remote_code=trust_remote_code)
     found = None if evaluation is None else read_evaluation(Path(evaluation).expanduser(), models)
-    records = None
-    if models and (transport_records or found is None):
-        data = data or (found[0]["data"] if found else held_out_of(models))
-        records = load_records(data, documents="auto")
-    if records is not None and found is None:
-        found = evaluate(models, str(data), limit, trust_remote_code)
     view = None
-    if records is not None and transport_records:
-        shown = records.select(range(min(transport_records, len(records))))
-        view = transport(names, models, shown, trust_remote_code)
+    if models and (found is None or transport_records):
+        settings = Settings(data or held_out_of(models), limit=limit) if found is None else settings_of(found)
+        settings = replace(settings, data=data or settings.data, trust_remote_code=trust_remote_code)
+        records = read_records(models, settings)
+        found = found or evaluate(models, records, settings)
+        if transport_records:
+            shown = records.select(range(min(transport_records, len(records))))
+            view = transport(names, models, shown, settings)
     page = render(page_data(names, curves, models, found, view))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, page)
@@ -100,19 +95,19 @@ def held_out_of(runs: list[str]) -> str:
     return str(paths.pop())
 
 
-def evaluate(models: list[str], data: str, limit: int | None, remote_code: bool) -> Evaluation:
-    """What the metrics command writes of the models."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "evaluation"
-        metrics.run(*models, data=data, out=str(folder), samples=0, limit=limit, trust_remote_code=remote_code)
-        return read_evaluation(folder, models)
+def settings_of(evaluation: Evaluation) -> Settings:
+    """What an evaluation was made with, its cost by name, without what this command does not do again."""
+    measured = evaluation.metrics
+    cost = measured["settings"]["cost"] or next(iter(measured["results"]))
+    return Settings(measured["data"], **measured["settings"] | {"cost": cost, "mauve": None})
 
 
 def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
     """What the metrics command wrote, with the names that the models have here. Raises UserError if it is not about them."""
     try:
         measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")  # a text may hold other ends of lines
+        samples = [json.loads(line) for line in lines if line]
         known = {Path(name).expanduser().resolve(): name for name in measured["results"]}
         theirs = {known.get(Path(name).expanduser().resolve(), name): name for name in models}
         for name in theirs:
@@ -123,6 +118,8 @@ def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
             difference |= {key: theirs.get(difference[key], difference[key]) for key in ("model", "minus")}
         for sample in samples:
             sample["responses"] = {theirs.get(name, name): text for name, text in sample["responses"].items()}
+        found = Evaluation(measured, samples)
+        settings_of(found)
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -130,22 +127,23 @@ def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
         raise UserError(
             f"--evaluation {folder}: not what this version's metrics --out writes ({reason}); evaluate again"
         ) from None
-    return measured, samples
+    return found
 
 
-def transport(names: list[str], models: list[str], records: Dataset, remote_code: bool) -> dict[str, Any]:
-    """The transport view of every run that has a model, at the costs of the first one."""
+def transport(names: list[str], models: list[str], records: Dataset, settings: Settings) -> dict[str, Any]:
+    """The transport view of every run that has a model, at the costs of the evaluation: those of the first one by default."""
+    base, _ = load_for_generation(settings.cost or models[0], settings.trust_remote_code)
+    cost = CostEmbedding(original_weight(base))
+    del base
     views: dict[str, dict] = {}
-    cost = None
     for name in models:
-        model, tokenizer = load_for_generation(name, remote_code)
-        cost = cost or CostEmbedding(original_weight(model))
-        views[name] = view_of(name, model, tokenizer, records, cost)
+        model, tokenizer = load_for_generation(name, settings.trust_remote_code)
+        views[name] = view_of(name, model, tokenizer, records, cost, settings.max_length, settings.prompt_template)
         del model
     asked = [{"instruction": "", "input": "", "reference": ""}] * len(records)  # of running text
     if form_of(records.column_names) != "text":
         asked = [as_shown(record) for record in records]
-    return {"cost": models[0], "records": asked, "runs": [views.get(name) for name in names]}
+    return {"records": asked, "runs": [views.get(name) for name in names]}
 
 
 def page_data(
@@ -162,11 +160,9 @@ def page_data(
         for name, flags in zip(names, told([flags_of(name) for name in names]), strict=True)
     ]
     data: dict[str, Any] = {"version": __version__, "runs": runs, "evaluation": None, "samples": None, "transport": view}
-    if view is not None:
-        view["cost"] = short[view["cost"]]
     if evaluation is not None:
         measured, samples = evaluation
-        data["evaluation"] = {"data": measured["data"], "records": measured["records"], **table_of(measured, names)}
+        data["evaluation"] = {"data": measured["data"], "records": measured["records"], **table_of(measured, names, REFERENCES)}
         data["samples"] = [
             {key: sample.get(key) or "" for key in ("instruction", "input", "reference", "decoding")}
             | {"responses": [sample["responses"].get(name) for name in names]}

@@ -17,15 +17,16 @@ def better(measure: str) -> int:
     return 1 if measure.startswith(HIGHER) else -1 if measure.partition(" (")[0] in LOWER else 0
 
 
-def table_of(evaluation: dict[str, Any], models: list[str]) -> dict[str, Any]:
-    """The rows of both tables, columns by the place in ``models``.
+def table_of(evaluation: dict[str, Any], models: list[str], references: str = "") -> dict[str, Any]:
+    """The rows of both tables, columns by the place in ``models``; ``references``: the name of what was measured of them.
 
     Returns:
-        ``rows``: {measure, better, cells: [value, low, high] or null for each model, best: the place of the model that differs
-        from every other for the better with p < SIGNIFICANT, or null}; ``pairs``: [model, minus] for each column of
-        ``differences``: {measure, better, cells: {mean, low, high, p} or null}, of measures that were compared.
+        ``rows``: {measure, better, cells: [value, low, high] or null for each model, references: the same, best: the place of
+        the model that differs from every other for the better with p < SIGNIFICANT, or null}; ``pairs``: [model, minus] for
+        each column of ``differences``: {measure, better, cells: {mean, low, high, p} or null}, of measures that were compared.
     """
     results = [evaluation["results"].get(model, {}) for model in models]
+    theirs = evaluation["results"].get(references, {})
     measures = list(dict.fromkeys(name for result in results for name in result))
     pairs, found = [], []
     for difference in evaluation["differences"]:
@@ -33,10 +34,15 @@ def table_of(evaluation: dict[str, Any], models: list[str]) -> dict[str, Any]:
             pairs.append([models.index(difference["model"]), models.index(difference["minus"])])
             found.append(difference["measures"])
     rows = [
-        {"measure": name, "better": better(name), "cells": [_cell(result.get(name)) for result in results],
-         "best": _best(name, [place for place, result in enumerate(results) if name in result], pairs, found)}
+        {
+            "measure": name,
+            "better": better(name),
+            "cells": [_cell(result.get(name)) for result in results],
+            "references": _cell(theirs.get(name)),
+            "best": _best(name, [place for place, result in enumerate(results) if name in result], pairs, found),
+        }
         for name in measures
-    ]  # fmt: skip
+    ]
     differences = [
         {"measure": name, "better": better(name), "cells": [measured.get(name) for measured in found]}
         for name in measures

@@ -5,22 +5,36 @@ function drawMeasures(box) {
   if (!found) return box.append(note("Nothing was evaluated: none of these runs has a model yet."));
   const shown = DATA.runs.map((_, i) => i).filter((i) => DATA.runs[i].model);
   const wide = found.rows.some((row) => row.cells.some((cell) => cell && cell[1] !== null));
+  const theirs = found.rows.some((row) => row.references);
   const head = el("tr", {}, el("th", { scope: "col", text: "measure" }), ...shown.map((i) => el("th", { scope: "col" }, runName(i))),
-    wide ? el("th", { scope: "col", class: "forest" }, el("span", { class: "hidden", text: "drawn" })) : null);
-  const rows = found.rows.map((row) =>
-    el("tr", {}, measureName(row), ...shown.map((i) => measureCell(row, i)), wide ? el("td", { class: "forest" }, forest(row, shown)) : null),
-  );
-  box.append(scrolling("Measures with intervals", el("table", { class: "measures" }, el("thead", {}, head), el("tbody", {}, ...rows))));
+    theirs ? el("th", { scope: "col", text: "references" }) : null, wide ? el("th", { scope: "col", class: "forest" }, el("span", { class: "hidden", text: "drawn" })) : null);
+  const line = (row) =>
+    el("tr", {}, measureName(row), ...shown.map((i) => measureCell(row, row.cells[i], i)),
+      theirs ? measureCell(row, row.references, null) : null, wide ? el("td", { class: "forest" }, forest(row, shown)) : null);
+  box.append(scrolling("Measures with intervals", el("table", { class: "measures" }, el("thead", {}, head), ...grouped(found.rows, line))));
   if (!found.differences.length) return;
   const columns = found.pairs.map(([model, minus]) =>
     el("th", { scope: "col" }, el("span", { class: "pair" }, runName(model), " − ", runName(minus))));
-  const differences = found.differences.map((row) => el("tr", {}, measureName(row), ...row.cells.map((cell) => differenceCell(cell, row.better))));
+  const difference = (row) => el("tr", {}, measureName(row), ...row.cells.map((cell) => differenceCell(cell, row.better)));
   box.append(
     el("h3", { text: "Differences, on the same records" }),
     el("p", { class: "lede", text: "Paired, so that what is hard for both does not blur them. A mark shows where p < 0.05; p is not corrected for how many there are." }),
     scrolling("Paired differences", el("table", { class: "measures" },
-      el("thead", {}, el("tr", {}, el("th", { scope: "col", text: "measure" }), ...columns)), el("tbody", {}, ...differences))),
+      el("thead", {}, el("tr", {}, el("th", { scope: "col", text: "measure" }), ...columns)), ...grouped(found.differences, difference))),
   );
+}
+
+/** A table body for each way of decoding that the measures' names end with. */
+function grouped(rows, line) {
+  const groups = new Map();
+  for (const row of rows) {
+    const [, measure, decoding] = row.measure.match(/^(.*?)(?: \((.*)\))?$/);
+    groups.set(decoding, [...(groups.get(decoding) ?? []), line({ ...row, measure })]);
+  }
+  return [...groups].map(([decoding, lines]) => {
+    const title = decoding ? el("tr", {}, el("th", { scope: "rowgroup", class: "group", colspan: 99, text: `Responses: ${decoding}` })) : null;
+    return el("tbody", {}, title, ...lines);
+  });
 }
 
 function scrolling(label, table) {
@@ -33,10 +47,9 @@ function measureName({ measure, better }) {
   return el("th", { scope: "row" }, readable(measure), arrow ? el("span", { class: "arrow", title: hint, role: "img", "aria-label": hint, text: arrow }) : null);
 }
 
-function measureCell(row, i) {
-  const cell = row.cells[i];
-  if (!cell) return el("td", { text: "–" });
-  const best = row.best === i;
+function measureCell(row, cell, i) {
+  if (!cell) return el("td", { text: i === null ? "" : "–" });
+  const best = i !== null && row.best === i;
   const counted = cell[1] === null && Number.isInteger(cell[0]);
   const value = el(best ? "strong" : "span", { class: "value", text: counted ? whole(cell[0]) : number(cell[0]) }, ...(best ? [el("span", { class: "hidden", text: " (best)" })] : []));
   const range = cell[1] === null ? null : el("span", { class: "range", text: `${number(cell[1])} to ${number(cell[2])}` });

@@ -227,7 +227,7 @@ class TransportView {
   nearest(token) {
     const near = this.view.runs[this.run].neighbours[token.id] ?? [];
     return el("div", { class: "nearest" }, el("h4", { text: "Nearest to it under the cost" }),
-      el("ul", {}, ...near.map(([id, cost]) => el("li", {}, this.word(id), el("span", { class: "cost", text: small(cost) })))));
+      el("ul", {}, ...near.map(([id, cost]) => el("li", {}, this.word(id), " ", el("span", { class: "cost", text: small(cost) })))));
   }
 
   /** The same token under the other runs, where they cut the reference alike. */
