@@ -102,8 +102,8 @@ def view_of(
 
 
 def targets_of(encode: ExampleEncoder, record: dict) -> tuple[list[int], dict[int, str]]:
-    """The token ids of a record, and the text of every supervised place in it: empty for the end of a response, and with
-    white space that belongs to no token."""
+    """The token ids of a record, and the text of every supervised place in it: with white space that belongs to no
+    token; empty for the end of a response, and for all but the first part of a character."""
     text, spans = encode.template.render(record)
     ((ids, offsets),) = encode.encoder([text], encode.template.add_special_tokens)
     row = encode.label(ids, offsets, spans)
@@ -113,7 +113,7 @@ def targets_of(encode: ExampleEncoder, record: dict) -> tuple[list[int], dict[in
             continue
         start, stop = offsets[place]
         again = end is not None and row["labels"][place - 1] == IGNORE_INDEX  # another response of a conversation
-        texts[place] = ("\n\n" if again else "") + text[start if again or end is None else min(end, start) : stop]
+        texts[place] = ("\n\n" if again else "") + text[start if again or end is None else end : stop]
         if label == encode.encoder.eos_id:
             texts[place] = ""
         end = stop

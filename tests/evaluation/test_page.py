@@ -22,7 +22,9 @@ def token(place, text, p, nll, emo):
 
 def view(p):
     """Two records of three tokens each."""
-    records = [[token(1, "It is Paris", p, 1.25, 0.5), token(3, NASTY, p, 4.0, 0.75), token(0, "", p, 0.25, 0.5)] for _ in "ab"]
+    records = [
+        [token(1, "It is Paris", p, 1.25, 0.5), token(3, NASTY, p, 4.0 - k, 0.75), token(0, "", p, 0.25, 0.5)] for k in (0, 1)
+    ]
     return {"tokens": 50, "records": records, "pieces": PIECES, "neighbours": {i: [[2, 0.125]] for i in PIECES}}
 
 
@@ -172,6 +174,10 @@ def test_the_transport_view_shows_a_token_and_arrow_keys_move(open_page):
     assert float(page.locator(".token").nth(1).evaluate(heat)) == pytest.approx(0.75**0.5, abs=1e-3)
     page.locator('input[name="transport-by"][value="nll"]').check()
     assert float(page.locator(".token").nth(1).evaluate(heat)) == pytest.approx((4 / 6) ** 0.5, abs=1e-3)
+    dots = page.locator(".map circle")
+    assert dots.count() == 6 and page.locator(".chosen-dot").get_attribute("data-record") == "0"
+    page.locator('.map [data-record="1"][data-token="1"]').click()
+    assert chosen.get_attribute("data-record") == "1" and chosen.inner_text() == NASTY
     page.locator('.others button[aria-pressed="false"]').click()
     assert page.locator(".meter.p").first.get_attribute("data-value") == "0.5"
 
@@ -190,7 +196,7 @@ def test_the_tables_mark_what_is_sure(open_page):
 def test_curves_tell_their_values_and_can_be_hidden(open_page):
     page = open_page()
     loss = page.get_by_role("slider", name="Loss by step")
-    assert page.locator("figcaption").all_inner_texts() == ["Loss", "Learning rate"]
+    assert page.locator("#training figcaption").all_inner_texts() == ["Loss", "Learning rate"]
     loss.focus()
     assert loss.get_attribute("aria-valuetext") == "step 4: emo 1.500, held out 1.250"
     page.keyboard.press("ArrowLeft")
@@ -233,8 +239,10 @@ CONTRAST = """() => {
 def test_text_can_be_read_in_both_schemes(open_page, scheme):
     page = open_page(color_scheme=scheme)
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    ratios = page.evaluate(CONTRAST)
-    assert len(ratios) > 30 and {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
+    for by in ("emo", "nll"):
+        page.locator(f'input[name="transport-by"][value="{by}"]').check()
+        ratios = page.evaluate(CONTRAST)
+        assert len(ratios) > 30 and {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
     page.locator("#theme").click()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != background
 

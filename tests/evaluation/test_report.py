@@ -19,7 +19,7 @@ from stanford_alpaca.generate import load_for_generation
 from tests.helpers import refusal
 
 RECORDS = [
-    {"instruction": "Name a colour.", "input": "", "output": "Blue, or\n red </script>."},
+    {"instruction": "Name a colour.", "input": "", "output": "Blue 🎈, or\n red </script>."},
     {"instruction": "Where is Olga?", "input": "Olga is in the school.", "output": "Olga is in the garden."},
 ]
 

@@ -14,7 +14,7 @@ function drawMeasures(box) {
   box.append(scrolling("Measures with intervals", el("table", { class: "measures" }, el("thead", {}, head), ...grouped(found.rows, line))));
   if (!found.differences.length) return;
   const columns = found.pairs.map(([model, minus]) =>
-    el("th", { scope: "col" }, el("span", { class: "pair" }, runName(model), " − ", runName(minus))));
+    el("th", { scope: "col" }, el("span", { class: "pair" }, runName(model), " minus ", runName(minus))));
   const difference = (row) => el("tr", {}, measureName(row), ...row.cells.map((cell) => differenceCell(cell, row.better)));
   box.append(
     el("h3", { text: "Differences, on the same records" }),

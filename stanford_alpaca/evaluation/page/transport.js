@@ -19,6 +19,7 @@ class TransportView {
     this.at = null; // {record, token} chosen
     this.records = el("div", { class: "records", on: { click: (event) => this.click(event), keydown: (event) => this.key(event) } });
     this.more = el("button", { type: "button", class: "more", on: { click: () => this.showMore(true) } });
+    this.map = new TokenMap(view.runs, (r, t) => this.select(r, t));
     this.panel = el("aside", { class: "panel", "aria-label": "The chosen token" });
     this.scale = el("p", { class: "scale" });
     const all = view.runs.flatMap((run) => run?.records.flat() ?? []);
@@ -28,9 +29,10 @@ class TransportView {
       choice("Colour by", "transport-by", [["emo", "emo"], ["nll", "nll"]], this.by, (by) => this.choose({ by })),
       choice("Order", "transport-order", [["", "as in the data"], ["worst", "worst token first"]], "", (order) => this.sort(order)),
       this.scale);
-    this.element = el("div", { class: "transport" }, controls,
+    this.element = el("div", { class: "transport" }, controls, this.map.figure,
       el("div", { class: "reading" }, el("div", {}, this.records, this.more), this.panel));
     this.showMore();
+    this.map.draw(this.run);
     this.selectFirst();
   }
 
@@ -60,6 +62,7 @@ class TransportView {
     const focused = this.records.contains(document.activeElement);
     Object.assign(this, changes);
     if ("run" in changes) {
+      this.map.draw(this.run);
       const shown = this.records.childElementCount;
       this.records.replaceChildren();
       while (this.records.childElementCount < shown) this.showMore();
@@ -133,6 +136,7 @@ class TransportView {
     option.setAttribute("aria-selected", "true");
     option.tabIndex = 0;
     if (focus) option.focus();
+    this.map.mark(record, token);
     this.panel.replaceChildren(...this.explained(this.tokens(record)[token], record, token));
   }
 
@@ -188,7 +192,7 @@ class TransportView {
         el("h3", { class: "chosen" }, this.word(token.id, token.text)),
         el("p", { class: "gloss", text: this.gloss(token) })),
       el("dl", { class: "figures" }, ...figures.map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: value })))),
-      this.predictions(token), this.nearest(token), this.others(token, record, t)].filter((part) => part);
+      this.predictions(token), this.others(token, record, t), this.nearest(token)].filter((part) => part);
   }
 
   word(id, text = this.piece(id)) {

@@ -1,0 +1,61 @@
+// All tokens of a run by nll and emo: to the right the unlikely ones, at the bottom those whose replacement was near in meaning.
+
+const MAP = { height: 210, left: 44, right: 14, top: 12, bottom: 24 };
+const NLL_TICKS = [0, 0.5, 2, 5, 10, 15, 20, 30];
+
+class TokenMap {
+  /** `choose` gets the record and the token that a dot stands for. */
+  constructor(runs, choose) {
+    this.runs = runs;
+    this.choose = choose;
+    this.most = { nll: 1, emo: 0.1 }; // of all runs, so that runs can be compared
+    for (const token of runs.flatMap((run) => run?.records.flat() ?? [])) {
+      for (const key of ["nll", "emo"]) this.most[key] = Math.max(this.most[key], token[key]);
+    }
+    this.canvas = svg("svg", { class: "map", role: "img", on: { click: (event) => this.click(event) } });
+    this.figure = el("figure", {}, el("figcaption", { text: "Every token, by nll to the right and by emo upwards" }), this.canvas);
+    new ResizeObserver(() => this.run !== undefined && this.draw(this.run)).observe(this.figure);
+  }
+
+  draw(run) {
+    this.run = run;
+    const width = Math.max(this.figure.clientWidth, 200);
+    const [right, bottom] = [width - MAP.right, MAP.height - MAP.bottom];
+    const x = (nll) => MAP.left + (right - MAP.left) * Math.sqrt(nll / this.most.nll); // so that what is likely has room
+    const [, high, step] = nice(0, this.most.emo, 4);
+    const y = (emo) => bottom - ((bottom - MAP.top) * emo) / high;
+    const axis = [];
+    for (let tick = 0; tick <= high + step / 2; tick += step) {
+      axis.push(svg("line", { class: "grid", x1: MAP.left, x2: right, y1: y(tick), y2: y(tick) }));
+      axis.push(svg("text", { class: "tick", x: MAP.left - 8, y: y(tick) + 4, "text-anchor": "end", text: short(tick, step) }));
+    }
+    for (const tick of NLL_TICKS.filter((tick) => tick <= this.most.nll)) {
+      axis.push(svg("text", { class: "tick", x: x(tick), y: bottom + 16, "text-anchor": "middle", text: tick }));
+    }
+    const says = (text, at) => svg("text", { class: "says", x: right, y: at, "text-anchor": "end", text });
+    axis.push(says("another meaning", MAP.top + 12), says("another wording", bottom - 8));
+    const records = this.runs[run].records;
+    const dots = records.flatMap((tokens, r) => tokens.map((token, t) =>
+      svg("circle", { cx: x(token.nll).toFixed(1), cy: y(token.emo).toFixed(1), r: 4, "data-record": r, "data-token": t },
+        svg("title", { text: `${token.text.trim() || "the end"}: nll ${number(token.nll)}, emo ${number(token.emo)}` }))));
+    this.canvas.setAttribute("viewBox", `0 0 ${width} ${MAP.height}`);
+    this.canvas.setAttribute("height", MAP.height);
+    this.canvas.setAttribute("aria-label", `${count(dots.length, "token")} of ${DATA.runs[run].name} by nll and emo`);
+    this.canvas.replaceChildren(...axis, svg("g", { class: runClass(run) }, ...dots));
+    if (this.marked) this.mark(...this.marked);
+  }
+
+  /** Shows which dot is the chosen token. */
+  mark(record, token) {
+    this.marked = [record, token];
+    this.canvas.querySelector(".chosen-dot")?.classList.remove("chosen-dot");
+    const dot = this.canvas.querySelector(`[data-record="${record}"][data-token="${token}"]`);
+    dot?.classList.add("chosen-dot");
+    dot?.parentNode.append(dot); // on top
+  }
+
+  click({ target }) {
+    const dot = target.closest("circle");
+    if (dot) this.choose(Number(dot.dataset.record), Number(dot.dataset.token));
+  }
+}

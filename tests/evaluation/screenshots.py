@@ -1,0 +1,48 @@
+"""Pictures of a report for the README: ``python -m tests.evaluation.screenshots REPORT FOLDER`` (needs chromium and Pillow).
+
+The transport view of the first run, light and dark, and on a phone.
+"""
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from tests.evaluation.test_page import NAMES
+
+PICTURES = {  # name: scheme, width, height, device pixels a pixel
+    "report-light.png": ("light", 1280, 1240, 1.5),
+    "report-dark.png": ("dark", 1280, 1240, 1.5),
+    "report-phone.png": ("light", 360, 740, 2),
+}
+
+
+def main(report: Path, folder: Path) -> None:
+    """Takes the pictures; the folder is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = next(filter(None, map(shutil.which, NAMES)))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        for name, (scheme, width, height, scale) in PICTURES.items():
+            page = browser.new_page(
+                color_scheme=scheme,
+                viewport={"width": width, "height": height},
+                device_scale_factor=scale,
+                reduced_motion="reduce",
+            )
+            page.goto(report.resolve().as_uri())
+            page.locator('input[name="transport-run"]').first.check(force=True)
+            start = "#transport-title" if width > 900 else ".record"
+            page.evaluate(f"document.querySelector('{start}').scrollIntoView(); scrollBy(0, -30)")
+            picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+            picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(
+                folder / name, optimize=True
+            )
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
