@@ -23,7 +23,7 @@ def token(place, text, p, nll, emo):
 def view(p):
     """Two records of three tokens each."""
     records = [
-        [token(1, "It is Paris", p, 1.25, 0.5), token(3, NASTY, p, 4.0 - k, 0.75), token(0, "", p, 0.25, 0.5)] for k in (0, 1)
+        [token(1, "It is Paris", p, 1.25, 0.5), token(3, NASTY, p, 4.0 + k, 0.75), token(0, "", p, 0.25, 0.5)] for k in (0, 1)
     ]
     return {"tokens": 50, "records": records, "pieces": PIECES, "neighbours": {i: [[2, 0.125]] for i in PIECES}}
 
@@ -174,6 +174,9 @@ def test_the_transport_view_shows_a_token_and_arrow_keys_move(open_page):
     assert float(page.locator(".token").nth(1).evaluate(heat)) == pytest.approx(0.75**0.5, abs=1e-3)
     page.locator('input[name="transport-by"][value="nll"]').check()
     assert float(page.locator(".token").nth(1).evaluate(heat)) == pytest.approx((4 / 6) ** 0.5, abs=1e-3)
+    page.get_by_label("worst token first").check()
+    assert page.locator(".token").first.get_attribute("data-record") == "1" == chosen.get_attribute("data-record")
+    page.get_by_label("as in the data").check()
     dots = page.locator(".map circle")
     assert dots.count() == 6 and page.locator(".chosen-dot").get_attribute("data-record") == "0"
     page.locator('.map [data-record="1"][data-token="1"]').click()

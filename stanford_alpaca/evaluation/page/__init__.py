@@ -10,7 +10,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = ("page.js", "curves.js", "measures.js", "samples.js", "map.js", "transport.js")  # one script, in this order
+SCRIPTS = (
+    "page.js",
+    "curves.js",
+    "measures.js",
+    "samples.js",
+    "map.js",
+    "panel.js",
+    "transport.js",
+)  # one script, in this order
 ESCAPED = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
 
 

@@ -20,13 +20,15 @@ class TransportView {
     this.records = el("div", { class: "records", on: { click: (event) => this.click(event), keydown: (event) => this.key(event) } });
     this.more = el("button", { type: "button", class: "more", on: { click: () => this.showMore(true) } });
     this.map = new TokenMap(view.runs, (r, t) => this.select(r, t));
-    this.panel = el("aside", { class: "panel", "aria-label": "The chosen token" });
+    this.said = el("div", { "aria-live": "polite" });
+    this.details = el("div");
+    this.panel = el("aside", { class: "panel", "aria-label": "The chosen token" }, this.said, this.details);
     this.scale = el("p", { class: "scale" });
     const all = view.runs.flatMap((run) => run?.records.flat() ?? []);
     this.random = all.reduce((sum, token) => sum + token.mean_cost, 0) / all.length || 1;
     const controls = el("div", { class: "controls" },
-      choice("Run", "transport-run", this.runs.map((i) => [String(i), runName(i)]), String(this.run), (i) => this.choose({ run: Number(i) })),
-      choice("Colour by", "transport-by", [["emo", "emo"], ["nll", "nll"]], this.by, (by) => this.choose({ by })),
+      choice("Run", "transport-run", this.runs.map((i) => [String(i), runName(i)]), String(this.run), (i) => this.change({ run: Number(i) })),
+      choice("Colour by", "transport-by", [["emo", "emo"], ["nll", "nll"]], this.by, (by) => this.change({ by })),
       choice("Order", "transport-order", [["", "as in the data"], ["worst", "worst token first"]], "", (order) => this.sort(order)),
       this.scale);
     this.element = el("div", { class: "transport" }, controls, this.map.figure,
@@ -42,6 +44,7 @@ class TransportView {
   }
 
   sort(order) {
+    this.sorted = order;
     const worst = (r) => this.tokens(r)[this.worst(r)]?.[this.by] ?? -1;
     this.order = this.view.records.map((_, r) => r);
     if (order) this.order.sort((a, b) => worst(b) - worst(a));
@@ -58,6 +61,11 @@ class TransportView {
     return this.tokens(record).reduce((best, token, t, all) => (token[this.by] > all[best][this.by] ? t : best), 0);
   }
 
+  change(changes) {
+    this.choose(changes);
+    if (this.sorted) this.sort(this.sorted);
+  }
+
   choose(changes) {
     const focused = this.records.contains(document.activeElement);
     Object.assign(this, changes);
@@ -68,7 +76,9 @@ class TransportView {
       while (this.records.childElementCount < shown) this.showMore();
       const radio = this.element.querySelector(`input[name="transport-run"][value="${this.run}"]`);
       radio.checked = true;
-      if (this.at) this.select(this.at.record, Math.min(this.at.token, this.tokens(this.at.record).length - 1), focused);
+      const last = this.at ? this.tokens(this.at.record).length - 1 : -1; // the run may cut the reference elsewhere
+      if (last >= 0) this.select(this.at.record, Math.min(this.at.token, last), focused);
+      else this.selectFirst();
     }
     this.colour();
   }
@@ -96,17 +106,13 @@ class TransportView {
       tokens.length ? el("p", { class: "means", text: `nll ${mean("nll")} · emo ${mean("emo")}` }) : null);
   }
 
-  /** The token as an option, with the white space before it outside, where it is not coloured. */
+  /** The token as an option, with the white space before it outside, where it is not coloured, unless it is nothing else. */
   token(token, r, t) {
-    const text = token.text || this.piece(token.id);
+    const text = token.text || piece(this.view.runs[this.run], token.id);
     const [, space, word] = text.match(/^(\s*)([^]*)$/);
     const option = el("span", { class: token.text ? "token" : "token special", role: "option", tabindex: -1, "aria-selected": "false",
-      "data-record": r, "data-token": t, text: word || "↵" });
-    return word ? [space, option] : [option, space];
-  }
-
-  piece(id) {
-    return this.view.runs[this.run].pieces[id] ?? `[${id}]`;
+      "data-record": r, "data-token": t, text: word || (space.includes("\n") ? "↵" : space) });
+    return word ? [space, option] : [option, space.includes("\n") ? space : ""];
   }
 
   colour() {
@@ -137,7 +143,9 @@ class TransportView {
     option.tabIndex = 0;
     if (focus) option.focus();
     this.map.mark(record, token);
-    this.panel.replaceChildren(...this.explained(this.tokens(record)[token], record, token));
+    const explanation = new Explanation(this.view.runs, this.run, (i) => this.compare(i));
+    this.said.replaceChildren(...explanation.head(record, token));
+    this.details.replaceChildren(...explanation.details(record, token));
   }
 
   click(event) {
@@ -181,84 +189,8 @@ class TransportView {
     return [Number(dataset.record), Number(dataset.token)];
   }
 
-  // ---- the panel -----------------------------------------------------------------------------------------------------
-
-  explained(token, record, t) {
-    const before = this.tokens(record).slice(0, t).map(({ text }) => text).join("");
-    const figures = [["nll", number(token.nll)], ["emo", number(token.emo)], ["probability", percent(token.p)], ["rank", whole(token.rank)]];
-    return [
-      el("div", { "aria-live": "polite" },
-        el("p", { class: "before", text: before.length > 60 ? `…${before.slice(-60)}` : before || "The reference begins:" }),
-        el("h3", { class: "chosen" }, this.word(token.id, token.text)),
-        el("p", { class: "gloss", text: this.gloss(token) })),
-      el("dl", { class: "figures" }, ...figures.map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: value })))),
-      this.predictions(token), this.others(token, record, t), this.nearest(token)].filter((part) => part);
-  }
-
-  word(id, text = this.piece(id)) {
-    const shown = (text || this.piece(id)).replace(/^ /, "").replaceAll("\n", "↵");
-    return el("span", { class: "word", text: shown || "␣" });
-  }
-
-  /** nll and emo in words: how much is elsewhere, and whether that is near. */
-  gloss({ p, emo, mean_cost: mean }) {
-    if (p > 0.995) return "Nearly all of the probability is on the right token.";
-    const cost = emo / (1 - p);
-    return `${percent(1 - p)} of the probability is on other tokens. They lie ${number(cost)} away on average; a random token, ${number(mean)}.`;
-  }
-
-  predictions(token) {
-    const rows = token.top.map(([id, p, cost]) => ({ id, p, cost, product: p * cost }));
-    let [p, product] = token.rest;
-    if (!rows.some(({ id }) => id === token.id)) {
-      rows.push({ id: token.id, p: token.p, cost: 0, product: 0, rank: token.rank });
-      p = Math.max(0, p - token.p);
-    }
-    const others = this.view.runs[this.run].tokens - rows.length;
-    const top = Math.max(...rows.map((row) => row.product), product) || 1;
-    const line = (name, row, kind) =>
-      el("tr", { class: kind }, el("th", { scope: "row" }, name), bar(row.p, row.p, percent(row.p), "p"),
-        el("td", { text: small(row.cost) }), bar(row.product, row.product / top, small(row.product), "product"));
-    const name = (row) => el("span", {}, this.word(row.id), row.id === token.id ? el("span", { class: "tag", text: row.rank ? `right, rank ${whole(row.rank)}` : "right" }) : "");
-    return el("table", { class: "predictions" },
-      el("caption", { text: "What the model expected" }),
-      el("thead", {}, el("tr", {}, ...["token", "probability", "cost", "product"].map((title) => el("th", { scope: "col", text: title })))),
-      el("tbody", {}, ...rows.map((row) => line(name(row), row, row.id === token.id ? "target" : "")),
-        others > 0 ? line(`${whole(others)} others`, { p, cost: product / p, product }, "rest") : null),
-      el("tfoot", {}, el("tr", {}, el("th", { scope: "row", text: "sum" }), el("td", { text: "100 %" }), el("td"), el("td", { "data-value": token.emo }, el("b", { text: small(token.emo) }), " emo"))));
-  }
-
-  nearest(token) {
-    const near = this.view.runs[this.run].neighbours[token.id] ?? [];
-    return el("div", { class: "nearest" }, el("h4", { text: "Nearest to it under the cost" }),
-      el("ul", {}, ...near.map(([id, cost]) => el("li", {}, this.word(id), " ", el("span", { class: "cost", text: small(cost) })))));
-  }
-
-  /** The same token under the other runs, where they cut the reference alike. */
-  others(token, record, t) {
-    const same = this.runs.filter((i) => this.view.runs[i].records[record]?.[t]?.id === token.id);
-    if (same.length < 2) return null;
-    const rows = same.map((i) => {
-      const { nll, emo } = this.view.runs[i].records[record][t];
-      const button = el("button", { type: "button", class: "quiet", "aria-pressed": String(i === this.run), on: { click: () => this.compare(i) } }, runName(i));
-      return el("tr", { class: i === this.run ? "target" : null }, el("th", { scope: "row" }, button), el("td", { text: number(nll) }), el("td", { text: number(emo) }));
-    });
-    return el("table", { class: "others" }, el("caption", { text: "The same token under each run" }),
-      el("thead", {}, el("tr", {}, ...["run", "nll", "emo"].map((title) => el("th", { scope: "col", text: title })))), el("tbody", {}, ...rows));
-  }
-
   compare(i) {
     this.choose({ run: i });
     this.panel.querySelector('.others [aria-pressed="true"]')?.focus();
   }
-}
-
-/** A cost, or a share of one: four places, so that a column adds up. */
-function small(value) {
-  return value > 0 && value < 5e-5 ? "< 0.0001" : Number.isNaN(value) ? "–" : value === 0 ? "0" : value.toFixed(4);
-}
-
-/** A number with a bar behind it; `share` is the bar's part of the whole width. */
-function bar(value, share, text, kind) {
-  return el("td", { class: `meter ${kind}`, "data-value": value, vars: { "--share": share.toFixed(4) } }, el("span", { text }));
 }
