@@ -83,19 +83,24 @@ function list(words) {
   return words.length < 2 ? words.join("") : `${words.slice(0, -1).join(", ")} and ${words.at(-1)}`;
 }
 
+/** The end of a path on somebody's machine; all of a name on the hub. */
+function place(name) {
+  return /^[/.~]/.test(name) ? String(name).replace(/\/+$/, "").split("/").at(-1) : name;
+}
+
 function drawTitle() {
   const names = DATA.runs.map((run) => run.name);
   document.getElementById("title").textContent = list(names);
   document.title = `${list(names)}: runs compared`;
   const about = DATA.evaluation;
   document.getElementById("lede").textContent = about
-    ? `${count(DATA.runs.length, "run")}, measured on ${count(about.records, "held-out record")} of ${about.data}.`
+    ? `${count(DATA.runs.length, "run")}, measured on ${count(about.records, "held-out record")} of ${place(about.data)}.`
     : `${count(DATA.runs.length, "run")}; nothing was evaluated.`;
   const TITLES = { model_name_or_path: "from", learning_rate: "learning rate" };
   document.getElementById("runs").append(
     ...DATA.runs.map((run, i) => {
       const told = Object.entries(run.flags).filter(([, value]) => value !== false);
-      const facts = told.map(([flag, value]) => `${TITLES[flag] ?? readable(flag)} ${value}`);
+      const facts = told.map(([flag, value]) => `${TITLES[flag] ?? readable(flag)} ${[value].flat().map(place).join(", ")}`);
       const last = run.curves && Math.max(...Object.values(run.curves).map((points) => points.at(-1)[0]));
       if (run.curves) facts.push(count(last, "step"));
       if (!run.model) facts.push("not finished: no model to evaluate");
