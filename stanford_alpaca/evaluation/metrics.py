@@ -26,7 +26,7 @@ from stanford_alpaca.evaluation.intervals import Replicates
 from stanford_alpaca.evaluation.mauve_score import load_featuriser, mauve
 from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results
-from stanford_alpaca.evaluation.texts import against_references, by_themselves
+from stanford_alpaca.evaluation.texts import against_references, by_themselves, first_words
 from stanford_alpaca.generate import generate_batch, load_for_generation
 from stanford_alpaca.head import original_weight, recognise_head
 from stanford_alpaca.samples import format_sample, sample_of, write_jsonl
@@ -104,15 +104,17 @@ def measure_responses(records: Dataset, responses: dict[str, Responses], setting
     if not responses:
         return {}
     named = "{} ({})" if len(settings.decodings()) > 1 else "{}"
-    references = _compared([as_shown(record)["reference"] for record in records], settings)
+    references = [compared(as_shown(record)["reference"], settings) for record in records]
     found: dict[str, Measures] = {name: {} for name in (*responses, REFERENCES)}
     if settings.mauve is not None:
         featurize = load_featuriser(settings.mauve, settings.trust_remote_code)
         wanted = featurize(_with_prompts(references, records))
     for decoding, ways in settings.decodings().items():
         for name, of in responses.items():
-            texts = [_compared(answers, settings) for answers in of[decoding]]
+            texts = [[compared(answer, settings) for answer in answers] for answers in of[decoding]]
             measures = {**against_references(texts, references), **by_themselves(texts)}
+            if settings.prefix_words is not None:
+                del measures["exact_match"]  # of where a text is cut
             if settings.mauve is not None:
                 features = [featurize(_with_prompts(answers, records)) for answers in texts]
                 values = [mauve(wanted, given, seed) for given, (_, seed) in zip(features, ways, strict=True)]
@@ -122,9 +124,10 @@ def measure_responses(records: Dataset, responses: dict[str, Responses], setting
     return found
 
 
-def _compared(texts: list[str], settings: Settings) -> list[str]:
-    words = settings.continuation_words
-    return texts if words is None else [" ".join(text.split()[:words]) for text in texts]
+def compared(text: str, settings: Settings) -> str:
+    """What of a response or a reference is compared."""
+    words = settings.compared_words
+    return text if words is None else first_words(text, words)
 
 
 def _with_prompts(texts: list[str], records: Dataset) -> list[str]:
@@ -141,7 +144,7 @@ def make_samples(records: Dataset, responses: dict[str, Responses], settings: Se
         for decoding, ways in settings.decodings().items():
             texts = {name: [answers[i] for answers in of[decoding]] for name, of in responses.items()}
             sample = sample_of(record, {name: of if len(ways) > 1 else of[0] for name, of in texts.items()})
-            samples.append({**sample, "decoding": decoding})
+            samples.append(sample | {"reference": compared(sample["reference"], settings), "decoding": decoding})
     return samples
 
 
@@ -184,7 +187,8 @@ def run(
         checkpoints: folders or hub names, the base model first.
         data: what training takes, with reference outputs; of running text the teacher-forced measures, in blocks of max_length.
         prefix_words: running text is cut after so many words of each document; what follows is the reference.
-        continuation_words: how many words of references and responses are compared; all by default.
+        continuation_words: how many words of references and responses are compared: all; with prefix_words by default half of
+            max_new_tokens, which most responses reach.
         out: a folder for metrics.json and samples.jsonl; neither may exist.
         samples: how many samples to print.
         limit: only the first records.
