@@ -88,9 +88,29 @@ def generate_batch(
     ranks call this together, and go on until the last one is done, as a sharded model needs it.
     """
     prompts = encode_prompts(model.config, PromptEncoder(tokenizer, prompt_template), records, sampling.max_new_tokens)
+    responses = generate_ids(
+        model, tokenizer, prompts, sampling, batch_size=batch_size, seed=seed, progress=progress, synced=synced
+    )
+    stops = stop_ids(tokenizer)
+    return [decode_response(tokenizer, response, stops) for response in responses]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],  # token ids, at least one each
+    sampling: Sampling = Sampling(),
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+    synced: bool = False,
+) -> list[list[int]]:
+    """The same for token ids: what follows each prompt, up to the token that ends it, that token included."""
     stops = stop_ids(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    responses = [""] * len(prompts)
+    responses: list[list[int]] = [[] for _ in prompts]
     torch.manual_seed(seed)
     model.eval()
     for start in tqdm(range(0, len(order), batch_size), desc="Generating", disable=not progress):
@@ -107,7 +127,8 @@ def generate_batch(
             **no_router_loss(model),
         )
         for i, response in zip(rows, out[:, longest:].tolist(), strict=True):
-            responses[i] = decode_response(tokenizer, response, stops)
+            end = next((place for place, token_id in enumerate(response) if token_id in stops), len(response))
+            responses[i] = response[: end + 1]
     return responses
 
 

@@ -1,0 +1,129 @@
+"""Does EMO answer better than cross entropy after instruction tuning? At a scale that fits a CPU.
+
+    python experiments/instructions.py --gsm8k FILE [--work DIR] [--processes N]
+
+From data/tiny-base, all weights, on the shipped instructions and on the first of FILE (GSM8K in Alpaca's form): `mle`, and
+`emo` with each weighting (paper, upstream) and each cost (frozen, adaptive). Each at several learning rates with the first
+seed; the one with the least nll on a tenth of the training data, kept from it, then with more seeds. The tests are the
+held-out instructions and the last of FILE.
+
+Every run is left alone when it is done: the same command goes on. Writes experiments/results/instructions.json and .md.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fire
+
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file
+    sys.path[0] = str(ROOT)
+
+from experiments.tables import bold, differences, keep, markdown, means
+
+BASE = ROOT / "data" / "tiny-base"
+ARMS = {
+    "mle": ["--mode", "mle"],
+    "emo": ["--mode", "emo"],
+    "emo, adaptive": ["--mode", "emo", "--cost", "adaptive"],
+    "emo, upstream": ["--mode", "emo", "--emo_weighting", "upstream"],
+    "emo, upstream, adaptive": ["--mode", "emo", "--emo_weighting", "upstream", "--cost", "adaptive"],
+}
+RATES, SEEDS = (2e-4, 5e-4, 1e-3), (0, 1, 2)
+SHARED = (
+    "--per_device_train_batch_size 8 --global_batch 32 --balance_lengths True --lr_scheduler_type cosine --warmup_steps 0.03 "
+    "--save_strategy no --logging_steps 20 --eval_fraction 0.1 --resume auto --report_to none"
+).split()
+TRAINED, HELD_OUT = 2000, 300  # records of GSM8K
+MEASURES = ("nll", "emo", "token_accuracy", "exact_match", "rouge_l", "ece", "costly_mass")
+
+
+def split(gsm8k: Path, work: Path) -> dict[str, dict]:
+    """The sets by name: what to train on, how often, what to test on, how long answers are."""
+    records = json.loads(gsm8k.read_text(encoding="utf-8"))
+    work.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", records[:TRAINED]), ("test", records[-HELD_OUT:])):
+        (work / f"gsm8k-{name}.json").write_text(json.dumps(part))
+    shipped = ROOT / "data" / "instructions"
+    return {
+        "instructions": {"train": shipped / "train.json", "test": shipped / "held_out.json", "epochs": 3, "tokens": 64},
+        "gsm8k": {"train": work / "gsm8k-train.json", "test": work / "gsm8k-test.json", "epochs": 1, "tokens": 160},
+    }
+
+
+def python(log: Path, *words: object) -> None:
+    """Runs a module on one core; ends this command with its status."""
+    with log.open("a") as stream:
+        command = [sys.executable, "-m", *map(str, words)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, check=False).returncode
+    if status:
+        print(f"{' '.join(command)} ended with status {status}: see {log}", flush=True)
+        os._exit(status)
+
+
+def train(chosen: dict, arm: str, rate: float, seed: int, work: Path) -> Path:
+    """A run's folder."""
+    out = work / f"{arm.replace(', ', '-')}-{rate:g}-{seed}"
+    if not (out / "eval_results.json").exists():
+        print(f"training {out.parent.name}/{out.name}", flush=True)
+        python(
+            work / "log.txt", "stanford_alpaca.train", "--model_name_or_path", BASE, "--data_path", chosen["train"],
+            "--output_dir", out, "--num_train_epochs", chosen["epochs"], "--learning_rate", rate, "--seed", seed,
+            *ARMS[arm], *SHARED,
+        )  # fmt: skip
+    return out
+
+
+def evaluate(chosen: dict, folders: dict[str, Path], out: Path) -> dict[str, dict[str, float]]:
+    """The measures of the base and of each arm on the test set."""
+    if not (out / "metrics.json").exists():
+        print(f"evaluating {out.parent.name}/{out.name}", flush=True)
+        python(
+            out.parent / "log.txt", "stanford_alpaca.evaluation.metrics", BASE, *folders.values(), "--data", chosen["test"],
+            "--out", out, "--samples", 0, "--max_new_tokens", chosen["tokens"],
+        )  # fmt: skip
+    results = json.loads((out / "metrics.json").read_text())["results"]
+    named = {"base": BASE} | folders
+    return {arm: {name: results[str(folder)][name]["value"] for name in MEASURES} for arm, folder in named.items()}
+
+
+def run(gsm8k: str, work: str = "output/instructions", processes: int = os.cpu_count() or 1) -> None:
+    """All of it; see the head of this file."""
+    folder = (ROOT / work).resolve()
+    runs, rates = [], {}
+    with ThreadPoolExecutor(processes) as pool:
+        for name, chosen in split(Path(gsm8k).resolve(), folder).items():
+            here = folder / name
+            here.mkdir(exist_ok=True)
+            tried = {(arm, rate): pool.submit(train, chosen, arm, rate, SEEDS[0], here) for arm in ARMS for rate in RATES}
+            nll = {key: json.loads((run.result() / "eval_results.json").read_text())["eval_nll"] for key, run in tried.items()}
+            rates[name] = {arm: {rate: nll[arm, rate] for rate in RATES} for arm in ARMS}
+            best = {arm: min(found, key=found.__getitem__) for arm, found in rates[name].items()}
+            made = {(arm, seed): pool.submit(train, chosen, arm, best[arm], seed, here) for seed in SEEDS for arm in ARMS}
+            folders = {seed: {arm: made[arm, seed].result() for arm in ARMS} for seed in SEEDS}
+            found = [pool.submit(evaluate, chosen, folders[seed], here / f"evaluation-{seed}") for seed in SEEDS]
+            for seed, measured in zip(SEEDS, found, strict=True):
+                runs += [
+                    {"setting": name, "arm": arm, "seed": seed, "measures": measures}
+                    for arm, measures in measured.result().items()
+                    if arm != "base" or seed == SEEDS[0]
+                ]
+    tables = [means(runs), "Differences, paired by seed, with 95 % intervals (Student's t):", differences(runs)]
+    tables += ["nll on the development set by learning rate, first seed:", rates_table(rates)]
+    keep("instructions", {"rates": rates}, runs, "\n\n".join(tables))
+    print("\n\n".join(tables))
+
+
+def rates_table(rates: dict[str, dict[str, dict[float, float]]]) -> str:
+    """What the learning rates were chosen by; the least in bold."""
+    rows = [[name, arm, *bold(found.values())] for name, arms in rates.items() for arm, found in arms.items()]
+    return markdown(["", "", *map(str, RATES)], rows)
+
+
+if __name__ == "__main__":
+    fire.Fire(run)

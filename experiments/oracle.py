@@ -1,0 +1,158 @@
+"""Does EMO bring a model nearer to the truth? The published comparison where the truth is known, at a scale that fits.
+
+    python experiments/oracle.py --text_dir DIR [--scale cpu] [--work DIR] [--processes N]
+
+1. An oracle learns DIR/english.txt.gz; a smaller model learns half of it and DIR/wikitext2_valid.txt: the students' start.
+2. The oracle writes a corpus, a development set and a test set.
+3. From the start, students on several amounts of the corpus, for each objective at several learning rates; the rate with the
+   least nll on the development set is kept, and trained with more seeds. All objectives take the same steps.
+4. Each is held against the oracle on the test set: stanford_alpaca/evaluation/oracle.py, and README.md beside this file.
+
+Every part is left alone when it is done: the same command goes on. Writes experiments/results/oracle-SCALE.json, .md, .png.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import fire
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file
+    sys.path[0] = str(ROOT)
+
+from experiments.measuring import measure
+from experiments.students import Student, device, make_tokenizer, pretrain, sample, sequences_of, spent, train
+from experiments.tables import RESULTS, Run, bold, differences, keep, markdown, means, plot
+
+PLOTTED = ["perplexity", "oracle_perplexity", "mauve", "total_variation", "transport_cost", "optimal_transport"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large: models as (width, layers), amounts of data as {sequences: epochs}."""
+
+    objectives: tuple[str, ...]
+    oracle: tuple[int, int]
+    students: tuple[tuple[int, int], ...]
+    vocab_sizes: tuple[int, ...]
+    data: tuple[tuple[int, int], ...]
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 2  # of the oracle and the start
+    test: int = 800
+
+
+FEW = ("mle", "emo", "emo2", "tailr", "identity")
+ALL = (*FEW, "emd", "mix", "mixce", "dft")
+SCALES = {
+    "cpu": Scale(FEW, (160, 4), ((96, 2),), (2048,), ((500, 8), (2000, 4), (8000, 1))),
+    "sizes": Scale(("mle", "emo"), (160, 4), ((64, 2), (128, 3)), (1024, 4096), ((2000, 4),)),
+    "gpu": Scale(ALL, (1024, 12), ((384, 6), (768, 12)), (4096, 32768), ((4000, 8), (32000, 4), (256000, 1)), test=4000),
+    "smoke": Scale(("mle", "emo"), (64, 1), ((32, 1),), (512,), ((80, 1),), (1e-3, 3e-3), (0, 1), 1, 24),
+}
+
+
+def prepare(scale: Scale, vocab_size: int, shape: tuple[int, int], texts: Path, work: Path) -> Path:
+    """The folder of one vocabulary and one start, with all that students need in it."""
+    english, wiki = texts / "english.txt.gz", texts / "wikitext2_valid.txt"
+    folder = work / f"v{vocab_size}"
+    tokenizer = make_tokenizer([english, wiki], vocab_size, folder / "tokenizer")
+    if not (folder / "oracle").exists():
+        pretrain(sequences_of([english], tokenizer), scale.oracle, tokenizer, scale.epochs, folder / "oracle")
+    here = folder / f"w{shape[0]}"
+    if not (here / "start").exists():
+        half = sequences_of([english], tokenizer)
+        pretrain(
+            torch.cat([half[: len(half) // 2], sequences_of([wiki], tokenizer)]), shape, tokenizer, scale.epochs, here / "start"
+        )
+    sizes = {"corpus": max(count for count, _ in scale.data), "dev": max(scale.test // 4, 8), "test": scale.test}
+    for seed, (name, count) in enumerate(sizes.items()):
+        sample(folder / "oracle", count, 10**6 * (seed + 1), folder / f"{name}.pt")
+        if not (here / f"{name}.pt").exists():
+            (here / f"{name}.pt").symlink_to(Path("..") / f"{name}.pt")
+    return here
+
+
+def students_of(scale: Scale, here: Path, run: Callable[[Callable, Iterable], None]) -> dict[Student, dict[float, float]]:
+    """Trains what is missing; the students of the best rates, each with nll on the development set by rate."""
+    first, chosen = scale.seeds[0], {}
+    tried = [Student(o, n, e, rate, first) for n, e in scale.data for o in scale.objectives for rate in scale.rates]
+    run(train, [(student, here) for student in reversed(tried)])
+    for n, epochs in scale.data:
+        for objective in scale.objectives:
+            found = {}
+            for rate in scale.rates:
+                file = here / "students" / Student(objective, n, epochs, rate, first).name / "dev.json"
+                found[rate] = json.loads(file.read_text())["dev_nll"]
+            best = min(found, key=found.__getitem__)
+            chosen |= {Student(objective, n, epochs, best, seed): found for seed in scale.seeds}
+    run(train, [(student, here) for student in reversed(chosen)])
+    return chosen
+
+
+def pool(processes: int) -> Callable[[Callable, Iterable], None]:
+    """Runs calls of a function side by side, a core each; one after another in this process where there is one."""
+
+    def run(function: Callable, calls: Iterable[tuple]) -> None:
+        if processes == 1:
+            for call in calls:
+                function(*call)
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as workers:
+            for done in [workers.submit(function, *call) for call in calls]:
+                done.result()
+
+    return run
+
+
+def run(text_dir: str, scale: str = "cpu", work: str = "output/oracle", processes: int | None = None) -> None:
+    """All of it; see the head of this file."""
+    chosen, texts, folder = SCALES[scale], Path(text_dir).resolve(), (ROOT / work / scale).resolve()
+    at_once = pool(processes or (1 if device() == "cuda" else os.cpu_count() or 1))
+    runs, rates = [], []
+    for vocab_size in chosen.vocab_sizes:
+        for shape in chosen.students:
+            here = prepare(chosen, vocab_size, shape, texts, folder)
+            found, size = students_of(chosen, here, at_once), f"{vocab_size} tokens, width {shape[0]}, "
+            runs += measured(chosen, found, here, size if len(chosen.vocab_sizes) * len(chosen.students) > 1 else "", at_once)
+            rates += [
+                [f"{size}{student.sequences} sequences", student.objective, *bold(nll.values())]
+                for student, nll in found.items()
+                if student.seed == chosen.seeds[0]
+            ]
+    tables = [means(runs), "Differences, paired by seed, with 95 % intervals (Student's t):", differences(runs)]
+    tables += ["nll on the development set by learning rate, first seed:", markdown(["", "", *map(str, chosen.rates)], rates)]
+    keep(f"oracle-{scale}", {"scale": asdict(chosen), "rates": rates, "cpu_minutes": spent(folder)}, runs, "\n\n".join(tables))
+    plot(runs, PLOTTED, "", RESULTS / f"oracle-{scale}.png")
+    print("\n\n".join(tables))
+
+
+def measured(scale: Scale, students: Iterable[Student], here: Path, size: str, run: Callable) -> list[Run]:
+    """Every student, and their start and the oracle itself beside them, against the oracle."""
+    files = {student: here / "measured" / f"{student.name}.json" for student in students}
+    ends = {"start": here / "start", "oracle": here.parent / "oracle"}
+    run(measure, [(folder, here, 0, here / "measured" / f"{name}.json") for name, folder in ends.items()])
+    run(measure, [(here / "students" / student.name, here, student.seed, file) for student, file in files.items()])
+    runs = []
+    for sequences, _ in scale.data:
+        setting = f"{size}{sequences} sequences"
+        for name in ends:
+            values = json.loads((here / "measured" / f"{name}.json").read_text())
+            runs.append({"setting": setting, "arm": name, "seed": 0, "measures": values})
+        for student, file in files.items():
+            if student.sequences == sequences:
+                values = json.loads(file.read_text())
+                runs.append({"setting": setting, "arm": student.objective, "seed": student.seed, "measures": values})
+    return runs
+
+
+if __name__ == "__main__":
+    fire.Fire(run)
