@@ -11,13 +11,14 @@ program, solved for some positions). Of responses, ``oracle_perplexity``: exp of
 their tokens.
 """
 
+import importlib.util
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.cost.embedding import full_precision
@@ -26,16 +27,23 @@ from stanford_alpaca.data.tokenize import IGNORE_INDEX
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.intervals import Items, mean_of
 from stanford_alpaca.head import head_of
+from stanford_alpaca.loadable import check_model
+from stanford_alpaca.model import load_tokenizer
 from stanford_alpaca.token_stats import reference
 
 LEFT_OUT = 1e-4  # probability that optimal transport leaves out of each distribution: changes it by at most 4 * LEFT_OUT
 EXACT = ("forward_cross_entropy", "reverse_cross_entropy", "total_variation", "transport_cost")
 
 
-def check_oracle(tokenizer: PreTrainedTokenizerBase, oracle: PreTrainedTokenizerBase) -> None:
-    """Raises UserError unless both have the same tokens: distributions over others cannot be compared."""
-    if tokenizer.get_vocab() != oracle.get_vocab():
-        raise UserError("--oracle has another vocabulary than the checkpoints: their distributions cannot be compared")
+def check_oracle(oracle: str, names: list[str], remote_code: bool = False) -> None:
+    """Raises UserError unless the models have the oracle's tokens and POT is installed; before any is loaded."""
+    if importlib.util.find_spec("ot") is None:
+        raise UserError("--oracle needs a package of its own: pip install POT")
+    check_model(oracle, remote_code=remote_code)
+    tokens = load_tokenizer(oracle, remote_code=remote_code).get_vocab()
+    for name in names:
+        if load_tokenizer(name, remote_code=remote_code).get_vocab() != tokens:
+            raise UserError(f"{name} has another vocabulary than the --oracle {oracle}: they have no distributions to compare")
 
 
 @torch.inference_mode()
@@ -54,8 +62,6 @@ def distances(
 
     Args:
         positions: how many supervised positions optimal transport is solved at; equal numbers and seeds choose the same.
-
-    Raises UserError if positions are asked for and POT is not installed.
     """
     counts = np.array([sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in examples])
     chosen = np.zeros(counts.sum(), dtype=bool)
@@ -92,11 +98,9 @@ def oracle_perplexity(
 
 
 def optimal_transport(p: Tensor, q: Tensor, cost: CostEmbedding) -> float:  # [V], [V]
-    """The least expected cost of turning p into q, without LEFT_OUT of each. Raises UserError if POT is not installed."""
-    try:
-        import ot
-    except ImportError:
-        raise UserError("optimal transport needs the package POT: pip install POT") from None
+    """The least expected cost of turning p into q, without LEFT_OUT of each."""
+    import ot  # POT; seconds to import
+
     (rows, mass), (columns, wanted) = _most(p), _most(q)
     prices = cost.costs(rows, len(p))[:, columns].double().cpu().numpy()
     return float(ot.emd2(mass.cpu().numpy(), wanted.cpu().numpy(), prices, numItermax=10_000_000))

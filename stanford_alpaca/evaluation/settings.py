@@ -10,6 +10,7 @@ from stanford_alpaca.data.formats import FORMS, check_columns, form_of, load_rec
 from stanford_alpaca.data.tokenize import check_template
 from stanford_alpaca.errors import UserError, check_whole, say
 from stanford_alpaca.evaluation.mauve_score import check_mauve
+from stanford_alpaca.evaluation.oracle import check_oracle
 from stanford_alpaca.evaluation.texts import first_words
 from stanford_alpaca.generate import check_prompts
 from stanford_alpaca.loadable import check_model
@@ -36,6 +37,7 @@ class Settings:
     seeds: str = "0"  # of sampling, with commas
     num_beams: int = 4
     mauve: str | None = None  # the model whose features are compared
+    oracle: str | None = None  # the model that the data were drawn from
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +79,10 @@ class Settings:
         }
         return {name: ways[name] for name in names}
 
+    def named(self, measure: str, decoding: str) -> str:
+        """The name of a measure of responses: with several ways of decoding, theirs too."""
+        return f"{measure} ({decoding})" if len(self.decodings()) > 1 else measure
+
 
 def read_records(names: list[str], settings: Settings) -> Dataset:
     """The records to evaluate on. Everything that could be wrong with them, the checkpoints and the settings is found first.
@@ -98,6 +104,8 @@ def read_records(names: list[str], settings: Settings) -> Dataset:
         records = continuations(records, settings.prefix_words)
     elif is_text and (settings.decoding != "greedy" or settings.mauve is not None):
         raise UserError("running text asks nothing: give --prefix_words N to have each document continued after N words")
+    if settings.oracle is not None:
+        check_oracle(settings.oracle, names, remote_code)
     if settings.mauve is not None:
         check_mauve(settings.mauve, len(records), remote_code)
     if form_of(records.column_names) != "text":
