@@ -240,3 +240,22 @@ def test_bad_arguments_end_the_command_before_a_model_is_loaded(base, tmp_path, 
     monkeypatch.chdir(tmp_path)
     status, line = refusal(capsys, monkeypatch, lambda: run(base, out="out", **arguments), tmp_path / "out")
     assert status == 2 and message in line
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ot") is None, reason="needs POT")
+def test_an_oracle_in_the_command(base, other, tmp_path, data, make_model):
+    flags = {"decoding": "greedy,sample", "seeds": "0,1", "max_new_tokens": 4, "limit": 2}
+    run(base, other, data=str(data), out=str(tmp_path / "ev"), oracle=other, **flags)
+    results = {name: {m: v["value"] for m, v in of.items()} for name, of in read(tmp_path / "ev")[0]["results"].items()}
+    assert results[other]["total_variation"] < 1e-6 and results[other]["optimal_transport"] < 1e-6
+    assert 0.05 < results[base]["total_variation"] < 1
+    assert results[other]["forward_cross_entropy"] == pytest.approx(results[other]["reverse_cross_entropy"])
+    assert results[other]["forward_cross_entropy"] < results[base]["forward_cross_entropy"]
+    assert 1 < results[other]["oracle_perplexity (greedy)"] < results[other]["oracle_perplexity (sample)"]
+
+    make_model("llama").save_pretrained(tmp_path / "foreign")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(tmp_path / "foreign")
+    with pytest.raises(UserError, match="has another vocabulary than the --oracle"):
+        run(base, data=str(data), oracle=str(tmp_path / "foreign"))
