@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from stanford_alpaca.errors import UserError, say
 from stanford_alpaca.evaluation.retrieval import embed
@@ -32,7 +33,8 @@ def check_mauve(featuriser: str, texts: int, remote_code: bool = False) -> None:
 def load_featuriser(name: str, remote_code: bool = False) -> Featurize:
     """Features of texts: the last hidden state at the last token of a causal LM, as MAUVE's authors have it, else, of an
     encoder, the mean over the tokens. Which of the two it is shows in whether its first state depends on later tokens."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # an output layer that is not loaded, a pooling layer that is not there: neither is used
     try:
         if AutoConfig.from_pretrained(name, trust_remote_code=remote_code).is_encoder_decoder:
             raise ValueError("it is an encoder with a decoder, which takes two texts")
@@ -40,7 +42,9 @@ def load_featuriser(name: str, remote_code: bool = False) -> Featurize:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=remote_code)
     except Exception as error:
         raise cannot_load(name, error) from None
-    model = model.to(device).eval()
+    finally:
+        logging.set_verbosity(level)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     causal = _is_causal(model)
     positions = min(getattr(model.config, "max_position_embeddings", 10**6), tokenizer.model_max_length)  # RoBERTa: 514, 512
     options = {"use_cache": False} if causal else {}

@@ -16,18 +16,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.blocks import make_blocks
+from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import form_of, take_columns
 from stanford_alpaca.data.prompts import as_shown
-from stanford_alpaca.data.tokenize import DataReport, ExampleEncoder, encode_records
+from stanford_alpaca.data.tokenize import DataReport, ExampleEncoder, PromptEncoder, encode_records
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown, say
 from stanford_alpaca.evaluation.comparison import Measures, compare, with_intervals
 from stanford_alpaca.evaluation.forced import teacher_forced
-from stanford_alpaca.evaluation.intervals import Replicates
+from stanford_alpaca.evaluation.intervals import Items, Replicates
 from stanford_alpaca.evaluation.mauve_score import load_featuriser, mauve
+from stanford_alpaca.evaluation.oracle import distances, oracle_perplexity
 from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results
-from stanford_alpaca.evaluation.texts import against_references, by_themselves
-from stanford_alpaca.generate import generate_batch, load_for_generation
+from stanford_alpaca.evaluation.texts import against_references, by_themselves, first_words
+from stanford_alpaca.generate import decode_response, encode_prompts, generate_ids, load_for_generation
 from stanford_alpaca.head import original_weight, recognise_head
 from stanford_alpaca.samples import format_sample, sample_of, write_jsonl
 
@@ -47,6 +49,7 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
     base, _ = load_for_generation(settings.cost or names[0], settings.trust_remote_code)
     cost = CostEmbedding(original_weight(base))
     del base
+    oracle = None if settings.oracle is None else load_for_generation(settings.oracle, settings.trust_remote_code)[0]
     found: dict[str, Measures] = {}
     responses: dict[str, Responses] = {}
     for name in names:
@@ -57,8 +60,12 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
             raise UserError(f"{name}: {error}") from None
         examples = make_examples(name, records, tokenizer, settings)
         found[name] = {**teacher_forced(model, tokenizer, examples, cost, settings.batch_size).measures()}
+        if oracle is not None:
+            options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": settings.batch_size}
+            found[name] |= distances(model, oracle, examples, cost, **options)
         if form_of(records.column_names) != "text":  # running text asks nothing
-            responses[name] = respond(model, tokenizer, records, settings)
+            responses[name], measures = respond(model, tokenizer, records, settings, oracle)
+            found[name] |= measures
         del model
     for name, measures in measure_responses(records, responses, settings).items():
         found.setdefault(name, {}).update(measures)
@@ -89,42 +96,60 @@ def make_examples(name: str, records: Dataset, tokenizer: PreTrainedTokenizerBas
     return examples
 
 
-def respond(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Dataset, settings: Settings) -> Responses:
-    """What the model answers, for every way of decoding and seed."""
-    options: dict[str, Any] = {"prompt_template": settings.prompt_template, "batch_size": settings.batch_size}
-    asked = list(records)
-    return {
-        decoding: [generate_batch(model, tokenizer, asked, sampling, seed=seed, **options) for sampling, seed in ways]
-        for decoding, ways in settings.decodings().items()
-    }
+def respond(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Dataset,
+    settings: Settings,
+    oracle: PreTrainedModel | None = None,
+) -> tuple[Responses, Measures]:
+    """What the model answers, for every way of decoding and seed, and what an oracle says to it."""
+    encode, stops = PromptEncoder(tokenizer, settings.prompt_template), stop_ids(tokenizer)
+    prompts = encode_prompts(model.config, encode, list(records), settings.max_new_tokens)
+    responses: Responses = {}
+    measures: Measures = {}
+    for decoding, ways in settings.decodings().items():
+        drawn = [
+            generate_ids(model, tokenizer, prompts, sampling, batch_size=settings.batch_size, seed=seed)
+            for sampling, seed in ways
+        ]
+        responses[decoding] = [[decode_response(tokenizer, ids, stops) for ids in answers] for answers in drawn]
+        if oracle is not None:
+            options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": settings.batch_size}
+            found = [oracle_perplexity(oracle, prompts, answers, **options) for answers in drawn]
+            summed = Items(np.sum([items.sums for items in found], axis=0), found[0].of)  # a record is an item, over its seeds
+            measures[settings.named("oracle_perplexity", decoding)] = summed
+    return responses, measures
 
 
 def measure_responses(records: Dataset, responses: dict[str, Responses], settings: Settings) -> dict[str, Measures]:
     """Of every model, and of the references by themselves. With several ways of decoding the measures are named by them."""
     if not responses:
         return {}
-    named = "{} ({})" if len(settings.decodings()) > 1 else "{}"
-    references = _compared([as_shown(record)["reference"] for record in records], settings)
+    references = [compared(as_shown(record)["reference"], settings) for record in records]
     found: dict[str, Measures] = {name: {} for name in (*responses, REFERENCES)}
     if settings.mauve is not None:
         featurize = load_featuriser(settings.mauve, settings.trust_remote_code)
         wanted = featurize(_with_prompts(references, records))
     for decoding, ways in settings.decodings().items():
         for name, of in responses.items():
-            texts = [_compared(answers, settings) for answers in of[decoding]]
+            texts = [[compared(answer, settings) for answer in answers] for answers in of[decoding]]
             measures = {**against_references(texts, references), **by_themselves(texts)}
+            if settings.prefix_words is not None:
+                del measures["exact_match"]  # of where a text is cut
             if settings.mauve is not None:
                 features = [featurize(_with_prompts(answers, records)) for answers in texts]
                 values = [mauve(wanted, given, seed) for given, (_, seed) in zip(features, ways, strict=True)]
                 measures["mauve"] = Replicates(np.array(values))
-            found[name] |= {named.format(measure, decoding): value for measure, value in measures.items()}
-        found[REFERENCES] |= {named.format(name, decoding): value for name, value in by_themselves([references]).items()}
+            found[name] |= {settings.named(measure, decoding): value for measure, value in measures.items()}
+        found[REFERENCES] |= {settings.named(name, decoding): value for name, value in by_themselves([references]).items()}
     return found
 
 
-def _compared(texts: list[str], settings: Settings) -> list[str]:
-    words = settings.continuation_words
-    return texts if words is None else [" ".join(text.split()[:words]) for text in texts]
+def compared(text: str, settings: Settings) -> str:
+    """What of a response or a reference is compared."""
+    words = settings.compared_words
+    return text if words is None else first_words(text, words)
 
 
 def _with_prompts(texts: list[str], records: Dataset) -> list[str]:
@@ -141,7 +166,7 @@ def make_samples(records: Dataset, responses: dict[str, Responses], settings: Se
         for decoding, ways in settings.decodings().items():
             texts = {name: [answers[i] for answers in of[decoding]] for name, of in responses.items()}
             sample = sample_of(record, {name: of if len(ways) > 1 else of[0] for name, of in texts.items()})
-            samples.append({**sample, "decoding": decoding})
+            samples.append(sample | {"reference": compared(sample["reference"], settings), "decoding": decoding})
     return samples
 
 
@@ -153,7 +178,7 @@ def training_figures(checkpoint: str) -> dict[str, float]:
     return {shown: figures[name] for name, shown in names.items() if name in figures}
 
 
-TEXTS = ("data", "cost", "out", "columns", "decoding", "seeds", "mauve")  # flags that stay as they are typed
+TEXTS = ("data", "cost", "out", "columns", "decoding", "seeds", "mauve", "oracle")  # flags that stay as they are typed
 
 
 @SetParseFns(**dict.fromkeys(TEXTS, str))
@@ -171,6 +196,7 @@ def run(
     seeds: str = "0",
     num_beams: int = 4,
     mauve: str | None = None,
+    oracle: str | None = None,
     max_new_tokens: int = 64,
     max_length: int = 512,
     prompt_template: str = "auto",
@@ -184,7 +210,8 @@ def run(
         checkpoints: folders or hub names, the base model first.
         data: what training takes, with reference outputs; of running text the teacher-forced measures, in blocks of max_length.
         prefix_words: running text is cut after so many words of each document; what follows is the reference.
-        continuation_words: how many words of references and responses are compared; all by default.
+        continuation_words: how many words of references and responses are compared: all; with prefix_words by default half of
+            max_new_tokens, which most responses reach.
         out: a folder for metrics.json and samples.jsonl; neither may exist.
         samples: how many samples to print.
         limit: only the first records.
@@ -192,6 +219,7 @@ def run(
         decoding: greedy, sample (temperature 1, nothing cut off) or beam, several with commas.
         seeds: of sampling, several with commas; num_beams: of beam search.
         mauve: a causal LM or an encoder whose features MAUVE compares; needs mauve-text.
+        oracle: the model that the data were drawn from, of the same vocabulary: distances to its distributions; needs POT.
         prompt_template, columns: as in training.
         trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
     """
@@ -202,7 +230,7 @@ def run(
     check_whole("samples", samples, 0)
     settings = Settings(
         data, pairs, limit, prefix_words, continuation_words, cost, max_length, max_new_tokens, prompt_template, batch_size,
-        decoding, seeds, num_beams, mauve, trust_remote_code,
+        decoding, seeds, num_beams, mauve, oracle, trust_remote_code,
     )  # fmt: skip
     files = [Path(out) / name for name in ("metrics.json", "samples.jsonl")] if out is not None else []
     for file in files:

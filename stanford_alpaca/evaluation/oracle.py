@@ -11,13 +11,14 @@ program, solved for some positions). Of responses, ``oracle_perplexity``: exp of
 their tokens.
 """
 
+import importlib.util
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.cost.embedding import full_precision
@@ -26,16 +27,24 @@ from stanford_alpaca.data.tokenize import IGNORE_INDEX
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.intervals import Items, mean_of
 from stanford_alpaca.head import head_of
+from stanford_alpaca.loadable import check_model
+from stanford_alpaca.model import load_tokenizer
 from stanford_alpaca.token_stats import reference
 
-LEFT_OUT = 1e-4  # probability that optimal transport leaves out of each distribution: changes it by at most 4 * LEFT_OUT
+LEFT_OUT = 1e-3  # probability that optimal transport leaves out of each distribution: changes it by at most 4 * LEFT_OUT
+MOST = 2048  # tokens of each that it moves, where that needs more: the program grows with their product
 EXACT = ("forward_cross_entropy", "reverse_cross_entropy", "total_variation", "transport_cost")
 
 
-def check_oracle(tokenizer: PreTrainedTokenizerBase, oracle: PreTrainedTokenizerBase) -> None:
-    """Raises UserError unless both have the same tokens: distributions over others cannot be compared."""
-    if tokenizer.get_vocab() != oracle.get_vocab():
-        raise UserError("--oracle has another vocabulary than the checkpoints: their distributions cannot be compared")
+def check_oracle(oracle: str, names: list[str], remote_code: bool = False) -> None:
+    """Raises UserError unless the models have the oracle's tokens and POT is installed; before any is loaded."""
+    if importlib.util.find_spec("ot") is None:
+        raise UserError("--oracle needs a package of its own: pip install POT")
+    check_model(oracle, remote_code=remote_code)
+    tokens = load_tokenizer(oracle, remote_code=remote_code).get_vocab()
+    for name in names:
+        if load_tokenizer(name, remote_code=remote_code).get_vocab() != tokens:
+            raise UserError(f"{name} has another vocabulary than the --oracle {oracle}: they have no distributions to compare")
 
 
 @torch.inference_mode()
@@ -46,7 +55,7 @@ def distances(
     cost: CostEmbedding,
     *,
     pad_token_id: int,
-    positions: int = 256,
+    positions: int = 128,
     batch_size: int = 16,
     seed: int = 0,
 ) -> dict[str, Items]:
@@ -54,8 +63,6 @@ def distances(
 
     Args:
         positions: how many supervised positions optimal transport is solved at; equal numbers and seeds choose the same.
-
-    Raises UserError if positions are asked for and POT is not installed.
     """
     counts = np.array([sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in examples])
     chosen = np.zeros(counts.sum(), dtype=bool)
@@ -92,11 +99,9 @@ def oracle_perplexity(
 
 
 def optimal_transport(p: Tensor, q: Tensor, cost: CostEmbedding) -> float:  # [V], [V]
-    """The least expected cost of turning p into q, without LEFT_OUT of each. Raises UserError if POT is not installed."""
-    try:
-        import ot
-    except ImportError:
-        raise UserError("optimal transport needs the package POT: pip install POT") from None
+    """The least expected cost of turning p into q, without LEFT_OUT of each (more of it where MOST tokens lack more)."""
+    import ot  # POT; seconds to import
+
     (rows, mass), (columns, wanted) = _most(p), _most(q)
     prices = cost.costs(rows, len(p))[:, columns].double().cpu().numpy()
     return float(ot.emd2(mass.cpu().numpy(), wanted.cpu().numpy(), prices, numItermax=10_000_000))
@@ -116,7 +121,7 @@ def _exact(p: Tensor, q: Tensor, cost: CostEmbedding) -> Tensor:  # [n, V] log p
 
 def _most(p: Tensor) -> tuple[Tensor, Tensor]:  # [V] -> ids [k], their float64 probabilities, made to sum to 1
     ordered, ids = p.double().sort(descending=True)
-    keep = int((ordered.cumsum(0) < (1 - LEFT_OUT) * ordered.sum()).sum()) + 1
+    keep = min(int((ordered.cumsum(0) < (1 - LEFT_OUT) * ordered.sum()).sum()) + 1, MOST)
     return ids[:keep], ordered[:keep] / ordered[:keep].sum()
 
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 
 from datasets import Dataset
 
@@ -11,6 +10,8 @@ from stanford_alpaca.data.formats import FORMS, check_columns, form_of, load_rec
 from stanford_alpaca.data.tokenize import check_template
 from stanford_alpaca.errors import UserError, check_whole, say
 from stanford_alpaca.evaluation.mauve_score import check_mauve
+from stanford_alpaca.evaluation.oracle import check_oracle
+from stanford_alpaca.evaluation.texts import first_words
 from stanford_alpaca.generate import check_prompts
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.sampling import Sampling
@@ -26,7 +27,7 @@ class Settings:
     columns: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
     prefix_words: int | None = None  # running text: each document is cut after so many words, and continued
-    continuation_words: int | None = None  # of responses and references, the first ones are compared; None: all
+    continuation_words: int | None = None  # see ``compared_words``
     cost: str | None = None  # the model whose output embedding prices emo; None: the first checkpoint
     max_length: int = 512  # tokens of prompt and reference
     max_new_tokens: int = 64
@@ -36,6 +37,7 @@ class Settings:
     seeds: str = "0"  # of sampling, with commas
     num_beams: int = 4
     mauve: str | None = None  # the model whose features are compared
+    oracle: str | None = None  # the model that the data were drawn from
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -45,6 +47,14 @@ class Settings:
             check_whole(name, getattr(self, name), least)
         check_template(self.prompt_template)
         self.decodings()
+
+    @property
+    def compared_words(self) -> int | None:
+        """How many words of responses and references are compared; None for all. The continuation of running text has no end:
+        of it they are by default half of max_new_tokens, which most responses reach."""
+        if self.continuation_words is None and self.prefix_words is not None:
+            return max(1, self.max_new_tokens // 2)
+        return self.continuation_words
 
     def decodings(self) -> dict[str, list[tuple[Sampling, int]]]:
         """For every way of decoding that was asked for, how each of its responses is chosen, and the seed."""
@@ -69,6 +79,10 @@ class Settings:
         }
         return {name: ways[name] for name in names}
 
+    def named(self, measure: str, decoding: str) -> str:
+        """The name of a measure of responses: with several ways of decoding, theirs too."""
+        return f"{measure} ({decoding})" if len(self.decodings()) > 1 else measure
+
 
 def read_records(names: list[str], settings: Settings) -> Dataset:
     """The records to evaluate on. Everything that could be wrong with them, the checkpoints and the settings is found first.
@@ -90,6 +104,8 @@ def read_records(names: list[str], settings: Settings) -> Dataset:
         records = continuations(records, settings.prefix_words)
     elif is_text and (settings.decoding != "greedy" or settings.mauve is not None):
         raise UserError("running text asks nothing: give --prefix_words N to have each document continued after N words")
+    if settings.oracle is not None:
+        check_oracle(settings.oracle, names, remote_code)
     if settings.mauve is not None:
         check_mauve(settings.mauve, len(records), remote_code)
     if form_of(records.column_names) != "text":
@@ -104,9 +120,9 @@ def continuations(documents: Dataset, words: int) -> Dataset:
     """
     rows = []
     for text in documents["text"]:
-        ends = [match.end() for match in islice(re.finditer(r"\S+", text), words + 1)]
-        if len(ends) > words:
-            rows.append({"prompt": text[: ends[words - 1]], "completion": text[ends[words - 1] :]})
+        prompt = first_words(text, words)
+        if text[len(prompt) :].strip():
+            rows.append({"prompt": prompt, "completion": text[len(prompt) :]})
     if not rows:
         raise UserError(f"--prefix_words {words}: no document has a word after so many; give fewer")
     if len(rows) < len(documents):

@@ -26,8 +26,8 @@ def format_differences(differences: list[Row]) -> str:
         table = [["", "difference", "95 % interval", "p"]]
         for measure, found in pair["measures"].items():
             if found["p"] is not None and (len(shown) == 1 or measure.partition(" (")[0] in FEW):
-                interval = f"{_short(found['low'], '+')} to {_short(found['high'], '+')}"
-                table.append([measure.replace("_", " "), f"{found['mean']:+.4f}", interval, f"{found['p']:.4f}"])
+                mean, low, high = (_number(found[name], "+") for name in ("mean", "low", "high"))
+                table.append([measure.replace("_", " "), mean, f"{low} to {high}", f"{found['p']:.4f}"])
         tables.append(f"{pair['model']} minus {pair['minus']}:\n{align(table)}")
     return "\n\n".join(tables)
 
@@ -52,10 +52,10 @@ def _cells(column: list[Row | None]) -> list[str]:
     return [value + interval.ljust(width) for value, interval in zip(values, intervals, strict=True)]
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.4f}"
+def _number(value: float, sign: str = "-") -> str:
+    return f"{value:{sign},.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:{sign}.4f}"
 
 
-def _short(value: float, sign: str = "-") -> str:
-    """Three digits."""
-    return f"{value:{sign},.0f}" if abs(value) >= 100 else f"{value:{sign}.3g}"
+def _short(value: float) -> str:
+    """Three digits; none for thousands, as commas stand between the two ends."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -84,6 +85,12 @@ def self_bleu(texts: list[str]) -> float:
         nearest = min(others, key=lambda other: (abs(other - length), other))
         scores.append(BLEU.compute_bleu(correct, total, length, nearest, smooth_method="exp", effective_order=True).score)
     return float(np.mean(scores)) / 100
+
+
+def first_words(text: str, words: int) -> str:
+    """The text up to the end of its word of this number; the whole text if it has fewer."""
+    ends = [match.end() for match in islice(re.finditer(r"\S+", text), words)]
+    return text[: ends[-1]] if len(ends) == words else text
 
 
 class _Words:

@@ -1,84 +1,219 @@
-"""The evaluation command against plain computations."""
+"""The evaluation command: what it writes and prints, of instructions, of running text and of its continuations."""
 
+import importlib.util
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
 
-from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.data.formats import load_records
-from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.metrics import exact_match, format_table, run, teacher_forced
-from stanford_alpaca.generate import load_for_generation
+from stanford_alpaca.evaluation.comparison import compare, with_intervals
+from stanford_alpaca.evaluation.intervals import Items, Replicates, mean_of
+from stanford_alpaca.evaluation.mauve_score import load_featuriser, mauve
+from stanford_alpaca.evaluation.metrics import run
+from stanford_alpaca.evaluation.settings import Settings, continuations, read_records
+from stanford_alpaca.evaluation.tables import format_differences, format_results
+from stanford_alpaca.evaluation.texts import exact_match, self_bleu
+from stanford_alpaca.generate import generate_batch, load_for_generation
+from stanford_alpaca.sampling import Sampling
+from tests.helpers import refusal
+
+
+@pytest.fixture
+def base(root):
+    return str(root / "data" / "tiny-base")
 
 
 @pytest.fixture
 def data(root, tmp_path):
-    """Nine of the held-out records."""
+    """Nine of the held-out records, and as running text."""
     records = json.loads((root / "data" / "instructions" / "held_out.json").read_text())[:9]
     (tmp_path / "data.json").write_text(json.dumps(records))
+    (tmp_path / "text.txt").write_text("The king of the north is old.\nHis river runs to the sea.\n" * 9)
     return tmp_path / "data.json"
 
 
-@pytest.mark.parametrize("family", [None, "gemma2", "cohere", "mixtral-routed"])
-def test_teacher_forced_numbers_and_that_batches_do_not_matter(root, tmp_path, data, exact, make_model, family):
-    model, tokenizer = load_for_generation(str(root / "data" / "tiny-base"))
-    if family is not None:
-        model = make_model(family, vocab_size=2048, positions=512)
-    examples, _ = tokenize_records(load_records(data, str(tmp_path / "cache")), tokenizer, 512)
-    embedding = model.lm_head.weight.detach()
-    got = [teacher_forced(model, tokenizer, examples, CostEmbedding(embedding), batch_size=size) for size in (1, 4, 9)]
-    nlls, emos, hits = [], [], []
-    for example in examples:
-        labels = torch.tensor(example["labels"])[1:]
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0, :-1]
-        keep = labels != -100
-        nll, emo, _, _ = exact(logits[keep], labels[keep], embedding)
-        nlls.append(nll), emos.append(emo), hits.append((logits[keep].argmax(1) == labels[keep]).double())
-    for result in got:
-        assert result["supervised_tokens"] == len(torch.cat(nlls))
-        assert result["nll"] == pytest.approx(torch.cat(nlls).mean().item(), rel=1e-4)
-        assert result["emo"] == pytest.approx(torch.cat(emos).mean().item(), rel=1e-4)
-        assert result["perplexity"] == pytest.approx(torch.cat(nlls).mean().exp().item(), rel=1e-4)
-        assert result["token_accuracy"] == pytest.approx(torch.cat(hits).mean().item())
+@pytest.fixture
+def other(base, tmp_path):
+    """The base model with other weights in its last layers."""
+    model, tokenizer = load_for_generation(base)
+    torch.nn.init.normal_(model.model.layers[-1].mlp.down_proj.weight, std=0.05)
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "train_results.json").write_text('{"train_supervised_tokens_per_s": 1234.5}')
+    return str(tmp_path / "other")
 
 
-def test_the_command_writes_what_it_prints_and_overwrites_nothing(root, tmp_path, data, capsys):
-    base = str(root / "data" / "tiny-base")
-    run(base, data=str(data), out=str(tmp_path / "ev"), samples=2, max_new_tokens=8)
-    results = json.loads((tmp_path / "ev" / "metrics.json").read_text())["results"][base]
-    samples = [json.loads(line) for line in (tmp_path / "ev" / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 9
-    responses, references = [s["responses"][base] for s in samples], [s["reference"] for s in samples]
-    assert results["exact_match"] == exact_match(responses, references)
+def read(folder: Path) -> tuple[dict, list[dict]]:
+    lines = (folder / "samples.jsonl").read_text().splitlines()
+    return json.loads((folder / "metrics.json").read_text()), [json.loads(line) for line in lines]
+
+
+def test_the_command_writes_what_it_prints_and_overwrites_nothing(base, other, tmp_path, data, capsys):
+    flags = {"decoding": "greedy,sample,beam", "seeds": "0,1", "max_new_tokens": 8, "num_beams": 2, "batch_size": 9}
+    run(base, other, data=str(data), out=str(tmp_path / "ev"), samples=2, **flags)
+    metrics, samples = read(tmp_path / "ev")
+    assert metrics["records"] == 9 and metrics["settings"]["seeds"] == "0,1" and metrics["settings"]["max_new_tokens"] == 8
+    results = metrics["results"]
+    assert list(results) == [base, other, "(references)"]
+    assert [sample["decoding"] for sample in samples[:4]] == ["greedy", "sample", "beam", "greedy"] and len(samples) == 27
+    model, tokenizer = load_for_generation(base)
+    records = json.loads(data.read_text())
+    for decoding, ways in {
+        "greedy": [({}, 0)],
+        "sample": [({"temperature": 1.0}, 0), ({"temperature": 1.0}, 1)],
+        "beam": [({"num_beams": 2}, 0)],
+    }.items():
+        want = [generate_batch(model, tokenizer, records, Sampling(8, **of), batch_size=9, seed=seed) for of, seed in ways]
+        chosen = [sample["responses"][base] for sample in samples if sample["decoding"] == decoding]
+        assert chosen == ([list(pair) for pair in zip(*want, strict=True)] if len(want) > 1 else want[0])
+        references = [record["output"] for record in records]
+        means = {"exact_match": [exact_match(texts, references) for texts in want], "self_bleu": [*map(self_bleu, want)]}
+        for name, values in means.items():
+            assert results[base][f"{name} ({decoding})"]["value"] == pytest.approx(np.mean(values))
+        assert (results[base][f"self_bleu ({decoding})"]["low"] is None) == (len(want) == 1)
+    assert results["(references)"]["self_bleu (beam)"]["value"] == pytest.approx(self_bleu(references))
+    nll = {name: results[name]["nll"]["value"] for name in (base, other)}
+    (pair,) = metrics["differences"]
+    assert (pair["model"], pair["minus"]) == (other, base) and "rouge_l (sample)" in pair["measures"]
+    assert pair["measures"]["nll"]["mean"] == pytest.approx(nll[other] - nll[base]) and pair["measures"]["nll"]["p"] <= 0.01
+    assert results[base]["nll"]["low"] < nll[base] < results[base]["nll"]["high"]
+    assert results[other]["supervised tokens/s"] == {"value": 1234.5, "low": None, "high": None}
     shown = capsys.readouterr().out
-    assert f"{results['nll']:.4f}" in shown and shown.count("instruction: ") == 2
+    assert f"{nll[base]:.4f} [" in shown and f"{nll[other] - nll[base]:+.4f}" in shown and shown.count("instruction: ") == 2
     with pytest.raises(UserError, match="exists: give another --out"):
         run(base, data=str(data), out=str(tmp_path / "ev"))
 
 
-def test_running_text_is_scored_in_blocks_and_asks_nothing(root, tmp_path, capsys):
-    base, text = str(root / "data" / "tiny-base"), "The king of the north is old.\nHis river runs to the sea.\n" * 9
-    (tmp_path / "text.txt").write_text(text)
+def test_running_text_is_scored_in_blocks_and_asks_nothing(base, data, tmp_path, capsys):
     run(base, data=str(tmp_path / "text.txt"), max_length=64, out=str(tmp_path / "out"))
-    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"][base]
+    metrics, samples = read(tmp_path / "out")
+    found = {name: row["value"] for name, row in metrics["results"][base].items()}
     model, tokenizer = load_for_generation(base)
-    ids = torch.tensor([*tokenizer(text.rstrip("\n"))["input_ids"], tokenizer.eos_token_id])
+    ids = torch.tensor([*tokenizer((tmp_path / "text.txt").read_text().rstrip("\n"))["input_ids"], tokenizer.eos_token_id])
     parts = [ids[start : start + 64] for start in range(0, len(ids) - 1, 63)]
     losses = [model(part[None], labels=part[None]).loss.item() * (len(part) - 1) for part in parts]
     assert found["supervised_tokens"] == len(ids) - 1
-    assert found["nll"] == pytest.approx(sum(losses) / (len(ids) - 1), rel=1e-5) and "exact_match" not in found
+    assert found["nll"] == pytest.approx(sum(losses) / (len(ids) - 1), rel=1e-5)
+    assert "exact_match" not in found and list(metrics["results"]) == [base] and samples == []
     assert "1 document(s) of" in capsys.readouterr().out
 
 
-def test_exact_match_and_table():
-    assert exact_match([" a", "b", "c\n"], ["a", "x", "c"]) == pytest.approx(2 / 3)
-    table = format_table({"base": {"nll": 2.0, "n": 1234}, "tuned": {"nll": 0.5, "n": 1234, "rate": 1000.4}})
-    assert [line.split() for line in table.splitlines()] == [
-        ["base", "tuned"], ["nll", "2.0000", "0.5000"], ["n", "1,234", "1,234"], ["rate", "-", "1,000"],
+def test_running_text_is_cut_after_words_whatever_the_tokenizer(base, tmp_path, capsys):
+    texts = [" The  king of\nthe north is old.", "Three words only", "", "The river runs to the sea "]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    settings = Settings(str(tmp_path / "text.jsonl"), prefix_words=3)
+    records = read_records([base], settings)
+    assert list(records) == [
+        {"prompt": " The  king of", "completion": "\nthe north is old."},
+        {"prompt": "The river runs", "completion": " to the sea "},
+    ]
+    assert "1 of 3 documents have no word after the first 3" in capsys.readouterr().out  # blank rows are no documents
+    with pytest.raises(UserError, match="no document has a word after so many"):
+        continuations(records.rename_column("prompt", "text"), 9)
+    run(base, data=settings.data, prefix_words=3, max_new_tokens=6, continuation_words=2, out=str(tmp_path / "out"))
+    metrics, samples = read(tmp_path / "out")
+    assert metrics["results"]["(references)"]["length"]["value"] == 2 == metrics["results"][base]["length"]["value"]
+    assert samples[1]["reference"] == " to the" and len(samples[1]["responses"][base].split()) > 2
+    assert "rouge_l" in metrics["results"][base] and "exact_match" not in metrics["results"][base]
+    assert Settings("", prefix_words=3, max_new_tokens=64).compared_words == 32 and Settings("").compared_words is None
+
+
+# ---- MAUVE -----------------------------------------------------------------------------------------------------------------
+
+
+def test_features_are_the_last_state_of_a_causal_model_and_the_mean_of_an_encoder(base, tmp_path):
+    texts = ["The king is old.", "A river", ""]
+    model, tokenizer = load_for_generation(base)
+    for text, vector in zip(texts[:2], load_featuriser(base)(texts), strict=False):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        np.testing.assert_allclose(vector, model.base_model(ids)[0][0, -1].detach().numpy(), atol=1e-5)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = BertModel(BertConfig(vocab_size=2048, max_position_embeddings=32, **sizes)).eval()
+    encoder.save_pretrained(tmp_path / "encoder")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "encoder")
+    got = load_featuriser(str(tmp_path / "encoder"))(texts)
+    want = [encoder(torch.tensor([tokenizer(text)["input_ids"]]))[0][0].mean(0).detach().numpy() for text in texts[:2]]
+    np.testing.assert_allclose(got[:2], want, atol=1e-5)
+    assert np.isfinite(got[2]).all() and not np.allclose(got[0], want[1], atol=1e-3)
+
+
+def test_mauve_is_one_of_equal_clouds_and_nearly_none_of_distant_ones():
+    cloud = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    near = mauve(cloud, cloud[::-1].copy())
+    assert near > 0.99 and mauve(cloud, cloud + 100) < 0.1
+
+
+def test_mauve_in_the_command(base, root, tmp_path, monkeypatch, capsys):
+    data = str(root / "data" / "instructions" / "held_out.json")
+    seen = []
+    monkeypatch.setattr("stanford_alpaca.evaluation.metrics.mauve", lambda p, q, seed: seen.append((p, q, seed)) or seed + 0.5)
+    flags = {"decoding": "sample", "seeds": "3,4", "max_new_tokens": 4}
+    run(base, data=data, limit=20, mauve=base, out=str(tmp_path / "out"), **flags)
+    metrics, samples = read(tmp_path / "out")
+    assert metrics["results"][base]["mauve"]["value"] == 4.0
+    features = load_featuriser(base)
+    for (wanted, given, seed), number in zip(seen, (0, 1), strict=True):
+        assert seed == 3 + number
+        np.testing.assert_allclose(wanted, features([sample["reference"] for sample in samples]), atol=1e-5)
+        np.testing.assert_allclose(given, features([sample["responses"][base][number] for sample in samples]), atol=1e-5)
+    with pytest.raises(UserError, match="19 texts are too few"):
+        run(base, data=data, limit=19, mauve=base)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install mauve-text"):
+        run(base, data=data, limit=20, mauve=base)
+
+
+# ---- tables and comparisons ------------------------------------------------------------------------------------------------
+
+
+def test_only_what_has_the_same_items_is_compared_and_nan_is_null():
+    def model(shift: float, items: int) -> dict:
+        return {"a": mean_of(np.arange(items) + shift), "b": Replicates(np.array([np.nan])), "c": 7}
+
+    first, _, third = compare({"x": model(0, 5), "y": model(1, 5), "z": model(1, 4)})
+    assert first["measures"]["a"] == pytest.approx({"mean": 1, "low": 1, "high": 1, "p": 2 / 2001})
+    assert first["measures"]["b"] == {"mean": None, "low": None, "high": None, "p": None}
+    assert (first["minus"], first["model"], third["minus"], third["model"]) == ("x", "y", "y", "z") and "a" not in third[
+        "measures"
+    ]
+    shown = with_intervals({"x": {"c": 7, "e": Items(np.ones((3, 1)), lambda sums: sums[..., 0])}})["x"]
+    assert shown["c"] == {"value": 7, "low": None, "high": None} and shown["e"] == {"value": 3, "low": 3, "high": 3}
+
+
+def test_tables():
+    def row(value, low=None, high=None):
+        return {"value": value, "low": low, "high": high}
+
+    results = {
+        "base": {"nll": row(2.0, 1.5, 2.56789), "n": row(1234)},
+        "tuned": {"nll": row(0.5, 0.04567, 0.6), "x_y": row(1000.4)},
+    }
+    assert format_results(results).splitlines() == [
+        "                   base                 tuned",
+        "nll  2.0000 [1.5, 2.57]  0.5000 [0.0457, 0.6]",
+        "n     1,234                   -",
+        "x y       -               1,000",
+    ]
+
+
+def test_of_four_models_the_first_is_compared_with_each():
+    found = {"mean": -0.25, "low": -0.5, "high": -0.0123, "p": 0.02}
+    measures = {"nll": found, "length": found, "rouge_l (beam)": found, "mauve": dict.fromkeys(found)}
+    names = "abcd"
+    pairs = [{"model": y, "minus": x, "measures": measures} for i, x in enumerate(names) for y in names[i + 1 :]]
+    lines = format_differences(pairs).splitlines()
+    assert [line for line in lines if line.endswith(":")] == ["b minus a:", "c minus a:", "d minus a:"]
+    assert [line.split() for line in lines[2:5]] == [
+        ["nll", *"-0.2500 -0.5000 to -0.0123 0.0200".split()],
+        ["rouge", "l", "(beam)", *"-0.2500 -0.5000 to -0.0123 0.0200".split()],
+        [],
     ]  # fmt: skip
+    assert len(format_differences(pairs[:3]).split(" minus ")) == 4 and "length" in format_differences(pairs[:1])
 
 
 @pytest.mark.parametrize(
@@ -90,9 +225,37 @@ def test_exact_match_and_table():
         ({"data": "data.json", "limit": 0}, "--limit 0"),
         ({"data": "data.json", "batch_size": 0}, "--batch_size 0"),
         ({"data": "data.json", "cost": "no/such-model"}, "cannot load a model"),
+        ({"data": "data.json", "decoding": "greedy,nucleus"}, "--decoding greedy,nucleus: choose from greedy, sample, beam"),
+        ({"data": "data.json", "seeds": "1,2"}, "--seeds 1,2 belongs to sampling"),
+        ({"data": "data.json", "seeds": "0,x", "decoding": "sample"}, "--seeds 0,x: give different whole numbers"),
+        ({"data": "data.json", "seeds": "1,1", "decoding": "sample"}, "--seeds 1,1: give different whole numbers"),
+        ({"data": "data.json", "num_beams": 1}, "--num_beams 1: give a whole number from 2 on"),
+        ({"data": "data.json", "prefix_words": 4}, "--prefix_words cuts running text"),
+        ({"data": "text.txt", "prefix_words": 0}, "--prefix_words 0"),
+        ({"data": "text.txt", "decoding": "beam"}, "running text asks nothing: give --prefix_words N"),
+        ({"data": "data.json", "mauve": "data.json"}, "9 texts are too few"),
     ],
 )
-def test_bad_arguments(root, tmp_path, data, monkeypatch, arguments, message):
+def test_bad_arguments_end_the_command_before_a_model_is_loaded(base, tmp_path, data, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=message):
-        run(str(root / "data" / "tiny-base"), **arguments)
+    status, line = refusal(capsys, monkeypatch, lambda: run(base, out="out", **arguments), tmp_path / "out")
+    assert status == 2 and message in line
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ot") is None, reason="needs POT")
+def test_an_oracle_in_the_command(base, other, tmp_path, data, make_model):
+    flags = {"decoding": "greedy,sample", "seeds": "0,1", "max_new_tokens": 4, "limit": 2}
+    run(base, other, data=str(data), out=str(tmp_path / "ev"), oracle=other, **flags)
+    results = {name: {m: v["value"] for m, v in of.items()} for name, of in read(tmp_path / "ev")[0]["results"].items()}
+    assert results[other]["total_variation"] < 1e-6 and results[other]["optimal_transport"] < 1e-6
+    assert 0.05 < results[base]["total_variation"] < 1
+    assert results[other]["forward_cross_entropy"] == pytest.approx(results[other]["reverse_cross_entropy"])
+    assert results[other]["forward_cross_entropy"] < results[base]["forward_cross_entropy"]
+    assert 1 < results[other]["oracle_perplexity (greedy)"] < results[other]["oracle_perplexity (sample)"]
+
+    make_model("llama").save_pretrained(tmp_path / "foreign")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(tmp_path / "foreign")
+    with pytest.raises(UserError, match="has another vocabulary than the --oracle"):
+        run(base, data=str(data), oracle=str(tmp_path / "foreign"))
