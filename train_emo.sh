@@ -2,7 +2,7 @@
 # Fine-tunes a causal LM with EMO.
 #
 #   bash train_emo.sh                                  the embedded base model on the shipped instructions, then a
-#                                                      table before/after and samples: a few minutes on two CPU cores
+#                                                      table before/after, samples and a report: a few minutes on two CPU cores
 #                                                      (DEMO_MODE=mle bash train_emo.sh: with another objective)
 #   bash train_emo.sh MODEL_PATH [MODE] [train flags]  the published recipe on your model: a folder or a hub name;
 #                                                      MODE is emo (default), mle, emo2, emd, mix, tailr, mixce or dft
@@ -64,9 +64,16 @@ launch stanford_alpaca.train --model_name_or_path "$MODEL_PATH" --data_path "$DA
     --save_strategy steps --save_steps 2000 --save_total_limit 1 \
     "${PRECISION[@]}" "${ENGINE_FLAGS[@]}" "${BATCH[@]}" "${RESUME[@]}" "$@"
 
+# ---- look at it ----
+REPORT=$OUTPUT_DIR/report.html
+ABOUT=(--limit 100) # what --eval_path names; without it the page has the curves alone
 if [ -n "$DEMO" ]; then
     "$PYTHON" -m stanford_alpaca.evaluation.metrics "$MODEL_PATH" "$OUTPUT_DIR" \
         --data "$ROOT/data/instructions/held_out.json" --out "$OUTPUT_DIR/evaluation"
+    ABOUT=(--evaluation "$OUTPUT_DIR/evaluation")
 fi
+[ -e "$REPORT" ] || "$PYTHON" -m stanford_alpaca.evaluation.report "$MODEL_PATH" "$OUTPUT_DIR" --out "$REPORT" "${ABOUT[@]}" >/dev/null \
+    || REPORT="none could be written"
 echo "checkpoint: $OUTPUT_DIR"
+echo "report:     $REPORT"
 printf 'talk to it: PYTHONPATH=%q %q -m stanford_alpaca.generate %q --interactive\n' "$ROOT" "$PYTHON" "$OUTPUT_DIR"

@@ -7,7 +7,7 @@ ensure_env requirements.txt tests/requirements.txt
 cd "$ROOT"
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null && ! command -v chromium chromium-browser google-chrome >/dev/null; then
     echo "installing chromium, in which the report's page is tested; without it those tests are skipped" >&2
-    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq install -y --no-install-recommends chromium; } \
+    { timeout 120 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 600 apt-get -qq install -y --no-install-recommends chromium; } \
         >/dev/null 2>&1 </dev/null || true
 fi
 WORKERS=${WORKERS:-$(env -u OMP_NUM_THREADS nproc)} # nproc heeds that variable

@@ -47,7 +47,8 @@ def run(
     Args:
         runs: folders that training wrote, or base models; the first one's output embedding prices emo for all.
         out: the page, a file that does not exist yet.
-        data: held-out records with references; by default those of the evaluation, or of the runs' own --eval_path.
+        data: held-out records with references; by default those of the evaluation, or of the runs' own --eval_path; without
+            any the page has the curves alone.
         evaluation: a folder that ``metrics --out`` wrote about these models: nothing is generated again.
         transport_records: of how many records the transport view shows the tokens; 0 leaves it out.
         limit: evaluates on the first records only.
@@ -65,10 +66,12 @@ def run(
     curves = {name: curves_of(name) for name in names}
     models = [name for name in names if curves[name] is None or has_model(name)]
     found = None if evaluation is None else read_evaluation(Path(evaluation).expanduser(), models)
-    view = None
-    if models and (found is None or transport_records):
-        settings = Settings(data or held_out_of(models), limit=limit) if found is None else settings_of(found)
-        settings = replace(settings, data=data or settings.data, trust_remote_code=trust_remote_code)
+    view, source = None, data or (held_out_of(models) if found is None else found.metrics["data"])
+    if source is None:
+        say("the page has the curves alone: give --data FILE, held-out records, to have the models measured and looked into")
+    elif models and (found is None or transport_records):
+        settings = Settings(source, limit=limit) if found is None else settings_of(found)
+        settings = replace(settings, data=source, trust_remote_code=trust_remote_code)
         records = read_records(models, settings)
         found = found or evaluate(models, records, settings)
         if transport_records:
@@ -86,13 +89,12 @@ def has_model(name: str) -> bool:
     return not folder.is_dir() or any((folder / config).is_file() for config in ("config.json", ADAPTER_CONFIG))
 
 
-def held_out_of(runs: list[str]) -> str:
-    """The one source that the runs were evaluated on while they trained."""
-    paths = {path for name in runs for path in flags_of(name).get("eval_path") or []}
-    if len(paths) != 1:
-        seen = f"the runs had {', '.join(sorted(paths))}" if paths else "no run had an --eval_path"
-        raise UserError(f"give --data FILE, the held-out records to compare the runs on ({seen})")
-    return str(paths.pop())
+def held_out_of(runs: list[str]) -> str | None:
+    """The one source that the runs were evaluated on while they trained, if there was any."""
+    paths = {str(path) for name in runs for path in flags_of(name).get("eval_path") or []}
+    if len(paths) > 1:
+        raise UserError(f"the runs had several --eval_path ({', '.join(sorted(paths))}): give --data FILE, to compare them on")
+    return paths.pop() if paths else None
 
 
 def settings_of(evaluation: Evaluation) -> Settings:

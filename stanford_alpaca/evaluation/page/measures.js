@@ -2,7 +2,7 @@
 
 function drawMeasures(box) {
   const found = DATA.evaluation;
-  if (!found) return box.append(note("Nothing was evaluated: none of these runs has a model yet."));
+  if (!found) return box.append(note("Nothing was measured: there is no model yet, or no --data with held-out records was given."));
   const shown = DATA.runs.map((_, i) => i).filter((i) => DATA.runs[i].model);
   const wide = found.rows.some((row) => row.cells.some((cell) => cell && cell[1] !== null));
   const theirs = found.rows.some((row) => row.references);

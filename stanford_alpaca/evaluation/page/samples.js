@@ -10,7 +10,7 @@ const LONGEST = 1e6; // word pairs that are compared; what differs beyond that i
 
 function drawSamples(box) {
   const rows = (DATA.samples ?? []).map(prepared);
-  if (!rows.length) return box.append(note("No responses here: running text asks nothing, and a run without a model answers nothing."));
+  if (!rows.length) return box.append(note("No responses here: without a model or --data there are none, and running text asks nothing."));
   const decodings = [...new Set(rows.map((row) => row.decoding))];
   const state = { words: "", decoding: decodings[0], filter: "all", against: "reference", shown: PAGE };
   const status = el("p", { class: "status", role: "status" });
