@@ -8,6 +8,7 @@ import pytest
 
 from stanford_alpaca.evaluation.page import render
 
+pytestmark = pytest.mark.xdist_group("browser")  # one for all
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 PIECES = {0: "</s>", 1: " Paris", 2: " Rome", 3: NASTY}
