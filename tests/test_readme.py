@@ -114,6 +114,8 @@ def check_demonstration(out: str) -> None:
     assert before < 0.1 and after >= 0.6
     assert float(rows["nll"][1].split()[0]) < float(rows["nll"][0].split()[0])
     assert "checkpoint: " in out
+    (report,) = re.findall(r"^report: +(\S+)$", out, re.M)
+    assert '"transport":{"records":[' in Path(report).read_text()
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
