@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from stanford_alpaca.evaluation.significance import Difference
+from stanford_alpaca.evaluation.significance import Difference, of_resamples
 
 RESAMPLES = 2000
 AT_ONCE = 250  # resamples whose [AT_ONCE, n] counts are held as float64 at a time
@@ -37,17 +37,11 @@ class Items(NamedTuple):
         return Measured(self.value, float(low), float(high))
 
     def minus(self, other: "Items", seed: int = 0) -> Difference:
-        """Self minus other, on the same items: both see the same resamples. p is two-sided.
-
-        p is twice the share of resamples at or beyond no difference, on the rarer side, the sample itself counted in.
-        """
+        """Self minus other, on the same items: both see the same resamples."""
         if len(self.sums) != len(other.sums):
             raise ValueError(f"{len(self.sums)} and {len(other.sums)} test items cannot be paired")
         gains = self.of(_resampled(self.sums, seed)) - other.of(_resampled(other.sums, seed))
-        low, high = np.quantile(gains, [0.025, 0.975])
-        rarer = min((gains <= 1e-12).sum(), (gains >= -1e-12).sum())
-        mean = self.value - other.value
-        return Difference(mean, float(low), float(high), float(min(1.0, 2 * (rarer + 1) / (RESAMPLES + 1))))
+        return of_resamples(self.value - other.value, gains)
 
 
 class Replicates(NamedTuple):

@@ -23,19 +23,23 @@ def paired_bootstrap(gains: list[np.ndarray], seed: int = 0) -> Difference:
     Args:
         gains: for each task, per test item [n], how much more is right (between -1 and 1, a mean over seeds). Items are drawn
             with replacement within each task.
-
-    p is twice the share of resamples at or beyond no difference, on the rarer side, the sample itself counted in.
     """
     random = np.random.default_rng(seed)
     total = np.zeros(RESAMPLES)
     for gain in gains:
         values, counts = np.unique(gain, return_counts=True)  # few: drawing how often each comes is drawing items
         total += random.multinomial(len(gain), counts / len(gain), RESAMPLES) @ values / len(gain)
-    means = total / len(gains)
-    low, high = np.quantile(means, [0.025, 0.975])
-    rarer = min((means <= 1e-12).sum(), (means >= -1e-12).sum())
-    mean = float(np.mean([gain.mean() for gain in gains]))
-    return Difference(mean, float(low), float(high), float(min(1.0, 2 * (rarer + 1) / (RESAMPLES + 1))))
+    return of_resamples(float(np.mean([gain.mean() for gain in gains])), total / len(gains))
+
+
+def of_resamples(mean: float, resampled: np.ndarray) -> Difference:
+    """The percentile interval and the p-value of a difference from what it is in resamples.
+
+    p is twice the share of resamples at or beyond no difference, on the rarer side, the sample itself counted in.
+    """
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    rarer = min((resampled <= 1e-12).sum(), (resampled >= -1e-12).sum())
+    return Difference(mean, float(low), float(high), float(min(1.0, 2 * (rarer + 1) / (len(resampled) + 1))))
 
 
 def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> float:
