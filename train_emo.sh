@@ -28,7 +28,7 @@ if [ $# -eq 0 ]; then
     DEMO=1
     NPROC=1 ENGINE=none
     set -- "$ROOT/data/tiny-base" "${DEMO_MODE:-emo}" --learning_rate 4e-4 --num_train_epochs 6 --global_batch 32 \
-        --per_device_train_batch_size 32 --logging_steps 20 --save_strategy no
+        --per_device_train_batch_size 8 --balance_lengths True --logging_steps 20 --save_strategy no
 fi
 MODEL_PATH=$1
 [ "${MODEL_PATH#-}" = "$MODEL_PATH" ] || die "$MODEL_PATH: give MODEL_PATH first, then the mode, then flags"
