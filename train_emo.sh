@@ -68,7 +68,7 @@ launch stanford_alpaca.train --model_name_or_path "$MODEL_PATH" --data_path "$DA
 REPORT=$OUTPUT_DIR/report.html
 ABOUT=(--limit 100) # what --eval_path names; without it the page has the curves alone
 if [ -n "$DEMO" ]; then
-    "$PYTHON" -m stanford_alpaca.evaluation.metrics "$MODEL_PATH" "$OUTPUT_DIR" \
+    [ -e "$OUTPUT_DIR/evaluation" ] || "$PYTHON" -m stanford_alpaca.evaluation.metrics "$MODEL_PATH" "$OUTPUT_DIR" \
         --data "$ROOT/data/instructions/held_out.json" --out "$OUTPUT_DIR/evaluation"
     ABOUT=(--evaluation "$OUTPUT_DIR/evaluation")
 fi

@@ -45,6 +45,8 @@ MEASURES = ("nll", "emo", "token_accuracy", "exact_match", "rouge_l", "ece", "co
 def split(gsm8k: Path, work: Path) -> dict[str, dict]:
     """The sets by name: what to train on, how often, what to test on, how long answers are."""
     records = json.loads(gsm8k.read_text(encoding="utf-8"))
+    if len(records) < TRAINED + HELD_OUT:
+        sys.exit(f"{gsm8k} has {len(records)} records: {TRAINED + HELD_OUT} are needed to test on others than were trained on")
     work.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", records[:TRAINED]), ("test", records[-HELD_OUT:])):
         (work / f"gsm8k-{name}.json").write_text(json.dumps(part))
@@ -114,15 +116,15 @@ def run(gsm8k: str, work: str = "output/instructions", processes: int = os.cpu_c
                     if arm != "base" or seed == SEEDS[0]
                 ]
     tables = [means(runs), "Differences, paired by seed, with 95 % intervals (Student's t):", differences(runs)]
-    tables += ["nll on the development set by learning rate, first seed:", rates_table(rates)]
+    tables += ["nll on the development set by learning rate, first seed; the least is chosen:", rates_table(rates)]
     keep("instructions", {"rates": rates}, runs, "\n\n".join(tables))
     print("\n\n".join(tables))
 
 
 def rates_table(rates: dict[str, dict[str, dict[float, float]]]) -> str:
     """What the learning rates were chosen by; the least in bold."""
-    rows = [[name, arm, *bold(found.values())] for name, arms in rates.items() for arm, found in arms.items()]
-    return markdown(["", "", *map(str, RATES)], rows)
+    rows = [[name, arm, *bold(found)] for name, arms in rates.items() for arm, found in arms.items()]
+    return markdown(["", "", *[""] * len(RATES)], rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from stanford_alpaca.generate import generate_ids
 from stanford_alpaca.sampling import Sampling
 
 PREFIX = 16  # tokens of a test sequence that are given, behind the one that begins it
-POSITIONS = 64  # at which optimal transport is solved
+POSITIONS = 64  # at which optimal transport is solved; other ones with each seed
 CALIBRATION = ("ece", "costly_mass")
 
 
@@ -43,7 +43,7 @@ def measures_of(model: Path, here: Path, seed: int) -> dict[str, float]:
     examples, pad = _examples(rows), tokenizer.pad_token_id
     forced = teacher_forced(student, tokenizer, examples, cost, batch_size=64).measures()
     found: dict = {"perplexity": forced["perplexity"]}
-    found |= distances(student, oracle, examples, cost, pad_token_id=pad, positions=POSITIONS, batch_size=64)
+    found |= distances(student, oracle, examples, cost, pad_token_id=pad, positions=POSITIONS, batch_size=64, seed=seed)
 
     prompts = rows[:, : 1 + PREFIX].tolist()
     sampling = Sampling(LENGTH - PREFIX, temperature=1.0)

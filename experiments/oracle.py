@@ -36,14 +36,13 @@ PLOTTED = ["perplexity", "oracle_perplexity", "mauve", "total_variation", "trans
 
 @dataclass(frozen=True)
 class Scale:
-    """How large: models as (width, layers), amounts of data as {sequences: epochs}."""
+    """How large: models as (width, layers), amounts of data as (sequences, epochs, learning rates to choose from)."""
 
     objectives: tuple[str, ...]
     oracle: tuple[int, int]
     students: tuple[tuple[int, int], ...]
     vocab_sizes: tuple[int, ...]
-    data: tuple[tuple[int, int], ...]
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    data: tuple[tuple[int, int, tuple[float, ...]], ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 2  # of the oracle and the start
     test: int = 800
@@ -51,11 +50,14 @@ class Scale:
 
 FEW = ("mle", "emo", "emo2", "tailr", "identity")
 ALL = (*FEW, "emd", "mix", "mixce", "dft")
+LOW, MIDDLE, HIGH = (3e-5, 1e-4, 3e-4, 1e-3), (1e-4, 3e-4, 1e-3, 3e-3), (3e-4, 1e-3, 3e-3, 1e-2)
+LITTLE_TO_MUCH = ((500, 8, LOW), (2000, 4, MIDDLE), (8000, 1, HIGH))
+TEN_TIMES = ((4000, 8, LOW), (32000, 4, MIDDLE), (256000, 1, HIGH))
 SCALES = {
-    "cpu": Scale(FEW, (160, 4), ((96, 2),), (2048,), ((500, 8), (2000, 4), (8000, 1))),
-    "sizes": Scale(("mle", "emo"), (160, 4), ((64, 2), (128, 3)), (1024, 4096), ((2000, 4),)),
-    "gpu": Scale(ALL, (1024, 12), ((384, 6), (768, 12)), (4096, 32768), ((4000, 8), (32000, 4), (256000, 1)), test=4000),
-    "smoke": Scale(("mle", "emo"), (64, 1), ((32, 1),), (512,), ((80, 1),), (1e-3, 3e-3), (0, 1), 1, 24),
+    "cpu": Scale(FEW, (160, 4), ((96, 2),), (2048,), LITTLE_TO_MUCH),
+    "sizes": Scale(("mle", "emo"), (160, 4), ((64, 2), (128, 3)), (1024, 4096), ((2000, 4, MIDDLE),)),
+    "gpu": Scale(ALL, (1024, 12), ((384, 6), (768, 12)), (4096, 32768), TEN_TIMES, test=4000),
+    "smoke": Scale(("mle", "emo"), (64, 1), ((32, 1),), (512,), ((80, 1, (1e-3, 3e-3)),), (0, 1), 1, 24),
 }
 
 
@@ -72,7 +74,7 @@ def prepare(scale: Scale, vocab_size: int, shape: tuple[int, int], texts: Path, 
         pretrain(
             torch.cat([half[: len(half) // 2], sequences_of([wiki], tokenizer)]), shape, tokenizer, scale.epochs, here / "start"
         )
-    sizes = {"corpus": max(count for count, _ in scale.data), "dev": max(scale.test // 4, 8), "test": scale.test}
+    sizes = {"corpus": max(sequences for sequences, *_ in scale.data), "dev": max(scale.test // 4, 8), "test": scale.test}
     for seed, (name, count) in enumerate(sizes.items()):
         sample(folder / "oracle", count, 10**6 * (seed + 1), folder / f"{name}.pt")
         if not (here / f"{name}.pt").exists():
@@ -83,12 +85,12 @@ def prepare(scale: Scale, vocab_size: int, shape: tuple[int, int], texts: Path, 
 def students_of(scale: Scale, here: Path, run: Callable[[Callable, Iterable], None]) -> dict[Student, dict[float, float]]:
     """Trains what is missing; the students of the best rates, each with nll on the development set by rate."""
     first, chosen = scale.seeds[0], {}
-    tried = [Student(o, n, e, rate, first) for n, e in scale.data for o in scale.objectives for rate in scale.rates]
+    tried = [Student(o, n, e, rate, first) for n, e, rates in scale.data for o in scale.objectives for rate in rates]
     run(train, [(student, here) for student in reversed(tried)])
-    for n, epochs in scale.data:
+    for n, epochs, rates in scale.data:
         for objective in scale.objectives:
             found = {}
-            for rate in scale.rates:
+            for rate in rates:
                 file = here / "students" / Student(objective, n, epochs, rate, first).name / "dev.json"
                 found[rate] = json.loads(file.read_text())["dev_nll"]
             best = min(found, key=found.__getitem__)
@@ -124,12 +126,15 @@ def run(text_dir: str, scale: str = "cpu", work: str = "output/oracle", processe
             found, size = students_of(chosen, here, at_once), f"{vocab_size} tokens, width {shape[0]}, "
             runs += measured(chosen, found, here, size if len(chosen.vocab_sizes) * len(chosen.students) > 1 else "", at_once)
             rates += [
-                [f"{size}{student.sequences} sequences", student.objective, *bold(nll.values())]
+                [f"{size}{student.sequences} sequences", student.objective, *bold(nll)]
                 for student, nll in found.items()
                 if student.seed == chosen.seeds[0]
             ]
     tables = [means(runs), "Differences, paired by seed, with 95 % intervals (Student's t):", differences(runs)]
-    tables += ["nll on the development set by learning rate, first seed:", markdown(["", "", *map(str, chosen.rates)], rates)]
+    tables += [
+        "nll on the development set by learning rate, first seed; the least is chosen:",
+        markdown(["", "", "", "", "", ""], rates),
+    ]
     keep(f"oracle-{scale}", {"scale": asdict(chosen), "rates": rates, "cpu_minutes": spent(folder)}, runs, "\n\n".join(tables))
     plot(runs, PLOTTED, "", RESULTS / f"oracle-{scale}.png")
     print("\n\n".join(tables))
@@ -142,7 +147,7 @@ def measured(scale: Scale, students: Iterable[Student], here: Path, size: str, r
     run(measure, [(folder, here, 0, here / "measured" / f"{name}.json") for name, folder in ends.items()])
     run(measure, [(here / "students" / student.name, here, student.seed, file) for student, file in files.items()])
     runs = []
-    for sequences, _ in scale.data:
+    for sequences, *_ in scale.data:
         setting = f"{size}{sequences} sequences"
         for name in ends:
             values = json.loads((here / "measured" / f"{name}.json").read_text())

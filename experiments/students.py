@@ -1,6 +1,7 @@
 """What ``oracle.py`` trains: a tokenizer, an oracle, the students' start, the students; each is left alone when it is there."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ class Student:
 def counted(out: Path) -> Iterator[None]:
     """Says what is made, and adds the CPU seconds it took to spent.jsonl beside it."""
     print(f"making {out.parent.name}/{out.name}", flush=True)
+    shutil.rmtree(out.with_name(f"{out.name}.part"), ignore_errors=True)  # of a command that was killed
     began = time.process_time()
     yield
     with (out.parent / "spent.jsonl").open("a") as file:
@@ -71,7 +73,8 @@ def make_tokenizer(texts: list[Path], vocab_size: int, out: Path) -> PreTrainedT
     """A byte-level BPE of the texts, with the special tokens of data/tiny-base."""
     if not out.exists():
         lines = (line for file in texts for line in open_text(file))
-        with appearing(out) as part:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with counted(out), appearing(out) as part:
             AutoTokenizer.from_pretrained(TINY).train_new_from_iterator(lines, vocab_size).save_pretrained(part)
     return AutoTokenizer.from_pretrained(out)
 

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def bold(nlls: Iterable[float]) -> list[str]:
-    """As text; the least in bold."""
-    values = list(nlls)
-    return [f"**{nll:.4f}**" if nll == min(values) else f"{nll:.4f}" for nll in values]
+def bold(nlls: dict[float, float]) -> list[str]:
+    """nll by learning rate as text; the least in bold, with a ! where it is that of the lowest or highest rate."""
+    best = min(nlls, key=nlls.__getitem__)
+    edge = "!" if best in (min(nlls), max(nlls)) else ""
+    return [f"**{rate:g}: {nll:.4f}{edge}**" if rate == best else f"{rate:g}: {nll:.4f}" for rate, nll in nlls.items()]
 
 
 def plot(runs: list[Run], names: list[str], label: str, file: Path) -> None:
@@ -86,8 +86,12 @@ def _each(runs: list[Run], key: str) -> list[str]:
 
 
 def _values(runs: list[Run], arm: str, name: str) -> list[float]:
+    return list(_by_seed(runs, arm, name).values())
+
+
+def _by_seed(runs: list[Run], arm: str, name: str) -> dict[int, float]:
     found = {run["seed"]: run["measures"].get(name) for run in runs if run["arm"] == arm}
-    return [value for _, value in sorted(found.items()) if value is not None]
+    return {seed: value for seed, value in sorted(found.items()) if value is not None}
 
 
 def _spread(values: list[float], name: str) -> str:
@@ -99,9 +103,13 @@ def _spread(values: list[float], name: str) -> str:
 
 
 def _gain(runs: list[Run], arm: str, base: str, name: str) -> str:
-    ours, theirs = (np.array(_values(runs, one, name)) for one in (arm, base))
+    both = [_by_seed(runs, one, name) for one in (arm, base)]
+    seeds = sorted(set(both[0]) & set(both[1]))
+    ours, theirs = (np.array([values[seed] for seed in seeds]) for values in both)
     gain = Replicates(ours).minus(Replicates(theirs))
     digits = _digits(float(theirs.mean()))
+    if np.isnan(gain.low):
+        return f"{gain.mean:+.{digits}f}"
     clear = " *" if gain.low > 0 or gain.high < 0 else ""
     return f"{gain.mean:+.{digits}f} [{gain.low:+.{digits}f}, {gain.high:+.{digits}f}]{clear}"
 

@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+import torch
 
 from experiments import oracle, students, tables
 
@@ -46,6 +47,13 @@ def test_the_oracle_experiment_measures_every_student_and_goes_on_where_it_stopp
     assert learned["total_variation"] < start["total_variation"]
     assert runs["80 sequences", "emo", 0]["transport_cost"] != learned["transport_cost"]
     assert (tmp_path / "oracle-smoke.png").stat().st_size > 10_000
+    (here,) = (tmp_path / "work").rglob("students")
+    sets = [{tuple(row) for row in torch.load(here.parent / f"{name}.pt").tolist()} for name in ("corpus", "dev", "test")]
+    assert [len(rows) for rows in sets] == [80, 8, 24] and not sets[0] & (sets[1] | sets[2]) and not sets[1] & sets[2]
+    for objective in ("mle", "emo"):  # the rate that did best on the development set, and it alone, has the second seed
+        nll = {rate: json.loads((here / f"{objective}-80-{rate}-0" / "dev.json").read_text()) for rate in ("0.001", "0.003")}
+        best = min(nll, key=lambda rate: nll[rate]["dev_nll"])
+        assert [folder.name for folder in here.glob(f"{objective}-*-1")] == [f"{objective}-80-{best}-1"]
     capsys.readouterr()
 
     monkeypatch.setattr(students, "fit", None)  # nothing may be trained again
@@ -65,4 +73,8 @@ def test_tables_pair_by_seed_and_mark_what_is_clear():
     rows = tables.differences(runs).splitlines()
     assert "| emo - mle | -0.2000 [-0.2248, -0.1752] * |" in rows
     assert "| emd - mle | +0.0000 [-2.4841, +2.4841] |" in rows
-    assert tables.bold([3.0, 1.0]) == ["3.0000", "**1.0000**"]
+    assert tables.bold({1e-4: 3.0, 1e-3: 1.0}) == ["0.0001: 3.0000", "**0.001: 1.0000!**"]
+    assert tables.bold({1e-4: 3.0, 1e-3: 1.0, 1e-2: 2.0})[1] == "**0.001: 1.0000**"
+    runs.append({"setting": "few", "arm": "dft", "seed": 1, "measures": {"nll": 5.0}})
+    runs.append({"setting": "few", "arm": "dft", "seed": 2, "measures": {"nll": 6.0}})
+    assert "| dft - mle | +3.0000 |" in tables.differences(runs).splitlines()  # seeds 1 and 2 of both

@@ -37,7 +37,7 @@ class Forced(NamedTuple):
             "emo": mean_of(self.emo, self.tokens),
             "perplexity": Items(np.stack([self.nll, self.tokens], 1), _perplexity),
             "token_accuracy": mean_of(self.correct, self.tokens),
-            "ece": Items(self.bins.reshape(len(self.bins), -1), _calibration_error),
+            "ece": Items(self.bins.reshape(len(self.bins), -1), _calibration_error, biased=True),
             "costly_mass": mean_of(self.costly, self.tokens),
             "supervised_tokens": int(self.tokens.sum()),
         }

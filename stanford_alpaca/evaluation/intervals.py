@@ -10,6 +10,7 @@ from scipy import stats
 from stanford_alpaca.evaluation.significance import Difference, of_resamples
 
 RESAMPLES = 2000
+FEWEST = 10  # items that an interval is made of
 AT_ONCE = 250  # resamples whose [AT_ONCE, n] counts are held as float64 at a time
 
 
@@ -22,10 +23,15 @@ class Measured(NamedTuple):
 
 
 class Items(NamedTuple):
-    """A measure that is a function of sums over test items: a mean, a perplexity, a calibration error."""
+    """A measure that is a function of sums over test items: a mean, a perplexity, a calibration error.
+
+    Items without anything to measure are rows of zeros, and do not count. Of fewer than FEWEST others there is no interval and
+    no p: a bootstrap of so few finds differences where there are none.
+    """
 
     sums: np.ndarray  # [n, k] float64, a row per test item (over its seeds)
     of: Callable[[np.ndarray], np.ndarray]  # [..., k] -> [...]
+    biased: bool = False  # resampling shifts it, so that the resamples tell of differences, not of the value
 
     @property
     def value(self) -> float:
@@ -33,14 +39,20 @@ class Items(NamedTuple):
 
     def measured(self, seed: int = 0) -> Measured:
         """The value, and the percentile interval of a bootstrap over items."""
-        low, high = np.quantile(self.of(_resampled(self.sums, seed)), [0.025, 0.975])
+        sums = self.sums[self.sums.any(1)]
+        if self.biased or len(sums) < FEWEST:
+            return Measured(self.value, np.nan, np.nan)
+        low, high = np.quantile(self.of(_resampled(sums, seed)), [0.025, 0.975])
         return Measured(self.value, float(low), float(high))
 
     def minus(self, other: "Items", seed: int = 0) -> Difference:
         """Self minus other, on the same items: both see the same resamples."""
         if len(self.sums) != len(other.sums):
             raise ValueError(f"{len(self.sums)} and {len(other.sums)} test items cannot be paired")
-        gains = self.of(_resampled(self.sums, seed)) - other.of(_resampled(other.sums, seed))
+        kept = self.sums.any(1) | other.sums.any(1)
+        if kept.sum() < FEWEST:
+            return Difference(self.value - other.value, np.nan, np.nan, np.nan)
+        gains = self.of(_resampled(self.sums[kept], seed)) - other.of(_resampled(other.sums[kept], seed))
         return of_resamples(self.value - other.value, gains)
 
 
@@ -87,7 +99,7 @@ def _student(values: np.ndarray) -> tuple[float, float, float, float]:
     if n < 2:
         return mean, np.nan, np.nan, np.nan
     error = float(values.std(ddof=1)) / np.sqrt(n)
-    if error == 0:
-        return mean, mean, mean, float(mean == 0)
+    if error == 0:  # equal values tell nothing of how they would vary
+        return mean, np.nan, np.nan, np.nan
     half = float(stats.t.ppf(0.975, n - 1)) * error
     return mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, n - 1))

@@ -14,6 +14,7 @@ from datasets import Dataset
 from fire.decorators import SetParseFns
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stanford_alpaca.checkpoint.manifest import write_whole
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.blocks import make_blocks
 from stanford_alpaca.data.chat import stop_ids
@@ -30,7 +31,7 @@ from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results
 from stanford_alpaca.evaluation.texts import against_references, by_themselves, first_words
 from stanford_alpaca.generate import decode_response, encode_prompts, generate_ids, load_for_generation
-from stanford_alpaca.head import original_weight, recognise_head
+from stanford_alpaca.head import head_of, original_weight
 from stanford_alpaca.samples import format_sample, sample_of, write_jsonl
 
 REFERENCES = "(references)"  # the column of what the references are by themselves
@@ -55,7 +56,10 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
     for name in names:
         model, tokenizer = load_for_generation(name, settings.trust_remote_code)
         try:
-            recognise_head(model)
+            logits = len(head_of(model).weight)
+            cost.check(logits)
+            if oracle is not None and logits != (theirs := len(head_of(oracle).weight)):
+                raise ValueError(f"has {logits} logits, the oracle {theirs}: distributions of one length are compared")
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
         examples = make_examples(name, records, tokenizer, settings)
@@ -135,7 +139,7 @@ def measure_responses(records: Dataset, responses: dict[str, Responses], setting
         for name, of in responses.items():
             texts = [[compared(answer, settings) for answer in answers] for answers in of[decoding]]
             measures = {**against_references(texts, references), **by_themselves(texts)}
-            if settings.prefix_words is not None:
+            if settings.compared_words is not None:
                 del measures["exact_match"]  # of where a text is cut
             if settings.mauve is not None:
                 features = [featurize(_with_prompts(answers, records)) for answers in texts]
@@ -229,8 +233,9 @@ def run(
         raise UserError("give one or more checkpoints and --data FILE")
     check_whole("samples", samples, 0)
     settings = Settings(
-        data, pairs, limit, prefix_words, continuation_words, cost, max_length, max_new_tokens, prompt_template, batch_size,
-        decoding, seeds, num_beams, mauve, oracle, trust_remote_code,
+        data=data, columns=pairs, limit=limit, prefix_words=prefix_words, continuation_words=continuation_words, cost=cost,
+        max_length=max_length, max_new_tokens=max_new_tokens, prompt_template=prompt_template, batch_size=batch_size,
+        decoding=decoding, seeds=seeds, num_beams=num_beams, mauve=mauve, oracle=oracle, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     files = [Path(out) / name for name in ("metrics.json", "samples.jsonl")] if out is not None else []
     for file in files:
@@ -242,8 +247,8 @@ def run(
     metrics, shown = evaluate(names, records, settings)
     if files:
         files[0].parent.mkdir(parents=True, exist_ok=True)
-        files[0].write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
         write_jsonl(files[1], shown)
+        write_whole(files[0], json.dumps(metrics, indent=1, allow_nan=False) + "\n")  # the last: who finds it finds both
     for sample in shown[:samples]:
         print(format_sample(sample))
     print(f"{len(records)} {'examples' if shown else 'document(s)'} of {data}, values with 95 % intervals")

@@ -16,7 +16,7 @@ from fire.decorators import SetParseFns
 from stanford_alpaca import __version__
 from stanford_alpaca.checkpoint.manifest import write_whole
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.data.formats import form_of
+from stanford_alpaca.data.formats import form_of, parse_columns
 from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, first_line, refuse_unknown, say
 from stanford_alpaca.evaluation.curves import curves_of, flags_of, short_names, told
@@ -27,6 +27,7 @@ from stanford_alpaca.evaluation.transport import view_of
 from stanford_alpaca.evaluation.verdicts import table_of
 from stanford_alpaca.generate import load_for_generation
 from stanford_alpaca.head import original_weight
+from stanford_alpaca.loadable import check_model
 from stanford_alpaca.model import ADAPTER_CONFIG
 from stanford_alpaca.samples import check_outputs
 
@@ -64,13 +65,16 @@ def run(
     if evaluation is not None and limit is not None:
         raise UserError("--limit is about an evaluation yet to be made: drop it, or --evaluation")
     curves = {name: curves_of(name) for name in names}
+    for name in names:
+        if curves[name] is None:  # a base model
+            check_model(name, or_adapter=True, remote_code=trust_remote_code)
     models = [name for name in names if curves[name] is None or has_model(name)]
     found = None if evaluation is None else read_evaluation(Path(evaluation).expanduser(), models)
     view, source = None, data or (held_out_of(models) if found is None else found.metrics["data"])
     if source is None:
         say("the page has the curves alone: give --data FILE, held-out records, to have the models measured and looked into")
     elif models and (found is None or transport_records):
-        settings = Settings(source, limit=limit) if found is None else settings_of(found)
+        settings = settings_of_runs(source, models, limit) if found is None else settings_of(found)
         settings = replace(settings, data=source, trust_remote_code=trust_remote_code)
         records = read_records(models, settings)
         found = found or evaluate(models, records, settings)
@@ -95,6 +99,22 @@ def held_out_of(runs: list[str]) -> str | None:
     if len(paths) > 1:
         raise UserError(f"the runs had several --eval_path ({', '.join(sorted(paths))}): give --data FILE, to compare them on")
     return paths.pop() if paths else None
+
+
+def settings_of_runs(data: str, runs: list[str], limit: int | None) -> Settings:
+    """To measure the runs as they were trained."""
+    trained = [flags for name in runs if (flags := flags_of(name))]
+    chosen: dict[str, Any] = {}
+    for flag, default in {"prompt_template": "auto", "model_max_length": 512, "columns": None}.items():
+        values = [run.get(flag, default) for run in trained]
+        if any(value != values[0] for value in values):
+            raise UserError(
+                f"the runs were trained with different --{flag} ({', '.join(map(str, values))}): measure them with "
+                "stanford_alpaca.evaluation.metrics --out FOLDER, and give --evaluation FOLDER"
+            )
+        chosen[flag] = values[0] if values else default
+    columns = parse_columns(chosen["columns"] or [])
+    return Settings(data, columns, limit, max_length=chosen["model_max_length"], prompt_template=chosen["prompt_template"])
 
 
 def settings_of(evaluation: Evaluation) -> Settings:
@@ -122,6 +142,7 @@ def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
             sample["responses"] = {theirs.get(name, name): text for name, text in sample["responses"].items()}
         found = Evaluation(measured, samples)
         settings_of(found)
+        table_of(measured, models)
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -62,10 +62,8 @@ class Settings:
         for name in names:
             if name not in DECODINGS:
                 raise UserError(f"--decoding {self.decoding}: choose from {', '.join(DECODINGS)}, with commas")
-        if (
-            not re.fullmatch(r"\d{1,9}(,\s*\d{1,9})*", self.seeds)
-            or len(set(self.seeds.split(","))) < self.seeds.count(",") + 1
-        ):
+        numbers = [int(seed) if re.fullmatch(r" *[0-9]{1,9} *", seed) else None for seed in self.seeds.split(",")]
+        if None in numbers or len(set(numbers)) < len(numbers):
             raise UserError(f"--seeds {self.seeds}: give different whole numbers from 0 on, with commas")
         if self.seeds != "0" and "sample" not in names:
             raise UserError(f"--seeds {self.seeds} belongs to sampling: add --decoding greedy,sample")
@@ -74,7 +72,7 @@ class Settings:
         search = Sampling(max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
         ways = {
             "greedy": [(plain, 0)],
-            "sample": [(unbiased, int(seed)) for seed in self.seeds.split(",")],
+            "sample": [(unbiased, seed) for seed in numbers if seed is not None],
             "beam": [(search, 0)],
         }
         return {name: ways[name] for name in names}

@@ -20,7 +20,7 @@ def against_references(responses: list[list[str]], references: list[str]) -> dic
     found = {name: np.zeros(len(references)) for name in ("exact_match", *ROUGE)}
     for texts in responses:
         for i, (text, wanted) in enumerate(zip(texts, references, strict=True)):
-            found["exact_match"][i] += text.strip() == wanted.strip()
+            found["exact_match"][i] += exact_match([text], [wanted])
             scores = scorer.score(wanted, text)
             for name, theirs in ROUGE.items():
                 found[name][i] += scores[theirs].fmeasure

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-HIGHER = ("token_accuracy", "exact_match", "mauve", "rouge_", "distinct_")  # what these begin with is better if it is higher
+HIGHER = ("token_accuracy", "exact_match", "mauve", "rouge_")  # what these begin with is better if it is higher
 LOWER = (
     "nll", "emo", "perplexity", "ece", "costly_mass", "oracle_perplexity", "forward_cross_entropy", "reverse_cross_entropy",
     "total_variation", "transport_cost", "optimal_transport",

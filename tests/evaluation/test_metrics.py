@@ -29,8 +29,8 @@ def base(root):
 
 @pytest.fixture
 def data(root, tmp_path):
-    """Nine of the held-out records, and as running text."""
-    records = json.loads((root / "data" / "instructions" / "held_out.json").read_text())[:9]
+    """Twelve of the held-out records, and as running text."""
+    records = json.loads((root / "data" / "instructions" / "held_out.json").read_text())[:12]
     (tmp_path / "data.json").write_text(json.dumps(records))
     (tmp_path / "text.txt").write_text("The king of the north is old.\nHis river runs to the sea.\n" * 9)
     return tmp_path / "data.json"
@@ -53,13 +53,13 @@ def read(folder: Path) -> tuple[dict, list[dict]]:
 
 
 def test_the_command_writes_what_it_prints_and_overwrites_nothing(base, other, tmp_path, data, capsys):
-    flags = {"decoding": "greedy,sample,beam", "seeds": "0,1", "max_new_tokens": 8, "num_beams": 2, "batch_size": 9}
+    flags = {"decoding": "greedy,sample,beam", "seeds": "0,1", "max_new_tokens": 8, "num_beams": 2, "batch_size": 12}
     run(base, other, data=str(data), out=str(tmp_path / "ev"), samples=2, **flags)
     metrics, samples = read(tmp_path / "ev")
-    assert metrics["records"] == 9 and metrics["settings"]["seeds"] == "0,1" and metrics["settings"]["max_new_tokens"] == 8
+    assert metrics["records"] == 12 and metrics["settings"]["seeds"] == "0,1" and metrics["settings"]["max_new_tokens"] == 8
     results = metrics["results"]
     assert list(results) == [base, other, "(references)"]
-    assert [sample["decoding"] for sample in samples[:4]] == ["greedy", "sample", "beam", "greedy"] and len(samples) == 27
+    assert [sample["decoding"] for sample in samples[:4]] == ["greedy", "sample", "beam", "greedy"] and len(samples) == 36
     model, tokenizer = load_for_generation(base)
     records = json.loads(data.read_text())
     for decoding, ways in {
@@ -67,7 +67,7 @@ def test_the_command_writes_what_it_prints_and_overwrites_nothing(base, other, t
         "sample": [({"temperature": 1.0}, 0), ({"temperature": 1.0}, 1)],
         "beam": [({"num_beams": 2}, 0)],
     }.items():
-        want = [generate_batch(model, tokenizer, records, Sampling(8, **of), batch_size=9, seed=seed) for of, seed in ways]
+        want = [generate_batch(model, tokenizer, records, Sampling(8, **of), batch_size=12, seed=seed) for of, seed in ways]
         chosen = [sample["responses"][base] for sample in samples if sample["decoding"] == decoding]
         assert chosen == ([list(pair) for pair in zip(*want, strict=True)] if len(want) > 1 else want[0])
         references = [record["output"] for record in records]
@@ -175,14 +175,14 @@ def test_only_what_has_the_same_items_is_compared_and_nan_is_null():
     def model(shift: float, items: int) -> dict:
         return {"a": mean_of(np.arange(items) + shift), "b": Replicates(np.array([np.nan])), "c": 7}
 
-    first, _, third = compare({"x": model(0, 5), "y": model(1, 5), "z": model(1, 4)})
+    first, _, third = compare({"x": model(0, 15), "y": model(1, 15), "z": model(1, 14)})
     assert first["measures"]["a"] == pytest.approx({"mean": 1, "low": 1, "high": 1, "p": 2 / 2001})
     assert first["measures"]["b"] == {"mean": None, "low": None, "high": None, "p": None}
     assert (first["minus"], first["model"], third["minus"], third["model"]) == ("x", "y", "y", "z") and "a" not in third[
         "measures"
     ]
-    shown = with_intervals({"x": {"c": 7, "e": Items(np.ones((3, 1)), lambda sums: sums[..., 0])}})["x"]
-    assert shown["c"] == {"value": 7, "low": None, "high": None} and shown["e"] == {"value": 3, "low": 3, "high": 3}
+    shown = with_intervals({"x": {"c": 7, "e": Items(np.ones((13, 1)), lambda sums: sums[..., 0])}})["x"]
+    assert shown["c"] == {"value": 7, "low": None, "high": None} and shown["e"] == {"value": 13, "low": 13, "high": 13}
 
 
 def test_tables():
@@ -233,7 +233,7 @@ def test_of_four_models_the_first_is_compared_with_each():
         ({"data": "data.json", "prefix_words": 4}, "--prefix_words cuts running text"),
         ({"data": "text.txt", "prefix_words": 0}, "--prefix_words 0"),
         ({"data": "text.txt", "decoding": "beam"}, "running text asks nothing: give --prefix_words N"),
-        ({"data": "data.json", "mauve": "data.json"}, "9 texts are too few"),
+        ({"data": "data.json", "mauve": "data.json"}, "12 texts are too few"),
     ],
 )
 def test_bad_arguments_end_the_command_before_a_model_is_loaded(base, tmp_path, data, monkeypatch, capsys, arguments, message):

@@ -64,6 +64,8 @@ def test_optimal_transport_is_the_linear_programs_and_below_the_independent_coup
     found = distances(model, oracle, examples, cost, pad_token_id=0)
     assert found["optimal_transport"].measured().value < found["transport_cost"].measured().value
     assert found["optimal_transport"].sums[:, 1].tolist() == [3, 1, 4]  # all positions, fewer than were asked for
+    some = [distances(model, oracle, examples, cost, pad_token_id=0, positions=2, seed=s)["optimal_transport"] for s in (0, 1)]
+    assert [items.sums[:, 1].sum() for items in some] == [2, 2] and some[0].value != some[1].value
     assert distances(oracle, oracle, examples, cost, pad_token_id=0)["optimal_transport"].measured().value < 1e-6
 
 

@@ -187,5 +187,6 @@ function short(value, step) {
   if (Math.abs(value) < step / 1e6) return "0";
   if (step < 1e-3) return value.toExponential(1).replace(".0e", "e").replace("-", "−");
   if (step >= 1000) return `${+(value / 1000).toFixed(1)}k`;
-  return value.toFixed(Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (/[^0]25/.test(String(step)) ? 1 : 0)));
+  const digits = [0, 1, 2, 3, 4, 5, 6].find((d) => Math.abs(Number(step.toFixed(d)) - step) < step * 1e-6);
+  return value.toFixed(digits ?? 6);
 }

@@ -32,6 +32,7 @@ function whole(value) {
 function number(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const size = Math.abs(value);
+  if (size >= 1e7) return value.toExponential(1);
   if (size === 0 || size >= 1000) return whole(value);
   const text = size >= 1e-3 ? value.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : size >= 1 ? 3 : 4) : value.toExponential(1);
   return text.replaceAll("-", "−");

@@ -9,7 +9,7 @@ const FILTERS = {
 const LONGEST = 1e6; // word pairs that are compared; what differs beyond that is marked as a whole
 
 function drawSamples(box) {
-  const rows = (DATA.samples ?? []).map(prepared);
+  const rows = firstModel() < 0 ? [] : (DATA.samples ?? []).map(prepared);
   if (!rows.length) return box.append(note("No responses here: without a model or --data there are none, and running text asks nothing."));
   const decodings = [...new Set(rows.map((row) => row.decoding))];
   const state = { words: "", decoding: decodings[0], filter: "all", against: "reference", shown: PAGE };

@@ -5,7 +5,7 @@ const RECORDS = 8; // shown at a time
 
 function drawTransport(box) {
   const view = DATA.transport;
-  if (!view) return box.append(note("No tokens here: there is no model or no --data, or --transport_records 0 left them out."));
+  if (!view?.runs.some(Boolean)) return box.append(note("No tokens here: there is no model or no --data, or --transport_records 0 left them out."));
   box.append(new TransportView(view).element);
 }
 
