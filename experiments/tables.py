@@ -58,23 +58,23 @@ def bold(nlls: dict[float, float]) -> list[str]:
 
 
 def plot(runs: list[Run], names: list[str], label: str, file: Path) -> None:
-    """A panel per measure: its mean and deviation at every setting, a line per arm; a dotted one where an arm has one value."""
+    """A panel per measure: its mean and deviation at every setting, a line per arm; a grey one where an arm has one value."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6 * -(-len(names) // 3)), layout="constrained")
     panels = figure.subplots(-(-len(names) // 3), 3, squeeze=False).ravel()
-    settings = _each(runs, "setting")
+    settings, lines = _each(runs, "setting"), (":", "--", "-.")
     for panel, name in zip(panels, names, strict=False):
         for number, arm in enumerate(_each(runs, "arm")):
             found = [_values([run for run in runs if run["setting"] == setting], arm, name) for setting in settings]
             if all(len(values) == 1 for values in found):
-                panel.axhline(found[0][0], linestyle=":", color="grey", label=arm)
+                panel.axhline(found[0][0], linestyle=lines[number % 3], color="grey", label=arm)
             elif all(found):
                 places = np.arange(len(settings)) + 0.05 * (number - 2)
                 spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found]
                 panel.errorbar(places, [statistics.mean(v) for v in found], spread, marker="o", capsize=3, label=arm)
         panel.set_xticks(range(len(settings)), settings)
-        panel.set(title=_shown(name), xlabel=label)
+        panel.set(title=_shown(name), xlabel=label, xlim=(-0.4, len(settings) - 0.6))
     for panel in panels[len(names) :]:
         panel.axis("off")
     panels[0].legend()
