@@ -13,6 +13,7 @@
 #              NPROC       processes (default: the visible GPUs, or 1)
 #              ENGINE      none, ddp, fsdp, zero1, zero2, zero3 or zero3_offload (default: fsdp with several GPUs, else
 #                          none; ddp with several processes on a CPU)
+#              REPORT      no: none is written (default: OUTPUT_DIR/report.html)
 # Flags after MODE go to stanford_alpaca/train.py and win over the recipe's.
 # Exit status: 0 done, 2 a mistake, 3 what was saved is damaged or another run's, 75 stopped by a signal: run it again,
 # 128 + N a process was ended by signal N (9: out of memory?).
@@ -65,15 +66,15 @@ launch stanford_alpaca.train --model_name_or_path "$MODEL_PATH" --data_path "$DA
     "${PRECISION[@]}" "${ENGINE_FLAGS[@]}" "${BATCH[@]}" "${RESUME[@]}" "$@"
 
 # ---- look at it ----
-REPORT=$OUTPUT_DIR/report.html
+if [ "${REPORT:-}" = no ]; then REPORT=; else REPORT=$OUTPUT_DIR/report.html; fi
 ABOUT=(--limit 100) # what --eval_path names; without it the page has the curves alone
 if [ -n "$DEMO" ]; then
     [ -e "$OUTPUT_DIR/evaluation" ] || "$PYTHON" -m stanford_alpaca.evaluation.metrics "$MODEL_PATH" "$OUTPUT_DIR" \
         --data "$ROOT/data/instructions/held_out.json" --out "$OUTPUT_DIR/evaluation"
     ABOUT=(--evaluation "$OUTPUT_DIR/evaluation")
 fi
-[ -e "$REPORT" ] || "$PYTHON" -m stanford_alpaca.evaluation.report "$MODEL_PATH" "$OUTPUT_DIR" --out "$REPORT" "${ABOUT[@]}" >/dev/null \
-    || REPORT="none could be written"
+if [ -n "$REPORT" ] && [ ! -e "$REPORT" ]; then
+    "$PYTHON" -m stanford_alpaca.evaluation.report "$MODEL_PATH" "$OUTPUT_DIR" --out "$REPORT" "${ABOUT[@]}" || echo "report: none could be written"
+fi
 echo "checkpoint: $OUTPUT_DIR"
-echo "report:     $REPORT"
 printf 'talk to it: PYTHONPATH=%q %q -m stanford_alpaca.generate %q --interactive\n' "$ROOT" "$PYTHON" "$OUTPUT_DIR"

@@ -24,6 +24,7 @@ if not __package__:  # run as a file
     sys.path[0] = str(ROOT)
 
 from experiments.tables import bold, differences, keep, markdown, means
+from stanford_alpaca.errors import UserError, exit_on_user_error
 
 BASE = ROOT / "data" / "tiny-base"
 ARMS = {
@@ -44,9 +45,13 @@ MEASURES = ("nll", "emo", "token_accuracy", "exact_match", "rouge_l", "ece", "co
 
 def split(gsm8k: Path, work: Path) -> dict[str, dict]:
     """The sets by name: what to train on, how often, what to test on, how long answers are."""
+    if not gsm8k.is_file():
+        raise UserError(f"--gsm8k {gsm8k}: no such file; give GSM8K in Alpaca's form, a JSON list")
     records = json.loads(gsm8k.read_text(encoding="utf-8"))
     if len(records) < TRAINED + HELD_OUT:
-        sys.exit(f"{gsm8k} has {len(records)} records: {TRAINED + HELD_OUT} are needed to test on others than were trained on")
+        raise UserError(
+            f"{gsm8k} has {len(records)} records: {TRAINED + HELD_OUT} are needed to test on others than were trained on"
+        )
     work.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", records[:TRAINED]), ("test", records[-HELD_OUT:])):
         (work / f"gsm8k-{name}.json").write_text(json.dumps(part))
@@ -128,4 +133,4 @@ def rates_table(rates: dict[str, dict[str, dict[float, float]]]) -> str:
 
 
 if __name__ == "__main__":
-    fire.Fire(run)
+    exit_on_user_error(lambda: fire.Fire(run))

@@ -11,6 +11,7 @@
 Every part is left alone when it is done: the same command goes on. Writes experiments/results/oracle-SCALE.json, .md, .png.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ if not __package__:  # run as a file
 from experiments.measuring import measure
 from experiments.students import Student, device, make_tokenizer, pretrain, sample, sequences_of, spent, train
 from experiments.tables import RESULTS, Run, bold, differences, keep, markdown, means, plot
+from stanford_alpaca.errors import UserError, exit_on_user_error
 
 PLOTTED = ["perplexity", "oracle_perplexity", "mauve", "total_variation", "transport_cost", "optimal_transport"]
 
@@ -46,8 +48,10 @@ class Scale:
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 2  # of the oracle and the start
     test: int = 800
+    rows: int | None = None  # of 64 tokens, of each text that oracle and start learn; None: all
 
 
+TEXTS = ("english.txt.gz", "wikitext2_valid.txt")
 FEW = ("mle", "emo", "emo2", "tailr", "identity")
 ALL = (*FEW, "emd", "mix", "mixce", "dft")
 LOW, MIDDLE, HIGH = (3e-5, 1e-4, 3e-4, 1e-3), (1e-4, 3e-4, 1e-3, 3e-3), (3e-4, 1e-3, 3e-3, 1e-2)
@@ -57,22 +61,26 @@ SCALES = {
     "cpu": Scale(FEW, (160, 4), ((96, 2),), (2048,), LITTLE_TO_MUCH),
     "sizes": Scale(("mle", "emo"), (160, 4), ((64, 2), (128, 3)), (1024, 4096), ((2000, 4, MIDDLE),)),
     "gpu": Scale(ALL, (1024, 12), ((384, 6), (768, 12)), (4096, 32768), TEN_TIMES, test=4000),
-    "smoke": Scale(("mle", "emo"), (64, 1), ((32, 1),), (512,), ((80, 1, (1e-3, 3e-3)),), (0, 1), 1, 24),
+    "smoke": Scale(("mle", "emo"), (64, 1), ((32, 1),), (512,), ((80, 1, (1e-3, 3e-3)),), (0, 1), 1, 24, 200),
 }
 
 
 def prepare(scale: Scale, vocab_size: int, shape: tuple[int, int], texts: Path, work: Path) -> Path:
     """The folder of one vocabulary and one start, with all that students need in it."""
-    english, wiki = texts / "english.txt.gz", texts / "wikitext2_valid.txt"
+    english, wiki = (texts / name for name in TEXTS)
     folder = work / f"v{vocab_size}"
     tokenizer = make_tokenizer([english, wiki], vocab_size, folder / "tokenizer")
     if not (folder / "oracle").exists():
-        pretrain(sequences_of([english], tokenizer), scale.oracle, tokenizer, scale.epochs, folder / "oracle")
+        pretrain(sequences_of([english], tokenizer)[: scale.rows], scale.oracle, tokenizer, scale.epochs, folder / "oracle")
     here = folder / f"w{shape[0]}"
     if not (here / "start").exists():
-        half = sequences_of([english], tokenizer)
+        half = sequences_of([english], tokenizer)[: scale.rows]
         pretrain(
-            torch.cat([half[: len(half) // 2], sequences_of([wiki], tokenizer)]), shape, tokenizer, scale.epochs, here / "start"
+            torch.cat([half[: len(half) // 2], sequences_of([wiki], tokenizer)[: scale.rows]]),
+            shape,
+            tokenizer,
+            scale.epochs,
+            here / "start",
         )
     sizes = {"corpus": max(sequences for sequences, *_ in scale.data), "dev": max(scale.test // 4, 8), "test": scale.test}
     for seed, (name, count) in enumerate(sizes.items()):
@@ -117,6 +125,14 @@ def pool(processes: int) -> Callable[[Callable, Iterable], None]:
 
 def run(text_dir: str, scale: str = "cpu", work: str = "output/oracle", processes: int | None = None) -> None:
     """All of it; see the head of this file."""
+    if scale not in SCALES:
+        raise UserError(f"--scale {scale}: choose from {', '.join(SCALES)}")
+    for name in TEXTS:
+        if not (Path(text_dir) / name).is_file():
+            raise UserError(f"--text_dir {text_dir} has no {name}: see experiments/README.md")
+    for package in ("mauve", "ot", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError("this needs some packages: pip install mauve-text POT matplotlib")
     chosen, texts, folder = SCALES[scale], Path(text_dir).resolve(), (ROOT / work / scale).resolve()
     at_once = pool(processes or (1 if device() == "cuda" else os.cpu_count() or 1))
     runs, rates = [], []
@@ -160,4 +176,4 @@ def measured(scale: Scale, students: Iterable[Student], here: Path, size: str, r
 
 
 if __name__ == "__main__":
-    fire.Fire(run)
+    exit_on_user_error(lambda: fire.Fire(run))

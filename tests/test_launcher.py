@@ -36,7 +36,8 @@ def test_the_real_form_with_the_published_recipe(launch, tmp_path):
     assert f"checkpoint: {tmp_path / 'out'}" in done.stdout
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["train_batch_size"] == 4
-    again = launch("data/tiny-base", "emo", "--max_steps", 1)
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in done.stdout and "the page has the curves alone" in done.stdout
+    again = launch("data/tiny-base", "emo", "--max_steps", 1, REPORT="no")
     assert again.returncode == 0 and "this run is complete" in again.stdout
     other = launch("data/tiny-base", "emo", "--max_steps", 2)
     assert other.returncode == 3 and "--max_steps was 1, is 2" in other.stderr and "checkpoint:" not in other.stdout
@@ -44,7 +45,7 @@ def test_the_real_form_with_the_published_recipe(launch, tmp_path):
 
 def test_from_inside_the_package_folder_with_two_processes_and_an_inexact_batch(launch, root):
     arguments = ("../data/tiny-base", "dft", "--max_steps", 1, "--per_device_train_batch_size", 24)
-    done = launch(*arguments, cwd=root / "stanford_alpaca", NPROC="2", OMP_NUM_THREADS="1")
+    done = launch(*arguments, cwd=root / "stanford_alpaca", NPROC="2", OMP_NUM_THREADS="1", REPORT="no")
     assert done.returncode == 0, done.stderr
     assert "global batch 96: 128 cannot be had from 2 processes of 24" in done.stdout
     assert "mode dft, cost frozen, 2 process(es), global batch 96" in done.stdout

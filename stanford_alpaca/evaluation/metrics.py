@@ -193,6 +193,7 @@ def run(
     samples: int = 12,
     columns: str | None = None,
     limit: int | None = None,
+    documents: str = "auto",
     prefix_words: int | None = None,
     continuation_words: int | None = None,
     cost: str | None = None,
@@ -213,6 +214,7 @@ def run(
     Args:
         checkpoints: folders or hub names, the base model first.
         data: what training takes, with reference outputs; of running text the teacher-forced measures, in blocks of max_length.
+        documents: what begins a document of running text, as in training; a text file is one if it is not said.
         prefix_words: running text is cut after so many words of each document; what follows is the reference.
         continuation_words: how many words of references and responses are compared: all; with prefix_words by default half of
             max_new_tokens, which most responses reach.
@@ -233,7 +235,8 @@ def run(
         raise UserError("give one or more checkpoints and --data FILE")
     check_whole("samples", samples, 0)
     settings = Settings(
-        data=data, columns=pairs, limit=limit, prefix_words=prefix_words, continuation_words=continuation_words, cost=cost,
+        data=data, columns=pairs, limit=limit, documents=documents, prefix_words=prefix_words,
+        continuation_words=continuation_words, cost=cost,
         max_length=max_length, max_new_tokens=max_new_tokens, prompt_template=prompt_template, batch_size=batch_size,
         decoding=decoding, seeds=seeds, num_beams=num_beams, mauve=mauve, oracle=oracle, trust_remote_code=trust_remote_code,
     )  # fmt: skip

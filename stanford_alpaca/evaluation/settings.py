@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 
+from stanford_alpaca.data.documents import DOCUMENTS
 from stanford_alpaca.data.formats import FORMS, check_columns, form_of, load_records
 from stanford_alpaca.data.tokenize import check_template
 from stanford_alpaca.errors import UserError, check_whole, say
@@ -26,6 +27,7 @@ class Settings:
     data: str
     columns: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
+    documents: str = "auto"  # what begins a document of running text, as in training
     prefix_words: int | None = None  # running text: each document is cut after so many words, and continued
     continuation_words: int | None = None  # see ``compared_words``
     cost: str | None = None  # the model whose output embedding prices emo; None: the first checkpoint
@@ -46,6 +48,8 @@ class Settings:
         for name, least in (("batch_size", 1), ("max_length", 2), ("num_beams", 2)):
             check_whole(name, getattr(self, name), least)
         check_template(self.prompt_template)
+        if self.documents not in DOCUMENTS:
+            raise UserError(f"--documents {self.documents}: choose from {', '.join(DOCUMENTS)}")
         self.decodings()
 
     @property
@@ -92,7 +96,7 @@ def read_records(names: list[str], settings: Settings) -> Dataset:
     for name in [*names, settings.cost or names[0]]:
         check_model(name, or_adapter=True, remote_code=remote_code)
     check_columns([settings.data], settings.columns)
-    records = load_records(settings.data, columns=settings.columns, documents="auto")
+    records = load_records(settings.data, columns=settings.columns, documents=settings.documents)
     if settings.limit is not None:
         records = records.select(range(min(settings.limit, len(records))))
     is_text = form_of(records.column_names) == "text"

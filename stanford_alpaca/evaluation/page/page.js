@@ -103,7 +103,7 @@ function drawTitle() {
       const told = Object.entries(run.flags).filter(([, value]) => value !== false);
       const facts = told.map(([flag, value]) => `${TITLES[flag] ?? readable(flag)} ${[value].flat().map(place).join(", ")}`);
       const last = run.curves && Math.max(...Object.values(run.curves).map((points) => points.at(-1)[0]));
-      if (run.curves) facts.push(count(last, "step"));
+      if (run.curves) facts.push(`logged up to step ${whole(last)}`);
       if (!run.model) facts.push("not finished: no model to evaluate");
       if (!facts.length) facts.push("no training log: a base model");
       return el("li", {}, runName(i), el("span", { class: "facts", text: facts.join(" · ") }));
