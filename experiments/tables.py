@@ -26,7 +26,7 @@ def means(runs: list[Run]) -> str:
     for setting in _each(runs, "setting"):
         here = [run for run in runs if run["setting"] == setting]
         names = list(dict.fromkeys(name for run in here for name in run["measures"]))
-        rows = [[arm, *(_spread(_values(here, arm, name), name) for name in names)] for arm in _each(here, "arm")]
+        rows = [[arm, *(_spread(_values(here, arm, name)) for name in names)] for arm in _each(here, "arm")]
         pages.append(f"**{setting}**\n\n{markdown(['', *map(_shown, names)], rows)}")
     return "\n\n".join(pages)
 
@@ -94,7 +94,7 @@ def _by_seed(runs: list[Run], arm: str, name: str) -> dict[int, float]:
     return {seed: value for seed, value in sorted(found.items()) if value is not None}
 
 
-def _spread(values: list[float], name: str) -> str:
+def _spread(values: list[float]) -> str:
     if not values:
         return ""
     digits = _digits(statistics.mean(values))

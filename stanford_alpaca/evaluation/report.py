@@ -121,7 +121,7 @@ def settings_of(evaluation: Evaluation) -> Settings:
     """What an evaluation was made with, its cost by name, without what this command does not do again."""
     measured = evaluation.metrics
     cost = measured["settings"]["cost"] or next(iter(measured["results"]))
-    return Settings(measured["data"], **measured["settings"] | {"cost": cost, "mauve": None})
+    return Settings(measured["data"], **measured["settings"] | {"cost": cost, "mauve": None, "oracle": None})
 
 
 def read_evaluation(folder: Path, models: list[str]) -> Evaluation:

@@ -12,7 +12,8 @@ from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.curves import curves_of, short_names, told
 from stanford_alpaca.evaluation.page import as_block
-from stanford_alpaca.evaluation.report import run
+from stanford_alpaca.evaluation.report import run, settings_of_runs
+from stanford_alpaca.evaluation.settings import Settings
 from stanford_alpaca.evaluation.transport import view_of
 from stanford_alpaca.evaluation.verdicts import better, table_of
 from stanford_alpaca.generate import load_for_generation
@@ -202,3 +203,17 @@ def test_mistakes_are_refused_before_a_model_is_loaded(root, tmp_path, monkeypat
     call = {"out": "report.html"} | arguments
     status, line = refusal(capsys, monkeypatch, lambda: run(str(root / "data" / "tiny-base"), **call), tmp_path)
     assert status == 2 and re.search(message, line)
+
+
+def test_runs_are_measured_as_they_were_trained(tmp_path):
+    for name, template in (("a", "chat"), ("b", "chat"), ("c", "alpaca")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.yaml").write_text(
+            f"prompt_template: {template}\nmodel_max_length: 99\ncolumns: [output=answer]\n"
+        )
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    chosen = settings_of_runs("data.json", ["base", a, b], None)
+    assert (chosen.prompt_template, chosen.max_length, chosen.columns) == ("chat", 99, {"output": "answer"})
+    assert settings_of_runs("data.json", ["base"], 3) == Settings("data.json", limit=3)
+    with pytest.raises(UserError, match=r"different --prompt_template \(chat, alpaca\)"):
+        settings_of_runs("data.json", [a, c], None)
