@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from stanford_alpaca.cost import COST_KINDS
 from stanford_alpaca.cost_sharding import COST_SHARDINGS
 from stanford_alpaca.data.documents import DOCUMENTS
+from stanford_alpaca.data.encode import READINGS
 from stanford_alpaca.data.formats import parse_columns
-from stanford_alpaca.data.tokenize import TEMPLATES
+from stanford_alpaca.data.templates import TEMPLATES
 from stanford_alpaca.engines import ENGINES, engine_flags, spare_deepspeed_trouble
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
@@ -57,6 +58,14 @@ class DataArguments:
         default=None, metadata={"help": "Names of columns in the data, as instruction=question output=answer."}
     )
     prompt_template: str = choice(*TEMPLATES, default="auto", help="alpaca, chat (the tokenizer's), or plain.")
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "A Jinja file, another model's folder, or a name among the tokenizer's own: implies chat."},
+    )
+    special_tokens: str = choice(
+        *READINGS, default="text", help="What names of special tokens in records mean: text, or parse: the tokens."
+    )
+    train_history: bool = field(default=False, metadata={"help": "Trains the answers of Alpaca's history, too."})
     streaming: bool = field(default=False, metadata={"help": "Reads the data as it is needed; needs --max_steps."})
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Examples of a stream that are held to be shuffled."})
     eval_path: list[str] | None = field(default=None, metadata={"help": "Held-out data, in the same forms."})
@@ -80,6 +89,10 @@ class DataArguments:
         metadata={"help": "With --block_size: only the first lines (rows) of each --data_path that are not blank; 0: all."},
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+    def __post_init__(self) -> None:
+        if self.chat_template is not None and self.prompt_template == "auto":
+            self.prompt_template = "chat"  # who gives one wants it used
 
     def column_names(self) -> dict[str, str]:
         """--columns as a mapping from our names to those in the files."""

@@ -36,10 +36,12 @@ class Meter:
         self._sums: Tensor | None = None
         self._marked: Tensor | None = None
 
-    def add(self, stats: TokenStats, objective: Objective) -> None:
+    def add(self, stats: TokenStats, objective: Objective, weights: Tensor | None = None) -> None:
+        """Adds tokens; ``weights`` multiply their losses, and nothing else."""
         nll = stats.nll.double()
         emo = torch.zeros_like(nll) if stats.log_emo is None else stats.log_emo.double().exp()
         loss = objective(stats.nll, stats.log_emo).double()
+        loss = loss if weights is None else loss * weights
         new = torch.stack([torch.ones_like(nll), loss, nll, emo, torch.exp(-nll)]).sum(1)
         self._sums = new if self._sums is None else self._sums + new
 
@@ -113,7 +115,15 @@ class AttachedObjective:
         self._guard.remove()
         self._model.__dict__.pop("emo_objective", None)
 
-    def _forward(self, model, labels: Tensor, *args, num_items_in_batch: Tensor | int | None = None, **kwargs):
+    def _forward(
+        self,
+        model,
+        labels: Tensor,  # [B, S]
+        *args,
+        num_items_in_batch: Tensor | int | None = None,
+        token_weights: Tensor | None = None,  # [B, S] float32, or its bits as int32
+        **kwargs,
+    ):
         self._computed = True
         kwargs.pop("logits_to_keep", None)
         kwargs["return_dict"] = True
@@ -134,15 +144,18 @@ class AttachedObjective:
         if learning and not self.objective.needs_emo:
             cost = None  # training pays for nothing it does not use
         hidden, targets = outputs[0][:, :-1], labels[:, 1:]
+        weights = None if token_weights is None else token_weights.view(torch.float32)[:, 1:]
         soft: SoftTargets | None = None
         if learning and self.teacher is not None:
             keep = targets != -100
             soft = self.teacher.soft_targets(keep, head.weight.shape[0], *args, **kwargs)
-            hidden, targets = hidden[keep], targets[keep]
+            hidden, targets, weights = hidden[keep], targets[keep], None if weights is None else weights[keep]
         loss, stats = linear_loss_and_stats(
-            hidden, head, targets, cost, self.objective, soft, backend=self.backend, num_items=num_items_in_batch
-        )
-        (self.train_meter if learning else self.eval_meter).add(stats, self.objective)
+            hidden, head, targets, cost, self.objective, soft,
+            token_weights=weights, backend=self.backend, num_items=num_items_in_batch,
+        )  # fmt: skip
+        counted = None if weights is None else weights[targets != -100]
+        (self.train_meter if learning else self.eval_meter).add(stats, self.objective, counted)
         parts = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         if own is None:
             return CausalLMOutputWithPast(loss=loss, **parts)
@@ -219,7 +232,8 @@ def attach_objective(
     """Makes a Hugging Face causal LM compute the objective inside its own forward when it is given ``labels``.
 
     The loss is computed within ``model(**batch)``, so DDP, FSDP and ZeRO see an ordinary forward pass; labels are shifted,
-    -100 is ignored, ``num_items_in_batch`` is honoured, no logits are returned. Without labels, and in ``generate()``,
+    -100 is ignored, ``num_items_in_batch`` is honoured, ``token_weights`` (of the labels' shape) multiply the losses of tokens,
+    whose sum is still divided by the number of targets; no logits are returned. Without labels, and in ``generate()``,
     the model is what it was. What it does to its logits (a scale, a soft cap) is recognised now, see ``recognise_head``.
     A Trainer that computes a loss from logits (``label_smoothing_factor``, ``compute_loss_func``) never asks for this one.
 

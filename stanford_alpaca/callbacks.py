@@ -20,8 +20,8 @@ class SampleCallback(TrainerCallback):
     its clock are as before.
     """
 
-    def __init__(self, trainer: EmoTrainer, prompts: list[dict], prompt_template: str):
-        self.trainer, self.prompts, self.prompt_template = trainer, prompts, prompt_template
+    def __init__(self, trainer: EmoTrainer, prompts: list[dict]):
+        self.trainer, self.prompts = trainer, prompts
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         step = state.global_step
@@ -35,7 +35,7 @@ class SampleCallback(TrainerCallback):
         with self.trainer.watch.paused(), frozen_random_states():
             texts = generate_batch(
                 model, self.trainer.processing_class, self.prompts, Sampling(args.sample_max_new_tokens),
-                prompt_template=self.prompt_template, progress=False, synced=args.world_size > 1,
+                progress=False, synced=args.world_size > 1,
             )  # fmt: skip
         model.train(training)
         model.generation_config = generation_config

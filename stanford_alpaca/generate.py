@@ -18,10 +18,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from stanford_alpaca.data.chat import stop_ids
-from stanford_alpaca.data.formats import canonical, take_columns
+from stanford_alpaca.data.formats import take_columns
 from stanford_alpaca.data.reading import SUFFIXES, read_file
-from stanford_alpaca.data.tokenize import PromptEncoder, check_template
-from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.data.records import canonical
+from stanford_alpaca.data.templates import IN_WORDS, check_template, trained_prompts
+from stanford_alpaca.data.tokenize import PromptEncoder
+from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown, say
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer, read_config
 from stanford_alpaca.samples import check_outputs, format_sample, sample_of, write_alpaca_eval, write_jsonl, write_markdown
@@ -60,13 +62,25 @@ def no_router_loss(model: PreTrainedModel) -> dict[str, bool]:
 
 
 def check_prompts(
-    names: list[str], records: list[dict], max_new_tokens: int, prompt_template: str = "auto", remote_code: bool = False
+    names: list[str],
+    records: list[dict],
+    max_new_tokens: int,
+    prompt_template: str = "auto",
+    special_tokens: str | None = None,
+    remote_code: bool = False,
 ) -> None:
-    """Raises UserError for a prompt that does not fit into the context of every model, before any is loaded."""
+    """Raises UserError for a prompt that does not fit into the context of every model, before any is loaded.
+
+    Says where a model is asked otherwise than it was trained.
+    """
     for name in names:
         tokenizer = load_tokenizer(name, remote_code=remote_code)
         config = read_config(name, remote_code=remote_code)
-        encode_prompts(config, PromptEncoder(tokenizer, prompt_template), records, max_new_tokens)
+        encode_prompts(config, PromptEncoder(tokenizer, prompt_template, special_tokens), records, max_new_tokens)
+        trained = trained_prompts(tokenizer)
+        if trained and prompt_template not in ("auto", trained.template):
+            words = [IN_WORDS[template] for template in (trained.template, prompt_template)]
+            say(f"{name}: trained with {words[0]}, asked here with {words[1]} (--prompt_template {prompt_template})")
 
 
 @torch.no_grad()  # no inference_mode: weights that ZeRO-3 gathers in it could not be trained any more
@@ -77,6 +91,7 @@ def generate_batch(
     sampling: Sampling = Sampling(),
     *,
     prompt_template: str = "auto",
+    special_tokens: str | None = None,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
@@ -84,10 +99,12 @@ def generate_batch(
 ) -> list[str]:
     """One response per record, in order. Batches are padded on the left and hold prompts of similar length.
 
-    Repeatable: the same arguments give the same text. Under sampling the batch size is one of those arguments. ``synced``: all
+    Prompts are written as the model was trained, unless ``prompt_template`` or ``special_tokens`` say otherwise. Repeatable:
+    the same arguments give the same text. Under sampling the batch size is one of those arguments. ``synced``: all
     ranks call this together, and go on until the last one is done, as a sharded model needs it.
     """
-    prompts = encode_prompts(model.config, PromptEncoder(tokenizer, prompt_template), records, sampling.max_new_tokens)
+    encode = PromptEncoder(tokenizer, prompt_template, special_tokens)
+    prompts = encode_prompts(model.config, encode, records, sampling.max_new_tokens)
     responses = generate_ids(
         model, tokenizer, prompts, sampling, batch_size=batch_size, seed=seed, progress=progress, synced=synced
     )
@@ -193,12 +210,12 @@ def read_prompts(
 
 
 def chat(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, prompt_template: str, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, encode: PromptEncoder, seed: int
 ) -> None:
     """Reads instructions from the terminal and streams the responses until an empty line or the end of input."""
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    encode, stops = PromptEncoder(tokenizer, prompt_template), stop_ids(tokenizer)
+    stops = stop_ids(tokenizer)
     for record in _typed():
         try:
             ids = torch.tensor(encode_prompts(model.config, encode, [record], sampling.max_new_tokens), device=model.device)
@@ -233,7 +250,7 @@ def sample_all(
     """One sample per record, in the form of ``samples.py``; the checkpoints are loaded one after the other.
 
     Args:
-        options: prompt_template, batch_size and seed, as in ``generate_batch``.
+        options: prompt_template, special_tokens, batch_size and seed, as in ``generate_batch``.
     """
     responses: dict[str, list[str | list[str]]] = {}
     for name in names:
@@ -258,6 +275,7 @@ def run(
     alpaca_eval: str | None = None,
     markdown: str | None = None,
     prompt_template: str = "auto",
+    special_tokens: str | None = None,
     columns: str | None = None,
     num_samples: int = 1,
     max_new_tokens: int = 256,
@@ -279,7 +297,9 @@ def run(
         checkpoints: folders or hub names; the same prompts go to each.
         prompts: a data file of any form that training takes (responses may be missing), or a text file with an
             instruction a line; columns: other names in it, as instruction=question.
-        prompt_template: alpaca, chat (the tokenizer's chat template) or plain; auto: as training does by the form.
+        prompt_template: alpaca, chat (the tokenizer's chat template) or plain; auto: what the model was trained with, and for a
+            model that this package did not train, what training would take for the form.
+        special_tokens: what their names in prompts mean: text, or parse (the tokens); by default as in training.
         instruction: one instruction; ``input`` is its input.
         interactive: type instructions, see the responses stream (one checkpoint, greedy or sampled).
         out: a JSONL file to write, a sample a line: instruction, input, reference, and responses, which are
@@ -296,7 +316,7 @@ def run(
     """
     refuse_unknown(unknown, run)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, num_beams)
-    check_template(prompt_template)
+    check_template(prompt_template, special_tokens or "text")
     pairs, words = take_columns(columns, [str(checkpoint) for checkpoint in checkpoints])
     if not words:
         raise UserError("give a checkpoint: a folder that training wrote, or a hub name")
@@ -316,11 +336,12 @@ def run(
     records = [] if interactive else read_prompts(prompts, instruction, input, pairs)
     for name in names:
         check_model(name, or_adapter=True, remote_code=trust_remote_code)
-    check_prompts(names, records, max_new_tokens, prompt_template, trust_remote_code)
+    check_prompts(names, records, max_new_tokens, prompt_template, special_tokens, trust_remote_code)
     if interactive:
-        return chat(*load_for_generation(names[0], trust_remote_code), sampling, prompt_template, seed)
+        model, tokenizer = load_for_generation(names[0], trust_remote_code)
+        return chat(model, tokenizer, sampling, PromptEncoder(tokenizer, prompt_template, special_tokens), seed)
 
-    options = {"prompt_template": prompt_template, "batch_size": batch_size, "seed": seed}
+    options = {"prompt_template": prompt_template, "special_tokens": special_tokens, "batch_size": batch_size, "seed": seed}
     samples = sample_all(names, records, sampling, num_samples, trust_remote_code, **options)
     settings = {**asdict(sampling), "num_samples": num_samples, **options}
     if "out" in files:

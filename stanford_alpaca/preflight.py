@@ -12,7 +12,8 @@ from transformers import HfArgumentParser
 
 from stanford_alpaca.anatomy import Parameters, describe
 from stanford_alpaca.arguments import choice
-from stanford_alpaca.data.formats import form_of, load_records
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.tokenize import ExampleEncoder, encode_records
 from stanford_alpaca.engines import PEAK_FLOPS
 from stanford_alpaca.errors import UserError, exit_on_user_error, nearest

@@ -10,8 +10,8 @@ from stanford_alpaca.arguments import ObjectiveArguments, Run
 from stanford_alpaca.attach import attach_objective, routes
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
-from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.sources import ExampleStream
+from stanford_alpaca.data.templates import set_stops
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.fit import check_positions
 from stanford_alpaca.head import HeadForm
@@ -96,9 +96,7 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
         **precision(run),
     )  # fmt: skip
     fit_vocabulary(model, tokenizer)
-    stops = stop_ids(tokenizer)
-    if len(stops) > 1:  # who generates from the folder stops at the end of a turn
-        model.generation_config.eos_token_id = stops
+    set_stops(model.generation_config, tokenizer)
     teacher = make_teacher(run, tokenizer)
     adapted = run.lora.adapt(model) if run.lora.lora else model
     try:

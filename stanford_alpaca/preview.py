@@ -17,8 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from stanford_alpaca.data.encode import SPECIAL
-from stanford_alpaca.data.formats import check_columns, form_of, load_records, take_columns
-from stanford_alpaca.data.tokenize import EMPTY, IGNORE_INDEX, REFUSED, ExampleEncoder, check_template, encode_records
+from stanford_alpaca.data.formats import check_columns, load_records, take_columns
+from stanford_alpaca.data.records import form_of, unused_fields
+from stanford_alpaca.data.report import EMPTY, REFUSED, count_lines, note_counts
+from stanford_alpaca.data.templates import check_template, told_template, use_chat_template
+from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder, encode_records
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.model import load_tokenizer
@@ -32,14 +35,14 @@ Piece = tuple[str, bool]  # the characters of a token, and whether it is trained
 
 def pieces_of(record: dict, encode: ExampleEncoder) -> list[Piece]:
     """A record token by token. Raises UserError for one that its template cannot write."""
-    text, _ = rendered = encode.template.render(record)
-    ((ids, offsets),) = encode.encoder([text], encode.template.add_special_tokens)
-    labels = encode.label(ids, offsets, rendered.spans)["labels"]
+    text, ids, offsets, row = encode.in_parts(record)
     pieces: list[Piece] = []
     done = 0
-    for (_, end), label in zip(offsets, labels, strict=False):
+    for token_id, (start, end), label in zip(ids, offsets, row["labels"], strict=False):
         piece = text[done:end].replace(SPECIAL, "")
-        if piece or not pieces:  # tokens of one character, its bytes, share it
+        if (start, end) == (0, 0):  # what the tokenizer puts before the text
+            piece = encode.encoder.name_of(token_id)
+        if piece:  # tokens of one character, its bytes, share it
             pieces.append((piece, label != IGNORE_INDEX))
         done = max(done, end)
     return pieces
@@ -83,6 +86,7 @@ def statistics_of(encoded: Dataset, max_length: int, budgets: Sequence[int] = BU
             "prompt_fills_the_length": whole["kept"] - now["kept"],
             "refused_by_the_template": len(refused),
         },
+        "notes": note_counts(encoded),
         "first_refusal": f"record {refused[0] + 1}: {encoded[int(refused[0])]['refusal']}" if len(refused) else "",
         "supervised_share": now["supervised_tokens"] / max(1, now["tokens"]),
         "token_quantiles": dict(zip([f"{q:.0%}" for q in QUANTILES], levels, strict=False)) | {"max": int(seen.max(initial=0))},
@@ -94,7 +98,7 @@ def statistics_of(encoded: Dataset, max_length: int, budgets: Sequence[int] = BU
     }
 
 
-@SetParseFns(data=str, columns=str, cache_dir=str)
+@SetParseFns(data=str, columns=str, cache_dir=str, chat_template=str)
 def run(
     model: str | None = None,
     *more_data: str,
@@ -102,6 +106,9 @@ def run(
     examples: int = 3,
     max_length: int = 512,
     prompt_template: str = "auto",
+    chat_template: str | None = None,
+    special_tokens: str = "text",
+    train_history: bool = False,
     columns: str | None = None,
     cache_dir: str | None = None,
     json: bool = False,
@@ -115,6 +122,7 @@ def run(
         data: files, folders or hub names, each shown by itself.
         examples: how many of each to show, 3 by default; max_length: tokens per example, 512.
         prompt_template: auto, alpaca, chat or plain; columns: as instruction=question output=answer.
+        chat_template, special_tokens, train_history: as in training.
         trust_remote_code: runs the code that the model's folder or repository brings along.
         json: prints the same as JSON: {source: {statistics, examples: [{pieces, boundaries}]}}.
     """
@@ -123,16 +131,21 @@ def run(
         raise UserError("give a model and --data FILE")
     check_whole("examples", examples, 0)
     check_whole("max_length", max_length, 2)
-    check_template(prompt_template)
+    check_template(prompt_template, special_tokens)
     pairs, others = take_columns(columns, [str(path) for path in more_data])
     check_columns([data, *others], pairs)
     check_model(str(model), cache_dir, remote_code=trust_remote_code, weights=False)
     tokenizer = load_tokenizer(str(model), cache_dir=cache_dir, remote_code=trust_remote_code)
+    use_chat_template(tokenizer, chat_template, trust_remote_code)
+    if chat_template is not None and prompt_template == "auto":
+        prompt_template = "chat"
     shown: dict[str, dict[str, Any]] = {}
     for path in [data, *others]:
-        records = load_records(path, cache_dir, columns=pairs)
-        encode = ExampleEncoder.of(tokenizer, form_of(records.column_names), WHOLE, prompt_template)
+        records = load_records(path, cache_dir, columns=pairs, train_history=train_history)
+        form = form_of(records.column_names)
+        encode = ExampleEncoder.of(tokenizer, form, WHOLE, prompt_template, special_tokens)
         statistics = statistics_of(encode_records(records, encode), max_length)
+        statistics |= {"not_used": unused_fields(records), "template": encode.template_name}
         cut = ExampleEncoder(encode.template, encode.encoder, max_length)
         shown[path] = {"statistics": statistics, "examples": list(_examples(records, cut, examples))}
     if json:
@@ -145,7 +158,11 @@ def run(
             console.print(coloured(example["pieces"], console.is_terminal))
             for masked, trained in example["boundaries"]:
                 console.print(f"boundary: {masked!r} is masked, {trained!r} is trained")
-        console.print(table_of(path, source["statistics"], max_length))
+        found = source["statistics"]
+        console.print(told_template(found["template"], tokenizer))
+        for line in count_lines(found["records"], found["not_used"], found["notes"]):
+            console.print(line)
+        console.print(table_of(path, found, max_length))
         console.print(budgets_of(source["statistics"], max_length))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.utils import cached_file
+from transformers.utils import CHAT_TEMPLATE_FILE, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from stanford_alpaca import __version__
@@ -24,7 +24,7 @@ FILE, FILE_FROM = "run.yaml", "run-from-{}.yaml"
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 NO_MODEL_FILES = ("manifest.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 BY_CONTENT = ("model", "teacher", "cost")
-CONFIGS = ("deepspeed", "fsdp_config", "accelerator_config")  # flags that name a file
+CONFIGS = ("deepspeed", "fsdp_config", "accelerator_config", "chat_template")  # flags that name a file, or a folder with it
 CONTENT = "content of --"
 # flags that decide nothing, or are compared by what they lead to
 FREE = {
@@ -81,8 +81,8 @@ tokenizer = AutoTokenizer.from_pretrained({path})
 {prompts}
 """
 PROMPTS = """\
-Prompts are written with the template `{}` (`auto`: Alpaca's for instructions, the tokenizer's chat template for
-conversations)."""
+Prompts were written with {}. The tokenizer's `chat_template` writes them:
+`tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], add_generation_prompt=True)`."""
 BLOCKS = "Trained on running text, in blocks of {} tokens: no prompt template."
 
 
@@ -122,7 +122,9 @@ def identify_model(name: str, cache_dir: str | None = None) -> str:
 
 
 def digest_of_config(value: str) -> str:
-    """The sha256 of a file, or of what was given in place of its name."""
+    """The sha256 of a file (in a folder: of its chat template), or of what was given in place of its name."""
+    inside = (Path(value) / name for name in (CHAT_TEMPLATE_FILE, "tokenizer_config.json"))
+    value = next((str(file) for file in inside if file.is_file()), value)
     return f"sha256:{file_sha256(Path(value)) if os.path.isfile(value) else sha256(str(value).encode()).hexdigest()}"
 
 
@@ -219,8 +221,12 @@ def unit_of(run: Run) -> str:
     return "blocks" if run.data.block_size else "rows" if run.data.packing else "examples"
 
 
-def write_card(run: Run, metrics: dict[str, float]) -> None:
-    """Writes the model card, README.md, with what was trained on what, how, and what evaluation said."""
+def write_card(run: Run, metrics: dict[str, float], prompts: str | None) -> None:
+    """Writes the model card, README.md, with what was trained on what, how, and what evaluation said.
+
+    Args:
+        prompts: what writes the prompts, in words; None for running text.
+    """
     training, output = run.training, Path(run.training.output_dir)
     per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     rows = {
@@ -254,6 +260,6 @@ def write_card(run: Run, metrics: dict[str, float]) -> None:
         version=__version__,
         rows="\n".join(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows.items()),
         path=json.dumps(training.hub_model_id or title, ensure_ascii=False),
-        prompts=BLOCKS.format(size) if (size := run.data.block_size) else PROMPTS.format(run.data.prompt_template),
+        prompts=BLOCKS.format(size) if (size := run.data.block_size) else PROMPTS.format(prompts) if prompts else "",
     )
     (output / "README.md").write_text(card, encoding="utf-8")

@@ -253,8 +253,9 @@ class ResumableTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         only = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}  # but for those that are trained
         model.save_pretrained(folder, state_dict=state_dict, **only)
-        if only:  # peft's card: a run writes its own when all else is hashed
-            (folder / "README.md").unlink(missing_ok=True)
+        if only:
+            (folder / "README.md").unlink(missing_ok=True)  # peft's card: a run writes its own when all else is hashed
+            model.generation_config.save_pretrained(folder)  # which peft leaves to the base
         self.processing_class.save_pretrained(folder)
         # ZeRO's model may be in bfloat16, the weights written are the masters; an adapter has no such configuration
         if state_dict and not isinstance(model, PeftModel):

@@ -31,13 +31,15 @@ from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.formats import check_columns
 from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.data.sources import ExampleStream, Loading, check_sources, digest, load_source, mix, stream_sources
+from stanford_alpaca.data.templates import IN_WORDS, sign, told_template, trained_prompts, use_chat_template
+from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import is_lost_rank, leave_alone, leave_together, peak_memory_mib
 from stanford_alpaca.errors import Stopped, UserError, exit_on_user_error, first_line, say
 from stanford_alpaca.fit import check_fit
-from stanford_alpaca.generate import read_prompts
+from stanford_alpaca.generate import encode_prompts, read_prompts
 from stanford_alpaca.loading import loading_whole, share_from_rank_0
 from stanford_alpaca.lock import held
-from stanford_alpaca.model import load_tokenizer
+from stanford_alpaca.model import load_tokenizer, read_config
 from stanford_alpaca.prepare import cache_costs, make_collator, make_model
 from stanford_alpaca.record import MADE_WITH, differences, write_card, write_run
 from stanford_alpaca.resume import Start, where_to_start
@@ -49,22 +51,30 @@ from stanford_alpaca.turns import load_in_turn
 def load_data(
     data: DataArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset | ExampleStream, Dataset | None]:
-    """Tokenized training and evaluation examples; the report of each source goes to the terminal."""
+    """Tokenized training and evaluation examples; the report of each source goes to the terminal.
+
+    The tokenizer gets the prompts of the training examples as its chat template.
+    """
     loading = Loading(
-        max_length=training.model_max_length, prompt_template=data.prompt_template, columns=data.column_names(),
+        max_length=training.model_max_length, prompt_template=data.prompt_template, special_tokens=data.special_tokens,
+        train_history=data.train_history, columns=data.column_names(),
         cache_dir=training.cache_dir, num_proc=data.preprocessing_num_workers or len(os.sched_getaffinity(0)),
         seed=training.seed, shuffle_buffer=data.shuffle_buffer,
         block_size=data.block_size, documents=data.documents, max_sentences=data.max_sentences or None,
     )  # fmt: skip
 
     evaluating = replace(loading, max_sentences=None)
+    templates: dict[str, None] = {}  # those that write what is trained
 
     def load(paths: list[str], loading: Loading) -> list[Dataset]:
         sources = []
         for path in paths:
             examples, report = load_source(path, tokenizer, loading)
-            say(f"{path}: {report}")
+            for line in report.lines():
+                say(f"{path}: {line}")
             sources.append(examples)
+            if loading is not evaluating and report.template:
+                templates[report.template] = None
         return sources
 
     if data.streaming:
@@ -74,15 +84,24 @@ def load_data(
         check_sources(data.eval_path or [], evaluating)
     held_out = mix(load(data.eval_path, evaluating), None, training.seed) if data.eval_path is not None else None
     if data.streaming:
-        say("streamed: what is dropped or cut is not counted; python -m stanford_alpaca.preview shows it")
-        return stream_sources(data.data_path, data.data_weights, tokenizer, loading), held_out
+        stream = stream_sources(data.data_path, data.data_weights, tokenizer, loading, tell=say)
+        _sign(tokenizer, stream.templates, data.special_tokens)
+        return stream, held_out
     sources = load(data.data_path, loading)
+    _sign(tokenizer, list(templates), data.special_tokens)
     if data.eval_fraction is not None:
         seed = None if data.block_size else training.seed
         splits = [split(source, data.eval_fraction, seed) for source in sources]
         sources, held_out = [kept for kept, _ in splits], mix([held for _, held in splits], None, training.seed)
         say(f"held out {len(held_out):,} {'blocks' if data.block_size else 'examples'}")
     return mix(sources, data.data_weights, training.seed), held_out
+
+
+def _sign(tokenizer: PreTrainedTokenizerBase, templates: list[str], special_tokens: str) -> None:
+    for name in templates:
+        say(told_template(name, tokenizer))
+    for line in sign(tokenizer, templates, special_tokens):
+        say(line)
 
 
 def split(examples: Dataset, fraction: float, seed: int | None) -> tuple[Dataset, Dataset]:
@@ -131,6 +150,7 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
         run.model.model_name_or_path, args.model_max_length, args.cache_dir,
         may_grow=run.lora.may_grow, remote_code=run.model.trust_remote_code, tell=say,
     )  # fmt: skip
+    use_chat_template(tokenizer, run.data.chat_template, run.model.trust_remote_code)
     check_fit(run, tokenizer, prompts)
     train_examples, eval_examples = load_in_turn(
         lambda: load_data(run.data, args, tokenizer), lambda sets: " ".join(map(digest, sets)),
@@ -138,6 +158,8 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     )  # fmt: skip
     for line in differences(run, start.record[MADE_WITH]):
         say(f"--config: {line}")
+    config = read_config(run.model.model_name_or_path, args.cache_dir, remote_code=run.model.trust_remote_code)
+    encode_prompts(config, PromptEncoder(tokenizer), prompts, args.sample_max_new_tokens)  # as the model will be asked
 
     set_seed(args.seed)  # for the random weights of --from_config
     prices = not (run.model.from_config and run.objective.asks_the_model)
@@ -162,7 +184,7 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     if eval_examples is not None:
         trainer.add_callback(EvaluateLast())
     if prompts:
-        trainer.add_callback(SampleCallback(trainer, prompts, run.data.prompt_template))
+        trainer.add_callback(SampleCallback(trainer, prompts))
     write_together(
         Path(str(args.output_dir)), args.world_size, lambda: write_run(run, start.record) if args.should_save else None
     )
@@ -190,7 +212,8 @@ def finish(run: Run, trainer: EmoTrainer, metrics: dict[str, float]) -> None:
             trainer.save_metrics("eval", evaluation)
         trainer.save_state()
         if args.should_save:
-            write_card(run, metrics | evaluation)
+            trained = trained_prompts(trainer.processing_class)
+            write_card(run, metrics | evaluation, trained and IN_WORDS[trained.template])
             manifest.write(output, files, {"step": trainer.state.global_step, "run": trainer.record})
 
     write_together(output, args.world_size, write_rest)

@@ -8,8 +8,9 @@ import pytest
 from datasets import Dataset, Image
 
 from stanford_alpaca.data import formats
-from stanford_alpaca.data.formats import form_of, load_records
+from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.reading import read_file
+from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.tokenize import ExampleEncoder, PromptEncoder
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.generate import read_prompts
@@ -38,7 +39,7 @@ class Payload:
         ("a.json", b"[" + GOOD.encode(), r"a.json:record 1: broken JSON at line 1 column 37, expecting ',' or ']'; is"),
         ("a.json", b"[\n" + GOOD.encode() + b',\n{"instr', "record 2: broken JSON at line 3 column 2, Unterminated"),
         ("a.json", b"[" + GOOD.encode() + b"] 1", "a.json: broken JSON, something stands after the list; wanted"),
-        ("a.json", b'{\n "instruction": "a",\n "output": "b"\n}', "line 1: broken JSON at column 1, .*; wanted a list or"),
+        ("a.json", b'{\n "instruction": "a",\n "output": "b"\n}', "a.json: one object over several lines: put it into a list, .*; wanted"),
         ("a.json", b'{"data": [' + GOOD.encode() + b"]}", "a.json:line 1: no field 'instruction'; it has data"),
         ("a.json", b"[" * 100_000, "a.json:record 1: broken JSON, nested too deep; "),
         ("a.json", b"[" + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"]", "record 1: broken JSON, nested too deep"),
@@ -46,7 +47,7 @@ class Payload:
         ("a.jsonl", GOOD.encode() + b"\n{instr\n" + GOOD.encode(), "line 2: broken JSON at column 2, Expecting"),
         ("a.jsonl", GOOD.encode() + b'\n{"n": ' + b"9" * 5000 + b"}", "a.jsonl:line 2: broken JSON, Exceeds the limit"),
         ("a.json", f"[{GOOD}]".encode("utf-16"), "a.json: byte 0 is not UTF-8; convert the file to UTF-8"),
-        ("a.json", GOOD.encode("utf-16-le"), "a.json:line 1: broken JSON"),
+        ("a.json", GOOD.encode("utf-16-le"), "a.json: holds NUL characters, as UTF-16 does; convert"),
         ("a.json", f"[{GOOD[:-2]}é".encode("latin-1"), "a.json: byte 34 is not UTF-8; convert"),
         ("a.pkl", pickle.dumps(Payload()), r"a.pkl: not one of .json, .jsonl, .*; give such a file"),
         ("a.pt", pickle.dumps(Payload()), r"a.pt: not one of .json, .jsonl, .*; give such a file"),
@@ -71,12 +72,12 @@ class Payload:
         ("a.jsonl", b'{"messages": [{"role": "x", "content": "a"}]}', "role 'x'; known are system"),
         ("a.jsonl", b'{"messages": [{"role": ["user"], "content": "a"}]}', r"role \['user'\]; known are"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": 1}]}', "message 1: 'content' is a number"),
-        ("a.jsonl", b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}', "tool calls"),
+        ("a.jsonl", b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}', "is no call of a tool"),
         ("a.jsonl", b'{"conversations": ["a"]}', "'conversations', message 1: a string"),
         # ---- tables
         ("a.csv", b"instruction,output\na,b\nc\n", "a.csv:line 3: not the 2 fields of the first line; "),
         ("a.csv", b"instruction,output,output\na,b,c\n", "a.csv:line 1: the column 'output' stands twice; "),
-        ("a.csv", b"question,answer\na,b\n", "a.csv:line 2: no field 'instruction'.*--columns instruction=NAME"),
+        ("a.csv", b"question,answer\na,b\n", "line 2: no field 'instruction'.*--columns instruction=question output=answer"),
         ("a.csv", b'instruction,output\na,"b\n', "a.csv: broken CSV at the end.*; "),
         ("a.csv", b"instruction,output\na,\xe9\n", "a.csv: byte 21 is not UTF-8; "),
         ("a.parquet", b"PAR1 no", "a.parquet: broken parquet.*; is the file complete"),

@@ -255,4 +255,5 @@ def test_export_of_zero_equals_the_model_saved_at_the_same_step(arguments, make_
     zero.shards_of(checkpoint)[1].unlink()
     with pytest.raises(UserError, match="1 of 2 optimizer shards are there"):
         zero.read_weights(checkpoint)
-    assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "exported" / "config.json").read_text()
+    for name in ("config.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "exported" / name).read_text()

@@ -148,7 +148,7 @@ def test_the_model_card_of_odd_names(arguments, tmp_path):
         model_name_or_path="123", mode="mle", teacher="some/teacher", output_dir=tmp_path / 'a "b"', data_path="a|b"
     )
     (tmp_path / 'a "b"').mkdir()
-    write_card(parse(argv), {})
+    write_card(parse(argv), {}, None)
     card = (tmp_path / 'a "b"' / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "123"
     assert "| data | a&#124;b |" in card and "| teacher | some/teacher, top 64 |" in card and "| cost |" not in card

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CHAT_TEMPLATE_DIR, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from stanford_alpaca.checkpoint import fsdp, manifest, zero
 from stanford_alpaca.checkpoint.kinds import FSDP, ZERO, kind_of
@@ -33,6 +33,8 @@ def export(checkpoint: Path, out: Path) -> str:
     whole = (checkpoint / ADAPTER_SAFE_WEIGHTS_NAME).is_file()  # an adapter stands whole beside any engine's shards
     weights = _fit(SHARDED[kind](checkpoint), checkpoint) if kind in SHARDED and not whole else None
     with appearing(out) as part:
+        if (checkpoint / CHAT_TEMPLATE_DIR).is_dir():  # the named ones of a tokenizer that has several
+            shutil.copytree(checkpoint / CHAT_TEMPLATE_DIR, part / CHAT_TEMPLATE_DIR)
         for file in checkpoint.iterdir():
             if file.is_file() and file.suffix in BESIDE and file.name not in NOT_EXPORTED:
                 shutil.copy(file, part)
@@ -41,6 +43,8 @@ def export(checkpoint: Path, out: Path) -> str:
                 shutil.copy(file, part)
         else:
             model, state = weights
+            if (part / GENERATION_CONFIG_NAME).is_file():  # with the tokens that end an answer, which no configuration has
+                model.generation_config = GenerationConfig.from_pretrained(part)
             (part / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
             model.save_pretrained(part, state_dict=state)
         line = _check(part)

@@ -15,8 +15,8 @@ from stanford_alpaca.cost.cooccurrence import TextSettings, count_pairs, embed
 from stanford_alpaca.cost.embedding import CostEmbedding
 from stanford_alpaca.cost.transfer import transfer_rows
 from stanford_alpaca.data.encode import TextEncoder
-from stanford_alpaca.data.formats import FORMS, canonical, form_of
 from stanford_alpaca.data.reading import SUFFIXES, read_file
+from stanford_alpaca.data.records import FORMS, canonical, form_of
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.model import load_model
 

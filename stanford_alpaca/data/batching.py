@@ -20,7 +20,8 @@ class PadCollator:
     """Pads a list of examples to the longest of them.
 
     Returns int64 tensors [batch, longest]: ``input_ids``, ``labels`` (-100 on padding) and ``attention_mask``. The mask
-    follows the lengths, never the padding id, which may equal the end-of-sequence token.
+    follows the lengths, never the padding id, which may equal the end-of-sequence token. Where an example has weights there are
+    ``token_weights`` too, see ``weight_bits``.
     """
 
     pad_id: int
@@ -35,7 +36,7 @@ class PadCollator:
             "input_ids": padded("input_ids", self.pad_id),
             "labels": padded("labels", IGNORE_INDEX),
             "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
-        }
+        } | weight_bits([e.get("weights") or [1.0] * len(e["input_ids"]) for e in examples])
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ class SegmentCollator:
     apart_by: str = "positions"
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [_Row(e["input_ids"], e["labels"], e.get("lengths", [len(e["input_ids"])])) for e in examples]
+        rows = [
+            _Row(e["input_ids"], e["labels"], e.get("lengths", [size]), e.get("weights") or [1.0] * size)
+            for e in examples
+            for size in [len(e["input_ids"])]
+        ]
         if self.flat:
             rows = [_Row(*(list(chain(*parts)) for parts in zip(*rows, strict=True)))]
         width = max(1, *(len(row.input_ids) for row in rows))
@@ -70,6 +75,7 @@ class SegmentCollator:
         labels = padded((row.labels for row in rows), IGNORE_INDEX).masked_fill(positions == 0, IGNORE_INDEX)
         input_ids = padded((row.input_ids for row in rows), self.pad_id)
         batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions, "use_cache": False}
+        batch |= weight_bits([row.weights for row in rows])
         if self.apart_by == "cu_seq_lens":
             return batch | flash_attention_inputs(positions)
         if self.apart_by in ("mask", "bias"):
@@ -84,6 +90,16 @@ class _Row(NamedTuple):
     input_ids: list[int]
     labels: list[int]
     lengths: list[int]
+    weights: list[float]
+
+
+def weight_bits(weights: list[list[float]]) -> dict[str, Tensor]:
+    """``token_weights`` [rows, longest], filled up with 1, unless all are 1: the bits of float32 as int32, since engines that
+    compute in 16 bits round what is a number."""
+    if all(weight == 1 for row in weights for weight in row):
+        return {}
+    rows = [torch.tensor(row, dtype=torch.float32) for row in weights]
+    return {"token_weights": pad_sequence(rows, batch_first=True, padding_value=1.0).view(torch.int32)}
 
 
 def flash_attention_inputs(position_ids: Tensor) -> dict[str, Any]:
@@ -137,7 +153,7 @@ def fill_up(examples: Dataset | PackedExamples, multiple: int, token_id: int) ->
     missing = -len(examples) % multiple
     if missing == 0:
         return examples
-    filler = Dataset.from_dict(
-        {"input_ids": [[token_id]] * missing, "labels": [[IGNORE_INDEX]] * missing}, features=examples.features
-    )
+    rows: dict[str, list] = {"input_ids": [[token_id]] * missing, "labels": [[IGNORE_INDEX]] * missing}
+    rows |= {name: [[]] * missing for name in examples.column_names if name not in rows}
+    filler = Dataset.from_dict(rows, features=examples.features)
     return concatenate_datasets([examples, filler])

@@ -6,7 +6,7 @@ the length of the blocks. The last block of a source is as long as what is left.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -15,7 +15,8 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from stanford_alpaca.data.encode import TextEncoder, clean
-from stanford_alpaca.data.formats import form_of
+from stanford_alpaca.data.records import form_of, unused_fields
+from stanford_alpaca.data.report import count_lines
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, PARALLEL_FROM
 from stanford_alpaca.errors import UserError
 
@@ -35,6 +36,12 @@ class BlockReport:
     block_size: int
     targets: int
     max_sentences: int | None  # that were taken
+    unused: Mapping[str, int] = field(default_factory=dict)  # fields that are not read -> documents
+    template: str = ""  # there are no prompts
+
+    def lines(self) -> list[str]:
+        """The report as a run prints it."""
+        return [str(self), *count_lines(self.documents, self.unused, {})]
 
     def __str__(self) -> str:
         first = f"the first {self.max_sentences:,} lines: " if self.max_sentences else ""
@@ -126,7 +133,8 @@ def make_blocks(
     blocks = Dataset.from_generator(_blocks, gen_kwargs=source, features=BLOCK, cache_dir=cache_dir)
     labels = (np.asarray(batch["labels"].combine_chunks().flatten()) for batch in blocks.with_format("arrow").iter(10_000))
     targets = sum(int((values != IGNORE_INDEX).sum()) for values in labels)
-    return blocks, BlockReport(len(records), len(blocks), block_size, targets, max_sentences)
+    unused = unused_fields(records, also="weight")
+    return blocks, BlockReport(len(records), len(blocks), block_size, targets, max_sentences, unused)
 
 
 def _blocks(documents: Dataset, block_size: int, before: int | None, eos_id: int) -> Iterator[dict[str, Any]]:

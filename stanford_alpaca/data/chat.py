@@ -1,186 +1,242 @@
 """A tokenizer's own chat template: conversations to texts, and exactly which characters the assistant has to write.
 
-Trained is what the model writes when it is its turn: from the end of the generation prompt to the end of the turn, the
-end-of-turn token included, whether or not the template marks it. A template with ``{% generation %}`` marks is taken at its
-word. Otherwise noncharacters go around every message's text, the template is rendered, and they show where it put each one.
+Trained is what the model writes when it is its turn: from the end of the generation prompt to the end of the turn, reasoning,
+calls of tools and the end-of-turn token included, whether or not the template marks it (``spans.py``). A template with
+``{% generation %}`` marks is taken at its word, but for an end-of-turn token that they leave out: it is trained too.
 """
 
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from stanford_alpaca.data.encode import TextEncoder, clean
-from stanford_alpaca.data.prompts import Messages, Rendered, as_messages
+from stanford_alpaca.data.messages import REASONING, Messages, more_of
+from stanford_alpaca.data.prompts import Rendered, as_messages, text_note
+from stanford_alpaca.data.spans import OPEN, Span, find_spans, marked_text, shared_length, token_pattern
 from stanford_alpaca.errors import UserError, first_line
 
-OPEN, CLOSE = "\ufdd1", "\ufdd2"  # around the numbers of the marks
-MARK = re.compile(f"{OPEN}([<>])(\\d+){CLOSE}")  # "<3": the text of message 3 begins, ">3": it has ended
 MARKED_BY_AUTHOR = re.compile(r"\{%-?\s*generation\s*-?%\}")
-QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+THOUGHTS = re.compile(r"</?think>")
+QUESTION: dict[str, Any] = {"role": "user", "content": "a"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": "b"}
+CALL: dict[str, Any] = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"k": "v"}}}
+CALLING: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+class Conversation(NamedTuple):
+    """A record as a template takes it."""
+
+    messages: Messages
+    tools: list[dict] | None
+    weights: list[float]  # of the messages; only those of the assistant's are read
+    kept: list[str]  # names of special tokens that stay text
 
 
 class ChatTemplate:
-    """Renders conversations with a tokenizer's chat template. The template writes all special tokens itself.
+    """Renders conversations with a chat template. The template writes all special tokens itself.
 
     A system message that the template refuses (Gemma's does) or leaves out goes before the first question.
+
+    Attributes:
+        endings: the tokens that end a turn: that of an answer and, if it is another one, that of a call of a tool.
+        cues: what asks the assistant to write: the generation prompt, empty if the template knows none, and what it is where
+            the template is told to have the assistant think, or not to.
     """
 
-    add_special_tokens = False
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder):
-        self.template, self.encoder = tokenizer.get_chat_template(), encoder
+    def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder, for_tools: str | None = None):
+        self.template, self.encoder = template, encoder
         self.names = tokenizer.special_tokens_map
-        self.by_author = bool(MARKED_BY_AUTHOR.search(self.template))
-        self.ending = self._ending([token.content for token in tokenizer.added_tokens_decoder.values()])
-        self.end_of_turn = _any_of([name for name in (self.ending, encoder.eos_token) if name])
-        self.cue = self._cue()
+        self.by_author = bool(MARKED_BY_AUTHOR.search(template))
+        self.added = token_pattern([token.content for token in tokenizer.added_tokens_decoder.values()])
+        self.writes_arguments = self._writes_arguments()
+        self.endings, within = self._endings()
+        self.end_of_turn = token_pattern([*self.endings, within, encoder.eos_token or ""])
+        self.cues = self._cues()
         self.takes_system = self._takes_system()
+        self.tags = self.encoder.tags - self._structure()
+        self.for_tools = ChatTemplate(for_tools, tokenizer, encoder) if for_tools else None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder) -> "ChatTemplate":
+        """The tokenizer's template; of several named ones ``default``, and ``tool_use`` for records with tools.
+
+        Raises:
+            UserError: there are named ones only, and none is the default.
+        """
+        templates = tokenizer.chat_template
+        if isinstance(templates, str):
+            return cls(templates, tokenizer, encoder)
+        if "default" not in templates:
+            raise UserError(
+                f"the tokenizer has chat templates named {', '.join(templates)}: choose one with --chat_template NAME"
+            )
+        return cls(templates["default"], tokenizer, encoder, templates.get("tool_use"))
 
     # ---- what training and generation ask for --------------------------------------------------------------------------
+
+    def adds_special_tokens(self, text: str) -> bool:
+        """The tokenizer puts nothing before a text: the template has done it."""
+        return False
 
     def render(self, record: Mapping) -> Rendered:
         """The text of a conversation up to its last answer, and the spans that the assistant writes.
 
         Raises:
-            UserError: the template refuses the conversation, or does not let its turns be found.
+            UserError: the template refuses the conversation, leaves a tool out, or does not let its turns be found.
         """
-        messages = self._prepared(record)
+        if self.for_tools and more_of(record).get("tools"):
+            return self.for_tools.render(record)
+        said = self._prepared(record)
+        messages = list(said.messages)
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
         if not messages:
-            return Rendered("", [])
-        text, spans = self._by_author(messages) if self.by_author else self._by_marks(messages)
-        if spans and messages[-1]["content"].strip() and not self._is_ended(text, spans[-1]):
-            text = text[: spans[-1][1]] + self.encoder.eos_token  # else nothing would teach the model to stop
-            spans[-1] = (spans[-1][0], len(text))
-        return self._with_specials(text, spans)
+            return Rendered("", [], [])
+        self._check_tools(messages, said)
+        text, spans, notes = self._by_author(messages, said) if self.by_author else self._by_marks(messages, said)
+        notes = [*notes, *text_note(said.kept), *self._left_out(messages, text, spans)]
+        if spans and spans[-1].message == len(messages) - 1 and not self._is_ended(text, spans[-1]):
+            end = spans[-1].end
+            text = text[:end] + self.encoder.eos_token  # else nothing would teach the model to stop
+            spans[-1] = spans[-1]._replace(end=len(text))
+        return self._with_specials(text, spans, [said.weights[span.message] for span in spans], notes)
 
     def prompt(self, record: Mapping) -> str:
         """The text that generation continues: all but the last answer, and the generation prompt."""
-        messages = self._prepared(record)
+        if self.for_tools and more_of(record).get("tools"):
+            return self.for_tools.prompt(record)
+        said = self._prepared(record)
+        messages = list(said.messages)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
-        return self._with_specials(self._text(messages, add_generation_prompt=True), []).text
+        return self._with_specials(self._text(messages, tools=said.tools, add_generation_prompt=True), [], [], []).text
 
     # ---- spans ---------------------------------------------------------------------------------------------------------
 
-    def _by_author(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-        text, indices = self._rendered(messages, return_assistant_tokens_mask=True)
-        spans = [(start, end) for start, end in indices]
-        answers = [message for message in messages if message["role"] == "assistant"]
-        if len(spans) == len(answers):
-            spans = [span for span, answer in zip(spans, answers, strict=True) if answer["content"].strip()]
-        return text, spans
+    def _by_marks(self, messages: Messages, said: Conversation) -> tuple[str, list[Span], list[str]]:
+        def text_of(messages: Messages, **options: Any) -> str:
+            return self._text(messages, tools=said.tools, **options)
 
-    def _by_marks(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-        text = self._text(messages)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
-        for marked in (lambda message: True, lambda message: message["role"] == "assistant" and message["content"].strip()):
-            # a template may look at the ends of other messages' texts (Qwen3's does), where a mark would be in the way
-            written, begins, ends = self._marked(messages, marked)
-            if written == text:
-                break
-        else:
-            raise UserError("the chat template does not write the texts of the messages as they are")
-        spans = []
-        for i in answers:
-            start = self._start(i, text, begins, ends, self._tail(messages[:i], marked))
-            if start is None:
-                raise UserError(f"the chat template hides where message {i + 1} begins or ends")
-            closing = self.end_of_turn.match(text, ends[i])
-            spans.append((start, closing.end() if closing else ends[i]))
-        return text, spans
+        text = text_of(messages)
+        return text, find_spans(text_of, messages, text, self.cues, self.added, self.end_of_turn), []
 
-    def _start(self, i: int, text: str, begins: dict[int, int], ends: dict[int, int], tail: str | None) -> int | None:
-        """Where the model starts to write message i: behind the generation prompt, as far as the text has it.
+    def _by_author(self, messages: Messages, said: Conversation) -> tuple[str, list[Span], list[str]]:
+        text, indices = self._rendered(messages, tools=said.tools, return_assistant_tokens_mask=True)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(indices) == len(answers):
+            owners = answers
+        else:  # a turn in several parts, or several in one: it is that of the last message that begins in it
+            _, begins, _ = marked_text(lambda marked: self._text(marked, tools=said.tools), messages)
+            inside = [[i for i in answers if i in begins and begins[i] <= end] for _, end in indices]
+            owners = [found[-1] if found else answers[0] for found in inside]
+        spans, open_ended = [], 0
+        for (start, end), owner in zip(indices, owners, strict=True):
+            if not _says_something(messages[owner]):
+                continue
+            space = len(text) - len(text[end:].lstrip())
+            closing = None if self._is_ended(text, Span(start, end, owner)) else self.end_of_turn.match(text, space)
+            open_ended += closing is not None
+            spans.append(Span(start, closing.end() if closing else end, owner))
+        note = "the template's {% generation %} marks leave the end-of-turn token out: it is trained too"
+        return text, spans, [note] if open_ended else []
 
-        Prompts are compared from the end of the last text before: what a template writes further up may differ between a
-        prompt and the whole (a system prompt that moves, thoughts that are dropped).
-        """
-        if i not in ends:
-            return None
-        limit = begins.get(i, ends[i])
-        before = ends.get(max((j for j in ends if j < i and ends[j] <= limit), default=-1), 0)  # of the last text before
-        between = text[before:limit]
-        whole = tail if tail is not None and text.startswith(tail, before) and before + len(tail) <= ends[i] else None
-        if whole is not None and whole.endswith(self.cue):
-            return before + len(whole)
-        if self.cue and self.cue in between:  # the prompt closes the message before otherwise, or has no cue there
-            return before + between.rindex(self.cue) + len(self.cue)
-        if whole is not None:
-            return before + len(whole)
-        shared = _shared(tail or "", between)
-        if i in begins and between[shared:].strip():  # something else stands there, which is not the model's
-            return begins[i]
-        return before + shared if tail is not None or i in begins else None
+    def _is_ended(self, text: str, span: Span) -> bool:
+        """Whether a token closes the turn within its span."""
+        last = next(reversed(list(self.end_of_turn.finditer(text, span.start, span.end))), None)
+        return last is not None and not text[last.end() : span.end].strip()
 
-    def _tail(self, history: Messages, marked: Callable) -> str | None:
-        """What the prompt for an answer to ``history`` has behind the text of the last message, if the template takes it."""
-        try:
-            prompt, _, ends = self._marked(history, marked, add_generation_prompt=True)
-        except UserError:
-            return None
-        return prompt[ends[max(ends)] :] if ends else prompt
+    # ---- what of a record is not in the text ---------------------------------------------------------------------------
 
-    def _is_ended(self, text: str, span: tuple[int, int]) -> bool:
-        """Whether a token closes the turn, within its span or, where the template's author leaves it out, behind it."""
-        last = next(reversed(list(self.end_of_turn.finditer(text, *span))), None)
-        return bool(self.end_of_turn.match(text, span[1]) or (last and not text[last.end() : span[1]].strip()))
+    def _check_tools(self, messages: Messages, said: Conversation) -> None:
+        """Raises UserError for a tool, a call or a result that the template leaves out."""
+        using = [i for i, message in enumerate(messages) if message["role"] == "tool" or message.get("tool_calls")]
+        if not using and not said.tools:
+            return
+        text = self._text(messages, tools=said.tools)
+        for tool in said.tools or []:
+            name = tool.get("function", tool).get("name") if isinstance(tool.get("function", tool), dict) else None
+            if isinstance(name, str) and name not in text:
+                raise UserError(f"the chat template has no place for tools: it leaves out {name!r}")
+        written, _, ends = marked_text(lambda marked: self._text(marked, tools=said.tools), messages)
+        for i in using:
+            if written == text and i not in ends and (messages[i]["role"] != "tool" or messages[i]["content"].strip()):
+                what = "the results" if messages[i]["role"] == "tool" else "the calls"
+                raise UserError(f"the chat template has no place for {what} of tools: it leaves out message {i + 1}")
 
-    def _marked(
-        self, messages: Messages, marked: Callable = lambda message: True, **options
-    ) -> tuple[str, dict[int, int], dict[int, int]]:
-        """The rendered text, and where in it the texts of the ``marked`` messages begin (the assistant's) and end."""
-        contents = []
-        for i, message in enumerate(messages):
-            content = message["content"]
-            core = content.strip()
-            before = content[: len(content) - len(content.lstrip())] if core else content
-            begin = f"{OPEN}<{i}{CLOSE}" if message["role"] == "assistant" else ""
-            with_marks = f"{before}{begin}{core}{OPEN}>{i}{CLOSE}{content[len(before) + len(core) :]}"
-            contents.append({**message, "content": with_marks if marked(message) else content})
-        pieces = MARK.split(self._text(contents, **options))
-        text = pieces[0]
-        begins: dict[int, int] = {}
-        ends: dict[int, int] = {}
-        for kind, number, piece in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
-            (begins if kind == "<" else ends)[int(number)] = len(text)
-            text += piece
-        return text, begins, ends
+    def _left_out(self, messages: Messages, text: str, spans: list[Span]) -> list[str]:
+        """Notes on what the template does not write of what answers say."""
+        notes = []
+        for i in {span.message for span in spans}:
+            message = messages[i]
+            written = _dense("".join(text[span.start : span.end] for span in spans if span.message == i))
+            if any(_dense(part) not in written for part in THOUGHTS.split(message["content"])):
+                notes.append("the template leaves out or rewrites part of an answer")
+            if _dense(message.get("reasoning_content", "")) not in written:
+                notes.append("the template leaves out the reasoning of a turn")
+        return list(dict.fromkeys(notes))
 
     # ---- texts ---------------------------------------------------------------------------------------------------------
 
-    def _prepared(self, record: Mapping) -> Messages:
+    def _prepared(self, record: Mapping) -> Conversation:
         """The messages with special tokens' names broken, and the system message where the template takes it."""
-        messages = [
-            {"role": message["role"], "content": self.encoder.without_specials(clean(message["content"]))}
-            for message in as_messages(record)
-        ]
+        kept: dict[str, None] = {}
+        parse = self.encoder.reading == "parse"
+
+        def hidden(value: Any, tags: frozenset[str] = frozenset()) -> Any:
+            """Every string in a value, with its special tokens' names broken but those that mean the tokens."""
+            if isinstance(value, dict):
+                return {hidden(name): hidden(item, tags) for name, item in value.items()}
+            if isinstance(value, list):
+                return [hidden(item, tags) for item in value]
+            if not isinstance(value, str) or parse:
+                return clean(value) if isinstance(value, str) else value
+            kept.update(dict.fromkeys(name for name in self.encoder.specials_in(value) if name not in tags))
+            return self.encoder.without_specials(clean(value), tags)
+
+        messages, weights = [], []
+        for message in as_messages(record):
+            more = more_of(message)
+            weights.append(more.pop("weight", 1.0))
+            tags = self.tags if message["role"] == "assistant" else frozenset()
+            fields = hidden({"content": message["content"], **more}, tags)
+            messages.append({"role": message["role"], **self._for_template(fields)})
+        tools = hidden(more_of(record).get("tools")) or None
         if messages and messages[0]["role"] == "system" and not self.takes_system and len(messages) > 1:
             system, first, *others = messages
             if first["role"] != "user":  # the assistant's words must stay its own
-                return [{**system, "role": "user"}, first, *others]
-            return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others]
-        return messages
+                return Conversation([{**system, "role": "user"}, first, *others], tools, weights, list(kept))
+            first = {**first, "content": f"{system['content']}\n\n{first['content']}"}
+            return Conversation([first, *others], tools, weights[1:], list(kept))
+        return Conversation(messages, tools, weights, list(kept))
 
-    def _with_specials(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
+    def _for_template(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a message under every name, and in the form, in which templates look for them."""
+        if "reasoning_content" in fields:
+            fields |= dict.fromkeys(REASONING[:2], fields["reasoning_content"])
+        if fields.get("tool_calls") and not self.writes_arguments:
+            fields["tool_calls"] = [_with_text_arguments(call) for call in fields["tool_calls"]]
+        return fields
+
+    def _with_specials(self, text: str, spans: list[Span], weights: list[float], notes: list[str]) -> Rendered:
         """The template's special tokens written for the encoder, the users' names whole again; the spans follow."""
         written, moved, done = "", [], 0
-        for start, end in spans:
+        for start, end, _ in spans:
             written += self.encoder.with_specials(text[done:start])
             begin = len(written)
             written += self.encoder.with_specials(text[start:end])
             moved.append((begin, len(written)))
             done = end
-        return Rendered(written + self.encoder.with_specials(text[done:]), moved)
+        return Rendered(written + self.encoder.with_specials(text[done:]), moved, weights, notes)
 
-    def _text(self, messages: Messages, **options) -> str:
+    def _text(self, messages: Messages, **options: Any) -> str:
         return self._rendered(messages, **options)[0]
 
-    def _rendered(self, messages: Messages, **options) -> tuple[str, list[tuple[int, int]]]:
+    def _rendered(self, messages: Messages, **options: Any) -> tuple[str, list[tuple[int, int]]]:
         try:
             texts, indices = render_jinja_template([messages], chat_template=self.template, **options, **self.names)
         except (TemplateError, TypeError, ValueError) as error:
@@ -190,44 +246,74 @@ class ChatTemplate:
     # ---- what the template does ----------------------------------------------------------------------------------------
 
     def _takes_system(self) -> bool:
-        try:
-            return OPEN in self._text([{"role": "system", "content": OPEN}, QUESTION])
-        except UserError:
-            return False
+        return OPEN in (self._probe([{"role": "system", "content": OPEN}, QUESTION]) or "")
 
-    def _ending(self, added: list[str]) -> str | None:
-        """The added token that ends the assistant's turn, if the template writes one."""
-        try:
-            text, _, ends = self._marked([QUESTION, ANSWER])
-        except UserError:  # a template that takes no such conversation
-            return None
-        closing = _any_of(added).match(text, ends[1]) if 1 in ends else None
-        return closing[0].strip() if closing else None
+    def _writes_arguments(self) -> bool:
+        """Whether the template writes a call's arguments from an object; if not, they have to be JSON already."""
+        text = self._probe([QUESTION, CALLING])
+        as_json = self._probe([QUESTION, {**CALLING, "tool_calls": [_with_text_arguments(CALL)]}])
+        return as_json is None or (text is not None and str(CALL["function"]["arguments"]) not in text)  # type: ignore[index]
 
-    def _cue(self) -> str:
-        """What asks the assistant to write: the generation prompt, empty if the template knows none."""
+    def _endings(self) -> tuple[list[str], str]:
+        """The added token that ends an answer, and that of a call, as far as the template writes them; and the one that ends
+        a turn within a conversation.
+
+        Where a template closes a conversation otherwise than a turn within it, an answer's is that of the turn, if the end has
+        it too (Phi-3), else that of the end (gpt-oss).
+        """
+        answered = [QUESTION, ANSWER, QUESTION]
+        last, within, call = (self._tail(messages) for messages in (answered[:2], answered, [QUESTION, CALLING]))
+        both = self.added.findall(last[: shared_length(last, within, self.added)])
+        of_all = self.added.findall(within[: shared_length(within, self._tail(answered, of=0), self.added)])
+        tokens = [(both[-1:] or self.added.findall(last)[:1]), self.added.findall(call)[-1:]]
+        names = [name for found in tokens for name in found if not name.startswith("</") or name == self.encoder.eos_token]
+        return list(dict.fromkeys(names)), (of_all or [""])[0]
+
+    def _tail(self, messages: Messages, of: int = 1) -> str:
+        """What the template writes behind the text of a message; nothing if it does not take such a conversation."""
         try:
-            plain, asked = self._text([QUESTION]), self._text([QUESTION], add_generation_prompt=True)
+            text, _, ends = marked_text(self._text, messages)
         except UserError:
             return ""
-        return asked[_shared(plain, asked) :]
+        return text[ends[of] :] if of in ends else ""
+
+    def _cues(self) -> list[str]:
+        plain, cues = self._probe([QUESTION]), []
+        for asked in ({}, *({name: value} for name in ("enable_thinking", "thinking") for value in (True, False))):
+            prompt = self._probe([QUESTION], add_generation_prompt=True, **asked)
+            cues.append("" if plain is None or prompt is None else prompt[shared_length(prompt, plain, self.added) :])
+        return list(dict.fromkeys(cues))
+
+    def _structure(self) -> set[str]:
+        """The special tokens that the template writes around turns: no text of an answer means them."""
+        asked = self._probe([{"role": "system", "content": "s"}, QUESTION]) or self._probe([QUESTION]) or ""
+        return {*self.encoder.specials_in(asked), *self.endings}
+
+    def _probe(self, messages: Messages, **options: Any) -> str | None:
+        try:
+            return self._text(messages, **options)
+        except UserError:
+            return None
 
 
-def _shared(one: str, other: str) -> int:
-    """The number of characters with which both begin."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _says_something(message: Mapping) -> bool:
+    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
 
 
-def _any_of(names: list[str]) -> re.Pattern:
-    """Whitespace and one of the names."""
-    return re.compile(r"\s*(?:" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")" if names else "(?!)")
+def _with_text_arguments(call: dict) -> dict:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def _dense(text: str) -> str:
+    """A text without white space."""
+    return "".join(text.split())
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: the end-of-sequence token and, with a chat template, the one that ends a turn."""
+    """The tokens that end a response: the end-of-sequence token and, with a chat template, those that end a turn."""
     stops = [tokenizer.eos_token_id]
     if tokenizer.chat_template is not None:
-        ending = ChatTemplate(tokenizer, TextEncoder.of(tokenizer)).ending
-        if ending is not None:
-            stops.append(tokenizer.convert_tokens_to_ids(ending))
+        endings = ChatTemplate.of(tokenizer, TextEncoder.of(tokenizer)).endings
+        stops += [tokenizer.convert_tokens_to_ids(ending) for ending in endings]
     return list(dict.fromkeys(stops))

@@ -36,36 +36,39 @@ class Texts:
         else:
             yield from _join(self._first(records), self.rule or "auto", "file" if in_lines else "row")
 
-    def _first(self, records: Iterable[dict]) -> Iterator[str]:
+    def _first(self, records: Iterable[dict]) -> Iterator[dict]:
         for record in records:
             self.taken += not _blank(record["text"])
             if self.taken > (sys.maxsize if self.most is None else self.most):
                 return
-            yield record["text"]
+            yield record
 
 
-def _join(rows: Iterable[str], rule: str, otherwise: str) -> Iterator[dict]:
+def _join(rows: Iterable[dict], rule: str, otherwise: str) -> Iterator[dict]:
     """Blank rows stay within a document, and are left out around it."""
-    document: list[str] = []
+    document: list[dict] = []
     for row in rows:
-        if not document and _blank(row):
+        text = row["text"]
+        if not document and _blank(text):
             continue
         if rule == "auto":
-            rule = "wikitext" if TITLE.fullmatch(row) else otherwise
-        begins = {"file": False, "blank": _blank(row), "row": True, "wikitext": TITLE.fullmatch(row) is not None}[rule]
+            rule = "wikitext" if TITLE.fullmatch(text) else otherwise
+        begins = {"file": False, "blank": _blank(text), "row": True, "wikitext": TITLE.fullmatch(text) is not None}[rule]
         if begins and document:
             yield _text(document)
             document = []
-        if document or not _blank(row):
+        if document or not _blank(text):
             document.append(row)
     if document:
         yield _text(document)
 
 
-def _text(rows: list[str]) -> dict:
-    while _blank(rows[-1]):
+def _text(rows: list[dict]) -> dict:
+    """A document; what its first row says beside its text is said of it."""
+    while _blank(rows[-1]["text"]):
         rows.pop()
-    return {"text": "\n".join(row.removesuffix("\n") for row in rows) if len(rows) > 1 else rows[0]}
+    text = "\n".join(row["text"].removesuffix("\n") for row in rows) if len(rows) > 1 else rows[0]["text"]
+    return rows[0] | {"text": text}
 
 
 def _blank(row: str) -> bool:

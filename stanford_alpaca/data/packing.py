@@ -51,8 +51,8 @@ def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
 class PackedExamples(torch.utils.data.Dataset):
     """Examples in rows, put together when they are read: the examples stay where they are, on disk.
 
-    Row i has ``input_ids`` and ``labels`` of its examples, one after the other, and their ``lengths``. A row without examples
-    fills up the last global batch.
+    Row i has ``input_ids`` and ``labels`` of its examples, one after the other, their ``lengths``, and ``weights`` where one of
+    them has some. A row without examples fills up the last global batch.
     """
 
     def __init__(self, examples: Dataset, rows: list[list[int]]):
@@ -71,7 +71,11 @@ class PackedExamples(torch.utils.data.Dataset):
             return {"input_ids": [], "labels": [], "lengths": []}
         found: dict[str, Any] = self.examples[self.rows[index]]
         joined = {name: [token for example in found[name] for token in example] for name in ("input_ids", "labels")}
-        return joined | {"lengths": [len(ids) for ids in found["input_ids"]]}
+        lengths = [len(ids) for ids in found["input_ids"]]
+        given = found.get("weights") or []
+        if any(given):
+            joined["weights"] = [w for own, size in zip(given, lengths, strict=True) for w in own or [1.0] * size]
+        return joined | {"lengths": lengths}
 
     def row_lengths(self) -> np.ndarray:  # [R] int64
         """Tokens of every row."""

@@ -4,10 +4,11 @@ The wording is Stanford Alpaca's (Apache-2.0, https://github.com/tatsu-lab/stanf
 tuned with it expect exactly this text. The response follows ``### Response:`` directly.
 """
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from stanford_alpaca.data.encode import TextEncoder, clean
+from stanford_alpaca.data.encode import TextEncoder
+from stanford_alpaca.data.messages import Messages, more_of, pack
 from stanford_alpaca.errors import UserError
 
 WITH_INPUT = (
@@ -19,14 +20,22 @@ WITHOUT_INPUT = (
     "Write a response that appropriately completes the request."
 )  # fmt: skip
 
-Messages = list[dict[str, str]]  # {"role": system | user | assistant | tool, "content": text}
+
+HEADING = "### Input:\n"  # what stands, in a question, between the instruction and an empty line, and the input
 
 
 class Rendered(NamedTuple):
     """A text and what of it is trained."""
 
     text: str
-    spans: list[tuple[int, int]]  # characters [start, end), in order; a token is trained if it starts in one
+    spans: list[tuple[int, int]]  # characters [start, end), in order; a token is trained if it lies within one
+    weights: list[float]  # of the spans: by how much they count in the loss
+    notes: Sequence[str] = ()  # what of the record is not in the text as a reader may expect it, each counted in the report
+
+
+def text_note(names: list[str]) -> list[str]:
+    """A note for each name of a special token that stays text."""
+    return [f"{name!r} in a field is text, not the special token (--special_tokens parse reads it as one)" for name in names]
 
 
 def format_prompt(record: Mapping[str, str]) -> str:
@@ -34,12 +43,22 @@ def format_prompt(record: Mapping[str, str]) -> str:
 
     A system prompt takes the place of Alpaca's own first lines.
     """
-    opening = record.get("system") or (WITH_INPUT if record.get("input") else WITHOUT_INPUT)
-    question = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
+    opening = opening_of(record.get("system"), bool(record.get("input")))
+    question = f"{HEADING}{record['input']}\n\n" if record.get("input") else ""
     return f"{opening}\n\n### Instruction:\n{record['instruction']}\n\n{question}### Response:"
 
 
-Turn = tuple[str, str]  # a prompt and the response to it
+def opening_of(system: str | None, with_input: bool) -> str:
+    """The first lines of a prompt: a system prompt in the place of Alpaca's own."""
+    return system or (WITH_INPUT if with_input else WITHOUT_INPUT)
+
+
+class Turn(NamedTuple):
+    """A prompt and the response to it, as they stand in the record."""
+
+    prompt: str
+    response: str
+    weight: float = 1.0
 
 
 class TurnsTemplate:
@@ -49,10 +68,12 @@ class TurnsTemplate:
         turns: the turns of a record, ``alpaca_turns`` or ``plain_turns``.
     """
 
-    add_special_tokens = True  # whether the tokenizer puts its own (a beginning-of-sequence token) before the text
-
     def __init__(self, turns: Callable[[Mapping], list[Turn]], encoder: TextEncoder):
-        self.turns, self.end = turns, encoder.special(encoder.eos_token)
+        self.turns, self.encoder, self.end = turns, encoder, encoder.special(encoder.eos_token)
+
+    def adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer puts its own (a beginning-of-sequence token) before the text: not where one stands there."""
+        return not (self.encoder.first and text.startswith(self.encoder.special(self.encoder.first)))
 
     def render(self, record: Mapping) -> Rendered:
         """The text of a record and the spans of its responses with their ends; an empty response is not trained.
@@ -60,59 +81,104 @@ class TurnsTemplate:
         Raises:
             UserError: a record that this template cannot write.
         """
-        text, spans = "", []
-        for prompt, response in self.turns(record):
+        text, spans, weights = "", [], []
+        names: dict[str, None] = {}
+        for turn in self.turns(record):
+            prompt, response, kept = self._written(turn)
             start = len(text) + len(prompt)
-            text += prompt + response + self.end
-            if response:
+            text += prompt + response
+            names |= dict.fromkeys(kept)
+            if turn.response:
                 spans.append((start, len(text)))
-        return Rendered(text, spans)
+                weights.append(turn.weight)
+        return Rendered(text, spans, weights, [*text_note(list(names)), *_left_out(record)])
 
     def prompt(self, record: Mapping) -> str:
         """The text that generation continues: the record without its last response. Raises UserError as ``render``."""
-        *history, (prompt, _) = self.turns(record)
-        return "".join(before + response + self.end for before, response in history) + prompt
+        *history, last = self.turns(record)
+        return "".join("".join(self._written(turn)[:2]) for turn in history) + self._written(last)[0]
+
+    def _written(self, turn: Turn) -> tuple[str, str, list[str]]:
+        """The prompt, the response with its end, and the names of special tokens that are text in them."""
+        prompt, in_prompt = self.encoder.field(turn.prompt)
+        response, in_response = self.encoder.field(turn.response, answer=True)
+        return prompt, response.removesuffix(self.end) + self.end, in_prompt + in_response
 
 
 def plain_turns(record: Mapping) -> list[Turn]:
-    """Prompt and completion as they are, or a text that is trained as a whole."""
+    """Prompt and completion as they are, or a text that is trained as a whole. Of other records what is asked is the prompt."""
+    weight = more_of(record).get("weight", 1.0)
     if "text" in record:
-        return [("", clean(record["text"]))]
-    return [(clean(record["prompt"]), clean(record.get("completion") or ""))]
+        return [Turn("", record["text"], weight)]
+    if "prompt" in record:
+        return [Turn(record["prompt"], record.get("completion") or "", weight)]
+    turns, asked = [], ""
+    for message in as_messages(record):
+        if message["role"] == "assistant":
+            turns.append(Turn(asked, message["content"], more_of(message).get("weight", 1.0)))
+            asked = ""
+        else:
+            asked += message["content"]
+    return [*turns, Turn(asked, "")] if asked else turns
 
 
 def alpaca_turns(record: Mapping) -> list[Turn]:
     """The record in Alpaca's words; the later questions of a conversation come without the first lines.
 
     Raises:
-        UserError: a conversation that does not alternate from user to assistant.
+        UserError: a conversation that does not alternate from user to assistant, or that has tools.
     """
-    if "instruction" in record:
-        return [(clean(format_prompt(record)), clean(record.get("output") or ""))]
-    messages = as_messages(record)
+    if more_of(record).get("tools"):
+        raise UserError("Alpaca's template has no place for tools; use --prompt_template chat")
+    messages = as_messages(record, heading=HEADING)
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
     if len(messages) % 2:
         messages.append({"role": "assistant", "content": ""})  # a question that waits for its answer
-    roles, texts = [message["role"] for message in messages], [clean(message["content"]) for message in messages]
+    roles, texts = [message["role"] for message in messages], [message["content"] for message in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
         raise UserError(f"the turns do not alternate from user to assistant: {', '.join(roles)}")
+    if any("tool_calls" in more_of(message) for message in messages):
+        raise UserError("Alpaca's template has no place for the calls of tools; use --prompt_template chat")
     prompts = [f"\n\n### Instruction:\n{question}\n\n### Response:" for question in texts[::2]]
-    prompts[0] = clean(format_prompt({"instruction": texts[0], "system": system}))
-    return list(zip(prompts, texts[1::2], strict=True))
+    is_single = "instruction" in record and not more_of(record).get("history")
+    prompts[0] = opening_of(system, bool(record.get("input")) if is_single else f"\n\n{HEADING}" in texts[0]) + prompts[0]
+    weights = [more_of(message).get("weight", 1.0) for message in messages[1::2]]
+    return [Turn(*turn) for turn in zip(prompts, texts[1::2], weights, strict=True)]
 
 
-def as_messages(record: Mapping) -> Messages:
-    """Any record but a text as a conversation; the response, if there is one, is its last message."""
+def as_messages(record: Mapping, heading: str = "") -> Messages:
+    """Any record but a text as a conversation; the response, if there is one, is its last message.
+
+    Args:
+        heading: what stands between an Alpaca record's instruction, an empty line, and its input.
+    """
+    more = more_of(record)
     if "messages" in record:
-        return list(record["messages"])
+        return [_weighted(message, more.get("weight", 1.0)) for message in record["messages"]]
     if "prompt" in record:
         question, answer, system = record["prompt"], record.get("completion"), None
     else:
-        question = record["instruction"] + (f"\n\n{record['input']}" if record.get("input") else "")
+        question = record["instruction"] + (f"\n\n{heading}{record['input']}" if record.get("input") else "")
         answer, system = record.get("output"), record.get("system")
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": question})
-    return [*messages, {"role": "assistant", "content": answer}] if answer else messages
+    messages += [*more.get("history", ()), {"role": "user", "content": question}]
+    if answer:
+        messages.append({"role": "assistant", "content": answer})
+    return [_weighted(message, more.get("weight", 1.0)) for message in messages]
+
+
+def _weighted(message: Mapping, weight: float) -> dict[str, Any]:
+    """A message of a record that counts ``weight`` times."""
+    if weight == 1 or message["role"] != "assistant":
+        return dict(message)
+    more = more_of(message)
+    return {**message, "more": pack(more | {"weight": weight * more.get("weight", 1.0)})}
+
+
+def _left_out(record: Mapping) -> list[str]:
+    """Notes on what a record's messages have that texts one after the other do not."""
+    reasoning = any("reasoning_content" in more_of(message) for message in record.get("messages", ()))
+    return ["the reasoning of a turn has no place in this template: left out"] if reasoning else []
 
 
 def as_shown(record: Mapping) -> dict[str, str]:

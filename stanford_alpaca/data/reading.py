@@ -1,5 +1,6 @@
 """From files and folders to raw records: whatever stands in JSON, JSON lines, CSV, parquet or text, and where it stands."""
 
+import codecs
 import csv
 import gzip
 import json
@@ -8,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,13 @@ from stanford_alpaca.errors import UserError, first_line
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 TEXT_FILE, GZIPPED = ".txt", ".gz"
 FILE_KINDS = (*SUFFIXES, TEXT_FILE)  # all but parquet may be gzipped
+ARROW = ".arrow"  # of what ``datasets`` saved, see ``_saved_files``
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+ABOUT = (SAVED, SAVED_SPLITS, "dataset_info.json", "dataset_infos.json")  # files about data
+TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
+SHARD = re.compile(r"([-_.]?\d+(-of-\d+)?([-_][0-9a-f]{8,})?)?(\.\w+)+$")  # how the file names of one set end
+HEAD = 4096  # bytes that tell an encoding
+WHOLE_OBJECT = 2**26  # bytes of a file that may be one object over several lines
 SPACE = re.compile(r"[ \t\n\r]*")  # JSON's own
 csv.field_size_limit(2**31 - 1)  # the default refuses fields of 128 KiB
 
@@ -48,26 +56,59 @@ def open_text(file: Path, newline: str | None = None) -> IO[str]:
 def list_files(path: Path) -> list[Path]:
     """The data files that a path names: itself, or all in the folder, the training split of one with splits.
 
-    Text counts in a folder that has nothing else: beside data it is about them.
+    Text counts in a folder that has nothing else: beside data it is about them. A folder may be what ``save_to_disk`` wrote.
 
     Raises:
-        UserError: no such path, another kind of file, or a folder without data files.
+        UserError: no such path, another kind of file, a folder without data files, or one with several training sets.
     """
     kinds = f"{', '.join(FILE_KINDS)}; all but .parquet also with {GZIPPED}"
     if not exists(path):
         raise UserError(f"{path}: no such file; give a file ({kinds}), a folder of them, or a hub name")
     if not path.is_dir():
-        if not path.is_file() or kind_of_file(path) not in FILE_KINDS:
+        if not path.is_file() or kind_of_file(path) not in (*FILE_KINDS, ARROW):
             raise UserError(f"{path}: not one of {kinds}; give such a file, a folder of them, or a hub name")
         return [path]
+    if (path / SAVED_SPLITS).is_file() or (path / SAVED).is_file():
+        return _saved_files(path)
     names = {file: str(file.relative_to(path)).lower() for file in path.rglob("*") if kind_of_file(file) in FILE_KINDS}
     hidden = re.compile(r"(^|/)\.")  # what a system or a tool keeps beside the data
-    files = sorted(file for file, name in names.items() if not hidden.search(name) and file.is_file())
+    data = (file for file, name in names.items() if not hidden.search(name) and file.name not in ABOUT)
+    files = sorted(file for file in data if file.is_file())
     files = [file for file in files if kind_of_file(file) != TEXT_FILE] or files
-    training = [file for file in files if re.search(r"(?<![a-z])train(ing)?(?![a-z])", names[file])]
+    training = [file for file in files if TRAINING.search(names[file])]
     if not files:
         raise UserError(f"{path}: a folder without data files; wanted {kinds}")
+    sets = sorted({_set_of(names[file]) for file in training})
+    if len(sets) > 1:
+        raise UserError(f"{path}: several training sets ({', '.join(sets)}); name one: --data_path {path}/{sets[0]}*")
     return training or files
+
+
+def _set_of(name: str) -> str:
+    """The set that a training file is of: its path up to the part that says so, without the number of its shard."""
+    parts = name.split("/")
+    place = next(i for i, part in enumerate(parts) if TRAINING.search(part))
+    return "/".join([*parts[:place], SHARD.sub("", parts[place])])
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The files of what ``datasets`` saved to a folder; of several splits, ``train``."""
+    try:
+        if (folder / SAVED_SPLITS).is_file():
+            splits = list(json.loads((folder / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"])
+            if "train" not in splits and len(splits) != 1:
+                raise UserError(f"{folder}: several splits ({', '.join(splits)}); name one: --data_path {folder}/{splits[0]}")
+            folder = folder / ("train" if "train" in splits else splits[0])
+        state = json.loads((folder / SAVED).read_text(encoding="utf-8"))
+        files = [folder / Path(shard["filename"]).name for shard in state["_data_files"]]
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder}: cannot be read as a saved data set ({first_line(error)}); save it again") from None
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise UserError(f"{folder}: a saved data set without its file {', '.join(missing) or ARROW}; save it again")
+    return files
 
 
 def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
@@ -77,6 +118,10 @@ def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
     try:
         if kind == ".parquet":
             yield from _parquet(file)
+        elif kind == ARROW:
+            yield from _arrow(file)
+        elif _has_nul(file):
+            raise UserError(f"{file}: holds NUL characters, as UTF-16 does; convert the file to UTF-8")
         elif kind == TEXT_FILE:
             yield from _lines(file)
         elif kind in (".csv", ".tsv"):
@@ -91,6 +136,12 @@ def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
         raise UserError(f"{file}: byte {_bad_byte(file, error)} is not UTF-8; convert the file to UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
+
+
+def _has_nul(file: Path) -> bool:
+    with (gzip.open if file.suffix.lower() == GZIPPED else open)(file, "rb") as stream:
+        head = stream.read(HEAD)
+    return b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # whose first byte is named
 
 
 def _lines(file: Path) -> Iterator[Placed]:
@@ -142,8 +193,26 @@ def _json_lines(file: Path) -> Iterator[Placed]:
                 value = JSON.decode(line)
             except (ValueError, RecursionError) as error:
                 at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                raise UserError(f"{where}: broken JSON{at}, {_reason(error)}; wanted a list or an object a line") from None
+                wanted = "wanted a list or an object a line"
+                if number == 1 and (hint := _one_object(file)):
+                    raise UserError(f"{file}: {hint}; {wanted}") from None
+                raise UserError(f"{where}: broken JSON{at}, {_reason(error)}; {wanted}") from None
             yield where, value
+
+
+def _one_object(file: Path) -> str:
+    """What to do with a file that is one object over several lines; nothing for another."""
+    try:
+        with open_text(file) as stream:
+            whole = JSON.decode(stream.read(WHOLE_OBJECT))
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(whole, dict):
+        return ""
+    lists = [name for name, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if lists and not {"role", "from"} & {key for record in whole[lists[0]] if isinstance(record, dict) for key in record}:
+        return f"one object over several lines, with records under {lists[0]!r}: write that list alone"
+    return "one object over several lines: put it into a list, between [ and ]"
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -156,7 +225,8 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def duplicate(names: Sequence[str]) -> str | None:
     """The first name that stands among those before it."""
-    return next((name for number, name in enumerate(names) if name in names[:number]), None)
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
 JSON = json.JSONDecoder(object_pairs_hook=_without_duplicates)
@@ -200,9 +270,33 @@ def _parquet(file: Path) -> Iterator[Placed]:
             for batch in table.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file}:record {number}", row
+                    yield f"{file}:record {number}", without_nulls(row)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: broken parquet, {first_line(error)}; is the file complete?") from None
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A table's row without the nulls that its columns put into objects which lack a field of others."""
+    return {name: _without_nulls(value) if isinstance(value, dict | list) else value for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _arrow(file: Path) -> Iterator[Placed]:
+    number = 0
+    try:
+        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as table:
+            for batch in table:
+                for start in range(0, len(batch), 1000):
+                    for row in batch.slice(start, 1000).to_pylist():
+                        number += 1
+                        yield f"{file}:record {number}", without_nulls(row)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: broken Arrow, {first_line(error)}; is the file complete?") from None
 
 
 def _bad_byte(file: Path, error: UnicodeDecodeError) -> int:

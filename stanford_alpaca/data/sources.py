@@ -1,6 +1,6 @@
 """Several sources to one set of examples: as they are one after the other, or drawn with weights, in memory or streamed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -9,10 +9,14 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from transformers import PreTrainedTokenizerBase
 
 from stanford_alpaca.data.blocks import BlockReport, make_blocks
-from stanford_alpaca.data.formats import check_columns, form_of, load_records, local_files
+from stanford_alpaca.data.formats import check_columns, load_records, local_files
 from stanford_alpaca.data.reading import digest_of
-from stanford_alpaca.data.tokenize import DataReport, ExampleEncoder, stream_records, tokenize_records
+from stanford_alpaca.data.records import form_of, unused_fields
+from stanford_alpaca.data.report import DataReport
+from stanford_alpaca.data.tokenize import EXAMPLE, FEATURES, NO_TARGET, ExampleEncoder, stream_records, tokenize_records
 from stanford_alpaca.errors import UserError
+
+LOOKED_AT = 256  # records of a stream that are seen before training
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,16 @@ class Loading:
         max_length: tokens of an example.
         block_size: tokens of a block into which running text is cut, see ``blocks``; None for examples.
         documents, max_sentences: with a block_size, as in ``load_records``.
-        prompt_template: one of ``tokenize.TEMPLATES``.
+        prompt_template, special_tokens: of ``templates.TEMPLATES`` and ``encode.READINGS``.
+        train_history: as in ``records.canonical``.
         columns: our column names -> the names in the files.
         shuffle_buffer: examples of a stream that are held to be shuffled.
     """
 
     max_length: int
     prompt_template: str = "auto"
+    special_tokens: str = "text"
+    train_history: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
     cache_dir: str | None = None
     num_proc: int = 1
@@ -42,7 +49,14 @@ class Loading:
     def records(self, path: str) -> Dataset:
         """The records of a source, checked. Raises UserError for the first bad one."""
         documents = None if self.block_size is None else self.documents
-        return load_records(path, self.cache_dir, columns=self.columns, documents=documents, max_sentences=self.max_sentences)
+        return load_records(
+            path, self.cache_dir, columns=self.columns, documents=documents, max_sentences=self.max_sentences,
+            train_history=self.train_history,
+        )  # fmt: skip
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, form: str) -> ExampleEncoder:
+        """What makes examples of records of a form. Raises UserError as ``ExampleEncoder.of``."""
+        return ExampleEncoder.of(tokenizer, form, self.max_length, self.prompt_template, self.special_tokens)
 
 
 def check_sources(paths: list[str], loading: Loading) -> None:
@@ -60,29 +74,54 @@ def load_source(path: str, tokenizer: PreTrainedTokenizerBase, loading: Loading)
             return make_blocks(
                 records, tokenizer, loading.block_size, loading.num_proc, loading.cache_dir, loading.max_sentences
             )
-        return tokenize_records(records, tokenizer, loading.max_length, loading.num_proc, loading.prompt_template)
+        return tokenize_records(
+            records, tokenizer, loading.max_length, loading.num_proc, loading.prompt_template, loading.special_tokens
+        )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def stream_sources(
-    paths: list[str], weights: list[float] | None, tokenizer: PreTrainedTokenizerBase, loading: Loading
+    paths: list[str],
+    weights: list[float] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    loading: Loading,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> "ExampleStream":
     """The examples of sources that need not fit into memory, shuffled within a buffer, without end.
 
+    Args:
+        tell: gets lines about the first records of each.
+
     Raises:
-        UserError: several sources without weights.
+        UserError: several sources without weights, or one in which nothing is to be trained.
     """
     if len(paths) > 1 and weights is None:
         raise UserError("--streaming from several sources needs --data_weights: the streams have no lengths to go by")
     streams = []
+    templates: dict[str, None] = {}
     for path in paths:
-        records = load_records(path, loading.cache_dir, columns=loading.columns, streaming=True)
-        form = form_of(list(records.features))
-        encode = ExampleEncoder.of(tokenizer, form, loading.max_length, loading.prompt_template)
+        records = load_records(
+            path, loading.cache_dir, columns=loading.columns, streaming=True, train_history=loading.train_history
+        )
+        encode = loading.encoder(tokenizer, form_of(list(records.features)))
+        _look_at(path, records, encode, tell)
+        if "text" not in records.features:
+            templates[encode.template_name] = None
         streams.append(stream_records(records, encode).repeat(None))
     stream = mix(streams, weights, loading.seed)
-    return ExampleStream(stream.shuffle(seed=loading.seed, buffer_size=loading.shuffle_buffer))
+    return ExampleStream(stream.shuffle(seed=loading.seed, buffer_size=loading.shuffle_buffer), list(templates))
+
+
+def _look_at(path: str, records: IterableDataset, encode: ExampleEncoder, tell: Callable[[str], None]) -> None:
+    """Says what becomes of a stream's first records. Raises UserError for a stream of which no record has a target."""
+    first = Dataset.from_list(list(records.take(LOOKED_AT)), features=records.features)
+    seen = Dataset.from_dict(encode(first.to_dict()), features=FEATURES)
+    report = DataReport.of(seen, unused_fields(first))
+    for line in report.lines():
+        tell(f"{path}, its first {len(first):,} records: {line}")
+    if report.kept == 0 and next(iter(stream_records(records, encode)), None) is None:
+        raise UserError(f"{path}: {NO_TARGET.format(report)}")
 
 
 def mix(sources: list, weights: list[float] | None, seed: int):
@@ -106,11 +145,11 @@ def identify(path: str, streaming: bool = False) -> str:
 
 
 def digest(examples: "Dataset | ExampleStream | None") -> str:
-    """A sha256 over all ids and labels of a set of examples, however it is cached; of a stream nothing is known."""
+    """A sha256 over all ids, labels and weights of a set of examples, however it is cached; of a stream nothing is known."""
     total = sha256()
     if isinstance(examples, Dataset):
         for batch in examples.with_format("arrow").iter(batch_size=10_000):
-            for name in ("input_ids", "labels"):
+            for name in EXAMPLE if "weights" in batch.column_names else EXAMPLE[:2]:
                 lists = batch[name].combine_chunks()
                 for values in (lists.value_lengths(), lists.flatten()):
                     total.update(values.to_numpy())
@@ -121,8 +160,8 @@ class ExampleStream(torch.utils.data.IterableDataset):
     """A stream of examples. Not a ``datasets`` one, of which accelerate would give each rank other files: every rank reads
     the whole stream and takes its part of each batch, so a step sees the same examples for every number of processes."""
 
-    def __init__(self, stream: IterableDataset):
-        self.stream = stream
+    def __init__(self, stream: IterableDataset, templates: list[str]):
+        self.stream, self.templates = stream, templates  # the names of those that write the prompts
 
     def __iter__(self) -> Iterator[dict]:
         yield from self.stream

@@ -1,8 +1,9 @@
 """From records to examples: token ids, and labels that train the responses only.
 
 A text is encoded as a whole, and the labels follow from character offsets: a token is trained if it starts within a trained
-span. So a token that straddles the beginning of a span (it holds the end of the prompt and the start of the response) is not
-trained, and counted. Wherever no token straddles, ids and labels of Alpaca records are those of the original Alpaca recipe.
+span and ends within it. A token that straddles either end of a span (it holds the end of the prompt and the start of the
+response) is not trained, and counted. Wherever no token straddles, ids and labels of Alpaca records are those of the original
+Alpaca recipe.
 """
 
 from collections.abc import Mapping
@@ -16,19 +17,20 @@ from transformers import PreTrainedTokenizerBase
 
 from stanford_alpaca.data.chat import ChatTemplate
 from stanford_alpaca.data.encode import TextEncoder
-from stanford_alpaca.data.formats import form_of
-from stanford_alpaca.data.prompts import Rendered, TurnsTemplate, alpaca_turns, plain_turns
+from stanford_alpaca.data.prompts import Rendered, alpaca_turns
+from stanford_alpaca.data.records import form_of, unused_fields
+from stanford_alpaca.data.report import EMPTY, FILLED, KEPT, REFUSED, DataReport
+from stanford_alpaca.data.templates import Template, follow, make_template
 from stanford_alpaca.errors import UserError
 
 IGNORE_INDEX = -100
-VERSION = "3"  # raise it when the same record would give other examples, so that old caches are not used
+VERSION = "4"  # raise it when the same record would give other examples, so that old caches are not used
 PARALLEL_FROM = 10_000  # records; below, starting processes costs more than it saves
-TEMPLATES = ("auto", "alpaca", "chat", "plain")
-KEPT, EMPTY, FILLED, REFUSED = range(4)  # what becomes of a record
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
+        "weights": List(Value("float32")),  # by which each token's loss is multiplied; empty: 1
         "length": Value("int32"),  # tokens
         "full_length": Value("int32"),  # before it was cut
         "supervised": Value("int32"),  # targets
@@ -36,59 +38,11 @@ FEATURES = Features(
         "straddling": Value("bool"),
         "fate": Value("int8"),
         "refusal": Value("string"),
+        "notes": List(Value("string")),  # see ``Rendered``
     }
 )
-
-Template = TurnsTemplate | ChatTemplate
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What became of the records of one source."""
-
-    records: int
-    kept: int
-    no_response: int  # dropped
-    filled: int  # dropped: the prompt takes the whole length
-    refused: int  # dropped: the template cannot write it
-    truncated: int  # kept, but cut at the length (the end is lost)
-    straddling: int  # a token holds both prompt and response: not trained
-    tokens: int
-    supervised_tokens: int
-    refusal: str = ""  # the first reason
-
-    @classmethod
-    def of(cls, encoded: Dataset) -> "DataReport":
-        """The report of what ``encode_records`` returned."""
-        columns = {
-            name: encoded.data[name].to_numpy() for name in ("fate", "length", "full_length", "supervised", "straddling")
-        }
-        fate, kept = columns["fate"], columns["fate"] == KEPT
-        refused = np.flatnonzero(fate == REFUSED)
-        return cls(
-            records=len(encoded),
-            kept=int(kept.sum()),
-            no_response=int((fate == EMPTY).sum()),
-            filled=int((fate == FILLED).sum()),
-            refused=len(refused),
-            truncated=int((columns["length"] < columns["full_length"])[kept].sum()),
-            straddling=int(columns["straddling"][kept].sum()),
-            tokens=int(columns["length"][kept].sum()),
-            supervised_tokens=int(columns["supervised"][kept].sum()),
-            refusal=f"record {refused[0] + 1}: {encoded[int(refused[0])]['refusal']}" if len(refused) else "",
-        )
-
-    @property
-    def dropped(self) -> int:
-        return self.no_response + self.filled + self.refused
-
-    def __str__(self) -> str:
-        first = f" ({self.refusal})" if self.refusal else ""
-        return (
-            f"{self.kept:,} of {self.records:,} examples, {self.tokens:,} tokens, {self.supervised_tokens:,} supervised; "
-            f"dropped: {self.no_response:,} without a response, {self.filled:,} whose prompt fills the length, "
-            f"{self.refused:,} refused by the template{first}; truncated: {self.truncated:,}, straddling: {self.straddling:,}"
-        )
+EXAMPLE = ["input_ids", "labels", "weights"]  # what training reads of them
+NO_TARGET = "no example has a token to train on: {}; raise --model_max_length or mend the data"
 
 
 @dataclass(frozen=True)
@@ -101,15 +55,32 @@ class ExampleEncoder:
 
     @classmethod
     def of(
-        cls, tokenizer: PreTrainedTokenizerBase, form: str, max_length: int, prompt_template: str = "auto"
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        form: str,
+        max_length: int,
+        prompt_template: str = "auto",
+        special_tokens: str = "text",
     ) -> "ExampleEncoder":
-        """The encoder for records of a form (see ``formats``), by a template of ``TEMPLATES``.
+        """The encoder for records of a form (see ``records``), by a template of ``TEMPLATES`` and one of ``READINGS``.
 
         Raises:
             UserError: a template that the tokenizer does not have, or that cannot write the form.
         """
-        encoder = TextEncoder.of(tokenizer)
+        encoder = TextEncoder.of(tokenizer, special_tokens)
         return cls(make_template(prompt_template, form, tokenizer, encoder), encoder, max_length)
+
+    @classmethod
+    def as_trained(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        form: str,
+        max_length: int,
+        prompt_template: str = "auto",
+        special_tokens: str | None = None,
+    ) -> "ExampleEncoder":
+        """The encoder by what a model was trained with (``follow``), unless something else is asked for."""
+        return cls.of(tokenizer, form, max_length, *follow(tokenizer, form, prompt_template, special_tokens))
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
         """Encodes a batch of records given as columns; the columns of the result are ``FEATURES``."""
@@ -120,63 +91,77 @@ class ExampleEncoder:
                 rendered.append(self.template.render(record))
                 refusals.append("")
             except UserError as error:
-                rendered.append(Rendered("", []))
+                rendered.append(Rendered("", [], []))
                 refusals.append(str(error))
-        encoded = self.encoder([text for text, _ in rendered], self.template.add_special_tokens)
-        rows = [self.label(ids, offsets, spans) for (ids, offsets), (_, spans) in zip(encoded, rendered, strict=True)]
-        for row, refusal in zip(rows, refusals, strict=True):
-            row["refusal"] = refusal
+        encoded = self.encoder([of.text for of in rendered], [self.template.adds_special_tokens(of.text) for of in rendered])
+        rows = [self.label(ids, offsets, of.spans, of.weights) for (ids, offsets), of in zip(encoded, rendered, strict=True)]
+        for row, refusal, of in zip(rows, refusals, rendered, strict=True):
+            row |= {"refusal": refusal, "notes": of.notes}
             if refusal:
                 row["fate"] = REFUSED
         return {name: [row[name] for row in rows] for name in FEATURES}
 
-    def label(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> dict[str, Any]:
+    def in_parts(self, record: Mapping) -> tuple[str, list[int], list[tuple[int, int]], dict[str, Any]]:
+        """The text of a record, its token ids, their character spans, and the row of ``FEATURES``, whose ids may be cut.
+
+        Raises:
+            UserError: a record that its template cannot write.
+        """
+        of = self.template.render(record)
+        ((ids, offsets),) = self.encoder([of.text], self.template.adds_special_tokens(of.text))
+        return of.text, ids, offsets, self.label(ids, offsets, of.spans, of.weights)
+
+    def label(
+        self,
+        ids: list[int],
+        offsets: list[tuple[int, int]],
+        spans: list[tuple[int, int]],
+        weights: list[float] | None = None,
+    ) -> dict[str, Any]:
         """``label_spans`` at this length."""
-        return label_spans(ids, offsets, spans, self.max_length)
+        return label_spans(ids, offsets, spans, self.max_length, weights)
+
+    @property
+    def template_name(self) -> str:
+        """Of ``TEMPLATES``, but ``auto``."""
+        if isinstance(self.template, ChatTemplate):
+            return "chat"
+        return "alpaca" if self.template.turns is alpaca_turns else "plain"
 
     def identity(self) -> str:
         """All that decides the examples."""
-        chat = (self.template.template, sorted(self.template.names.items())) if isinstance(self.template, ChatTemplate) else ""
-        turns = getattr(self.template, "turns", None)
-        return "\n".join(map(str, [VERSION, chat, turns and turns.__name__, self.max_length, self.encoder.identity()]))
+        chat: Any = ""
+        if isinstance(self.template, ChatTemplate):
+            of_tools = self.template.for_tools
+            chat = (self.template.template, of_tools and of_tools.template, sorted(self.template.names.items()))
+        return "\n".join(map(str, [VERSION, chat, self.template_name, self.max_length, self.encoder.identity()]))
 
 
 class PromptEncoder:
-    """Token ids of what generation continues, as training saw it; the records may be of several forms."""
+    """Token ids of what generation continues; the records may be of several forms.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_template: str = "auto"):
-        self.tokenizer, self.name = tokenizer, prompt_template
-        self.encoder = TextEncoder.of(tokenizer)
+    Args:
+        prompt_template, special_tokens: ``auto`` and None are what the model was trained with (``follow``).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_template: str = "auto", special_tokens: str | None = None):
+        self.tokenizer, self.asked = tokenizer, (prompt_template, special_tokens)
+        self.templates: dict[str, Template] = {}  # by form
 
     def __call__(self, records: list[dict]) -> list[list[int]]:
         """Raises UserError for a record that its template cannot write."""
         prompts = []
         for record in records:
-            template = make_template(self.name, form_of(record), self.tokenizer, self.encoder)
-            ((ids, _),) = self.encoder([template.prompt(record)], template.add_special_tokens)
+            form = form_of(record)
+            if form not in self.templates:
+                name, reading = follow(self.tokenizer, form, *self.asked)
+                encoder = TextEncoder.of(self.tokenizer, reading)
+                self.templates[form] = make_template(name, form, self.tokenizer, encoder)
+            template = self.templates[form]
+            text = template.prompt(record)
+            ((ids, _),) = template.encoder([text], template.adds_special_tokens(text))
             prompts.append(ids)
         return prompts
-
-
-def check_template(name: str) -> None:
-    """Raises UserError for a template that there is not."""
-    if name not in TEMPLATES:
-        raise UserError(f"--prompt_template {name}: choose from {', '.join(TEMPLATES)}")
-
-
-def make_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder) -> Template:
-    """The template for records of a form: ``auto`` is Alpaca's for ``alpaca``, the tokenizer's chat template (Alpaca's, if it
-    has none) for ``chat``, and no template for ``completion`` and ``text``."""
-    if name == "auto":
-        has_chat = tokenizer.chat_template is not None
-        name = {"alpaca": "alpaca", "chat": "chat" if has_chat else "alpaca"}.get(form, "plain")
-    if (form == "text") != (name == "plain") and form != "completion":
-        raise UserError(f"--prompt_template {name} cannot write records of the form {form}")
-    if name == "chat":
-        if tokenizer.chat_template is None:
-            raise UserError("--prompt_template chat: the tokenizer has no chat template; use alpaca")
-        return ChatTemplate(tokenizer, encoder)
-    return TurnsTemplate(alpaca_turns if name == "alpaca" else plain_turns, encoder)
 
 
 def encode_records(records: Dataset, encode: ExampleEncoder, num_proc: int = 1) -> Dataset:
@@ -199,29 +184,31 @@ def tokenize_records(
     max_length: int,
     num_proc: int = 1,
     prompt_template: str = "auto",
+    special_tokens: str = "text",
 ) -> tuple[Dataset, DataReport]:
     """Tokenizes and masks every record, and drops those without a target.
 
     Returns:
-        Examples with ``input_ids`` and ``labels`` (lists of int of one length, at most max_length), and the report.
+        Examples with the columns ``EXAMPLE`` (lists of one length, at most max_length), and the report.
 
     Raises:
         UserError: no example is left.
     """
-    encode = ExampleEncoder.of(tokenizer, form_of(records.column_names), max_length, prompt_template)
+    form = form_of(records.column_names)
+    encode = ExampleEncoder.of(tokenizer, form, max_length, prompt_template, special_tokens)
     encoded = encode_records(records, encode, num_proc)
-    report = DataReport.of(encoded)
+    report = DataReport.of(encoded, unused_fields(records), "" if form == "text" else encode.template_name)
     if report.kept == 0:
-        raise UserError(f"no example has a token to train on: {report}; raise --model_max_length or mend the data")
+        raise UserError(NO_TARGET.format(report))
     if report.dropped:
         encoded = encoded.select(np.flatnonzero(encoded.data["fate"].to_numpy() == KEPT))
-    return encoded.select_columns(["input_ids", "labels"]), report
+    return encoded.select_columns(EXAMPLE), report
 
 
 def stream_records(records: IterableDataset, encode: ExampleEncoder) -> IterableDataset:
     """The examples of a stream of records, tokenized as they are reached; those without a target are passed over."""
     encoded = records.map(encode, batched=True, batch_size=256, remove_columns=records.column_names, features=FEATURES)
-    return encoded.filter(lambda fate: fate == KEPT, input_columns="fate").select_columns(["input_ids", "labels"])
+    return encoded.filter(lambda fate: fate == KEPT, input_columns="fate").select_columns(EXAMPLE)
 
 
 def label_spans(
@@ -229,26 +216,30 @@ def label_spans(
     offsets: list[tuple[int, int]],  # characters [start, end) of every token; (0, 0) for those the tokenizer added
     spans: list[tuple[int, int]],  # characters that are trained, in order
     max_length: int,
+    weights: list[float] | None = None,  # of the spans; one that counts for nothing is not trained
 ) -> dict[str, Any]:
-    """Labels the tokens that start within a span, then cuts at max_length tokens."""
+    """Labels the tokens that lie within a span, then cuts at max_length tokens."""
+    counted = [(*span, weight) for span, weight in zip(spans, weights or [1.0] * len(spans), strict=True) if weight]
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    begins = np.array([begin for begin, _ in spans], dtype=np.int64)
-    stops = np.array([stop for _, stop in spans], dtype=np.int64)
+    begins, stops, factors = np.array(counted, dtype=np.float64).reshape(-1, 3).T
     index = np.searchsorted(begins, starts, side="right") - 1  # of the last span that begins at or before the token
     trained = np.zeros(len(ids), dtype=bool)
     straddling = False
-    if spans:
-        trained = (index >= 0) & (starts < stops[index])
-        following = begins[np.minimum(index + 1, len(spans) - 1)]
-        straddling = bool(((starts < following) & (following < ends)).any())
+    if counted:
+        starting = (index >= 0) & (starts < stops[index])
+        trained = starting & (ends <= stops[index])
+        following = begins[np.minimum(index + 1, len(counted) - 1)]
+        straddling = bool((starting & ~trained).any() or ((starts < following) & (following < ends)).any())
     if ids and offsets[0] == (0, 0):
         trained[0] = False  # what the tokenizer put first
     labels = np.where(trained, np.array(ids, dtype=np.int64), IGNORE_INDEX)
     full_supervised = int(trained[1:].sum())  # the first position is never predicted, so it is no target
     supervised = int(trained[1:max_length].sum())
+    of_tokens = np.where(trained, factors[index], 1.0) if (factors != 1).any() else np.ones(0)
     return {
         "input_ids": ids[:max_length],
         "labels": labels[:max_length].tolist(),
+        "weights": of_tokens[:max_length].tolist(),
         "length": min(len(ids), max_length),
         "full_length": len(ids),
         "supervised": supervised,

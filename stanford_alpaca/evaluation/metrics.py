@@ -18,9 +18,12 @@ from stanford_alpaca.checkpoint.manifest import write_whole
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.blocks import make_blocks
 from stanford_alpaca.data.chat import stop_ids
-from stanford_alpaca.data.formats import form_of, take_columns
+from stanford_alpaca.data.formats import take_columns
 from stanford_alpaca.data.prompts import as_shown
-from stanford_alpaca.data.tokenize import DataReport, ExampleEncoder, PromptEncoder, encode_records
+from stanford_alpaca.data.records import form_of
+from stanford_alpaca.data.report import DataReport
+from stanford_alpaca.data.templates import IN_WORDS, follow
+from stanford_alpaca.data.tokenize import ExampleEncoder, PromptEncoder, encode_records
 from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown, say
 from stanford_alpaca.evaluation.comparison import Measures, compare, with_intervals
 from stanford_alpaca.evaluation.forced import teacher_forced
@@ -53,6 +56,8 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
     oracle = None if settings.oracle is None else load_for_generation(settings.oracle, settings.trust_remote_code)[0]
     found: dict[str, Measures] = {}
     responses: dict[str, Responses] = {}
+    prompts: dict[str, str] = {}
+    form = form_of(records.column_names)
     for name in names:
         model, tokenizer = load_for_generation(name, settings.trust_remote_code)
         try:
@@ -67,7 +72,8 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
         if oracle is not None:
             options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": settings.batch_size}
             found[name] |= distances(model, oracle, examples, cost, **options)
-        if form_of(records.column_names) != "text":  # running text asks nothing
+        if form != "text":  # running text asks nothing
+            prompts[name] = IN_WORDS[follow(tokenizer, form, settings.template, settings.special_tokens).template]
             responses[name], measures = respond(model, tokenizer, records, settings, oracle)
             found[name] |= measures
         del model
@@ -78,6 +84,7 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
     metrics = {
         "data": settings.data,
         "records": len(records),
+        "prompts": prompts,
         "settings": {name: value for name, value in asdict(settings).items() if name != "data"},
         "results": with_intervals(found),
         "differences": compare({name: found[name] for name in names}),
@@ -90,7 +97,7 @@ def make_examples(name: str, records: Dataset, tokenizer: PreTrainedTokenizerBas
     form = form_of(records.column_names)
     if form == "text":
         return make_blocks(records, tokenizer, settings.max_length)[0]
-    encode = ExampleEncoder.of(tokenizer, form, settings.max_length, settings.prompt_template)
+    encode = ExampleEncoder.as_trained(tokenizer, form, settings.max_length, settings.template, settings.special_tokens)
     examples = encode_records(records, encode)
     report = DataReport.of(examples)
     if report.kept == 0:
@@ -108,7 +115,7 @@ def respond(
     oracle: PreTrainedModel | None = None,
 ) -> tuple[Responses, Measures]:
     """What the model answers, for every way of decoding and seed, and what an oracle says to it."""
-    encode, stops = PromptEncoder(tokenizer, settings.prompt_template), stop_ids(tokenizer)
+    encode, stops = PromptEncoder(tokenizer, settings.template, settings.special_tokens), stop_ids(tokenizer)
     prompts = encode_prompts(model.config, encode, list(records), settings.max_new_tokens)
     responses: Responses = {}
     measures: Measures = {}
@@ -205,6 +212,7 @@ def run(
     max_new_tokens: int = 64,
     max_length: int = 512,
     prompt_template: str = "auto",
+    special_tokens: str | None = None,
     batch_size: int = 32,
     trust_remote_code: bool = False,
     **unknown: Any,
@@ -226,7 +234,8 @@ def run(
         seeds: of sampling, several with commas; num_beams: of beam search.
         mauve: a causal LM or an encoder whose features MAUVE compares; needs mauve-text.
         oracle: the model that the data were drawn from, of the same vocabulary: distances to its distributions; needs POT.
-        prompt_template, columns: as in training.
+        prompt_template, special_tokens: as in training; by default each model is asked as it was trained.
+        columns: as in training.
         trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
     """
     refuse_unknown(unknown, run)
@@ -237,7 +246,8 @@ def run(
     settings = Settings(
         data=data, columns=pairs, limit=limit, documents=documents, prefix_words=prefix_words,
         continuation_words=continuation_words, cost=cost,
-        max_length=max_length, max_new_tokens=max_new_tokens, prompt_template=prompt_template, batch_size=batch_size,
+        max_length=max_length, max_new_tokens=max_new_tokens, prompt_template=prompt_template, special_tokens=special_tokens,
+        batch_size=batch_size,
         decoding=decoding, seeds=seeds, num_beams=num_beams, mauve=mauve, oracle=oracle, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     files = [Path(out) / name for name in ("metrics.json", "samples.jsonl")] if out is not None else []
@@ -255,6 +265,8 @@ def run(
     for sample in shown[:samples]:
         print(format_sample(sample))
     print(f"{len(records)} {'examples' if shown else 'document(s)'} of {data}, values with 95 % intervals")
+    for name, words in metrics["prompts"].items():
+        print(f"prompts of {name}: {words}")
     print(format_results(metrics["results"]))
     if metrics["differences"]:
         print(f"\n{format_differences(metrics['differences'])}")

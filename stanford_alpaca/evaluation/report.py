@@ -16,8 +16,9 @@ from fire.decorators import SetParseFns
 from stanford_alpaca import __version__
 from stanford_alpaca.checkpoint.manifest import write_whole
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.data.formats import form_of, parse_columns
+from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.prompts import as_shown
+from stanford_alpaca.data.records import form_of
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, first_line, refuse_unknown, say
 from stanford_alpaca.evaluation.curves import curves_of, flags_of, short_names, told
 from stanford_alpaca.evaluation.metrics import REFERENCES, Evaluation, evaluate
@@ -102,10 +103,10 @@ def held_out_of(runs: list[str]) -> str | None:
 
 
 def settings_of_runs(data: str, runs: list[str], limit: int | None) -> Settings:
-    """To measure the runs as they were trained."""
+    """To measure the runs as they were trained; their prompts are those that their tokenizers tell of."""
     trained = [flags for name in runs if (flags := flags_of(name))]
     chosen: dict[str, Any] = {}
-    for flag, default in {"prompt_template": "auto", "model_max_length": 512, "columns": None}.items():
+    for flag, default in {"model_max_length": 512, "columns": None}.items():
         values = [run.get(flag, default) for run in trained]
         if any(value != values[0] for value in values):
             raise UserError(
@@ -114,7 +115,7 @@ def settings_of_runs(data: str, runs: list[str], limit: int | None) -> Settings:
             )
         chosen[flag] = values[0] if values else default
     columns = parse_columns(chosen["columns"] or [])
-    return Settings(data, columns, limit, max_length=chosen["model_max_length"], prompt_template=chosen["prompt_template"])
+    return Settings(data, columns, limit, max_length=chosen["model_max_length"])
 
 
 def settings_of(evaluation: Evaluation) -> Settings:
@@ -135,7 +136,8 @@ def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
         for name in theirs:
             if name not in measured["results"]:
                 raise UserError(f"{folder} is not about {name}, only {', '.join(measured['results'])}: evaluate them together")
-        measured["results"] = {theirs.get(name, name): result for name, result in measured["results"].items()}
+        for table in ("results", "prompts"):  # the second is younger than some files
+            measured[table] = {theirs.get(name, name): found for name, found in measured.get(table, {}).items()}
         for difference in measured["differences"]:
             difference |= {key: theirs.get(difference[key], difference[key]) for key in ("model", "minus")}
         for sample in samples:
@@ -161,12 +163,13 @@ def transport(names: list[str], models: list[str], records: Dataset, settings: S
     views: dict[str, dict] = {}
     for name in models:
         model, tokenizer = load_for_generation(name, settings.trust_remote_code)
-        views[name] = view_of(name, model, tokenizer, records, cost, settings.max_length, settings.prompt_template)
+        asked = (settings.template, settings.special_tokens)
+        views[name] = view_of(name, model, tokenizer, records, cost, settings.max_length, *asked)
         del model
-    asked = [{"instruction": "", "input": "", "reference": ""}] * len(records)  # of running text
+    questions = [{"instruction": "", "input": "", "reference": ""}] * len(records)  # of running text
     if form_of(records.column_names) != "text":
-        asked = [as_shown(record) for record in records]
-    return {"records": asked, "runs": [views.get(name) for name in names]}
+        questions = [as_shown(record) for record in records]
+    return {"records": questions, "runs": [views.get(name) for name in names]}
 
 
 def page_data(
@@ -178,8 +181,15 @@ def page_data(
 ) -> dict[str, Any]:
     """All that the page shows; runs are told by their place."""
     short = dict(zip(names, short_names(names), strict=True))
+    prompts = {} if evaluation is None else evaluation.metrics["prompts"]
     runs = [
-        {"name": short[name], "path": name, "flags": flags, "curves": curves[name], "model": name in models}
+        {
+            "name": short[name],
+            "path": name,
+            "flags": flags | ({"prompts": prompts[name]} if name in prompts else {}),
+            "curves": curves[name],
+            "model": name in models,
+        }
         for name, flags in zip(names, told([flags_of(name) for name in names]), strict=True)
     ]
     data: dict[str, Any] = {"version": __version__, "runs": runs, "evaluation": None, "samples": None, "transport": view}

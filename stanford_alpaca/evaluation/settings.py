@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 
 from stanford_alpaca.data.documents import DOCUMENTS
-from stanford_alpaca.data.formats import FORMS, check_columns, form_of, load_records
-from stanford_alpaca.data.tokenize import check_template
+from stanford_alpaca.data.formats import check_columns, load_records
+from stanford_alpaca.data.records import FORMS, form_of
+from stanford_alpaca.data.templates import check_template
 from stanford_alpaca.errors import UserError, check_whole, say
 from stanford_alpaca.evaluation.mauve_score import check_mauve
 from stanford_alpaca.evaluation.oracle import check_oracle
@@ -33,7 +34,8 @@ class Settings:
     cost: str | None = None  # the model whose output embedding prices emo; None: the first checkpoint
     max_length: int = 512  # tokens of prompt and reference
     max_new_tokens: int = 64
-    prompt_template: str = "auto"
+    prompt_template: str = "auto"  # what each model was trained with
+    special_tokens: str | None = None  # the same
     batch_size: int = 32
     decoding: str = "greedy"  # of ``DECODINGS``, with commas
     seeds: str = "0"  # of sampling, with commas
@@ -47,10 +49,15 @@ class Settings:
             check_whole(name, least if getattr(self, name) is None else getattr(self, name), least)
         for name, least in (("batch_size", 1), ("max_length", 2), ("num_beams", 2)):
             check_whole(name, getattr(self, name), least)
-        check_template(self.prompt_template)
+        check_template(self.prompt_template, self.special_tokens or "text")
         if self.documents not in DOCUMENTS:
             raise UserError(f"--documents {self.documents}: choose from {', '.join(DOCUMENTS)}")
         self.decodings()
+
+    @property
+    def template(self) -> str:
+        """The template that is asked for: the beginnings of texts have none."""
+        return "plain" if self.prefix_words is not None and self.prompt_template == "auto" else self.prompt_template
 
     @property
     def compared_words(self) -> int | None:
@@ -111,7 +118,7 @@ def read_records(names: list[str], settings: Settings) -> Dataset:
     if settings.mauve is not None:
         check_mauve(settings.mauve, len(records), remote_code)
     if form_of(records.column_names) != "text":
-        check_prompts(names, list(records), settings.max_new_tokens, settings.prompt_template, remote_code)
+        check_prompts(names, list(records), settings.max_new_tokens, settings.template, settings.special_tokens, remote_code)
     return records
 
 
@@ -124,7 +131,7 @@ def continuations(documents: Dataset, words: int) -> Dataset:
     for text in documents["text"]:
         prompt = first_words(text, words)
         if text[len(prompt) :].strip():
-            rows.append({"prompt": prompt, "completion": text[len(prompt) :]})
+            rows.append({"prompt": prompt, "completion": text[len(prompt) :], "more": ""})
     if not rows:
         raise UserError(f"--prefix_words {words}: no document has a word after so many; give fewer")
     if len(rows) < len(documents):

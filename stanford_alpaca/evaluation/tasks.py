@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from datasets import load_dataset
 
-from stanford_alpaca.data.formats import check_text
+from stanford_alpaca.data.messages import check_text
 from stanford_alpaca.data.reading import Placed, read_file
 from stanford_alpaca.errors import UserError, first_line, nearest, quiet_hub
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.data.formats import form_of
+from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.head import head_of
@@ -60,6 +60,7 @@ def view_of(
     cost: CostEmbedding,
     max_length: int = 512,
     prompt_template: str = "auto",
+    special_tokens: str | None = None,
     top: int = TOP,
 ) -> dict[str, Any]:
     """The view as JSON: ``records``, a list of tokens each (``_shown``); ``pieces``, the text of every id that occurs;
@@ -74,7 +75,7 @@ def view_of(
         cost.to(model.device).check(len(head.weight))
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
-    encode = ExampleEncoder.of(tokenizer, form_of(records.column_names), max_length, prompt_template)
+    encode = ExampleEncoder.as_trained(tokenizer, form_of(records.column_names), max_length, prompt_template, special_tokens)
     shown: list[list[dict[str, Any]]] = []
     for record in records:
         ids, texts = targets_of(encode, dict(record))
@@ -104,9 +105,7 @@ def view_of(
 def targets_of(encode: ExampleEncoder, record: dict) -> tuple[list[int], dict[int, str]]:
     """The token ids of a record, and the text of every supervised place in it: with white space that belongs to no
     token; empty for the end of a response, and for all but the first part of a character."""
-    text, spans = encode.template.render(record)
-    ((ids, offsets),) = encode.encoder([text], encode.template.add_special_tokens)
-    row = encode.label(ids, offsets, spans)
+    text, _, offsets, row = encode.in_parts(record)
     texts, end = {}, None
     for place, label in enumerate(row["labels"]):
         if label == IGNORE_INDEX or place == 0:

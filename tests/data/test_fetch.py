@@ -43,7 +43,7 @@ def test_a_set_is_written_in_alpacas_form(hub, capsys, name, hub_name, file):
     assert hub == [(hub_name, "train")]
     want = [{column: row[column] for column in ("instruction", "input", "output")} for row in ROWS]
     assert json.loads(Path(file).read_text()) == want
-    assert list(formats.load_records(file, "cache")) == [row | {"system": ""} for row in want]  # training reads it
+    assert list(formats.load_records(file, "cache")) == [row | {"system": "", "more": ""} for row in want]  # training reads it
     printed = capsys.readouterr().out
     assert hub_name in printed and "CC BY-NC 4.0" in printed and "2 records" in printed
     assert f"sha256 {sha256(Path(file).read_bytes()).hexdigest()}" in printed

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.records import unused_fields
 from stanford_alpaca.errors import UserError
 
 RECORDS = [
@@ -17,6 +18,18 @@ ROWS = [
     {"instruction": "Say {hello}.", "input": "", "output": "hé \u2028 llo", "system": ""},
     {"instruction": "Nothing.", "input": "", "output": "", "system": ""},
 ]
+
+
+def plain(records):
+    """Records without what they say beside their columns, which is nothing."""
+
+    def without(row):
+        assert not row.pop("more"), row
+        return row
+
+    return [
+        without({**row, **({"messages": [*map(without, row["messages"])]} if "messages" in row else {})}) for row in records
+    ]
 
 
 def lines(records):
@@ -35,7 +48,10 @@ def lines(records):
 )
 def test_good_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode())
-    assert list(load_records(tmp_path / name, str(tmp_path / "cache"))) == ROWS
+    assert [row | {"more": ""} for row in ROWS] == [
+        row | {"more": row["more"].replace('{"unused": ["extra"]}', "")}
+        for row in load_records(tmp_path / name, str(tmp_path / "cache"))
+    ]
 
 
 def test_a_changed_file_is_read_anew(tmp_path):
@@ -84,41 +100,51 @@ def test_every_form(tmp_path, record, row, suffix):
         Dataset.from_list([record] * 3).to_parquet(file)
     else:
         file.write_text(lines([record] * 3))
-    assert list(load_records(file, str(tmp_path / "cache"))) == [row] * 3
-    assert list(load_records(file, str(tmp_path / "cache"), streaming=True)) == [row] * 3
+    for streaming in (False, True):
+        records = [
+            row | {"more": row["more"].replace('{"unused": ["id"]}', "")}
+            for row in load_records(file, str(tmp_path / "cache"), streaming=streaming)
+        ]
+        assert plain(records) == [row] * 3
 
 
 def test_csv_and_tsv(tmp_path):
     (tmp_path / "a.csv").write_bytes('\ufeffprompt,completion\r\n"a, ""b""\nc",d\r\n'.encode())
     (tmp_path / "a.tsv").write_text("prompt\tcompletion\na, b\tc\n")
-    assert list(load_records(tmp_path / "a.csv", str(tmp_path))) == [{"prompt": 'a, "b"\nc', "completion": "d"}]
-    assert list(load_records(tmp_path / "a.tsv", str(tmp_path))) == [{"prompt": "a, b", "completion": "c"}]
+    assert plain(load_records(tmp_path / "a.csv", str(tmp_path))) == [{"prompt": 'a, "b"\nc', "completion": "d"}]
+    assert plain(load_records(tmp_path / "a.tsv", str(tmp_path))) == [{"prompt": "a, b", "completion": "c"}]
 
 
 def test_columns_are_mapped(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines([{"question": "a", "answer": "b", "output": "not this"}]))
     columns = {"instruction": "question", "output": "answer"}
     assert list(load_records(tmp_path / "a.jsonl", str(tmp_path), columns=columns)) == [
-        {"instruction": "a", "input": "", "output": "b", "system": ""}
+        {"instruction": "a", "input": "", "output": "b", "system": "", "more": '{"unused": ["output"]}'}
     ]
     (tmp_path / "b.jsonl").write_text(lines([{"dialog": [{"who": "user", "says": "a"}]}]))
     columns = {"messages": "dialog", "role": "who", "content": "says"}
-    assert list(load_records(tmp_path / "b.jsonl", str(tmp_path), columns=columns)) == [{"messages": MESSAGES[1:2]}]
+    assert plain(load_records(tmp_path / "b.jsonl", str(tmp_path), columns=columns)) == [{"messages": MESSAGES[1:2]}]
 
 
 @pytest.mark.parametrize(
-    ("columns", "row"),
+    ("columns", "row", "unused"),
     [
-        ({"completion": "a"}, {"prompt": "p", "completion": "a"}),
-        ({"text": "text"}, {"text": "t"}),
-        ({"instruction": "q", "output": "a"}, {"instruction": "q", "input": "", "output": "a", "system": ""}),
-        ({"prompt": "completion", "completion": "prompt"}, {"prompt": "c", "completion": "p"}),
+        ({"completion": "a"}, {"prompt": "p", "completion": "a"}, ["completion", "messages", "q", "text"]),
+        ({"text": "text"}, {"text": "t"}, ["a", "completion", "messages", "prompt", "q"]),
+        (
+            {"instruction": "q", "output": "a"},
+            {"instruction": "q", "input": "", "output": "a", "system": ""},
+            ["completion", "messages", "prompt", "text"],
+        ),
+        ({"prompt": "completion", "completion": "prompt"}, {"prompt": "c", "completion": "p"}, ["a", "messages", "q", "text"]),
     ],
 )
-def test_columns_that_are_asked_for_decide_the_form(tmp_path, columns, row):
+def test_columns_that_are_asked_for_decide_the_form(tmp_path, columns, row, unused):
     record = {"messages": MESSAGES, "prompt": "p", "completion": "c", "text": "t", "q": "q", "a": "a"}
     (tmp_path / "a.jsonl").write_text(lines([record]))
-    assert list(load_records(tmp_path / "a.jsonl", str(tmp_path), columns=columns)) == [row]
+    records = load_records(tmp_path / "a.jsonl", str(tmp_path), columns=columns)
+    assert [{name: found[name] for name in row} for found in records] == [row]
+    assert unused_fields(records) == dict.fromkeys(unused, 1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -201,7 +227,7 @@ def test_a_hub_set_goes_the_same_way(tmp_path, monkeypatch):
         "null/output": Dataset.from_list([{"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}]),
     }
     monkeypatch.setattr(formats, "load_dataset", lambda name, split, cache_dir, streaming: hub[name])
-    assert list(load_records("good/set", str(tmp_path))) == [
+    assert plain(load_records("good/set", str(tmp_path))) == [
         ROWS[0],
         {"instruction": "a", "input": "", "output": "b", "system": ""},
     ]

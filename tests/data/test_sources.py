@@ -61,7 +61,7 @@ def test_a_stream_holds_every_example_each_round_and_is_read_as_it_goes(tokenize
 
     path, read = make_source("a", 3000, files=4), []
     canonical = formats.canonical
-    monkeypatch.setattr(formats, "canonical", lambda *args: (read.append(1), canonical(*args))[1])
+    monkeypatch.setattr(formats, "canonical", lambda *args, **kw: (read.append(1), canonical(*args, **kw))[1])
     examples = iter(stream([path], tokenizer, tmp_path, buffer=8))
     rounds = [next(examples) for _ in range(5)]
     assert len(read) < 1500  # no more than a batch of each file
@@ -96,22 +96,22 @@ def test_streams_are_drawn_by_weight_and_need_them(tokenizer, make_source, tmp_p
 
 
 def test_a_broken_record_in_a_stream_is_named_when_it_is_reached(tokenizer, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "fine"}\n{"tex')
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 400 + '{"tex')
     examples = iter(stream([str(tmp_path / "a.jsonl")], tokenizer, tmp_path, buffer=1))
-    with pytest.raises(UserError, match=r"a.jsonl:line 3: broken JSON"):
-        for _ in range(10):
+    with pytest.raises(UserError, match=r"a.jsonl:line 401: broken JSON"):
+        for _ in range(500):
             next(examples)
 
 
 def test_what_a_workers_error_says_is_one_line(tokenizer, tmp_path, capsys):
     from torch.utils.data import DataLoader
 
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "fine"}\n{"tex')
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 400 + '{"tex')
     examples = stream([str(tmp_path / "a.jsonl")], tokenizer, tmp_path, buffer=1)
     with pytest.raises(SystemExit) as end:
         exit_on_user_error(lambda: list(DataLoader(examples, batch_size=1, num_workers=1, collate_fn=list)))
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/a.jsonl:line 3: broken JSON")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/a.jsonl:line 401: broken JSON")
 
 
 def test_workers_share_the_files_of_a_stream(tokenizer, make_source, tmp_path):

@@ -108,8 +108,8 @@ def test_running_text_is_cut_after_words_whatever_the_tokenizer(base, tmp_path, 
     settings = Settings(str(tmp_path / "text.jsonl"), prefix_words=3)
     records = read_records([base], settings)
     assert list(records) == [
-        {"prompt": " The  king of", "completion": "\nthe north is old."},
-        {"prompt": "The river runs", "completion": " to the sea "},
+        {"prompt": " The  king of", "completion": "\nthe north is old.", "more": ""},
+        {"prompt": "The river runs", "completion": " to the sea ", "more": ""},
     ]
     assert "1 of 3 documents have no word after the first 3" in capsys.readouterr().out  # blank rows are no documents
     with pytest.raises(UserError, match="no document has a word after so many"):

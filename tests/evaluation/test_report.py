@@ -206,14 +206,12 @@ def test_mistakes_are_refused_before_a_model_is_loaded(root, tmp_path, monkeypat
 
 
 def test_runs_are_measured_as_they_were_trained(tmp_path):
-    for name, template in (("a", "chat"), ("b", "chat"), ("c", "alpaca")):
+    for name, length in (("a", 99), ("b", 99), ("c", 512)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "run.yaml").write_text(
-            f"prompt_template: {template}\nmodel_max_length: 99\ncolumns: [output=answer]\n"
-        )
+        (tmp_path / name / "run.yaml").write_text(f"model_max_length: {length}\ncolumns: [output=answer]\n")
     a, b, c = (str(tmp_path / name) for name in "abc")
     chosen = settings_of_runs("data.json", ["base", a, b], None)
-    assert (chosen.prompt_template, chosen.max_length, chosen.columns) == ("chat", 99, {"output": "answer"})
+    assert (chosen.prompt_template, chosen.max_length, chosen.columns) == ("auto", 99, {"output": "answer"})
     assert settings_of_runs("data.json", ["base"], 3) == Settings("data.json", limit=3)
-    with pytest.raises(UserError, match=r"different --prompt_template \(chat, alpaca\)"):
+    with pytest.raises(UserError, match=r"different --model_max_length \(99, 512\)"):
         settings_of_runs("data.json", [a, c], None)

@@ -1,0 +1,210 @@
+"""What a record says of a conversation, as messages: roles, texts, and what chat templates read beside them.
+
+A message is ``{"role", "content", "more"}``. ``more`` is a JSON object, empty where there is nothing: what a template may read
+(``reasoning_content``, ``tool_calls``, ``tool_call_id``, ``name``), and ``weight``, by which a turn counts in the loss.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from stanford_alpaca.errors import UserError
+
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),  # an assistant's turn whose content is its calls
+}
+MEND = "mend the record or take it out"
+KINDS = {  # what JSON calls a value
+    "bool": "true or false", "NoneType": "null", "int": "a number", "float": "a number", "str": "a string", "list": "a list",
+    "dict": "an object",
+}  # fmt: skip
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what published data call an answer's reasoning
+NOTHING: tuple = (None, "", [], {})  # values that say nothing
+
+Messages = list[dict[str, Any]]
+
+
+def pack(fields: Mapping[str, Any]) -> str:
+    """The fields that say something, as a column of a table holds them."""
+    said = {name: value for name, value in fields.items() if value not in NOTHING}
+    return json.dumps(said, ensure_ascii=False) if said else ""
+
+
+def more_of(of: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``pack`` put beside the columns of a record or a message."""
+    return json.loads(of["more"]) if of.get("more") else {}
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls a value."""
+    return KINDS.get(type(value).__name__, f"a {type(value).__name__}")
+
+
+def check_text(value: object, where: str) -> None:
+    """Raises UserError for what is no text that can be encoded."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} is {kind_of(value)}, wanted a string; {MEND}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} has a lone surrogate, which is no text; remove it") from None
+
+
+def parsed(value: object, where: str, wanted: str) -> Any:
+    """A value that may be JSON in a string. Raises UserError for a string that is not."""
+    if not isinstance(value, str) or not value.strip():
+        return value or None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where} is a string that is no JSON, wanted {wanted}; {MEND}") from None
+
+
+def read_weight(fields: Mapping[str, Any], where: str) -> tuple[float, set[str]]:
+    """By how much a record or a turn counts in the loss, from its ``weight`` and ``train``; and which of them were read.
+
+    A weight that is no number, and a ``train`` that is not true or false, are something else: they are not read.
+    """
+    weight, read = 1.0, set()
+    given = fields.get("weight")
+    try:
+        number = None if isinstance(given, bool | None) else float(given)  # type: ignore[arg-type]  # CSV has strings
+    except (TypeError, ValueError):
+        number = None
+    if number is not None:
+        if not 0 <= number < math.inf:
+            raise UserError(f"{where}: 'weight' is {given}, wanted a number from 0 on; {MEND}")
+        weight, read = number, {"weight"}
+    train = {"true": True, "false": False}.get(str(fields.get("train")).lower())
+    if train is not None:
+        weight, read = weight * train, read | {"train"}
+    return weight, read
+
+
+def read_tools(value: object, where: str) -> list[dict]:
+    """The tools that an assistant may call: objects, or JSON of them. Raises UserError for something else."""
+    tools = parsed(value, where, "a list of tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{where} is no list of objects, wanted one for each tool; {MEND}")
+    return tools
+
+
+def read_messages(
+    value: object,
+    where: str,
+    columns: Mapping[str, str] | None = None,
+    system: object = None,
+    unused: dict[str, None] | None = None,
+) -> Messages:
+    """Messages from a list of objects, JSON of it, or an object of lists (as parquet may hold it).
+
+    Args:
+        columns: other names of ``role`` and ``content``.
+        system: a system prompt that stands beside the list.
+        unused: gets the names of fields that are not read.
+
+    Raises:
+        UserError: what is no conversation.
+    """
+    value = parsed(value, where, "a list of messages")
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} is no list of messages, or an empty one; wanted [{{'role': ..., 'content': ...}}, ...]")
+    unused = {} if unused is None else unused
+    found = [_message(message, f"{where}, message {number}", columns or {}, unused) for number, message in enumerate(value, 1)]
+    if system:
+        check_text(system, f"{where}: 'system'")
+        found.insert(0, {"role": "system", "content": system, "more": ""})
+    return found
+
+
+def _message(message: object, place: str, columns: Mapping[str, str], unused: dict[str, None]) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise UserError(f"{place}: {kind_of(message)}, wanted an object with role and content; {MEND}")
+    keys = {
+        name: next((key for key in (columns.get(name, names[0]), *names) if message.get(key) is not None), None)
+        for name, names in {"role": ("role", "from"), "content": ("content", "value")}.items()
+    }
+    if keys["role"] is None:
+        raise UserError(f"{place}: no 'role'; it has {', '.join(map(str, message)) or 'nothing'}")
+    role = ROLES.get(str(message[keys["role"]]).lower())
+    if role is None:
+        known = ", ".join(ROLES)
+        raise UserError(f"{place}: role {message[keys['role']]!r}; known are {known}")
+    content = message[keys["content"]] if keys["content"] else None
+    more, read = _beside(message, role, place)
+    if role == "call":
+        more["tool_calls"] = read_calls(content, f"{place}: {keys['content'] or 'content'!r}")
+        role, content = "assistant", ""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if content is None:
+        if not more.keys() & {"tool_calls", "reasoning_content"}:
+            raise UserError(f"{place}: no 'content'; it has {', '.join(map(str, message)) or 'nothing'}")
+        content = ""
+    check_text(content, f"{place}: 'content'")
+    for name in message.keys() - read - set(keys.values()):
+        if message[name] not in NOTHING:
+            unused[f"messages.{name}"] = None
+    return {"role": role, "content": content, "more": pack(more)}
+
+
+def _beside(message: Mapping[str, Any], role: str, place: str) -> tuple[dict[str, Any], set[str]]:
+    """What a message has beside its role and content that is used, and the fields that were read for it."""
+    more: dict[str, Any] = {}
+    weight, read = read_weight(message, place)
+    if role in ("assistant", "call"):
+        if weight != 1:
+            more["weight"] = weight
+        reasoning = next((name for name in REASONING if isinstance(message.get(name), str) and message[name]), None)
+        if reasoning is not None:
+            check_text(message[reasoning], f"{place}: {reasoning!r}")
+            more["reasoning_content"] = message[reasoning]
+            read |= {name for name in REASONING if message.get(name) == message[reasoning]}
+        for name in ("tool_calls", "function_call"):  # the second is OpenAI's older one
+            if message.get(name) and "tool_calls" not in more:
+                more["tool_calls"] = read_calls(message[name], f"{place}: {name!r}")
+                read.add(name)
+    elif weight:
+        read -= {"weight", "train"}  # a turn that is not the assistant's is not trained, whatever is said of it
+    for name in ("name", "tool_call_id"):
+        if isinstance(message.get(name), str) and message[name]:
+            check_text(message[name], f"{place}: {name!r}")
+            more[name] = message[name]
+            read.add(name)
+    return more, read
+
+
+def read_calls(value: object, where: str) -> list[dict]:
+    """Calls of tools as chat templates take them: ``{"type": "function", "function": {"name", "arguments"}}``, with the ``id``
+    if there is one; arguments as an object.
+
+    Raises:
+        UserError: what is no call.
+    """
+    value = parsed(value, where, "a call or a list of calls")
+    calls = []
+    for call in value if isinstance(value, list) and value else [value]:
+        call = call if isinstance(call, dict) else {}
+        inner = call.get("function", call)
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise UserError(f"{where} is no call of a tool, wanted an object with name and arguments; {MEND}")
+        arguments = inner.get("arguments", inner.get("parameters"))
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                raise UserError(f"{where}: the arguments are a string that is no JSON; {MEND}") from None
+        if not isinstance(arguments, dict | None):
+            raise UserError(f"{where}: the arguments are {kind_of(arguments)}, wanted an object; {MEND}")
+        function = {"name": inner["name"], "arguments": arguments or {}}
+        check_text(json.dumps(function, ensure_ascii=False), where)
+        given = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        calls.append({**given, "type": "function", "function": function})
+    return calls

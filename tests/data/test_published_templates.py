@@ -1,0 +1,225 @@
+"""Masks and ids under published chat templates: TRL's package has originals, and twins that its authors marked for training."""
+
+import json
+import re
+from importlib.resources import files
+
+import pytest
+from transformers import AutoTokenizer
+
+from stanford_alpaca.data.chat import stop_ids
+from stanford_alpaca.data.records import canonical
+from stanford_alpaca.data.report import KEPT, REFUSED
+from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder, PromptEncoder
+
+FOLDER = files("trl") / "chat_templates"
+WIDE = "\uff5c"  # DeepSeek's bar
+NAMES = re.compile(rf"<\|[^<>|\s]{{2,40}}\|>|<\|[a-z_]+>|<[a-z_]+\|>|<{WIDE}[^<>]{{2,40}}{WIDE}>|<(?:start|end)_of_turn>")
+PLAIN = [
+    "cohere", "cohere2", "deepseek_r1_distill", "deepseekv3", "gemma", "gemma3", "gptoss", "lfm2", "lfm2_v2", "llama3",
+    "muse_glimmer", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "phi3", "phi3_5", "qwen2_5", "qwen3",
+    "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "qwen3_instruct_2507", "diffusion_gemma",
+]  # fmt: skip
+REASON = [
+    "gptoss", "muse_glimmer", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "qwen3", "qwen3_5_think",
+    "qwen3_5_nothink", "qwen3_6", "qwen3_8", "diffusion_gemma", "glm4moe",
+]  # fmt: skip
+CALLS = [
+    "deepseekv3", "gptoss", "lfm2_v2", "muse_glimmer", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "qwen2_5",
+    "qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "qwen3_instruct_2507",
+]  # fmt: skip
+NO_CALLS = ["cohere", "gemma3", "lfm2", "llama3", "phi3", "qwen2_5_vl"]
+SMOLLM2 = (  # says who it is where there is no system prompt, as SmolLM2-Instruct's does
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are SmolLM.<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+USER, ANSWER = {"role": "user", "content": "What is big?"}, {"role": "assistant", "content": "Large."}
+AGAIN = [{"role": "user", "content": "And small?"}, {"role": "assistant", "content": "Little, or tiny."}]
+SPACE = [USER, {"role": "assistant", "content": " One word."}, USER, {"role": "assistant", "content": " Two words."}]
+THOUGHT = {**ANSWER, "reasoning_content": "Of size, more than most."}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer", "description": "x"}}, "required": ["a"]},
+    },
+}
+CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLING = [
+    {"role": "user", "content": "Add 1."},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "2", "tool_call_id": "call00001", "name": "add"},
+    {"role": "assistant", "content": "It is 2."},
+]
+
+
+def template_of(name):
+    return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def tokenizer_with(root):
+    """The shipped tokenizer with a published template, and its special tokens."""
+
+    def make(template):
+        tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
+        names = sorted(set(NAMES.findall(template)))
+        if names:
+            tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return make
+
+
+def encoded(tokenizer, record):
+    encode = ExampleEncoder.of(tokenizer, "chat", 4096, "chat")
+    row = canonical(record, "here")
+    return encode, {name: column[0] for name, column in encode({name: [value] for name, value in row.items()}).items()}
+
+
+def stretches(tokenizer, labels):
+    """The trained stretches, decoded."""
+    texts = [[]]
+    for label in labels:
+        if label != IGNORE_INDEX:
+            texts[-1].append(label)
+        elif texts[-1]:
+            texts.append([])
+    return [tokenizer.decode(ids) for ids in texts if ids]
+
+
+def marked(tokenizer, name, messages, tools=None):
+    """What TRL's twin of a template marks, rendered and masked by transformers."""
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    found = tokenizer.apply_chat_template(messages, tools=tools, chat_template=template_of(f"{name}_training"), **options)
+    mask = zip(found["input_ids"], found["assistant_masks"], strict=True)
+    return stretches(tokenizer, [number if inside else IGNORE_INDEX for number, inside in mask])
+
+
+def check(tokenizer, name, messages, tools=None, written=None):
+    """Ids are transformers' own; trained is what the twin marks, without the generation prompt and what follows the turn."""
+    encode, row = encoded(tokenizer, {"messages": messages} | ({"tools": tools} if tools else {}))
+    assert row["fate"] == KEPT, row["refusal"]
+    own = tokenizer.apply_chat_template(written or messages, tools=tools, tokenize=True)["input_ids"]
+    assert row["input_ids"] == own
+    ours, theirs = stretches(tokenizer, row["labels"]), marked(tokenizer, name, messages, tools)
+    assert len(ours) == len(theirs) == sum(message["role"] == "assistant" for message in messages)
+    for one, other in zip(ours, theirs, strict=True):
+        before, found, after = other.partition(one)
+        assert found and not after.strip(), (one, other)
+        assert not before or any(before in cue for cue in encode.template.cues) or before.startswith(f"<{WIDE}tool"), (
+            one,
+            other,
+        )
+    return ours
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_answers_are_what_the_twin_marks(tokenizer_with, name):
+    tokenizer = tokenizer_with(template_of(name))
+    assert check(tokenizer, name, [USER, ANSWER])[0].lstrip("<think>/\n").replace("<|channel|>final<|message|>", "")
+    check(tokenizer, name, [USER, ANSWER, *AGAIN])
+    trained = check(tokenizer, name, SPACE)
+    assert ["One" in text for text in trained] == [True, False] and "Two" in trained[1]  # no first word is lost
+    if name not in ("gemma", "phi3_5"):
+        check(tokenizer, name, [{"role": "system", "content": "Be brief."}, USER, ANSWER])
+
+
+@pytest.mark.parametrize("name", REASON)
+def test_reasoning_is_trained_where_the_template_writes_it(tokenizer_with, name):
+    tokenizer = tokenizer_with(template_of(name))
+    for field in ("reasoning_content", "thinking", "reasoning"):
+        _, row = encoded(tokenizer, {"messages": [USER, {**ANSWER, field: THOUGHT["reasoning_content"]}]})
+        (trained,) = stretches(tokenizer, row["labels"])
+        assert trained.index("Of size, more than most.") < trained.index("Large.") and not row["notes"]
+    if name != "glm4moe":  # its turns end with the next one's first token, for which the last gets the end of sequence here
+        check(tokenizer, name, [USER, THOUGHT])
+    _, row = encoded(tokenizer, {"messages": [USER, THOUGHT, *AGAIN]})
+    kept = "Of size" in tokenizer.decode(row["input_ids"])
+    assert ("the template leaves out the reasoning of a turn" in row["notes"]) == (not kept)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_of_tools_are_trained_as_turns(tokenizer_with, name):
+    tokenizer, written = tokenizer_with(template_of(name)), None
+    if name == "deepseekv3":  # which puts arguments into text as they are, and leaves the list of tools out
+        as_text = {**CALL, "function": {"name": "add", "arguments": '{"a": 1}'}}
+        written = [{**message, "tool_calls": [as_text]} if "tool_calls" in message else message for message in CALLING]
+    tools = None if name == "deepseekv3" else [TOOL]
+    call, answer = check(tokenizer, name, CALLING, tools, written)
+    assert "add" in call and "1" in call and "2" not in call.split("add")[1] and answer.count("It is 2.") == 1
+    in_sharegpt = [
+        {"from": "human", "value": "Add 1."},
+        {"from": "function_call", "value": '{"name": "add", "arguments": "{\\"a\\": 1}"}'},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "It is 2."},
+    ]
+    _, row = encoded(tokenizer, {"conversations": in_sharegpt, **({"tools": json.dumps([TOOL])} if tools else {})})
+    assert row["fate"] == KEPT and "add" in stretches(tokenizer, row["labels"])[0]
+
+
+@pytest.mark.parametrize("name", NO_CALLS)
+def test_calls_that_a_template_has_no_place_for_are_refused(tokenizer_with, name):
+    _, row = encoded(tokenizer_with(template_of(name)), {"messages": CALLING[:2]})
+    assert row["fate"] == REFUSED and "no place for the calls of tools: it leaves out message 2" in row["refusal"]
+    _, row = encoded(tokenizer_with(template_of(name)), {"messages": [USER, ANSWER], "tools": [TOOL]})
+    assert row["fate"] == KEPT or "no place for tools: it leaves out 'add'" in row["refusal"]
+
+
+def test_the_tools_of_a_record_reach_the_prompt(tokenizer_with):
+    tokenizer = tokenizer_with(template_of("qwen3"))
+    record = canonical({"messages": CALLING, "tools": [TOOL]}, "here")
+    (ids,) = PromptEncoder(tokenizer)([record])
+    prompt = {"tools": [TOOL], "add_generation_prompt": True, "tokenize": True}
+    assert ids == tokenizer.apply_chat_template(CALLING[:3], **prompt)["input_ids"]
+    named = tokenizer_with("{% for m in messages %}{{ m.content }}{% endfor %}")
+    named.chat_template = {"default": named.chat_template, "tool_use": template_of("qwen3")}
+    assert PromptEncoder(named, "chat")([record])[0] != []
+    _, row = encoded(named, {"messages": CALLING, "tools": [TOOL]})
+    assert row["fate"] == KEPT and "<tool_call>" in named.decode(row["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("name", "endings"),
+    [
+        ("gptoss", ["<|return|>", "<|call|>"]), ("phi3", ["<|end|>"]), ("cohere2", ["<|END_OF_TURN_TOKEN|>"]),
+        ("qwen3", ["<|im_end|>"]), ("glm4moe", []), ("gemma", ["<end_of_turn>"]),
+        ("diffusion_gemma", ["<turn|>", "<|tool_response>"]),
+    ],
+)  # fmt: skip
+def test_the_tokens_that_end_a_response(tokenizer_with, name, endings):
+    tokenizer = tokenizer_with(template_of(name))
+    assert stop_ids(tokenizer) == [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(endings)]
+
+
+def test_line_breaks_that_are_tokens_end_nothing(tokenizer_with):
+    """Gemma's tokenizer has them as added tokens; its template ends turns with one."""
+    tokenizer = tokenizer_with("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}")
+    tokenizer.add_tokens(["\n", "\n\n"])
+    assert stop_ids(tokenizer) == [tokenizer.eos_token_id]
+    _, row = encoded(tokenizer, {"messages": [USER, ANSWER]})
+    assert stretches(tokenizer, row["labels"])[0].endswith("Large.</s>")
+
+
+def test_a_default_system_prompt_is_part_of_the_prompt(tokenizer_with):
+    tokenizer = tokenizer_with(SMOLLM2)
+    _, row = encoded(tokenizer, {"messages": [USER, ANSWER, *AGAIN]})
+    assert stretches(tokenizer, row["labels"]) == ["Large.<|im_end|>", "Little, or tiny.<|im_end|>"]
+    assert row["input_ids"] == tokenizer.apply_chat_template([USER, ANSWER, *AGAIN], tokenize=True)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
+def test_what_a_template_strips_from_an_answer_is_said(tokenizer_with, name):
+    tokenizer = tokenizer_with(template_of(name))
+    _, row = encoded(tokenizer, {"messages": [USER, {"role": "assistant", "content": "<think>Of size.</think>Large."}]})
+    assert "the template leaves out or rewrites part of an answer" in row["notes"]
+    _, row = encoded(tokenizer, {"messages": [USER, ANSWER]})
+    assert not row["notes"]
+    qwen = tokenizer_with(template_of("qwen3"))  # writes the same thought in its own way
+    _, row = encoded(qwen, {"messages": [USER, {"role": "assistant", "content": "<think>Of size.</think>Large."}]})
+    assert not row["notes"] and "Of size." in stretches(qwen, row["labels"])[0]
