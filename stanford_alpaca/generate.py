@@ -68,19 +68,24 @@ def check_prompts(
     prompt_template: str = "auto",
     special_tokens: str | None = None,
     remote_code: bool = False,
-) -> None:
-    """Raises UserError for a prompt that does not fit into the context of every model, before any is loaded.
+) -> dict[str, str]:
+    """What writes the prompts of each model, in words. Says where a model is asked otherwise than it was trained.
 
-    Says where a model is asked otherwise than it was trained.
+    Raises:
+        UserError: a prompt does not fit into the context of every model; before any is loaded.
     """
+    asked: dict[str, str] = {}
     for name in names:
         tokenizer = load_tokenizer(name, remote_code=remote_code)
         config = read_config(name, remote_code=remote_code)
-        encode_prompts(config, PromptEncoder(tokenizer, prompt_template, special_tokens), records, max_new_tokens)
+        encode = PromptEncoder(tokenizer, prompt_template, special_tokens)
+        encode_prompts(config, encode, records, max_new_tokens)
+        asked[name] = ", ".join(dict.fromkeys(IN_WORDS[template] for template in encode.names.values()))
         trained = trained_prompts(tokenizer)
         if trained and prompt_template not in ("auto", trained.template):
             words = [IN_WORDS[template] for template in (trained.template, prompt_template)]
             say(f"{name}: trained with {words[0]}, asked here with {words[1]} (--prompt_template {prompt_template})")
+    return asked
 
 
 @torch.no_grad()  # no inference_mode: weights that ZeRO-3 gathers in it could not be trained any more
@@ -336,20 +341,20 @@ def run(
     records = [] if interactive else read_prompts(prompts, instruction, input, pairs)
     for name in names:
         check_model(name, or_adapter=True, remote_code=trust_remote_code)
-    check_prompts(names, records, max_new_tokens, prompt_template, special_tokens, trust_remote_code)
+    asked = check_prompts(names, records, max_new_tokens, prompt_template, special_tokens, trust_remote_code)
     if interactive:
         model, tokenizer = load_for_generation(names[0], trust_remote_code)
         return chat(model, tokenizer, sampling, PromptEncoder(tokenizer, prompt_template, special_tokens), seed)
 
     options = {"prompt_template": prompt_template, "special_tokens": special_tokens, "batch_size": batch_size, "seed": seed}
     samples = sample_all(names, records, sampling, num_samples, trust_remote_code, **options)
-    settings = {**asdict(sampling), "num_samples": num_samples, **options}
+    settings = {**asdict(sampling), "num_samples": num_samples, **options, "prompts": asked}
     if "out" in files:
         write_jsonl(files["out"], [{**sample, "sampling": settings} for sample in samples])
     if "alpaca_eval" in files:
         write_alpaca_eval(files["alpaca_eval"], samples)
     if "markdown" in files:
-        write_markdown(files["markdown"], samples, settings)
+        write_markdown(files["markdown"], samples, settings | {"prompts": "; ".join(dict.fromkeys(asked.values()))})
     for sample in samples:
         print(format_sample(sample))
 

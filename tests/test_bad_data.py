@@ -39,7 +39,7 @@ class Payload:
         ("a.json", b"[" + GOOD.encode(), r"a.json:record 1: broken JSON at line 1 column 37, expecting ',' or ']'; is"),
         ("a.json", b"[\n" + GOOD.encode() + b',\n{"instr', "record 2: broken JSON at line 3 column 2, Unterminated"),
         ("a.json", b"[" + GOOD.encode() + b"] 1", "a.json: broken JSON, something stands after the list; wanted"),
-        ("a.json", b'{\n "instruction": "a",\n "output": "b"\n}', "a.json: one object over several lines: put it into a list, .*; wanted"),
+        ("a.json", b'{\n "instruction": "a",\n "output": "b"\n}', "a.json: one object over several lines: put it into"),
         ("a.json", b'{"data": [' + GOOD.encode() + b"]}", "a.json:line 1: no field 'instruction'; it has data"),
         ("a.json", b"[" * 100_000, "a.json:record 1: broken JSON, nested too deep; "),
         ("a.json", b"[" + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"]", "record 1: broken JSON, nested too deep"),

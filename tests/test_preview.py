@@ -35,6 +35,7 @@ def test_pieces_and_their_colours(tokenizer):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b ☃"}]
     pieces = pieces_of({"messages": [*messages, *messages]}, encode)
     assert "".join(piece for piece, trained in pieces if trained) == "b ☃</s>b ☃</s>"
+    assert pieces[0] == ("<s>", False)  # what the tokenizer puts first
     assert "".join(piece for piece, _ in pieces).endswith("### Response:b ☃</s>\n\n### Instruction:\na\n\n### Response:b ☃</s>")
     assert boundaries_of(pieces) == [(":", "b"), (":", "b")]
     text = coloured(pieces)

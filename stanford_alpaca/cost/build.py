@@ -36,7 +36,7 @@ def documents(file: Path) -> Iterator[str]:
             texts = (
                 [m["content"] for m in record["messages"]]
                 if "messages" in record
-                else [record[name] for name in FORMS[form_of(record)]]
+                else [record[name] for name in FORMS[form_of(record)] if name != "more"]
             )
             yield "\n".join(text for text in texts if text)
         return

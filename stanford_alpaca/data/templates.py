@@ -163,7 +163,8 @@ def _write(tokenizer: PreTrainedTokenizerBase, jinja: str, template: TurnsTempla
     first = template.encoder.first
     written = "bos_token" if first == tokenizer.bos_token else repr(first)
     for space in ("", " "):  # some tokenizers put a space before a text, but none behind a beginning-of-sequence token
-        tokenizer.chat_template = jinja.replace("BEFORE", f"{{{{- {written} + '{space}' }}}}\n" if first else "")
+        begin = f"{written} + '{space}'" if space else written
+        tokenizer.chat_template = jinja.replace("BEFORE", f"{{{{- {begin} }}}}\n" if first else "")
         if all(_same_ids(tokenizer, template, messages) for messages in PROBES):
             return False
     return True

@@ -42,6 +42,7 @@ FEATURES = Features(
     }
 )
 EXAMPLE = ["input_ids", "labels", "weights"]  # what training reads of them
+WEIGHTED = "tokens whose loss is multiplied by a weight other than 1"
 NO_TARGET = "no example has a token to train on: {}; raise --model_max_length or mend the data"
 
 
@@ -96,7 +97,7 @@ class ExampleEncoder:
         encoded = self.encoder([of.text for of in rendered], [self.template.adds_special_tokens(of.text) for of in rendered])
         rows = [self.label(ids, offsets, of.spans, of.weights) for (ids, offsets), of in zip(encoded, rendered, strict=True)]
         for row, refusal, of in zip(rows, refusals, rendered, strict=True):
-            row |= {"refusal": refusal, "notes": of.notes}
+            row |= {"refusal": refusal, "notes": [*of.notes, *([WEIGHTED] if row["weights"] else [])]}
             if refusal:
                 row["fate"] = REFUSED
         return {name: [row[name] for row in rows] for name in FEATURES}
@@ -147,6 +148,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_template: str = "auto", special_tokens: str | None = None):
         self.tokenizer, self.asked = tokenizer, (prompt_template, special_tokens)
         self.templates: dict[str, Template] = {}  # by form
+        self.names: dict[str, str] = {}  # of TEMPLATES, by form
 
     def __call__(self, records: list[dict]) -> list[list[int]]:
         """Raises UserError for a record that its template cannot write."""
@@ -156,6 +158,7 @@ class PromptEncoder:
             if form not in self.templates:
                 name, reading = follow(self.tokenizer, form, *self.asked)
                 encoder = TextEncoder.of(self.tokenizer, reading)
+                self.names[form] = name
                 self.templates[form] = make_template(name, form, self.tokenizer, encoder)
             template = self.templates[form]
             text = template.prompt(record)

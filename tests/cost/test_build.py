@@ -54,7 +54,7 @@ def files(root, tmp_path, story, monkeypatch):
         ("a.txt", "\n\none\ntwo\n\n", ["one", "two"]),
         ("a.md", "\ufeffone\ntwo\n \n\nthree\n\n", ["one\ntwo", "three"]),
         ("a.txt", "\n\n", []),
-        ("a.json", '[{"text": "one\\n\\ntwo"}]', ["one\n\ntwo"]),
+        ("a.json", '[{"text": "one\\n\\ntwo", "id": 7}]', ["one\n\ntwo"]),
         (
             "a.jsonl",
             '{"instruction": "i", "output": "o"}\n{"instruction": "i", "input": "n", "output": "o"}',

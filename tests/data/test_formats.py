@@ -1,10 +1,12 @@
 """What is read from files, and what each kind of broken file says."""
 
 import json
+import re
 
 import pytest
+from datasets import Dataset, DatasetDict
 
-from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.formats import load_records, parse_columns
 from stanford_alpaca.data.records import unused_fields
 from stanford_alpaca.errors import UserError
 
@@ -93,8 +95,6 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_every_form(tmp_path, record, row, suffix):
-    from datasets import Dataset
-
     file = tmp_path / f"data{suffix}"
     if suffix == ".parquet":
         Dataset.from_list([record] * 3).to_parquet(file)
@@ -197,8 +197,6 @@ def test_a_list_cannot_be_streamed(tmp_path):
 
 
 def test_a_hub_sets_configuration_stands_behind_a_colon_and_its_rows_are_joined(tmp_path, monkeypatch):
-    from datasets import Dataset
-
     from stanford_alpaca.data import formats
 
     rows = ["", " = First = \n", "", " One . \n", " = = Part = = \n", " Two . \n", " = Second = \n", " Three . \n"]
@@ -217,8 +215,6 @@ def test_a_hub_sets_configuration_stands_behind_a_colon_and_its_rows_are_joined(
 
 def test_a_hub_set_goes_the_same_way(tmp_path, monkeypatch):
     """The hub is out of reach here; what it would return is not."""
-    from datasets import Dataset
-
     from stanford_alpaca.data import formats
 
     hub = {
@@ -235,3 +231,97 @@ def test_a_hub_set_goes_the_same_way(tmp_path, monkeypatch):
         load_records("other/columns")
     with pytest.raises(UserError, match="null/output:record 2: 'output' is null"):
         load_records("null/output")
+
+
+# ---- sources -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three():
+    return Dataset.from_list([{"text": str(i)} for i in range(3)])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_datasets_saved_is_read(tmp_path, three, streaming):
+    cache = str(tmp_path / "cache")
+    three.select([2, 0]).save_to_disk(tmp_path / "one")
+    DatasetDict({"test": three, "train": three.select([1])}).save_to_disk(tmp_path / "splits")
+    DatasetDict({"a": three, "b": three}).save_to_disk(tmp_path / "ab")
+    for folder, texts in (("one", ["2", "0"]), ("splits", ["1"]), ("ab/b", ["0", "1", "2"])):
+        records = load_records(tmp_path / folder, cache, streaming=streaming)
+        assert [record["text"] for record in records] == texts
+    with pytest.raises(UserError, match=r"ab: several splits \(a, b\); name one: --data_path .*ab/a"):
+        load_records(tmp_path / "ab", cache)
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    with pytest.raises(UserError, match="a saved data set without its file data-00000-of-00001"):
+        load_records(tmp_path / "one", cache)
+
+
+def test_several_training_sets_in_a_folder_are_not_one(tmp_path, three):
+    cache = str(tmp_path / "cache")
+
+    def write(folder, *names):
+        for name in names:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            three.to_parquet(tmp_path / folder / name)
+
+    write("chat", *(f"data/train_sft-0000{i}-of-00002-0123456789abcde{i}.parquet" for i in range(2)))
+    (tmp_path / "chat" / "dataset_infos.json").write_text('{"default": {}}')
+    assert len(load_records(tmp_path / "chat", cache)) == 6
+    write("chat", "data/train_gen-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=r"sets \(data/train_gen, data/train_sft\); name one: --data_path .*train_gen"):
+        load_records(tmp_path / "chat", cache)
+    write(
+        "maths",
+        "main/train-00000-of-00001.parquet",
+        "main/test-00000-of-00001.parquet",
+        "socratic/train-00000-of-00001.parquet",
+    )
+    with pytest.raises(UserError, match=r"several training sets \(main/train, socratic/train\)"):
+        load_records(tmp_path / "maths", cache)
+    assert len(load_records(tmp_path / "maths" / "main", cache)) == 3
+    write("folder", "train/a.parquet", "train/b.parquet", "test/a.parquet")
+    assert len(load_records(tmp_path / "folder", cache)) == 6
+
+
+@pytest.mark.parametrize(
+    ("record", "hint"),
+    [
+        ({"conversation": [{"role": "user", "content": "a"}]}, "--columns messages=conversation"),
+        ({"conversation": [{"from": "human", "value": "a"}]}, "--columns messages=conversation"),
+        ({"instruction": "a", "context": "b", "response": "c", "category": "d"}, "--columns output=response input=context"),
+        ({"question": "a", "answer": "b"}, "--columns instruction=question output=answer"),
+        ({"data": [{"instruction": "a", "output": "b"}]}, "is it a file of records under 'data'? write that list alone"),
+        ({"body": "a"}, "another name? --columns instruction=NAME, or text=body"),
+    ],
+)
+def test_hints_name_what_works(tmp_path, record, hint):
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    with pytest.raises(UserError, match=re.escape(f"({hint})")):
+        load_records(tmp_path / "a.json", str(tmp_path / "cache"))
+    if hint.startswith("--columns"):
+        columns = parse_columns(hint.removeprefix("--columns ").split(" "))
+        assert len(load_records(tmp_path / "a.json", str(tmp_path / "cache"), columns=columns)) == 1
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(lines([{"text": "a"}]))
+    monkeypatch.chdir(tmp_path)
+    assert len(load_records(".", str(tmp_path / "cache"))) == 1
+    for name in ("", " "):
+        with pytest.raises(UserError, match="data without a name, as of a variable that is not set"):
+            load_records(name, str(tmp_path / "cache"))
+
+
+def test_wide_records_take_no_longer_for_their_width(tmp_path):
+    """With a look at all names before for each name, these would take minutes."""
+    (tmp_path / "a.json").write_text("[" + json.dumps({f"k{i}": 0 for i in range(120_000)})[:-1] + ', "k5": 1}]')
+    with pytest.raises(UserError, match="the key 'k5' stands twice"):
+        load_records(tmp_path / "a.json")
+    names = ["text", *(f"c{i}" for i in range(60_000))]
+    (tmp_path / "a.csv").write_text(",".join(names) + "\n" + ",".join("x" * len(names)) + "\n")
+    (record,) = load_records(tmp_path / "a.csv", str(tmp_path / "cache"))
+    assert record["text"] == "x" and record["more"].count("c") == 60_000
+    (tmp_path / "a.csv").write_text(",".join([*names, "c7"]) + "\n")
+    with pytest.raises(UserError, match="the column 'c7' stands twice"):
+        load_records(tmp_path / "a.csv")

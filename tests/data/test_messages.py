@@ -292,5 +292,5 @@ def test_an_end_of_turn_token_that_the_author_leaves_out_is_trained_and_said(tok
     )
     row = encoded(tokenizer, {"messages": [USER, {**ANSWER, "weight": 0.5}, USER, ANSWER]})
     assert trained(tokenizer, row) == ["This.</s>", "This.</s>"]
-    assert row["notes"] == ["the template's {% generation %} marks leave the end-of-turn token out: it is trained too"]
+    assert row["notes"][0] == "the template's {% generation %} marks leave the end-of-turn token out: it is trained too"
     assert sorted({w for label, w in zip(row["labels"], row["weights"], strict=True) if label != IGNORE_INDEX}) == [0.5, 1.0]
