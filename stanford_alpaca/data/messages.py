@@ -24,6 +24,7 @@ KINDS = {  # what JSON calls a value
     "dict": "an object",
 }  # fmt: skip
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what published data call an answer's reasoning
+HEAVIEST = 1_000_000  # a weight; the loss is in float32
 NOTHING: tuple = (None, "", [], {})  # values that say nothing
 
 Messages = list[dict[str, Any]]
@@ -74,11 +75,13 @@ def read_weight(fields: Mapping[str, Any], where: str) -> tuple[float, set[str]]
     given = fields.get("weight")
     try:
         number = None if isinstance(given, bool | None) else float(given)  # type: ignore[arg-type]  # CSV has strings
+    except OverflowError:
+        number = math.inf
     except (TypeError, ValueError):
         number = None
     if number is not None:
-        if not 0 <= number < math.inf:
-            raise UserError(f"{where}: 'weight' is {given}, wanted a number from 0 on; {MEND}")
+        if not 0 <= number <= HEAVIEST:
+            raise UserError(f"{where}: 'weight' is {str(given)[:20]}, wanted a number from 0 to {HEAVIEST:,}; {MEND}")
         weight, read = number, {"weight"}
     train = {"true": True, "false": False}.get(str(fields.get("train")).lower())
     if train is not None:

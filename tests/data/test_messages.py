@@ -81,9 +81,9 @@ def test_weights_of_turns_and_records_multiply(tokenizer):
         assert encoded(tokenizer, record)["weights"] == []
 
 
-@pytest.mark.parametrize("weight", [-1, float("inf"), float("nan"), "-0.5"])
+@pytest.mark.parametrize("weight", [-1, float("inf"), float("nan"), "-0.5", 1e300, 10**400])
 def test_a_weight_that_cannot_be_is_refused(weight):
-    with pytest.raises(UserError, match=r"here: 'weight' is .*, wanted a number from 0 on"):
+    with pytest.raises(UserError, match=r"here: 'weight' is .*, wanted a number from 0 to 1,000,000"):
         canonical({"instruction": "a", "output": "b", "weight": weight}, "here")
     with pytest.raises(UserError, match="message 2: 'weight' is"):
         canonical({"messages": [USER, {**ANSWER, "weight": weight}]}, "here")
