@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -95,6 +95,12 @@ def quiet_hub() -> Iterator[None]:
         yield
     finally:
         retries.setLevel(level)
+
+
+def listed(names: Iterable, most: int = 12) -> str:
+    """Names with commas; of many, the first."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def nearest(name: str, known: list[str]) -> str:

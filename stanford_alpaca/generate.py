@@ -5,6 +5,7 @@ asked the same and shown side by side. ``--num_samples N`` draws several respons
 ``--markdown FILE`` write them in other forms (``samples.py``).
 """
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import take_columns
 from stanford_alpaca.data.reading import SUFFIXES, read_file
 from stanford_alpaca.data.records import canonical
-from stanford_alpaca.data.templates import IN_WORDS, check_template, trained_prompts
+from stanford_alpaca.data.templates import IN_WORDS, check_template
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown, say
 from stanford_alpaca.loadable import check_model
@@ -81,10 +82,9 @@ def check_prompts(
         encode = PromptEncoder(tokenizer, prompt_template, special_tokens)
         encode_prompts(config, encode, records, max_new_tokens)
         asked[name] = ", ".join(dict.fromkeys(IN_WORDS[template] for template in encode.names.values()))
-        trained = trained_prompts(tokenizer)
-        if trained and prompt_template not in ("auto", trained.template):
-            words = [IN_WORDS[template] for template in (trained.template, prompt_template)]
-            say(f"{name}: trained with {words[0]}, asked here with {words[1]} (--prompt_template {prompt_template})")
+        for otherwise in dict.fromkeys(encode.otherwise.values()):
+            if otherwise:
+                say(f"{name}: {otherwise}")
     return asked
 
 
@@ -190,8 +190,8 @@ def read_prompts(
     if input is not None:
         raise UserError("--input belongs to --instruction; with --prompts the file holds the inputs")
     file = Path(str(prompts)).expanduser()
-    if not file.is_file():
-        raise UserError(f"--prompts {file}: no such file")
+    if not os.path.isfile(file):
+        raise UserError(f"--prompts {str(prompts) or 'without a name'}: no such file")
     if file.suffix.lower() in PICKLES:
         raise UserError(
             f"--prompts {file}: pickles are never opened; give text, an instruction a line, or {', '.join(SUFFIXES)}"

@@ -17,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from stanford_alpaca.data.encode import SPECIAL
-from stanford_alpaca.data.formats import check_columns, load_records, take_columns
+from stanford_alpaca.data.formats import check_columns, load_records, several_files, take_columns
 from stanford_alpaca.data.records import form_of, unused_fields
 from stanford_alpaca.data.report import EMPTY, REFUSED, count_lines, note_counts
-from stanford_alpaca.data.templates import check_template, told_template, use_chat_template
+from stanford_alpaca.data.templates import check_template, told_templates, use_chat_template
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder, encode_records
 from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.loadable import check_model
@@ -159,8 +159,10 @@ def run(
             for masked, trained in example["boundaries"]:
                 console.print(f"boundary: {masked!r} is masked, {trained!r} is trained")
         found = source["statistics"]
-        console.print(told_template(found["template"], tokenizer))
-        for line in count_lines(found["records"], found["not_used"], found["notes"]):
+        for line in several_files(path):
+            console.print(line)
+        counts = count_lines(found["records"], found["not_used"], found["notes"])
+        for line in [*told_templates([found["template"]], tokenizer), *counts]:
             console.print(line)
         console.print(table_of(path, found, max_length))
         console.print(budgets_of(source["statistics"], max_length))

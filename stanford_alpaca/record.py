@@ -124,7 +124,7 @@ def identify_model(name: str, cache_dir: str | None = None) -> str:
 def digest_of_config(value: str) -> str:
     """The sha256 of a file (in a folder: of its chat template), or of what was given in place of its name."""
     inside = (Path(value) / name for name in (CHAT_TEMPLATE_FILE, "tokenizer_config.json"))
-    value = next((str(file) for file in inside if file.is_file()), value)
+    value = next((str(file) for file in inside if os.path.isfile(file)), value)  # a name may be too long for a Path
     return f"sha256:{file_sha256(Path(value)) if os.path.isfile(value) else sha256(str(value).encode()).hexdigest()}"
 
 

@@ -28,11 +28,10 @@ from stanford_alpaca.checkpoint.saving import write_together
 from stanford_alpaca.checks import check
 from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost_sharding import shard_cost
-from stanford_alpaca.data.formats import check_columns, local_files
+from stanford_alpaca.data.formats import check_columns, several_files
 from stanford_alpaca.data.packing import PackedExamples
-from stanford_alpaca.data.records import listed
 from stanford_alpaca.data.sources import ExampleStream, Loading, check_sources, digest, load_source, mix, stream_sources
-from stanford_alpaca.data.templates import IN_WORDS, sign, told_template, trained_prompts, use_chat_template
+from stanford_alpaca.data.templates import IN_WORDS, sign, told_templates, trained_prompts, use_chat_template
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import is_lost_rank, leave_alone, leave_together, peak_memory_mib
 from stanford_alpaca.errors import Stopped, UserError, exit_on_user_error, first_line, say
@@ -70,8 +69,8 @@ def load_data(
     def load(paths: list[str], loading: Loading) -> list[Dataset]:
         sources = []
         for path in paths:
-            if len(files := local_files(path) or []) > 1:
-                say(f"{path}: {len(files)} files: {listed(file.relative_to(Path(path).expanduser()) for file in files)}")
+            for line in several_files(path):
+                say(line)
             examples, report = load_source(path, tokenizer, loading)
             for line in report.lines():
                 say(f"{path}: {line}")
@@ -101,9 +100,7 @@ def load_data(
 
 
 def _sign(tokenizer: PreTrainedTokenizerBase, templates: list[str], special_tokens: str) -> None:
-    for name in templates:
-        say(told_template(name, tokenizer))
-    for line in sign(tokenizer, templates, special_tokens):
+    for line in [*told_templates(templates, tokenizer), *sign(tokenizer, templates, special_tokens)]:
         say(line)
 
 

@@ -1,4 +1,4 @@
-"""What a finished run logged, what a refused one said, and Triton kernels that run without a GPU."""
+"""What a run logged, what of an example is trained, what a refusal said, and Triton kernels that run without a GPU."""
 
 import importlib.util
 import json
@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
+from stanford_alpaca.data.tokenize import IGNORE_INDEX
 from stanford_alpaca.errors import exit_on_user_error
 
 
@@ -21,6 +23,17 @@ def steps(folder: Path) -> list[dict]:
 
 def evaluations(folder: Path) -> list[dict]:
     return [entry for entry in history(folder) if "eval_loss" in entry]
+
+
+def trained_texts(tokenizer: PreTrainedTokenizerBase, labels: list[int]) -> list[str]:
+    """The stretches of labels that are trained, decoded."""
+    texts: list[list[int]] = [[]]
+    for label in labels:
+        if label != IGNORE_INDEX:
+            texts[-1].append(label)
+        elif texts[-1]:
+            texts.append([])
+    return [tokenizer.decode(ids) for ids in texts if ids]
 
 
 def triton_kernels(interpret: bool = True):

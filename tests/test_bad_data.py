@@ -33,7 +33,7 @@ class Payload:
     [
         # ---- whole files
         ("a.json", None, r"no such file; give a file"),
-        ("a", "FOLDER", r"a folder without data files; wanted \.json"),
+        ("a", "FOLDER", r"a folder without data files, wanted \.json"),
         ("a.json", b"", "there is no record in it; "),
         ("a.json", b"[]", "there is no record in it; "),
         ("a.json", b"[" + GOOD.encode(), r"a.json:record 1: broken JSON at line 1 column 37, expecting ',' or ']'; is"),

@@ -14,17 +14,18 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from stanford_alpaca.data.encode import TextEncoder, clean
+from stanford_alpaca.data.encode import TextEncoder
+from stanford_alpaca.data.prompts import text_note
 from stanford_alpaca.data.records import form_of, unused_fields
-from stanford_alpaca.data.report import count_lines
+from stanford_alpaca.data.report import count_lines, note_counts
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, PARALLEL_FROM
 from stanford_alpaca.errors import UserError
 
 PIECE = 2**20  # characters that are tokenized at a time; longer documents are tokenized in parts, which end with a line
 CUT = re.compile(r"\n(?=\S)")
-IDS = Features({"input_ids": List(Value("int32"))})
+IDS = Features({"input_ids": List(Value("int32")), "notes": List(Value("string"))})
 BLOCK = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-VERSION = "2"  # raise it when the same text would give other ids
+VERSION = "3"  # raise it when the same text would give other ids
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,12 @@ class BlockReport:
     targets: int
     max_sentences: int | None  # that were taken
     unused: Mapping[str, int] = field(default_factory=dict)  # fields that are not read -> documents
+    notes: Mapping[str, int] = field(default_factory=dict)  # see ``Rendered`` -> documents
     template: str = ""  # there are no prompts
 
     def lines(self) -> list[str]:
         """The report as a run prints it."""
-        return [str(self), *count_lines(self.documents, self.unused, {})]
+        return [str(self), *count_lines(self.documents, self.unused, self.notes)]
 
     def __str__(self) -> str:
         first = f"the first {self.max_sentences:,} lines: " if self.max_sentences else ""
@@ -62,24 +64,29 @@ class DocumentEncoder:
     before: int | None = None  # what the tokenizer puts first
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "DocumentEncoder":
-        encoder = TextEncoder.of(tokenizer)
+    def of(cls, tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text") -> "DocumentEncoder":
+        """The encoder of a tokenizer, with one of ``READINGS``."""
+        encoder = TextEncoder.of(tokenizer, special_tokens)
         ((first, _),) = encoder([""], True)
         return cls(encoder, first[0] if first and first[0] != encoder.eos_id else None)
 
     def __call__(self, batch: Mapping[str, list[str]]) -> dict[str, list]:
-        return {"input_ids": [self.ids(text) for text in batch["text"]]}
+        return {
+            "input_ids": [self.ids(text) for text in batch["text"]],
+            "notes": [text_note(self.encoder.field(text)[1]) for text in batch["text"]],
+        }
 
     def ids(self, text: str) -> np.ndarray:  # [tokens] int32
-        text = clean(text)
+        text, _ = self.encoder.field(text)
         parts = [self._ids(text, start, end) for start, end in _parts(text)]
-        return np.concatenate([*map(_int32, parts), _int32([self.encoder.eos_id])])
+        closed = text.endswith(self.encoder.special(self.encoder.eos_token))
+        return np.concatenate([*map(_int32, parts), _int32([] if closed else [self.encoder.eos_id])])
 
     def _ids(self, text: str, start: int, end: int) -> list[int]:
-        """Of a part of the text. One that is not the first is encoded behind its line break: some tokenizers put a space, or
-        something else, at the beginning of what they are given."""
+        """Of a part of the written text. One that is not the first is encoded behind its line break: some tokenizers put a
+        space, or something else, at the beginning of what they are given."""
         if start == 0:
-            return self.encoder([text[:end]], add_special_tokens=self.before is not None)[0][0]
+            return self.encoder([text[:end]], self.before is not None and not self.encoder.begins(text))[0][0]
         ((ids, spans),) = self.encoder([text[start - 1 : end]], add_special_tokens=False)
         first = next((i for i, (begin, _) in enumerate(spans) if begin >= 1), len(ids))
         if first < len(ids) and spans[first][0] == 1:
@@ -108,6 +115,7 @@ def make_blocks(
     num_proc: int = 1,
     cache_dir: str | None = None,
     max_sentences: int | None = None,  # for the report
+    special_tokens: str = "text",  # of READINGS
 ) -> tuple[Dataset, BlockReport]:
     """Blocks with ``input_ids`` and ``labels``, and the report.
 
@@ -122,7 +130,7 @@ def make_blocks(
         raise UserError(
             f"--block_size cuts running text, and these are records of the form {form}: fine-tune on them with train_emo.sh"
         )
-    encode = DocumentEncoder.of(tokenizer)
+    encode = DocumentEncoder.of(tokenizer, special_tokens)
     key = f"{records._fingerprint}\n{VERSION}\n{encode.encoder.identity()}"
     documents = records.map(
         encode, batched=True, batch_size=100, features=IDS, remove_columns=records.column_names,
@@ -134,7 +142,7 @@ def make_blocks(
     labels = (np.asarray(batch["labels"].combine_chunks().flatten()) for batch in blocks.with_format("arrow").iter(10_000))
     targets = sum(int((values != IGNORE_INDEX).sum()) for values in labels)
     unused = unused_fields(records, also="weight")
-    return blocks, BlockReport(len(records), len(blocks), block_size, targets, max_sentences, unused)
+    return blocks, BlockReport(len(records), len(blocks), block_size, targets, max_sentences, unused, note_counts(documents))
 
 
 def _blocks(documents: Dataset, block_size: int, before: int | None, eos_id: int) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ calls of tools and the end-of-turn token included, whether or not the template m
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
@@ -15,17 +15,18 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from stanford_alpaca.data.encode import TextEncoder, clean
+from stanford_alpaca.data.left_out import LeftOut
 from stanford_alpaca.data.messages import REASONING, Messages, more_of
 from stanford_alpaca.data.prompts import Rendered, as_messages, text_note
-from stanford_alpaca.data.spans import OPEN, Span, find_spans, marked_text, shared_length, token_pattern
+from stanford_alpaca.data.spans import OPEN, Marked, Span, find_spans, marked_text, shared_length, token_pattern
 from stanford_alpaca.errors import UserError, first_line
 
 MARKED_BY_AUTHOR = re.compile(r"\{%-?\s*generation\s*-?%\}")
-THOUGHTS = re.compile(r"</?think>")
 QUESTION: dict[str, Any] = {"role": "user", "content": "a"}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": "b"}
 CALL: dict[str, Any] = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"k": "v"}}}
 CALLING: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+TOOL: dict[str, Any] = {"name": "probed", "description": "d", "parameters": {"type": "object", "properties": {}}}
 
 
 class Conversation(NamedTuple):
@@ -34,7 +35,7 @@ class Conversation(NamedTuple):
     messages: Messages
     tools: list[dict] | None
     weights: list[float]  # of the messages; only those of the assistant's are read
-    kept: list[str]  # names of special tokens that stay text
+    notes: list[str]  # what of it a reader may not expect
 
 
 class ChatTemplate:
@@ -54,6 +55,7 @@ class ChatTemplate:
         self.by_author = bool(MARKED_BY_AUTHOR.search(template))
         self.added = token_pattern([token.content for token in tokenizer.added_tokens_decoder.values()])
         self.writes_arguments = self._writes_arguments()
+        self.takes_bare_tools = TOOL["name"] in (self._probe([QUESTION], tools=[TOOL]) or "")
         self.endings, within = self._endings()
         self.end_of_turn = token_pattern([*self.endings, within, encoder.eos_token or ""])
         self.cues = self._cues()
@@ -68,12 +70,11 @@ class ChatTemplate:
         Raises:
             UserError: there are named ones only, and none is the default.
         """
-        templates = tokenizer.chat_template
-        if isinstance(templates, str):
-            return cls(templates, tokenizer, encoder)
+        templates = named_templates(tokenizer)
         if "default" not in templates:
             raise UserError(
-                f"the tokenizer has chat templates named {', '.join(templates)}: choose one with --chat_template NAME"
+                f"the tokenizer has chat templates named {', '.join(templates)}, and none is the default: choose one with "
+                "--chat_template NAME in training, or use --prompt_template alpaca"
             )
         return cls(templates["default"], tokenizer, encoder, templates.get("tool_use"))
 
@@ -97,9 +98,15 @@ class ChatTemplate:
             messages.pop()
         if not messages:
             return Rendered("", [], [])
-        self._check_tools(messages, said)
-        text, spans, notes = self._by_author(messages, said) if self.by_author else self._by_marks(messages, said)
-        notes = [*notes, *text_note(said.kept), *self._left_out(messages, text, spans)]
+        text, blocks = self._rendered(messages, tools=said.tools, return_assistant_tokens_mask=self.by_author)
+        left_out = LeftOut(self._text, messages, said.tools, text)
+        found = self._marked(messages, said.tools)
+        written = found.ends if found else {}
+        left_out.check(written)
+        spans, notes = (
+            self._by_author(messages, said, text, blocks) if self.by_author else (self._by_marks(messages, said, text), [])
+        )
+        notes = [*said.notes, *notes, *left_out.notes(spans, written), *self._out_of_place(messages, text, spans)]
         if spans and spans[-1].message == len(messages) - 1 and not self._is_ended(text, spans[-1]):
             end = spans[-1].end
             text = text[:end] + self.encoder.eos_token  # else nothing would teach the model to stop
@@ -118,67 +125,67 @@ class ChatTemplate:
 
     # ---- spans ---------------------------------------------------------------------------------------------------------
 
-    def _by_marks(self, messages: Messages, said: Conversation) -> tuple[str, list[Span], list[str]]:
+    def _by_marks(self, messages: Messages, said: Conversation, text: str) -> list[Span]:
         def text_of(messages: Messages, **options: Any) -> str:
             return self._text(messages, tools=said.tools, **options)
 
-        text = text_of(messages)
-        return text, find_spans(text_of, messages, text, self.cues, self.added, self.end_of_turn), []
+        return find_spans(text_of, messages, text, self.cues, self.added, self.end_of_turn)
 
-    def _by_author(self, messages: Messages, said: Conversation) -> tuple[str, list[Span], list[str]]:
-        text, indices = self._rendered(messages, tools=said.tools, return_assistant_tokens_mask=True)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(indices) == len(answers):
-            owners = answers
-        else:  # a turn in several parts, or several in one: it is that of the last message that begins in it
-            _, begins, _ = marked_text(lambda marked: self._text(marked, tools=said.tools), messages)
-            inside = [[i for i in answers if i in begins and begins[i] <= end] for _, end in indices]
-            owners = [found[-1] if found else answers[0] for found in inside]
-        spans, open_ended = [], 0
-        for (start, end), owner in zip(indices, owners, strict=True):
+    def _by_author(
+        self, messages: Messages, said: Conversation, text: str, blocks: list[tuple[int, int]]
+    ) -> tuple[list[Span], list[str]]:
+        """The blocks that the template marks, those that touch as one. An end-of-turn token behind a turn joins its span."""
+        spans: list[Span] = []
+        for (start, end), owner in zip(blocks, self._owners(messages, said, text, blocks), strict=True):
             if not _says_something(messages[owner]):
                 continue
-            space = len(text) - len(text[end:].lstrip())
-            closing = None if self._is_ended(text, Span(start, end, owner)) else self.end_of_turn.match(text, space)
-            open_ended += closing is not None
-            spans.append(Span(start, closing.end() if closing else end, owner))
+            if spans and spans[-1].end == start and spans[-1].message == owner:
+                start = spans.pop().start
+            spans.append(Span(start, end, owner))
+        left_out = False
+        for k, span in enumerate(spans):
+            following = spans[k + 1].start if k + 1 < len(spans) else len(text)
+            space = len(text) - len(text[span.end :].lstrip())
+            closing = None if self._is_ended(text, span) else self.end_of_turn.match(text, space, following)
+            if closing:
+                spans[k], left_out = span._replace(end=closing.end()), True
         note = "the template's {% generation %} marks leave the end-of-turn token out: it is trained too"
-        return text, spans, [note] if open_ended else []
+        return spans, [note] if left_out else []
+
+    def _owners(self, messages: Messages, said: Conversation, text: str, blocks: list[tuple[int, int]]) -> list[int]:
+        """The answer that each block is of: the last one that begins in it or before it."""
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for marked in (lambda message: True, lambda message: message["role"] == "assistant"):
+            found = self._marked(messages, said.tools, marked)
+            begins = found.begins if found and found.text == text else {}
+            if begins:
+                first = min(begins, key=begins.__getitem__)
+                return [max((i for i in begins if begins[i] <= end), default=first) for _, end in blocks]
+        if len(blocks) != len(answers):
+            raise UserError("the chat template hides which answers its {% generation %} marks are of")
+        return answers
+
+    def _marked(
+        self, messages: Messages, tools: list[dict] | None, marked: Callable[[dict], bool] = lambda message: True
+    ) -> Marked | None:
+        """``marked_text``, if the template takes the marks."""
+        try:
+            return marked_text(lambda with_marks: self._text(with_marks, tools=tools), messages, marked)
+        except UserError:
+            return None
 
     def _is_ended(self, text: str, span: Span) -> bool:
         """Whether a token closes the turn within its span."""
         last = next(reversed(list(self.end_of_turn.finditer(text, span.start, span.end))), None)
         return last is not None and not text[last.end() : span.end].strip()
 
-    # ---- what of a record is not in the text ---------------------------------------------------------------------------
-
-    def _check_tools(self, messages: Messages, said: Conversation) -> None:
-        """Raises UserError for a tool, a call or a result that the template leaves out."""
-        using = [i for i, message in enumerate(messages) if message["role"] == "tool" or message.get("tool_calls")]
-        if not using and not said.tools:
-            return
-        text = self._text(messages, tools=said.tools)
-        for tool in said.tools or []:
-            name = tool.get("function", tool).get("name") if isinstance(tool.get("function", tool), dict) else None
-            if isinstance(name, str) and name not in text:
-                raise UserError(f"the chat template has no place for tools: it leaves out {name!r}")
-        written, _, ends = marked_text(lambda marked: self._text(marked, tools=said.tools), messages)
-        for i in using:
-            if written == text and i not in ends and (messages[i]["role"] != "tool" or messages[i]["content"].strip()):
-                what = "the results" if messages[i]["role"] == "tool" else "the calls"
-                raise UserError(f"the chat template has no place for {what} of tools: it leaves out message {i + 1}")
-
-    def _left_out(self, messages: Messages, text: str, spans: list[Span]) -> list[str]:
-        """Notes on what the template does not write of what answers say."""
-        notes = []
-        for i in {span.message for span in spans}:
-            message = messages[i]
-            written = _dense("".join(text[span.start : span.end] for span in spans if span.message == i))
-            if any(_dense(part) not in written for part in THOUGHTS.split(message["content"])):
-                notes.append("the template leaves out or rewrites part of an answer")
-            if _dense(message.get("reasoning_content", "")) not in written:
-                notes.append("the template leaves out the reasoning of a turn")
-        return list(dict.fromkeys(notes))
+    def _out_of_place(self, messages: Messages, text: str, spans: list[Span]) -> list[str]:
+        """A note on a last answer that is not where generation would write it."""
+        before = spans[-2].end if len(spans) > 1 else 0
+        is_last = bool(spans) and spans[-1].message == len(messages) - 1
+        if not is_last or self.cues[0] in text[before : spans[-1].end]:
+            return []
+        return [f"the answer does not follow the generation prompt {self.cues[0]!r}, which is what generation continues"]
 
     # ---- texts ---------------------------------------------------------------------------------------------------------
 
@@ -205,14 +212,16 @@ class ChatTemplate:
             tags = self.tags if message["role"] == "assistant" else frozenset()
             fields = hidden({"content": message["content"], **more}, tags)
             messages.append({"role": message["role"], **self._for_template(fields)})
-        tools = hidden(more_of(record).get("tools")) or None
+        tools = hidden([self._as_taken(tool) for tool in more_of(record).get("tools", ())]) or None
+        notes = text_note(list(kept))
         if messages and messages[0]["role"] == "system" and not self.takes_system and len(messages) > 1:
             system, first, *others = messages
+            notes.append("the template takes no system message: it is put before the question, as it has to be when served")
             if first["role"] != "user":  # the assistant's words must stay its own
-                return Conversation([{**system, "role": "user"}, first, *others], tools, weights, list(kept))
+                return Conversation([{**system, "role": "user"}, first, *others], tools, weights, notes)
             first = {**first, "content": f"{system['content']}\n\n{first['content']}"}
-            return Conversation([first, *others], tools, weights[1:], list(kept))
-        return Conversation(messages, tools, weights, list(kept))
+            return Conversation([first, *others], tools, weights[1:], notes)
+        return Conversation(messages, tools, weights, notes)
 
     def _for_template(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The fields of a message under every name, and in the form, in which templates look for them."""
@@ -221,6 +230,11 @@ class ChatTemplate:
         if fields.get("tool_calls") and not self.writes_arguments:
             fields["tool_calls"] = [_with_text_arguments(call) for call in fields["tool_calls"]]
         return fields
+
+    def _as_taken(self, tool: dict) -> dict:
+        """A tool as the template reads it: one whose name stands at its top may have to be under ``function``."""
+        bare = not self.takes_bare_tools and "function" not in tool and "name" in tool
+        return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} if bare else tool
 
     def _with_specials(self, text: str, spans: list[Span], weights: list[float], notes: list[str]) -> Rendered:
         """The template's special tokens written for the encoder, the users' names whole again; the spans follow."""
@@ -265,8 +279,8 @@ class ChatTemplate:
         last, within, call = (self._tail(messages) for messages in (answered[:2], answered, [QUESTION, CALLING]))
         both = self.added.findall(last[: shared_length(last, within, self.added)])
         of_all = self.added.findall(within[: shared_length(within, self._tail(answered, of=0), self.added)])
-        tokens = [(both[-1:] or self.added.findall(last)[:1]), self.added.findall(call)[-1:]]
-        names = [name for found in tokens for name in found if not name.startswith("</") or name == self.encoder.eos_token]
+        names = both[-1:] or self.added.findall(last)[:1]
+        names += [name for name in self.added.findall(call)[-1:] if not name.startswith("</") or name == self.encoder.eos_token]
         return list(dict.fromkeys(names)), (of_all or [""])[0]
 
     def _tail(self, messages: Messages, of: int = 1) -> str:
@@ -305,15 +319,19 @@ def _with_text_arguments(call: dict) -> dict:
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
-def _dense(text: str) -> str:
-    """A text without white space."""
-    return "".join(text.split())
+def named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """A tokenizer's chat templates by their names; a single one is ``default``."""
+    templates = tokenizer.chat_template or {}
+    return {"default": templates} if isinstance(templates, str) else templates
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: the end-of-sequence token and, with a chat template, those that end a turn."""
-    stops = [tokenizer.eos_token_id]
-    if tokenizer.chat_template is not None:
-        endings = ChatTemplate.of(tokenizer, TextEncoder.of(tokenizer)).endings
-        stops += [tokenizer.convert_tokens_to_ids(ending) for ending in endings]
-    return list(dict.fromkeys(stops))
+    """The tokens that end a response: the end-of-sequence token and, with a chat template, those that end a turn.
+
+    Of several templates those of the default count, and without one those of all.
+    """
+    named = named_templates(tokenizer)
+    used = [named["default"]] if "default" in named else list(named.values())
+    templates = [ChatTemplate(template, tokenizer, TextEncoder.of(tokenizer)) for template in used]
+    endings = [ending for template in templates for ending in template.endings]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, endings)]))

@@ -15,6 +15,7 @@ SPECIAL = "\uffff"  # stands before the name of a special token; no character of
 BREAK = "\ufdd0"  # stands between the characters of a special token's name that is only text
 RESERVED = SPECIAL + BREAK + "\ufdd1\ufdd2"  # noncharacters this package uses; in a user's text they become U+FFFD
 READINGS = ("text", "parse")  # what the name of a special token in a record means: its characters, or the token
+USUAL = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))  # they mark up no answer
 THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)  # in the name of a special token that marks reasoning
 _REPLACED = dict.fromkeys(map(ord, RESERVED), "\ufffd")
 
@@ -51,7 +52,7 @@ class TextEncoder:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise UserError(f"{type(tokenizer).__name__} gives no character offsets: a fast one (tokenizer.json) is needed")
         backend, names = _renamed(tokenizer.backend_tokenizer.to_str())
-        named = {str(name) for name in tokenizer.special_tokens_map.values()}
+        named = {str(tokenizer.special_tokens_map.get(role)) for role in USUAL}
         return cls(backend, tokenizer.eos_token, tokenizer.eos_token_id, names, frozenset(_tags(names) - named), reading)
 
     def special(self, name: str) -> str:
@@ -100,6 +101,10 @@ class TextEncoder:
         encoding = self.backend.encode("a", add_special_tokens=True)
         before = encoding.offsets[0] == (0, 0) and len(encoding.ids) > 1
         return encoding.tokens[0].removeprefix(SPECIAL) if before else ""
+
+    def begins(self, text: str) -> bool:
+        """Whether a written text has that token already."""
+        return bool(self.first) and text.startswith(self.special(self.first))
 
     def name_of(self, token_id: int) -> str:
         """A token as its tokenizer calls it."""

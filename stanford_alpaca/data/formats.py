@@ -19,8 +19,8 @@ from stanford_alpaca.data.reading import (
     read_file,
     without_nulls,
 )
-from stanford_alpaca.data.records import FORMS, Record, canonical, form_of, listed
-from stanford_alpaca.errors import UserError, first_line, nearest, quiet_hub
+from stanford_alpaca.data.records import FORMS, Record, canonical, form_of
+from stanford_alpaca.errors import UserError, first_line, listed, nearest, quiet_hub
 
 OTHERS = ("conversations", "history", "tools", "weight", "train", "role", "content")  # that --columns may name, too
 VERSION = 4  # raise it when the same file would give other records, so that old caches are not used
@@ -119,6 +119,13 @@ def local_files(path: str | Path) -> list[Path] | None:
     if exists(place) or kind_of_file(place) in FILE_KINDS or str(path).startswith((".", "/", "~")):
         return list_files(place)
     return None
+
+
+def several_files(path: str | Path) -> list[str]:
+    """A line that names the files of a source, where it has several."""
+    files = local_files(path) or []
+    names = listed(file.relative_to(Path(path).expanduser()) for file in files) if len(files) > 1 else ""
+    return [f"{path}: {len(files)} files: {names}"] if names else []
 
 
 def _file_rows(

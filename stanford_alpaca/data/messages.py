@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from stanford_alpaca.errors import UserError
+from stanford_alpaca.data.strict_json import JSON
+from stanford_alpaca.errors import UserError, first_line
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -24,6 +25,7 @@ KINDS = {  # what JSON calls a value
     "dict": "an object",
 }  # fmt: skip
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what published data call an answer's reasoning
+SAID = {**dict.fromkeys(("true", "1", "yes"), True), **dict.fromkeys(("false", "0", "no"), False)}
 HEAVIEST = 1_000_000  # a weight; the loss is in float32
 NOTHING: tuple = (None, "", [], {})  # values that say nothing
 
@@ -61,20 +63,21 @@ def parsed(value: object, where: str, wanted: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where} is a string that is no JSON, wanted {wanted}; {MEND}") from None
+        return JSON.decode(value)
+    except (ValueError, RecursionError) as error:
+        reason = first_line(error).partition(": line")[0]
+        raise UserError(f"{where} is a string that is no JSON, wanted {wanted} ({reason}); {MEND}") from None
 
 
 def read_weight(fields: Mapping[str, Any], where: str) -> tuple[float, set[str]]:
     """By how much a record or a turn counts in the loss, from its ``weight`` and ``train``; and which of them were read.
 
-    A weight that is no number, and a ``train`` that is not true or false, are something else: they are not read.
+    A weight that is no number, and a ``train`` that says neither yes nor no, are something else: they are not read.
     """
     weight, read = 1.0, set()
     given = fields.get("weight")
     try:
-        number = None if isinstance(given, bool | None) else float(given)  # type: ignore[arg-type]  # CSV has strings
+        number = float(given)  # type: ignore[arg-type]  # CSV has strings
     except OverflowError:
         number = math.inf
     except (TypeError, ValueError):
@@ -83,7 +86,7 @@ def read_weight(fields: Mapping[str, Any], where: str) -> tuple[float, set[str]]
         if not 0 <= number <= HEAVIEST:
             raise UserError(f"{where}: 'weight' is {str(given)[:20]}, wanted a number from 0 to {HEAVIEST:,}; {MEND}")
         weight, read = number, {"weight"}
-    train = {"true": True, "false": False}.get(str(fields.get("train")).lower())
+    train = SAID.get(str(fields.get("train")).lower())
     if train is not None:
         weight, read = weight * train, read | {"train"}
     return weight, read
@@ -92,9 +95,13 @@ def read_weight(fields: Mapping[str, Any], where: str) -> tuple[float, set[str]]
 def read_tools(value: object, where: str) -> list[dict]:
     """The tools that an assistant may call: objects, or JSON of them. Raises UserError for something else."""
     tools = parsed(value, where, "a list of tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and _is_tool(tool) for tool in tools):
         raise UserError(f"{where} is no list of objects, wanted one for each tool; {MEND}")
     return tools
+
+
+def _is_tool(tool: dict) -> bool:
+    return isinstance(tool.get("function", {}), dict)
 
 
 def read_messages(
@@ -116,7 +123,9 @@ def read_messages(
     """
     value = parsed(value, where, "a list of messages")
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
+        if len({len(column) for column in value.values()}) > 1:
+            raise UserError(f"{where}: an object of lists of several lengths, wanted one for each message; {MEND}")
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not value:
         raise UserError(f"{where} is no list of messages, or an empty one; wanted [{{'role': ..., 'content': ...}}, ...]")
     unused = {} if unused is None else unused
@@ -141,12 +150,12 @@ def _message(message: object, place: str, columns: Mapping[str, str], unused: di
         known = ", ".join(ROLES)
         raise UserError(f"{place}: role {message[keys['role']]!r}; known are {known}")
     content = message[keys["content"]] if keys["content"] else None
-    more, read = _beside(message, role, place)
+    more, read = _beside(message, role, place, unused)
     if role == "call":
-        more["tool_calls"] = read_calls(content, f"{place}: {keys['content'] or 'content'!r}")
+        more["tool_calls"] = read_calls(content, f"{place}: {keys['content'] or 'content'!r}", unused)
         role, content = "assistant", ""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = "".join(_text_of(part, f"{place}: 'content'", unused) for part in content)
     if content is None:
         if not more.keys() & {"tool_calls", "reasoning_content"}:
             raise UserError(f"{place}: no 'content'; it has {', '.join(map(str, message)) or 'nothing'}")
@@ -158,7 +167,14 @@ def _message(message: object, place: str, columns: Mapping[str, str], unused: di
     return {"role": role, "content": content, "more": pack(more)}
 
 
-def _beside(message: Mapping[str, Any], role: str, place: str) -> tuple[dict[str, Any], set[str]]:
+def _text_of(part: dict, where: str, unused: dict[str, None]) -> str:
+    """The text of a part of a message's content."""
+    check_text(part.get("text"), f"{where}: the 'text' of a part")
+    unused |= dict.fromkeys(f"messages.content.{name}" for name in part.keys() - {"type", "text"} if part[name] not in NOTHING)
+    return part["text"]
+
+
+def _beside(message: Mapping[str, Any], role: str, place: str, unused: dict[str, None]) -> tuple[dict[str, Any], set[str]]:
     """What a message has beside its role and content that is used, and the fields that were read for it."""
     more: dict[str, Any] = {}
     weight, read = read_weight(message, place)
@@ -172,7 +188,7 @@ def _beside(message: Mapping[str, Any], role: str, place: str) -> tuple[dict[str
             read |= {name for name in REASONING if message.get(name) == message[reasoning]}
         for name in ("tool_calls", "function_call"):  # the second is OpenAI's older one
             if message.get(name) and "tool_calls" not in more:
-                more["tool_calls"] = read_calls(message[name], f"{place}: {name!r}")
+                more["tool_calls"] = read_calls(message[name], f"{place}: {name!r}", unused)
                 read.add(name)
     elif weight:
         read -= {"weight", "train"}  # a turn that is not the assistant's is not trained, whatever is said of it
@@ -184,30 +200,36 @@ def _beside(message: Mapping[str, Any], role: str, place: str) -> tuple[dict[str
     return more, read
 
 
-def read_calls(value: object, where: str) -> list[dict]:
+def read_calls(value: object, where: str, unused: dict[str, None] | None = None) -> list[dict]:
     """Calls of tools as chat templates take them: ``{"type": "function", "function": {"name", "arguments"}}``, with the ``id``
     if there is one; arguments as an object.
+
+    Args:
+        unused: gets the names of fields that are not read.
 
     Raises:
         UserError: what is no call.
     """
     value = parsed(value, where, "a call or a list of calls")
-    calls = []
-    for call in value if isinstance(value, list) and value else [value]:
-        call = call if isinstance(call, dict) else {}
-        inner = call.get("function", call)
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise UserError(f"{where} is no call of a tool, wanted an object with name and arguments; {MEND}")
-        arguments = inner.get("arguments", inner.get("parameters"))
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                raise UserError(f"{where}: the arguments are a string that is no JSON; {MEND}") from None
-        if not isinstance(arguments, dict | None):
-            raise UserError(f"{where}: the arguments are {kind_of(arguments)}, wanted an object; {MEND}")
-        function = {"name": inner["name"], "arguments": arguments or {}}
-        check_text(json.dumps(function, ensure_ascii=False), where)
-        given = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        calls.append({**given, "type": "function", "function": function})
-    return calls
+    return [
+        _call(call, where, {} if unused is None else unused)
+        for call in (value if isinstance(value, list) and value else [value])
+    ]
+
+
+def _call(call: object, where: str, unused: dict[str, None]) -> dict[str, Any]:
+    call = call if isinstance(call, dict) else {}
+    inner = call.get("function", call)
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise UserError(f"{where} is no call of a tool, wanted an object with name and arguments; {MEND}")
+    name = "arguments" if inner.get("arguments") is not None else "parameters"
+    arguments = parsed(inner.get(name), f"{where}: {name!r} of a call", "an object") or {}
+    if not isinstance(arguments, dict):
+        raise UserError(f"{where}: {name!r} of a call is {kind_of(arguments)}, wanted an object; {MEND}")
+    function = {"name": inner["name"], "arguments": arguments}
+    check_text(json.dumps(function, ensure_ascii=False), where)
+    given = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    fields = [(name, call) for name in call.keys() - {"type", "function", *given}] if inner is not call else []
+    fields += [(other, inner) for other in inner.keys() - {"type", "name", name, *given}]
+    unused |= dict.fromkeys(f"messages.tool_calls.{other}" for other, of in fields if of[other] not in NOTHING)
+    return {**given, "type": "function", "function": function}

@@ -73,7 +73,7 @@ class TurnsTemplate:
 
     def adds_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer puts its own (a beginning-of-sequence token) before the text: not where one stands there."""
-        return not (self.encoder.first and text.startswith(self.encoder.special(self.encoder.first)))
+        return not self.encoder.begins(text)
 
     def render(self, record: Mapping) -> Rendered:
         """The text of a record and the spans of its responses with their ends; an empty response is not trained.
@@ -95,25 +95,32 @@ class TurnsTemplate:
 
     def prompt(self, record: Mapping) -> str:
         """The text that generation continues: the record without its last response. Raises UserError as ``render``."""
-        *history, last = self.turns(record)
+        *history, last = self.turns(record) or [Turn("", "")]
         return "".join("".join(self._written(turn)[:2]) for turn in history) + self._written(last)[0]
 
     def _written(self, turn: Turn) -> tuple[str, str, list[str]]:
         """The prompt, the response with its end, and the names of special tokens that are text in them."""
         prompt, in_prompt = self.encoder.field(turn.prompt)
         response, in_response = self.encoder.field(turn.response, answer=True)
-        return prompt, response.removesuffix(self.end) + self.end, in_prompt + in_response
+        closed = response.rstrip().endswith(self.end)
+        return prompt, response if closed else response + self.end, in_prompt + in_response
 
 
 def plain_turns(record: Mapping) -> list[Turn]:
-    """Prompt and completion as they are, or a text that is trained as a whole. Of other records what is asked is the prompt."""
+    """Prompt and completion as they are, or a text that is trained as a whole. Of other records what is asked is the prompt.
+
+    Raises:
+        UserError: a conversation that has tools.
+    """
     weight = more_of(record).get("weight", 1.0)
     if "text" in record:
         return [Turn("", record["text"], weight)]
     if "prompt" in record:
         return [Turn(record["prompt"], record.get("completion") or "", weight)]
+    messages = as_messages(record)
+    _refuse_tools(record, messages, "texts as they are have no place")
     turns, asked = [], ""
-    for message in as_messages(record):
+    for message in messages:
         if message["role"] == "assistant":
             turns.append(Turn(asked, message["content"], more_of(message).get("weight", 1.0)))
             asked = ""
@@ -128,22 +135,30 @@ def alpaca_turns(record: Mapping) -> list[Turn]:
     Raises:
         UserError: a conversation that does not alternate from user to assistant, or that has tools.
     """
-    if more_of(record).get("tools"):
-        raise UserError("Alpaca's template has no place for tools; use --prompt_template chat")
     messages = as_messages(record, heading=HEADING)
+    _refuse_tools(record, messages, "Alpaca's template has no place")
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
     if len(messages) % 2:
         messages.append({"role": "assistant", "content": ""})  # a question that waits for its answer
     roles, texts = [message["role"] for message in messages], [message["content"] for message in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
         raise UserError(f"the turns do not alternate from user to assistant: {', '.join(roles)}")
-    if any("tool_calls" in more_of(message) for message in messages):
-        raise UserError("Alpaca's template has no place for the calls of tools; use --prompt_template chat")
     prompts = [f"\n\n### Instruction:\n{question}\n\n### Response:" for question in texts[::2]]
     is_single = "instruction" in record and not more_of(record).get("history")
     prompts[0] = opening_of(system, bool(record.get("input")) if is_single else f"\n\n{HEADING}" in texts[0]) + prompts[0]
     weights = [more_of(message).get("weight", 1.0) for message in messages[1::2]]
     return [Turn(*turn) for turn in zip(prompts, texts[1::2], weights, strict=True)]
+
+
+def _refuse_tools(record: Mapping, messages: Messages, who: str) -> None:
+    """Raises UserError for tools, their calls and their results."""
+    found = {
+        "tools": "tools" in more_of(record),
+        "the calls of tools": any("tool_calls" in more_of(message) for message in messages),
+        "the results of tools": any(message["role"] == "tool" for message in messages),
+    }
+    for what in (name for name, there in found.items() if there):
+        raise UserError(f"{who} for {what}; use --prompt_template chat")
 
 
 def as_messages(record: Mapping, heading: str = "") -> Messages:
@@ -177,8 +192,11 @@ def _weighted(message: Mapping, weight: float) -> dict[str, Any]:
 
 def _left_out(record: Mapping) -> list[str]:
     """Notes on what a record's messages have that texts one after the other do not."""
-    reasoning = any("reasoning_content" in more_of(message) for message in record.get("messages", ()))
-    return ["the reasoning of a turn has no place in this template: left out"] if reasoning else []
+    more = [more_of(message) for message in record.get("messages", ())]
+    notes = {"reasoning_content": "the reasoning of a turn", "name": "the name of a message"}
+    return [
+        f"{what} has no place in this template: left out" for field, what in notes.items() if any(field in of for of in more)
+    ]
 
 
 def as_shown(record: Mapping) -> dict[str, str]:

@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +14,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.data.strict_json import JSON, duplicate
+from stanford_alpaca.errors import UserError, first_line, listed
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 TEXT_FILE, GZIPPED = ".txt", ".gz"
@@ -23,6 +24,7 @@ ARROW = ".arrow"  # of what ``datasets`` saved, see ``_saved_files``
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 ABOUT = (SAVED, SAVED_SPLITS, "dataset_info.json", "dataset_infos.json")  # files about data
 TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
+HELD_OUT = re.compile(r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval(uation)?)(?![a-z])")
 SHARD = re.compile(r"([-_.]?\d+(-of-\d+)?([-_][0-9a-f]{8,})?)?(\.\w+)+$")  # how the file names of one set end
 HEAD = 4096  # bytes that tell an encoding
 WHOLE_OBJECT = 2**26  # bytes of a file that may be one object over several lines
@@ -59,7 +61,7 @@ def list_files(path: Path) -> list[Path]:
     Text counts in a folder that has nothing else: beside data it is about them. A folder may be what ``save_to_disk`` wrote.
 
     Raises:
-        UserError: no such path, another kind of file, a folder without data files, or one with several training sets.
+        UserError: no such path, another kind of file, a folder without data files, or one with several sets.
     """
     kinds = f"{', '.join(FILE_KINDS)}; all but .parquet also with {GZIPPED}"
     if not exists(path):
@@ -75,20 +77,35 @@ def list_files(path: Path) -> list[Path]:
     data = (file for file, name in names.items() if not hidden.search(name) and file.name not in ABOUT)
     files = sorted(file for file in data if file.is_file())
     files = [file for file in files if kind_of_file(file) != TEXT_FILE] or files
-    training = [file for file in files if TRAINING.search(names[file])]
     if not files:
-        raise UserError(f"{path}: a folder without data files; wanted {kinds}")
-    sets = sorted({_set_of(names[file]) for file in training})
-    if len(sets) > 1:
-        raise UserError(f"{path}: several training sets ({', '.join(sets)}); name one: --data_path {path}/{sets[0]}*")
+        saved = next((file.parent for name in (SAVED_SPLITS, SAVED) for file in sorted(path.rglob(name))), None)
+        hint = f"; is it {saved}?" if saved else ""
+        raise UserError(f"{path}: a folder without data files, wanted {kinds}{hint}")
+    training = [file for file in files if TRAINING.search(names[file])]
+    _check_one_set(path, {file: _set_of(names[file]) for file in training or files}, bool(training))
     return training or files
 
 
+def _check_one_set(folder: Path, sets: dict[Path, str], are_training: bool) -> None:
+    """Raises UserError for files that are not parts of one set, as their places and names say."""
+    kinds: dict[str, set[str]] = {}
+    for file, name in sets.items():
+        kinds.setdefault(name, set()).add(kind_of_file(file))
+    for name, found in kinds.items():
+        if len(found) > 1:
+            raise UserError(f"{folder}: {name or 'the data'} in several formats ({', '.join(sorted(found))}); name one file")
+    others = [name for name in kinds if not HELD_OUT.search(name.rpartition("/")[2])]
+    alike = {TEXT_FILE} not in kinds.values() and len({name.rpartition("/")[2] for name in kinds}) < len(kinds)
+    if len(kinds) > 1 and (are_training or alike or len(others) < len(kinds)):
+        example = f"{folder}/{sorted(others or kinds)[0]}*"
+        raise UserError(f"{folder}: several sets of data ({listed(sorted(kinds))}); name one: --data_path {example}")
+
+
 def _set_of(name: str) -> str:
-    """The set that a training file is of: its path up to the part that says so, without the number of its shard."""
+    """The set that a file is of: its path, up to the part that names a split, without the number of its shard."""
     parts = name.split("/")
-    place = next(i for i, part in enumerate(parts) if TRAINING.search(part))
-    return "/".join([*parts[:place], SHARD.sub("", parts[place])])
+    split = next((i for i, part in enumerate(parts[:-1]) if TRAINING.search(part)), len(parts) - 1)
+    return "/".join([*parts[:split], SHARD.sub("", parts[split])])
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -106,8 +123,10 @@ def _saved_files(folder: Path) -> list[Path]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder}: cannot be read as a saved data set ({first_line(error)}); save it again") from None
     missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise UserError(f"{folder}: a saved data set without its file {', '.join(missing) or ARROW}; save it again")
+    if missing:
+        raise UserError(f"{folder}: a saved data set without its file {', '.join(missing)}; save it again")
+    if not files:
+        raise UserError(f"{folder}: there is no record in it; save a set with at least one")
     return files
 
 
@@ -185,6 +204,7 @@ def _element(text: str, place: int) -> tuple[object, int, str]:
 
 def _json_lines(file: Path) -> Iterator[Placed]:
     with open_text(file, newline="\n") as lines:
+        is_first = True
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -194,10 +214,11 @@ def _json_lines(file: Path) -> Iterator[Placed]:
             except (ValueError, RecursionError) as error:
                 at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
                 wanted = "wanted a list or an object a line"
-                if number == 1 and (hint := _one_object(file)):
+                if is_first and (hint := _one_object(file)):
                     raise UserError(f"{file}: {hint}; {wanted}") from None
                 raise UserError(f"{where}: broken JSON{at}, {_reason(error)}; {wanted}") from None
             yield where, value
+            is_first = False
 
 
 def _one_object(file: Path) -> str:
@@ -213,23 +234,6 @@ def _one_object(file: Path) -> str:
     if lists and not {"role", "from"} & {key for record in whole[lists[0]] if isinstance(record, dict) for key in record}:
         return f"one object over several lines, with records under {lists[0]!r}: write that list alone"
     return "one object over several lines: put it into a list, between [ and ]"
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object's pairs as a dict, of which Python would silently keep the last of each key."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        raise ValueError(f"the key {duplicate([key for key, _ in pairs])!r} stands twice in an object")
-    return record
-
-
-def duplicate(names: Sequence[str]) -> str | None:
-    """The first name that stands among those before it."""
-    seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
-
-
-JSON = json.JSONDecoder(object_pairs_hook=_without_duplicates)
 
 
 def _skip_space(text: str, place: int) -> int:

@@ -11,7 +11,7 @@ text        text                                           a text file: a docume
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.compute as pc
@@ -30,7 +30,7 @@ from stanford_alpaca.data.messages import (
     read_tools,
     read_weight,
 )
-from stanford_alpaca.errors import UserError
+from stanford_alpaca.errors import UserError, listed
 
 TEXT = Value("string")
 FORMS = {  # ``more`` is JSON, see ``more_of``: weight, tools, history, and unused, the names of fields that were not read
@@ -51,6 +51,7 @@ OTHER_NAMES = {  # of published data, for hints
     "instruction": ("question", "query", "problem"),
     "input": ("context",),
     "output": ("response", "answer", "completion", "target", "solution"),
+    "completion": ("response", "answer", "output", "target", "chosen"),
     "text": ("content", "document", "body"),
 }
 Record = dict  # of one of the forms: its columns, without those of the others
@@ -84,12 +85,11 @@ def canonical(
     weight, read = read_weight(record, where)
     more: dict[str, Any] = {} if weight == 1 else {"weight": weight}
     name = next((name for name in OWN["chat"] if record.get(name) not in (None, "")), None)
-    tools = read_tools(record.get("tools"), f"{where}: 'tools'") if record.get("tools") else []
     system = record.get("system")
     if name is not None:
         row: Record = {"messages": read_messages(record[name], f"{where}: {name!r}", columns, system, unused)}
         read |= {name, "system", "tools"}
-    elif isinstance(record.get("prompt"), list):  # a conversation in two parts, of which the second is trained
+    elif isinstance(record.get("prompt"), list | dict):  # a conversation in two parts, of which the second is trained
         row = {"messages": _in_two_parts(record, where, columns, unused)}
         read |= {"prompt", "completion", "system", "tools"}
     else:
@@ -101,7 +101,8 @@ def canonical(
         if "instruction" in row:
             more["history"] = _history(record.get("history"), f"{where}: 'history'", train_history)
             read |= {"history", "tools"}
-    more["tools"] = tools if "tools" in read else []
+    if "tools" in read and record.get("tools"):
+        more["tools"] = read_tools(record["tools"], f"{where}: 'tools'")
     unused |= dict.fromkeys(_not_read(value, read, columns))
     return row | {"more": pack(more | {"unused": sorted(unused)})}
 
@@ -182,17 +183,14 @@ def _strings(record: Record, needed: list[str], optional: list[str], where: str)
     return row
 
 
-def listed(names: Iterable, most: int = 12) -> str:
-    """Names with commas; of many, the first."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
 def _hint(record: Record, needed: list[str], optional: list[str]) -> str:
     """What to do about a record without a needed field: names that work, where its fields are known ones."""
     lists = [name for name, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if lists and {"content", "value"} & {key for message in record[lists[0]] if isinstance(message, dict) for key in message}:
         return f"--columns messages={lists[0]}"
+    said = next((name for name in OTHER_NAMES["messages"] if str(record.get(name)).lstrip().startswith("[{")), None)
+    if not lists and said:
+        return f"--columns messages={said}"
     if lists:
         return f"is it a file of records under {lists[0]!r}? write that list alone"
     known = {

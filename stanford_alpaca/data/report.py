@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from stanford_alpaca.data.records import listed
+from stanford_alpaca.errors import listed
 
 KEPT, EMPTY, FILLED, REFUSED = range(4)  # what becomes of a record
 

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from transformers import PreTrainedTokenizerBase
 
 from stanford_alpaca.data.blocks import BlockReport, make_blocks
-from stanford_alpaca.data.formats import check_columns, load_records, local_files
+from stanford_alpaca.data.formats import check_columns, load_records, local_files, several_files
 from stanford_alpaca.data.reading import digest_of
 from stanford_alpaca.data.records import form_of, unused_fields
 from stanford_alpaca.data.report import DataReport
@@ -72,8 +72,9 @@ def load_source(path: str, tokenizer: PreTrainedTokenizerBase, loading: Loading)
     try:
         if loading.block_size is not None:
             return make_blocks(
-                records, tokenizer, loading.block_size, loading.num_proc, loading.cache_dir, loading.max_sentences
-            )
+                records, tokenizer, loading.block_size, loading.num_proc, loading.cache_dir, loading.max_sentences,
+                loading.special_tokens,
+            )  # fmt: skip
         return tokenize_records(
             records, tokenizer, loading.max_length, loading.num_proc, loading.prompt_template, loading.special_tokens
         )
@@ -105,6 +106,8 @@ def stream_sources(
             path, loading.cache_dir, columns=loading.columns, streaming=True, train_history=loading.train_history
         )
         encode = loading.encoder(tokenizer, form_of(list(records.features)))
+        for line in several_files(path):
+            tell(line)
         _look_at(path, records, encode, tell)
         if "text" not in records.features:
             templates[encode.template_name] = None

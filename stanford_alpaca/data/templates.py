@@ -5,6 +5,7 @@ A finished model's tokenizer has the prompts as its ``chat_template``, where eve
 """
 
 import json
+import os
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +15,7 @@ import jinja2
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from stanford_alpaca.data.chat import ChatTemplate, stop_ids
+from stanford_alpaca.data.chat import ChatTemplate, named_templates, stop_ids
 from stanford_alpaca.data.encode import READINGS, TextEncoder
 from stanford_alpaca.data.prompts import WITH_INPUT, WITHOUT_INPUT, TurnsTemplate, alpaca_turns, plain_turns
 from stanford_alpaca.errors import UserError, first_line
@@ -28,8 +29,9 @@ IN_WORDS = {
 }
 KEY = "trained_prompts"  # in tokenizer_config.json
 ALPACA_JINJA = """\
-BEFORE{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}
-{%- for message in (messages[1:] if system else messages) %}
+BEFORE{%- set first = messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] if first else '' %}
+{%- for message in (messages[1:] if first else messages) %}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ['user', 'assistant'] %}
 {{- raise_exception('turns have to alternate: user, assistant, ...') }}
 {%- endif %}
@@ -80,10 +82,14 @@ def resolve_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase) -
     if name != "auto":
         return name
     if form == "chat":
-        trained = trained_prompts(tokenizer)
-        theirs = tokenizer.chat_template is not None and (trained is None or trained.template != "alpaca")
-        return "chat" if theirs else "alpaca"
+        return "chat" if has_own_template(tokenizer) else "alpaca"
     return "alpaca" if form == "alpaca" else "plain"
+
+
+def has_own_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer has a chat template that ``sign`` has not written."""
+    ours = tuple(jinja.partition("BEFORE")[2] for jinja in (ALPACA_JINJA, PLAIN_JINJA))
+    return tokenizer.chat_template is not None and not str(tokenizer.chat_template).endswith(ours)
 
 
 def make_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder) -> Template:
@@ -100,12 +106,12 @@ def make_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase, enco
     return TurnsTemplate(alpaca_turns if name == "alpaca" else plain_turns, encoder)
 
 
-def told_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Which template writes the prompts of a run, in a line, and how to use a chat template that it does not use."""
-    line = f"prompts: {IN_WORDS[name]}"
-    if name == "chat" or tokenizer.chat_template is None or trained_prompts(tokenizer) is not None:
-        return line
-    return f"{line}; the tokenizer has a chat template, which is not used: --prompt_template chat uses it"
+def told_templates(names: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Which templates write the prompts of a run, a line for each, and how to use a chat template that it does not use."""
+    names = list(names)
+    unused = bool(names) and "chat" not in names and has_own_template(tokenizer)
+    hint = "; the tokenizer has a chat template, which is not used: --prompt_template chat uses it" if unused else ""
+    return [f"prompts: {IN_WORDS[name]}{hint}" for name in names]
 
 
 # ---- what a model was trained with ------------------------------------------------------------------------------------------
@@ -123,14 +129,18 @@ def sign(tokenizer: PreTrainedTokenizerBase, templates: Iterable[str], special_t
         Lines for the user.
     """
     names = sorted(set(templates))
-    if not names:  # running text: what the tokenizer says of prompts is not touched
+    if not names and special_tokens == "text":  # running text: what the tokenizer says of prompts is not touched
         return []
     template = names[0] if len(names) == 1 else "auto"
     lines = []
-    if "chat" not in names:
+    if named_templates(tokenizer).keys() == {"default"}:  # as it is read back
+        tokenizer.chat_template = named_templates(tokenizer)["default"]
+    if names and "chat" not in names:
+        if has_own_template(tokenizer):
+            lines.append("the saved chat_template writes the prompts that are trained; the tokenizer's own is not kept")
         turns, jinja = (alpaca_turns, ALPACA_JINJA) if "alpaca" in names else (plain_turns, PLAIN_JINJA)
         if _write(tokenizer, jinja, TurnsTemplate(turns, TextEncoder.of(tokenizer))):
-            lines = ["the saved chat_template gives other ids than training for this tokenizer; generate with this package"]
+            lines.append("the saved chat_template gives other ids than training for this tokenizer; generate with this package")
     if len(names) > 1:
         served = "the tokenizer's own" if "chat" in names else "Alpaca's"
         lines.append(f"several templates write the prompts ({', '.join(names)}): the saved chat_template is {served}")
@@ -156,6 +166,19 @@ def follow(tokenizer: PreTrainedTokenizerBase, form: str, prompt_template: str, 
     return Trained(
         resolve_template("auto" if form == "text" else name, form, tokenizer), special_tokens or trained.special_tokens
     )
+
+
+def asked_otherwise(tokenizer: PreTrainedTokenizerBase, form: str, asked: Trained) -> str:
+    """How a trained model is asked otherwise than it was trained, in words; nothing where it is not."""
+    trained = trained_prompts(tokenizer)
+    if trained is None:
+        return ""
+    template = resolve_template(trained.template, form, tokenizer)
+    if template != asked.template:
+        return f"trained with {IN_WORDS[template]}, asked here with {IN_WORDS[asked.template]}"
+    if trained.special_tokens != asked.special_tokens:
+        return f"trained with --special_tokens {trained.special_tokens}, asked here with {asked.special_tokens}"
+    return ""
 
 
 def _write(tokenizer: PreTrainedTokenizerBase, jinja: str, template: TurnsTemplate) -> bool:
@@ -198,12 +221,14 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, source: str | None, re
     """
     if source is None:
         return
+    if not source.strip():
+        raise UserError("--chat_template without a name, as of a variable that is not set; give a file, a folder or a hub name")
     own, place = tokenizer.chat_template, Path(source).expanduser()
     if isinstance(own, dict) and source in own:
         template = own[source]
-    elif place.is_file():
+    elif os.path.isfile(place):
         try:
-            template = place.read_text(encoding="utf-8")
+            template = place.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--chat_template {source}: cannot be read ({first_line(error)})") from None
     else:

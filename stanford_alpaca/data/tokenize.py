@@ -20,7 +20,7 @@ from stanford_alpaca.data.encode import TextEncoder
 from stanford_alpaca.data.prompts import Rendered, alpaca_turns
 from stanford_alpaca.data.records import form_of, unused_fields
 from stanford_alpaca.data.report import EMPTY, FILLED, KEPT, REFUSED, DataReport
-from stanford_alpaca.data.templates import Template, follow, make_template
+from stanford_alpaca.data.templates import Template, asked_otherwise, follow, make_template
 from stanford_alpaca.errors import UserError
 
 IGNORE_INDEX = -100
@@ -149,6 +149,7 @@ class PromptEncoder:
         self.tokenizer, self.asked = tokenizer, (prompt_template, special_tokens)
         self.templates: dict[str, Template] = {}  # by form
         self.names: dict[str, str] = {}  # of TEMPLATES, by form
+        self.otherwise: dict[str, str] = {}  # than it was trained, in words, by form
 
     def __call__(self, records: list[dict]) -> list[list[int]]:
         """Raises UserError for a record that its template cannot write."""
@@ -156,10 +157,11 @@ class PromptEncoder:
         for record in records:
             form = form_of(record)
             if form not in self.templates:
-                name, reading = follow(self.tokenizer, form, *self.asked)
-                encoder = TextEncoder.of(self.tokenizer, reading)
-                self.names[form] = name
-                self.templates[form] = make_template(name, form, self.tokenizer, encoder)
+                asked = follow(self.tokenizer, form, *self.asked)
+                encoder = TextEncoder.of(self.tokenizer, asked.special_tokens)
+                self.names[form] = asked.template
+                self.otherwise[form] = asked_otherwise(self.tokenizer, form, asked)
+                self.templates[form] = make_template(asked.template, form, self.tokenizer, encoder)
             template = self.templates[form]
             text = template.prompt(record)
             ((ids, _),) = template.encoder([text], template.adds_special_tokens(text))

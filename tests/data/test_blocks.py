@@ -101,3 +101,14 @@ def test_instructions_are_no_running_text(tokenizer):
         match="--block_size cuts running text, and these are records of the form alpaca: fine-tune",
     ):
         make_blocks(records, tokenizer, 8)
+
+
+def test_names_of_special_tokens_are_text_or_tokens_as_asked(tokenizer, tmp_path):
+    records = Dataset.from_dict({"text": ["<s>One.</s>Two.</s>", "Three."]})
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for reading, counts in (("text", (2, 2)), ("parse", (2, 3))):
+        blocks, report = make_blocks(records, tokenizer, 99, cache_dir=str(tmp_path / reading), special_tokens=reading)
+        (ids,) = blocks["input_ids"]
+        assert (ids.count(bos), ids.count(eos)) == counts and targets_of(blocks).count(eos) == counts[1]
+        named = [line for line in report.lines() if "is text, not the special token" in line]
+        assert len(named) == (2 if reading == "text" else 0)

@@ -6,7 +6,8 @@ from transformers import AutoTokenizer
 
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.encode import SPECIAL, TextEncoder
-from stanford_alpaca.data.tokenize import IGNORE_INDEX, KEPT, ExampleEncoder, PromptEncoder
+from stanford_alpaca.data.tokenize import KEPT, ExampleEncoder, PromptEncoder
+from tests.helpers import trained_texts
 
 NAMES = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 TURN = "'<|' + m.role + '|>' + m.content + '<|end|>'"
@@ -69,22 +70,12 @@ def encoded(tokenizer, messages):
     return {name: column[0] for name, column in encode({"messages": [messages]}).items()}
 
 
-def trained_texts(tokenizer, row):
-    texts = [[]]
-    for label in row["labels"]:
-        if label != IGNORE_INDEX:
-            texts[-1].append(label)
-        elif texts[-1]:
-            texts.append([])
-    return [tokenizer.decode(ids) for ids in texts if ids]
-
-
 @pytest.mark.parametrize(("template", "turns", "trained"), HABITS)
 def test_what_the_assistant_writes(tokenizer, template, turns, trained):
     tokenizer.chat_template = template
     messages = messages_of(turns)
     row = encoded(tokenizer, messages)
-    assert row["fate"] == KEPT and trained_texts(tokenizer, row) == trained
+    assert row["fate"] == KEPT and trained_texts(tokenizer, row["labels"]) == trained
     ids = tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
     assert row["input_ids"] == ids + [tokenizer.eos_token_id] * (template == NO_END)
     assert stop_ids(tokenizer) == [tokenizer.eos_token_id] + [tokenizer.convert_tokens_to_ids("<|end|>")] * (template != NO_END)
@@ -98,7 +89,7 @@ def test_a_system_prompt_that_the_template_leaves_out_is_kept_and_never_the_assi
     assert tokenizer.decode(row["input_ids"]) == "<|user|>Brief.\n\na<|end|><|assistant|>one<|end|>"
     row = encoded(tokenizer, messages_of("s:Brief. a:one u:b a:two"))
     assert tokenizer.decode(row["input_ids"]).startswith("<|user|>Brief.<|end|><|assistant|>one<|end|>")
-    assert trained_texts(tokenizer, row) == ["one<|end|>", "two<|end|>"]
+    assert trained_texts(tokenizer, row["labels"]) == ["one<|end|>", "two<|end|>"]
 
 
 @pytest.mark.parametrize("names", [["<x", "x>"], ["<x>", "<x>y", ">y"]])

@@ -6,7 +6,7 @@ import re
 import pytest
 from datasets import Dataset, DatasetDict
 
-from stanford_alpaca.data.formats import load_records, parse_columns
+from stanford_alpaca.data.formats import load_records, parse_columns, several_files
 from stanford_alpaca.data.records import unused_fields
 from stanford_alpaca.errors import UserError
 
@@ -252,6 +252,9 @@ def test_what_datasets_saved_is_read(tmp_path, three, streaming):
         assert [record["text"] for record in records] == texts
     with pytest.raises(UserError, match=r"ab: several splits \(a, b\); name one: --data_path .*ab/a"):
         load_records(tmp_path / "ab", cache)
+    with pytest.raises(UserError, match=f"a folder without data files, wanted .*; is it {tmp_path}/under/one[?]"):
+        three.save_to_disk(tmp_path / "under" / "one")
+        load_records(tmp_path / "under", cache)
     next((tmp_path / "one").glob("*.arrow")).unlink()
     with pytest.raises(UserError, match="a saved data set without its file data-00000-of-00001"):
         load_records(tmp_path / "one", cache)
@@ -269,7 +272,7 @@ def test_several_training_sets_in_a_folder_are_not_one(tmp_path, three):
     (tmp_path / "chat" / "dataset_infos.json").write_text('{"default": {}}')
     assert len(load_records(tmp_path / "chat", cache)) == 6
     write("chat", "data/train_gen-00000-of-00001.parquet")
-    with pytest.raises(UserError, match=r"sets \(data/train_gen, data/train_sft\); name one: --data_path .*train_gen"):
+    with pytest.raises(UserError, match=r"sets of data \(data/train_gen, data/train_sft\); name one: --data_path .*train_gen"):
         load_records(tmp_path / "chat", cache)
     write(
         "maths",
@@ -277,11 +280,25 @@ def test_several_training_sets_in_a_folder_are_not_one(tmp_path, three):
         "main/test-00000-of-00001.parquet",
         "socratic/train-00000-of-00001.parquet",
     )
-    with pytest.raises(UserError, match=r"several training sets \(main/train, socratic/train\)"):
+    with pytest.raises(UserError, match=r"several sets of data \(main/train, socratic/train\)"):
         load_records(tmp_path / "maths", cache)
     assert len(load_records(tmp_path / "maths" / "main", cache)) == 3
     write("folder", "train/a.parquet", "train/b.parquet", "test/a.parquet")
     assert len(load_records(tmp_path / "folder", cache)) == 6
+    write("places", "main/a.parquet", "socratic/a.parquet")
+    with pytest.raises(UserError, match=r"several sets of data \(main/a, socratic/a\); name one: --data_path .*main/a\*"):
+        load_records(tmp_path / "places", cache)
+    write("held_out", "dev.parquet", "good.parquet")
+    with pytest.raises(UserError, match=r"several sets of data \(dev, good\); name one: --data_path .*good\*"):
+        load_records(tmp_path / "held_out", cache)
+    write("twice", "train.parquet")
+    (tmp_path / "twice" / "train.jsonl").write_text('{"text": "0"}')
+    with pytest.raises(UserError, match=r"train in several formats \(.jsonl, .parquet\); name one file"):
+        load_records(tmp_path / "twice", cache)
+    write("parts", "code.parquet", "maths.parquet")
+    assert len(load_records(tmp_path / "parts", cache)) == 6
+    (line,) = several_files(tmp_path / "parts")
+    assert line == f"{tmp_path / 'parts'}: 2 files: code.parquet, maths.parquet"
 
 
 @pytest.mark.parametrize(

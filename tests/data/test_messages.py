@@ -12,6 +12,7 @@ from stanford_alpaca.data.records import canonical, unused_fields
 from stanford_alpaca.data.report import EMPTY, KEPT, REFUSED
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder, tokenize_records
 from stanford_alpaca.errors import UserError
+from tests.helpers import trained_texts
 
 CHAT = (
     "{% for m in messages %}{{ m.role + ':\\n' + m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
@@ -37,16 +38,6 @@ def encoded(tokenizer, record, form=None, template="auto", reading="text", **opt
     return {name: column[0] for name, column in encode({name: [value] for name, value in row.items()}).items()}
 
 
-def trained(tokenizer, row):
-    texts = [[]]
-    for label in row["labels"]:
-        if label != IGNORE_INDEX:
-            texts[-1].append(label)
-        elif texts[-1]:
-            texts.append([])
-    return [tokenizer.decode(ids) for ids in texts if ids]
-
-
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
@@ -55,7 +46,7 @@ def test_a_turn_that_counts_for_nothing_is_context(tokenizer, off):
     conversation = [USER, {**ANSWER, **off}, USER, {**ANSWER, "content": "That."}]
     for template in ("chat", "alpaca"):
         row = encoded(tokenizer, {"messages": conversation}, template=template)
-        assert trained(tokenizer, row) == ["That.</s>"] and "This." in tokenizer.decode(row["input_ids"])
+        assert trained_texts(tokenizer, row["labels"]) == ["That.</s>"] and "This." in tokenizer.decode(row["input_ids"])
         assert row["weights"] == [] and row["fate"] == KEPT
     for record in (
         {"messages": [USER, ANSWER]},
@@ -104,20 +95,20 @@ def test_the_prompts_answers_are_context(tokenizer, completion):
     record = {"prompt": [USER, {**ANSWER, "content": "No."}, USER], "completion": completion}
     for template in ("chat", "alpaca"):
         row = encoded(tokenizer, record, template=template)
-        assert trained(tokenizer, row) == ["This.</s>"] and "No." in tokenizer.decode(row["input_ids"])
+        assert trained_texts(tokenizer, row["labels"]) == ["This.</s>"] and "No." in tokenizer.decode(row["input_ids"])
 
 
 def test_history_is_context_unless_it_is_trained(tokenizer):
     record = {"instruction": "c", "input": "d", "output": "e", "history": [["a", "b"], ["f", "g"]]}
     row = encoded(tokenizer, record)
-    assert trained(tokenizer, row) == ["e</s>"]
+    assert trained_texts(tokenizer, row["labels"]) == ["e</s>"]
     text = tokenizer.decode(row["input_ids"])
     assert text.startswith("<s>Below is an instruction that describes a task. Write") and text.endswith(
         "### Instruction:\na\n\n### Response:b</s>\n\n### Instruction:\nf\n\n### Response:g</s>"
         "\n\n### Instruction:\nc\n\n### Input:\nd\n\n### Response:e</s>"
     )
-    assert trained(tokenizer, encoded(tokenizer, record, train_history=True)) == ["b</s>", "g</s>", "e</s>"]
-    assert trained(tokenizer, encoded(tokenizer, record, template="chat")) == ["e</s>"]
+    assert trained_texts(tokenizer, encoded(tokenizer, record, train_history=True)["labels"]) == ["b</s>", "g</s>", "e</s>"]
+    assert trained_texts(tokenizer, encoded(tokenizer, record, template="chat")["labels"]) == ["e</s>"]
     for nothing in (None, [], "", "[]"):
         assert encoded(tokenizer, record | {"history": nothing}) == encoded(tokenizer, {**record, "history": []})
     for wrong, message in [
@@ -168,8 +159,8 @@ def test_tools_have_no_place_in_alpacas_template(tokenizer):
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        ([{"name": "f", "arguments": "{"}], "the arguments are a string that is no JSON"),
-        ([{"name": "f", "arguments": [1]}], "the arguments are a list, wanted an object"),
+        ([{"name": "f", "arguments": "{"}], "'arguments' of a call is a string that is no JSON"),
+        ([{"name": "f", "arguments": [1]}], "'arguments' of a call is a list, wanted an object"),
         ([{"arguments": {}}], "is no call of a tool"),
         ("not JSON", "is a string that is no JSON, wanted a call"),
     ],
@@ -242,7 +233,7 @@ def test_tags_that_mark_reasoning_are_tokens_in_answers_and_reach_the_template(t
     row = encoded(thinking, {"messages": [user, answer, user, answer]}, template="chat")
     open_id, close_id = thinking.convert_tokens_to_ids(["<think>", "</think>"])
     assert row["input_ids"].count(open_id) == row["input_ids"].count(close_id) == 1  # the user's stay text
-    assert trained(thinking, row) == ["This.</s>", "<think>Hm.</think>This.</s>"]
+    assert trained_texts(thinking, row["labels"]) == ["This.</s>", "<think>Hm.</think>This.</s>"]
     assert any(note.startswith("'<think>' in a field is text, not the special token") for note in row["notes"])
     without = encoded(thinking, {"messages": [USER, answer]}, template="chat")
     own = thinking.apply_chat_template([USER, answer], tokenize=True)["input_ids"]
@@ -258,7 +249,7 @@ def test_texts_that_are_rendered_already(thinking):
     row = encoded(thinking, record, reading="parse")
     assert row["input_ids"] == thinking(record["prompt"] + record["completion"], add_special_tokens=False)["input_ids"]
     assert row["input_ids"].count(0) == row["input_ids"].count(1) == 1  # neither is doubled
-    assert trained(thinking, row) == [" <|python_tag|>b</s>"] and not row["notes"]
+    assert trained_texts(thinking, row["labels"]) == [" <|python_tag|>b</s>"] and not row["notes"]
     as_text = encoded(thinking, record)
     assert tag not in as_text["input_ids"] and as_text["input_ids"].count(1) == 1
     assert [note.split(" in ")[0] for note in as_text["notes"]] == ["'<s>'", "'<|python_tag|>'", "'</s>'"]
@@ -281,7 +272,7 @@ def test_a_token_that_reaches_past_the_end_of_an_answer_is_not_trained(tokenizer
     )
     row = encoded(tokenizer, {"messages": [USER, {"role": "assistant", "content": "One instr"}, USER, ANSWER]}, template="chat")
     assert "\u0120instruction" in tokenizer.convert_ids_to_tokens(row["input_ids"])
-    assert trained(tokenizer, row) == ["One", "This.</s>"] and row["straddling"]
+    assert trained_texts(tokenizer, row["labels"]) == ["One", "This.</s>"] and row["straddling"]
 
 
 def test_an_end_of_turn_token_that_the_author_leaves_out_is_trained_and_said(tokenizer):
@@ -291,6 +282,58 @@ def test_an_end_of_turn_token_that_the_author_leaves_out_is_trained_and_said(tok
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
     row = encoded(tokenizer, {"messages": [USER, {**ANSWER, "weight": 0.5}, USER, ANSWER]})
-    assert trained(tokenizer, row) == ["This.</s>", "This.</s>"]
+    assert trained_texts(tokenizer, row["labels"]) == ["This.</s>", "This.</s>"]
     assert row["notes"][0] == "the template's {% generation %} marks leave the end-of-turn token out: it is trained too"
     assert sorted({w for label, w in zip(row["labels"], row["weights"], strict=True) if label != IGNORE_INDEX}) == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("message", "refused"),
+    [
+        ({"content": [{"type": "text", "text": None}]}, "the 'text' of a part is null, wanted a string"),
+        ({"content": [{"type": "text", "text": {"a": 1}}]}, "the 'text' of a part is an object, wanted a string"),
+        ({"content": [{"type": "text"}]}, "the 'text' of a part is null, wanted a string"),
+        ({"tool_calls": '{"name": "f", "name": "g"}'}, "wanted a call or a list of calls .the key 'name' stands twice"),
+        ({"tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}, "'arguments' of a call is a string that is no JSON"),
+    ],
+)
+def test_nothing_of_a_message_becomes_something_else(message, refused):
+    with pytest.raises(UserError, match=refused):
+        canonical({"messages": [USER, {"role": "assistant", **message}]}, "here")
+
+
+def test_columns_of_unequal_lengths_are_refused():
+    columns = {"role": ["user", "assistant"], "content": ["a", "b", "c"]}
+    with pytest.raises(UserError, match="here: 'messages': an object of lists of several lengths, wanted one for each message"):
+        canonical({"messages": columns}, "here")
+
+
+def test_fields_within_calls_and_parts_are_named():
+    call = {"id": 7, "index": 0, "type": "function", "function": {"name": "f", "arguments": "", "strict": True}}
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    record = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "tool_calls": [call]}]}
+    wanted = ["content.cache_control", "tool_calls.id", "tool_calls.index", "tool_calls.strict"]
+    assert more_of(canonical(record, "here"))["unused"] == [f"messages.{name}" for name in wanted]
+
+
+def test_yes_and_no_in_other_words(tokenizer):
+    for off in ({"train": 0}, {"train": "no"}, {"weight": False}):
+        assert encoded(tokenizer, {"messages": [USER, ANSWER], **off})["fate"] == EMPTY
+    assert encoded(tokenizer, {"messages": [USER, ANSWER], "train": 1})["fate"] == KEPT
+
+
+def test_records_without_messages_may_have_a_field_called_tools():
+    for record in ({"text": "a", "tools": "saw"}, {"prompt": "a", "completion": "b", "tools": "saw"}):
+        assert more_of(canonical(record, "here"))["unused"] == ["tools"]
+
+
+def test_texts_as_they_are_have_no_place_for_tools(tokenizer):
+    calling = {**ANSWER, "tool_calls": [CALL]}
+    for record, what in (
+        ({"messages": [USER, ANSWER], "tools": [CALL]}, "tools"),
+        ({"messages": [USER, calling]}, "the calls of tools"),
+        ({"messages": [USER, {"role": "tool", "content": "1"}, ANSWER]}, "the results of tools"),
+    ):
+        for template, who in (("plain", "texts as they are have"), ("alpaca", "Alpaca's template has")):
+            row = encoded(tokenizer, record, template=template)
+            assert row["refusal"] == f"{who} no place for {what}; use --prompt_template chat"

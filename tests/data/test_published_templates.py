@@ -11,6 +11,7 @@ from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.records import canonical
 from stanford_alpaca.data.report import KEPT, REFUSED
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder, PromptEncoder
+from tests.helpers import trained_texts
 
 FOLDER = files("trl") / "chat_templates"
 WIDE = "\uff5c"  # DeepSeek's bar
@@ -82,23 +83,12 @@ def encoded(tokenizer, record):
     return encode, {name: column[0] for name, column in encode({name: [value] for name, value in row.items()}).items()}
 
 
-def stretches(tokenizer, labels):
-    """The trained stretches, decoded."""
-    texts = [[]]
-    for label in labels:
-        if label != IGNORE_INDEX:
-            texts[-1].append(label)
-        elif texts[-1]:
-            texts.append([])
-    return [tokenizer.decode(ids) for ids in texts if ids]
-
-
 def marked(tokenizer, name, messages, tools=None):
     """What TRL's twin of a template marks, rendered and masked by transformers."""
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     found = tokenizer.apply_chat_template(messages, tools=tools, chat_template=template_of(f"{name}_training"), **options)
     mask = zip(found["input_ids"], found["assistant_masks"], strict=True)
-    return stretches(tokenizer, [number if inside else IGNORE_INDEX for number, inside in mask])
+    return trained_texts(tokenizer, [number if inside else IGNORE_INDEX for number, inside in mask])
 
 
 def check(tokenizer, name, messages, tools=None, written=None):
@@ -107,7 +97,7 @@ def check(tokenizer, name, messages, tools=None, written=None):
     assert row["fate"] == KEPT, row["refusal"]
     own = tokenizer.apply_chat_template(written or messages, tools=tools, tokenize=True)["input_ids"]
     assert row["input_ids"] == own
-    ours, theirs = stretches(tokenizer, row["labels"]), marked(tokenizer, name, messages, tools)
+    ours, theirs = trained_texts(tokenizer, row["labels"]), marked(tokenizer, name, messages, tools)
     assert len(ours) == len(theirs) == sum(message["role"] == "assistant" for message in messages)
     for one, other in zip(ours, theirs, strict=True):
         before, found, after = other.partition(one)
@@ -135,8 +125,11 @@ def test_reasoning_is_trained_where_the_template_writes_it(tokenizer_with, name)
     tokenizer = tokenizer_with(template_of(name))
     for field in ("reasoning_content", "thinking", "reasoning"):
         _, row = encoded(tokenizer, {"messages": [USER, {**ANSWER, field: THOUGHT["reasoning_content"]}]})
-        (trained,) = stretches(tokenizer, row["labels"])
-        assert trained.index("Of size, more than most.") < trained.index("Large.") and not row["notes"]
+        (trained,) = trained_texts(tokenizer, row["labels"])
+        assert trained.index("Of size, more than most.") < trained.index("Large.")
+        if name == "qwen3_5_nothink":  # whose prompt says that there is no thought
+            assert row["notes"].pop().startswith("the answer does not follow the generation prompt")
+        assert not row["notes"]
     if name != "glm4moe":  # its turns end with the next one's first token, for which the last gets the end of sequence here
         check(tokenizer, name, [USER, THOUGHT])
     _, row = encoded(tokenizer, {"messages": [USER, THOUGHT, *AGAIN]})
@@ -160,7 +153,86 @@ def test_calls_of_tools_are_trained_as_turns(tokenizer_with, name):
         {"from": "gpt", "value": "It is 2."},
     ]
     _, row = encoded(tokenizer, {"conversations": in_sharegpt, **({"tools": json.dumps([TOOL])} if tools else {})})
-    assert row["fate"] == KEPT and "add" in stretches(tokenizer, row["labels"])[0]
+    assert row["fate"] == KEPT and "add" in trained_texts(tokenizer, row["labels"])[0]
+
+
+TWINS = sorted(name for path in FOLDER.iterdir() if (name := path.name.removesuffix(".jinja")).endswith("_training"))
+IMAGES = ("idefics3_training", "llava_next_training", "smolvlm_training")  # whose messages are lists of parts
+
+
+@pytest.mark.parametrize("name", [name for name in TWINS if name not in IMAGES])
+def test_an_authors_marks_are_taken_at_their_word(tokenizer_with, name):
+    """Some mark an answer in several blocks, some its end in one of its own."""
+    tokenizer = tokenizer_with(template_of(name))
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    for messages in ([USER, ANSWER], [USER, ANSWER, *AGAIN], [USER, THOUGHT], [USER, THOUGHT, *AGAIN], SPACE):
+        _, row = encoded(tokenizer, {"messages": messages})
+        own = tokenizer.apply_chat_template(messages, **options)
+        assert row["input_ids"] == own["input_ids"]
+        assert [label != IGNORE_INDEX for label in row["labels"]] == [bool(marked) for marked in own["assistant_masks"]]
+        off = [{**message, "weight": 0} if message is messages[1] else message for message in messages]
+        _, row = encoded(tokenizer, {"messages": off})
+        assert len(trained_texts(tokenizer, row["labels"])) == len(messages) // 2 - 1
+
+
+def test_blocks_that_touch_are_one_turn(tokenizer_with):
+    block = "{{% generation %}}{{{{ {} }}}}{{% endgeneration %}}"
+    tokenizer = tokenizer_with(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+        + "".join(map(block.format, ["m.thinking or ''", "m.content", "'<|im_end|>'"]))
+        + "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    )
+    turns = [USER, {**ANSWER, "weight": 0.5}, *AGAIN, USER, {**THOUGHT, "weight": 2}]
+    _, row = encoded(tokenizer, {"messages": turns})
+    wanted = ["Large.<|im_end|>", "Little, or tiny.<|im_end|>", "Of size, more than most.Large.<|im_end|>"]
+    assert trained_texts(tokenizer, row["labels"]) == wanted and row["notes"][1:] == []
+    trained = [weight for label, weight in zip(row["labels"], row["weights"], strict=True) if label != IGNORE_INDEX]
+    assert [weight for i, weight in enumerate(trained) if i == 0 or weight != trained[i - 1]] == [0.5, 1, 2]
+
+
+def test_an_answer_of_which_nothing_is_written_is_refused(tokenizer_with):
+    _, row = encoded(tokenizer_with(template_of("smolvlm_training")), {"messages": [USER, ANSWER]})
+    assert row["fate"] == REFUSED and row["refusal"] == "the chat template leaves out message 2"
+    _, row = encoded(tokenizer_with(template_of("gemma3")), {"messages": [USER, {**THOUGHT, "content": ""}]})
+    assert row["refusal"] == "the chat template leaves out message 2, which is reasoning alone"
+    tokenizer = tokenizer_with("{% for m in messages if m.role == 'assistant' %}{{ m.content + '<|im_end|>' }}{% endfor %}")
+    _, row = encoded(tokenizer, {"messages": [USER, ANSWER]})
+    assert "the template leaves out a message of the user" in row["notes"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "named"), [({"type": "web_search"}, "one of type 'web_search'"), ({"name": "as", "parameters": {}}, "'as'")]
+)
+def test_tools_that_a_template_leaves_out_are_found_whatever_their_name(tokenizer_with, tool, named):
+    _, row = encoded(tokenizer_with(template_of("gemma3")), {"messages": [USER, ANSWER], "tools": [tool]})
+    assert row["refusal"] == f"the chat template has no place for tools: it leaves out {named}"
+    _, row = encoded(tokenizer_with(template_of("qwen3")), {"messages": [USER, ANSWER], "tools": [tool]})
+    assert row["fate"] == KEPT
+
+
+@pytest.mark.parametrize("name", ["gptoss", "qwen3", "gemma4"])
+def test_tools_reach_the_template_in_the_form_that_it_reads(tokenizer_with, name):
+    tokenizer = tokenizer_with(template_of(name))
+    _, bare = encoded(tokenizer, {"messages": [USER, ANSWER], "tools": [TOOL["function"]]})
+    _, whole = encoded(tokenizer, {"messages": [USER, ANSWER], "tools": [TOOL]})
+    assert bare["fate"] == KEPT and "Adds." in tokenizer.decode(bare["input_ids"])
+    assert (bare["input_ids"] == whole["input_ids"]) == (name != "qwen3")  # which writes a tool as it is
+
+
+def test_what_a_template_leaves_out_of_calls_and_messages_is_said(tokenizer_with):
+    tokenizer = tokenizer_with(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    )
+    _, row = encoded(tokenizer, {"messages": CALLING})
+    assert row["fate"] == KEPT and "the template leaves out the arguments of a call" in row["notes"]
+    _, row = encoded(tokenizer, {"messages": [{**USER, "name": "Ada"}, ANSWER]})
+    assert row["notes"] == ["the template leaves out the name of a message"]
+
+
+def test_a_system_message_that_moves_is_said(tokenizer_with):
+    _, row = encoded(tokenizer_with(template_of("gemma")), {"messages": [{"role": "system", "content": "Be."}, USER, ANSWER]})
+    assert "the template takes no system message: it is put before the question, as it has to be when served" in row["notes"]
 
 
 @pytest.mark.parametrize("name", NO_CALLS)
@@ -197,19 +269,29 @@ def test_the_tokens_that_end_a_response(tokenizer_with, name, endings):
     assert stop_ids(tokenizer) == [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(endings)]
 
 
+def test_an_ending_may_look_like_a_closing_tag(tokenizer_with):
+    ask = "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+    turns = "{% for m in messages %}{{ '<turn>' + m.role + '\\n' + m.content + '</turn>\\n' }}{% endfor %}"
+    tokenizer = tokenizer_with(turns + ask)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "</turn>"]})
+    assert stop_ids(tokenizer) == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("</turn>")]
+    _, row = encoded(tokenizer, {"messages": [USER, ANSWER]})
+    assert trained_texts(tokenizer, row["labels"]) == ["Large.</turn>"]
+
+
 def test_line_breaks_that_are_tokens_end_nothing(tokenizer_with):
     """Gemma's tokenizer has them as added tokens; its template ends turns with one."""
     tokenizer = tokenizer_with("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}")
     tokenizer.add_tokens(["\n", "\n\n"])
     assert stop_ids(tokenizer) == [tokenizer.eos_token_id]
     _, row = encoded(tokenizer, {"messages": [USER, ANSWER]})
-    assert stretches(tokenizer, row["labels"])[0].endswith("Large.</s>")
+    assert trained_texts(tokenizer, row["labels"])[0].endswith("Large.</s>")
 
 
 def test_a_default_system_prompt_is_part_of_the_prompt(tokenizer_with):
     tokenizer = tokenizer_with(SMOLLM2)
     _, row = encoded(tokenizer, {"messages": [USER, ANSWER, *AGAIN]})
-    assert stretches(tokenizer, row["labels"]) == ["Large.<|im_end|>", "Little, or tiny.<|im_end|>"]
+    assert trained_texts(tokenizer, row["labels"]) == ["Large.<|im_end|>", "Little, or tiny.<|im_end|>"]
     assert row["input_ids"] == tokenizer.apply_chat_template([USER, ANSWER, *AGAIN], tokenize=True)["input_ids"]
 
 
@@ -219,7 +301,8 @@ def test_what_a_template_strips_from_an_answer_is_said(tokenizer_with, name):
     _, row = encoded(tokenizer, {"messages": [USER, {"role": "assistant", "content": "<think>Of size.</think>Large."}]})
     assert "the template leaves out or rewrites part of an answer" in row["notes"]
     _, row = encoded(tokenizer, {"messages": [USER, ANSWER]})
-    assert not row["notes"]
+    wanted = "the answer does not follow the generation prompt {!r}, which is what generation continues"
+    assert row["notes"] == [wanted.format(f"<{WIDE}Assistant{WIDE}><think>\n")]
     qwen = tokenizer_with(template_of("qwen3"))  # writes the same thought in its own way
     _, row = encoded(qwen, {"messages": [USER, {"role": "assistant", "content": "<think>Of size.</think>Large."}]})
-    assert not row["notes"] and "Of size." in stretches(qwen, row["labels"])[0]
+    assert not row["notes"] and "Of size." in trained_texts(qwen, row["labels"])[0]

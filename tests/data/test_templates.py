@@ -7,12 +7,11 @@ from stanford_alpaca.data.encode import TextEncoder
 from stanford_alpaca.data.prompts import TurnsTemplate, alpaca_turns, plain_turns
 from stanford_alpaca.data.records import canonical
 from stanford_alpaca.data.templates import (
-    KEY,
     follow,
     resolve_template,
     set_stops,
     sign,
-    told_template,
+    told_templates,
     trained_prompts,
     use_chat_template,
 )
@@ -117,9 +116,17 @@ def test_what_was_trained_is_followed_and_something_else_can_be_asked_for(tokeni
 def test_a_model_of_alpacas_prompts_is_trained_on_with_them(tokenizer):
     sign(tokenizer, ["alpaca"])
     assert resolve_template("auto", "chat", tokenizer) == "alpaca" and resolve_template("chat", "chat", tokenizer) == "chat"
-    assert told_template("alpaca", tokenizer) == "prompts: Alpaca's template"
-    tokenizer.init_kwargs.pop(KEY)
-    assert "which is not used: --prompt_template chat uses it" in told_template("alpaca", tokenizer)
+    assert told_templates(["alpaca"], tokenizer) == ["prompts: Alpaca's template"]
+    tokenizer.chat_template = CHAT
+    assert "which is not used: --prompt_template chat uses it" in told_templates(["alpaca"], tokenizer)[0]
+    assert sign(tokenizer, ["alpaca"]) == [
+        "the saved chat_template writes the prompts that are trained; the tokenizer's own is not kept"
+    ]
+    sign(tokenizer, ["plain"])  # whose Jinja is no chat template to train chats with
+    assert resolve_template("auto", "chat", tokenizer) == "alpaca"
+    tokenizer.chat_template = {"default": CHAT}
+    sign(tokenizer, ["chat"])
+    assert tokenizer.chat_template == CHAT  # as it is read back
 
 
 def test_several_templates_leave_the_one_that_serves_most_and_a_line(tokenizer):
@@ -149,7 +156,9 @@ def test_a_chat_template_is_given_as_a_file_a_folder_or_a_name(tokenizer, root, 
     use_chat_template(fresh, str(tmp_path / "other"))
     assert fresh.chat_template == CHAT
     fresh.chat_template = {"rag": CHAT + "r", "tool_use": CHAT + "t"}
-    with pytest.raises(UserError, match="chat templates named rag, tool_use: choose one with --chat_template NAME"):
+    with pytest.raises(
+        UserError, match="chat templates named rag, tool_use, and none is the default: choose one with --chat_template NAME"
+    ):
         PromptEncoder(fresh, "chat")([{"instruction": "a", "input": ""}])
     with pytest.raises(UserError, match=r"--chat_template rga: no file.*the tokenizer's own are named rag, tool_use"):
         use_chat_template(fresh, "rga")
@@ -171,3 +180,45 @@ def test_the_tokens_that_end_answers_join_those_of_the_base(tokenizer, before, a
     assert tokenizer.eos_token_id == 1
     set_stops(config, tokenizer)
     assert config.eos_token_id == after
+
+
+def test_a_system_message_may_be_empty(tokenizer):
+    sign(tokenizer, ["alpaca"])
+    question = {"role": "user", "content": "Add."}
+    assert ids_of(tokenizer, [{"role": "system", "content": ""}, question]) == ids_of(tokenizer, [question])
+
+
+def test_a_question_of_nothing_is_a_prompt_of_nothing(tokenizer):
+    sign(tokenizer, ["plain"])
+    assert PromptEncoder(tokenizer)([{"messages": [{"role": "user", "content": ""}]}]) == [[tokenizer.bos_token_id]]
+
+
+def test_a_templates_file_may_begin_with_a_mark(tokenizer, tmp_path):
+    (tmp_path / "chat.jinja").write_text(CHAT, encoding="utf-8-sig")
+    use_chat_template(tokenizer, str(tmp_path / "chat.jinja"))
+    assert tokenizer.chat_template == CHAT
+    for source, message in (("", "without a name"), ("a" * 300, "no file, and no tokenizer")):
+        with pytest.raises(UserError, match=message):
+            use_chat_template(tokenizer, source)
+
+
+def test_tags_that_the_tokenizer_has_names_for_are_tags(tokenizer, tmp_path):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    tokenizer.save_pretrained(tmp_path)
+    names = {"think_token": "<think>", "think_end_token": "</think>"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, extra_special_tokens=names)
+    assert tokenizer.special_tokens_map["think_token"] == "<think>"
+    assert TextEncoder.of(tokenizer).tags == {"<think>", "</think>"}
+
+
+def test_a_model_asked_otherwise_than_it_was_trained(tokenizer):
+    tokenizer.chat_template = CHAT
+    sign(tokenizer, ["alpaca", "chat"])
+    for asked, said in (
+        (("auto", None), ""), (("chat", None), ""),
+        (("auto", "parse"), "trained with --special_tokens text, asked here with parse"),
+        (("alpaca", None), "trained with the tokenizer's chat template, asked here with Alpaca's template"),
+    ):  # fmt: skip
+        encode = PromptEncoder(tokenizer, *asked)
+        encode([{"messages": [{"role": "user", "content": "a"}]}])
+        assert encode.otherwise == {"chat": said}

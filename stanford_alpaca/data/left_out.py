@@ -1,0 +1,100 @@
+"""What a chat template does not write of a conversation. A part is left out if the text is the same without it."""
+
+import re
+from collections.abc import Callable, Container, Iterator
+from typing import Any
+
+from stanford_alpaca.data.messages import REASONING, Messages
+from stanford_alpaca.data.spans import Span
+from stanford_alpaca.errors import UserError
+
+ANOTHER = "0"  # stands for a text, to see whether it matters
+THOUGHTS = re.compile(r"</?think>")
+
+
+class LeftOut:
+    """Compares the text of a conversation with its text without some part.
+
+    Args:
+        render: messages and ``tools`` to a text; raises UserError where the template refuses them.
+        text: of the whole conversation.
+    """
+
+    def __init__(self, render: Callable[..., str], messages: Messages, tools: list[dict] | None, text: str):
+        self.render, self.messages, self.tools, self.text = render, messages, tools, text
+
+    def check(self, written: Container[int]) -> None:
+        """Raises UserError for a tool, a call, a result or an answer that the template leaves out.
+
+        Args:
+            written: the indices of the messages whose marks (``spans.marked_text``) the template writes.
+        """
+        for i, tool in enumerate(self.tools or []):
+            if self._same(self.messages, [*self.tools[:i], *self.tools[i + 1 :]] or None):  # type: ignore[index]
+                raise UserError(f"the chat template has no place for tools: it leaves out {_name_of(tool)}")
+        for i, message in enumerate(self.messages):
+            calls = message.get("tool_calls") or []
+            if calls and self._same_with(i, tool_calls=None):
+                raise UserError(f"the chat template has no place for the calls of tools: it leaves out message {i + 1}")
+            for k in range(len(calls) if len(calls) > 1 else 0):
+                if self._same_with(i, tool_calls=[*calls[:k], *calls[k + 1 :]]):
+                    raise UserError(f"the chat template leaves out call {k + 1} of message {i + 1}")
+            if self._is_thought_alone(message) and self._same_with(i, **dict.fromkeys(REASONING)):
+                raise UserError(f"the chat template leaves out message {i + 1}, which is reasoning alone")
+            if i in written or message["role"] not in ("assistant", "tool") or not message["content"].strip():
+                continue
+            if self._same_with(i, content=ANOTHER):
+                what = "has no place for the results of tools: it leaves" if message["role"] == "tool" else "leaves"
+                raise UserError(f"the chat template {what} out message {i + 1}")
+
+    def notes(self, spans: list[Span], written: Container[int]) -> list[str]:
+        """Sentences about what else it leaves out, each once."""
+        return list(dict.fromkeys(self._notes(spans, written)))
+
+    def _notes(self, spans: list[Span], written: Container[int]) -> Iterator[str]:
+        for i, message in enumerate(self.messages):
+            asked = message["role"] in ("system", "user")
+            if asked and i not in written and message["content"].strip() and self._same_with(i, content=ANOTHER):
+                yield f"the template leaves out a message of the {message['role']}"
+            if message["role"] != "tool" and message.get("name") and self._same_with(i, name=None):
+                yield "the template leaves out the name of a message"
+            for k, call in enumerate(message.get("tool_calls") or []):
+                calls = list(message["tool_calls"])
+                arguments = call["function"]["arguments"]
+                calls[k] = {**call, "function": {**call["function"], "arguments": "{}" if isinstance(arguments, str) else {}}}
+                if arguments not in ({}, "{}") and self._same_with(i, tool_calls=calls):
+                    yield "the template leaves out the arguments of a call"
+        for i in {span.message for span in spans}:
+            message = self.messages[i]
+            trained = _dense("".join(self.text[span.start : span.end] for span in spans if span.message == i))
+            if any(_dense(part) not in trained for part in THOUGHTS.split(message["content"])):
+                yield "the template leaves out or rewrites part of an answer"
+            reasoning = message.get("reasoning_content", "")
+            if reasoning and (_dense(reasoning) not in trained or self._same_with(i, **dict.fromkeys(REASONING))):
+                yield "the template leaves out the reasoning of a turn"
+
+    @staticmethod
+    def _is_thought_alone(message: dict[str, Any]) -> bool:
+        return "reasoning_content" in message and not message["content"].strip() and not message.get("tool_calls")
+
+    def _same_with(self, i: int, **fields: Any) -> bool:
+        """Whether the text stays the same with other fields of message i; a field of None is taken out."""
+        message = {name: value for name, value in (self.messages[i] | fields).items() if value is not None}
+        return self._same([*self.messages[:i], message, *self.messages[i + 1 :]], self.tools)
+
+    def _same(self, messages: Messages, tools: list[dict] | None) -> bool:
+        try:
+            return self.render(messages, tools=tools) == self.text
+        except UserError:
+            return False
+
+
+def _name_of(tool: dict) -> str:
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    return repr(name) if isinstance(name, str) else f"one of type {tool.get('type')!r}"
+
+
+def _dense(text: str) -> str:
+    """A text without white space."""
+    return "".join(text.split())
