@@ -10,11 +10,12 @@ from peft import PeftConfig, PeftType
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
 from stanford_alpaca.checkpoint import manifest
+from stanford_alpaca.checkpoint.identity import base_has_changed, identify_model, run_of
+from stanford_alpaca.checkpoint.run_file import FILE as RUN_FILE
+from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.errors import ResumeError, UserError, first_line, quiet_hub, say
 from stanford_alpaca.loadable import check_model, check_place
 from stanford_alpaca.model import ADAPTER_CONFIG
-from stanford_alpaca.record import FILE as RUN_FILE
-from stanford_alpaca.record import MADE_WITH, identify_model, read_run
 
 MERGED = "merge.json"  # what a merged model holds, and of what base
 READ = ["*.json", "*.jinja", "*.model", "*.txt", str(ADAPTER_SAFE_WEIGHTS_NAME)]  # of a repository on the hub
@@ -65,7 +66,7 @@ def find_adapter(name: str, cache_dir: str | None = None) -> Adapter:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # no JSON, a kind of adapter that peft does not know
         raise UserError(f"{name}: {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from None
-    found = Adapter(name, folder, config, manifest.file_sha256(folder / ADAPTER_SAFE_WEIGHTS_NAME), _run_of(folder))
+    found = Adapter(name, folder, config, manifest.file_sha256(folder / ADAPTER_SAFE_WEIGHTS_NAME), run_of(folder))
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise UserError(f"{name}: a {found.kind} adapter changes no weights, so it cannot be merged")
     if config.task_type not in (None, "CAUSAL_LM"):
@@ -101,12 +102,6 @@ def _download(name: str, cache_dir: str | None) -> Path:
         raise UserError(f"{name}: no adapter here ({first_line(error)}); {WANTED}") from None
 
 
-def _run_of(folder: Path) -> dict[str, Any]:
-    if (folder / manifest.FILE).exists():
-        return manifest.read(folder)["run"]
-    return read_run(folder) or {}
-
-
 def find_base(adapter: Adapter, base: str | None = None, cache_dir: str | None = None, *, remote_code: bool = False) -> str:
     """The model that the adapter was trained on: a folder or a hub name.
 
@@ -133,12 +128,8 @@ def find_base(adapter: Adapter, base: str | None = None, cache_dir: str | None =
         then = identify_model(str(recorded), cache_dir)
     elif not then:
         say(f"{adapter.name}: no record of its run is with it; that {found} is its base follows from layers and shapes alone")
-    now = identify_model(found, cache_dir) if then else None
-    if now != then and str(then).partition(":")[0] == str(now).partition(":")[0]:
-        raise UserError(
-            f"{found}: not the base that {adapter.name} was trained on, or it has changed since ({then} then, {now} "
-            f"now); give that one with --base"
-        )
+    if changed := base_has_changed(adapter.name, found, then, cache_dir):
+        raise UserError(f"{changed}; give that one with --base")
     return found
 
 

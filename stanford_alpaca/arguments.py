@@ -23,7 +23,6 @@ from stanford_alpaca.losses.linear import BACKENDS
 from stanford_alpaca.model import LORA_EMBEDDINGS, add_lora
 from stanford_alpaca.old_flags import read_fsdp_config
 
-MADE_WITH = "made_with"  # the part of a run.yaml that is no flag
 SECRET = ("hub_token",)  # what no file may hold, least of all one that is pushed to the hub
 LESS_IS_BETTER = ("loss", "nll", "emo", "perplexity")
 METRICS = (*LESS_IS_BETTER, "target_prob")  # of every evaluation

@@ -294,6 +294,7 @@ def run(
     batch_size: int = 16,
     seed: int = 0,
     trust_remote_code: bool = False,
+    verify: bool = False,
     **unknown: Any,
 ) -> None:
     """Generates responses: python -m stanford_alpaca.generate CHECKPOINT [CHECKPOINT ...] --FLAG VALUE ...
@@ -318,6 +319,7 @@ def run(
         repetition_penalty: above 1 makes tokens of the prompt and the response so far less likely, below 1 more.
         seed: the same command with the same seed gives the same text.
         trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
+        verify: reads a large checkpoint again, to compare it with its manifest; one below 2 GiB is always read.
     """
     refuse_unknown(unknown, run)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, num_beams)
@@ -340,7 +342,7 @@ def run(
         raise UserError("--alpaca_eval holds one response per prompt: give one checkpoint, and no --num_samples")
     records = [] if interactive else read_prompts(prompts, instruction, input, pairs)
     for name in names:
-        check_model(name, or_adapter=True, remote_code=trust_remote_code)
+        check_model(name, or_adapter=True, remote_code=trust_remote_code, verify=verify)
     asked = check_prompts(names, records, max_new_tokens, prompt_template, special_tokens, trust_remote_code)
     if interactive:
         model, tokenizer = load_for_generation(names[0], trust_remote_code)

@@ -9,6 +9,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from stanford_alpaca.checkpoint.identity import base_has_changed, check_unchanged, run_of
+from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.data.reading import exists
 from stanford_alpaca.errors import UserError, first_line, quiet_hub, say
 from stanford_alpaca.model import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model, grow_for_adapter
@@ -26,10 +28,12 @@ def check_model(
     or_adapter: bool = False,
     remote_code: bool = False,
     weights: bool = True,  # whether its weights are going to be read
+    verify: bool = False,
 ) -> None:
     """Raises UserError if there is no causal LM to load, or no adapter of one, before anything larger is read.
 
-    With ``remote_code`` it says whose code is going to run.
+    A folder with a manifest has to be what was saved (``check_unchanged``, also for ``verify``), and an adapter's base what it
+    was when the adapter was trained. With ``remote_code`` it says whose code is going to run.
     """
     place = check_place(path)
     is_adapter = base_of(path) is not None
@@ -37,8 +41,12 @@ def check_model(
         raise UserError(f"{path}: an adapter, no whole model; merge it first: bash merge.sh {path} OUTPUT")
     if weights:
         _check_weights(place, "adapter_model.bin" if is_adapter else "pytorch_model*.bin*")
+        check_unchanged(place, verify)
     if is_adapter:
-        check_adapter(path, cache_dir, remote_code=remote_code)
+        check_adapter(path, cache_dir, remote_code=remote_code, verify=verify)
+        then = (run_of(place).get(MADE_WITH) or {}).get("model")
+        if changed := base_has_changed(path, str(base_of(path)), then, cache_dir):
+            raise UserError(f"{changed}; put that one there, or mend base_model_name_or_path in its {ADAPTER_CONFIG}")
         return
     try:
         with quiet_hub():
@@ -85,7 +93,13 @@ def _code_of(path: str, cache_dir: str | None) -> list[str]:
 
 
 def check_adapter(
-    path: str, cache_dir: str | None = None, *, base: str | None = None, tokens: int = 0, remote_code: bool = False
+    path: str,
+    cache_dir: str | None = None,
+    *,
+    base: str | None = None,
+    tokens: int = 0,
+    remote_code: bool = False,
+    verify: bool = False,
 ) -> int:
     """Whether an adapter's base can be loaded and has the layers that it was trained on.
 
@@ -103,7 +117,7 @@ def check_adapter(
     try:
         base = base or str(base_of(path))
         try:
-            check_model(base, cache_dir, remote_code=remote_code)
+            check_model(base, cache_dir, remote_code=remote_code, verify=verify)
         except UserError as error:
             raise UserError(f"the base of {path}: {error}") from None
         config = PeftConfig.from_pretrained(path)

@@ -16,18 +16,18 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from stanford_alpaca.adapters import MERGED, Adapter, find_adapter, find_base, merged_into
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.export import appearing
+from stanford_alpaca.checkpoint.identity import identify_model
 from stanford_alpaca.checkpoint.space import check_space
 from stanford_alpaca.data.templates import set_stops
 from stanford_alpaca.errors import UserError, check_writable, exit_on_user_error, first_line, refuse_unknown, say
 from stanford_alpaca.loadable import check_adapter
-from stanford_alpaca.model import cannot_load, empty_model, fit_vocabulary, load_model, load_tokenizer, read_config
-from stanford_alpaca.record import identify_model
+from stanford_alpaca.model import empty_model, fit_vocabulary, load_model, load_tokenizer, read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 1e-4  # of the largest logit
@@ -215,15 +215,7 @@ def compare_written(folder: Path, want: Tensor, dtype: torch.dtype, remote_code:
     Raises:
         UserError: a key is missing or foreign, a logit is not finite, or in float32 they differ.
     """
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, trust_remote_code=remote_code
-        )
-    except Exception as error:
-        raise cannot_load(str(folder), error) from None
-    wrong = [key for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[name]]
-    if wrong:
-        raise UserError(f"the merged folder has not the keys of its config.json ({wrong[:3]}); nothing is written")
+    model = load_model(str(folder), dtype=dtype, remote_code=remote_code)
     rows = want.shape[-1]
     logits = model.eval()(input_ids=probe_ids(model, rows), use_cache=False).logits[..., :rows]
     difference, scale = (logits.float() - want).abs().max().item(), want.abs().max().item()

@@ -16,6 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -24,7 +25,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from stanford_alpaca.errors import UserError, first_line, nearest
+from stanford_alpaca.checkpoint.keys import no_report, wrong_keys
+from stanford_alpaca.errors import UserError, first_line, listed, nearest
 
 LORA_EMBEDDINGS = ("frozen", "lora", "full")  # what LoRA does to the embedding and the output layer
 ADAPTER_CONFIG = "adapter_config.json"
@@ -100,6 +102,9 @@ def load_model(
     """The causal LM in ``dtype``: float32 masters by default, whatever the checkpoint holds. From an adapter, its base with it.
 
     ``from_config`` reads the configuration alone and gives the model random weights.
+
+    Raises:
+        UserError: there is no model, or its weights do not fill its architecture.
     """
     options |= {"dtype": dtype, "trust_remote_code": remote_code}
     try:
@@ -107,13 +112,36 @@ def load_model(
             config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=remote_code)
             return AutoModelForCausalLM.from_config(config, **options)
         base = base_of(path)
-        model = AutoModelForCausalLM.from_pretrained(base or path, cache_dir=cache_dir, use_safetensors=True, **options)
+        with no_report():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                base or path, cache_dir=cache_dir, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+                **options,
+            )  # fmt: skip
+        if wrong := wrong_keys(info):
+            raise UserError(f"{base or path}: its weights do not fill its architecture ({wrong}); give a complete model")
         if base is None:
             return model
         grow_for_adapter(model, path)
         return PeftModel.from_pretrained(model, path, use_safetensors=True).get_base_model()
+    except UserError:
+        raise
     except Exception as error:
         raise cannot_load(path, error) from None
+
+
+def load_body(name: str, *, remote_code: bool = False) -> PreTrainedModel:
+    """A model without its output layer, in float32, as features of texts need it. Raises UserError for missing weights.
+
+    Weights of an output layer are left where they are, and a pooling layer that the weights lack is not used.
+    """
+    with no_report():
+        model, info = AutoModel.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=remote_code, output_loading_info=True
+        )
+    missing = [key for key in info["missing_keys"] if "pooler" not in key.split(".")]
+    if missing:
+        raise UserError(f"its weights do not fill its architecture (missing: {listed(sorted(missing), 3)})")
+    return model
 
 
 def grow_for_adapter(base: PreTrainedModel, adapter: str) -> None:

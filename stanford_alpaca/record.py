@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.utils import CHAT_TEMPLATE_FILE, cached_file
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from stanford_alpaca import __version__
-from stanford_alpaca.arguments import FLAGS, MADE_WITH, Run
+from stanford_alpaca.arguments import FLAGS, Run
+from stanford_alpaca.checkpoint.identity import identify_model
 from stanford_alpaca.checkpoint.manifest import FILE as MANIFEST
-from stanford_alpaca.checkpoint.manifest import entries_of, file_sha256, is_record, write_whole
+from stanford_alpaca.checkpoint.manifest import file_sha256, write_whole
+from stanford_alpaca.checkpoint.run_file import FILE, FILE_FROM, MADE_WITH, read_run
 from stanford_alpaca.data.sources import identify
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "peft")
-FILE, FILE_FROM = "run.yaml", "run-from-{}.yaml"
-MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
-NO_MODEL_FILES = ("manifest.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 BY_CONTENT = ("model", "teacher", "cost")
 CONFIGS = ("deepspeed", "fsdp_config", "accelerator_config", "chat_template")  # flags that name a file, or a folder with it
 CONTENT = "content of --"
@@ -110,17 +108,6 @@ def made_with(run: Run) -> dict[str, Any]:
     }
 
 
-def identify_model(name: str, cache_dir: str | None = None) -> str:
-    """What a model was: the sha256 of its weights, configuration and tokenizer, or its hub name and commit."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        config = cached_file(name, "config.json", cache_dir=cache_dir)  # its path has the commit; nothing is loaded
-        return f"hub:{name}@{extract_commit_hash(config, None)}"
-    files = [file.name for file in folder.iterdir() if file.suffix in MODEL_FILES and file.name not in NO_MODEL_FILES]
-    total = sha256(json.dumps(entries_of(folder, sorted(files))).encode())
-    return f"sha256:{total.hexdigest()}"
-
-
 def digest_of_config(value: str) -> str:
     """The sha256 of a file (in a folder: of its chat template), or of what was given in place of its name."""
     inside = (Path(value) / name for name in (CHAT_TEMPLATE_FILE, "tokenizer_config.json"))
@@ -205,15 +192,6 @@ def write_run(run: Run, record: dict[str, Any]) -> None:
             return
         file = output / FILE_FROM.format(Path(resume).name)
     write_whole(file, HEADER + yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
-
-
-def read_run(output: Path, name: str = FILE) -> dict[str, Any] | None:
-    """The record that a run left in its output folder, or None."""
-    try:
-        record = yaml.safe_load((output / name).read_text(encoding="utf-8"))
-        return json.loads(json.dumps(record)) if is_record(record) else None
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        return None
 
 
 def unit_of(run: Run) -> str:

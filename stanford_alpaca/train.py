@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from stanford_alpaca.arguments import DataArguments, Run, TrainingArguments
 from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.checkpoint import manifest
+from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.checkpoint.saving import write_together
 from stanford_alpaca.checks import check
 from stanford_alpaca.command_line import parse
@@ -41,7 +42,7 @@ from stanford_alpaca.loading import loading_whole, share_from_rank_0
 from stanford_alpaca.lock import held
 from stanford_alpaca.model import load_tokenizer, read_config
 from stanford_alpaca.prepare import cache_costs, make_collator, make_model
-from stanford_alpaca.record import MADE_WITH, differences, write_card, write_run
+from stanford_alpaca.record import differences, write_card, write_run
 from stanford_alpaca.resume import Start, where_to_start
 from stanford_alpaca.signals import StopRequest, ignore_signals
 from stanford_alpaca.trainer import EmoTrainer

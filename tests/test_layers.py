@@ -4,6 +4,7 @@ import ast
 
 LAYERS = [
     {"errors", "collectives"},
+    {"checkpoint"},
     {"data", "model", "sampling", "old_flags", "flash", "loading", "turns", "lock", "signals"},
     {"samples", "loadable"},
     {"cost"},
@@ -11,7 +12,7 @@ LAYERS = [
     {"losses", "head"},
     {"teacher", "isolation"},
     {"attach"},
-    {"generate", "checkpoint", "preview"},
+    {"generate", "preview"},
     {"evaluation"},
     {"cost_sharding"},
     {"engines"},

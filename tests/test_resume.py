@@ -9,9 +9,10 @@ import yaml
 
 from stanford_alpaca import train as command
 from stanford_alpaca.checkpoint import manifest
+from stanford_alpaca.checkpoint.run_file import read_run
 from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import ResumeError, Stopped, UserError
-from stanford_alpaca.record import FREE, ROUNDING, changes, defaults, made_with, read_run, write_run
+from stanford_alpaca.record import FREE, ROUNDING, changes, defaults, made_with, write_run
 from stanford_alpaca.resumable import ResumableTrainer
 from stanford_alpaca.resume import where_to_start
 from stanford_alpaca.train import train

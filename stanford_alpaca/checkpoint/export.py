@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CHAT_TEMPLATE_DIR, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from stanford_alpaca.checkpoint import fsdp, manifest, zero
+from stanford_alpaca.checkpoint.keys import no_report, wrong_keys
 from stanford_alpaca.checkpoint.kinds import FSDP, ZERO, kind_of
 from stanford_alpaca.errors import ResumeError, UserError, first_line
 
@@ -99,11 +100,13 @@ def _fit(read: dict[str, Tensor], checkpoint: Path) -> tuple[PreTrainedModel, di
 def _check(folder: Path) -> str:
     """Reads the folder as its users will, but for the numbers. Raises UserError if a key is missing, foreign or misshapen."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
+        with no_report():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except Exception as error:
         raise UserError(f"the exported folder cannot be loaded ({first_line(error)})") from None
-    wrong = [key for name in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[name]]
-    if wrong:
-        raise UserError(f"the exported folder has not the keys of its config.json ({wrong[:3]})")
+    if wrong := wrong_keys(info):
+        raise UserError(f"the exported folder has not the keys of its config.json ({wrong})")
     parts = "in several files" if (folder / SAFE_WEIGHTS_INDEX_NAME).exists() else "in one file"
     return f"{model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}, {parts}; all keys are there"

@@ -108,6 +108,18 @@ def problems(folder: Path, contents: bool = True) -> list[str]:
         files = read(folder)["files"]
     except ResumeError as error:
         return [str(error)]
+    found = compare(folder, files, contents)
+    try:
+        strange = [name for name in list_files(folder) if name not in files and _is_loaded(name)]
+        links = [path for path in folder.rglob("*") if path.is_symlink() and not path.name.startswith("checkpoint-")]
+    except OSError as error:
+        return [*found, f"cannot be read ({first_line(error)})"]
+    found += [f"{name}: was not saved with the others" for name in strange]
+    return found + [f"{path.relative_to(folder)}: leads out of the folder" for path in links]
+
+
+def compare(folder: Path, files: dict[str, dict[str, Any]], contents: bool = True) -> list[str]:
+    """What of these files is not as a manifest has it, a line for each; without ``contents`` sizes alone are compared."""
     found, same_size = [], []
     try:
         for name, entry in files.items():
@@ -119,13 +131,9 @@ def problems(folder: Path, contents: bool = True) -> list[str]:
             else:
                 same_size.append(name)
         now = entries_of(folder, same_size) if contents else files
-        strange = [name for name in list_files(folder) if name not in files and _is_loaded(name)]
-        links = [path for path in folder.rglob("*") if path.is_symlink() and not path.name.startswith("checkpoint-")]
     except OSError as error:  # a disk that fails, a name too long
         return [*found, f"cannot be read ({first_line(error)})"]
-    found += [f"{name}: its content has changed" for name in same_size if now[name] != files[name]]
-    found += [f"{name}: was not saved with the others" for name in strange]
-    return found + [f"{path.relative_to(folder)}: leads out of the folder" for path in links]
+    return found + [f"{name}: its content has changed" for name in same_size if now[name] != files[name]]
 
 
 def summary(folder: Path, contents: bool = True) -> str:

@@ -1,7 +1,6 @@
 """Weights of a plain Hugging Face folder, or peft's adapter, into the model that wrote them."""
 
 import copy
-import logging
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from stanford_alpaca.checkpoint.keys import no_report, wrong_keys
 from stanford_alpaca.checkpoint.shapes import check_fit, form_of
 from stanford_alpaca.errors import ResumeError, first_line
 
@@ -35,28 +35,14 @@ def load_model(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
 
 def _read_into_a_copy(model: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
     """transformers reads it, which knows what weights are tied, and what is stored in another shape than computed with."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_nothing)  # its report of what does not fit: we name the first
-    try:
+    with no_report():
         read, info = type(model).from_pretrained(
             checkpoint, config=copy.deepcopy(model.config), dtype=next(model.parameters()).dtype, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    finally:
-        logger.removeFilter(_nothing)
-    for key, *shapes in info["mismatched_keys"]:
-        raise ResumeError(
-            f"{checkpoint}: {key} is {list(shapes[0])}, and {list(shapes[1])} in the model; is it of another model?"
-        )
-    for key in sorted(info["missing_keys"]):
-        raise ResumeError(f"{checkpoint}: has no {key}, which the model has; is it of another model?")
-    for key in sorted(info["unexpected_keys"]):
-        raise ResumeError(f"{checkpoint}: has {key}, which the model does not have; is it of another model?")
+    if wrong := wrong_keys(info):
+        raise ResumeError(f"{checkpoint}: its weights do not fill the model ({wrong}); is it of another model?")
     return read
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False
 
 
 def _check_dtypes(checkpoint: Path, dtypes: set[torch.dtype]) -> None:

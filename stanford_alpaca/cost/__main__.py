@@ -26,6 +26,7 @@ def build(
     min_count: int = 1,
     shift: int = 1,
     vocab_size: int | None = None,
+    verify: bool = False,
     **unknown: Any,
 ) -> None:
     """A cost embedding for --cost of training: from text, or from another model's output embedding.
@@ -41,6 +42,7 @@ def build(
         width: numbers per row, 128 by default; window: tokens to each side that count as near, 5.
         min_count: tokens seen less often get a row of zeros, as unseen ones do; shift: log of it is taken off, 1.
         vocab_size: the number of logits, if it is more than the tokenizer's length (a padded head).
+        verify: reads a large head's model again, to compare it with its manifest; one below 2 GiB is always read.
     """
     refuse_unknown(unknown, build)
     settings = TextSettings(width, window, min_count, shift)
@@ -54,7 +56,7 @@ def build(
         if not file.is_file():
             raise UserError(f"--text {file}: no such file")
     if head is not None:
-        check_model(head)
+        check_model(head, verify=verify)
     target = None if tokenizer is None else load_tokenizer(tokenizer)
     source = target if head is None else load_tokenizer(head)
     own = target or source

@@ -45,6 +45,7 @@ def run(
     batch_size: int | None = None,
     out: str | None = None,
     trust_remote_code: bool = False,
+    verify: bool = False,
     **unknown: Any,
 ) -> None:
     """Evaluates models by few-shot in-context learning: python icl.py --model_path MODEL [--model_path OTHER] --FLAG VALUE ...
@@ -66,6 +67,7 @@ def run(
         batch_size: test items at a time; by default 768 tokens of them on a CPU, 4,096 on a GPU.
         out: a folder for predictions.jsonl and results.json; neither may exist.
         trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
+        verify: reads a large checkpoint again, to compare it with its manifest; one below 2 GiB is always read.
     """
     refuse_unknown(unknown, run)
     models = _models(model_path)
@@ -77,7 +79,7 @@ def run(
     folder = None if data_dir is None else Path(data_dir).expanduser()
     chosen = choose_tasks(tasks, read_tasks(None if templates is None else Path(templates).expanduser()), folder)
     for name in models:
-        check_model(name, or_adapter=True, remote_code=trust_remote_code)
+        check_model(name, or_adapter=True, remote_code=trust_remote_code, verify=verify)
     sets = [load_task(task, folder, limit) for task in chosen]
     for data in sets:
         _check_sizes(data, settings)

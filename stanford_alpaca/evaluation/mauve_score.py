@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from stanford_alpaca.errors import UserError, say
 from stanford_alpaca.evaluation.retrieval import embed
 from stanford_alpaca.loadable import check_model
-from stanford_alpaca.model import cannot_load
+from stanford_alpaca.model import cannot_load, load_body
 
 LEAST = 20  # texts: two clusters of ten
 ENOUGH = 1000  # its authors advise thousands
@@ -38,7 +38,7 @@ def load_featuriser(name: str, remote_code: bool = False) -> Featurize:
     try:
         if AutoConfig.from_pretrained(name, trust_remote_code=remote_code).is_encoder_decoder:
             raise ValueError("it is an encoder with a decoder, which takes two texts")
-        model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, trust_remote_code=remote_code)
+        model = load_body(name, remote_code=remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=remote_code)
     except Exception as error:
         raise cannot_load(name, error) from None

@@ -215,6 +215,7 @@ def run(
     special_tokens: str | None = None,
     batch_size: int = 32,
     trust_remote_code: bool = False,
+    verify: bool = False,
     **unknown: Any,
 ) -> None:
     """Evaluates checkpoints and shows samples: python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE
@@ -237,6 +238,7 @@ def run(
         prompt_template, special_tokens: as in training; by default each model is asked as it was trained.
         columns: as in training.
         trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
+        verify: reads a large checkpoint again, to compare it with its manifest; one below 2 GiB is always read.
     """
     refuse_unknown(unknown, run)
     pairs, words = take_columns(columns, [str(checkpoint) for checkpoint in checkpoints])
@@ -256,7 +258,7 @@ def run(
             raise UserError(f"{file} exists: give another --out or remove it")
         check_writable("out", file)
     names = list(dict.fromkeys(words))
-    records = read_records(names, settings)
+    records = read_records(names, settings, verify)
     metrics, shown = evaluate(names, records, settings)
     if files:
         files[0].parent.mkdir(parents=True, exist_ok=True)

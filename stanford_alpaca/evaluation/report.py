@@ -42,6 +42,7 @@ def run(
     transport_records: int = 24,
     limit: int | None = None,
     trust_remote_code: bool = False,
+    verify: bool = False,
     **unknown: Any,
 ) -> None:
     """Writes a page about runs: python -m stanford_alpaca.evaluation.report RUN [RUN ...] --out report.html
@@ -55,6 +56,7 @@ def run(
         transport_records: of how many records the transport view shows the tokens; 0 leaves it out.
         limit: evaluates on the first records only.
         trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
+        verify: reads a large checkpoint again, to compare it with its manifest; one below 2 GiB is always read.
     """
     refuse_unknown(unknown, run)
     names = list(dict.fromkeys(str(name) for name in runs))
@@ -68,7 +70,7 @@ def run(
     curves = {name: curves_of(name) for name in names}
     for name in names:
         if curves[name] is None:  # a base model
-            check_model(name, or_adapter=True, remote_code=trust_remote_code)
+            check_model(name, or_adapter=True, remote_code=trust_remote_code, verify=verify)
     models = [name for name in names if curves[name] is None or has_model(name)]
     found = None if evaluation is None else read_evaluation(Path(evaluation).expanduser(), models)
     view, source = None, data or (held_out_of(models) if found is None else found.metrics["data"])
@@ -77,7 +79,7 @@ def run(
     elif models and (found is None or transport_records):
         settings = settings_of_runs(source, models, limit) if found is None else settings_of(found)
         settings = replace(settings, data=source, trust_remote_code=trust_remote_code)
-        records = read_records(models, settings)
+        records = read_records(models, settings, verify)
         found = found or evaluate(models, records, settings)
         if transport_records:
             shown = records.select(range(min(transport_records, len(records))))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stanford_alpaca.errors import UserError, first_line, quiet_hub
 from stanford_alpaca.evaluation.prompting import encode
 from stanford_alpaca.evaluation.scoring import batches
+from stanford_alpaca.model import load_body
 
 SIMILAR = ("sentence", "tfidf", "bm25", "model")  # they compare texts; those below draw
 RETRIEVERS = (*SIMILAR, "random", "fixed")
@@ -76,6 +77,8 @@ def load_encoder(name: str) -> Featurize:
     try:
         with quiet_hub():
             model = SentenceTransformer(name, model_kwargs={"use_safetensors": True})
+            if hasattr(model[0], "auto_model"):
+                load_body(name)  # which refuses weights that are not all there
     except Exception as error:  # not found, no network, no such kind of model
         raise UserError(f"--encoder {name}: cannot be loaded ({first_line(error)}); give a folder, or take tfidf") from None
 

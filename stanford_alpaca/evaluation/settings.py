@@ -93,15 +93,15 @@ class Settings:
         return f"{measure} ({decoding})" if len(self.decodings()) > 1 else measure
 
 
-def read_records(names: list[str], settings: Settings) -> Dataset:
+def read_records(names: list[str], settings: Settings, verify: bool = False) -> Dataset:
     """The records to evaluate on. Everything that could be wrong with them, the checkpoints and the settings is found first.
 
     Raises:
         UserError: no model, no such data, a prompt that does not fit into a model's context.
     """
     remote_code = settings.trust_remote_code
-    for name in [*names, settings.cost or names[0]]:
-        check_model(name, or_adapter=True, remote_code=remote_code)
+    for name in dict.fromkeys([*names, settings.cost or names[0]]):
+        check_model(name, or_adapter=True, remote_code=remote_code, verify=verify)
     check_columns([settings.data], settings.columns)
     records = load_records(settings.data, columns=settings.columns, documents=settings.documents)
     if settings.limit is not None:

@@ -1,0 +1,81 @@
+"""What a model is, by its files; and whether it is still what was saved, or what an adapter was trained on."""
+
+import json
+import re
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from stanford_alpaca.checkpoint import manifest
+from stanford_alpaca.checkpoint.run_file import read_run
+from stanford_alpaca.errors import ResumeError, UserError, say
+
+# weights, code, configurations and tokenizers; not what runs and evaluations leave beside them
+MODEL_FILE = re.compile(
+    r".*\.(safetensors|model|jinja|py)|.*\.index\.json"
+    r"|((adapter|generation)_)?config\.json|tokenizer(_config)?\.json|(vocab|special_tokens_map|added_tokens)\.(json|txt)|merges\.txt"
+)
+READ_WHOLE = 2 * 2**30  # bytes of a model whose content is compared without being asked for
+
+
+def identify_model(name: str, cache_dir: str | None = None) -> str:
+    """What a model was: the sha256 of its weights, configuration and tokenizer, or its hub name and commit."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        config = cached_file(name, "config.json", cache_dir=cache_dir)  # its path has the commit; nothing is loaded
+        return f"hub:{name}@{extract_commit_hash(config, None)}"
+    files = sorted(file.name for file in folder.iterdir() if MODEL_FILE.fullmatch(file.name) and file.is_file())
+    stats = [(folder / file).stat() for file in files]
+    return _identity(folder, tuple(files), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
+
+
+@lru_cache(maxsize=16)  # several models may have one base
+def _identity(folder: Path, files: tuple[str, ...], stats: tuple) -> str:
+    return f"sha256:{sha256(json.dumps(manifest.entries_of(folder, files)).encode()).hexdigest()}"
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    """The record of the run that saved a folder; empty for one of somebody else. Raises ResumeError for a damaged manifest."""
+    if (folder / manifest.FILE).exists():
+        return manifest.read(folder)["run"]
+    return read_run(folder) or {}
+
+
+def base_has_changed(adapter: str, base: str, then: str | None, cache_dir: str | None = None) -> str:
+    """That a base is not what its adapter was trained on, in words; nothing if it is, or if nobody knows.
+
+    Args:
+        then: what ``identify_model`` said when the adapter was trained.
+    """
+    now = identify_model(base, cache_dir) if then else None
+    if now == then or str(now).partition(":")[0] != str(then).partition(":")[0]:  # a folder, or a hub name, then
+        return ""
+    return f"{base}: not the base that {adapter} was trained on, or it has changed since ({then} then, {now} now)"
+
+
+def check_unchanged(folder: Path, verify: bool = False) -> None:
+    """Raises UserError for a folder whose files are not what its manifest says; one without a manifest is taken as it is.
+
+    Args:
+        verify: compare contents however large they are; else above READ_WHOLE sizes alone are, and a line says so.
+    """
+    if not (folder / manifest.FILE).is_file():
+        return
+    try:
+        files = manifest.read(folder)["files"]
+    except ResumeError as error:
+        raise UserError(f"{folder}: {error}; give another copy") from None
+    names = [name for name in files if MODEL_FILE.fullmatch(name)]
+    size = sum(files[name]["bytes"] for name in names)
+    whole = verify or size <= READ_WHOLE
+    wrong = manifest.compare(folder, {name: files[name] for name in names}, contents=whole)
+    if wrong:
+        raise UserError(
+            f"{folder}: not what was saved ({wrong[0]}); give another copy, or delete {manifest.FILE} if the change is yours"
+        )
+    if not whole:
+        say(f"{folder}: {size / 2**30:.1f} GiB, of which sizes alone are compared with {manifest.FILE}; --verify reads them")

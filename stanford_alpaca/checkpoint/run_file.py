@@ -1,0 +1,21 @@
+"""``run.yaml``: the record of a run, beside what it trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stanford_alpaca.checkpoint.manifest import is_record
+
+FILE, FILE_FROM = "run.yaml", "run-from-{}.yaml"
+MADE_WITH = "made_with"  # the part of it that is no flag
+
+
+def read_run(output: Path, name: str = FILE) -> dict[str, Any] | None:
+    """The record that a run left in its output folder, or None."""
+    try:
+        record = yaml.safe_load((output / name).read_text(encoding="utf-8"))
+        return json.loads(json.dumps(record)) if is_record(record) else None
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return None
