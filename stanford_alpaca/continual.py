@@ -33,4 +33,5 @@ def recipe(argv: list[str], world_size: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    train.main(recipe(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1"))))
+    processes = os.environ.get("WORLD_SIZE", "1")
+    train.main(recipe(sys.argv[1:], int(processes) if processes.isdecimal() else 1))  # which ``train`` refuses

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from transformers.utils import CHAT_TEMPLATE_FILE
 
-from stanford_alpaca import __version__
+from stanford_alpaca import __version__, environment
 from stanford_alpaca.arguments import FLAGS, Run
 from stanford_alpaca.checkpoint.identity import identify_model
 from stanford_alpaca.checkpoint.manifest import FILE as MANIFEST
@@ -24,6 +24,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "de
 BY_CONTENT = ("model", "teacher", "cost")
 CONFIGS = ("deepspeed", "fsdp_config", "accelerator_config", "chat_template")  # flags that name a file, or a folder with it
 CONTENT = "content of --"
+ENVIRONMENT = "environment variable "
 # flags that decide nothing, or are compared by what they lead to
 FREE = {
     "model_name_or_path", "teacher", "cost", "data_path", "eval_path", "output_dir", "resume", "resume_from_checkpoint",
@@ -99,6 +100,7 @@ def made_with(run: Run) -> dict[str, Any]:
         "stanford_alpaca": __version__,
         "python": platform.python_version(),
         **versions,
+        **{f"{ENVIRONMENT}{name}": value for name, value in environment.recorded().items()},
         "processes": training.world_size,
         "rows_per_step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
         **{role: identify_model(name, training.cache_dir) for role, name in models.items()},
@@ -129,8 +131,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
     for name in [name for name in {**before, **now} if name not in free | {MADE_WITH, "data_path", "eval_path"}]:
         was, is_now = (record.get(name, usual.get(name)) for record in records)
         if was != is_now:
-            words = ["not given" if value is None else str(value) for value in (was, is_now)]
-            (rounding if name in rounds else flags).append(f"--{name} was {words[0]}, is {words[1]}")
+            (rounding if name in rounds else flags).append(f"--{name} was {_said(was)}, is {_said(is_now)}")
     with_before, with_now = (record.get(MADE_WITH) or {} for record in records)
     for name in [name for name in {**with_before, **with_now} if name != "data"]:
         was, is_now = with_before.get(name), with_now.get(name)
@@ -140,7 +141,8 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
             other_engine = name.startswith(CONTENT) and None in (was, is_now)
             (rounding if other_engine else contents).append(f"the {name} has changed")
         else:
-            (flags if name == "rows_per_step" else rounding).append(f"{name} was {was}, is {is_now}")
+            decides = name == "rows_per_step" or name.removeprefix(ENVIRONMENT) in environment.PRECISION
+            (flags if decides else rounding).append(f"{name} was {_said(was)}, is {_said(is_now)}")
     for flag, found in (("data_path", contents), ("eval_path", contents if "eval_path" in strict else rounding)):
         old, new = (
             [(made.get("data") or {}).get(path) for path in record.get(flag) or []]
@@ -150,6 +152,10 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
             was, is_now = (", ".join(record.get(flag) or ["not given"]) for record in records)
             found.append(f"--{flag} was {was}, is {is_now}" if was != is_now else f"--{flag}: {is_now} has changed")
     return flags, contents, rounding
+
+
+def _said(value: Any) -> str:
+    return "not given" if value is None else str(value)
 
 
 def _strict(*records: dict[str, Any]) -> set[str]:
@@ -169,10 +175,11 @@ def defaults() -> dict[str, Any]:
 def differences(run: Run, now: dict[str, Any]) -> list[str]:
     """A line for everything that has changed since the run.yaml that --config named was written."""
     before = run.made_with
+    names = [*before, *(name for name in now if name.startswith(ENVIRONMENT) and name not in before)]
     lines = [
-        f"made with {name} {before[name]}, now {now.get(name)}"
-        for name in before
-        if name != "data" and before[name] != now.get(name)
+        f"made with {name} {_said(before.get(name))}, now {_said(now.get(name))}"
+        for name in names
+        if name != "data" and before.get(name) != now.get(name)
     ]
     data = before.get("data") or {}
     return lines + [f"{path} has changed since" for path, digest in now["data"].items() if data.get(path, digest) != digest]

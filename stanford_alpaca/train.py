@@ -35,6 +35,7 @@ from stanford_alpaca.data.sources import ExampleStream, Loading, check_sources, 
 from stanford_alpaca.data.templates import IN_WORDS, sign, told_templates, trained_prompts, use_chat_template
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import is_lost_rank, leave_alone, leave_together, peak_memory_mib
+from stanford_alpaca.environment import check_environment
 from stanford_alpaca.errors import Stopped, UserError, exit_on_user_error, first_line, say
 from stanford_alpaca.fit import check_fit
 from stanford_alpaca.generate import encode_prompts, read_prompts
@@ -253,6 +254,7 @@ def main(recipe: Mapping[str, Any] | None = None) -> None:
 
 def run_or_stop(recipe: Mapping[str, Any] | None) -> int:
     """The command's exit status. Raises what makes ranks end each for itself."""
+    check_environment()
     try:
         train(sys.argv[1:], recipe)
     except Stopped as stopped:  # all of them

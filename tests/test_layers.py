@@ -4,7 +4,7 @@ import ast
 
 LAYERS = [
     {"errors", "collectives"},
-    {"checkpoint"},
+    {"checkpoint", "environment"},
     {"data", "model", "sampling", "old_flags", "flash", "loading", "turns", "lock", "signals"},
     {"samples", "loadable"},
     {"cost"},
@@ -43,9 +43,8 @@ def test_no_module_imports_from_a_higher_layer(root):
         for node in ast.walk(ast.parse(file.read_text())):
             assert not (isinstance(node, ast.Import) and any(name.name.startswith("stanford_alpaca") for name in node.names))
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stanford_alpaca":
-                if [name.name for name in node.names] == ["__version__"]:
-                    continue
-                there = [*node.module.split("."), node.names[0].name][1]
+                names = [name.name for name in node.names if name.name != "__version__"]
+                there = [*node.module.split("."), *names, here][1]
                 assert RANK[there] < RANK[here] or there == here, f"{file.name} imports {node.module}"
     assert seen == set(RANK)
 

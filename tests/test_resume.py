@@ -43,7 +43,7 @@ STREAM, BEST = {"streaming": True}, {"load_best_model_at_end": True}
         ({"data_path": ["b.json"]}, [], ["--data_path was a.json, is b.json"], []),
         ({"made_with": MADE | {"torch": "3"}}, [], [], ["torch was 2, is 3"]),
         ({"made_with": MADE | {"model": "y"}}, [], ["the model has changed"], []),
-        ({"made_with": MADE | {"rows_per_step": 8}}, ["rows_per_step was None, is 8"], [], []),
+        ({"made_with": MADE | {"rows_per_step": 8}}, ["rows_per_step was not given, is 8"], [], []),
         ({"data_path": ["c.json"], "made_with": MADE | {"data": {"c.json": "d"}}}, [], [], []),  # moved
         ({"made_with": MADE | {"content of --deepspeed": "x"}}, [], [], ["the content of --deepspeed has changed"]),
     ],

@@ -1,0 +1,75 @@
+"""Variables of the environment that decide the numbers of a training: refused where a flag says the same, else recorded.
+
+A variable of accelerate changes a run behind the back of its record. Those that torch, transformers and their libraries compute
+by have no flag: the record has their values, and a run that goes on with others says so.
+"""
+
+import os
+from collections.abc import Mapping
+
+from stanford_alpaca.errors import UserError
+
+WORDS = ("1", "true", "yes", "on", "y", "t", "0", "false", "no", "off", "n", "f")  # that accelerate reads as true or false
+OFF = ("", "none", "default", *WORDS[6:])  # values that change nothing, as `accelerate launch` sets them
+NEUTRAL = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "auto"), "ACCELERATE_GRADIENT_CLIPPING": ("auto",)}
+INSTEAD = {  # beginnings of names -> the flags that say it; the first that fits
+    "ACCELERATE_MIXED_PRECISION": "--bf16 or --fp16",
+    "ACCELERATE_DYNAMO_": "--torch_compile",
+    "ACCELERATE_USE_CPU": "--use_cpu",
+    "ACCELERATE_TORCH_DEVICE": "--use_cpu",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "--gradient_accumulation_steps",
+    "ACCELERATE_GRADIENT_CLIPPING": "--max_grad_norm",
+    "ACCELERATE_USE_FSDP": "--fsdp",
+    "FSDP_": "--fsdp and --fsdp_config",
+    "ACCELERATE_USE_DEEPSPEED": "--deepspeed",
+    "ACCELERATE_DEEPSPEED_": "--deepspeed",
+    "ACCELERATE_CONFIG_DS_FIELDS": "--deepspeed",
+    "ACCELERATE_": "",
+    "PARALLELISM_CONFIG_": "",
+    "XLA_USE_BF16": "",
+    "XLA_DOWNCAST_BF16": "",
+}
+FREE = {  # of accelerate's, those that decide no number: what they say is printed, or true or false
+    "ACCELERATE_LOG_LEVEL": ("debug", "info", "warning", "error", "critical"),
+    "ACCELERATE_DEBUG_MODE": WORDS, "ACCELERATE_CPU_AFFINITY": WORDS, "ACCELERATE_ENABLE_RICH": WORDS,
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": WORDS, "ACCELERATE_NUM_PROCESSES": None,
+}  # fmt: skip
+PRECISION = (
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+)
+ROUNDING = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TORCH_BLAS_PREFER_CUBLASLT",
+    "TORCH_LINALG_PREFER_CUSOLVER", "PYTORCH_TUNABLEOP_ENABLED", "PYTORCH_TUNABLEOP_FILENAME", "FLASH_ATTENTION_DETERMINISTIC",
+    "TRANSFORMERS_SDPA_FORCE_GQA", "USE_HUB_KERNELS", "TRITON_INTERPRET", "NCCL_ALGO", "NCCL_PROTO", "DS_ACCELERATOR",
+    "PYTORCH_ENABLE_MPS_FALLBACK", "TORCHINDUCTOR_EMULATE_PRECISION_CASTS",
+)  # fmt: skip
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # of a launcher
+
+
+def check_environment(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises UserError for a variable that would change a training in place of a flag, or that cannot be read.
+
+    To be called before transformers reads the flags: it leaves variables of its own.
+    """
+    for name, value in environment.items():
+        said = f"{name}={value} in the environment"
+        if name in NUMBERS and not value.isdecimal():
+            raise UserError(f"{said} is no number; a launcher (torchrun) sets it: unset it, or give it one")
+        if name in FREE:
+            known = FREE[name]
+            if known is not None and value.lower() not in known:
+                raise UserError(f"{said}: choose from {', '.join(known)}, or unset it")
+            continue
+        flag = next((flag for start, flag in INSTEAD.items() if name.startswith(start)), None)
+        if flag is not None and value.lower() not in (*OFF, *NEUTRAL.get(name, ())):
+            advice = f"unset it, and give {flag}" if flag else "unset it"
+            raise UserError(f"{said} would change the training, and its record would not say so; {advice}")
+
+
+def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that numbers depend on, as they are set."""
+    return {name: environment[name] for name in (*PRECISION, *ROUNDING) if environment.get(name)}

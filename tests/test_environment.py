@@ -1,0 +1,71 @@
+"""Variables of the environment that decide numbers: refused, or recorded and compared."""
+
+import pytest
+
+from stanford_alpaca.command_line import parse
+from stanford_alpaca.environment import check_environment, recorded
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.record import changes, differences, made_with
+from stanford_alpaca.train import run_or_stop
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "unset it, and give --bf16 or --fp16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor", "unset it, and give --torch_compile"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8", "unset it, and give --gradient_accumulation_steps"),
+        ("ACCELERATE_USE_FSDP", "true", "unset it, and give --fsdp"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "unset it, and give --fsdp and --fsdp_config"),
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3", "unset it, and give --deepspeed"),
+        ("ACCELERATE_USE_CPU", "maybe", "unset it, and give --use_cpu"),
+        ("PARALLELISM_CONFIG_TP_SIZE", "2", "unset it"),
+        ("ACCELERATE_SOMETHING_OF_A_LATER_VERSION", "1", "unset it"),
+    ],
+)
+def test_what_a_flag_says_is_refused(name, value, advice, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(
+        UserError, match=f"^{name}={value} in the environment would change the training, and its record"
+    ) as error:
+        run_or_stop(None)
+    assert str(error.value).endswith(f"would not say so; {advice}")
+
+
+def test_what_launchers_set_is_taken():
+    check_environment(
+        {
+            "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_DYNAMO_MODE": "default",
+            "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False", "ACCELERATE_USE_CPU": "False", "ACCELERATE_CPU_AFFINITY": "0",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "WORLD_SIZE": "2",
+            "RANK": "1", "ACCELERATE_LOG_LEVEL": "INFO", "OMP_NUM_THREADS": "1", "HF_HOME": "anywhere",
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE=two in the environment is no number"),
+        ("ACCELERATE_DEBUG_MODE", "maybe", "ACCELERATE_DEBUG_MODE=maybe in the environment: choose from 1, true"),
+        ("ACCELERATE_LOG_LEVEL", "loud", "ACCELERATE_LOG_LEVEL=loud in the environment: choose from debug"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_one_line(name, value, message):
+    with pytest.raises(UserError, match=message):
+        check_environment({name: value})
+
+
+def test_what_numbers_depend_on_is_recorded_and_compared(arguments, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    run = parse(arguments())
+    before = {"made_with": made_with(run)}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert recorded().items() >= {"OMP_NUM_THREADS": "3", "NVIDIA_TF32_OVERRIDE": "1"}.items()
+    now = {"made_with": made_with(run)}
+    precision = "environment variable NVIDIA_TF32_OVERRIDE was not given, is 1"
+    rounding = "environment variable OMP_NUM_THREADS was not given, is 3"
+    assert changes(before, now) == ([precision], [], [rounding])
+    run.made_with.update(before["made_with"])
+    assert "made with environment variable OMP_NUM_THREADS not given, now 3" in differences(run, now["made_with"])
