@@ -7,13 +7,13 @@ the length of the blocks. The last block of a source is as long as what is left.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from stanford_alpaca.data.cache import mapped, table
 from stanford_alpaca.data.encode import TextEncoder
 from stanford_alpaca.data.prompts import text_note
 from stanford_alpaca.data.records import form_of, unused_fields
@@ -79,7 +79,7 @@ class DocumentEncoder:
     def ids(self, text: str) -> np.ndarray:  # [tokens] int32
         text, _ = self.encoder.field(text)
         parts = [self._ids(text, start, end) for start, end in _parts(text)]
-        closed = text.endswith(self.encoder.special(self.encoder.eos_token))
+        closed = text.rstrip().endswith(self.encoder.special(self.encoder.eos_token))
         return np.concatenate([*map(_int32, parts), _int32([] if closed else [self.encoder.eos_id])])
 
     def _ids(self, text: str, start: int, end: int) -> list[int]:
@@ -131,14 +131,11 @@ def make_blocks(
             f"--block_size cuts running text, and these are records of the form {form}: fine-tune on them with train_emo.sh"
         )
     encode = DocumentEncoder.of(tokenizer, special_tokens)
-    key = f"{records._fingerprint}\n{VERSION}\n{encode.encoder.identity()}"
-    documents = records.map(
-        encode, batched=True, batch_size=100, features=IDS, remove_columns=records.column_names,
-        num_proc=num_proc if len(records) >= PARALLEL_FROM else None,
-        new_fingerprint=sha256(key.encode()).hexdigest()[:32], desc="Tokenizing",
-    )  # fmt: skip
+    parallel = num_proc if len(records) >= PARALLEL_FROM else None
+    key = f"{VERSION}\n{encode.encoder.identity()}"
+    documents = mapped(records, encode, key, batch_size=100, features=IDS, num_proc=parallel)
     source = {"documents": documents, "block_size": block_size, "before": encode.before, "eos_id": encode.encoder.eos_id}
-    blocks = Dataset.from_generator(_blocks, gen_kwargs=source, features=BLOCK, cache_dir=cache_dir)
+    blocks = table(_blocks, source, BLOCK, cache_dir)
     labels = (np.asarray(batch["labels"].combine_chunks().flatten()) for batch in blocks.with_format("arrow").iter(10_000))
     targets = sum(int((values != IGNORE_INDEX).sum()) for values in labels)
     unused = unused_fields(records, also="weight")

@@ -8,6 +8,7 @@ calls of tools and the end-of-turn token included, whether or not the template m
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from stanford_alpaca.data.encode import TextEncoder, clean
-from stanford_alpaca.data.left_out import LeftOut
+from stanford_alpaca.data.left_out import LeftOut, is_said
 from stanford_alpaca.data.messages import REASONING, Messages, more_of
 from stanford_alpaca.data.prompts import Rendered, as_messages, text_note
 from stanford_alpaca.data.spans import OPEN, Marked, Span, find_spans, marked_text, shared_length, token_pattern
@@ -106,7 +107,10 @@ class ChatTemplate:
         spans, notes = (
             self._by_author(messages, said, text, blocks) if self.by_author else (self._by_marks(messages, said, text), [])
         )
-        notes = [*said.notes, *notes, *left_out.notes(spans, written), *self._out_of_place(messages, text, spans)]
+        left_out.check_trained(spans, self.end_of_turn)
+        notes = [*said.notes, *notes, *left_out.notes(spans, written)]
+        if spans:
+            notes += self._out_of_place(messages, said, text, spans[-1], found)
         if spans and spans[-1].message == len(messages) - 1 and not self._is_ended(text, spans[-1]):
             end = spans[-1].end
             text = text[:end] + self.encoder.eos_token  # else nothing would teach the model to stop
@@ -137,7 +141,7 @@ class ChatTemplate:
         """The blocks that the template marks, those that touch as one. An end-of-turn token behind a turn joins its span."""
         spans: list[Span] = []
         for (start, end), owner in zip(blocks, self._owners(messages, said, text, blocks), strict=True):
-            if not _says_something(messages[owner]):
+            if not is_said(messages[owner]):
                 continue
             if spans and spans[-1].end == start and spans[-1].message == owner:
                 start = spans.pop().start
@@ -153,24 +157,31 @@ class ChatTemplate:
         return spans, [note] if left_out else []
 
     def _owners(self, messages: Messages, said: Conversation, text: str, blocks: list[tuple[int, int]]) -> list[int]:
-        """The answer that each block is of: the last one that begins in it or before it."""
+        """The answer that each block is of: the last one that stands in it or before it, as far as the template writes it."""
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for marked in (lambda message: True, lambda message: message["role"] == "assistant"):
             found = self._marked(messages, said.tools, marked)
-            begins = found.begins if found and found.text == text else {}
-            if begins:
-                first = min(begins, key=begins.__getitem__)
-                return [max((i for i in begins if begins[i] <= end), default=first) for _, end in blocks]
+            if found is None or found.text != text:
+                continue
+            written = found.begins.keys() | found.ends.keys()
+            places = {i: min(of[i] for of in (found.begins, found.ends) if i in of) for i in answers if i in written}
+            if places:
+                first = min(places, key=places.__getitem__)
+                return [max((i for i, place in places.items() if place <= end), default=first) for _, end in blocks]
         if len(blocks) != len(answers):
             raise UserError("the chat template hides which answers its {% generation %} marks are of")
         return answers
 
     def _marked(
-        self, messages: Messages, tools: list[dict] | None, marked: Callable[[dict], bool] = lambda message: True
+        self,
+        messages: Messages,
+        tools: list[dict] | None,
+        marked: Callable[[dict], bool] = lambda message: True,
+        **options: bool,
     ) -> Marked | None:
         """``marked_text``, if the template takes the marks."""
         try:
-            return marked_text(lambda with_marks: self._text(with_marks, tools=tools), messages, marked)
+            return marked_text(partial(self._text, tools=tools), messages, marked, **options)
         except UserError:
             return None
 
@@ -179,18 +190,34 @@ class ChatTemplate:
         last = next(reversed(list(self.end_of_turn.finditer(text, span.start, span.end))), None)
         return last is not None and not text[last.end() : span.end].strip()
 
-    def _out_of_place(self, messages: Messages, text: str, spans: list[Span]) -> list[str]:
-        """A note on a last answer that is not where generation would write it."""
-        before = spans[-2].end if len(spans) > 1 else 0
-        is_last = bool(spans) and spans[-1].message == len(messages) - 1
-        if not is_last or self.cues[0] in text[before : spans[-1].end]:
+    def _out_of_place(self, messages: Messages, said: Conversation, text: str, last: Span, found: Marked | None) -> list[str]:
+        """A note on a last answer that generation, which continues the prompt for it, would write elsewhere."""
+        before = len(messages) - 2
+        if last.message != before + 1 or before < 0 or messages[before]["role"] == "assistant":
             return []
-        return [f"the answer does not follow the generation prompt {self.cues[0]!r}, which is what generation continues"]
+        asked = self._marked(messages[:-1], said.tools, add_generation_prompt=True)
+        if asked is None or found is None or before not in asked.ends.keys() & found.ends.keys():
+            return []
+        prompt, written = asked.text[asked.ends[before] :], text[found.ends[before] :]
+        start = last.start - found.ends[before]
+        if written.startswith(prompt) and not written[len(prompt) : start].strip():
+            return []
+        return [f"the answer does not follow the generation prompt {prompt.lstrip()!r}, which is what generation continues"]
 
     # ---- texts ---------------------------------------------------------------------------------------------------------
 
     def _prepared(self, record: Mapping) -> Conversation:
-        """The messages with special tokens' names broken, and the system message where the template takes it."""
+        """The messages with special tokens' names broken, and the system message where the template takes it.
+
+        Raises:
+            UserError: a field nested too deep.
+        """
+        try:
+            return self._read(record)
+        except RecursionError:
+            raise UserError("a field of the record is nested too deep; mend the record or take it out") from None
+
+    def _read(self, record: Mapping) -> Conversation:
         kept: dict[str, None] = {}
         parse = self.encoder.reading == "parse"
 
@@ -253,7 +280,7 @@ class ChatTemplate:
     def _rendered(self, messages: Messages, **options: Any) -> tuple[str, list[tuple[int, int]]]:
         try:
             texts, indices = render_jinja_template([messages], chat_template=self.template, **options, **self.names)
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"the chat template refuses a conversation: {first_line(error)}") from None
         return texts[0], indices[0] if indices else []
 
@@ -308,10 +335,6 @@ class ChatTemplate:
             return self._text(messages, **options)
         except UserError:
             return None
-
-
-def _says_something(message: Mapping) -> bool:
-    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
 
 
 def _with_text_arguments(call: dict) -> dict:

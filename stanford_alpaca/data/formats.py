@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 
+from stanford_alpaca.data.cache import table
 from stanford_alpaca.data.documents import Texts
 from stanford_alpaca.data.reading import (
     FILE_KINDS,
@@ -103,12 +103,7 @@ def load_records(
     features = FORMS[form_of(first)]
     if streaming:
         return IterableDataset.from_generator(rows, gen_kwargs=source, features=features)
-    try:
-        return Dataset.from_generator(rows, gen_kwargs=source, cache_dir=cache_dir, features=features)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+    return table(rows, source, features, cache_dir)
 
 
 def local_files(path: str | Path) -> list[Path] | None:

@@ -1,14 +1,13 @@
 """What a chat template does not write of a conversation. A part is left out if the text is the same without it."""
 
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 from stanford_alpaca.data.messages import REASONING, Messages
 from stanford_alpaca.data.spans import Span
 from stanford_alpaca.errors import UserError
 
-ANOTHER = "0"  # stands for a text, to see whether it matters
 THOUGHTS = re.compile(r"</?think>")
 
 
@@ -39,13 +38,20 @@ class LeftOut:
             for k in range(len(calls) if len(calls) > 1 else 0):
                 if self._same_with(i, tool_calls=[*calls[:k], *calls[k + 1 :]]):
                     raise UserError(f"the chat template leaves out call {k + 1} of message {i + 1}")
-            if self._is_thought_alone(message) and self._same_with(i, **dict.fromkeys(REASONING)):
+            if _is_thought_alone(message) and self._same_with(i, **dict.fromkeys(REASONING)):
                 raise UserError(f"the chat template leaves out message {i + 1}, which is reasoning alone")
-            if i in written or message["role"] not in ("assistant", "tool") or not message["content"].strip():
+            if i in written or message["role"] not in ("assistant", "tool"):
                 continue
-            if self._same_with(i, content=ANOTHER):
+            if self._loses_text(i):
                 what = "has no place for the results of tools: it leaves" if message["role"] == "tool" else "leaves"
                 raise UserError(f"the chat template {what} out message {i + 1}")
+
+    def check_trained(self, spans: list[Span], end_of_turn: re.Pattern) -> None:
+        """Raises UserError for an answer of which only the end is trained: all that it says is left out."""
+        for i in {span.message for span in spans}:
+            trained = "".join(self.text[span.start : span.end] for span in spans if span.message == i)
+            if not end_of_turn.sub("", trained).strip():
+                raise UserError(f"the chat template leaves out all that message {i + 1} says")
 
     def notes(self, spans: list[Span], written: Container[int]) -> list[str]:
         """Sentences about what else it leaves out, each once."""
@@ -54,7 +60,7 @@ class LeftOut:
     def _notes(self, spans: list[Span], written: Container[int]) -> Iterator[str]:
         for i, message in enumerate(self.messages):
             asked = message["role"] in ("system", "user")
-            if asked and i not in written and message["content"].strip() and self._same_with(i, content=ANOTHER):
+            if asked and i not in written and self._loses_text(i):
                 yield f"the template leaves out a message of the {message['role']}"
             if message["role"] != "tool" and message.get("name") and self._same_with(i, name=None):
                 yield "the template leaves out the name of a message"
@@ -64,8 +70,9 @@ class LeftOut:
                 calls[k] = {**call, "function": {**call["function"], "arguments": "{}" if isinstance(arguments, str) else {}}}
                 if arguments not in ({}, "{}") and self._same_with(i, tool_calls=calls):
                     yield "the template leaves out the arguments of a call"
-        for i in {span.message for span in spans}:
-            message = self.messages[i]
+        for i, message in enumerate(self.messages):
+            if message["role"] != "assistant" or not is_said(message):
+                continue
             trained = _dense("".join(self.text[span.start : span.end] for span in spans if span.message == i))
             if any(_dense(part) not in trained for part in THOUGHTS.split(message["content"])):
                 yield "the template leaves out or rewrites part of an answer"
@@ -73,9 +80,9 @@ class LeftOut:
             if reasoning and (_dense(reasoning) not in trained or self._same_with(i, **dict.fromkeys(REASONING))):
                 yield "the template leaves out the reasoning of a turn"
 
-    @staticmethod
-    def _is_thought_alone(message: dict[str, Any]) -> bool:
-        return "reasoning_content" in message and not message["content"].strip() and not message.get("tool_calls")
+    def _loses_text(self, i: int) -> bool:
+        text = self.messages[i]["content"].strip()
+        return bool(text) and self._same_with(i, content="1" if text == "0" else "0")
 
     def _same_with(self, i: int, **fields: Any) -> bool:
         """Whether the text stays the same with other fields of message i; a field of None is taken out."""
@@ -87,6 +94,15 @@ class LeftOut:
             return self.render(messages, tools=tools) == self.text
         except UserError:
             return False
+
+
+def is_said(message: Mapping[str, Any]) -> bool:
+    """Whether a message of the assistant says something."""
+    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def _is_thought_alone(message: Mapping[str, Any]) -> bool:
+    return "reasoning_content" in message and not message["content"].strip() and not message.get("tool_calls")
 
 
 def _name_of(tool: dict) -> str:

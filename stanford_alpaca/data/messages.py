@@ -164,7 +164,9 @@ def _message(message: object, place: str, columns: Mapping[str, str], unused: di
     for name in message.keys() - read - set(keys.values()):
         if message[name] not in NOTHING:
             unused[f"messages.{name}"] = None
-    return {"role": role, "content": content, "more": pack(more)}
+    packed = pack(more)
+    check_text(packed, f"{place}: one of its fields")
+    return {"role": role, "content": content, "more": packed}
 
 
 def _text_of(part: dict, where: str, unused: dict[str, None]) -> str:
@@ -190,7 +192,7 @@ def _beside(message: Mapping[str, Any], role: str, place: str, unused: dict[str,
             if message.get(name) and "tool_calls" not in more:
                 more["tool_calls"] = read_calls(message[name], f"{place}: {name!r}", unused)
                 read.add(name)
-    elif weight:
+    elif weight not in (0, 1):
         read -= {"weight", "train"}  # a turn that is not the assistant's is not trained, whatever is said of it
     for name in ("name", "tool_call_id"):
         if isinstance(message.get(name), str) and message[name]:

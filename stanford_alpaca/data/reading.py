@@ -23,8 +23,10 @@ FILE_KINDS = (*SUFFIXES, TEXT_FILE)  # all but parquet may be gzipped
 ARROW = ".arrow"  # of what ``datasets`` saved, see ``_saved_files``
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 ABOUT = (SAVED, SAVED_SPLITS, "dataset_info.json", "dataset_infos.json")  # files about data
-TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
-HELD_OUT = re.compile(r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval(uation)?)(?![a-z])")
+OF = r"(?<![a-z])({})(set|data|split)?(?![a-z])"  # a split, in the name of its file or folder
+TRAINING = re.compile(OF.format("train(ing)?"))
+HELD_OUT = re.compile(OF.format("test(ing)?|val(id(ation)?)?|dev|eval(uation)?"))
+WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")  # where one begins, in a name like trainData
 SHARD = re.compile(r"([-_.]?\d+(-of-\d+)?([-_][0-9a-f]{8,})?)?(\.\w+)+$")  # how the file names of one set end
 HEAD = 4096  # bytes that tell an encoding
 WHOLE_OBJECT = 2**26  # bytes of a file that may be one object over several lines
@@ -72,7 +74,7 @@ def list_files(path: Path) -> list[Path]:
         return [path]
     if (path / SAVED_SPLITS).is_file() or (path / SAVED).is_file():
         return _saved_files(path)
-    names = {file: str(file.relative_to(path)).lower() for file in path.rglob("*") if kind_of_file(file) in FILE_KINDS}
+    names = {file: str(file.relative_to(path)) for file in path.rglob("*") if kind_of_file(file) in FILE_KINDS}
     hidden = re.compile(r"(^|/)\.")  # what a system or a tool keeps beside the data
     data = (file for file, name in names.items() if not hidden.search(name) and file.name not in ABOUT)
     files = sorted(file for file in data if file.is_file())
@@ -81,7 +83,7 @@ def list_files(path: Path) -> list[Path]:
         saved = next((file.parent for name in (SAVED_SPLITS, SAVED) for file in sorted(path.rglob(name))), None)
         hint = f"; is it {saved}?" if saved else ""
         raise UserError(f"{path}: a folder without data files, wanted {kinds}{hint}")
-    training = [file for file in files if TRAINING.search(names[file])]
+    training = [file for file in files if TRAINING.search(_words(names[file]))]
     _check_one_set(path, {file: _set_of(names[file]) for file in training or files}, bool(training))
     return training or files
 
@@ -90,22 +92,28 @@ def _check_one_set(folder: Path, sets: dict[Path, str], are_training: bool) -> N
     """Raises UserError for files that are not parts of one set, as their places and names say."""
     kinds: dict[str, set[str]] = {}
     for file, name in sets.items():
-        kinds.setdefault(name, set()).add(kind_of_file(file))
+        kinds.setdefault(name, set()).add(kind_of_file(file) + GZIPPED * (file.suffix.lower() == GZIPPED))
     for name, found in kinds.items():
         if len(found) > 1:
             raise UserError(f"{folder}: {name or 'the data'} in several formats ({', '.join(sorted(found))}); name one file")
-    others = [name for name in kinds if not HELD_OUT.search(name.rpartition("/")[2])]
+    others = [name for name in kinds if not HELD_OUT.search(_words(name.rpartition("/")[2]))]
     alike = {TEXT_FILE} not in kinds.values() and len({name.rpartition("/")[2] for name in kinds}) < len(kinds)
     if len(kinds) > 1 and (are_training or alike or len(others) < len(kinds)):
-        example = f"{folder}/{sorted(others or kinds)[0]}*"
+        first = sorted(others or kinds)[0]
+        files = [file for file, name in sets.items() if name == first]
+        example = str(files[0]) if len(files) == 1 else f"{folder}/{first}{'/' if (folder / first).is_dir() else '-'}*"
         raise UserError(f"{folder}: several sets of data ({listed(sorted(kinds))}); name one: --data_path {example}")
 
 
 def _set_of(name: str) -> str:
     """The set that a file is of: its path, up to the part that names a split, without the number of its shard."""
     parts = name.split("/")
-    split = next((i for i, part in enumerate(parts[:-1]) if TRAINING.search(part)), len(parts) - 1)
+    split = next((i for i, part in enumerate(parts[:-1]) if TRAINING.search(_words(part))), len(parts) - 1)
     return "/".join([*parts[:split], SHARD.sub("", parts[split])])
+
+
+def _words(name: str) -> str:
+    return WORD.sub("_", name).lower()
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -299,6 +307,8 @@ def _arrow(file: Path) -> Iterator[Placed]:
                     for row in batch.slice(start, 1000).to_pylist():
                         number += 1
                         yield f"{file}:record {number}", without_nulls(row)
+            if source.tell() < source.size():  # zeros end a stream
+                raise UserError(f"{file}: broken Arrow, it ends after {number:,} records, before the file does; save it again")
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: broken Arrow, {first_line(error)}; is the file complete?") from None
 

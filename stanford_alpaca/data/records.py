@@ -50,9 +50,9 @@ OTHER_NAMES = {  # of published data, for hints
     "messages": ("conversation", "dialog", "dialogue", "turns", "chat", "data"),
     "instruction": ("question", "query", "problem"),
     "input": ("context",),
-    "output": ("response", "answer", "completion", "target", "solution"),
+    "output": ("response", "answer", "completion", "target", "solution", "answers"),
     "completion": ("response", "answer", "output", "target", "chosen"),
-    "text": ("content", "document", "body"),
+    "text": ("content", "document", "body", "chosen"),
 }
 Record = dict  # of one of the forms: its columns, without those of the others
 
@@ -104,7 +104,9 @@ def canonical(
     if "tools" in read and record.get("tools"):
         more["tools"] = read_tools(record["tools"], f"{where}: 'tools'")
     unused |= dict.fromkeys(_not_read(value, read, columns))
-    return row | {"more": pack(more | {"unused": sorted(unused)})}
+    packed = pack(more | {"unused": sorted(unused)})
+    check_text(packed, f"{where}: one of its fields")
+    return row | {"more": packed}
 
 
 def _fields_of(record: Record) -> tuple[list[str], list[str]]:

@@ -78,7 +78,10 @@ def check_template(name: str, special_tokens: str = "text") -> None:
 
 def resolve_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The template for records of a form: ``auto`` is Alpaca's for ``alpaca``, the tokenizer's chat template (Alpaca's, if it
-    has none) for ``chat``, and no template for ``completion`` and ``text``."""
+    has none) for ``chat``, and no template for ``completion`` and ``text``. A chat template that ``sign`` has written is the
+    one that it was written for."""
+    if name == "chat":
+        return _signed(tokenizer) or name
     if name != "auto":
         return name
     if form == "chat":
@@ -88,8 +91,14 @@ def resolve_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase) -
 
 def has_own_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer has a chat template that ``sign`` has not written."""
-    ours = tuple(jinja.partition("BEFORE")[2] for jinja in (ALPACA_JINJA, PLAIN_JINJA))
-    return tokenizer.chat_template is not None and not str(tokenizer.chat_template).endswith(ours)
+    return tokenizer.chat_template is not None and _signed(tokenizer) is None
+
+
+def _signed(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Which of our templates the tokenizer's chat template is."""
+    ours = {"alpaca": ALPACA_JINJA, "plain": PLAIN_JINJA}
+    written = str(tokenizer.chat_template)
+    return next((name for name, jinja in ours.items() if written.endswith(jinja.partition("BEFORE")[2])), None)
 
 
 def make_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder) -> Template:

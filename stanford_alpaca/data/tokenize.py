@@ -8,13 +8,13 @@ Alpaca recipe.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from stanford_alpaca.data.cache import mapped
 from stanford_alpaca.data.chat import ChatTemplate
 from stanford_alpaca.data.encode import TextEncoder
 from stanford_alpaca.data.prompts import Rendered, alpaca_turns
@@ -171,16 +171,8 @@ class PromptEncoder:
 
 def encode_records(records: Dataset, encode: ExampleEncoder, num_proc: int = 1) -> Dataset:
     """Every record as a row of ``FEATURES``, the dropped ones too; in parallel, and cached."""
-    key = f"{records._fingerprint}\n{encode.identity()}"
-    return records.map(
-        encode,
-        batched=True,
-        features=FEATURES,
-        remove_columns=records.column_names,
-        num_proc=num_proc if len(records) >= PARALLEL_FROM else None,
-        new_fingerprint=sha256(key.encode()).hexdigest()[:32],
-        desc="Tokenizing",
-    )
+    parallel = num_proc if len(records) >= PARALLEL_FROM else None
+    return mapped(records, encode, encode.identity(), features=FEATURES, num_proc=parallel)
 
 
 def tokenize_records(

@@ -104,7 +104,7 @@ def test_instructions_are_no_running_text(tokenizer):
 
 
 def test_names_of_special_tokens_are_text_or_tokens_as_asked(tokenizer, tmp_path):
-    records = Dataset.from_dict({"text": ["<s>One.</s>Two.</s>", "Three."]})
+    records = Dataset.from_dict({"text": ["<s>One.</s>Two.</s>\n", "Three."]})
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for reading, counts in (("text", (2, 2)), ("parse", (2, 3))):
         blocks, report = make_blocks(records, tokenizer, 99, cache_dir=str(tmp_path / reading), special_tokens=reading)

@@ -286,15 +286,26 @@ def test_several_training_sets_in_a_folder_are_not_one(tmp_path, three):
     write("folder", "train/a.parquet", "train/b.parquet", "test/a.parquet")
     assert len(load_records(tmp_path / "folder", cache)) == 6
     write("places", "main/a.parquet", "socratic/a.parquet")
-    with pytest.raises(UserError, match=r"several sets of data \(main/a, socratic/a\); name one: --data_path .*main/a\*"):
+    with pytest.raises(UserError, match=r"sets of data \(main/a, socratic/a\); name one: --data_path .*main/a.parquet$"):
         load_records(tmp_path / "places", cache)
     write("held_out", "dev.parquet", "good.parquet")
-    with pytest.raises(UserError, match=r"several sets of data \(dev, good\); name one: --data_path .*good\*"):
+    with pytest.raises(UserError, match=r"several sets of data \(dev, good\); name one: --data_path .*good.parquet$"):
         load_records(tmp_path / "held_out", cache)
     write("twice", "train.parquet")
     (tmp_path / "twice" / "train.jsonl").write_text('{"text": "0"}')
     with pytest.raises(UserError, match=r"train in several formats \(.jsonl, .parquet\); name one file"):
         load_records(tmp_path / "twice", cache)
+    write("gz", "train.parquet")
+    for name in ("train.jsonl", "train.jsonl.gz"):
+        (tmp_path / "gz" / name).write_text('{"text": "0"}')
+    (tmp_path / "gz" / "train.parquet").unlink()
+    with pytest.raises(UserError, match=r"train in several formats \(.jsonl, .jsonl.gz\); name one file"):
+        load_records(tmp_path / "gz", cache)
+    write("camel", "trainData.parquet", "testData.parquet")
+    assert len(load_records(tmp_path / "camel", cache)) == 3
+    write("prefix", "train.parquet", "train_filtered.parquet")
+    with pytest.raises(UserError, match=r"\(train, train_filtered\); name one: --data_path .*prefix/train.parquet$"):
+        load_records(tmp_path / "prefix", cache)
     write("parts", "code.parquet", "maths.parquet")
     assert len(load_records(tmp_path / "parts", cache)) == 6
     (line,) = several_files(tmp_path / "parts")

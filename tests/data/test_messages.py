@@ -83,8 +83,10 @@ def test_a_weight_that_cannot_be_is_refused(weight):
 def test_what_is_no_weight_is_something_else():
     record = canonical({"instruction": "a", "output": "b", "weight": "12 kg", "train": "ICE 577"}, "here")
     assert more_of(record) == {"unused": ["train", "weight"]}
-    record = canonical({"messages": [{**USER, "weight": 1}, {**ANSWER, "weight": True}]}, "here")
+    record = canonical({"messages": [{**USER, "weight": 2}, ANSWER]}, "here")
     assert more_of(record) == {"unused": ["messages.weight"]}
+    record = canonical({"messages": [{**USER, "weight": 1}, {**ANSWER, "weight": True}]}, "here")
+    assert more_of(record) == {}  # they say nothing
 
 
 # ---- conversations --------------------------------------------------------------------------------------------------
@@ -337,3 +339,24 @@ def test_texts_as_they_are_have_no_place_for_tools(tokenizer):
         for template, who in (("plain", "texts as they are have"), ("alpaca", "Alpaca's template has")):
             row = encoded(tokenizer, record, template=template)
             assert row["refusal"] == f"{who} no place for {what}; use --prompt_template chat"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f", "description": "\ud800"}}], "messages": [USER, ANSWER]},
+        {"x\ud800": 1, "instruction": "a", "output": "b"},
+        {"messages": [USER, {**ANSWER, "tool_calls": [{"id": "\ud800", **CALL}]}]},
+    ],
+)
+def test_a_lone_surrogate_is_refused_wherever_it_stands(record):
+    with pytest.raises(UserError, match="has a lone surrogate, which is no text; remove it"):
+        canonical(record, "here")
+
+
+def test_a_field_nested_too_deep_is_refused(tokenizer):
+    deep = '{"x":' + "[" * 900 + "]" * 900 + "}"
+    row = encoded(
+        tokenizer, {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": deep}]}]}, template="chat"
+    )
+    assert row["fate"] == REFUSED and "nested too deep" in row["refusal"]

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.records import canonical
 from stanford_alpaca.data.report import KEPT, REFUSED
-from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder, PromptEncoder
+from stanford_alpaca.data.tokenize import IGNORE_INDEX, WEIGHTED, ExampleEncoder, PromptEncoder
 from tests.helpers import trained_texts
 
 FOLDER = files("trl") / "chat_templates"
@@ -175,17 +175,47 @@ def test_an_authors_marks_are_taken_at_their_word(tokenizer_with, name):
         assert len(trained_texts(tokenizer, row["labels"])) == len(messages) // 2 - 1
 
 
+@pytest.mark.parametrize("name", ["lfm2_2_5", "qwen3_training", "glm4moe_training", "nemotron_3_nano_training"])
+def test_a_block_is_that_of_its_answer_where_the_template_cuts_thoughts_out(tokenizer_with, name):
+    tokenizer = tokenizer_with(template_of(name))
+    plain, last = {"role": "assistant", "content": "Plain."}, {"role": "assistant", "content": "Last."}
+    thinking = {"role": "assistant", "content": "<think>\nTwo.\n</think>\n\nFour."}
+    for weights in ((1, 0, 1), (0, 1, 1), (1, 1, 0)):
+        answers = [{**answer, "weight": w} for answer, w in zip((plain, thinking, last), weights, strict=True)]
+        _, row = encoded(tokenizer, {"messages": [message for answer in answers for message in (USER, answer)]})
+        trained = "".join(trained_texts(tokenizer, row["labels"]))
+        assert [int(word in trained) for word in ("Plain.", "Four.", "Last.")] == list(weights)
+        cut = "the template leaves out or rewrites part of an answer" in row["notes"]
+        assert cut == ("Two." not in tokenizer.decode(row["input_ids"]))
+    _, row = encoded(tokenizer, {"prompt": [USER, plain, USER], "completion": [thinking]})
+    assert row["fate"] == KEPT and "Four." in trained_texts(tokenizer, row["labels"])[0]
+
+
+@pytest.mark.parametrize(("name", "said"), [("gemma4", False), ("deepseekv3", False), ("diffusion_gemma", True)])
+def test_an_answer_is_compared_with_the_prompt_for_it(tokenizer_with, name, said):
+    """Behind a result of a tool Gemma 4 asks for nothing."""
+    tokenizer, written = tokenizer_with(template_of(name)), CALLING
+    if name == "deepseekv3":
+        calls = [{**CALL, "function": {**CALL["function"], "arguments": '{"a": 1}'}}]
+        written = [CALLING[0], {**CALLING[1], "tool_calls": calls}, *CALLING[2:]]
+    _, row = encoded(tokenizer, {"messages": CALLING})
+    prompt = tokenizer.apply_chat_template(written[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
+    asked = row["input_ids"][: len(prompt)] == prompt and row["labels"][len(prompt)] != IGNORE_INDEX
+    assert asked != said == any("does not follow the generation prompt" in note for note in row["notes"])
+
+
 def test_blocks_that_touch_are_one_turn(tokenizer_with):
     block = "{{% generation %}}{{{{ {} }}}}{{% endgeneration %}}"
     tokenizer = tokenizer_with(
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
         + "".join(map(block.format, ["m.thinking or ''", "m.content", "'<|im_end|>'"]))
         + "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     turns = [USER, {**ANSWER, "weight": 0.5}, *AGAIN, USER, {**THOUGHT, "weight": 2}]
     _, row = encoded(tokenizer, {"messages": turns})
     wanted = ["Large.<|im_end|>", "Little, or tiny.<|im_end|>", "Of size, more than most.Large.<|im_end|>"]
-    assert trained_texts(tokenizer, row["labels"]) == wanted and row["notes"][1:] == []
+    assert trained_texts(tokenizer, row["labels"]) == wanted and row["notes"] == [WEIGHTED]
     trained = [weight for label, weight in zip(row["labels"], row["weights"], strict=True) if label != IGNORE_INDEX]
     assert [weight for i, weight in enumerate(trained) if i == 0 or weight != trained[i - 1]] == [0.5, 1, 2]
 
@@ -195,6 +225,11 @@ def test_an_answer_of_which_nothing_is_written_is_refused(tokenizer_with):
     assert row["fate"] == REFUSED and row["refusal"] == "the chat template leaves out message 2"
     _, row = encoded(tokenizer_with(template_of("gemma3")), {"messages": [USER, {**THOUGHT, "content": ""}]})
     assert row["refusal"] == "the chat template leaves out message 2, which is reasoning alone"
+    _, row = encoded(
+        tokenizer_with(template_of("deepseek_r1_distill")),
+        {"messages": [USER, {**ANSWER, "content": "<think>only</think>"}]},
+    )
+    assert row["refusal"] == "the chat template leaves out all that message 2 says"
     tokenizer = tokenizer_with("{% for m in messages if m.role == 'assistant' %}{{ m.content + '<|im_end|>' }}{% endfor %}")
     _, row = encoded(tokenizer, {"messages": [USER, ANSWER]})
     assert "the template leaves out a message of the user" in row["notes"]

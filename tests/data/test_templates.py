@@ -115,7 +115,7 @@ def test_what_was_trained_is_followed_and_something_else_can_be_asked_for(tokeni
 
 def test_a_model_of_alpacas_prompts_is_trained_on_with_them(tokenizer):
     sign(tokenizer, ["alpaca"])
-    assert resolve_template("auto", "chat", tokenizer) == "alpaca" and resolve_template("chat", "chat", tokenizer) == "chat"
+    assert resolve_template("auto", "chat", tokenizer) == "alpaca" and resolve_template("chat", "chat", tokenizer) == "alpaca"
     assert told_templates(["alpaca"], tokenizer) == ["prompts: Alpaca's template"]
     tokenizer.chat_template = CHAT
     assert "which is not used: --prompt_template chat uses it" in told_templates(["alpaca"], tokenizer)[0]

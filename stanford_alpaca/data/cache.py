@@ -1,0 +1,109 @@
+"""Tables of records that ``datasets`` keeps on the disk, each with a check beside it: one that has changed is made again."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import datasets
+import xxhash
+from datasets import Dataset, Features
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+
+from stanford_alpaca.checkpoint.manifest import write_whole
+from stanford_alpaca.errors import UserError, first_line, say
+
+CHECK = "{}.check.json"  # sizes and digests of a table's files
+
+
+def table(rows: Callable[..., Iterator[dict]], source: dict[str, Any], features: Features, cache_dir: str | None) -> Dataset:
+    """What a generator yields as a table on the disk, made once for each ``source``.
+
+    Raises:
+        UserError: what the generator raises; or the cache cannot be used.
+    """
+    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
+    place = root / f"stanford_alpaca-{Hasher.hash([rows, source, features])}"
+
+    def make() -> Dataset:
+        return Dataset.from_generator(rows, gen_kwargs=source, cache_dir=str(place), features=features)
+
+    with _one_line_errors(root):
+        return _kept(make, lambda: sorted(place.rglob("generator-*.arrow")), place / CHECK.format("table"), place)
+
+
+def mapped(records: Dataset, function: Callable[[dict], dict], key: str, **options: Any) -> Dataset:
+    """``records.map`` in batches, kept beside the table of the records under a hash of its fingerprint and the key.
+
+    Raises:
+        UserError: the cache cannot be used.
+    """
+    fingerprint = sha256(f"{records._fingerprint}\n{key}".encode()).hexdigest()[:32]
+    options |= {"batched": True, "remove_columns": records.column_names, "new_fingerprint": fingerprint, "desc": "Tokenizing"}
+    if not records.cache_files:  # in memory
+        return records.map(function, **options)
+    place = Path(records.cache_files[0]["filename"]).parent
+    name = f"tokenized-{fingerprint}"
+
+    def make() -> Dataset:
+        return records.map(function, cache_file_name=str(place / f"{name}.arrow"), load_from_cache_file=True, **options)
+
+    with _one_line_errors(place):
+        return _kept(make, lambda: sorted(place.glob(f"{name}*.arrow")), place / CHECK.format(name))
+
+
+def _kept(make: Callable[[], Dataset], files: Callable[[], list[Path]], check: Path, folder: Path | None = None) -> Dataset:
+    """What ``make`` reads from its files, which are removed (or the whole folder) if they are not what the check says."""
+    found = files()
+    if found and _read(check) != _checked(found):
+        say(f"{check.parent}: a cached table is not what was written there; it is made again")
+        if folder is not None:
+            shutil.rmtree(folder)
+        for file in [] if folder is not None else found:
+            file.unlink()
+        check.unlink(missing_ok=True)
+    made = make()
+    if not check.exists():
+        write_whole(check, json.dumps(_checked(files()), indent=1))
+    return made
+
+
+def _checked(files: list[Path]) -> dict[str, list]:
+    """Size and digest of each file: xxh3, because it is against damage, not against forgery, and all is read at every start."""
+    return {file.name: [file.stat().st_size, _digest(file)] for file in files}
+
+
+def _digest(file: Path) -> str:
+    total = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _read(check: Path) -> Any:
+    try:
+        return json.loads(check.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def _one_line_errors(root: Path) -> Iterator[None]:
+    """Raises UserError for what the generator refuses, and for a file system that fails."""
+    try:
+        yield
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"{root}: the cache of data cannot be used ({first_line(cause)}); name another folder: --cache_dir FOLDER, or "
+            "HF_DATASETS_CACHE=FOLDER in the environment"
+        ) from None
