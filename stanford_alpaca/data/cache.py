@@ -13,6 +13,7 @@ import xxhash
 from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from filelock import FileLock
 
 from stanford_alpaca.checkpoint.manifest import write_whole
 from stanford_alpaca.errors import UserError, first_line, say
@@ -33,6 +34,7 @@ def table(rows: Callable[..., Iterator[dict]], source: dict[str, Any], features:
         return Dataset.from_generator(rows, gen_kwargs=source, cache_dir=str(place), features=features)
 
     with _one_line_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
         return _kept(make, lambda: sorted(place.rglob("generator-*.arrow")), place / CHECK.format("table"), place)
 
 
@@ -57,19 +59,24 @@ def mapped(records: Dataset, function: Callable[[dict], dict], key: str, **optio
 
 
 def _kept(make: Callable[[], Dataset], files: Callable[[], list[Path]], check: Path, folder: Path | None = None) -> Dataset:
-    """What ``make`` reads from its files, which are removed (or the whole folder) if they are not what the check says."""
-    found = files()
-    if found and _read(check) != _checked(found):
-        say(f"{check.parent}: a cached table is not what was written there; it is made again")
-        if folder is not None:
-            shutil.rmtree(folder)
-        for file in [] if folder is not None else found:
-            file.unlink()
-        check.unlink(missing_ok=True)
-    made = make()
-    if not check.exists():
-        write_whole(check, json.dumps(_checked(files()), indent=1))
-    return made
+    """What ``make`` reads from its files. Where they are not what the check says, they (or the folder) are removed before.
+
+    One process at a time: another one waits for what this one makes.
+    """
+    lock = folder.with_name(f"{folder.name}.lock") if folder is not None else check.with_suffix(".lock")
+    with FileLock(lock):
+        found = files()
+        exists = folder.exists() if folder is not None else bool(found) or check.exists()
+        if exists and _read(check) != _checked(found):
+            say(f"{check.parent}: a cached table is not what was written there; it is made again")
+            if folder is not None:
+                shutil.rmtree(folder)
+            for file in [*found, check] if folder is None else []:
+                file.unlink(missing_ok=True)
+        made = make()
+        if not check.exists():
+            write_whole(check, json.dumps(_checked(files()), indent=1))
+        return made
 
 
 def _checked(files: list[Path]) -> dict[str, list]:

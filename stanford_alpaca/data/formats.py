@@ -139,9 +139,16 @@ def _from_hub(name: str, cache_dir: str | None, streaming: bool) -> Dataset | It
     path, _, config = name.partition(":")
     try:
         with quiet_hub():
-            return load_dataset(path, *([config] if config else []), split="train", cache_dir=cache_dir, streaming=streaming)
+            data = load_dataset(path, *([config] if config else []), split="train", cache_dir=cache_dir, streaming=streaming)
     except Exception as error:  # the hub raises many kinds of errors: not found, no network, gated, a bad name
         raise UserError(f"{name}: no such file, and the hub did not give it ({first_line(error)})") from None
+    wanted = (data.info.splits or {}).get("train")
+    if isinstance(data, Dataset) and wanted is not None and wanted.num_examples not in (0, len(data)):
+        raise UserError(
+            f"{name}: its copy in the cache has {len(data):,} of {wanted.num_examples:,} records; remove it there, or name "
+            "another folder with --cache_dir"
+        )
+    return data
 
 
 def _hub_rows(
