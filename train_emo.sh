@@ -51,7 +51,7 @@ if [ -z "$(flag --global_batch "$@")$(flag --gradient_accumulation_steps "$@")" 
 fi
 
 # ---- train ----
-DATA_PATH=${DATA_PATH:-$ROOT/data/instructions/train.json}
+DATA_PATH=${DATA_PATH-$ROOT/data/instructions/train.json}
 if [ -z "${OUTPUT_DIR:-}" ]; then
     OUTPUT_DIR=$(default_output "$MODEL_PATH" "$MODE")
     if [ -n "$DEMO" ]; then # run as often as you like

@@ -1,6 +1,7 @@
 """The flags of a training run."""
 
 import dataclasses
+import json
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -227,6 +228,13 @@ class TrainingArguments(transformers.TrainingArguments):
             self.fsdp_plugin_args["cpu_ram_efficient_loading"] = asked == "true"
             if not self.save_only_model:  # what resumes is sharded, what is for users is plain, always
                 self.fsdp_plugin_args["state_dict_type"] = "SHARDED_STATE_DICT"
+
+
+def defaults(*flags: type) -> dict[str, Any]:
+    """What every flag is when it is not given, as JSON has it."""
+    fields = [f for cls in flags for f in dataclasses.fields(cls)]
+    values = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
+    return json.loads(json.dumps({name: None if value is dataclasses.MISSING else value for name, value in values.items()}))
 
 
 FLAGS = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments, TrainingArguments)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from transformers import Trainer, get_scheduler
+from transformers import get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
 from stanford_alpaca.arguments import (
@@ -20,11 +19,13 @@ from stanford_alpaca.arguments import (
     ObjectiveArguments,
     Run,
     TrainingArguments,
+    defaults,
 )
 from stanford_alpaca.checkpoint.manifest import checkpoints
 from stanford_alpaca.errors import UserError, check_writable, first_line, nearest, quiet_hub
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.lock import FILE as LOCK
+from stanford_alpaca.trainer_flags import check_flags, check_optimizer_flags
 
 FROM_ZERO = (
     "seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay", "neftune_noise_alpha",
@@ -42,6 +43,7 @@ def check(run: Run) -> None:
     check_output(training)
     check_batches(training)
     check_data(data, training)
+    check_flags(training, defaults(TrainingArguments))
     check_numbers(training)
     check_optimizer(training)
     check_training(training, has_eval=data.eval_path is not None or data.eval_fraction is not None)
@@ -74,7 +76,9 @@ def check_numbers(training: TrainingArguments) -> None:
 def check_optimizer(training: TrainingArguments) -> None:
     """An optimizer and a schedule that can be made of their flags; the Trainer makes them when files have been written."""
     try:
-        Trainer.get_optimizer_cls_and_kwargs(training)
+        check_optimizer_flags(training)
+    except UserError:
+        raise
     except (ValueError, ImportError) as error:
         raise UserError(f"--optim {OptimizerNames(training.optim).value}: {first_line(error)}") from None
     trial = torch.optim.SGD([torch.zeros(1)], lr=1.0)
@@ -89,18 +93,6 @@ def check_training(training: TrainingArguments, has_eval: bool) -> None:
     """Flags of the Trainer that do not go together, or would train something else."""
     if training.eval_strategy != "no" and not has_eval:
         raise UserError(f"--eval_strategy {training.eval_strategy.value} needs --eval_path or --eval_fraction")
-    if training.label_smoothing_factor or training.use_liger_kernel or not training.average_tokens_across_devices:
-        raise UserError(
-            "--label_smoothing_factor, --use_liger_kernel and --average_tokens_across_devices False would train "
-            "something else than --mode says: drop them"
-        )
-    if training.enable_jit_checkpoint or training.save_on_each_node:
-        raise UserError(
-            "--enable_jit_checkpoint and --save_on_each_node: a stopped run saves by itself, and one machine writes what all "
-            "share; drop them"
-        )
-    if training.logging_nan_inf_filter:
-        raise UserError("--logging_nan_inf_filter would hide what --skip_nonfinite looks for: drop it")
     if training.balance_lengths and training.train_sampling_strategy not in ("random", "sequential"):
         raise UserError(f"--balance_lengths and --train_sampling_strategy {training.train_sampling_strategy}: choose one")
     if training.sample_prompts is None and training.sample_steps is not None:
@@ -186,10 +178,6 @@ def check_cost_sharding(run: Run) -> None:
 
 def check_hub(training: TrainingArguments) -> None:
     """A hub that knows the user. What the Trainer pushes of checkpoints holds its arguments, the token among them."""
-    if training.hub_strategy != HubStrategy.END:
-        raise UserError(
-            f"--hub_strategy {HubStrategy(training.hub_strategy).value}: only the finished model is pushed; choose end"
-        )
     try:
         with quiet_hub():
             HfApi().whoami(token=training.hub_token)

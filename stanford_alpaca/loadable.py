@@ -60,6 +60,8 @@ def check_model(
 
 def check_place(path: str) -> Path:
     """The path. Raises UserError if it was meant to be a folder, is no hub name, and there is none."""
+    if not path.strip():
+        raise UserError("a model without a name, as of a variable that is not set; give a Hugging Face folder or a hub name")
     place = Path(path).expanduser()
     beside = path.startswith((".", "/", "~")) or (len(place.parts) > 1 and Path(place.parts[0]).exists())
     if not exists(place) and len(path) > LONGEST:  # of which file systems say something else

@@ -24,10 +24,10 @@ from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.export import appearing
 from stanford_alpaca.checkpoint.identity import identify_model
 from stanford_alpaca.checkpoint.space import check_space
-from stanford_alpaca.data.templates import set_stops
 from stanford_alpaca.errors import UserError, check_writable, exit_on_user_error, first_line, refuse_unknown, say
 from stanford_alpaca.loadable import check_adapter
 from stanford_alpaca.model import empty_model, fit_vocabulary, load_model, load_tokenizer, read_config
+from stanford_alpaca.prepare import make_savable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 1e-4  # of the largest logit
@@ -96,7 +96,7 @@ def merge(
     model, about = merge_weights(model, adapter)
     if added := fit_vocabulary(model, tokenizer):
         say(f"{base}: {added} token(s) of the tokenizer have no row in the adapter: they got the mean of the others")
-    set_stops(model.generation_config, tokenizer)
+    make_savable(model, tokenizer, base)
     about |= {"base": shown(base), "base_identity": identify_model(base, cache_dir), "adapter": shown(adapter.name)}
     about |= {"adapter_sha256": adapter.sha256, "dtype": str(written).removeprefix("torch.")}
     logits = about.pop("logits")

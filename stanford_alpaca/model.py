@@ -4,9 +4,11 @@ Code that a model's repository brings along runs only where ``remote_code`` is a
 """
 
 import json
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -19,6 +21,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -187,11 +190,47 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
         config.pad_token_id = tokenizer.pad_token_id
         if config.eos_token_id is None:
             config.eos_token_id = tokenizer.eos_token_id
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # a temperature without do_sample: published so, and not saved again once a field has changed
-        model.generation_config.do_sample = True
     return added
+
+
+def drop_invalid(config: GenerationConfig) -> dict[str, Any]:
+    """Takes out of published settings what keeps them from being saved again, and returns it by name.
+
+    A temperature without ``do_sample``, say, which generates as if it were not there.
+    """
+    usual, dropped = GenerationConfig(), {}
+    for name, value in sorted(config.to_diff_dict().items()):
+        wrong = _wrong_settings(config)
+        if wrong == (False, 0):
+            break
+        setattr(config, name, getattr(usual, name, None))
+        if _wrong_settings(config) < wrong:
+            dropped[name] = value
+        else:
+            setattr(config, name, value)
+    return dropped
+
+
+def _wrong_settings(config: GenerationConfig) -> tuple[bool, int]:
+    """Whether the settings cannot be, and how many lines there are about what is wrong."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        lines = str(error).splitlines()
+        return not lines[0].startswith("GenerationConfig is invalid"), len(lines)
+    return False, 0
+
+
+def check_savable(name: str, *parts: Any) -> None:
+    """Raises UserError unless configurations and tokenizer can be saved again: a run would fail when it has trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            try:
+                part.save_pretrained(folder)
+            except Exception as error:  # of many kinds: what a configuration holds is anybody's
+                raise UserError(
+                    f"{name}: its {type(part).__name__} cannot be saved again ({first_line(error)}); mend it there first"
+                ) from None
 
 
 def lora_layers(model: PreTrainedModel, targets: list[str] | None = None) -> list[str]:

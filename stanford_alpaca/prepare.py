@@ -12,12 +12,12 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
 from stanford_alpaca.data.sources import ExampleStream
 from stanford_alpaca.data.templates import set_stops
-from stanford_alpaca.errors import UserError
+from stanford_alpaca.errors import UserError, say
 from stanford_alpaca.fit import check_positions
 from stanford_alpaca.head import HeadForm
 from stanford_alpaca.isolation import find_isolation
 from stanford_alpaca.loading import allocate, share_from_rank_0, stored_buffers, weights_come_from_rank_0
-from stanford_alpaca.model import empty_model, fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.model import check_savable, drop_invalid, empty_model, fit_vocabulary, load_model, load_tokenizer
 from stanford_alpaca.teacher import Teacher, same_vocabulary
 
 
@@ -96,7 +96,7 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
         **precision(run),
     )  # fmt: skip
     fit_vocabulary(model, tokenizer)
-    set_stops(model.generation_config, tokenizer)
+    make_savable(model, tokenizer, model_args.model_name_or_path)
     teacher = make_teacher(run, tokenizer)
     adapted = run.lora.adapt(model) if run.lora.lora else model
     try:
@@ -107,6 +107,20 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
     except ValueError as error:
         raise UserError(str(error)) from None
     return adapted
+
+
+def make_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """What a finished folder has besides the weights: stop tokens, and settings that can be saved. Says what is dropped.
+
+    Raises:
+        UserError: something cannot be saved again.
+    """
+    set_stops(model.generation_config, tokenizer)
+    dropped = drop_invalid(model.generation_config)
+    if dropped:
+        settings = ", ".join(f"{field} {value}" for field, value in dropped.items())
+        say(f"{name}: of its generation_config.json is dropped, because it changes nothing and cannot be saved: {settings}")
+    check_savable(name, model.config, model.generation_config, tokenizer)
 
 
 def precision(run: Run) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def run(
     data: str | None = None,
     examples: int = 3,
     max_length: int = 512,
+    model_max_length: int | None = None,
     prompt_template: str = "auto",
     chat_template: str | None = None,
     special_tokens: str = "text",
@@ -120,7 +121,7 @@ def run(
     Args:
         model: whose tokenizer and chat template to use: a folder or a hub name.
         data: files, folders or hub names, each shown by itself.
-        examples: how many of each to show, 3 by default; max_length: tokens per example, 512.
+        examples: how many of each to show, 3 by default; max_length (or model_max_length): tokens per example, 512.
         prompt_template: auto, alpaca, chat or plain; columns: as instruction=question output=answer.
         chat_template, special_tokens, train_history: as in training.
         trust_remote_code: runs the code that the model's folder or repository brings along.
@@ -130,6 +131,7 @@ def run(
     if model is None or data is None:
         raise UserError("give a model and --data FILE")
     check_whole("examples", examples, 0)
+    max_length = max_length if model_max_length is None else model_max_length
     check_whole("max_length", max_length, 2)
     check_template(prompt_template, special_tokens)
     pairs, others = take_columns(columns, [str(path) for path in more_data])
@@ -162,7 +164,7 @@ def run(
         for line in several_files(path):
             console.print(line)
         counts = count_lines(found["records"], found["not_used"], found["notes"])
-        for line in [*told_templates([found["template"]], tokenizer), *counts]:
+        for line in [*told_templates([found["template"]], tokenizer, chat_template), *counts]:
             console.print(line)
         console.print(table_of(path, found, max_length))
         console.print(budgets_of(source["statistics"], max_length))

@@ -1,6 +1,5 @@
 """What a run is: its flags, and what it was made with. ``run.yaml``, from which it repeats, and a model card say so."""
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -13,7 +12,7 @@ import yaml
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from stanford_alpaca import __version__, environment
-from stanford_alpaca.arguments import FLAGS, Run
+from stanford_alpaca.arguments import FLAGS, Run, defaults
 from stanford_alpaca.checkpoint.identity import identify_model
 from stanford_alpaca.checkpoint.manifest import FILE as MANIFEST
 from stanford_alpaca.checkpoint.manifest import file_sha256, write_whole
@@ -51,6 +50,14 @@ OF_STREAMS = {"dataloader_num_workers"}  # of these, what decides what is drawn 
 OF_THE_BEST = {  # and which checkpoint is the best, of which others go on or which the run ends with
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_path", "save_strategy", "save_steps",
 }  # fmt: skip
+# with others a run cannot go on: they decide what the optimizer's state is of, and which example is the next
+FIXED = {
+    "optim", "optim_args", "optim_target_modules", "lora", "qlora", "lora_r", "lora_target_modules", "lora_target_parameters",
+    "lora_embeddings", "seed", "data_seed", "eval_fraction", "data_weights", "streaming", "shuffle_buffer", "columns",
+    "model_max_length", "block_size", "documents", "max_sentences", "packing", "prompt_template", "special_tokens",
+    "train_history", "train_sampling_strategy",
+}  # fmt: skip
+OF_PLATEAUS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"}  # which have lowered the rate on their own
 HEADER = "# Repeat: python -m stanford_alpaca.train --config run.yaml --output_dir ANOTHER\n"
 CARD = """\
 ---
@@ -118,7 +125,8 @@ def digest_of_config(value: str) -> str:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str], list[str]]:
-    """What differs between two records, a line each: flags that decide the result, data and models, mere rounding.
+    """What differs between two records, a line each: flags that decide the result; what a run cannot go on with, data and
+    models; mere rounding.
 
     A flag that one of them lacks has its default there: it may be of a later version.
     """
@@ -126,12 +134,13 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
     flags: list[str] = []
     contents: list[str] = []
     rounding: list[str] = []
-    strict, usual = _strict(*records), defaults()
-    free, rounds = FREE - strict, ROUNDING - strict
+    strict, usual = _strict(*records), defaults(*FLAGS)
+    free, rounds, fixed = FREE - strict, ROUNDING - strict, _fixed(*records)
     for name in [name for name in {**before, **now} if name not in free | {MADE_WITH, "data_path", "eval_path"}]:
         was, is_now = (record.get(name, usual.get(name)) for record in records)
         if was != is_now:
-            (rounding if name in rounds else flags).append(f"--{name} was {_said(was)}, is {_said(is_now)}")
+            found = rounding if name in rounds else contents if name in fixed else flags
+            found.append(f"--{name} was {_said(was)}, is {_said(is_now)}")
     with_before, with_now = (record.get(MADE_WITH) or {} for record in records)
     for name in [name for name in {**with_before, **with_now} if name != "data"]:
         was, is_now = with_before.get(name), with_now.get(name)
@@ -141,8 +150,11 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
             other_engine = name.startswith(CONTENT) and None in (was, is_now)
             (rounding if other_engine else contents).append(f"the {name} has changed")
         else:
-            decides = name == "rows_per_step" or name.removeprefix(ENVIRONMENT) in environment.PRECISION
-            (flags if decides else rounding).append(f"{name} was {_said(was)}, is {_said(is_now)}")
+            precision = name.removeprefix(ENVIRONMENT) in environment.PRECISION
+            found = flags if precision else rounding
+            if name == "rows_per_step":  # a step counts them, so with others the next example is not known
+                found = flags if was is None else contents
+            found.append(f"{name} was {_said(was)}, is {_said(is_now)}")
     for flag, found in (("data_path", contents), ("eval_path", contents if "eval_path" in strict else rounding)):
         old, new = (
             [(made.get("data") or {}).get(path) for path in record.get(flag) or []]
@@ -152,6 +164,12 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
             was, is_now = (", ".join(record.get(flag) or ["not given"]) for record in records)
             found.append(f"--{flag} was {was}, is {is_now}" if was != is_now else f"--{flag}: {is_now} has changed")
     return flags, contents, rounding
+
+
+def _fixed(*records: dict[str, Any]) -> set[str]:
+    """Flags with another value of which a run cannot go on."""
+    on_plateau = any(record.get("lr_scheduler_type") == "reduce_lr_on_plateau" for record in records)
+    return FIXED | (OF_PLATEAUS if on_plateau else set())
 
 
 def _said(value: Any) -> str:
@@ -165,17 +183,10 @@ def _strict(*records: dict[str, Any]) -> set[str]:
     return (OF_STREAMS if streams else set()) | (OF_THE_BEST if best else set())
 
 
-def defaults() -> dict[str, Any]:
-    """What every flag is when it is not given, as JSON has it."""
-    fields = [f for flags in FLAGS for f in dataclasses.fields(flags)]
-    values = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
-    return json.loads(json.dumps({name: None if value is dataclasses.MISSING else value for name, value in values.items()}))
-
-
 def differences(run: Run, now: dict[str, Any]) -> list[str]:
     """A line for everything that has changed since the run.yaml that --config named was written."""
     before = run.made_with
-    names = [*before, *(name for name in now if name.startswith(ENVIRONMENT) and name not in before)]
+    names = [*before, *(name for name in now if before and name.startswith(ENVIRONMENT) and name not in before)]
     lines = [
         f"made with {name} {_said(before.get(name))}, now {_said(now.get(name))}"
         for name in names

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -21,9 +22,13 @@ from stanford_alpaca.checkpoint.kinds import FSDP, kind_of
 from stanford_alpaca.checkpoint.pickles import refuse_code
 from stanford_alpaca.checkpoint.saving import Staged, keep_newest
 from stanford_alpaca.checkpoint.space import checkpoint_bytes
-from stanford_alpaca.errors import ResumeError, Stopped
+from stanford_alpaca.errors import ResumeError, Stopped, say
 from stanford_alpaca.loading import share_from_rank_0
 
+NUMBERS = (  # flags that are numbers of the optimizer or the schedule
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "max_steps", "num_train_epochs",
+)  # fmt: skip
 OWED = "owed evaluation"  # in the state of a run that was stopped
 
 
@@ -105,6 +110,7 @@ class ResumableTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # a run that is resumed after its last step
+            say(f"the checkpoint is of step {self.state.global_step} of {self.state.max_steps}: nothing is trained")
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -113,11 +119,44 @@ class ResumableTrainer(Trainer):
         sharded = kind_of(Path(resume_from_checkpoint)) == FSDP  # into any engine but ZeRO
         (fsdp if sharded else plain).load_model(model or self.model, Path(resume_from_checkpoint))
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._asked = list(map(_numbers_of, getattr(optimizer, "param_groups", ())))
+        return optimizer
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or kind_of(Path(checkpoint)) != FSDP:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        fsdp.load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            fsdp.load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        if checkpoint is not None:
+            self._hold_to_flags(manifest.read(Path(checkpoint))["run"])
+
+    def _hold_to_flags(self, before: dict[str, Any]) -> None:
+        """Gives the optimizer and the schedule the numbers of this run's flags: the checkpoint brought along those of its own.
+
+        A schedule that is no function of the step keeps what it has come to; its flags cannot change (``record.FIXED``).
+        """
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's is around it
+        follows_steps, groups = isinstance(scheduler, LambdaLR), self.optimizer.param_groups
+        if not self._asked or type(scheduler).__module__.startswith("deepspeed"):  # DeepSpeed's configuration has its own
+            changed = [name for name in NUMBERS if self.record.get(name) != before.get(name)]
+            if changed:
+                raise ResumeError(
+                    f"--{changed[0]} has changed, and --deepspeed names an optimizer or a schedule of DeepSpeed's own, which "
+                    "goes on with the checkpoint's; give the same command to go on"
+                )
+            return
+        asked = self._asked if len(self._asked) == len(groups) else [of for of in self._asked if of["size"]]  # DeepSpeed's
+        for group, numbers in zip(groups, asked, strict=True):
+            group |= {name: value for name, value in numbers.items() if name not in ("lr", "size")}
+        if follows_steps:
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            scheduler.base_lrs = [numbers["lr"] for numbers in asked]
+            scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+            for group, base, rate in zip(groups, scheduler.base_lrs, scheduler._last_lr, strict=True):
+                group |= {"initial_lr": base, "lr": rate}
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Those of other ranks than there are now would not fit: then they follow from seed and step."""
@@ -261,3 +300,8 @@ class ResumableTrainer(Trainer):
         if state_dict and not isinstance(model, PeftModel):
             self.model.config.dtype = next(iter(state_dict.values())).dtype
             self.model.config.save_pretrained(folder)
+
+
+def _numbers_of(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer was made with for a group of parameters, and how many there are in it."""
+    return {name: value for name, value in group.items() if name != "params"} | {"size": len(group["params"])}

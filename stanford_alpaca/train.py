@@ -89,10 +89,10 @@ def load_data(
     held_out = mix(load(data.eval_path, evaluating), None, training.seed) if data.eval_path is not None else None
     if data.streaming:
         stream = stream_sources(data.data_path, data.data_weights, tokenizer, loading, tell=say)
-        _sign(tokenizer, stream.templates, data.special_tokens)
+        _sign(tokenizer, stream.templates, data)
         return stream, held_out
     sources = load(data.data_path, loading)
-    _sign(tokenizer, list(templates), data.special_tokens)
+    _sign(tokenizer, list(templates), data)
     if data.eval_fraction is not None:
         seed = None if data.block_size else training.seed
         splits = [split(source, data.eval_fraction, seed) for source in sources]
@@ -101,8 +101,9 @@ def load_data(
     return mix(sources, data.data_weights, training.seed), held_out
 
 
-def _sign(tokenizer: PreTrainedTokenizerBase, templates: list[str], special_tokens: str) -> None:
-    for line in [*told_templates(templates, tokenizer), *sign(tokenizer, templates, special_tokens)]:
+def _sign(tokenizer: PreTrainedTokenizerBase, templates: list[str], data: DataArguments) -> None:
+    told = told_templates(templates, tokenizer, data.chat_template)
+    for line in [*told, *sign(tokenizer, templates, data.special_tokens)]:
         say(line)
 
 

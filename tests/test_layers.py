@@ -22,7 +22,7 @@ LAYERS = [
     {"plans"},
     {"resumable"},
     {"trainer"},
-    {"arguments", "callbacks"},
+    {"arguments", "callbacks", "trainer_flags"},
     {"fit", "command_line"},
     {"checks", "record", "prepare"},
     {"resume", "adapters"},

@@ -1,12 +1,15 @@
 """Loading for fine-tuning: float32 weights, missing special tokens, a vocabulary that grows by the mean."""
 
+import json
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.prepare import make_savable
 
 
 @pytest.fixture
@@ -37,6 +40,36 @@ def test_a_padded_vocabulary_is_not_cut(root, make_model):
     tokenizer, model = load_tokenizer(str(root / "data" / "tiny-base")), make_model("llama", vocab_size=2100)
     assert fit_vocabulary(model, tokenizer) == 0
     assert model.get_output_embeddings().weight.shape[0] == 2100
+
+
+@pytest.mark.parametrize(
+    ("settings", "dropped"),
+    [
+        ({"early_stopping": True, "length_penalty": 0.5}, {"early_stopping": True, "length_penalty": 0.5}),
+        ({"output_attentions": True}, {"output_attentions": True}),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
+        ({"temperature": 0.6, "max_new_tokens": 7}, {"temperature": 0.6}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 5}, {}),
+        ({"num_beams": 3, "early_stopping": True, "length_penalty": 0.5}, {}),
+    ],
+)
+def test_published_settings_are_saved_again_without_what_cannot_be(root, tmp_path, capsys, settings, dropped, make_model):
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 1}))
+    model = make_model("llama", vocab_size=2048)
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    make_savable(model, load_tokenizer(str(root / "data" / "tiny-base")), "a/base")
+    said = capsys.readouterr().out
+    assert all(f"{name} {value}" in said for name, value in dropped.items()) and bool(said) == bool(dropped)
+    model.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert {name: saved.get(name) for name in settings} == settings | dict.fromkeys(dropped)
+
+
+def test_what_cannot_be_saved_is_found_before_training(root, make_model):
+    model = make_model("llama", vocab_size=2048)
+    model.config.of_somebody = object()
+    with pytest.raises(UserError, match=r"a/base: its LlamaConfig cannot be saved again .*; mend it there first"):
+        make_savable(model, load_tokenizer(str(root / "data" / "tiny-base")), "a/base")
 
 
 def test_what_is_no_model(tmp_path):

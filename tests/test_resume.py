@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 from stanford_alpaca import train as command
+from stanford_alpaca.arguments import FLAGS, defaults
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.run_file import read_run
 from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import ResumeError, Stopped, UserError
-from stanford_alpaca.record import FREE, ROUNDING, changes, defaults, made_with, write_run
+from stanford_alpaca.record import FIXED, FREE, ROUNDING, changes, made_with, write_run
 from stanford_alpaca.resumable import ResumableTrainer
 from stanford_alpaca.resume import where_to_start
 from stanford_alpaca.train import train
@@ -36,7 +37,8 @@ STREAM, BEST = {"streaming": True}, {"load_best_model_at_end": True}
     [
         ({"learning_rate": 1e-4}, ["--learning_rate was 0.001, is 0.0001"], [], []),
         ({"learning_rate": None}, ["--learning_rate was 0.001, is not given"], [], []),
-        ({"lora": True}, ["--lora was False, is True"], [], []),
+        ({"lora": True}, [], ["--lora was False, is True"], []),
+        ({"seed": 1}, [], ["--seed was 42, is 1"], []),
         ({"lora": False, "lr_scheduler_type": "linear"}, [], [], []),  # as they are when they are not given
         ({"engine": "fsdp"}, [], [], ["--engine was ddp, is fsdp"]),
         ({"logging_steps": 3, "output_dir": "elsewhere", "save_steps": 2, "dataloader_num_workers": 2}, [], [], []),
@@ -69,8 +71,8 @@ def test_what_decides_the_result_because_of_others(common, change, flags, conten
 
 
 def test_every_flag_that_may_change_is_one():
-    assert set(defaults()) >= FREE | ROUNDING
-    assert not FREE & ROUNDING
+    assert set(defaults(*FLAGS)) >= FREE | ROUNDING | (FIXED - {"lora_target_parameters"})
+    assert not FREE & ROUNDING and not FIXED & (FREE | ROUNDING)
 
 
 def test_what_a_file_of_settings_holds_is_in_the_record(arguments, tmp_path):
@@ -124,8 +126,14 @@ def test_another_runs_folder_is_refused_with_a_diff(interrupted, tmp_path):
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
     asked = {"resume": None, "resume_from_checkpoint": True}  # by name: said, and done
     named = {"resume": None, "resume_from_checkpoint": tmp_path / "out" / "checkpoint-3"}
-    start = where_to_start(parse(interrupted(**named, per_device_train_batch_size=8, global_batch=8)))
-    assert "checkpoint-3: rows_per_step was 16, is 8" in start.notes
+    for change, line in [
+        ({"per_device_train_batch_size": 8, "global_batch": 8}, "rows_per_step was 16, is 8"),
+        ({"seed": 3}, "--seed was 42, is 3"),  # another order of the examples
+        ({"optim": "adafactor"}, "--optim was adamw_torch_fused, is adafactor"),
+        ({"lora": True}, "--lora was False, is True"),
+    ]:
+        with pytest.raises(ResumeError, match=f"checkpoint-3 is of another run: {line}; give the same command to go on"):
+            where_to_start(parse(interrupted(**named, **change)))
     train(interrupted(max_steps=4, **asked))
     assert len(steps(tmp_path / "out")) == 4
     assert yaml.safe_load((tmp_path / "out" / "run-from-checkpoint-3.yaml").read_text())["max_steps"] == 4

@@ -78,7 +78,9 @@ class LeftOut:
                 yield "the template leaves out or rewrites part of an answer"
             reasoning = message.get("reasoning_content", "")
             if reasoning and (_dense(reasoning) not in trained or self._same_with(i, **dict.fromkeys(REASONING))):
-                yield "the template leaves out the reasoning of a turn"
+                last = not any(other["role"] == "assistant" for other in self.messages[i + 1 :])
+                advice = "the last answer, and all of it is lost; --chat_template gives one that writes it"
+                yield f"the template leaves out the reasoning of {advice if last else 'a turn'}"
 
     def _loses_text(self, i: int) -> bool:
         text = self.messages[i]["content"].strip()

@@ -12,6 +12,7 @@ text        text                                           a text file: a docume
 
 from collections import Counter
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import pyarrow.compute as pc
@@ -204,6 +205,9 @@ def _hint(record: Record, needed: list[str], optional: list[str]) -> str:
     }
     if all(name in record or name in known for name in needed):
         return "--columns " + " ".join(f"{ours}={theirs}" for ours, theirs in known.items())
-    text = next((name for name in OTHER_NAMES["text"] if isinstance(record.get(name), str)), "NAME")
     missing = next(name for name in needed if name not in record)
+    near = get_close_matches(missing, map(str, record), 1)
+    if near:
+        return f"--columns {missing}={near[0]}"
+    text = next((name for name in OTHER_NAMES["text"] if isinstance(record.get(name), str)), "NAME")
     return f"another name? --columns {missing}=NAME" + (f", or text={text}" if missing == "instruction" else "")

@@ -27,6 +27,7 @@ IN_WORDS = {
     "plain": "no template: texts as they are",
     "auto": "a template for each form of record",
 }
+JINJA = (".jinja", ".jinja2", ".j2")
 KEY = "trained_prompts"  # in tokenizer_config.json
 ALPACA_JINJA = """\
 BEFORE{%- set first = messages[0]['role'] == 'system' %}
@@ -115,12 +116,17 @@ def make_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase, enco
     return TurnsTemplate(alpaca_turns if name == "alpaca" else plain_turns, encoder)
 
 
-def told_templates(names: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Which templates write the prompts of a run, a line for each, and how to use a chat template that it does not use."""
+def told_templates(names: Iterable[str], tokenizer: PreTrainedTokenizerBase, given: str | None = None) -> list[str]:
+    """Which templates write the prompts of a run, a line for each, and how to use a chat template that it does not use.
+
+    Args:
+        given: where the chat template is from, if it is not the tokenizer's own.
+    """
     names = list(names)
     unused = bool(names) and "chat" not in names and has_own_template(tokenizer)
     hint = "; the tokenizer has a chat template, which is not used: --prompt_template chat uses it" if unused else ""
-    return [f"prompts: {IN_WORDS[name]}{hint}" for name in names]
+    words = IN_WORDS | ({"chat": f"the chat template of {given}"} if given else {})
+    return [f"prompts: {words[name]}{hint}" for name in names]
 
 
 # ---- what a model was trained with ------------------------------------------------------------------------------------------
@@ -240,6 +246,8 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, source: str | None, re
             template = place.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--chat_template {source}: cannot be read ({first_line(error)})") from None
+    elif source.endswith(JINJA):
+        raise UserError(f"--chat_template {source}: no such file")
     else:
         try:
             template = AutoTokenizer.from_pretrained(source, trust_remote_code=remote_code).chat_template

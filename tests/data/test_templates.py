@@ -168,7 +168,8 @@ def test_a_chat_template_is_given_as_a_file_a_folder_or_a_name(tokenizer, root, 
     for source, message in [
         (tmp_path / "broken.jinja", "no Jinja template"),
         (root / "data" / "tiny-base", "its tokenizer has no chat template"),
-        (tmp_path / "none.jinja", "no file, and no tokenizer"),
+        (tmp_path / "none.jinja", "no such file"),
+        (tmp_path / "none", "no file, and no tokenizer"),
     ]:
         with pytest.raises(UserError, match=message):
             use_chat_template(fresh, str(source))
