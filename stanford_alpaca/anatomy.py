@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from stanford_alpaca import engines
 from stanford_alpaca.engines import EXPERTS, training_flops
 from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.model import auto_class, body_of
 
 OUTSIDE, INPUT = -1, -2  # of the decoder layers
 
@@ -82,7 +83,7 @@ def describe(config: Any, length: int, precision: str, remote_code: bool = False
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=remote_code)
         parameters, flops = count_parameters(model), training_flops(model)
         layer_flops = flops[0] - 6.0 * (parameters.norm + (parameters.head or parameters.embedding))
         return Anatomy(parameters, flops, layer_flops, count_activations(config, length, precision, remote_code))
@@ -95,7 +96,7 @@ def describe(config: Any, length: int, precision: str, remote_code: bool = False
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that FSDP makes units of. Raises UserError for a model without layers."""
     names = engines.decoder_layers(model)
-    return [module for module in model.base_model.modules() if type(module).__name__ in names]
+    return [module for module in body_of(model).modules() if type(module).__name__ in names]
 
 
 def count_parameters(model: PreTrainedModel) -> Parameters:
@@ -104,7 +105,7 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
     everything = sum(p.numel() for p in model.parameters())
     own_head = 0 if head is inputs else head.numel()
-    embedding = sum(p.numel() for m in model.base_model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    embedding = sum(p.numel() for m in body_of(model).modules() if isinstance(m, nn.Embedding) for p in m.parameters())
     norm = everything - embedding - sum(sizes) - own_head
     return Parameters(embedding, sum(sizes), max(sizes), norm, own_head, *head.shape)
 
@@ -116,7 +117,7 @@ def count_activations(config: Any, length: int, precision: str, remote_code: boo
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code).train()
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=remote_code).train()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             one, two = (saved_tensors(model, rows, length) for rows in (1, 2))
     sizes = [(place, Line(2 * a - b, b - a)) for (place, a), (_, b) in zip(one, two, strict=True)]
@@ -169,5 +170,5 @@ def saved_tensors(model: PreTrainedModel, rows: int, length: int) -> list[tuple[
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         ids = torch.zeros(rows, length, dtype=torch.long)
         mask = torch.ones(rows, length, dtype=torch.long)
-        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        body_of(model)(input_ids=ids, attention_mask=mask, use_cache=False)
     return found

@@ -144,7 +144,10 @@ class LoraArguments:
     lora_alpha: int = field(default=16, metadata={"help": "The adapter counts lora_alpha / lora_r times."})
     lora_dropout: float = field(default=0.0, metadata={"help": "The share of its inputs that the adapter does not see."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of linear layers; by default all but the output layer."}
+        default=None, metadata={"help": "Names of linear layers; by default, as by all-linear, all but the output layer."}
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of weights that are no layers, as of experts: experts.gate_up_proj."}
     )
     lora_embeddings: str = choice(
         *LORA_EMBEDDINGS,
@@ -162,7 +165,10 @@ class LoraArguments:
 
     def adapt(self, model: PreTrainedModel) -> PeftModel:
         """The model with the adapter that these flags ask for. Raises UserError for one that cannot be had."""
-        return add_lora(model, self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules, self.lora_embeddings)
+        return add_lora(
+            model, self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules, self.lora_embeddings,
+            self.lora_target_parameters,
+        )  # fmt: skip
 
 
 @dataclass

@@ -15,6 +15,7 @@ from stanford_alpaca.cost import CostAlias, CostEmbedding, ShardedCost
 from stanford_alpaca.head import HeadForm, original_weight, probe_inputs, probing, recognise_head
 from stanford_alpaca.losses.formulas import Objective
 from stanford_alpaca.losses.linear import check_backend, linear_loss_and_stats
+from stanford_alpaca.model import body_of
 from stanford_alpaca.teacher import Teacher
 from stanford_alpaca.token_stats import SoftTargets, TokenStats
 
@@ -131,7 +132,7 @@ class AttachedObjective:
         if routes(model, kwargs):
             outputs, own = run_with_own_loss(self._original.__func__, model, labels, *args, **kwargs)
         else:
-            outputs = model.base_model(*args, **kwargs)
+            outputs = body_of(model)(*args, **kwargs)
         head = self.form.head(model)
         learning = torch.is_grad_enabled()
         if learning and num_items_in_batch is None and isinstance(head.weight, DTensor):
@@ -195,7 +196,7 @@ def run_with_own_loss(forward: Callable, model: PreTrainedModel, labels: Tensor,
     Cross entropy summed over no target is 0, so neither the auxiliary loss nor its coefficient has to be known by name.
     """
     seen = []
-    hook = model.base_model.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs))
+    hook = body_of(model).register_forward_hook(lambda module, inputs, outputs: seen.append(outputs))
     try:
         none = torch.full_like(labels[:, :1], -100)
         own = forward(model, *args, labels=none, logits_to_keep=1, num_items_in_batch=1, **kwargs)

@@ -138,8 +138,8 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
 def check_lora(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> None:
     """An adapter that can be made of its flags, beside weights that are worth keeping."""
     if not lora.lora:
-        for name, given in (("lora_target_modules", lora.lora_target_modules), ("qlora", lora.qlora)):
-            if given:
+        for name in ("lora_target_modules", "lora_target_parameters", "qlora"):
+            if getattr(lora, name):
                 raise UserError(f"--{name} needs --lora")
         return
     if lora.qlora:

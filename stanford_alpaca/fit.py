@@ -37,7 +37,7 @@ def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict])
 
 def check_positions(model: PreTrainedModel, name: str, run: Run) -> None:
     """Raises UserError if examples may have more tokens than the model has positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     flag, length = "block_size" if run.data.block_size else "model_max_length", run.training.model_max_length
     if positions is not None and length > positions:
         raise UserError(f"--{flag} {length} is more than the {name}'s {positions} positions; give at most that")

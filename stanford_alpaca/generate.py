@@ -38,7 +38,7 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Token ids of the prompts, as training saw them. Raises UserError for one that leaves no space for an answer."""
     prompts = encode(records)
-    context = getattr(config, "max_position_embeddings", None)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     for number, ids in enumerate(prompts, 1):
         if not ids:
             raise UserError(f"prompt {number} is empty, and the tokenizer puts nothing before it: give it a word")

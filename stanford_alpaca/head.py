@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from stanford_alpaca.errors import first_line
 from stanford_alpaca.flash import played_flash
+from stanford_alpaca.model import body_of
 from stanford_alpaca.token_stats import Head
 
 TINY, HUGE = 2.0**-30, 2.0**100  # powers of two, so that multiplying and dividing by them is exact
@@ -143,7 +144,7 @@ def _probe(model: PreTrainedModel, layer: nn.Module, sent: Tensor) -> tuple[Tens
 
     with probing(model):
         inputs = probe_inputs(model)
-        hidden = model.base_model(**inputs, return_dict=True)[0]
+        hidden = body_of(model)(**inputs, return_dict=True)[0]
         hook = layer.register_forward_hook(replace_output)
         try:
             with torch.enable_grad():  # shows whether parameters take part behind the output layer

@@ -8,6 +8,7 @@ from stanford_alpaca.data.batching import SegmentCollator
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flash import uses_flash
 from stanford_alpaca.head import probing
+from stanford_alpaca.model import body_of
 
 SIZES = (5, 7, 3)  # tokens of the examples that a model is probed with
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the difference that seeing each other makes
@@ -54,12 +55,12 @@ def isolates(model: PreTrainedModel, means: str) -> bool:
     batch = {key: value.to(embedding.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
     def hidden_of(ids: list[int]) -> Tensor:  # [len(ids), H]
-        return model.base_model(input_ids=torch.tensor([ids], device=embedding.device), use_cache=False)[0][0].double()
+        return body_of(model)(input_ids=torch.tensor([ids], device=embedding.device), use_cache=False)[0][0].double()
 
     with probing(model):
         apart = torch.cat([hidden_of(ids) for ids in examples])
         joined = hidden_of(tokens.tolist())
-        rows = model.base_model(**batch)[0].double()
+        rows = body_of(model)(**batch)[0].double()
     packed = torch.cat([rows[0], rows[1, : SIZES[2]]])
     tolerance = TOLERANCE.get(embedding.dtype, ROUGH)
     return bool((packed - apart).norm() <= tolerance * (joined - apart).norm())

@@ -4,6 +4,7 @@ Code that a model's repository brings along runs only where ``remote_code`` is a
 """
 
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -20,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -31,6 +34,8 @@ from transformers.pytorch_utils import Conv1D
 from stanford_alpaca.checkpoint.keys import no_report, wrong_keys
 from stanford_alpaca.errors import UserError, first_line, listed, nearest
 
+WRAPPED = re.compile(r"\.base_layer(?=\.)")  # what peft puts around an adapted weight
+ALL_LINEAR = "all-linear"  # peft's word
 LORA_EMBEDDINGS = ("frozen", "lora", "full")  # what LoRA does to the embedding and the output layer
 ADAPTER_CONFIG = "adapter_config.json"
 CONVERT = (
@@ -113,10 +118,11 @@ def load_model(
     try:
         if from_config:
             config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=remote_code)
-            return AutoModelForCausalLM.from_config(config, **options)
+            return auto_class(config).from_config(config, **options)
         base = base_of(path)
+        config = AutoConfig.from_pretrained(base or path, cache_dir=cache_dir, trust_remote_code=remote_code)
         with no_report():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto_class(config).from_pretrained(
                 base or path, cache_dir=cache_dir, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
                 **options,
             )  # fmt: skip
@@ -147,6 +153,32 @@ def load_body(name: str, *, remote_code: bool = False) -> PreTrainedModel:
     return model
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """What loads a model that writes text. Those that see images too, and are saved so, are in a mapping of their own."""
+    named = (config.architectures or [""])[0]
+    sees = getattr(AutoModelForImageTextToText._model_mapping.get(type(config), None), "__name__", None)
+    writes = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if sees is not None and (named == sees or not writes) else AutoModelForCausalLM
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The part whose first output the output layer gets: the base model, or in one that names none (Llama 4) the outermost
+    part that has the embedding and not the output layer."""
+    body: nn.Module = model.base_model
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    while outer is not None and outer in body.modules():
+        body = next(part for part in body.children() if inner in part.modules())
+    return body
+
+
+def unread_parts(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that no text passes through: those of a model's other senses."""
+    if model.config.get_text_config() is model.config:
+        return []
+    read = {id(parameter) for part in (model.get_decoder(), model.get_output_embeddings()) for parameter in part.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in read]
+
+
 def grow_for_adapter(base: PreTrainedModel, adapter: str) -> None:
     """Gives the base a row for each token that was added when the adapter was trained, as training did."""
     if (Path(adapter) / "tokenizer_config.json").is_file():
@@ -166,7 +198,7 @@ def empty_model(
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=remote_code)
         with init_empty_weights(include_buffers=False):  # most buffers are computed, not stored
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code, **options)
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=remote_code, **options)
         model.tie_weights()
         return model
     except Exception as error:
@@ -186,9 +218,9 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
         model.resize_token_embeddings(old + added, mean_resizing=False)
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[old:] = layer.weight[:old].mean(dim=0)
-    for config in (model.config, model.generation_config):
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
-        if config.eos_token_id is None:
+        if getattr(config, "eos_token_id", None) is None:
             config.eos_token_id = tokenizer.eos_token_id
     return added
 
@@ -234,13 +266,16 @@ def check_savable(name: str, *parts: Any) -> None:
 
 
 def lora_layers(model: PreTrainedModel, targets: list[str] | None = None) -> list[str]:
-    """Names of the linear layers that get an adapter: those whose names end as ``targets``, by default all but the output.
+    """Names of the linear layers that get an adapter: those whose names end as ``targets``, by default all that can have one
+    but the output.
 
     Raises:
         UserError: a target that no such layer has.
     """
-    output = model.get_output_embeddings()
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not output]
+    targets = None if targets == [ALL_LINEAR] else targets
+    output, unread = model.get_output_embeddings(), set(unread_parts(model))
+    linear = [name for name, module in model.named_modules() if _is_linear(module) and module is not output]
+    linear = [name for name in linear if f"{name}.weight" not in unread and not _refused_by_peft(model, name)]
     endings = sorted({name.rpartition(".")[2] for name in linear})
     for target in targets or []:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
@@ -251,6 +286,30 @@ def lora_layers(model: PreTrainedModel, targets: list[str] | None = None) -> lis
     return [name for name in linear if targets is None or any(f".{name}".endswith(f".{target}") for target in targets)]
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a layer computes what its class says. A router may be a linear layer whose forward returns more (Llama 4's)."""
+    if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("transformers.models"):
+        return isinstance(module, nn.Linear | Conv1D)
+    with torch.no_grad():
+        return isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
+
+
+def _refused_by_peft(model: PreTrainedModel, name: str) -> bool:
+    """Whether peft gives a layer of this model no adapter: the output projections of Mamba's kind, which its kernels read."""
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    try:
+        return bool(check and check(LoraConfig(), model, name.rpartition(".")[2]))
+    except ValueError:
+        return True
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """Endings of the names of weights that are no layers, as the experts of a mixture are kept: one tensor for all."""
+    whole = (name for name, parameter in model.named_parameters() if ".experts." in name and parameter.dim() == 3)
+    names = (WRAPPED.sub("", name) for name in whole if ".lora_" not in name)
+    return sorted({".".join(name.split(".")[-2:]) for name in names})
+
+
 def add_lora(
     model: PreTrainedModel,
     r: int,
@@ -258,6 +317,7 @@ def add_lora(
     dropout: float,
     targets: list[str] | None = None,
     embeddings: str = "frozen",  # one of LORA_EMBEDDINGS
+    parameters: list[str] | None = None,  # endings of names of weights that are no layers: experts
 ) -> PeftModel:
     """The model with a float32 LoRA adapter on its ``lora_layers``, which alone is trained, and what ``embeddings`` adds.
 
@@ -276,9 +336,17 @@ def add_lora(
         task_type=TaskType.CAUSAL_LM, r=r, lora_alpha=alpha, lora_dropout=dropout,
         target_modules=[*lora_layers(model, targets), *(names if embeddings == "lora" else [])],
         modules_to_save=names if embeddings == "full" else None,
-        ensure_weight_tying=tied and embeddings == "full",
+        ensure_weight_tying=tied and embeddings == "full", target_parameters=parameters,
     )  # fmt: skip
-    adapted = get_peft_model(model, config)
+    known = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    for parameter in parameters or []:
+        if not any(f".{name}".endswith(f".{parameter}") for name in known):
+            found = ", ".join(expert_parameters(model)) or "it has none"
+            raise UserError(f"--lora_target_parameters {parameter}: no weights of experts are named so; choose from: {found}")
+    try:
+        adapted = get_peft_model(model, config)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"--lora: peft gives this model no such adapter ({first_line(error)})") from None
     if Path(base := str(config.base_model_name_or_path)).is_dir():  # found from any folder
         config.base_model_name_or_path = str(Path(base).resolve())
     output = model.get_output_embeddings()

@@ -154,7 +154,7 @@ def preflight(options: Options) -> None:
     check_model(name, options.cache_dir, remote_code=trusted, weights=False)
     options = count_data(options)
     config = read_config(name, options.cache_dir, remote_code=trusted)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and options.model_max_length > positions:
         raise UserError(f"--model_max_length {options.model_max_length} is more than the model's {positions} positions")
     setup = options.setup()

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.arguments import ObjectiveArguments, Run
@@ -17,7 +19,16 @@ from stanford_alpaca.fit import check_positions
 from stanford_alpaca.head import HeadForm
 from stanford_alpaca.isolation import find_isolation
 from stanford_alpaca.loading import allocate, share_from_rank_0, stored_buffers, weights_come_from_rank_0
-from stanford_alpaca.model import check_savable, drop_invalid, empty_model, fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.model import (
+    check_savable,
+    drop_invalid,
+    empty_model,
+    expert_parameters,
+    fit_vocabulary,
+    load_model,
+    load_tokenizer,
+    unread_parts,
+)
 from stanford_alpaca.teacher import Teacher, same_vocabulary
 
 
@@ -98,7 +109,10 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
     fit_vocabulary(model, tokenizer)
     make_savable(model, tokenizer, model_args.model_name_or_path)
     teacher = make_teacher(run, tokenizer)
+    freeze_unread(model, model_args.model_name_or_path)
     adapted = run.lora.adapt(model) if run.lora.lora else model
+    if run.lora.lora:
+        say(told_adapter(adapted))
     try:
         attach_objective(
             model, objective, cost if with_cost or objective.needs_emo else None,
@@ -107,6 +121,30 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
     except ValueError as error:
         raise UserError(str(error)) from None
     return adapted
+
+
+def told_adapter(model: PeftModel) -> str:
+    """What an adapter trains, in a line, and which weights of experts stay frozen."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    kinds = sorted({name.rpartition(".")[2] for name in layers} - {"base_layer"})
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    adapted = tuple(name for of in model.peft_config.values() for name in of.target_parameters or [])
+    frozen = [name for name in expert_parameters(model.get_base_model()) if not name.endswith(adapted)]
+    experts = f"; experts stay frozen ({', '.join(frozen)}): --lora_target_parameters reaches them" if frozen else ""
+    total = model.num_parameters()
+    return f"LoRA trains {trained:,} of {total:,} parameters, beside {len(layers)} layers ({', '.join(kinds)}){experts}"
+
+
+def freeze_unread(model: PreTrainedModel, name: str) -> None:
+    """Leaves what text does not pass through as it is, and says so: it would get no gradient."""
+    unread = unread_parts(model)
+    if unread:
+        parameters = dict(model.named_parameters())
+        for each in unread:
+            parameters[each].requires_grad_(False)
+        parts = dict.fromkeys(each.removeprefix("model.").partition(".")[0] for each in unread)
+        count = sum(parameters[each].numel() for each in unread)
+        say(f"{name}: trained as a model of text; {count:,} parameters stay as they are ({', '.join(parts)})")
 
 
 def make_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

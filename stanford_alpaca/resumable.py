@@ -42,7 +42,7 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, model: PreTrainedModel, *args: Any, record: dict | None = None, stop: Any = False, **kwargs: Any):
         self.record, self.stop = record or {}, stop
-        self.use_cache = model.config.use_cache  # of who generates with the model; the Trainer turns it off
+        self.use_cache = getattr(model.config, "use_cache", None)  # of who generates with it; the Trainer turns it off
         self._saved_at = -1  # the step of the last checkpoint
         super().__init__(model, *args, **kwargs)
 
@@ -198,9 +198,9 @@ class ResumableTrainer(Trainer):
         self.store_flos()
         staged = Staged(target, args.process_index, args.world_size, self._bytes_needed())
         folder = str(staged.folder)
-        self.model.config.use_cache = self.use_cache
+        self.set_use_cache(self.use_cache)
         staged.write(lambda: self.save_model(folder, _internal_call=True))
-        self.model.config.use_cache = args.use_cache
+        self.set_use_cache(args.use_cache)
         best = target.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
         if best == target or best.is_dir():
             self.state.best_model_checkpoint = str(best)
@@ -214,6 +214,13 @@ class ResumableTrainer(Trainer):
         if args.should_save:
             keep_newest(target, args.save_total_limit, self.state.best_model_checkpoint)
         self._saved_at = step
+
+    def set_use_cache(self, value: bool | None) -> None:
+        """Of a configuration that has none (its parts have their own), None takes the Trainer's away."""
+        if value is None:
+            vars(self.model.config).pop("use_cache", None)
+        else:
+            self.model.config.use_cache = value
 
     def _bytes_needed(self) -> int:
         """Of the next checkpoint: as many as the last one had, or at least those of weights and optimizer."""

@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.head import recognise_head
+from stanford_alpaca.model import body_of
 from stanford_alpaca.token_stats import SoftTargets, reference
 
 ROWS = 1024  # tokens whose logits are held at a time
@@ -40,7 +41,7 @@ class Teacher:
     ) -> SoftTargets:  # [N, k] for the N positions of keep
         """The teacher's distributions over the next token, float32."""
         self.model.to(keep.device)
-        hidden = self.model.base_model(*args, **inputs)[0][:, :-1][keep]
+        hidden = body_of(self.model)(*args, **inputs)[0][:, :-1][keep]
         head = self.form.head(self.model)
         ids, probs = [], []
         for rows in hidden.split(ROWS):

@@ -205,7 +205,7 @@ def finish(run: Run, trainer: EmoTrainer, metrics: dict[str, float]) -> None:
     rate = trainer.supervised_tokens_per_s()
     metrics |= {"train_peak_memory_mib": peak_memory_mib()}
     metrics |= {} if rate is None else {"train_supervised_tokens_per_s": rate}
-    model.config.use_cache = trainer.use_cache
+    trainer.set_use_cache(trainer.use_cache)
     files = trainer.save_finished()
     write_together(output, args.world_size, lambda: trainer.save_metrics("train", metrics))
     evaluation = evaluation_of(trainer) if trainer.eval_dataset is not None else {}

@@ -76,6 +76,7 @@ class EmoTrainer(ResumableTrainer):
 
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the objective does, whatever the model's own forward says
         self.emo: AttachedObjective = self.accelerator.unwrap_model(self.model).emo_objective
         self.watch = Stopwatch()
         self.guard = Guard(self.args.device, self.args.world_size, self.args.skip_nonfinite, fp16=self.args.fp16)

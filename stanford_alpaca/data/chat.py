@@ -25,6 +25,7 @@ from stanford_alpaca.errors import UserError, first_line
 MARKED_BY_AUTHOR = re.compile(r"\{%-?\s*generation\s*-?%\}")
 QUESTION: dict[str, Any] = {"role": "user", "content": "a"}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": "b"}
+PROBED = ("Probe of a question.", "Probe of an answer.")
 CALL: dict[str, Any] = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"k": "v"}}}
 CALLING: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 TOOL: dict[str, Any] = {"name": "probed", "description": "d", "parameters": {"type": "object", "properties": {}}}
@@ -53,6 +54,8 @@ class ChatTemplate:
     def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder, for_tools: str | None = None):
         self.template, self.encoder = template, encoder
         self.names = tokenizer.special_tokens_map
+        self.wants_parts = False
+        self.wants_parts = self._wants_parts()
         self.by_author = bool(MARKED_BY_AUTHOR.search(template))
         self.added = token_pattern([token.content for token in tokenizer.added_tokens_decoder.values()])
         self.writes_arguments = self._writes_arguments()
@@ -278,6 +281,8 @@ class ChatTemplate:
         return self._rendered(messages, **options)[0]
 
     def _rendered(self, messages: Messages, **options: Any) -> tuple[str, list[tuple[int, int]]]:
+        if self.wants_parts:
+            messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         try:
             texts, indices = render_jinja_template([messages], chat_template=self.template, **options, **self.names)
         except (TemplateError, TypeError, ValueError, RecursionError) as error:
@@ -285,6 +290,17 @@ class ChatTemplate:
         return texts[0], indices[0] if indices else []
 
     # ---- what the template does ----------------------------------------------------------------------------------------
+
+    def _wants_parts(self) -> bool:
+        """Whether the template loses texts that are strings, and writes them as lists of parts (Idefics3's, LLaVA's)."""
+
+        def is_written(messages: Messages) -> bool:
+            text = self._probe(messages) or ""
+            return all(word in text for word in PROBED)
+
+        asked = [{"role": role, "content": word} for role, word in zip(("user", "assistant"), PROBED, strict=True)]
+        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in asked]
+        return not is_written(asked) and is_written(parts)
 
     def _takes_system(self) -> bool:
         return OPEN in (self._probe([{"role": "system", "content": OPEN}, QUESTION]) or "")

@@ -154,6 +154,8 @@ def _message(message: object, place: str, columns: Mapping[str, str], unused: di
     if role == "call":
         more["tool_calls"] = read_calls(content, f"{place}: {keys['content'] or 'content'!r}", unused)
         role, content = "assistant", ""
+    if isinstance(content, list) and (other := next(filter(None, map(_is_no_text, content)), None)):
+        raise UserError(f"{place}: 'content' holds {other}, and text alone is trained; take it or the record out")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(_text_of(part, f"{place}: 'content'", unused) for part in content)
     if content is None:
@@ -167,6 +169,11 @@ def _message(message: object, place: str, columns: Mapping[str, str], unused: di
     packed = pack(more)
     check_text(packed, f"{place}: one of its fields")
     return {"role": role, "content": content, "more": packed}
+
+
+def _is_no_text(part: object) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else None
+    return f"a part of type {kind!r}" if isinstance(kind, str) and kind != "text" else None
 
 
 def _text_of(part: dict, where: str, unused: dict[str, None]) -> str:

@@ -80,6 +80,9 @@ def canonical(
     """
     if not isinstance(value, dict):
         raise UserError(f"{where}: {kind_of(value)}, wanted an object with instruction and output; {MEND}")
+    for sense in ("images", "videos", "audios"):
+        if isinstance(value.get(sense), list) and value[sense]:
+            raise UserError(f"{where}: has {sense}, and text alone is trained; take the field or the record out")
     columns = columns or {}
     record = _renamed(value, columns)
     unused: dict[str, None] = {}

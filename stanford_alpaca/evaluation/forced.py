@@ -14,6 +14,7 @@ from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
 from stanford_alpaca.evaluation.intervals import Items, mean_of
 from stanford_alpaca.head import head_of
+from stanford_alpaca.model import body_of
 from stanford_alpaca.token_stats import reference
 
 ROWS = 1024  # supervised tokens whose logits are held at a time
@@ -68,7 +69,7 @@ def teacher_forced(
         chosen = order[start : start + batch_size]
         batch = collate([examples[i] for i in chosen])
         labels = batch.pop("labels")[:, 1:].to(device)
-        hidden = model.base_model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)[0][:, :-1]
+        hidden = body_of(model)(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)[0][:, :-1]
         keep = labels != IGNORE_INDEX
         records = torch.tensor(chosen, device=device)[keep.nonzero()[:, 0]]
         for rows, targets, of in zip(hidden[keep].split(ROWS), labels[keep].split(ROWS), records.split(ROWS), strict=True):

@@ -28,7 +28,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.intervals import Items, mean_of
 from stanford_alpaca.head import head_of
 from stanford_alpaca.loadable import check_model
-from stanford_alpaca.model import load_tokenizer
+from stanford_alpaca.model import body_of, load_tokenizer
 from stanford_alpaca.token_stats import reference
 
 LEFT_OUT = 1e-3  # probability that optimal transport leaves out of each distribution: changes it by at most 4 * LEFT_OUT
@@ -136,8 +136,7 @@ def _distributions(
         batch = collate([examples[i] for i in numbers])
         labels = batch.pop("labels")[:, 1:]
         hidden = [
-            model.base_model(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)[0][:, :-1]
-            for model in models
+            body_of(model)(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)[0][:, :-1] for model in models
         ]
         for row, number in enumerate(numbers):
             keep = labels[row] != IGNORE_INDEX

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stanford_alpaca.errors import UserError, first_line, quiet_hub
 from stanford_alpaca.evaluation.prompting import encode
 from stanford_alpaca.evaluation.scoring import batches
-from stanford_alpaca.model import load_body
+from stanford_alpaca.model import body_of, load_body
 
 SIMILAR = ("sentence", "tfidf", "bm25", "model")  # they compare texts; those below draw
 RETRIEVERS = (*SIMILAR, "random", "fixed")
@@ -118,7 +118,7 @@ def embed(
         lengths = torch.tensor([len(rows[i]) for i in batch], device=model.device)
         place = torch.arange(longest, device=model.device)
         mask = (place < lengths[:, None]).long()
-        states = model.base_model(input_ids=ids, attention_mask=mask, **options)[0].float()
+        states = body_of(model)(input_ids=ids, attention_mask=mask, **options)[0].float()
         kept = (place == lengths[:, None] - 1) if last else mask / lengths[:, None]
         for i, vector in zip(batch, (states * kept[..., None]).sum(1).cpu().numpy(), strict=True):
             found[i] = vector

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from stanford_alpaca.errors import first_line, say
 from stanford_alpaca.evaluation.prompting import Choices
 from stanford_alpaca.head import head_of
+from stanford_alpaca.model import body_of
 from stanford_alpaca.token_stats import Head
 from stanford_alpaca.token_stats.reference import logits_of
 
@@ -108,7 +109,7 @@ class Scorer:
         self.head: Head | None = None
         self.body: nn.Module = model
         with contextlib.suppress(ValueError):  # an output layer of another kind: the model's own logits then, of all tokens
-            self.head, self.body = head_of(model), model.base_model
+            self.head, self.body = head_of(model), body_of(model)
         self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         self.started: tuple[list[int], Any, Tensor, Tensor] | None = None
 

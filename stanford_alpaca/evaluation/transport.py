@@ -15,6 +15,7 @@ from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.head import head_of
+from stanford_alpaca.model import body_of
 from stanford_alpaca.token_stats import Head, reference
 
 TOP = 8  # predictions, and neighbours, that are shown of a token
@@ -84,7 +85,7 @@ def view_of(
             continue
         places = torch.tensor(list(texts), device=model.device)
         row = torch.tensor([ids], device=model.device)
-        hidden = model.base_model(input_ids=row, use_cache=False)[0][0, places - 1]
+        hidden = body_of(model)(input_ids=row, use_cache=False)[0][0, places - 1]
         found = [
             predicted(states, head, targets, cost, top)
             for states, targets in zip(hidden.split(ROWS), row[0, places].split(ROWS), strict=True)
