@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.training_args import OptimizerNames
 
 from stanford_alpaca.arguments import (
@@ -31,6 +32,7 @@ FROM_ZERO = (
     "seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay", "neftune_noise_alpha",
     "dataloader_num_workers", "skip_nonfinite",
 )  # fmt: skip
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flash_attention_4": "flash_attn"}
 ABOVE_ZERO = (
     "learning_rate", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "sample_steps",
     "sample_max_new_tokens",
@@ -50,6 +52,7 @@ def check(run: Run) -> None:
     check_objective(model, run.objective)
     check_cost_sharding(run)
     check_lora(model, run.lora, training)
+    check_attention(model.attn_implementation)
     check_model(
         model.model_name_or_path, training.cache_dir, remote_code=model.trust_remote_code, weights=not model.from_config
     )
@@ -57,6 +60,24 @@ def check(run: Run) -> None:
         check_model(model.teacher, training.cache_dir, remote_code=model.trust_remote_code)
     if training.push_to_hub:
         check_hub(training)
+
+
+def check_attention(name: str | None) -> None:
+    """An attention that transformers has and that can run here; a name with a slash is a kernel on the hub."""
+    known = sorted({"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)})
+    if name is None or "/" in name:
+        return
+    if name not in known:
+        raise UserError(f"--attn_implementation {name}: choose from {', '.join(known)}{nearest(name, known)}")
+    package = FLASH.get(name)
+    if package is None:
+        return
+    if not torch.cuda.is_available():
+        raise UserError(f"--attn_implementation {name} needs an NVIDIA GPU: choose sdpa")
+    if all(importlib.util.find_spec(each) is None for each in (package, "kernels")):
+        raise UserError(
+            f"--attn_implementation {name} needs a package, {package} or kernels: pip install kernels, or choose sdpa"
+        )
 
 
 def check_numbers(training: TrainingArguments) -> None:

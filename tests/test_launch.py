@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from tests.ranks import TIMEOUT
+
 RANK = """
 trap 'echo TERM >>"$1/said.$RANK"' TERM
 trap 'echo INT >>"$1/said.$RANK"; [ "$RANK" = 0 ] && exit 75; exit "$2"' INT
@@ -21,7 +23,8 @@ def test_a_second_ctrl_c_reaches_the_ranks_and_their_status_is_told(root, tmp_pa
     said = [tmp_path / f"said.{rank}" for rank in range(2)]
 
     def wait(text):
-        for _ in range(600):
+        end = time.monotonic() + TIMEOUT
+        while time.monotonic() < end:
             if all(file.exists() and file.read_text() == text for file in said):
                 return
             time.sleep(0.05)
@@ -37,6 +40,6 @@ def test_a_second_ctrl_c_reaches_the_ranks_and_their_status_is_told(root, tmp_pa
             time.sleep(0.3)
             launcher.send_signal(signal.SIGINT)
             wait("TERM\nINT\n")
-            assert launcher.wait(30) == status
+            assert launcher.wait(TIMEOUT) == status
         finally:
             launcher.kill()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -22,8 +23,9 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.head import original_weight
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.losses import emo_loss
+from stanford_alpaca.merge_lora import run as merge
 from stanford_alpaca.model import add_lora, load_model, load_tokenizer
-from stanford_alpaca.prepare import precision
+from stanford_alpaca.prepare import precision, told_adapter
 from stanford_alpaca.token_stats import chunked
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
@@ -302,3 +304,62 @@ def test_nonsense_is_one_line_and_nothing_is_written(arguments, tmp_path, change
     with pytest.raises(UserError, match=message) as error:
         train(arguments(*flags, **changes))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+DECODER = SMALL | {
+    "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+KINDS = {
+    "Mamba": (SMALL | {"state_size": 4}, "2,400 of 19,776 parameters, beside 6 layers (dt_proj, in_proj, x_proj)"),
+    "Mamba2": (
+        SMALL | {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1},
+        "1,408 of 19,808 parameters, beside 2 layers (in_proj)",
+    ),
+    "FalconH1": (
+        DECODER | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4},
+        "4,960 of 34,984 parameters, beside 16 layers (down_proj, gate_proj, in_proj, k_proj, o_proj, q_proj, up_proj, v_proj)",
+    ),
+    "Falcon": (
+        SMALL | {"num_attention_heads": 4},
+        "3,712 of 27,456 parameters, beside 8 layers (dense, dense_4h_to_h, dense_h_to_4h, query_key_value)",
+    ),
+    "Mixtral": (
+        DECODER | {"num_local_experts": 2, "num_experts_per_tok": 1},
+        "1,792 of 36,896 parameters, beside 8 layers (k_proj, o_proj, q_proj, v_proj); experts stay frozen "
+        "(experts.down_proj, experts.gate_up_proj): --lora_target_parameters reaches them",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_lora_trains_is_said_whatever_the_model_is_made_of(name):
+    config, said = KINDS[name]
+    for targets in (None, ["all-linear"]):
+        model = AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**config))
+        adapted = add_lora(model, 4, 8, 0.0, targets)
+        assert told_adapter(adapted) == f"LoRA trains {said}"
+        adapted(input_ids=torch.arange(8)[None]).logits.sum().backward()
+        trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+        assert trained and all("lora_" in name for name in trained)
+
+
+def test_layers_that_peft_cannot_adapt_are_refused_by_name():
+    model = AutoModelForCausalLM.from_config(transformers.MambaConfig(**KINDS["Mamba"][0]))
+    with pytest.raises(UserError, match="--lora_target_modules out_proj: no linear layer that can have an adapter"):
+        add_lora(model, 4, 8, 0.0, ["out_proj"])
+
+
+def test_experts_are_trained_where_they_are_named_and_merged(arguments, root, tmp_path):
+    base = tmp_path / "base"
+    config = KINDS["Mixtral"][0] | {"vocab_size": 2048, "max_position_embeddings": 512}
+    AutoModelForCausalLM.from_config(transformers.MixtralConfig(**config)).save_pretrained(base)
+    AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(base)
+    experts = ["--lora_target_parameters", "experts.gate_up_proj", "experts.down_proj"]
+    train(arguments("--lora", *experts, model_name_or_path=base, output_dir=tmp_path / "adapter", max_steps=2))
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(".experts." in name and "lora_B" in name and tensor.abs().max() > 0 for name, tensor in adapter.items()) == 4
+    merge(str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    assert before.keys() == after.keys()
+    assert all((before[name] != after[name]).any() for name in before if ".experts." in name)

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from tests.ranks import TIMEOUT
+
 SRUN = '#!/bin/sh\nshift\nexec "$@"\n'  # without its own flag, on this machine
 SCONTROL = "#!/bin/sh\necho node7\necho node8\n"
 
@@ -30,7 +32,7 @@ def submit(root, tmp_path):
 
 def test_a_torchrun_on_every_node_meets_at_the_first_and_its_status_is_the_jobs(submit):
     job = submit('echo "$*"; exit 3')
-    printed, _ = job.communicate(timeout=60)
+    printed, _ = job.communicate(timeout=TIMEOUT)
     assert (
         printed.split()
         == (
@@ -46,5 +48,5 @@ def test_a_signal_to_the_job_reaches_what_trains(submit, tmp_path):
     while not (tmp_path / "started").exists():
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
-    printed, _ = job.communicate(timeout=60)
+    printed, _ = job.communicate(timeout=TIMEOUT)
     assert (printed, job.returncode) == ("saved\n", 5)

@@ -179,7 +179,7 @@ def train_on_a_full_disk(argv, ranks_and_names):
     [("fsdp", [(1, "optimizer_0")]), ("zero2", [(0, "latest"), (0, "zero_to_fp32.py")]), ("ddp", [(0, "README.md")])],
 )
 def test_no_rank_waits_for_one_whose_disk_is_full(arguments, monkeypatch, engine, refused):
-    monkeypatch.setattr("tests.ranks.TIMEOUT", 60.0)
+    monkeypatch.setattr("tests.ranks.TIMEOUT", 240.0)
     argv = arguments("--engine", engine, max_steps=1, save_strategy="steps", mode="mle")
     one, other = run_ranks(2, train_on_a_full_disk, argv, refused)
     assert one == other and f"No space left on device on rank {refused[0][0]}" in one

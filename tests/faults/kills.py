@@ -24,7 +24,7 @@ from tests.faults.harness import (
     valid_checkpoints,
 )
 from tests.faults.hooks import Fault, beside
-from tests.faults.processes import wait_until
+from tests.faults.processes import LIMIT, wait_until
 from tests.faults.world import ROOT, STEPS, World
 
 KILLED = -9
@@ -158,7 +158,7 @@ def launch(world: World, out: Path, setting: Setting, where: str, at: int, resta
     out.parent.mkdir(parents=True)
     return subprocess.run(
         [*launcher, str(script), where, str(at), *world.argv(setting, out)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=LIMIT,
     )  # fmt: skip
 
 
