@@ -24,11 +24,11 @@ ENVIRONMENT = {
 }  # fmt: skip
 os.environ.update(ENVIRONMENT)
 
-from tests.faults import contents, disks, fuzzed, kills, nonfinite, resuming, stops
+from tests.faults import caches, contents, disks, fuzzed, kills, nonfinite, resuming, stops
 from tests.faults.harness import Case, Lost, NotHere, Row
 from tests.faults.world import World
 
-THEMES = (kills, stops, disks, contents, resuming, nonfinite, fuzzed)
+THEMES = (kills, stops, disks, caches, contents, resuming, nonfinite, fuzzed)
 ROWS: dict[str, Row] = {name: row for theme in THEMES for name, row in theme.ROWS.items()}
 PART, MOST = 10, 10  # without --full, one case of so many, and no more than these (test_fuzz.py tries more, and quicker)
 SEED = 0
