@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from stanford_alpaca import engines
 from stanford_alpaca.engines import EXPERTS, training_flops
 from stanford_alpaca.errors import UserError, first_line
-from stanford_alpaca.model import auto_class, body_of
+from stanford_alpaca.head import body_of
+from stanford_alpaca.model import auto_class
 
 OUTSIDE, INPUT = -1, -2  # of the decoder layers
 

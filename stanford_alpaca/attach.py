@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from stanford_alpaca.cost import CostAlias, CostEmbedding, ShardedCost
-from stanford_alpaca.head import HeadForm, original_weight, probe_inputs, probing, recognise_head
+from stanford_alpaca.head import HeadForm, body_of, original_weight, probe_inputs, probing, recognise_head
 from stanford_alpaca.losses.formulas import Objective
 from stanford_alpaca.losses.linear import check_backend, linear_loss_and_stats
-from stanford_alpaca.model import body_of
 from stanford_alpaca.teacher import Teacher
 from stanford_alpaca.token_stats import SoftTargets, TokenStats
 

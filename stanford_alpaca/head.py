@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from stanford_alpaca.errors import first_line
 from stanford_alpaca.flash import played_flash
-from stanford_alpaca.model import body_of
 from stanford_alpaca.token_stats import Head
 
 TINY, HUGE = 2.0**-30, 2.0**100  # powers of two, so that multiplying and dividing by them is exact
@@ -106,6 +105,16 @@ def recognise_head(model: PreTrainedModel) -> HeadForm:
     form = _read(model, sent, logits)
     scale = factor * (form.logit_scale or 1.0)
     return HeadForm(form.softcap, None if scale == 1.0 else scale)
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The part whose first output the output layer gets: the base model, or in one that names none (Llama 4) the outermost
+    part that has the embedding and not the output layer."""
+    body: nn.Module = model.base_model
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    while outer is not None and outer in body.modules():
+        body = next(part for part in body.children() if inner in part.modules())
+    return body
 
 
 @contextlib.contextmanager

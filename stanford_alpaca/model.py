@@ -161,16 +161,6 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForImageTextToText if sees is not None and (named == sees or not writes) else AutoModelForCausalLM
 
 
-def body_of(model: PreTrainedModel) -> nn.Module:
-    """The part whose first output the output layer gets: the base model, or in one that names none (Llama 4) the outermost
-    part that has the embedding and not the output layer."""
-    body: nn.Module = model.base_model
-    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
-    while outer is not None and outer in body.modules():
-        body = next(part for part in body.children() if inner in part.modules())
-    return body
-
-
 def unread_parts(model: PreTrainedModel) -> list[str]:
     """Names of the parameters that no text passes through: those of a model's other senses."""
     if model.config.get_text_config() is model.config:

@@ -29,6 +29,7 @@ NUMBERS = (  # flags that are numbers of the optimizer or the schedule
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "lr_scheduler_type",
     "lr_scheduler_kwargs", "max_steps", "num_train_epochs",
 )  # fmt: skip
+HELD = ("weight_decay", "betas", "eps")  # of a group of parameters; what else stands there may be an optimizer's state
 OWED = "owed evaluation"  # in the state of a run that was stopped
 
 
@@ -150,7 +151,7 @@ class ResumableTrainer(Trainer):
             return
         asked = self._asked if len(self._asked) == len(groups) else [of for of in self._asked if of["size"]]  # DeepSpeed's
         for group, numbers in zip(groups, asked, strict=True):
-            group |= {name: value for name, value in numbers.items() if name not in ("lr", "size")}
+            group |= {name: numbers[name] for name in HELD if name in numbers}
         if follows_steps:
             factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
             scheduler.base_lrs = [numbers["lr"] for numbers in asked]
@@ -311,4 +312,4 @@ class ResumableTrainer(Trainer):
 
 def _numbers_of(group: dict[str, Any]) -> dict[str, Any]:
     """What an optimizer was made with for a group of parameters, and how many there are in it."""
-    return {name: value for name, value in group.items() if name != "params"} | {"size": len(group["params"])}
+    return {name: group[name] for name in ("lr", *HELD) if name in group} | {"size": len(group["params"])}

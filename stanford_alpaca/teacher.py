@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stanford_alpaca.head import recognise_head
-from stanford_alpaca.model import body_of
+from stanford_alpaca.head import body_of, recognise_head
 from stanford_alpaca.token_stats import SoftTargets, reference
 
 ROWS = 1024  # tokens whose logits are held at a time

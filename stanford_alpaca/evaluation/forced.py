@@ -13,8 +13,7 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
 from stanford_alpaca.evaluation.intervals import Items, mean_of
-from stanford_alpaca.head import head_of
-from stanford_alpaca.model import body_of
+from stanford_alpaca.head import body_of, head_of
 from stanford_alpaca.token_stats import reference
 
 ROWS = 1024  # supervised tokens whose logits are held at a time

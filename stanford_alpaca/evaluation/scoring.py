@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from stanford_alpaca.errors import first_line, say
 from stanford_alpaca.evaluation.prompting import Choices
-from stanford_alpaca.head import head_of
-from stanford_alpaca.model import body_of
+from stanford_alpaca.head import body_of, head_of
 from stanford_alpaca.token_stats import Head
 from stanford_alpaca.token_stats.reference import logits_of
 

@@ -14,8 +14,7 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.head import head_of
-from stanford_alpaca.model import body_of
+from stanford_alpaca.head import body_of, head_of
 from stanford_alpaca.token_stats import Head, reference
 
 TOP = 8  # predictions, and neighbours, that are shown of a token
