@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftType
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
 from stanford_alpaca.checkpoint import manifest
-from stanford_alpaca.checkpoint.identity import base_has_changed, identify_model, run_of
+from stanford_alpaca.checkpoint.identity import BASE, base_has_changed, identify_model, run_of
 from stanford_alpaca.checkpoint.run_file import FILE as RUN_FILE
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.errors import ResumeError, UserError, first_line, quiet_hub, say
@@ -122,10 +122,10 @@ def find_base(adapter: Adapter, base: str | None = None, cache_dir: str | None =
         raise UserError(f"the base of {adapter.name}: {error}" + ("" if base else ", or --base PATH if it has moved")) from None
     if adapter.sha256 in merged_into(found):
         raise UserError(f"{found}: already has {adapter.name} in it ({MERGED}); give the model that it was trained on")
-    then = (adapter.run.get(MADE_WITH) or {}).get("model")
+    then = (adapter.run.get(MADE_WITH) or {}).get(BASE)
     recorded = Path(str(adapter.config.base_model_name_or_path)).expanduser()
     if not then and recorded.is_dir():
-        then = identify_model(str(recorded), cache_dir)
+        then = identify_model(str(recorded), cache_dir, weights=True)
     elif not then:
         say(f"{adapter.name}: no record of its run is with it; that {found} is its base follows from layers and shapes alone")
     if changed := base_has_changed(adapter.name, found, then, cache_dir):

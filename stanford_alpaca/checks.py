@@ -26,6 +26,7 @@ from stanford_alpaca.checkpoint.manifest import checkpoints
 from stanford_alpaca.errors import UserError, check_writable, first_line, nearest, quiet_hub
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.lock import FILE as LOCK
+from stanford_alpaca.model import read_config
 from stanford_alpaca.trainer_flags import check_flags, check_optimizer_flags
 
 FROM_ZERO = (
@@ -41,7 +42,7 @@ ABOVE_ZERO = (
 
 def check(run: Run) -> None:
     """Raises UserError for the first thing about a run that cannot be."""
-    model, data, training = run.model, run.data, run.training
+    model, data, lora, training = run.model, run.data, run.lora, run.training
     check_output(training)
     check_batches(training)
     check_data(data, training)
@@ -51,11 +52,14 @@ def check(run: Run) -> None:
     check_training(training, has_eval=data.eval_path is not None or data.eval_fraction is not None)
     check_objective(model, run.objective)
     check_cost_sharding(run)
-    check_lora(model, run.lora, training)
+    check_lora(model, lora, training)
     check_attention(model.attn_implementation)
     check_model(
         model.model_name_or_path, training.cache_dir, remote_code=model.trust_remote_code, weights=not model.from_config
     )
+    config = read_config(model.model_name_or_path, training.cache_dir, remote_code=model.trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None and not (lora.lora or model.from_config):
+        raise UserError(f"{model.model_name_or_path}: quantized weights cannot be trained; train an adapter with --lora")
     if model.teacher is not None:
         check_model(model.teacher, training.cache_dir, remote_code=model.trust_remote_code)
     if training.push_to_hub:

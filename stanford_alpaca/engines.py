@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp_utils
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from stanford_alpaca.cost_sharding import check_separate, wrap_separately
 from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.head import body_of
 
 ENGINES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # the wheel installs it beside the package, too
@@ -100,15 +101,21 @@ def activate_fsdp(trainer) -> None:
     plugin = state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = layers
     wrap_separately(trainer.model, plugin)
-    if isinstance(trainer.model, PeftModel):  # accelerate looks there for the final norm, in whose unit the output layer is
-        trainer.model.__dict__["wrapped_decoder"] = trainer.model.get_base_model().base_model
-        trainer.model.__dict__["base_model_prefix"] = "wrapped_decoder"
+    fsdp_utils._find_final_norm = final_norm  # accelerate's own does not look into adapted and nested models
+    if isinstance(trainer.model, PeftModel):
         keep_copies_tied(trainer.model)
     if args.bf16:  # accelerate's own policy would round the loss to bf16 and sum gradients in bf16
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if plugin.activation_checkpointing:  # accelerate's own would compute layers again with other dropout masks
         plugin.activation_checkpointing = False
         apply_activation_checkpointing(trainer.model, check_fn=lambda module: type(module).__name__ in layers)
+
+
+def final_norm(model: nn.Module) -> nn.Module | None:
+    """The norm before the output layer, which is in its unit: so the layer is whole where the loss reads it."""
+    body: Any = body_of(model.get_base_model() if isinstance(model, PeftModel) else model)
+    decoder = body.get_decoder()
+    return next((part for part in reversed(list(decoder.children())) if "Norm" in type(part).__name__), None)
 
 
 def keep_copies_tied(model: PeftModel) -> None:

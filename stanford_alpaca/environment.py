@@ -7,6 +7,8 @@ by have no flag: the record has their values, and a run that goes on with others
 import os
 from collections.abc import Mapping
 
+import torch
+
 from stanford_alpaca.errors import UserError
 
 WORDS = ("1", "true", "yes", "on", "y", "t", "0", "false", "no", "off", "n", "f")  # that accelerate reads as true or false
@@ -65,6 +67,8 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
                 raise UserError(f"{said}: choose from {', '.join(known)}, or unset it")
             continue
         flag = next((flag for start, flag in INSTEAD.items() if name.startswith(start)), None)
+        if name == "ACCELERATE_USE_CPU" and value.lower() in WORDS and not torch.accelerator.is_available():
+            continue  # there is nothing else
         if flag is not None and value.lower() not in (*OFF, *NEUTRAL.get(name, ())):
             advice = f"unset it, and give {flag}" if flag else "unset it"
             raise UserError(f"{said} would change the training, and its record would not say so; {advice}")

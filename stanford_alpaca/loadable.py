@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from stanford_alpaca.checkpoint.identity import base_has_changed, check_unchanged, run_of
+from stanford_alpaca.checkpoint.identity import BASE, base_has_changed, check_unchanged, run_of
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.data.reading import exists
 from stanford_alpaca.errors import UserError, first_line, quiet_hub, say
@@ -39,14 +39,16 @@ def check_model(
     is_adapter = base_of(path) is not None
     if is_adapter and not or_adapter:
         raise UserError(f"{path}: an adapter, no whole model; merge it first: bash merge.sh {path} OUTPUT")
+    if not is_adapter and (place / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{path}: holds a whole model and an adapter beside it; take one of them away")
     if weights:
         _check_weights(place, "adapter_model.bin" if is_adapter else "pytorch_model*.bin*")
         check_unchanged(place, verify)
     if is_adapter:
         check_adapter(path, cache_dir, remote_code=remote_code, verify=verify)
-        then = (run_of(place).get(MADE_WITH) or {}).get("model")
+        then = (run_of(place).get(MADE_WITH) or {}).get(BASE)
         if changed := base_has_changed(path, str(base_of(path)), then, cache_dir):
-            raise UserError(f"{changed}; put that one there, or mend base_model_name_or_path in its {ADAPTER_CONFIG}")
+            raise UserError(f"{changed}; put that one there, or a link to it")
         return
     try:
         with quiet_hub():
@@ -121,7 +123,7 @@ def check_adapter(
         try:
             check_model(base, cache_dir, remote_code=remote_code, verify=verify)
         except UserError as error:
-            raise UserError(f"the base of {path}: {error}") from None
+            raise UserError(f"the base of {path}: {error}; a link at that place will do") from None
         config = PeftConfig.from_pretrained(path)
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # others decompose the weights, which are not read here

@@ -128,6 +128,8 @@ def load_model(
             )  # fmt: skip
         if wrong := wrong_keys(info):
             raise UserError(f"{base or path}: its weights do not fill its architecture ({wrong}); give a complete model")
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers takes an adapter that lies beside the weights
+            raise UserError(f"{path}: holds a whole model and an adapter beside it; take one of them away")
         if base is None:
             return model
         grow_for_adapter(model, path)

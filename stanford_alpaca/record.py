@@ -13,7 +13,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 
 from stanford_alpaca import __version__, environment
 from stanford_alpaca.arguments import FLAGS, Run, defaults
-from stanford_alpaca.checkpoint.identity import identify_model
+from stanford_alpaca.checkpoint.identity import BASE, identify_model
 from stanford_alpaca.checkpoint.manifest import FILE as MANIFEST
 from stanford_alpaca.checkpoint.manifest import file_sha256, write_whole
 from stanford_alpaca.checkpoint.run_file import FILE, FILE_FROM, MADE_WITH, read_run
@@ -57,6 +57,7 @@ FIXED = {
     "model_max_length", "block_size", "documents", "max_sentences", "packing", "prompt_template", "special_tokens",
     "train_history", "train_sampling_strategy",
 }  # fmt: skip
+OF_MEASURES = {"metric_for_best_model", "greater_is_better"}  # the best value so far is one of theirs
 OF_PLATEAUS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"}  # which have lowered the rate on their own
 HEADER = "# Repeat: python -m stanford_alpaca.train --config run.yaml --output_dir ANOTHER\n"
 CARD = """\
@@ -111,6 +112,7 @@ def made_with(run: Run) -> dict[str, Any]:
         "processes": training.world_size,
         "rows_per_step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
         **{role: identify_model(name, training.cache_dir) for role, name in models.items()},
+        BASE: identify_model(run.model.model_name_or_path, training.cache_dir, weights=True),
         **({"cost": f"sha256:{file_sha256(cost)}"} if cost.is_file() else {}),
         **{f"{CONTENT}{name}": digest_of_config(run.flags[name]) for name in CONFIGS if run.flags.get(name)},
         "data": {path: identify(path, run.data.streaming) for path in paths},
@@ -142,7 +144,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
             found = rounding if name in rounds else contents if name in fixed else flags
             found.append(f"--{name} was {_said(was)}, is {_said(is_now)}")
     with_before, with_now = (record.get(MADE_WITH) or {} for record in records)
-    for name in [name for name in {**with_before, **with_now} if name != "data"]:
+    for name in [name for name in {**with_before, **with_now} if name not in ("data", BASE)]:  # BASE is in the model
         was, is_now = with_before.get(name), with_now.get(name)
         if was == is_now:
             continue
@@ -169,7 +171,11 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
 def _fixed(*records: dict[str, Any]) -> set[str]:
     """Flags with another value of which a run cannot go on."""
     on_plateau = any(record.get("lr_scheduler_type") == "reduce_lr_on_plateau" for record in records)
-    return FIXED | (OF_PLATEAUS if on_plateau else set())
+    return FIXED | (OF_PLATEAUS if on_plateau else set()) | (OF_MEASURES if _seeks_best(*records) else set())
+
+
+def _seeks_best(*records: dict[str, Any]) -> bool:
+    return any(record.get("load_best_model_at_end") or record.get("save_strategy") == "best" for record in records)
 
 
 def _said(value: Any) -> str:
@@ -179,8 +185,7 @@ def _said(value: Any) -> str:
 def _strict(*records: dict[str, Any]) -> set[str]:
     """Flags of FREE and ROUNDING that decide the result, because of others."""
     streams = any(record.get("streaming") for record in records)
-    best = any(record.get("load_best_model_at_end") or record.get("save_strategy") == "best" for record in records)
-    return (OF_STREAMS if streams else set()) | (OF_THE_BEST if best else set())
+    return (OF_STREAMS if streams else set()) | (OF_THE_BEST if _seeks_best(*records) else set())
 
 
 def differences(run: Run, now: dict[str, Any]) -> list[str]:

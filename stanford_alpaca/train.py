@@ -11,12 +11,14 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: our modules must not shadow others'
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -111,8 +113,11 @@ def split(examples: Dataset, fraction: float, seed: int | None) -> tuple[Dataset
     """What is trained on and what is held out: without a seed, the end. Raises UserError if either would be empty."""
     if not 0 < round(len(examples) * fraction) < len(examples):
         raise UserError(f"--eval_fraction {fraction} of {len(examples)} examples leaves one side empty")
-    parts = examples.train_test_split(test_size=fraction, seed=seed, shuffle=seed is not None)
-    return parts["train"], parts["test"]
+    held, order = math.ceil(fraction * len(examples)), np.arange(len(examples))
+    if seed is None:
+        return examples.select(order[:-held]), examples.select(order[-held:])
+    order = np.random.default_rng(seed).permutation(len(examples))  # in memory: ``datasets`` would read it from a file again
+    return examples.select(order[held:]), examples.select(order[:held])
 
 
 def train(argv: list[str], recipe: Mapping[str, Any] | None = None) -> None:

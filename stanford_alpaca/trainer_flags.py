@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import transformers
+from accelerate.utils import DynamoBackend
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
@@ -77,6 +78,11 @@ def check_flags(training: transformers.TrainingArguments, defaults: dict[str, An
         value = getattr(training.accelerator_config, name)
         if value not in harmless:
             raise UserError(f"--accelerator_config {name} {value}: would change what a batch is; leave it out")
+    if training.dataloader_persistent_workers and not training.dataloader_num_workers:
+        raise UserError("--dataloader_persistent_workers needs --dataloader_num_workers of 1 or more")
+    backend = (training.torch_compile_backend or "no").upper()
+    if backend not in (known := DynamoBackend.list()):
+        raise UserError(f"--torch_compile_backend {backend.lower()}: choose from {', '.join(known).lower()}")
     if training.fp16 and training.use_cpu:
         raise UserError("--fp16 needs a GPU; on a CPU choose --bf16, or neither")
 

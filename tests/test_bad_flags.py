@@ -119,6 +119,8 @@ class Payload:
         ({"attn_implementation": "flash_attention_2"}, [], "--attn_implementation flash_attention_2 needs an NVIDIA GPU"),
         ({"lora_target_parameters": "experts.down_proj"}, [], "--lora_target_parameters needs --lora"),
         ({"lora": True, "lora_target_parameters": "experts.x"}, [], "experts.x: no weights of experts .*: it has none"),
+        ({"dataloader_persistent_workers": True}, [], "--dataloader_persistent_workers needs --dataloader_num_workers"),
+        ({"torch_compile_backend": "foo"}, [], "--torch_compile_backend foo: choose from"),
         # ---- data
         ({"data_path": "none.json"}, [], "none.json: no such file"),
         ({"data_path": "x" * 5000 + ".json"}, [], "no such file"),

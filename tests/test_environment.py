@@ -69,3 +69,11 @@ def test_what_numbers_depend_on_is_recorded_and_compared(arguments, monkeypatch)
     assert changes(before, now) == ([precision], [], [rounding])
     run.made_with.update(before["made_with"])
     assert "made with environment variable OMP_NUM_THREADS not given, now 3" in differences(run, now["made_with"])
+
+
+def test_a_launcher_may_say_what_there_is_nothing_else_than(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    check_environment({"ACCELERATE_USE_CPU": "True"})
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    with pytest.raises(UserError, match="ACCELERATE_USE_CPU=True in the environment would change the training"):
+        check_environment({"ACCELERATE_USE_CPU": "True"})

@@ -15,6 +15,7 @@ from stanford_alpaca.model import load_model, unread_parts
 from stanford_alpaca.sampling import Sampling
 from stanford_alpaca.train import train
 from tests.helpers import steps
+from tests.ranks import run_ranks
 
 TEXT = {
     "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -84,6 +85,17 @@ def test_full_and_lora_runs_resume_merge_and_answer(arguments, base, tmp_path, c
     assert adapted and not any("vision" in name or "visual" in name for name in adapted)
     merge(str(tmp_path / "lora"), str(tmp_path / "merged"))
     assert answers(tmp_path / "merged") == answers(tmp_path / "lora") and answers(tmp_path / "out")
+
+
+@pytest.mark.parametrize("base", ["Qwen3VL", "Llama4"], indirect=True)
+def test_sharded_runs_take_the_same_steps(arguments, base, tmp_path):
+    """Their final norm, with which FSDP has to gather the output layer, lies deeper than in others."""
+    settings = SHORT | {"save_strategy": "no"}
+    train(arguments(model_name_or_path=base, output_dir=tmp_path / "one", **settings))
+    run_ranks(2, train, arguments(model_name_or_path=base, output_dir=tmp_path / "two", engine="fsdp", **settings))
+    for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

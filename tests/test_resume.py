@@ -58,6 +58,7 @@ def test_what_makes_another_run_of_it(change, flags, contents, rounding):
 @pytest.mark.parametrize(
     ("common", "change", "flags", "contents"),
     [
+        (BEST, {"metric_for_best_model": "emo"}, [], ["--metric_for_best_model was not given, is emo"]),
         (STREAM, {"dataloader_num_workers": 2}, ["--dataloader_num_workers was 0, is 2"], []),
         (BEST, {"save_steps": 2}, ["--save_steps was 500, is 2"], []),
         (BEST, {"eval_path": ["b.json"]}, [], ["--eval_path was not given, is b.json"]),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from stanford_alpaca.checkpoint import identity, manifest
-from stanford_alpaca.checkpoint.identity import identify_model
+from stanford_alpaca.checkpoint.identity import BASE, identify_model
 from stanford_alpaca.cost.__main__ import build
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation import metrics, report
@@ -162,6 +162,29 @@ def test_what_a_user_adds_to_a_finished_folder_changes_nothing(untied):
     assert identify_model(str(untied)) == before
 
 
+@pytest.mark.parametrize("name", ["cost.safetensors", "chat_template.jinja", "generation_config.json", "notes.py"])
+def test_what_does_not_change_the_weights_leaves_a_base_the_base(untied, name):
+    before = identify_model(str(untied), weights=True)
+    (untied / name).write_bytes(b"{}")
+    assert identify_model(str(untied), weights=True) == before
+    flip(untied / WEIGHTS)
+    assert identify_model(str(untied), weights=True) != before
+
+
+def test_a_whole_model_with_an_adapter_beside_it_is_refused(untied):
+    model = load_model(str(untied))
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(untied)
+    for load in (load_model, check_model):
+        with pytest.raises(UserError, match="untied: holds a whole model and an adapter beside it; take one of them away"):
+            load(str(untied))
+
+
+def test_masks_that_older_versions_saved_are_no_weights(make_model, tmp_path):
+    make_model("gpt2", vocab_size=64).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}))
+    load_model(str(tmp_path))
+
+
 def test_an_adapter_whose_base_was_replaced_is_refused(untied, make_model, tmp_path, root, capsys, monkeypatch):
     model = load_model(str(untied))
     adapter = tmp_path / "adapter"
@@ -169,7 +192,7 @@ def test_an_adapter_whose_base_was_replaced_is_refused(untied, make_model, tmp_p
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(untied)}))
     AutoTokenizer.from_pretrained(untied).save_pretrained(adapter)
-    finish(adapter, run={"made_with": {"model": identify_model(str(untied))}})
+    finish(adapter, run={"made_with": {BASE: identify_model(str(untied), weights=True)}})
     data = root / "data" / "instructions" / "held_out.json"
     commands(adapter, data, tmp_path)["generate"]()
     (tmp_path / "a.jsonl").unlink()

@@ -15,27 +15,36 @@ from stanford_alpaca.checkpoint.run_file import read_run
 from stanford_alpaca.errors import ResumeError, UserError, say
 
 # weights, code, configurations and tokenizers; not what runs and evaluations leave beside them
+WEIGHTS_FILE = re.compile(r"(adapter_)?model[-\w]*\.safetensors|model.*\.index\.json|config\.json")
 MODEL_FILE = re.compile(
-    r".*\.(safetensors|model|jinja|py)|.*\.index\.json"
-    r"|((adapter|generation)_)?config\.json|tokenizer(_config)?\.json|(vocab|special_tokens_map|added_tokens)\.(json|txt)|merges\.txt"
+    WEIGHTS_FILE.pattern + r"|.*\.(model|jinja|py)|adapter_config\.json|generation_config\.json|tokenizer(_config)?\.json"
+    r"|(vocab|special_tokens_map|added_tokens)\.(json|txt)|merges\.txt"
 )
+TUNABLE = ("generation_config.json", "chat_template.jinja")  # what users change of a finished model, and it stays the model
+BASE = "base weights"  # in a run's record, beside the model: what an adapter needs of its base
 READ_WHOLE = 2 * 2**30  # bytes of a model whose content is compared without being asked for
 
 
-def identify_model(name: str, cache_dir: str | None = None) -> str:
-    """What a model was: the sha256 of its weights, configuration and tokenizer, or its hub name and commit."""
+def identify_model(name: str, cache_dir: str | None = None, *, weights: bool = False) -> str:
+    """What a model was: the sha256 of its weights, configuration and tokenizer, or its hub name and commit.
+
+    Args:
+        weights: of its weights and their configuration alone.
+    """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         config = cached_file(name, "config.json", cache_dir=cache_dir)  # its path has the commit; nothing is loaded
         return f"hub:{name}@{extract_commit_hash(config, None)}"
     files = sorted(file.name for file in folder.iterdir() if MODEL_FILE.fullmatch(file.name) and file.is_file())
     stats = [(folder / file).stat() for file in files]
-    return _identity(folder, tuple(files), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
+    entries = _entries(folder, tuple(files), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
+    about = {file: entry for file, entry in entries.items() if not weights or WEIGHTS_FILE.fullmatch(file)}
+    return f"sha256:{sha256(json.dumps(about).encode()).hexdigest()}"
 
 
 @lru_cache(maxsize=16)  # several models may have one base
-def _identity(folder: Path, files: tuple[str, ...], stats: tuple) -> str:
-    return f"sha256:{sha256(json.dumps(manifest.entries_of(folder, files)).encode()).hexdigest()}"
+def _entries(folder: Path, files: tuple[str, ...], stats: tuple) -> dict[str, dict[str, Any]]:
+    return manifest.entries_of(folder, files)
 
 
 def run_of(folder: Path) -> dict[str, Any]:
@@ -46,12 +55,12 @@ def run_of(folder: Path) -> dict[str, Any]:
 
 
 def base_has_changed(adapter: str, base: str, then: str | None, cache_dir: str | None = None) -> str:
-    """That a base is not what its adapter was trained on, in words; nothing if it is, or if nobody knows.
+    """That a base has not the weights that its adapter was trained on, in words; nothing if it has, or if nobody knows.
 
     Args:
-        then: what ``identify_model`` said when the adapter was trained.
+        then: what ``identify_model`` said of the weights when the adapter was trained.
     """
-    now = identify_model(base, cache_dir) if then else None
+    now = identify_model(base, cache_dir, weights=True) if then else None
     if now == then or str(now).partition(":")[0] != str(then).partition(":")[0]:  # a folder, or a hub name, then
         return ""
     return f"{base}: not the base that {adapter} was trained on, or it has changed since ({then} then, {now} now)"
@@ -69,7 +78,7 @@ def check_unchanged(folder: Path, verify: bool = False) -> None:
         files = manifest.read(folder)["files"]
     except ResumeError as error:
         raise UserError(f"{folder}: {error}; give another copy") from None
-    names = [name for name in files if MODEL_FILE.fullmatch(name)]
+    names = [name for name in files if MODEL_FILE.fullmatch(name) and name not in TUNABLE]
     size = sum(files[name]["bytes"] for name in names)
     whole = verify or size <= READ_WHOLE
     wrong = manifest.compare(folder, {name: files[name] for name in names}, contents=whole)

@@ -33,9 +33,12 @@ def table(rows: Callable[..., Iterator[dict]], source: dict[str, Any], features:
     def make() -> Dataset:
         return Dataset.from_generator(rows, gen_kwargs=source, cache_dir=str(place), features=features)
 
+    def files() -> list[Path]:
+        return sorted(file for name in ("generator-*.arrow", "dataset_info.json") for file in place.rglob(name))
+
     with _one_line_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        return _kept(make, lambda: sorted(place.rglob("generator-*.arrow")), place / CHECK.format("table"), place)
+        return _kept(make, files, place / CHECK.format("table"), place)
 
 
 def mapped(records: Dataset, function: Callable[[dict], dict], key: str, **options: Any) -> Dataset:
@@ -69,8 +72,10 @@ def _kept(make: Callable[[], Dataset], files: Callable[[], list[Path]], check: P
         exists = folder.exists() if folder is not None else bool(found) or check.exists()
         if exists and _read(check) != _checked(found):
             say(f"{check.parent}: a cached table is not what was written there; it is made again")
-            if folder is not None:
+            if folder is not None and folder.is_dir():
                 shutil.rmtree(folder)
+            elif folder is not None:
+                folder.unlink()
             for file in [*found, check] if folder is None else []:
                 file.unlink(missing_ok=True)
         made = make()

@@ -14,6 +14,7 @@ from stanford_alpaca.data.blocks import make_blocks
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.train import split
 
 RECORDS = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(3000)]
 
@@ -127,3 +128,19 @@ def test_a_disk_that_cannot_be_written_is_one_line(tmp_path, tokenizer, monkeypa
     if writer != "pathlib.Path.mkdir":
         with pytest.raises(UserError, match=r"the cache of data cannot be used .*cannot be written"):
             tokenize_records(records, tokenizer, 64)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"features": {}}'])
+def test_a_damaged_description_of_a_table_has_it_made_again(tmp_path, tokenizer, content):
+    (tmp_path / "data.json").write_text(json.dumps(RECORDS))
+    wanted = examples(tmp_path, tokenizer)[:]
+    (file,) = (tmp_path / "cache").rglob("dataset_info.json")
+    file.write_text(content)
+    assert examples(tmp_path, tokenizer)[:] == wanted
+
+
+def test_what_is_held_out_is_not_read_from_a_file(tmp_path, tokenizer):
+    (tmp_path / "data.json").write_text(json.dumps(RECORDS))
+    kept, held = split(examples(tmp_path, tokenizer), 0.25, 42)
+    assert len(kept) == 2250 and len(held) == 750
+    assert not list((tmp_path / "cache").rglob("cache-*.arrow"))
