@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from stanford_alpaca import merge_lora
 from stanford_alpaca.checkpoint import manifest
-from stanford_alpaca.checkpoint.identity import identify_model
+from stanford_alpaca.checkpoint.identity import BASE, identify_model
 from stanford_alpaca.errors import ResumeError, UserError
 from stanford_alpaca.model import fit_vocabulary
 from tests.helpers import refusal
@@ -163,7 +163,7 @@ def test_a_quantized_base_is_written_out(make_base, tmp_path):
 def test_a_run_its_checkpoints_and_a_base_that_has_moved(make_base, tmp_path, capsys):
     """As runs leave them: a manifest with the identity of the base; a damaged checkpoint is passed over."""
     base, run = make_base(), tmp_path / "run"
-    record = {"made_with": {"model": identify_model(str(base))}}
+    record = {"made_with": {BASE: identify_model(str(base), weights=True)}}
     wants = {step: make_adapter(base, run / f"checkpoint-{step}") for step in (2, 10, 30)}
     for step in wants:
         checkpoint = run / f"checkpoint-{step}"
