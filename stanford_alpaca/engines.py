@@ -113,7 +113,10 @@ def activate_fsdp(trainer) -> None:
 
 def final_norm(model: nn.Module) -> nn.Module | None:
     """The norm before the output layer, which is in its unit: so the layer is whole where the loss reads it."""
-    body: Any = body_of(model.get_base_model() if isinstance(model, PeftModel) else model)
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        return None
+    body: Any = body_of(inner)
     decoder = body.get_decoder()
     return next((part for part in reversed(list(decoder.children())) if "Norm" in type(part).__name__), None)
 

@@ -52,12 +52,12 @@ ROUNDING = (
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # of a launcher
 
 
-def check_environment(environment: Mapping[str, str] = os.environ) -> None:
+def check_environment(environment: Mapping[str, str] | None = None) -> None:
     """Raises UserError for a variable that would change a training in place of a flag, or that cannot be read.
 
     To be called before transformers reads the flags: it leaves variables of its own.
     """
-    for name, value in environment.items():
+    for name, value in (os.environ if environment is None else environment).items():
         said = f"{name}={value} in the environment"
         if name in NUMBERS and not value.isdecimal():
             raise UserError(f"{said} is no number; a launcher (torchrun) sets it: unset it, or give it one")
@@ -74,6 +74,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
             raise UserError(f"{said} would change the training, and its record would not say so; {advice}")
 
 
-def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+def recorded(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """The variables that numbers depend on, as they are set."""
-    return {name: environment[name] for name in (*PRECISION, *ROUNDING) if environment.get(name)}
+    of = os.environ if environment is None else environment
+    return {name: of[name] for name in (*PRECISION, *ROUNDING) if of.get(name)}
