@@ -107,9 +107,11 @@ class ChatTemplate:
         found = self._marked(messages, said.tools)
         written = found.ends if found else {}
         left_out.check(written)
-        spans, notes = (
-            self._by_author(messages, said, text, blocks) if self.by_author else (self._by_marks(messages, said, text), [])
-        )
+        if self.by_author:
+            spans, notes = self._by_author(messages, said, text, blocks)
+        else:
+            render = partial(self._text, tools=said.tools)
+            spans, notes = find_spans(render, messages, text, self.cues, self.added, self.end_of_turn), []
         left_out.check_trained(spans, self.end_of_turn)
         notes = [*said.notes, *notes, *left_out.notes(spans, written)]
         if spans:
@@ -131,12 +133,6 @@ class ChatTemplate:
         return self._with_specials(self._text(messages, tools=said.tools, add_generation_prompt=True), [], [], []).text
 
     # ---- spans ---------------------------------------------------------------------------------------------------------
-
-    def _by_marks(self, messages: Messages, said: Conversation, text: str) -> list[Span]:
-        def text_of(messages: Messages, **options: Any) -> str:
-            return self._text(messages, tools=said.tools, **options)
-
-        return find_spans(text_of, messages, text, self.cues, self.added, self.end_of_turn)
 
     def _by_author(
         self, messages: Messages, said: Conversation, text: str, blocks: list[tuple[int, int]]
@@ -199,7 +195,9 @@ class ChatTemplate:
         if last.message != before + 1 or before < 0 or messages[before]["role"] == "assistant":
             return []
         asked = self._marked(messages[:-1], said.tools, add_generation_prompt=True)
-        if asked is None or found is None or before not in asked.ends.keys() & found.ends.keys():
+        if asked is None or found is None or found.text != text:
+            return []
+        if before not in asked.ends.keys() & found.ends.keys():
             return []
         prompt, written = asked.text[asked.ends[before] :], text[found.ends[before] :]
         start = last.start - found.ends[before]
