@@ -93,7 +93,7 @@ def test_runs_resume_and_adapters_merge(arguments, base, tmp_path):
     assert answers(tmp_path / "merged") == answers(tmp_path / "lora")
 
 
-@pytest.mark.parametrize("base", ["Qwen3VL", "Llama4"], indirect=True)
+@pytest.mark.parametrize("base", ["Llama4"], indirect=True)
 def test_sharded_runs_take_the_same_steps(arguments, base, tmp_path):
     """Their final norm, with which FSDP has to gather the output layer, lies deeper than in others."""
     settings = SHORT | {"save_strategy": "no"}
