@@ -2,6 +2,15 @@
 
 import logging
 import os
+import sys
+
+from stanford_alpaca.environment import check_imports
+from stanford_alpaca.errors import exit_on_user_error
+
+if sys.argv[:1] == ["-m"]:  # a command is about to start: one line and its exit status
+    exit_on_user_error(check_imports)
+else:
+    check_imports()
 
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:  # read when torch loads OpenMP; see benchmarks/LOG.md
     os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"] = "passive", "500"  # threads wait a moment, then sleep

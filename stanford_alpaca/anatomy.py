@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stanford_alpaca import engines
 from stanford_alpaca.engines import EXPERTS, training_flops
@@ -117,6 +117,8 @@ def count_activations(config: Any, length: int, precision: str, remote_code: boo
     Attention gets a mask, as it does for a batch with padding: transformers cannot look into fake tensors.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    text = config.get_text_config()  # nothing passes through a model's other senses
+    config = text if type(text) in AutoModelForCausalLM._model_mapping else config
     with FakeTensorMode():
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=remote_code).train()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from huggingface_hub import HfApi
 from transformers import get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.training_args import OptimizerNames
 
 from stanford_alpaca.arguments import (
@@ -23,7 +25,7 @@ from stanford_alpaca.arguments import (
     defaults,
 )
 from stanford_alpaca.checkpoint.manifest import checkpoints
-from stanford_alpaca.errors import UserError, check_writable, first_line, nearest, quiet_hub
+from stanford_alpaca.errors import UserError, check_writable, first_line, nearest, quiet_hub, say
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.lock import FILE as LOCK
 from stanford_alpaca.model import read_config
@@ -112,6 +114,9 @@ def check_optimizer(training: TrainingArguments) -> None:
         get_scheduler(name, trial, 1, 2, training.lr_scheduler_kwargs)
     except (ValueError, TypeError) as error:
         raise UserError(f"--lr_scheduler_type {name}, --lr_scheduler_kwargs: {first_line(error)}") from None
+    warms_up = "num_warmup_steps" in signature(TYPE_TO_SCHEDULER_FUNCTION[training.lr_scheduler_type]).parameters
+    if training.warmup_steps and not warms_up:
+        say(f"--warmup_steps {training.warmup_steps:g} changes nothing with --lr_scheduler_type {name}")
 
 
 def check_training(training: TrainingArguments, has_eval: bool) -> None:

@@ -5,9 +5,8 @@ by have no flag: the record has their values, and a run that goes on with others
 """
 
 import os
+import re
 from collections.abc import Mapping
-
-import torch
 
 from stanford_alpaca.errors import UserError
 
@@ -50,6 +49,20 @@ ROUNDING = (
     "PYTORCH_ENABLE_MPS_FALLBACK", "TORCHINDUCTOR_EMULATE_PRECISION_CASTS",
 )  # fmt: skip
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # of a launcher
+READ_AT_IMPORT = {  # by huggingface_hub, datasets, torch and deepspeed, which end in a traceback
+    "HF_HUB_ETAG_TIMEOUT": (r"\d*", "a whole number of seconds"),
+    "HF_HUB_DOWNLOAD_TIMEOUT": (r"\d*", "a whole number of seconds"),
+    "HF_DATASETS_IN_MEMORY_MAX_SIZE": (r"\d+(\.\d*)?", "a number of bytes"),
+    "DS_ACCELERATOR": (r"cuda|cpu|xpu|npu|mps|hpu|mlu|sdaa|supa|klxpu", "cuda, cpu or another device of DeepSpeed's"),
+}
+
+
+def check_imports(environment: Mapping[str, str] | None = None) -> None:
+    """Raises UserError for a variable with which a library cannot be imported. To be called before any is."""
+    for name, (form, wanted) in READ_AT_IMPORT.items():
+        value = (os.environ if environment is None else environment).get(name)
+        if value is not None and not re.fullmatch(form, value.strip()):
+            raise UserError(f"{name}={value} in the environment: give {wanted}, or unset it")
 
 
 def check_environment(environment: Mapping[str, str] | None = None) -> None:
@@ -57,6 +70,8 @@ def check_environment(environment: Mapping[str, str] | None = None) -> None:
 
     To be called before transformers reads the flags: it leaves variables of its own.
     """
+    import torch
+
     for name, value in (os.environ if environment is None else environment).items():
         said = f"{name}={value} in the environment"
         if name in NUMBERS and not value.isdecimal():

@@ -40,3 +40,10 @@ def test_flags_that_cannot_be(arguments, tmp_path, changes, message):
         check(parse(arguments(**{"eval_path": tmp_path / "held.json"} | changes)))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_warm_up_that_the_schedule_does_not_have_is_said(arguments, capsys):
+    check(parse(arguments(warmup_steps=0.1, lr_scheduler_type="constant")))
+    assert "--warmup_steps 0.1 changes nothing with --lr_scheduler_type constant\n" in capsys.readouterr().out
+    check(parse(arguments(warmup_steps=0.1, lr_scheduler_type="constant_with_warmup")))
+    assert "--warmup_steps" not in capsys.readouterr().out

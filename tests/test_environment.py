@@ -1,9 +1,13 @@
 """Variables of the environment that decide numbers: refused, or recorded and compared."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from stanford_alpaca.command_line import parse
-from stanford_alpaca.environment import check_environment, recorded
+from stanford_alpaca.environment import check_environment, check_imports, recorded
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.record import changes, differences, made_with
 from stanford_alpaca.train import run_or_stop
@@ -54,6 +58,27 @@ def test_what_launchers_set_is_taken():
 def test_a_value_that_cannot_be_read_is_one_line(name, value, message):
     with pytest.raises(UserError, match=message):
         check_environment({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "30", "soon"),
+        ("HF_DATASETS_IN_MEMORY_MAX_SIZE", "0.5", "1e"),
+        ("DS_ACCELERATOR", "cpu", "gpu"),
+    ],
+)
+def test_what_a_library_cannot_be_imported_with_is_one_line(name, good, bad):
+    check_imports({name: good})
+    with pytest.raises(UserError, match=f"^{name}={bad} in the environment: give "):
+        check_imports({name: bad})
+
+
+def test_a_command_ends_in_one_line_before_it_imports_anything():
+    command = [sys.executable, "-m", "stanford_alpaca.preview"]
+    ended = subprocess.run(command, env={**os.environ, "HF_HUB_ETAG_TIMEOUT": "soon"}, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: HF_HUB_ETAG_TIMEOUT=soon in the environment: give a whole number of seconds, or unset it\n"
 
 
 def test_what_numbers_depend_on_is_recorded_and_compared(arguments, monkeypatch):

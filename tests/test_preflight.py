@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from transformers import Gemma3Config
 
 from benchmarks.traffic import Traffic
 from stanford_alpaca import plans
@@ -167,6 +168,22 @@ def test_refusals_are_one_line(folder, capsys, flags, message):
     assert ended.value.code == 2 and printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert re.search(message, printed.err)
+
+
+def test_a_model_with_other_senses_is_counted_whole_and_run_as_a_model_of_text():
+    image = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+    }
+    nested = Gemma3Config(text_config=text, vision_config=image | {"patch_size": 14}, mm_tokens_per_image=4)
+    found, alone = (describe(config, 32, "bfloat16") for config in (nested, nested.text_config))
+    assert found.activations == alone.activations
+    assert found.parameters.total > alone.parameters.total and found.parameters.layer == alone.parameters.layer
 
 
 def bytes_of(argv: list[str]) -> int:
