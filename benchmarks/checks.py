@@ -19,7 +19,8 @@ from benchmarks.tokenizing import ROOT, made_up
 from stanford_alpaca.command_line import parse
 from stanford_alpaca.data import reading
 from stanford_alpaca.data.sources import Loading, check_sources
-from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.model import load_tokenizer
 from stanford_alpaca.train import load_data
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostAlias, CostEmbedding
-from stanford_alpaca.errors import check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.losses import linear_emo_loss
 
 

@@ -15,7 +15,7 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
-from stanford_alpaca.errors import exit_on_user_error
+from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generate import load_for_generation
 from stanford_alpaca.head import head_of
 from stanford_alpaca.losses.formulas import MODES

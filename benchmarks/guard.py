@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.packing import make_model
 from stanford_alpaca.attach import attach_objective
-from stanford_alpaca.errors import check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.guard import Guard
 from stanford_alpaca.shards import Shards
 

@@ -17,12 +17,12 @@ from fire.decorators import SetParseFns
 from transformers import PreTrainedModel
 
 from benchmarks.packing import make_model
-from stanford_alpaca.errors import check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.evaluation.fewshot import Settings, choose_examples
 from stanford_alpaca.evaluation.prompting import Choices, encode_choices
 from stanford_alpaca.evaluation.retrieval import tfidf
 from stanford_alpaca.evaluation.scoring import Scores, plain, score
 from stanford_alpaca.evaluation.tasks import choose_tasks, load_task, read_tasks
+from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generate import load_for_generation
 
 

@@ -28,7 +28,8 @@ from benchmarks.contenders import CONTENDERS, CROSS_ENTROPIES, OURS, Case, make_
 from benchmarks.measure import ALLOCATOR, FLOOR, Setup, measure
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
-from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.model import load_tokenizer
 
 SHAPES = {"cpu": (512, 32000), "llama-7b": (4096, 32000), "llama-3-8b": (4096, 128256), "qwen2.5-0.5b": (896, 151936)}  # H, V

@@ -21,7 +21,7 @@ from stanford_alpaca.data.balance import balanced_order
 from stanford_alpaca.data.batching import PadCollator, SegmentCollator
 from stanford_alpaca.data.packing import PackedExamples, example_lengths
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
-from stanford_alpaca.errors import check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.isolation import find_isolation
 
 MAX_LENGTH, SUPERVISED = 512, 0.45

@@ -17,7 +17,7 @@ import fire
 from fire.decorators import SetParseFns
 
 from stanford_alpaca.data.sources import Loading, load_source
-from stanford_alpaca.errors import exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
 from stanford_alpaca.model import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

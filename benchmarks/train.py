@@ -24,7 +24,8 @@ from benchmarks.loss import RESULTS, SHIPPED, as_list, check_flags, default_devi
 from benchmarks.measure import environments, forget_allocator, worker
 from benchmarks.train_contenders import CONTENDERS, OURS, TRL, Job, Shape, make_inputs, run_everywhere
 from benchmarks.train_tables import estimates, scaling_row, scaling_table, table
-from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
 
 BOTH = ("trl", "emo")  # on a CPU under either allocator; the others under the launcher's
 ENGINES = (  # contender, engine, cost sharding: on several processes

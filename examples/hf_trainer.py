@@ -15,7 +15,7 @@ from stanford_alpaca import attach_objective
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
-from stanford_alpaca.errors import exit_on_user_error
+from stanford_alpaca.flags import exit_on_user_error
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from stanford_alpaca import attach_objective
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.prompts import format_prompt
-from stanford_alpaca.errors import exit_on_user_error
+from stanford_alpaca.flags import exit_on_user_error
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 

@@ -24,7 +24,8 @@ if not __package__:  # run as a file
     sys.path[0] = str(ROOT)
 
 from experiments.tables import bold, differences, keep, markdown, means
-from stanford_alpaca.errors import UserError, exit_on_user_error
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import exit_on_user_error
 
 BASE = ROOT / "data" / "tiny-base"
 ARMS = {

@@ -31,7 +31,8 @@ if not __package__:  # run as a file
 from experiments.measuring import measure
 from experiments.students import Student, device, make_tokenizer, pretrain, sample, sequences_of, spent, train
 from experiments.tables import RESULTS, Run, bold, differences, keep, markdown, means, plot
-from stanford_alpaca.errors import UserError, exit_on_user_error
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import exit_on_user_error
 
 PLOTTED = ["perplexity", "oracle_perplexity", "mauve", "total_variation", "transport_cost", "optimal_transport"]
 

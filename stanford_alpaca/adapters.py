@@ -13,7 +13,8 @@ from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.identity import BASE, base_has_changed, identify_model, run_of
 from stanford_alpaca.checkpoint.run_file import FILE as RUN_FILE
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
-from stanford_alpaca.errors import ResumeError, UserError, first_line, quiet_hub, say
+from stanford_alpaca.console import quiet_hub, say
+from stanford_alpaca.errors import ResumeError, UserError, first_line
 from stanford_alpaca.loadable import check_model, check_place
 from stanford_alpaca.model import ADAPTER_CONFIG
 

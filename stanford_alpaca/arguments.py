@@ -19,6 +19,7 @@ from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.templates import TEMPLATES
 from stanford_alpaca.engines import ENGINES, engine_flags, spare_deepspeed_trouble
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import choice
 from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.losses.linear import BACKENDS
 from stanford_alpaca.model import LORA_EMBEDDINGS, add_lora
@@ -27,11 +28,6 @@ from stanford_alpaca.old_flags import read_fsdp_config
 SECRET = ("hub_token",)  # what no file may hold, least of all one that is pushed to the hub
 LESS_IS_BETTER = ("loss", "nll", "emo", "perplexity")
 METRICS = (*LESS_IS_BETTER, "target_prob")  # of every evaluation
-
-
-def choice(*values: str, default: str | None, help: str):
-    """A dataclass field that takes one of a few words."""
-    return field(default=default, metadata={"choices": list(values), "help": help})
 
 
 @dataclass

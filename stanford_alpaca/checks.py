@@ -25,7 +25,9 @@ from stanford_alpaca.arguments import (
     defaults,
 )
 from stanford_alpaca.checkpoint.manifest import checkpoints
-from stanford_alpaca.errors import UserError, check_writable, first_line, nearest, quiet_hub, say
+from stanford_alpaca.console import quiet_hub, say
+from stanford_alpaca.errors import UserError, first_line, nearest
+from stanford_alpaca.flags import check_writable
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.lock import FILE as LOCK
 from stanford_alpaca.model import read_config

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from stanford_alpaca import train
-from stanford_alpaca.errors import say
+from stanford_alpaca.console import say
 from stanford_alpaca.old_flags import split
 
 WIKITEXT = "Salesforce/wikitext:wikitext-103-raw-v1"

@@ -18,13 +18,15 @@ from fire.decorators import SetParseFns
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from stanford_alpaca.console import say
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import take_columns
 from stanford_alpaca.data.reading import SUFFIXES, read_file
 from stanford_alpaca.data.records import canonical
 from stanford_alpaca.data.templates import IN_WORDS, check_template
 from stanford_alpaca.data.tokenize import PromptEncoder
-from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown, say
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer, read_config
 from stanford_alpaca.samples import check_outputs, format_sample, sample_of, write_alpaca_eval, write_jsonl, write_markdown

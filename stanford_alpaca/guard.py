@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stanford_alpaca.errors import UserError, say
+from stanford_alpaca.console import say
+from stanford_alpaca.errors import UserError
 from stanford_alpaca.shards import Shards, culprits, not_finite
 
 WINDOW, LEAST = 50, 20  # losses that a step's is held against: the last ones, and how many there have to be

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from stanford_alpaca.errors import UserError, say
+from stanford_alpaca.console import say
+from stanford_alpaca.errors import UserError
 
 FILE = "_lock"  # a name that the Trainer does not upload
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}

@@ -24,7 +24,9 @@ from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.export import appearing
 from stanford_alpaca.checkpoint.identity import identify_model
 from stanford_alpaca.checkpoint.space import check_space
-from stanford_alpaca.errors import UserError, check_writable, exit_on_user_error, first_line, refuse_unknown, say
+from stanford_alpaca.console import say
+from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.flags import check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.loadable import check_adapter
 from stanford_alpaca.model import empty_model, fit_vocabulary, load_model, load_tokenizer, read_config
 from stanford_alpaca.prepare import make_savable

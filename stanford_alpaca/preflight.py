@@ -11,18 +11,18 @@ from dataclasses import dataclass, field, replace
 from transformers import HfArgumentParser
 
 from stanford_alpaca.anatomy import Parameters, describe
-from stanford_alpaca.arguments import choice
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.records import form_of
+from stanford_alpaca.data.statistics import WHOLE, statistics_of
 from stanford_alpaca.data.tokenize import ExampleEncoder, encode_records
 from stanford_alpaca.engines import PEAK_FLOPS
-from stanford_alpaca.errors import UserError, exit_on_user_error, nearest
+from stanford_alpaca.errors import UserError, nearest
 from stanford_alpaca.estimate import COST_SHARDINGS, ENGINES, Setup, precision_of, shardings_of
+from stanford_alpaca.flags import choice, exit_on_user_error
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.losses.formulas import MODES, Objective
 from stanford_alpaca.model import load_tokenizer, read_config
 from stanford_alpaca.plans import Machine, Plan, Row, advise, rows_of
-from stanford_alpaca.preview import WHOLE, statistics_of
 
 RECIPE = 128  # rows per step, as in train_emo.sh
 

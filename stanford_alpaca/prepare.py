@@ -10,11 +10,12 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from stanford_alpaca.arguments import ObjectiveArguments, Run
 from stanford_alpaca.attach import attach_objective, routes
+from stanford_alpaca.console import say
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
 from stanford_alpaca.data.sources import ExampleStream
 from stanford_alpaca.data.templates import set_stops
-from stanford_alpaca.errors import UserError, say
+from stanford_alpaca.errors import UserError
 from stanford_alpaca.fit import check_positions
 from stanford_alpaca.head import HeadForm
 from stanford_alpaca.isolation import find_isolation

@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import fire
-import numpy as np
 from datasets import Dataset
 from fire.decorators import SetParseFns
 from rich.console import Console
@@ -19,16 +18,14 @@ from rich.text import Text
 from stanford_alpaca.data.encode import SPECIAL
 from stanford_alpaca.data.formats import check_columns, load_records, several_files, take_columns
 from stanford_alpaca.data.records import form_of, unused_fields
-from stanford_alpaca.data.report import EMPTY, REFUSED, count_lines, note_counts
+from stanford_alpaca.data.report import count_lines
+from stanford_alpaca.data.statistics import WHOLE, statistics_of
 from stanford_alpaca.data.templates import check_template, told_templates, use_chat_template
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder, encode_records
-from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.model import load_tokenizer
-
-WHOLE = 2**31 - 1  # a length at which nothing is cut
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-BUDGETS = (128, 256, 512, 1024, 2048, 4096)
 
 Piece = tuple[str, bool]  # the characters of a token, and whether it is trained
 
@@ -51,51 +48,6 @@ def pieces_of(record: dict, encode: ExampleEncoder) -> list[Piece]:
 def boundaries_of(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """At every beginning of a trained span the last masked token and the first trained one."""
     return [(masked, trained) for (masked, before), (trained, after) in pairwise(pieces) if after and not before]
-
-
-def statistics_of(encoded: Dataset, max_length: int, budgets: Sequence[int] = BUDGETS) -> dict[str, Any]:
-    """What a source is at max_length tokens, and what other lengths would cost; from examples that were not cut."""
-    labels = encoded.data["labels"].combine_chunks()
-    lengths = np.diff(labels.offsets.to_numpy())
-    trained = labels.values.to_numpy() != IGNORE_INDEX
-    position = np.arange(len(trained)) - np.repeat(labels.offsets.to_numpy()[:-1], lengths)
-    row = np.repeat(np.arange(len(lengths)), lengths)
-    fate, straddling = encoded.data["fate"].to_numpy(), encoded.data["straddling"].to_numpy()
-
-    def cut_at(budget: int) -> dict[str, int]:
-        targets = trained & (position > 0) & (position < budget)
-        supervised = np.bincount(row[targets], minlength=len(lengths))
-        kept = supervised > 0
-        return {
-            "kept": int(kept.sum()),
-            "truncated": int((kept & (lengths > budget)).sum()),
-            "tokens": int(np.minimum(lengths, budget)[kept].sum()),
-            "straddling": int(straddling[kept].sum()),
-            "supervised_tokens": int(supervised.sum()),
-        }
-
-    whole, now = cut_at(WHOLE), cut_at(max_length)
-    seen = lengths[(fate != EMPTY) & (fate != REFUSED)]
-    levels = np.quantile(seen, QUANTILES, method="inverted_cdf").astype(int).tolist() if len(seen) else []
-    refused = np.flatnonzero(fate == REFUSED)
-    return {
-        "records": len(encoded),
-        **now,
-        "dropped": {
-            "no_response": int((fate == EMPTY).sum()),
-            "prompt_fills_the_length": whole["kept"] - now["kept"],
-            "refused_by_the_template": len(refused),
-        },
-        "notes": note_counts(encoded),
-        "first_refusal": f"record {refused[0] + 1}: {encoded[int(refused[0])]['refusal']}" if len(refused) else "",
-        "supervised_share": now["supervised_tokens"] / max(1, now["tokens"]),
-        "token_quantiles": dict(zip([f"{q:.0%}" for q in QUANTILES], levels, strict=False)) | {"max": int(seen.max(initial=0))},
-        "budgets": {
-            budget: {**cut, "supervised_lost": 1 - cut["supervised_tokens"] / max(1, whole["supervised_tokens"])}
-            for budget in sorted({*budgets, max_length})
-            for cut in [cut_at(budget)]
-        },
-    }
 
 
 @SetParseFns(data=str, columns=str, cache_dir=str, chat_template=str)

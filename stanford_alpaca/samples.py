@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stanford_alpaca.data.prompts import as_shown
-from stanford_alpaca.errors import UserError, check_writable
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import check_writable
 
 
 def check_outputs(flags: dict[str, str | None]) -> dict[str, Path]:

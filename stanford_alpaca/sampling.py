@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from stanford_alpaca.errors import UserError, check_whole
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import check_whole
 
 GIVE_TEMPERATURE = "give --temperature too, 1.0 for example"
 RANGES = {

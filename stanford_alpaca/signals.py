@@ -7,7 +7,8 @@ import sys
 import time
 from types import FrameType
 
-from stanford_alpaca.errors import Stopped, is_main_process
+from stanford_alpaca.console import is_main_process
+from stanford_alpaca.errors import Stopped
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT)
 A_HUMAN = 2.0  # seconds after which a signal is not an echo of the first

@@ -30,6 +30,7 @@ from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.checkpoint.saving import write_together
 from stanford_alpaca.checks import check
 from stanford_alpaca.command_line import parse
+from stanford_alpaca.console import say
 from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.formats import check_columns, several_files
 from stanford_alpaca.data.packing import PackedExamples
@@ -38,8 +39,9 @@ from stanford_alpaca.data.templates import IN_WORDS, sign, told_templates, train
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.engines import is_lost_rank, leave_alone, leave_together, peak_memory_mib
 from stanford_alpaca.environment import check_environment
-from stanford_alpaca.errors import Stopped, UserError, exit_on_user_error, first_line, say
+from stanford_alpaca.errors import Stopped, UserError, first_line
 from stanford_alpaca.fit import check_fit
+from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generate import encode_prompts, read_prompts
 from stanford_alpaca.loading import loading_whole, share_from_rank_0
 from stanford_alpaca.lock import held

@@ -8,7 +8,8 @@ from typing import TypeVar
 from torch.distributed import DistError, Store
 
 from stanford_alpaca.collectives import await_key, fresh_store
-from stanford_alpaca.errors import UserError, first_line, is_main_process
+from stanford_alpaca.console import is_main_process
+from stanford_alpaca.errors import UserError, first_line
 
 T = TypeVar("T")
 OK, FAILED = "ok ", "failed "

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
-from stanford_alpaca.errors import exit_on_user_error
+from stanford_alpaca.flags import exit_on_user_error
 
 
 def history(folder: Path) -> list[dict]:

@@ -347,7 +347,8 @@ def test_secrets_are_in_no_file_and_no_line(arguments, tmp_path, monkeypatch, ca
     argv = arguments("--hub_token", token, "--report_to", "tensorboard", save_strategy="steps", save_steps=1, max_steps=1)
     train(argv)
     with pytest.raises(SystemExit):
-        from stanford_alpaca.errors import UserError, exit_on_user_error
+        from stanford_alpaca.errors import UserError
+        from stanford_alpaca.flags import exit_on_user_error
 
         def fail():
             raise UserError(f"https://me:{token}@hub/x {key} {pasted} {os.environ['HF_TOKEN']} https://you:pass@hub")

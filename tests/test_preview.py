@@ -7,9 +7,10 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.statistics import WHOLE, statistics_of
 from stanford_alpaca.data.tokenize import ExampleEncoder, encode_records, tokenize_records
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.preview import WHOLE, boundaries_of, coloured, pieces_of, run, statistics_of
+from stanford_alpaca.preview import boundaries_of, coloured, pieces_of, run
 
 RECORDS = [
     {"instruction": "Add.", "input": "1 and 2", "output": "three"},

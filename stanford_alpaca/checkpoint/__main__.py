@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.export import export
-from stanford_alpaca.errors import ResumeError, UserError, check_writable, exit_on_user_error, refuse_unknown
+from stanford_alpaca.errors import ResumeError, UserError
+from stanford_alpaca.flags import check_writable, exit_on_user_error, refuse_unknown
 
 
 @SetParseFns(str, str)

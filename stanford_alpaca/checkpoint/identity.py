@@ -12,7 +12,8 @@ from transformers.utils.hub import extract_commit_hash
 
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.run_file import read_run
-from stanford_alpaca.errors import ResumeError, UserError, say
+from stanford_alpaca.console import say
+from stanford_alpaca.errors import ResumeError, UserError
 
 # weights, code, configurations and tokenizers; not what runs and evaluations leave beside them
 WEIGHTS_FILE = re.compile(r"(adapter_)?model[-\w]*\.safetensors|model.*\.index\.json|config\.json")

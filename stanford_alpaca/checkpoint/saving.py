@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.space import check_space
-from stanford_alpaca.errors import UserError, first_line, say
+from stanford_alpaca.console import say
+from stanford_alpaca.errors import UserError, first_line
 
 STAGING, DELETED = ".saving", ".deleting-"  # in the output folder: what a killed run leaves of them is nobody's
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # full, or broken

@@ -11,7 +11,8 @@ import numpy as np
 from scipy.sparse import coo_array, csr_array, diags_array
 from scipy.sparse.linalg import svds
 
-from stanford_alpaca.errors import UserError, check_whole
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import check_whole
 
 SMOOTHING = 0.75  # exponent of the context counts: without it, rare contexts dominate
 NOISE = 1e-6  # shorter rows, relative to the longest, are rounding errors that a cosine would blow up

@@ -16,7 +16,8 @@ from datasets.fingerprint import Hasher
 from filelock import FileLock
 
 from stanford_alpaca.checkpoint.manifest import write_whole
-from stanford_alpaca.errors import UserError, first_line, say
+from stanford_alpaca.console import say
+from stanford_alpaca.errors import UserError, first_line
 
 CHECK = "{}.check.json"  # sizes and digests of a table's files
 

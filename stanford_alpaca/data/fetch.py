@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import fire
 
 from stanford_alpaca.data.formats import load_records
-from stanford_alpaca.errors import UserError, check_writable, exit_on_user_error, nearest, refuse_unknown
+from stanford_alpaca.errors import UserError, nearest
+from stanford_alpaca.flags import check_writable, exit_on_user_error, refuse_unknown
 
 
 class Source(NamedTuple):

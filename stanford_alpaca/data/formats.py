@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
 
+from stanford_alpaca.console import quiet_hub
 from stanford_alpaca.data.cache import table
 from stanford_alpaca.data.documents import Texts
 from stanford_alpaca.data.reading import (
@@ -20,7 +21,7 @@ from stanford_alpaca.data.reading import (
     without_nulls,
 )
 from stanford_alpaca.data.records import FORMS, Record, canonical, form_of
-from stanford_alpaca.errors import UserError, first_line, listed, nearest, quiet_hub
+from stanford_alpaca.errors import UserError, first_line, listed, nearest
 
 OTHERS = ("conversations", "history", "tools", "weight", "train", "role", "content")  # that --columns may name, too
 VERSION = 4  # raise it when the same file would give other records, so that old caches are not used

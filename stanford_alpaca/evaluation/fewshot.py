@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stanford_alpaca.errors import UserError, first_line, say
+from stanford_alpaca.console import say
+from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation.prompting import Choices, encode_choices
 from stanford_alpaca.evaluation.retrieval import SIMILAR, Featurize, draw, draw_pool, nearest_examples
 from stanford_alpaca.evaluation.scoring import Scores

@@ -14,12 +14,14 @@ import fire
 from fire.decorators import SetParseFns
 
 from stanford_alpaca import __version__
+from stanford_alpaca.console import say
 from stanford_alpaca.data.reading import exists
-from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, nearest, refuse_unknown, say
+from stanford_alpaca.errors import UserError, nearest
 from stanford_alpaca.evaluation.accuracy import accuracies, accuracy_table, compare, comparison_table, right_by_task
 from stanford_alpaca.evaluation.fewshot import SCORES, Examples, Settings, choose_examples, predict
 from stanford_alpaca.evaluation.retrieval import ENCODER, RETRIEVERS, SIMILAR, Featurize, bm25, load_encoder, means_of, tfidf
 from stanford_alpaca.evaluation.tasks import TaskData, choose_tasks, load_task, read_tasks
+from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generate import load_for_generation
 from stanford_alpaca.loadable import check_model
 

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from stanford_alpaca.errors import UserError, say
+from stanford_alpaca.console import say
+from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.retrieval import embed
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.model import cannot_load, load_body

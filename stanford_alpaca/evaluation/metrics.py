@@ -15,6 +15,7 @@ from fire.decorators import SetParseFns
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.checkpoint.manifest import write_whole
+from stanford_alpaca.console import say
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.blocks import make_blocks
 from stanford_alpaca.data.chat import stop_ids
@@ -24,7 +25,7 @@ from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.report import DataReport
 from stanford_alpaca.data.templates import IN_WORDS, follow
 from stanford_alpaca.data.tokenize import ExampleEncoder, PromptEncoder, encode_records
-from stanford_alpaca.errors import UserError, check_whole, check_writable, exit_on_user_error, refuse_unknown, say
+from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.comparison import Measures, compare, with_intervals
 from stanford_alpaca.evaluation.forced import teacher_forced
 from stanford_alpaca.evaluation.intervals import Items, Replicates
@@ -33,6 +34,7 @@ from stanford_alpaca.evaluation.oracle import distances, oracle_perplexity
 from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results
 from stanford_alpaca.evaluation.texts import against_references, by_themselves, first_words
+from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generate import decode_response, encode_prompts, generate_ids, load_for_generation
 from stanford_alpaca.head import head_of, original_weight
 from stanford_alpaca.samples import format_sample, sample_of, write_jsonl

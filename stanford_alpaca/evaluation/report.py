@@ -15,17 +15,19 @@ from fire.decorators import SetParseFns
 
 from stanford_alpaca import __version__
 from stanford_alpaca.checkpoint.manifest import write_whole
+from stanford_alpaca.console import say
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.records import form_of
-from stanford_alpaca.errors import UserError, check_whole, exit_on_user_error, first_line, refuse_unknown, say
+from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation.curves import curves_of, flags_of, short_names, told
 from stanford_alpaca.evaluation.metrics import REFERENCES, Evaluation, evaluate
 from stanford_alpaca.evaluation.page import render
 from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.transport import view_of
 from stanford_alpaca.evaluation.verdicts import table_of
+from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generate import load_for_generation
 from stanford_alpaca.head import original_weight
 from stanford_alpaca.loadable import check_model

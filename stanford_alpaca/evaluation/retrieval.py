@@ -10,7 +10,8 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stanford_alpaca.errors import UserError, first_line, quiet_hub
+from stanford_alpaca.console import quiet_hub
+from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation.prompting import encode
 from stanford_alpaca.evaluation.scoring import batches
 from stanford_alpaca.head import body_of

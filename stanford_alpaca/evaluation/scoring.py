@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from stanford_alpaca.errors import first_line, say
+from stanford_alpaca.console import say
+from stanford_alpaca.errors import first_line
 from stanford_alpaca.evaluation.prompting import Choices
 from stanford_alpaca.head import body_of, head_of
 from stanford_alpaca.token_stats import Head

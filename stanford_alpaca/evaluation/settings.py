@@ -6,14 +6,16 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 
+from stanford_alpaca.console import say
 from stanford_alpaca.data.documents import DOCUMENTS
 from stanford_alpaca.data.formats import check_columns, load_records
 from stanford_alpaca.data.records import FORMS, form_of
 from stanford_alpaca.data.templates import check_template
-from stanford_alpaca.errors import UserError, check_whole, say
+from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.mauve_score import check_mauve
 from stanford_alpaca.evaluation.oracle import check_oracle
 from stanford_alpaca.evaluation.texts import first_words
+from stanford_alpaca.flags import check_whole
 from stanford_alpaca.generate import check_prompts
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.sampling import Sampling

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import yaml
 from datasets import load_dataset
 
+from stanford_alpaca.console import quiet_hub
 from stanford_alpaca.data.messages import check_text
 from stanford_alpaca.data.reading import Placed, read_file
-from stanford_alpaca.errors import UserError, first_line, nearest, quiet_hub
+from stanford_alpaca.errors import UserError, first_line, nearest
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -8,7 +8,8 @@ from accelerate.data_loader import IterableDatasetShard
 from transformers import AutoTokenizer
 
 from stanford_alpaca.data.sources import Loading, identify, load_source, mix, stream_sources
-from stanford_alpaca.errors import UserError, exit_on_user_error
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import exit_on_user_error
 
 
 @pytest.fixture

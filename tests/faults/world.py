@@ -32,13 +32,13 @@ BASES: dict[str, dict] = {  # models by name; sure: the same on any number of pr
 
 def command(argv: list[str], out: str, fault: Fault | None, more: Callable[[Hooks], None] | None) -> None:
     """One rank: the training command, with the exit status that it ends with."""
-    from stanford_alpaca import errors, train
+    from stanford_alpaca import flags, train
 
     status = 1
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-        errors.time.sleep = pause  # rank 1 waits there so that a launcher hears rank 0 first: nobody listens here
+        flags.time.sleep = pause  # rank 1 waits there so that a launcher hears rank 0 first: nobody listens here
         hooks = Hooks(fault, Path(out))
         hooks.install()
         if more is not None:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from stanford_alpaca import errors
-from stanford_alpaca.errors import UserError, exit_on_user_error
+from stanford_alpaca import flags
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import exit_on_user_error
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -11,7 +12,7 @@ def test_a_users_mistake_is_told_by_whichever_rank_finds_it(monkeypatch, capsys,
     """Rank 0 at once; another one after a while, if the run has not ended because rank 0 spoke."""
     monkeypatch.setenv("RANK", rank)
     slept = []
-    monkeypatch.setattr(errors.time, "sleep", slept.append)
+    monkeypatch.setattr(flags.time, "sleep", slept.append)
 
     def command():
         raise UserError("no\nsuch thing")

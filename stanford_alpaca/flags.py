@@ -1,0 +1,71 @@
+"""Flags that several commands have: how they are declared and checked, and how a wrong one ends the command."""
+
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import field
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from stanford_alpaca.console import is_main_process, printable
+from stanford_alpaca.errors import UserError, nearest
+
+
+def exit_on_user_error(command: Callable[[], Any]) -> Any:
+    """Runs a command; a UserError becomes one line on standard error (from one rank) and its exit status."""
+    try:
+        return command()
+    except UserError as error:
+        if not is_main_process():  # the first rank to end takes the others down: let the first one speak, if it has this error
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        for bar in list(getattr(tqdm, "_instances", [])):  # which has not ended its line
+            bar.close()
+        message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]  # a DataLoader's worker sends a traceback
+        print(f"error: {' '.join(printable(message).split())}", file=sys.stderr, flush=True)
+        sys.exit(error.status)
+
+
+def refuse_unknown(unknown: dict[str, Any], command: Callable) -> None:
+    """Raises UserError for flags that a command does not have; ``--help`` prints its docstring and ends.
+
+    fire calls a function before it rejects unknown flags; a command that is to write nothing then collects them in
+    ``**unknown`` and calls this first.
+    """
+    if "help" in unknown:
+        print(command.__doc__)
+        sys.exit(0)
+    for name in unknown:
+        raise UserError(
+            f"unknown argument --{name}{nearest(f'--{name}', [f'--{known}' for known in signature(command).parameters])}"
+        )
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises UserError unless the flag's value is a whole number from ``least`` on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"--{name} {value}: give a whole number from {least} on")
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raises UserError unless a file or folder could be made at the path."""
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if parent != path.absolute() and not parent.is_dir():
+        raise UserError(f"--{name} {path}: {parent} is a file; give another path")
+    try:
+        with tempfile.TemporaryFile(dir=parent):  # permissions do not tell: of root, of a disk that is mounted read-only
+            pass
+    except OSError as error:
+        raise UserError(f"--{name} {path}: {parent} cannot be written to ({error.strerror}); give another path") from None
+
+
+def choice(*values: str, default: str | None, help: str):
+    """A dataclass field that takes one of a few words."""
+    return field(default=default, metadata={"choices": list(values), "help": help})
