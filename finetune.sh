@@ -14,7 +14,7 @@
 # Exit status: as train_emo.sh.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-source "$ROOT/stanford_alpaca/launcher.sh"
+source "$ROOT/scripts/launcher.sh"
 help_if_asked "$@"
 [ $# -gt 0 ] && [ "${1#-}" = "$1" ] || die "give MODEL_PATH first, a folder or a hub name: bash finetune.sh MODEL_PATH [OUTPUT] [flags]"
 MODEL_PATH=$1

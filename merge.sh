@@ -7,7 +7,7 @@
 # Exit status: 0 done, 2 a mistake, 3 the adapter is damaged.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-source "$ROOT/stanford_alpaca/launcher.sh"
+source "$ROOT/scripts/launcher.sh"
 help_if_asked "$@"
 ensure_env requirements.txt
 exec "$PYTHON" -m stanford_alpaca.merge_lora "$@"

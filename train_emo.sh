@@ -20,7 +20,7 @@
 # SIGKILL to this script alone leaves the training running.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-source "$ROOT/stanford_alpaca/launcher.sh"
+source "$ROOT/scripts/launcher.sh"
 help_if_asked "$@"
 ensure_env requirements.txt
 

@@ -1,10 +1,8 @@
 """Where a run computes: engines by name, FSDP2 also on CPU, devices, memory."""
 
-import atexit
 import json
 import os
 import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fs
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from torch.distributed import DistError
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -244,28 +241,3 @@ def peak_memory_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended."""
-    gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "gloo/transport")
-    return isinstance(error, DistError) or any(words in str(error) for words in gloo)
-
-
-def leave_together(status: int = 0) -> None:
-    """Ends this process with the status when all ranks have come here. One barrier.
-
-    The interpreter is not taken apart: a thread of gloo that still holds a tensor would then abort the process (see
-    benchmarks/LOG.md). What asked to be called at the end is called.
-    """
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    leave_alone(status)
-
-
-def leave_alone(status: int) -> None:
-    """The same for one rank, whatever the others do."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

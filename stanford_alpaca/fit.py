@@ -9,10 +9,10 @@ from stanford_alpaca.arguments import Run
 from stanford_alpaca.checkpoint.space import check_space, checkpoint_bytes
 from stanford_alpaca.console import say
 from stanford_alpaca.data.tokenize import PromptEncoder
+from stanford_alpaca.distributed.weights import loading_whole
 from stanford_alpaca.engines import decoder_layers
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.generate import encode_prompts
-from stanford_alpaca.loading import loading_whole
 from stanford_alpaca.model import empty_model
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stanford_alpaca.console import say
+from stanford_alpaca.distributed.shards import Shards, culprits, not_finite
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.shards import Shards, culprits, not_finite
 
 WINDOW, LEAST = 50, 20  # losses that a step's is held against: the last ones, and how many there have to be
 FAR, MORE, RISE = 10, 1.5, 0.1  # a spike is so many median absolute deviations, so many times, and so much above the median

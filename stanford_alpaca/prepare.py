@@ -15,11 +15,12 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
 from stanford_alpaca.data.sources import ExampleStream
 from stanford_alpaca.data.templates import set_stops
+from stanford_alpaca.distributed.store import share_from_rank_0
+from stanford_alpaca.distributed.weights import allocate, stored_buffers, weights_come_from_rank_0
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.fit import check_positions
 from stanford_alpaca.head import HeadForm
 from stanford_alpaca.isolation import find_isolation
-from stanford_alpaca.loading import allocate, share_from_rank_0, stored_buffers, weights_come_from_rank_0
 from stanford_alpaca.model import (
     check_savable,
     drop_invalid,

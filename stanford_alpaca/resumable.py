@@ -23,8 +23,8 @@ from stanford_alpaca.checkpoint.pickles import refuse_code
 from stanford_alpaca.checkpoint.saving import Staged, keep_newest
 from stanford_alpaca.checkpoint.space import checkpoint_bytes
 from stanford_alpaca.console import say
+from stanford_alpaca.distributed.store import share_from_rank_0
 from stanford_alpaca.errors import ResumeError, Stopped
-from stanford_alpaca.loading import share_from_rank_0
 
 NUMBERS = (  # flags that are numbers of the optimizer or the schedule
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "lr_scheduler_type",

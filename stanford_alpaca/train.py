@@ -37,13 +37,15 @@ from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.data.sources import ExampleStream, Loading, check_sources, digest, load_source, mix, stream_sources
 from stanford_alpaca.data.templates import IN_WORDS, sign, told_templates, trained_prompts, use_chat_template
 from stanford_alpaca.data.tokenize import PromptEncoder
-from stanford_alpaca.engines import is_lost_rank, leave_alone, leave_together, peak_memory_mib
+from stanford_alpaca.distributed.exits import is_lost_rank, leave_alone, leave_together
+from stanford_alpaca.distributed.store import load_in_turn, share_from_rank_0
+from stanford_alpaca.distributed.weights import loading_whole
+from stanford_alpaca.engines import peak_memory_mib
 from stanford_alpaca.environment import check_environment
 from stanford_alpaca.errors import Stopped, UserError, first_line
 from stanford_alpaca.fit import check_fit
 from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generate import encode_prompts, read_prompts
-from stanford_alpaca.loading import loading_whole, share_from_rank_0
 from stanford_alpaca.lock import held
 from stanford_alpaca.model import load_tokenizer, read_config
 from stanford_alpaca.prepare import cache_costs, make_collator, make_model
@@ -51,7 +53,6 @@ from stanford_alpaca.record import differences, write_card, write_run
 from stanford_alpaca.resume import Start, where_to_start
 from stanford_alpaca.signals import StopRequest, ignore_signals
 from stanford_alpaca.trainer import EmoTrainer
-from stanford_alpaca.turns import load_in_turn
 
 
 def load_data(

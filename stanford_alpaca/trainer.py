@@ -19,11 +19,11 @@ from stanford_alpaca.checkpoint.pickles import restrict_deepspeed
 from stanford_alpaca.data.balance import BalancedSampler
 from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, fill_up
 from stanford_alpaca.data.packing import PackedExamples, example_lengths
+from stanford_alpaca.distributed.shards import Shards, stand_before
 from stanford_alpaca.engines import activate_fsdp, check_engine, peak_flops, training_flops
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.guard import Guard
 from stanford_alpaca.resumable import ResumableTrainer
-from stanford_alpaca.shards import Shards, stand_before
 
 
 class Stopwatch:

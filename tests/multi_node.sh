@@ -11,7 +11,7 @@ if [ "${1:-}" != inside ]; then
         echo "multi_node: not tried: network namespaces are not allowed here, or the command ip is missing"
         exit 77
     fi
-    source "$ROOT/stanford_alpaca/ensure_env.sh"
+    source "$ROOT/scripts/ensure_env.sh"
     ensure_env requirements.txt tests/requirements.txt
     export PYTHON
     exec unshare --user --map-root-user --net --mount bash "${BASH_SOURCE[0]}" inside # all of it ends with this process

@@ -2,7 +2,7 @@
 # Installs what is missing and runs all checks: `bash tests/run.sh [pytest arguments]`.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$ROOT/stanford_alpaca/ensure_env.sh"
+source "$ROOT/scripts/ensure_env.sh"
 ensure_env requirements.txt tests/requirements.txt
 cd "$ROOT"
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null && ! command -v chromium chromium-browser google-chrome >/dev/null; then

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from stanford_alpaca.collectives import all_gather
 from stanford_alpaca.cost.cache import CostRows
 from stanford_alpaca.cost.embedding import CostEmbedding, transport_costs
+from stanford_alpaca.distributed.collectives import all_gather
 
 
 class ShardedCost:

@@ -22,8 +22,8 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
-from stanford_alpaca.collectives import all_gather, reduce_scatter
 from stanford_alpaca.cost import CostEmbedding, CostRows, ShardedCost
+from stanford_alpaca.distributed.collectives import all_gather, reduce_scatter
 from stanford_alpaca.token_stats import Head, LossOfStats, SoftTargets, TokenStats, chunked, torch_kernels
 
 

@@ -135,7 +135,7 @@ def test_the_allocator_settings_take_effect():
         return int(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout)
 
     assert faults(measure.ALLOCATOR) < faults({}) / 2
-    launcher = (loss.ROOT / "stanford_alpaca" / "launcher.sh").read_text()
+    launcher = (loss.ROOT / "scripts" / "launcher.sh").read_text()
     assert all(f"{name}=${{{name}:-{value}}}" in launcher for name, value in measure.ALLOCATOR.items())
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from stanford_alpaca import collectives, turns
-from stanford_alpaca.collectives import fresh_store
+from stanford_alpaca.distributed import collectives
+from stanford_alpaca.distributed import store as turns
+from stanford_alpaca.distributed.store import fresh_store, load_in_turn
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.turns import load_in_turn
 from tests.ranks import run_ranks, start_gloo
 
 PER_MACHINE = 2

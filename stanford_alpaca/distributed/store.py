@@ -1,18 +1,23 @@
 """Ranks that wait for one another without a collective, because a collective has a timeout and tokenizing has none."""
 
+import pickle
+import secrets
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeVar
 
-from torch.distributed import DistError, Store
+import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, ProcessGroup, Store, is_initialized
+from torch.distributed.distributed_c10d import _get_default_store
 
-from stanford_alpaca.collectives import await_key, fresh_store
 from stanford_alpaca.console import is_main_process
 from stanford_alpaca.errors import UserError, first_line
 
 T = TypeVar("T")
 OK, FAILED = "ok ", "failed "
+POLL = 0.2  # seconds between looks at the store, once another rank takes long
 
 
 def load_in_turn(load: Callable[[], T], digest: Callable[[T], str], rank: int, local_rank: int, world_size: int) -> T:
@@ -60,3 +65,56 @@ def _outcome_of(rank: int, store: Store) -> str:
         raise UserError(outcome.removeprefix(FAILED))
     time.sleep(5)  # the first rank to end takes the others down: let one of those speak that know more
     sys.exit(2)
+
+
+def share_from_rank_0(what: str, make: Callable[[], T] | None) -> T:
+    """What ``make`` returns on rank 0, on all ranks; the others give None. Through the process group's store, no collective:
+    reading a large model takes longer than a collective may. ``what`` is a name of its own for each call.
+
+    Raises:
+        UserError: on all ranks what ``make`` raised.
+    """
+    if make is not None and not is_initialized():  # one process
+        return make()
+    store = fresh_store(f"share {what}")
+    if make is None:
+        try:
+            await_key(store, "outcome")
+            value, error = pickle.loads(store.get("outcome"))
+        except DistError:  # rank 0, which holds the store, has ended and said why
+            sys.exit(2)
+    else:
+        value, error = None, None
+        try:
+            value = make()
+        except UserError as refused:
+            error = refused
+        store.set("outcome", pickle.dumps((value, error)))  # type: ignore[arg-type]
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
+
+
+def fresh_store(name: str) -> Store:
+    """The part of the process group's store with this name, which nobody has written to yet.
+
+    torchrun's store outlives the ranks: after a restart it still holds what those before them have said. All ranks have to call
+    this; one broadcast the first time.
+    """
+    return PrefixStore(f"{_attempt(dist.group.WORLD)}/{name}", _get_default_store())
+
+
+def await_key(store: Store, key: str) -> None:
+    """Returns when a rank has set it, however long that takes."""
+    pause = 0.01
+    while not store.check([key]):
+        time.sleep(pause)
+        pause = min(2 * pause, POLL)
+
+
+@lru_cache(maxsize=1)
+def _attempt(group: ProcessGroup | None) -> str:
+    """A word of this process group's own."""
+    word = [secrets.token_hex(8)]
+    dist.broadcast_object_list(word, src=0)
+    return word[0]

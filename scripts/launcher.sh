@@ -1,5 +1,5 @@
 # Sourced by the launchers at the top level, which set ROOT: where to run, and a training that signals reach once.
-source "$ROOT/stanford_alpaca/ensure_env.sh"
+source "$ROOT/scripts/ensure_env.sh"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 # our modules, and none of the current folder's
 
 die() { echo "error: $*" >&2; exit 2; }

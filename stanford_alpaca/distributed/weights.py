@@ -1,21 +1,12 @@
 """One rank reads the weights, the engine sends the others theirs: no host holds the model once for every GPU."""
 
 import contextlib
-import pickle
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import DistError, is_initialized
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
-from stanford_alpaca.collectives import await_key, fresh_store
-from stanford_alpaca.errors import UserError
-
-T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -44,34 +35,6 @@ def weights_come_from_rank_0(args) -> bool:
     config = getattr(args, "hf_deepspeed_config", None)
     shards = args.fsdp_plugin_args["cpu_ram_efficient_loading"] if args.fsdp else config is not None and config.is_zero3()
     return shards and args.world_size > 1
-
-
-def share_from_rank_0(what: str, make: Callable[[], T] | None) -> T:
-    """What ``make`` returns on rank 0, on all ranks; the others give None. Through the process group's store, no collective:
-    reading a large model takes longer than a collective may. ``what`` is a name of its own for each call.
-
-    Raises:
-        UserError: on all ranks what ``make`` raised.
-    """
-    if make is not None and not is_initialized():  # one process
-        return make()
-    store = fresh_store(f"share {what}")
-    if make is None:
-        try:
-            await_key(store, "outcome")
-            value, error = pickle.loads(store.get("outcome"))
-        except DistError:  # rank 0, which holds the store, has ended and said why
-            sys.exit(2)
-    else:
-        value, error = None, None
-        try:
-            value = make()
-        except UserError as refused:
-            error = refused
-        store.set("outcome", pickle.dumps((value, error)))  # type: ignore[arg-type]
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
 
 
 def stored_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Ranks: what they say to one another, who waits for whom, and how they end."""

@@ -1,0 +1,33 @@
+"""How ranks end: together, alone, or because another one is lost."""
+
+import atexit
+import os
+import sys
+
+import torch
+from torch.distributed import DistError
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended."""
+    gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "gloo/transport")
+    return isinstance(error, DistError) or any(words in str(error) for words in gloo)
+
+
+def leave_together(status: int = 0) -> None:
+    """Ends this process with the status when all ranks have come here. One barrier.
+
+    The interpreter is not taken apart: a thread of gloo that still holds a tensor would then abort the process (see
+    benchmarks/LOG.md). What asked to be called at the end is called.
+    """
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    leave_alone(status)
+
+
+def leave_alone(status: int) -> None:
+    """The same for one rank, whatever the others do."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
