@@ -18,8 +18,8 @@ from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
 from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generate import load_for_generation
 from stanford_alpaca.head import head_of
-from stanford_alpaca.losses.formulas import MODES
-from stanford_alpaca.losses.linear import emo_loss
+from stanford_alpaca.losses.functional import emo_loss
+from stanford_alpaca.losses.objectives import MODES
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 

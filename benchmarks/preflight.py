@@ -22,7 +22,7 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.estimate import Memory, Setup, peak_memory
 from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
-from stanford_alpaca.losses.formulas import Objective
+from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.model import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,8 +20,8 @@ from stanford_alpaca.data.templates import TEMPLATES
 from stanford_alpaca.engines import ENGINES, engine_flags, spare_deepspeed_trouble
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import choice
-from stanford_alpaca.losses.formulas import MODES, WEIGHTINGS, Objective
-from stanford_alpaca.losses.linear import BACKENDS
+from stanford_alpaca.losses.functional import BACKENDS
+from stanford_alpaca.losses.objectives import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.model import LORA_EMBEDDINGS, add_lora
 from stanford_alpaca.old_flags import read_fsdp_config
 

@@ -13,10 +13,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 
 from stanford_alpaca.cost import CostAlias, CostEmbedding, ShardedCost
 from stanford_alpaca.head import HeadForm, body_of, original_weight, probe_inputs, probing, recognise_head
-from stanford_alpaca.losses.formulas import Objective
-from stanford_alpaca.losses.linear import check_backend, linear_loss_and_stats
+from stanford_alpaca.losses.functional import check_backend, linear_loss_and_stats
+from stanford_alpaca.losses.objectives import Objective
+from stanford_alpaca.losses.types import SoftTargets, TokenStats
 from stanford_alpaca.teacher import Teacher
-from stanford_alpaca.token_stats import SoftTargets, TokenStats
 
 
 class Sums(NamedTuple):

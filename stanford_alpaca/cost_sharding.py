@@ -7,7 +7,7 @@ also when a run resumes. Where the output layer is not trained (LoRA) the cost i
 |---|---|---|
 | replicate | V * D numbers, float32 | none |
 | shard | 1 / R of them | one all-gather of all, before the loss; released after it |
-| vocab_parallel | 1 / R of them, and of the output layer | in token_stats/vocab_parallel.py; the head is never gathered |
+| vocab_parallel | 1 / R of them, and of the output layer | in losses/backends/vocab_parallel.py; the head is never gathered |
 """
 
 from dataclasses import replace

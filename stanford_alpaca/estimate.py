@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from stanford_alpaca import cost_sharding
 from stanford_alpaca.anatomy import Anatomy, Parameters
-from stanford_alpaca.token_stats.chunked import TILE_PRODUCTS
-from stanford_alpaca.token_stats.torch_kernels import CACHE_LOGITS, CHUNK_LOGITS
+from stanford_alpaca.losses.backends.chunked import TILE_PRODUCTS
+from stanford_alpaca.losses.backends.torch_kernels import CACHE_LOGITS, CHUNK_LOGITS
 
 COST_SHARDINGS = tuple(name for name in cost_sharding.COST_SHARDINGS if name != "auto")
 NO_COST = "-"  # in place of a cost sharding where the mode reads no costs

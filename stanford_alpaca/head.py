@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from stanford_alpaca.errors import first_line
 from stanford_alpaca.flash import played_flash
-from stanford_alpaca.token_stats import Head
+from stanford_alpaca.losses.types import Head
 
 TINY, HUGE = 2.0**-30, 2.0**100  # powers of two, so that multiplying and dividing by them is exact
 

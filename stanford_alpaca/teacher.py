@@ -5,7 +5,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.head import body_of, recognise_head
-from stanford_alpaca.token_stats import SoftTargets, reference
+from stanford_alpaca.losses.backends import reference
+from stanford_alpaca.losses.types import SoftTargets
 
 ROWS = 1024  # tokens whose logits are held at a time
 

@@ -38,7 +38,7 @@ def trained_texts(tokenizer: PreTrainedTokenizerBase, labels: list[int]) -> list
 
 def triton_kernels(interpret: bool = True):
     """A copy of the module of its own: a kernel is interpreted or compiled for good as soon as it is decorated."""
-    path = Path(__file__).parents[1] / "stanford_alpaca" / "token_stats" / "triton_kernels.py"
+    path = Path(__file__).parents[1] / "stanford_alpaca" / "losses" / "backends" / "triton_kernels.py"
     spec = importlib.util.spec_from_file_location(f"triton_kernels_{interpret}", path)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:

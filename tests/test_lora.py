@@ -23,10 +23,10 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.head import original_weight
 from stanford_alpaca.loadable import check_model
 from stanford_alpaca.losses import emo_loss
+from stanford_alpaca.losses.backends import chunked
 from stanford_alpaca.merge_lora import run as merge
 from stanford_alpaca.model import add_lora, load_model, load_tokenizer
 from stanford_alpaca.prepare import precision, told_adapter
-from stanford_alpaca.token_stats import chunked
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
 from tests.ranks import run_ranks

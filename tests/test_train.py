@@ -14,7 +14,7 @@ from stanford_alpaca.checkpoint.export import export
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.evaluation.forced import teacher_forced
-from stanford_alpaca.losses.formulas import MODES
+from stanford_alpaca.losses.objectives import MODES
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
 from tests.ranks import run_ranks

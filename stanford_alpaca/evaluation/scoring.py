@@ -18,8 +18,8 @@ from stanford_alpaca.console import say
 from stanford_alpaca.errors import first_line
 from stanford_alpaca.evaluation.prompting import Choices
 from stanford_alpaca.head import body_of, head_of
-from stanford_alpaca.token_stats import Head
-from stanford_alpaca.token_stats.reference import logits_of
+from stanford_alpaca.losses.backends.reference import logits_of
+from stanford_alpaca.losses.types import Head
 
 ROWS = 1024  # tokens whose logits are held at a time
 STEM = 16  # tokens that all items share, from which on they are computed once

@@ -5,7 +5,7 @@ import torch
 
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.losses import Objective
-from stanford_alpaca.token_stats.reference import token_stats
+from stanford_alpaca.losses.backends.reference import token_stats
 
 
 def value_and_gradient(objective: Objective, cost: CostEmbedding | None):

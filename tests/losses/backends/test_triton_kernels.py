@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stanford_alpaca.cost import CostRows
-from stanford_alpaca.token_stats import Head
+from stanford_alpaca.losses.types import Head
 from tests.helpers import triton_kernels
 
 triton = pytest.importorskip("triton", reason="triton is not installed")

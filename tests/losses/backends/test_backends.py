@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from stanford_alpaca import linear_emo_loss
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.losses import MODES, Objective, SoftTargets, linear
-from stanford_alpaca.token_stats import chunked, torch_kernels
+from stanford_alpaca.losses import MODES, Objective, SoftTargets
+from stanford_alpaca.losses import functional as linear
+from stanford_alpaca.losses.backends import chunked, torch_kernels
 from tests.helpers import triton_kernels
 
 BACKENDS = ["reference", "chunked", "triton"]

@@ -8,17 +8,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stanford_alpaca.cost import CostEmbedding, ShardedCost, as_cost
-from stanford_alpaca.losses.formulas import Objective, as_objective
-from stanford_alpaca.token_stats import (
-    Head,
-    SoftTargets,
-    TokenStats,
-    chunked,
-    reference,
-    torch_kernels,
-    triton_kernels,
-    vocab_parallel,
-)
+from stanford_alpaca.losses.backends import chunked, reference, torch_kernels, triton_kernels, vocab_parallel
+from stanford_alpaca.losses.objectives import Objective, as_objective
+from stanford_alpaca.losses.types import Head, SoftTargets, TokenStats
 
 BACKENDS: dict[str, Callable] = {
     "reference": reference.linear_loss,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostRows
-from stanford_alpaca.token_stats import Head
+from stanford_alpaca.losses.types import Head
 
 try:
     import triton

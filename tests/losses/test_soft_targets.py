@@ -7,7 +7,8 @@ from torch.utils._pytree import tree_leaves
 
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.losses import Objective
-from stanford_alpaca.token_stats import Head, SoftTargets, chunked, reference, torch_kernels
+from stanford_alpaca.losses.backends import chunked, reference, torch_kernels
+from stanford_alpaca.losses.types import Head, SoftTargets
 
 N, V, H, K = 37, 40, 8, 5
 SERVED = {

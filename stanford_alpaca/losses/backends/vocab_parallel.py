@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from stanford_alpaca.cost import CostEmbedding, CostRows, ShardedCost
 from stanford_alpaca.distributed.collectives import all_gather, reduce_scatter
-from stanford_alpaca.token_stats import Head, LossOfStats, SoftTargets, TokenStats, chunked, torch_kernels
+from stanford_alpaca.losses.backends import chunked, torch_kernels
+from stanford_alpaca.losses.types import Head, LossOfStats, SoftTargets, TokenStats
 
 
 def linear_loss(

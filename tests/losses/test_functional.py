@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from stanford_alpaca import Objective, emo_loss, linear_emo_loss
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.losses import linear
+from stanford_alpaca.losses import functional as linear
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.token_stats import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split
+from stanford_alpaca.losses.types import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split
 
 
 def token_stats(

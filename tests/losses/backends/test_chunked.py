@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from benchmarks.measure import peak_tensors_mib
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.losses import MODES, Objective
-from stanford_alpaca.token_stats import Head, chunked, reference, torch_kernels
+from stanford_alpaca.losses.backends import chunked, reference, torch_kernels
+from stanford_alpaca.losses.types import Head
 
 
 def run(backend, hidden, weight, bias, targets, cost, objective, reduction="sum", upstream=None, **head):

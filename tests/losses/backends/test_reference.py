@@ -7,8 +7,9 @@ import torch
 
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.losses import Objective
-from stanford_alpaca.token_stats import Head, chunked, reference
-from stanford_alpaca.token_stats.reference import token_stats
+from stanford_alpaca.losses.backends import chunked, reference
+from stanford_alpaca.losses.backends.reference import token_stats
+from stanford_alpaca.losses.types import Head
 
 
 def confident(vocab: int, one_minus_p: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,8 +8,9 @@ from torch import distributed as dist
 
 from benchmarks.traffic import Traffic
 from stanford_alpaca.cost import CostEmbedding, ShardedCost
-from stanford_alpaca.losses.linear import linear_loss_and_stats
-from stanford_alpaca.token_stats import Head, SoftTargets, chunked
+from stanford_alpaca.losses.backends import chunked
+from stanford_alpaca.losses.functional import linear_loss_and_stats
+from stanford_alpaca.losses.types import Head, SoftTargets
 from tests.ranks import run_ranks, start_gloo
 
 VOCABULARY, WIDTH = 23, 5  # 23 rows do not divide by 2 or 3

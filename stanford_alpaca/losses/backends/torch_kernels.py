@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostRows
-from stanford_alpaca.token_stats import Head
+from stanford_alpaca.losses.types import Head
 
 CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # held at a time: 96 MiB and 512 MiB in float32
 CACHE_LOGITS = {"cpu": 2**20, "cuda": 2**25}  # worked on at a time: on a CPU what stays in its caches

@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from stanford_alpaca.cost import CostEmbedding, CostRows, ShardedCost
-from stanford_alpaca.token_stats import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split, torch_kernels
+from stanford_alpaca.losses.backends import torch_kernels
+from stanford_alpaca.losses.types import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split
 
 TILE_PRODUCTS = 2**25  # entries of the gradient of the weight that are computed at a time in a lower precision
 
