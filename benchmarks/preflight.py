@@ -23,7 +23,7 @@ from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.estimate import Memory, Setup, peak_memory
 from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
 from stanford_alpaca.losses.objectives import Objective
-from stanford_alpaca.model import load_tokenizer
+from stanford_alpaca.models.load import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "data" / "tiny-base"

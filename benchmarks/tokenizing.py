@@ -18,7 +18,7 @@ from fire.decorators import SetParseFns
 
 from stanford_alpaca.data.sources import Loading, load_source
 from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
-from stanford_alpaca.model import load_tokenizer
+from stanford_alpaca.models.load import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 

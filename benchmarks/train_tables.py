@@ -10,7 +10,7 @@ from benchmarks.measure import MIB
 from benchmarks.train_contenders import OURS, TRL, Job
 from stanford_alpaca.anatomy import describe
 from stanford_alpaca.estimate import NO_COST, Setup, precision_of, traffic
-from stanford_alpaca.model import read_config
+from stanford_alpaca.models.load import read_config
 from stanford_alpaca.plans import Machine, Row, rows_of
 
 LLAMA_7B = Path(__file__).resolve().parents[1] / "examples" / "llama-7b"

@@ -13,7 +13,7 @@ from stanford_alpaca import engines
 from stanford_alpaca.engines import EXPERTS, training_flops
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.head import body_of
-from stanford_alpaca.model import auto_class
+from stanford_alpaca.models.load import auto_class
 
 OUTSIDE, INPUT = -1, -2  # of the decoder layers
 

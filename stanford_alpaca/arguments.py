@@ -22,7 +22,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import choice
 from stanford_alpaca.losses.functional import BACKENDS
 from stanford_alpaca.losses.objectives import MODES, WEIGHTINGS, Objective
-from stanford_alpaca.model import LORA_EMBEDDINGS, add_lora
+from stanford_alpaca.models.lora import LORA_EMBEDDINGS, add_lora
 from stanford_alpaca.old_flags import read_fsdp_config
 
 SECRET = ("hub_token",)  # what no file may hold, least of all one that is pushed to the hub

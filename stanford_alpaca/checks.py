@@ -28,9 +28,9 @@ from stanford_alpaca.checkpoint.manifest import checkpoints
 from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.errors import UserError, first_line, nearest
 from stanford_alpaca.flags import check_writable
-from stanford_alpaca.loadable import check_model
 from stanford_alpaca.lock import FILE as LOCK
-from stanford_alpaca.model import read_config
+from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.load import read_config
 from stanford_alpaca.trainer_flags import check_flags, check_optimizer_flags
 
 FROM_ZERO = (

@@ -13,7 +13,7 @@ from stanford_alpaca.distributed.weights import loading_whole
 from stanford_alpaca.engines import decoder_layers
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.generate import encode_prompts
-from stanford_alpaca.model import empty_model
+from stanford_alpaca.models.load import empty_model
 
 
 def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict]) -> None:

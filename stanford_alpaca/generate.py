@@ -27,8 +27,8 @@ from stanford_alpaca.data.templates import IN_WORDS, check_template
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
-from stanford_alpaca.loadable import check_model
-from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer, read_config
+from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.load import fit_vocabulary, load_model, load_tokenizer, read_config
 from stanford_alpaca.samples import check_outputs, format_sample, sample_of, write_alpaca_eval, write_jsonl, write_markdown
 from stanford_alpaca.sampling import GIVE_TEMPERATURE, Sampling
 

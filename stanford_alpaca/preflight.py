@@ -19,9 +19,9 @@ from stanford_alpaca.engines import PEAK_FLOPS
 from stanford_alpaca.errors import UserError, nearest
 from stanford_alpaca.estimate import COST_SHARDINGS, ENGINES, Setup, precision_of, shardings_of
 from stanford_alpaca.flags import choice, exit_on_user_error
-from stanford_alpaca.loadable import check_model
 from stanford_alpaca.losses.objectives import MODES, Objective
-from stanford_alpaca.model import load_tokenizer, read_config
+from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.load import load_tokenizer, read_config
 from stanford_alpaca.plans import Machine, Plan, Row, advise, rows_of
 
 RECIPE = 128  # rows per step, as in train_emo.sh

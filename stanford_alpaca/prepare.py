@@ -14,23 +14,15 @@ from stanford_alpaca.console import say
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
 from stanford_alpaca.data.sources import ExampleStream
-from stanford_alpaca.data.templates import set_stops
 from stanford_alpaca.distributed.store import share_from_rank_0
 from stanford_alpaca.distributed.weights import allocate, stored_buffers, weights_come_from_rank_0
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.fit import check_positions
 from stanford_alpaca.head import HeadForm
 from stanford_alpaca.isolation import find_isolation
-from stanford_alpaca.model import (
-    check_savable,
-    drop_invalid,
-    empty_model,
-    expert_parameters,
-    fit_vocabulary,
-    load_model,
-    load_tokenizer,
-    unread_parts,
-)
+from stanford_alpaca.models.load import empty_model, fit_vocabulary, load_model, load_tokenizer, unread_parts
+from stanford_alpaca.models.lora import expert_parameters
+from stanford_alpaca.models.savable import make_savable
 from stanford_alpaca.teacher import Teacher, same_vocabulary
 
 
@@ -147,20 +139,6 @@ def freeze_unread(model: PreTrainedModel, name: str) -> None:
         parts = dict.fromkeys(each.removeprefix("model.").partition(".")[0] for each in unread)
         count = sum(parameters[each].numel() for each in unread)
         say(f"{name}: trained as a model of text; {count:,} parameters stay as they are ({', '.join(parts)})")
-
-
-def make_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """What a finished folder has besides the weights: stop tokens, and settings that can be saved. Says what is dropped.
-
-    Raises:
-        UserError: something cannot be saved again.
-    """
-    set_stops(model.generation_config, tokenizer)
-    dropped = drop_invalid(model.generation_config)
-    if dropped:
-        settings = ", ".join(f"{field} {value}" for field, value in dropped.items())
-        say(f"{name}: of its generation_config.json is dropped, because it changes nothing and cannot be saved: {settings}")
-    check_savable(name, model.config, model.generation_config, tokenizer)
 
 
 def precision(run: Run) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from stanford_alpaca.data.templates import check_template, told_templates, use_c
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder, encode_records
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
-from stanford_alpaca.loadable import check_model
-from stanford_alpaca.model import load_tokenizer
+from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.load import load_tokenizer
 
 Piece = tuple[str, bool]  # the characters of a token, and whether it is trained
 

@@ -13,11 +13,11 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 
 from stanford_alpaca import __version__, environment
 from stanford_alpaca.arguments import FLAGS, Run, defaults
-from stanford_alpaca.checkpoint.identity import BASE, identify_model
 from stanford_alpaca.checkpoint.manifest import FILE as MANIFEST
 from stanford_alpaca.checkpoint.manifest import file_sha256, write_whole
 from stanford_alpaca.checkpoint.run_file import FILE, FILE_FROM, MADE_WITH, read_run
 from stanford_alpaca.data.sources import identify
+from stanford_alpaca.models.identity import BASE, identify_model
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "peft")
 BY_CONTENT = ("model", "teacher", "cost")

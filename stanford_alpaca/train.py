@@ -47,7 +47,7 @@ from stanford_alpaca.fit import check_fit
 from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generate import encode_prompts, read_prompts
 from stanford_alpaca.lock import held
-from stanford_alpaca.model import load_tokenizer, read_config
+from stanford_alpaca.models.load import load_tokenizer, read_config
 from stanford_alpaca.prepare import cache_costs, make_collator, make_model
 from stanford_alpaca.record import differences, write_card, write_run
 from stanford_alpaca.resume import Start, where_to_start

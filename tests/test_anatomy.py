@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, T5Config
 
 from stanford_alpaca.anatomy import count_activations, count_parameters, decoder_layers, describe
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.model import read_config
+from stanford_alpaca.models.load import read_config
 
 SERVED = ("llama", "qwen3", "gpt2", "gemma2", "opt", "mixtral")
 

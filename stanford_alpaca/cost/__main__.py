@@ -11,8 +11,8 @@ from stanford_alpaca.cost.build import describe, from_head, from_text, save
 from stanford_alpaca.cost.cooccurrence import SMOOTHING, TextSettings
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
-from stanford_alpaca.loadable import check_model
-from stanford_alpaca.model import load_tokenizer
+from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.load import load_tokenizer
 
 
 @SetParseFns(text=str, head=str, tokenizer=str, out=str)  # fire would read "a, b" as a tuple

@@ -18,7 +18,7 @@ from stanford_alpaca.data.encode import TextEncoder
 from stanford_alpaca.data.reading import SUFFIXES, read_file
 from stanford_alpaca.data.records import FORMS, canonical, form_of
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.model import load_model
+from stanford_alpaca.models.load import load_model
 
 CHUNK = 1 << 22  # characters that are tokenized and counted at a time
 SHOWN, NEIGHBOURS = 6, 5  # tokens in the report, and nearest tokens of each

@@ -11,8 +11,8 @@ from transformers.utils import logging
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.retrieval import embed
-from stanford_alpaca.loadable import check_model
-from stanford_alpaca.model import cannot_load, load_body
+from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.load import cannot_load, load_body
 
 LEAST = 20  # texts: two clusters of ten
 ENOUGH = 1000  # its authors advise thousands

@@ -15,7 +15,7 @@ from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation.prompting import encode
 from stanford_alpaca.evaluation.scoring import batches
 from stanford_alpaca.head import body_of
-from stanford_alpaca.model import load_body
+from stanford_alpaca.models.load import load_body
 
 SIMILAR = ("sentence", "tfidf", "bm25", "model")  # they compare texts; those below draw
 RETRIEVERS = (*SIMILAR, "random", "fixed")

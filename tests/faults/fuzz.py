@@ -24,7 +24,7 @@ from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.fit import check_fit
 from stanford_alpaca.generate import read_prompts
-from stanford_alpaca.model import load_tokenizer
+from stanford_alpaca.models.load import load_tokenizer
 from stanford_alpaca.train import load_data
 
 BASE = Path(__file__).resolve().parents[2] / "data" / "tiny-base"

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.loadable import check_model
-from stanford_alpaca.model import fit_vocabulary, load_model, load_tokenizer
-from stanford_alpaca.prepare import make_savable
+from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.load import fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.models.savable import make_savable
 
 
 @pytest.fixture

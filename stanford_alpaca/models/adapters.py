@@ -10,13 +10,13 @@ from peft import PeftConfig, PeftType
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
 from stanford_alpaca.checkpoint import manifest
-from stanford_alpaca.checkpoint.identity import BASE, base_has_changed, identify_model, run_of
 from stanford_alpaca.checkpoint.run_file import FILE as RUN_FILE
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.errors import ResumeError, UserError, first_line
-from stanford_alpaca.loadable import check_model, check_place
-from stanford_alpaca.model import ADAPTER_CONFIG
+from stanford_alpaca.models.check import check_model, check_place
+from stanford_alpaca.models.identity import BASE, base_has_changed, identify_model, run_of
+from stanford_alpaca.models.load import ADAPTER_CONFIG
 
 MERGED = "merge.json"  # what a merged model holds, and of what base
 READ = ["*.json", "*.jinja", "*.model", "*.txt", str(ADAPTER_SAFE_WEIGHTS_NAME)]  # of a repository on the hub

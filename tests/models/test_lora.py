@@ -21,11 +21,12 @@ from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.engines import training_flops
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.head import original_weight
-from stanford_alpaca.loadable import check_model
 from stanford_alpaca.losses import emo_loss
 from stanford_alpaca.losses.backends import chunked
 from stanford_alpaca.merge_lora import run as merge
-from stanford_alpaca.model import add_lora, load_model, load_tokenizer
+from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.load import load_model, load_tokenizer
+from stanford_alpaca.models.lora import add_lora
 from stanford_alpaca.prepare import precision, told_adapter
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps

@@ -10,15 +10,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from stanford_alpaca.checkpoint import identity, manifest
-from stanford_alpaca.checkpoint.identity import BASE, identify_model
+from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.cost.__main__ import build
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation import metrics, report
 from stanford_alpaca.evaluation.mauve_score import load_featuriser
 from stanford_alpaca.generate import run as generate
-from stanford_alpaca.loadable import check_model
-from stanford_alpaca.model import load_model
+from stanford_alpaca.models import identity
+from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.identity import BASE, identify_model
+from stanford_alpaca.models.load import load_model
 from stanford_alpaca.train import train
 from tests.helpers import refusal
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from stanford_alpaca import merge_lora
 from stanford_alpaca.checkpoint import manifest
-from stanford_alpaca.checkpoint.identity import BASE, identify_model
 from stanford_alpaca.errors import ResumeError, UserError
-from stanford_alpaca.model import fit_vocabulary
+from stanford_alpaca.models.identity import BASE, identify_model
+from stanford_alpaca.models.load import fit_vocabulary
 from tests.helpers import refusal
 
 IDS = torch.arange(3, 2043, 12)[None, :96]

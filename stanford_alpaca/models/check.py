@@ -9,12 +9,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from stanford_alpaca.checkpoint.identity import BASE, base_has_changed, check_unchanged, run_of
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.data.reading import exists
 from stanford_alpaca.errors import UserError, first_line
-from stanford_alpaca.model import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model, grow_for_adapter
+from stanford_alpaca.models.identity import BASE, base_has_changed, check_unchanged, run_of
+from stanford_alpaca.models.load import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model, grow_for_adapter
 
 WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)")  # peft's
 SIZED = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}  # tensors of an embedding, and their axis of tokens

@@ -1,0 +1,187 @@
+"""Adds an adapter to the weights it was trained beside, and compares the logits before and after."""
+
+import gc
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stanford_alpaca.checkpoint import manifest
+from stanford_alpaca.checkpoint.export import appearing
+from stanford_alpaca.checkpoint.space import check_space
+from stanford_alpaca.console import say
+from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.models.adapters import MERGED, Adapter, merged_into
+from stanford_alpaca.models.check import check_adapter
+from stanford_alpaca.models.identity import identify_model
+from stanford_alpaca.models.load import empty_model, fit_vocabulary, load_model, load_tokenizer, read_config
+from stanford_alpaca.models.savable import make_savable
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLERANCE = 1e-4  # of the largest logit
+ROWS, LENGTH = 4, 32  # of the token ids that are compared
+
+
+def merge(
+    adapter: Adapter, base: str, out: Path, dtype: str | None, cache_dir: str | None = None, *, remote_code: bool = False
+) -> str:
+    """Writes ``out``, which is there when it is whole or not at all, and returns a line about it.
+
+    The model is in memory once, in float32.
+
+    Raises:
+        UserError: the adapter does not fit or cannot be merged, or the merged model computes something else.
+    """
+    has_tokenizer = (adapter.folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(
+        str(adapter.folder) if has_tokenizer else base, cache_dir=cache_dir, may_grow=False, remote_code=remote_code, tell=say
+    )
+    rows = check_adapter(str(adapter.folder), cache_dir, base=base, tokens=len(tokenizer), remote_code=remote_code)
+    written = DTYPES[dtype] if dtype else read_config(base, cache_dir, remote_code=remote_code).dtype or torch.float32
+    parameters = empty_model(base, cache_dir, remote_code=remote_code).num_parameters()
+    check_space(out.parent, parameters * written.itemsize, "the merged model", "or write a smaller --dtype")
+    model = load_float32(base, cache_dir, remote_code)
+    if adapter.run.get("qlora"):
+        say(f"{adapter.name}: trained beside 4-bit weights, and merged into the {base} that they were rounded from")
+    if added := fit_vocabulary(model, tokenizer, rows):
+        say(f"{base}: {added} row(s) added to its embedding, the mean of the others, for the tokenizer's {len(tokenizer)}")
+    model, about = merge_weights(model, adapter)
+    if added := fit_vocabulary(model, tokenizer):
+        say(f"{base}: {added} token(s) of the tokenizer have no row in the adapter: they got the mean of the others")
+    make_savable(model, tokenizer, base)
+    about |= {"base": shown(base), "base_identity": identify_model(base, cache_dir), "adapter": shown(adapter.name)}
+    about |= {"adapter_sha256": adapter.sha256, "dtype": str(written).removeprefix("torch.")}
+    logits = about.pop("logits")
+    with appearing(out) as part:
+        model.to(written).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        del model
+        gc.collect()
+        about["logits_differ_written"] = compare_written(part, logits, written, remote_code)
+        history = [*merged_into(base), adapter.sha256]
+        manifest.write_whole(part / MERGED, json.dumps({"merged_from": about, "adapters": history}, indent=1) + "\n")
+        manifest.write(part, manifest.entries_of(part, manifest.list_files(part), flush=True), {"step": 0})
+    where = ", ".join([f"{about['layers']} layer{'s' * (about['layers'] != 1)}", *about["modules"]])
+    rounded = f" ({about['logits_differ_written']:.1g} in {about['dtype']})" if written != torch.float32 else ""
+    return (
+        f"merged {adapter.size} into {where} of {base}; logits of up to {about['logits_scale']:.2g} differ by at "
+        f"most {about['logits_differ']:.1g}{rounded}; saved the {about['dtype']} model to {out}"
+    )
+
+
+def shown(name: str) -> str:
+    """A hub name, or the last part of a folder's: where it lay is nobody's business."""
+    place = Path(name).expanduser()
+    return place.resolve().name if place.exists() else name
+
+
+def load_float32(base: str, cache_dir: str | None, remote_code: bool) -> PreTrainedModel:
+    """The base in float32 on the CPU; a quantized one dequantized, and from then on a plain model."""
+    quantized = getattr(read_config(base, cache_dir, remote_code=remote_code), "quantization_config", None)
+    if quantized is None:
+        return load_model(base, cache_dir, remote_code=remote_code).eval()
+    try:
+        model = load_model(base, cache_dir, remote_code=remote_code, device_map="cpu").dequantize(torch.float32)
+        model._weight_conversions = None  # how it was read, which is not how a plain model is written
+        vars(model).pop("hf_device_map", None)
+        say(f"{base}: its quantized weights are written out in full")
+        return model.float().eval()  # what was not quantized has kept its dtype
+    except UserError as error:
+        if "requires bitsandbytes" in str(error):
+            raise UserError(f"{base}: quantized; install bitsandbytes to read it: pip install bitsandbytes") from None
+        raise
+    except Exception as error:  # a method that cannot be undone
+        raise UserError(f"{base}: its quantized weights cannot be written out ({first_line(error)})") from None
+
+
+@torch.no_grad()
+def merge_weights(model: PreTrainedModel, adapter: Adapter) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model with the adapter in its weights, and what was done; ``logits`` are those before.
+
+    Raises:
+        UserError: peft cannot merge it, or the logits after are not those before.
+    """
+    pair = model.get_input_embeddings(), model.get_output_embeddings()  # which peft may wrap
+    tied = pair[0].weight is pair[1].weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's about tied embeddings, which are seen to here
+        try:
+            adapted = PeftModel.from_pretrained(model, str(adapter.folder), torch_device="cpu").eval()
+        except Exception as error:
+            raise UserError(f"{adapter.name}: cannot be loaded into its base ({first_line(error)})") from None
+        ids = probe_ids(model, pair[0].weight.shape[0])
+        before = adapted(input_ids=ids, use_cache=False).logits
+        modules = dict(adapted.named_modules())
+        whole = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
+        inside = tuple(f"{name}." for name in whole)
+        layers = [m for name, m in modules.items() if isinstance(m, BaseTunerLayer) and not name.startswith(inside)]
+        about = {
+            "layers": len(layers),
+            "modules": sorted(name.rpartition(".")[2] for name in whole),
+            "scaling": sorted({value for layer in layers for value in getattr(layer, "scaling", {}).values()}),
+        }
+        untied = tied and pair != (model.get_input_embeddings(), model.get_output_embeddings())
+        if untied:  # what is added to one is not added to the other
+            pair[1].weight = nn.Parameter(pair[1].weight.clone())
+        try:
+            merged = adapted.merge_and_unload()
+        except Exception as error:
+            raise UserError(f"{adapter.name}: peft cannot merge {adapter.size} ({first_line(error)})") from None
+        if untied:
+            tie_if_equal(merged)
+    after = merged(input_ids=ids, use_cache=False).logits
+    difference, scale = (after - before).abs().max().item(), before.abs().max().item()
+    if not difference <= TOLERANCE * scale:
+        raise UserError(f"{adapter.name}: merged, its logits differ by {difference:.2g} (of {scale:.2g}); nothing is written")
+    return merged, about | {"logits_differ": difference, "logits_scale": scale, "logits": before}
+
+
+def probe_ids(model: PreTrainedModel, size: int) -> Tensor:  # [ROWS, LENGTH], or as many as the model has positions
+    """Token ids from all of a vocabulary, with the last ones, which may have been added."""
+    length = min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
+    last = torch.arange(size - length // 2, size).clamp_min(0)
+    ids = torch.linspace(0, size - 1, ROWS * length - len(last)).long()
+    return torch.cat([ids, last]).view(length, ROWS).T.contiguous()
+
+
+def tie_if_equal(model: PreTrainedModel) -> None:
+    """Makes embedding and output layer one again where the adapter has done the same to both, else says that they are two."""
+    inner, outer = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    equal = inner.shape == outer.shape and (inner - outer).abs().max() <= 1e-6 * inner.abs().max()
+    for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = bool(equal)
+    if equal:
+        model.get_output_embeddings().weight = inner
+    else:
+        say("the adapter has changed one of two tied embeddings: from now on they are two (tie_word_embeddings false)")
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+@torch.no_grad()
+def compare_written(folder: Path, want: Tensor, dtype: torch.dtype, remote_code: bool) -> float:
+    """Reads the folder as its users will and returns the largest difference of its logits.
+
+    Args:
+        want: logits of the first tokens of its vocabulary, float32.
+
+    Raises:
+        UserError: a key is missing or foreign, a logit is not finite, or in float32 they differ.
+    """
+    model = load_model(str(folder), dtype=dtype, remote_code=remote_code)
+    rows = want.shape[-1]
+    logits = model.eval()(input_ids=probe_ids(model, rows), use_cache=False).logits[..., :rows]
+    difference, scale = (logits.float() - want).abs().max().item(), want.abs().max().item()
+    if not difference < float("inf"):
+        raise UserError(
+            f"in {str(dtype).removeprefix('torch.')} the merged model's logits are not finite; give --dtype bfloat16 or float32"
+        )
+    if dtype == torch.float32 and difference > TOLERANCE * scale:
+        raise UserError(f"read again, its logits differ by {difference:.2g} (of {scale:.2g}); nothing is written")
+    return difference
