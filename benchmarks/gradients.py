@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
 from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generate import load_for_generation
-from stanford_alpaca.head import head_of
 from stanford_alpaca.losses.functional import emo_loss
 from stanford_alpaca.losses.objectives import MODES
+from stanford_alpaca.objective.attach import attach_objective
+from stanford_alpaca.objective.head import head_of
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 

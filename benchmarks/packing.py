@@ -16,13 +16,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.data.balance import balanced_order
 from stanford_alpaca.data.batching import PadCollator, SegmentCollator
 from stanford_alpaca.data.packing import PackedExamples, example_lengths
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
 from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
-from stanford_alpaca.isolation import find_isolation
+from stanford_alpaca.objective.attach import attach_objective
+from stanford_alpaca.objective.isolation import find_isolation
 
 MAX_LENGTH, SUPERVISED = 512, 0.45
 Batches = list[dict[str, Any]]

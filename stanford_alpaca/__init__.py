@@ -24,8 +24,8 @@ import torch
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed its search and a warning
 
-from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.losses import Objective, SoftTargets, emo_loss, linear_emo_loss
+from stanford_alpaca.objective.attach import attach_objective
 
 __version__ = "0.1.0"
 __all__ = ["Objective", "SoftTargets", "attach_objective", "emo_loss", "linear_emo_loss"]

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stanford_alpaca import engines
 from stanford_alpaca.engines import EXPERTS, training_flops
 from stanford_alpaca.errors import UserError, first_line
-from stanford_alpaca.head import body_of
 from stanford_alpaca.models.load import auto_class
+from stanford_alpaca.objective.head import body_of
 
 OUTSIDE, INPUT = -1, -2  # of the decoder layers
 

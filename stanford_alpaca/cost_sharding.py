@@ -16,10 +16,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from stanford_alpaca.attach import routes
 from stanford_alpaca.cost import CostAlias, ShardedCost, broadcast_cost
 from stanford_alpaca.distributed.weights import weights_come_from_rank_0
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.objective.attach import routes
 
 COST_SHARDINGS = ("auto", "replicate", "shard", "vocab_parallel")
 AUTO_SHARD_BYTES = 2**30  # auto shards larger embeddings where the engine shards the model

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from stanford_alpaca.cost_sharding import check_separate, wrap_separately
 from stanford_alpaca.errors import UserError, first_line
-from stanford_alpaca.head import body_of
+from stanford_alpaca.objective.head import body_of
 
 ENGINES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # the wheel installs it beside the package, too

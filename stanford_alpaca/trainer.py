@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
-from stanford_alpaca.attach import AttachedObjective
 from stanford_alpaca.checkpoint.pickles import restrict_deepspeed
 from stanford_alpaca.data.balance import BalancedSampler
 from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, fill_up
@@ -23,6 +22,7 @@ from stanford_alpaca.distributed.shards import Shards, stand_before
 from stanford_alpaca.engines import activate_fsdp, check_engine, peak_flops, training_flops
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.guard import Guard
+from stanford_alpaca.objective.attach import AttachedObjective
 from stanford_alpaca.resumable import ResumableTrainer
 
 

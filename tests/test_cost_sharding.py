@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from stanford_alpaca import cost_sharding
-from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.checks import check_cost_sharding
 from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.objective.attach import attach_objective
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
 from tests.ranks import run_ranks

@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stanford_alpaca import attach_objective
-from stanford_alpaca.attach import AttachedObjective
 from stanford_alpaca.data.prompts import format_prompt
+from stanford_alpaca.objective.attach import AttachedObjective
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
 

@@ -157,8 +157,8 @@ def test_a_stream_in_which_nothing_has_a_target_is_one_line(arguments, tmp_path)
 
 
 def test_token_weights_are_exact_whatever_the_engine_computes_in(make_model):
-    from stanford_alpaca.attach import attach_objective
     from stanford_alpaca.data.batching import PadCollator
+    from stanford_alpaca.objective.attach import attach_objective
 
     rows = [
         {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "weights": [1.0, 0.3, 2.0]},

@@ -13,8 +13,8 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
 from stanford_alpaca.evaluation.intervals import Items, mean_of
-from stanford_alpaca.head import body_of, head_of
 from stanford_alpaca.losses.backends import reference
+from stanford_alpaca.objective.head import body_of, head_of
 
 ROWS = 1024  # supervised tokens whose logits are held at a time
 BINS = 15  # of equal width, of the top-1 probability

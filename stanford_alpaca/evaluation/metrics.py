@@ -36,7 +36,7 @@ from stanford_alpaca.evaluation.tables import format_differences, format_results
 from stanford_alpaca.evaluation.texts import against_references, by_themselves, first_words
 from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generate import decode_response, encode_prompts, generate_ids, load_for_generation
-from stanford_alpaca.head import head_of, original_weight
+from stanford_alpaca.objective.head import head_of, original_weight
 from stanford_alpaca.samples import format_sample, sample_of, write_jsonl
 
 REFERENCES = "(references)"  # the column of what the references are by themselves

@@ -26,10 +26,10 @@ from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.intervals import Items, mean_of
-from stanford_alpaca.head import body_of, head_of
 from stanford_alpaca.losses.backends import reference
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.objective.head import body_of, head_of
 
 LEFT_OUT = 1e-3  # probability that optimal transport leaves out of each distribution: changes it by at most 4 * LEFT_OUT
 MOST = 2048  # tokens of each that it moves, where that needs more: the program grows with their product

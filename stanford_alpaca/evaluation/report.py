@@ -29,9 +29,9 @@ from stanford_alpaca.evaluation.transport import view_of
 from stanford_alpaca.evaluation.verdicts import table_of
 from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generate import load_for_generation
-from stanford_alpaca.head import original_weight
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ADAPTER_CONFIG
+from stanford_alpaca.objective.head import original_weight
 from stanford_alpaca.samples import check_outputs
 
 

@@ -14,8 +14,8 @@ from stanford_alpaca.console import quiet_hub
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation.prompting import encode
 from stanford_alpaca.evaluation.scoring import batches
-from stanford_alpaca.head import body_of
 from stanford_alpaca.models.load import load_body
+from stanford_alpaca.objective.head import body_of
 
 SIMILAR = ("sentence", "tfidf", "bm25", "model")  # they compare texts; those below draw
 RETRIEVERS = (*SIMILAR, "random", "fixed")

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import first_line
 from stanford_alpaca.evaluation.prompting import Choices
-from stanford_alpaca.head import body_of, head_of
 from stanford_alpaca.losses.backends.reference import logits_of
 from stanford_alpaca.losses.types import Head
+from stanford_alpaca.objective.head import body_of, head_of
 
 ROWS = 1024  # tokens whose logits are held at a time
 STEM = 16  # tokens that all items share, from which on they are computed once

@@ -14,9 +14,9 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.head import body_of, head_of
 from stanford_alpaca.losses.backends import reference
 from stanford_alpaca.losses.types import Head
+from stanford_alpaca.objective.head import body_of, head_of
 
 TOP = 8  # predictions, and neighbours, that are shown of a token
 ROWS = 256  # tokens whose logits and costs are held at a time

@@ -11,7 +11,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from stanford_alpaca.attach import attach_objective
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.export import export
 from stanford_alpaca.command_line import parse
@@ -20,13 +19,14 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.engines import training_flops
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.head import original_weight
 from stanford_alpaca.losses import emo_loss
 from stanford_alpaca.losses.backends import chunked
 from stanford_alpaca.merge_lora import run as merge
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import load_model, load_tokenizer
 from stanford_alpaca.models.lora import add_lora
+from stanford_alpaca.objective.attach import attach_objective
+from stanford_alpaca.objective.head import original_weight
 from stanford_alpaca.prepare import precision, told_adapter
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps

@@ -10,8 +10,8 @@ from stanford_alpaca import attach_objective
 from stanford_alpaca.data.batching import PadCollator, SegmentCollator
 from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.isolation import find_isolation
-from stanford_alpaca.teacher import Teacher
+from stanford_alpaca.objective.isolation import find_isolation
+from stanford_alpaca.objective.teacher import Teacher
 
 SIZES = (9, 4, 7, 2, 12)
 ROWS = [[0, 1, 2], [3, 4]]

@@ -4,9 +4,7 @@ Known values in place of the output layer's output show what the model makes of 
 huge ones become is the cap. Whatever else happens on the way shows when the recognised function meets a ramp.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from stanford_alpaca.errors import first_line
-from stanford_alpaca.flash import played_flash
 from stanford_alpaca.losses.types import Head
+from stanford_alpaca.objective.probing import probe_inputs, probing
 
 TINY, HUGE = 2.0**-30, 2.0**100  # powers of two, so that multiplying and dividing by them is exact
 
@@ -115,27 +112,6 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     while outer is not None and outer in body.modules():
         body = next(part for part in body.children() if inner in part.modules())
     return body
-
-
-@contextlib.contextmanager
-def probing(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, without gradients, FlashAttention played, while the block runs; what goes wrong becomes a ValueError."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), played_flash(model):
-            yield
-    except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be probed with token ids alone: {first_line(error)}") from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:  # [1, 4] each
-    """The tokens that a model is probed with."""
-    ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _known_values(vocab_size: int, device: torch.device) -> Tensor:  # [1, 4, V] float64, exact in float32

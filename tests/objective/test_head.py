@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from stanford_alpaca.head import HeadForm, head_of, recognise_head
 from stanford_alpaca.losses.backends.reference import logits_of
+from stanford_alpaca.objective.head import HeadForm, head_of, recognise_head
 
 FORMS = {"gemma2": HeadForm(softcap=3.0), "cohere": HeadForm(logit_scale=0.0625), "granite": HeadForm(logit_scale=1 / 3)}
 IDS = torch.tensor([[5, 4, 90, 17, 8]])

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stanford_alpaca.head import body_of, recognise_head
 from stanford_alpaca.losses.backends import reference
 from stanford_alpaca.losses.types import SoftTargets
+from stanford_alpaca.objective.head import body_of, recognise_head
 
 ROWS = 1024  # tokens whose logits are held at a time
 

@@ -6,8 +6,9 @@ from transformers import PreTrainedModel
 
 from stanford_alpaca.data.batching import SegmentCollator
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.flash import uses_flash
-from stanford_alpaca.head import body_of, probing
+from stanford_alpaca.objective.fake_flash import uses_flash
+from stanford_alpaca.objective.head import body_of
+from stanford_alpaca.objective.probing import probing
 
 SIZES = (5, 7, 3)  # tokens of the examples that a model is probed with
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the difference that seeing each other makes

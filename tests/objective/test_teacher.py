@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from stanford_alpaca import attach_objective
-from stanford_alpaca.teacher import Teacher, same_vocabulary
+from stanford_alpaca.objective.teacher import Teacher, same_vocabulary
 
 
 @pytest.fixture

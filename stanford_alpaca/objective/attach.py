@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable
 from types import MethodType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,54 +11,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from stanford_alpaca.cost import CostAlias, CostEmbedding, ShardedCost
-from stanford_alpaca.head import HeadForm, body_of, original_weight, probe_inputs, probing, recognise_head
 from stanford_alpaca.losses.functional import check_backend, linear_loss_and_stats
 from stanford_alpaca.losses.objectives import Objective
-from stanford_alpaca.losses.types import SoftTargets, TokenStats
-from stanford_alpaca.teacher import Teacher
-
-
-class Sums(NamedTuple):
-    """Sums over supervised tokens."""
-
-    tokens: float
-    loss: float
-    nll: float
-    emo: float  # 0 where it was not computed
-    target_prob: float
-
-
-class Meter:
-    """Running sums over supervised tokens, kept on the device, float64, until they are drained."""
-
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None
-        self._marked: Tensor | None = None
-
-    def add(self, stats: TokenStats, objective: Objective, weights: Tensor | None = None) -> None:
-        """Adds tokens; ``weights`` multiply their losses, and nothing else."""
-        nll = stats.nll.double()
-        emo = torch.zeros_like(nll) if stats.log_emo is None else stats.log_emo.double().exp()
-        loss = objective(stats.nll, stats.log_emo).double()
-        loss = loss if weights is None else loss * weights
-        new = torch.stack([torch.ones_like(nll), loss, nll, emo, torch.exp(-nll)]).sum(1)
-        self._sums = new if self._sums is None else self._sums + new
-
-    def mark(self) -> None:
-        """Remembers the sums so far."""
-        self._marked = self._sums
-
-    def back(self) -> None:
-        """Forgets what was added since the mark."""
-        self._sums = self._marked
-
-    def drain(self, device: torch.device | str, over_ranks: bool = False) -> Sums:
-        """The sums so far and a fresh start; ``over_ranks`` costs one all-reduce of 5 float64 on the device."""
-        sums = torch.zeros(5, dtype=torch.float64, device=device) if self._sums is None else self._sums.to(device)
-        self._sums = None
-        if over_ranks:
-            torch.distributed.all_reduce(sums)
-        return Sums(*sums.tolist())
+from stanford_alpaca.losses.types import SoftTargets
+from stanford_alpaca.objective.head import HeadForm, body_of, original_weight, recognise_head
+from stanford_alpaca.objective.meter import Meter
+from stanford_alpaca.objective.probing import probe_inputs, probing
+from stanford_alpaca.objective.teacher import Teacher
 
 
 class AttachedObjective:
