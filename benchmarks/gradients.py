@@ -15,7 +15,7 @@ from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
 from stanford_alpaca.flags import exit_on_user_error
-from stanford_alpaca.generate import load_for_generation
+from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.losses.functional import emo_loss
 from stanford_alpaca.losses.objectives import MODES
 from stanford_alpaca.objective.attach import attach_objective

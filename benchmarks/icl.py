@@ -23,7 +23,7 @@ from stanford_alpaca.evaluation.retrieval import tfidf
 from stanford_alpaca.evaluation.scoring import Scores, plain, score
 from stanford_alpaca.evaluation.tasks import choose_tasks, load_task, read_tasks
 from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
-from stanford_alpaca.generate import load_for_generation
+from stanford_alpaca.generation.responses import load_for_generation
 
 
 @SetParseFns(tasks=str)

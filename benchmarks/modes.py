@@ -20,10 +20,10 @@ from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.evaluation.forced import teacher_forced
 from stanford_alpaca.evaluation.texts import exact_match
 from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
-from stanford_alpaca.generate import generate_batch, load_for_generation
+from stanford_alpaca.generation.responses import generate_batch, load_for_generation
+from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.losses.objectives import MODES
 from stanford_alpaca.objective.head import head_of
-from stanford_alpaca.sampling import Sampling
 from stanford_alpaca.train import train
 
 HERE = Path(__file__).resolve().parent

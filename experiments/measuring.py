@@ -14,8 +14,8 @@ from stanford_alpaca.evaluation.forced import teacher_forced
 from stanford_alpaca.evaluation.mauve_score import load_featuriser, mauve
 from stanford_alpaca.evaluation.oracle import distances, oracle_perplexity
 from stanford_alpaca.evaluation.texts import by_themselves
-from stanford_alpaca.generate import generate_ids
-from stanford_alpaca.sampling import Sampling
+from stanford_alpaca.generation.responses import generate_ids
+from stanford_alpaca.generation.sampling import Sampling
 
 PREFIX = 16  # tokens of a test sequence that are given, behind the one that begins it
 POSITIONS = 64  # at which optimal transport is solved; other ones with each seed

@@ -17,8 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 from stanford_alpaca import attach_objective
 from stanford_alpaca.checkpoint.export import appearing
 from stanford_alpaca.data.reading import open_text
-from stanford_alpaca.generate import generate_ids, plain_generation
-from stanford_alpaca.sampling import Sampling
+from stanford_alpaca.generation.responses import generate_ids, plain_generation
+from stanford_alpaca.generation.sampling import Sampling
 
 disable_progress_bar()  # of loading and saving
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-base"

@@ -7,9 +7,9 @@ from transformers import IntervalStrategy, TrainerCallback
 
 from stanford_alpaca.checkpoint.saving import write_together
 from stanford_alpaca.console import say
-from stanford_alpaca.generate import generate_batch, plain_generation
-from stanford_alpaca.samples import append_jsonl, format_sample, sample_of, samples_as_markdown
-from stanford_alpaca.sampling import Sampling
+from stanford_alpaca.generation.responses import generate_batch, plain_generation
+from stanford_alpaca.generation.sampling import Sampling
+from stanford_alpaca.generation.writers import append_jsonl, format_sample, sample_of, samples_as_markdown
 from stanford_alpaca.trainer import EmoTrainer, frozen_random_states
 
 

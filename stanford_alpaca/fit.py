@@ -12,7 +12,7 @@ from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.distributed.weights import loading_whole
 from stanford_alpaca.engines import decoder_layers
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.generate import encode_prompts
+from stanford_alpaca.generation.prompts import encode_prompts
 from stanford_alpaca.models.load import empty_model
 
 

@@ -45,7 +45,7 @@ from stanford_alpaca.environment import check_environment
 from stanford_alpaca.errors import Stopped, UserError, first_line
 from stanford_alpaca.fit import check_fit
 from stanford_alpaca.flags import exit_on_user_error
-from stanford_alpaca.generate import encode_prompts, read_prompts
+from stanford_alpaca.generation.prompts import encode_prompts, read_prompts
 from stanford_alpaca.lock import held
 from stanford_alpaca.models.load import load_tokenizer, read_config
 from stanford_alpaca.prepare import cache_costs, make_collator, make_model

@@ -13,7 +13,7 @@ from stanford_alpaca.data.reading import read_file
 from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.tokenize import ExampleEncoder, PromptEncoder
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.generate import read_prompts
+from stanford_alpaca.generation.prompts import read_prompts
 from stanford_alpaca.models.load import load_tokenizer
 from stanford_alpaca.train import train
 from tests.helpers import refusal

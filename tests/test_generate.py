@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 
 from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.generate import generate_batch, load_for_generation, main, run
-from stanford_alpaca.sampling import Sampling
+from stanford_alpaca.generate import main, run
+from stanford_alpaca.generation.responses import generate_batch, load_for_generation
+from stanford_alpaca.generation.sampling import Sampling
 
 RECORDS = [
     {"instruction": "Say what a robin is.", "input": "", "output": "A robin is a bird."},
@@ -218,7 +219,7 @@ def test_bad_arguments(folder, tmp_path, monkeypatch, flags, message):
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "broken.json").write_text('[{"instruction": ')
     if "tokens" not in message:  # counting them takes the tokenizer
-        monkeypatch.setattr("stanford_alpaca.generate.load_for_generation", lambda _: pytest.fail("loaded a model"))
+        monkeypatch.setattr("stanford_alpaca.generation.responses.load_for_generation", lambda _: pytest.fail("loaded a model"))
     with pytest.raises(UserError, match=message):
         run(folder, **flags)
     assert (tmp_path / "p.txt").read_text() == "kept\n" and not (tmp_path / "o").exists()
@@ -252,7 +253,7 @@ def test_a_text_is_continued_and_an_empty_prompt_is_refused(base, folder, tmp_pa
     from copy import deepcopy
 
     from stanford_alpaca.data.tokenize import PromptEncoder
-    from stanford_alpaca.generate import encode_prompts, read_prompts
+    from stanford_alpaca.generation.prompts import encode_prompts, read_prompts
 
     model, tokenizer = base
     (tmp_path / "p.JSONL").write_text(json.dumps({"text": "A robin is"}))

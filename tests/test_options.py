@@ -171,8 +171,8 @@ def test_samples_while_training_change_nothing_and_reach_file_and_tracker(argume
     rows = [json.loads(line) for line in (tmp_path / "shown" / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 2, 3, 3]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    from stanford_alpaca.generate import generate_batch
-    from stanford_alpaca.sampling import Sampling
+    from stanford_alpaca.generation.responses import generate_batch
+    from stanford_alpaca.generation.sampling import Sampling
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     (text,) = generate_batch(model, tokenizer, [{"instruction": "Name a bird."}], Sampling(5))
@@ -240,8 +240,8 @@ def test_a_teacher_pulls_the_student_towards_itself(arguments, tmp_path, root):
     train(arguments(teacher=tmp_path / "teacher", teacher_top_k=20, mode="emo", max_steps=20, global_batch=8))
     log = steps(tmp_path / "out")
     assert "target_prob" not in log[0] and log[-1]["nll"] < 0.7 * log[0]["nll"]
-    from stanford_alpaca.generate import generate_batch
-    from stanford_alpaca.sampling import Sampling
+    from stanford_alpaca.generation.responses import generate_batch
+    from stanford_alpaca.generation.sampling import Sampling
 
     answers = []
     for place in (root / "data" / "tiny-base", tmp_path / "out"):

@@ -22,7 +22,7 @@ from stanford_alpaca.evaluation.fewshot import SCORES, Examples, Settings, choos
 from stanford_alpaca.evaluation.retrieval import ENCODER, RETRIEVERS, SIMILAR, Featurize, bm25, load_encoder, means_of, tfidf
 from stanford_alpaca.evaluation.tasks import TaskData, choose_tasks, load_task, read_tasks
 from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
-from stanford_alpaca.generate import load_for_generation
+from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.models.check import check_model
 
 BETWEEN = "\n"  # models in one --model_path

@@ -35,9 +35,10 @@ from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results
 from stanford_alpaca.evaluation.texts import against_references, by_themselves, first_words
 from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
-from stanford_alpaca.generate import decode_response, encode_prompts, generate_ids, load_for_generation
+from stanford_alpaca.generation.prompts import encode_prompts
+from stanford_alpaca.generation.responses import decode_response, generate_ids, load_for_generation
+from stanford_alpaca.generation.writers import format_sample, sample_of, write_jsonl
 from stanford_alpaca.objective.head import head_of, original_weight
-from stanford_alpaca.samples import format_sample, sample_of, write_jsonl
 
 REFERENCES = "(references)"  # the column of what the references are by themselves
 Responses = dict[str, list[list[str]]]  # of a model: decoding -> [seeds][records]

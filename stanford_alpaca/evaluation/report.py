@@ -28,11 +28,11 @@ from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.transport import view_of
 from stanford_alpaca.evaluation.verdicts import table_of
 from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
-from stanford_alpaca.generate import load_for_generation
+from stanford_alpaca.generation.responses import load_for_generation
+from stanford_alpaca.generation.writers import check_outputs
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ADAPTER_CONFIG
 from stanford_alpaca.objective.head import original_weight
-from stanford_alpaca.samples import check_outputs
 
 
 @SetParseFns(out=str, data=str, evaluation=str)

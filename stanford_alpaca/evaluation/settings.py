@@ -16,9 +16,9 @@ from stanford_alpaca.evaluation.mauve_score import check_mauve
 from stanford_alpaca.evaluation.oracle import check_oracle
 from stanford_alpaca.evaluation.texts import first_words
 from stanford_alpaca.flags import check_whole
-from stanford_alpaca.generate import check_prompts
+from stanford_alpaca.generation.prompts import check_prompts
+from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.models.check import check_model
-from stanford_alpaca.sampling import Sampling
 
 DECODINGS = ("greedy", "sample", "beam")
 

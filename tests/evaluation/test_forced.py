@@ -11,7 +11,7 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.evaluation.forced import BINS, Forced, teacher_forced
-from stanford_alpaca.generate import load_for_generation
+from stanford_alpaca.generation.responses import load_for_generation
 
 
 @pytest.mark.parametrize("family", [None, "gemma2", "cohere", "mixtral-routed"])

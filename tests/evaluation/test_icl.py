@@ -14,7 +14,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.icl import join_models, run
 from stanford_alpaca.evaluation.prompting import Choices, split
 from stanford_alpaca.evaluation.scoring import plain
-from stanford_alpaca.generate import load_for_generation
+from stanford_alpaca.generation.responses import load_for_generation
 from tests.helpers import refusal
 from tests.ranks import run_ranks
 

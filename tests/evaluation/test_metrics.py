@@ -17,8 +17,8 @@ from stanford_alpaca.evaluation.metrics import run
 from stanford_alpaca.evaluation.settings import Settings, continuations, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results
 from stanford_alpaca.evaluation.texts import exact_match, self_bleu
-from stanford_alpaca.generate import generate_batch, load_for_generation
-from stanford_alpaca.sampling import Sampling
+from stanford_alpaca.generation.responses import generate_batch, load_for_generation
+from stanford_alpaca.generation.sampling import Sampling
 from tests.helpers import refusal
 
 

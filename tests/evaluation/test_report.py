@@ -16,7 +16,7 @@ from stanford_alpaca.evaluation.report import run, settings_of_runs
 from stanford_alpaca.evaluation.settings import Settings
 from stanford_alpaca.evaluation.transport import view_of
 from stanford_alpaca.evaluation.verdicts import better, table_of
-from stanford_alpaca.generate import load_for_generation
+from stanford_alpaca.generation.responses import load_for_generation
 from tests.helpers import refusal
 
 RECORDS = [

@@ -23,7 +23,7 @@ from stanford_alpaca.checks import check
 from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.fit import check_fit
-from stanford_alpaca.generate import read_prompts
+from stanford_alpaca.generation.prompts import read_prompts
 from stanford_alpaca.models.load import load_tokenizer
 from stanford_alpaca.train import load_data
 

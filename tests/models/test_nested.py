@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.generate import generate_batch, load_for_generation
+from stanford_alpaca.generation.responses import generate_batch, load_for_generation
+from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.merge_lora import run as merge
 from stanford_alpaca.models.load import load_model, unread_parts
-from stanford_alpaca.sampling import Sampling
 from stanford_alpaca.train import train
 from tests.helpers import steps
 from tests.ranks import run_ranks

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.samples import check_outputs, code_span, format_sample, write_alpaca_eval, write_markdown
+from stanford_alpaca.generation.writers import check_outputs, code_span, format_sample, write_alpaca_eval, write_markdown
 
 NASTY = "# head\n```\n<b>x</b> | y |\n````` \n~~~\n    - *a* `b` \\ &lt; $x$ @me\n---\n````text"
 SAMPLE = {"instruction": "Say it.", "input": "", "reference": "", "responses": {"a": "One.", "long": "Two."}}

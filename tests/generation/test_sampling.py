@@ -5,9 +5,9 @@ import torch
 
 from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.generate import generate_batch
+from stanford_alpaca.generation.responses import generate_batch
+from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.models.load import load_tokenizer
-from stanford_alpaca.sampling import Sampling
 
 RECORDS = [{"instruction": "Why?"}, {"instruction": "Put it into the past.", "input": "The cook washes the pot."}]
 TOKENS = 16

@@ -1,0 +1,1 @@
+"""Prompts, responses to them, and the files they are written to."""

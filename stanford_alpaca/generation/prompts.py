@@ -1,0 +1,98 @@
+"""Prompts from a file or the command line, as the model was trained to be asked."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from stanford_alpaca.console import say
+from stanford_alpaca.data.reading import SUFFIXES, read_file
+from stanford_alpaca.data.records import canonical
+from stanford_alpaca.data.templates import IN_WORDS
+from stanford_alpaca.data.tokenize import PromptEncoder
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.models.load import load_tokenizer, read_config
+
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
+
+
+def encode_prompts(
+    config: PreTrainedConfig, encode: PromptEncoder, records: list[dict], max_new_tokens: int
+) -> list[list[int]]:
+    """Token ids of the prompts, as training saw them. Raises UserError for one that leaves no space for an answer."""
+    prompts = encode(records)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for number, ids in enumerate(prompts, 1):
+        if not ids:
+            raise UserError(f"prompt {number} is empty, and the tokenizer puts nothing before it: give it a word")
+        if context is not None and len(ids) + max_new_tokens > context:
+            raise UserError(
+                f"prompt {number} has {len(ids)} tokens; the model's context leaves room for {context - max_new_tokens} "
+                f"before {max_new_tokens} new ones: shorten it, or ask for fewer new ones"
+            )
+    return prompts
+
+
+def check_prompts(
+    names: list[str],
+    records: list[dict],
+    max_new_tokens: int,
+    prompt_template: str = "auto",
+    special_tokens: str | None = None,
+    remote_code: bool = False,
+) -> dict[str, str]:
+    """What writes the prompts of each model, in words. Says where a model is asked otherwise than it was trained.
+
+    Raises:
+        UserError: a prompt does not fit into the context of every model; before any is loaded.
+    """
+    asked: dict[str, str] = {}
+    for name in names:
+        tokenizer = load_tokenizer(name, remote_code=remote_code)
+        config = read_config(name, remote_code=remote_code)
+        encode = PromptEncoder(tokenizer, prompt_template, special_tokens)
+        encode_prompts(config, encode, records, max_new_tokens)
+        asked[name] = ", ".join(dict.fromkeys(IN_WORDS[template] for template in encode.names.values()))
+        for otherwise in dict.fromkeys(encode.otherwise.values()):
+            if otherwise:
+                say(f"{name}: {otherwise}")
+    return asked
+
+
+def read_prompts(
+    prompts: str | None, instruction: str | None, input: str | None, columns: Mapping[str, str] | None = None
+) -> list[dict[str, str]]:
+    """Records from a data file, a text file (one instruction a line), or the command line.
+
+    They need no ``output``, and keep AlpacaEval's ``dataset`` if they have it.
+    """
+    if (prompts is None) == (instruction is None):
+        raise UserError("give the prompts: --prompts FILE, --instruction TEXT, or --interactive")
+    if prompts is None:
+        return [canonical({"instruction": str(instruction), "input": input}, "--instruction", needs_output=False)]
+    if input is not None:
+        raise UserError("--input belongs to --instruction; with --prompts the file holds the inputs")
+    file = Path(str(prompts)).expanduser()
+    if not os.path.isfile(file):
+        raise UserError(f"--prompts {str(prompts) or 'without a name'}: no such file")
+    if file.suffix.lower() in PICKLES:
+        raise UserError(
+            f"--prompts {file}: pickles are never opened; give text, an instruction a line, or {', '.join(SUFFIXES)}"
+        )
+    if file.suffix.lower() in SUFFIXES:
+        records = []
+        for where, record in read_file(file):
+            asked = canonical(record, where, columns, needs_output=False)
+            records.append({"prompt": asked["text"], "completion": ""} if "text" in asked else asked)  # a text is continued
+            if isinstance(record, dict) and isinstance(record.get("dataset"), str):
+                records[-1]["dataset"] = record["dataset"]
+    else:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
+        records = [{"instruction": line.strip(), "input": "", "output": ""} for line in lines if line.strip()]
+    if not records:
+        raise UserError(f"--prompts {file}: there is no prompt in it")
+    return records
