@@ -17,8 +17,8 @@ import torch
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
-from stanford_alpaca.evaluation.forced import teacher_forced
-from stanford_alpaca.evaluation.texts import exact_match
+from stanford_alpaca.evaluation.measures.forced import teacher_forced
+from stanford_alpaca.evaluation.measures.texts import exact_match
 from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
 from stanford_alpaca.generation.responses import generate_batch, load_for_generation
 from stanford_alpaca.generation.sampling import Sampling

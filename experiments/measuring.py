@@ -10,10 +10,10 @@ from torch import Tensor
 from experiments.students import LENGTH, counted, load
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
-from stanford_alpaca.evaluation.forced import teacher_forced
-from stanford_alpaca.evaluation.mauve_score import load_featuriser, mauve
-from stanford_alpaca.evaluation.oracle import distances, oracle_perplexity
-from stanford_alpaca.evaluation.texts import by_themselves
+from stanford_alpaca.evaluation.measures.forced import teacher_forced
+from stanford_alpaca.evaluation.measures.mauve import load_featuriser, mauve
+from stanford_alpaca.evaluation.measures.oracle import distances, oracle_perplexity
+from stanford_alpaca.evaluation.measures.texts import by_themselves
 from stanford_alpaca.generation.responses import generate_ids
 from stanford_alpaca.generation.sampling import Sampling
 

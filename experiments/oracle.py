@@ -6,7 +6,7 @@
 2. The oracle writes a corpus, a development set and a test set.
 3. From the start, students on several amounts of the corpus, for each objective at several learning rates; the rate with the
    least nll on the development set is kept, and trained with more seeds. All objectives take the same steps.
-4. Each is held against the oracle on the test set: stanford_alpaca/evaluation/oracle.py, and README.md beside this file.
+4. Each is held against the oracle on the test set: stanford_alpaca/evaluation/measures/oracle.py, README.md beside this file.
 
 Every part is left alone when it is done: the same command goes on. Writes experiments/results/oracle-SCALE.json, .md, .png.
 """

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from stanford_alpaca.checkpoint.export import export
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.tokenize import tokenize_records
-from stanford_alpaca.evaluation.forced import teacher_forced
+from stanford_alpaca.evaluation.measures.forced import teacher_forced
 from stanford_alpaca.losses.objectives import MODES
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps

@@ -4,8 +4,7 @@ import math
 from itertools import combinations
 from typing import Any
 
-from stanford_alpaca.evaluation.intervals import Items, Replicates
-from stanford_alpaca.evaluation.significance import Difference
+from stanford_alpaca.evaluation.intervals import Difference, Items, Replicates
 
 Measure = Items | Replicates | int | float  # the last two have no interval
 Measures = dict[str, Measure]

@@ -17,10 +17,19 @@ from stanford_alpaca import __version__
 from stanford_alpaca.console import say
 from stanford_alpaca.data.reading import exists
 from stanford_alpaca.errors import UserError, nearest
-from stanford_alpaca.evaluation.accuracy import accuracies, accuracy_table, compare, comparison_table, right_by_task
-from stanford_alpaca.evaluation.fewshot import SCORES, Examples, Settings, choose_examples, predict
-from stanford_alpaca.evaluation.retrieval import ENCODER, RETRIEVERS, SIMILAR, Featurize, bm25, load_encoder, means_of, tfidf
-from stanford_alpaca.evaluation.tasks import TaskData, choose_tasks, load_task, read_tasks
+from stanford_alpaca.evaluation.fewshot.accuracy import accuracies, accuracy_table, compare, comparison_table, right_by_task
+from stanford_alpaca.evaluation.fewshot.predict import SCORES, Examples, Settings, choose_examples, predict
+from stanford_alpaca.evaluation.fewshot.retrieval import (
+    ENCODER,
+    RETRIEVERS,
+    SIMILAR,
+    Featurize,
+    bm25,
+    load_encoder,
+    means_of,
+    tfidf,
+)
+from stanford_alpaca.evaluation.fewshot.tasks import TaskData, choose_tasks, load_task, read_tasks
 from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.models.check import check_model
@@ -56,7 +65,7 @@ def run(
         model_path: a folder, an adapter's folder, or a hub name; give the flag again for more, each compared with the first.
         tasks: of tweet_eval, trec, sst2, subj, cr, rt, ag_news, with commas; by default all, or those that data_dir has.
         data_dir: a folder with TASK_train.jsonl and TASK_test.jsonl (text, label: the number of the class); else the hub.
-        templates: a folder with YAML files for tasks of your own, as those in stanford_alpaca/evaluation/templates.
+        templates: a folder with YAML files for tasks of your own, as those in stanford_alpaca/evaluation/fewshot/templates.
         limit: only the first records of each test set.
         shots: examples before the question, 8 by default.
         retriever: how examples are chosen. By similarity, the nearest last: sentence (embeddings, the default), tfidf (taken if

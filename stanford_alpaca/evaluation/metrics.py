@@ -27,13 +27,13 @@ from stanford_alpaca.data.templates import IN_WORDS, follow
 from stanford_alpaca.data.tokenize import ExampleEncoder, PromptEncoder, encode_records
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.comparison import Measures, compare, with_intervals
-from stanford_alpaca.evaluation.forced import teacher_forced
 from stanford_alpaca.evaluation.intervals import Items, Replicates
-from stanford_alpaca.evaluation.mauve_score import load_featuriser, mauve
-from stanford_alpaca.evaluation.oracle import distances, oracle_perplexity
+from stanford_alpaca.evaluation.measures.forced import teacher_forced
+from stanford_alpaca.evaluation.measures.mauve import load_featuriser, mauve
+from stanford_alpaca.evaluation.measures.oracle import distances, oracle_perplexity
+from stanford_alpaca.evaluation.measures.texts import against_references, by_themselves, first_words
 from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results
-from stanford_alpaca.evaluation.texts import against_references, by_themselves, first_words
 from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generation.prompts import encode_prompts
 from stanford_alpaca.generation.responses import decode_response, generate_ids, load_for_generation

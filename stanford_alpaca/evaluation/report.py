@@ -21,12 +21,12 @@ from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.records import form_of
 from stanford_alpaca.errors import UserError, first_line
-from stanford_alpaca.evaluation.curves import curves_of, flags_of, short_names, told
 from stanford_alpaca.evaluation.metrics import REFERENCES, Evaluation, evaluate
 from stanford_alpaca.evaluation.page import render
+from stanford_alpaca.evaluation.page.curves import curves_of, flags_of, short_names, told
+from stanford_alpaca.evaluation.page.transport import view_of
+from stanford_alpaca.evaluation.page.verdicts import table_of
 from stanford_alpaca.evaluation.settings import Settings, read_records
-from stanford_alpaca.evaluation.transport import view_of
-from stanford_alpaca.evaluation.verdicts import table_of
 from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.generation.writers import check_outputs

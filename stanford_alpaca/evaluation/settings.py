@@ -12,9 +12,9 @@ from stanford_alpaca.data.formats import check_columns, load_records
 from stanford_alpaca.data.records import FORMS, form_of
 from stanford_alpaca.data.templates import check_template
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.mauve_score import check_mauve
-from stanford_alpaca.evaluation.oracle import check_oracle
-from stanford_alpaca.evaluation.texts import first_words
+from stanford_alpaca.evaluation.measures.mauve import check_mauve
+from stanford_alpaca.evaluation.measures.oracle import check_oracle
+from stanford_alpaca.evaluation.measures.texts import first_words
 from stanford_alpaca.flags import check_whole
 from stanford_alpaca.generation.prompts import check_prompts
 from stanford_alpaca.generation.sampling import Sampling

@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.evaluation.fewshot.prompting import Choices, split
+from stanford_alpaca.evaluation.fewshot.scoring import plain
 from stanford_alpaca.evaluation.icl import join_models, run
-from stanford_alpaca.evaluation.prompting import Choices, split
-from stanford_alpaca.evaluation.scoring import plain
 from stanford_alpaca.generation.responses import load_for_generation
 from tests.helpers import refusal
 from tests.ranks import run_ranks

@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stanford_alpaca.evaluation.prompting import Choices, split
-from stanford_alpaca.evaluation.scoring import score
+from stanford_alpaca.evaluation.fewshot.prompting import Choices, split
+from stanford_alpaca.evaluation.fewshot.scoring import score
 
 NEEDS_LM_EVAL = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install lm-eval==0.4.13")
 

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.comparison import compare, with_intervals
 from stanford_alpaca.evaluation.intervals import Items, Replicates, mean_of
-from stanford_alpaca.evaluation.mauve_score import load_featuriser, mauve
+from stanford_alpaca.evaluation.measures.mauve import load_featuriser, mauve
+from stanford_alpaca.evaluation.measures.texts import exact_match, self_bleu
 from stanford_alpaca.evaluation.metrics import run
 from stanford_alpaca.evaluation.settings import Settings, continuations, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results
-from stanford_alpaca.evaluation.texts import exact_match, self_bleu
 from stanford_alpaca.generation.responses import generate_batch, load_for_generation
 from stanford_alpaca.generation.sampling import Sampling
 from tests.helpers import refusal

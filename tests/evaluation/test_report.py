@@ -10,12 +10,12 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.curves import curves_of, short_names, told
 from stanford_alpaca.evaluation.page import as_block
+from stanford_alpaca.evaluation.page.curves import curves_of, short_names, told
+from stanford_alpaca.evaluation.page.transport import view_of
+from stanford_alpaca.evaluation.page.verdicts import better, table_of
 from stanford_alpaca.evaluation.report import run, settings_of_runs
 from stanford_alpaca.evaluation.settings import Settings
-from stanford_alpaca.evaluation.transport import view_of
-from stanford_alpaca.evaluation.verdicts import better, table_of
 from stanford_alpaca.generation.responses import load_for_generation
 from tests.helpers import refusal
 

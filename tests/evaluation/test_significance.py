@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 
-from stanford_alpaca.evaluation.accuracy import MEAN, accuracies, accuracy_table, compare, comparison_table, right_by_task
-from stanford_alpaca.evaluation.significance import RESAMPLES, mcnemar, paired_bootstrap
+from stanford_alpaca.evaluation.fewshot.accuracy import (
+    MEAN,
+    accuracies,
+    accuracy_table,
+    compare,
+    comparison_table,
+    right_by_task,
+)
+from stanford_alpaca.evaluation.intervals import PAIRED_RESAMPLES, mcnemar, paired_bootstrap
 
 
 def test_the_bootstrap_of_two_items_one_of_them_won():
@@ -16,7 +23,7 @@ def test_the_bootstrap_of_two_items_one_of_them_won():
 
 def test_the_bootstrap_where_nothing_or_everything_differs():
     assert paired_bootstrap([np.zeros(5)]) == (0.0, 0.0, 0.0, 1.0)
-    assert paired_bootstrap([np.full(5, -1.0)]) == (-1.0, -1.0, -1.0, 2 / (RESAMPLES + 1))
+    assert paired_bootstrap([np.full(5, -1.0)]) == (-1.0, -1.0, -1.0, 2 / (PAIRED_RESAMPLES + 1))
 
 
 def test_the_interval_is_that_of_a_binomial_and_of_the_mean_over_tasks():

@@ -14,7 +14,7 @@ from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.cost.__main__ import build
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation import metrics, report
-from stanford_alpaca.evaluation.mauve_score import load_featuriser
+from stanford_alpaca.evaluation.measures.mauve import load_featuriser
 from stanford_alpaca.generate import run as generate
 from stanford_alpaca.models import identity
 from stanford_alpaca.models.check import check_model

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.tasks import TaskData
+from stanford_alpaca.evaluation.fewshot.tasks import TaskData
 
 SEPARATOR = "\n\n"
 

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.retrieval import embed
+from stanford_alpaca.evaluation.fewshot.retrieval import embed
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import cannot_load, load_body
 

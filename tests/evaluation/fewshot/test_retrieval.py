@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.retrieval import bm25, draw, draw_pool, load_encoder, means_of, nearest_examples, tfidf
+from stanford_alpaca.evaluation.fewshot.retrieval import bm25, draw, draw_pool, load_encoder, means_of, nearest_examples, tfidf
 from stanford_alpaca.generation.responses import load_for_generation
 
 TRAIN = ["the cat sat", "a dog barked loudly", "the cat sat on the mat", "stocks fell on monday", "cats"]

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation import scoring
-from stanford_alpaca.evaluation.prompting import Choices, encode_choices, split
-from stanford_alpaca.evaluation.scoring import Scorer, batches, choose_way, common_start, plain, score
-from stanford_alpaca.evaluation.tasks import Split, Task, TaskData
+from stanford_alpaca.evaluation.fewshot import scoring
+from stanford_alpaca.evaluation.fewshot.prompting import Choices, encode_choices, split
+from stanford_alpaca.evaluation.fewshot.scoring import Scorer, batches, choose_way, common_start, plain, score
+from stanford_alpaca.evaluation.fewshot.tasks import Split, Task, TaskData
 
 NEEDS_LM_EVAL = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install lm-eval==0.4.13")
 REVIEWS = Task("reviews", "Review: {text}\nSentiment: {label}", ["negative", "positive"])

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.console import quiet_hub
 from stanford_alpaca.errors import UserError, first_line
-from stanford_alpaca.evaluation.prompting import encode
-from stanford_alpaca.evaluation.scoring import batches
+from stanford_alpaca.evaluation.fewshot.prompting import encode
+from stanford_alpaca.evaluation.fewshot.scoring import batches
 from stanford_alpaca.models.load import load_body
 from stanford_alpaca.objective.head import body_of
 

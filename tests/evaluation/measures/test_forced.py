@@ -10,7 +10,7 @@ from datasets import Dataset
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
-from stanford_alpaca.evaluation.forced import BINS, Forced, teacher_forced
+from stanford_alpaca.evaluation.measures.forced import BINS, Forced, teacher_forced
 from stanford_alpaca.generation.responses import load_for_generation
 
 

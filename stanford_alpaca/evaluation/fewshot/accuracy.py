@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from stanford_alpaca.evaluation.significance import RESAMPLES, mcnemar, paired_bootstrap
+from stanford_alpaca.evaluation.intervals import PAIRED_RESAMPLES, mcnemar, paired_bootstrap
 from stanford_alpaca.evaluation.tables import align
 
 MEAN = "mean of tasks"
@@ -62,4 +62,4 @@ def comparison_table(first: str, other: str, found: dict[str, dict[str, float]])
         low, high = 100 * row["low"], 100 * row["high"]
         mcnemar_p = [f"{row['mcnemar_p']:.4f}" if "mcnemar_p" in row else "-"] if len(head) == 5 else []
         table.append([task, f"{100 * row['mean']:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{row['p']:.4f}", *mcnemar_p])
-    return f"{other} against {first}, paired bootstrap over test items, {RESAMPLES:,} resamples:\n{align(table)}"
+    return f"{other} against {first}, paired bootstrap over test items, {PAIRED_RESAMPLES:,} resamples:\n{align(table)}"

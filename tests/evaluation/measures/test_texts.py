@@ -5,7 +5,14 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 
-from stanford_alpaca.evaluation.texts import against_references, by_themselves, distinct, exact_match, repetition, self_bleu
+from stanford_alpaca.evaluation.measures.texts import (
+    against_references,
+    by_themselves,
+    distinct,
+    exact_match,
+    repetition,
+    self_bleu,
+)
 
 
 def test_rouge_and_exact_match_by_hand():

@@ -7,11 +7,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError, first_line
-from stanford_alpaca.evaluation.prompting import Choices, encode_choices
-from stanford_alpaca.evaluation.retrieval import SIMILAR, Featurize, draw, draw_pool, nearest_examples
-from stanford_alpaca.evaluation.scoring import Scores
-from stanford_alpaca.evaluation.scoring import score as log_likelihoods
-from stanford_alpaca.evaluation.tasks import TaskData
+from stanford_alpaca.evaluation.fewshot.prompting import Choices, encode_choices
+from stanford_alpaca.evaluation.fewshot.retrieval import SIMILAR, Featurize, draw, draw_pool, nearest_examples
+from stanford_alpaca.evaluation.fewshot.scoring import Scores
+from stanford_alpaca.evaluation.fewshot.scoring import score as log_likelihoods
+from stanford_alpaca.evaluation.fewshot.tasks import TaskData
 
 SCORES = ("likelihood", "perplexity")
 Seed = int | None  # None: it would have no part in the choice of examples

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.tasks import choose_tasks, load_task, read_tasks
+from stanford_alpaca.evaluation.fewshot.tasks import choose_tasks, load_task, read_tasks
 
 SEVEN = {"tweet_eval": 4, "trec": 6, "sst2": 2, "subj": 2, "cr": 2, "rt": 2, "ag_news": 4}
 
@@ -84,13 +84,14 @@ def test_the_hub_is_asked_for_the_splits_and_columns_of_the_task(monkeypatch):
         asked.append((args, options))
         return Dataset.from_dict({"text": [f"who {options['split']} ?"], "coarse_label": [3], "fine_label": [9]})
 
-    monkeypatch.setattr("stanford_alpaca.evaluation.tasks.load_dataset", load)
+    monkeypatch.setattr("stanford_alpaca.evaluation.fewshot.tasks.load_dataset", load)
     data = load_task(read_tasks()["trec"])
     assert data.test == (["who test ?"], [3]) and data.train.texts == ["who train ?"]
     assert asked[0] == (("CogComp/trec", None), {"revision": "refs/convert/parquet", "split": "train"})
     with pytest.raises(UserError, match="record 1: label 3 is no class of task rt"):
         monkeypatch.setattr(
-            "stanford_alpaca.evaluation.tasks.load_dataset", lambda *_, **__: Dataset.from_dict({"text": ["a"], "label": [3]})
+            "stanford_alpaca.evaluation.fewshot.tasks.load_dataset",
+            lambda *_, **__: Dataset.from_dict({"text": ["a"], "label": [3]}),
         )
         load_task(read_tasks()["rt"])
 

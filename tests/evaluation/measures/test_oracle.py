@@ -10,7 +10,7 @@ from datasets import Dataset
 from scipy.optimize import linprog
 
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.evaluation.oracle import distances, optimal_transport, oracle_perplexity
+from stanford_alpaca.evaluation.measures.oracle import distances, optimal_transport, oracle_perplexity
 
 V = 12
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import first_line
-from stanford_alpaca.evaluation.prompting import Choices
+from stanford_alpaca.evaluation.fewshot.prompting import Choices
 from stanford_alpaca.losses.backends.reference import logits_of
 from stanford_alpaca.losses.types import Head
 from stanford_alpaca.objective.head import body_of, head_of
