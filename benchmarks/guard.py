@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from benchmarks.packing import make_model
 from stanford_alpaca.distributed.shards import Shards
 from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
-from stanford_alpaca.guard import Guard
 from stanford_alpaca.objective.attach import attach_objective
+from stanford_alpaca.training.guard import Guard
 
 
 def run(

@@ -18,9 +18,9 @@ from benchmarks.traffic import Traffic
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
-from stanford_alpaca.engines import DS_CONFIGS
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.trainer import EmoTrainer
+from stanford_alpaca.training.engines import DS_CONFIGS
+from stanford_alpaca.training.trainer import EmoTrainer
 from tests.ranks import run_ranks
 
 TRL: dict[str, dict[str, Any]] = {  # what differs from TRL at its best without packing

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stanford_alpaca import engines
-from stanford_alpaca.engines import EXPERTS, training_flops
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.models.load import auto_class
 from stanford_alpaca.objective.head import body_of
+from stanford_alpaca.training import fsdp
+from stanford_alpaca.training.hardware import EXPERTS, training_flops
 
 OUTSIDE, INPUT = -1, -2  # of the decoder layers
 
@@ -96,7 +96,7 @@ def describe(config: Any, length: int, precision: str, remote_code: bool = False
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that FSDP makes units of. Raises UserError for a model without layers."""
-    names = engines.decoder_layers(model)
+    names = fsdp.decoder_layers(model)
     return [module for module in body_of(model).modules() if type(module).__name__ in names]
 
 

@@ -12,18 +12,18 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from stanford_alpaca.cost import COST_KINDS
-from stanford_alpaca.cost_sharding import COST_SHARDINGS
 from stanford_alpaca.data.documents import DOCUMENTS
 from stanford_alpaca.data.encode import READINGS
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.templates import TEMPLATES
-from stanford_alpaca.engines import ENGINES, engine_flags, spare_deepspeed_trouble
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import choice
 from stanford_alpaca.losses.functional import BACKENDS
 from stanford_alpaca.losses.objectives import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.models.lora import LORA_EMBEDDINGS, add_lora
 from stanford_alpaca.old_flags import read_fsdp_config
+from stanford_alpaca.training.cost_sharding import COST_SHARDINGS
+from stanford_alpaca.training.engines import ENGINES, engine_flags, spare_deepspeed_trouble
 
 SECRET = ("hub_token",)  # what no file may hold, least of all one that is pushed to the hub
 LESS_IS_BETTER = ("loss", "nll", "emo", "perplexity")
@@ -216,7 +216,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise UserError("--fsdp_config version: only FSDP2 is served here; leave it out")
             if str(config.get("cpu_offload")).lower() == "true" and not self.use_cpu:
                 self.ddp_backend = "cuda:nccl,cpu:gloo"  # gradients are clipped where they lie
-            if given["activation_checkpointing"] and not self.activation_checkpointing_kwargs:  # see engines.activate_fsdp
+            if given["activation_checkpointing"] and not self.activation_checkpointing_kwargs:  # see fsdp.activate_fsdp
                 config["activation_checkpointing"], self.activation_checkpointing = True, False
             self.fsdp_config = config
         if self.global_batch and given["gradient_accumulation_steps"] == 1 and self.per_device_train_batch_size > 0:

@@ -12,10 +12,10 @@ compute dtype, of c bytes, and float32 masters with the optimizer's state. A ran
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from stanford_alpaca import cost_sharding
 from stanford_alpaca.anatomy import Anatomy, Parameters
 from stanford_alpaca.losses.backends.chunked import TILE_PRODUCTS
 from stanford_alpaca.losses.backends.torch_kernels import CACHE_LOGITS, CHUNK_LOGITS
+from stanford_alpaca.training import cost_sharding
 
 COST_SHARDINGS = tuple(name for name in cost_sharding.COST_SHARDINGS if name != "auto")
 NO_COST = "-"  # in place of a cost sharding where the mode reads no costs

@@ -10,10 +10,10 @@ from stanford_alpaca.checkpoint.space import check_space, checkpoint_bytes
 from stanford_alpaca.console import say
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.distributed.weights import loading_whole
-from stanford_alpaca.engines import decoder_layers
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.generation.prompts import encode_prompts
 from stanford_alpaca.models.load import empty_model
+from stanford_alpaca.training.fsdp import decoder_layers
 
 
 def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict]) -> None:

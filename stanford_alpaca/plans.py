@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, replace
 
 from stanford_alpaca import estimate
 from stanford_alpaca.anatomy import Anatomy, Parameters
-from stanford_alpaca.engines import PEAK_FLOPS
 from stanford_alpaca.estimate import COST_SHARDINGS, Memory, Setup, precision_of, shardings_of
+from stanford_alpaca.training.hardware import PEAK_FLOPS
 
 GIB = 2**30
 NEARLY = 1.2  # closer than this the assumed rates tell nothing

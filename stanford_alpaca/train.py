@@ -24,14 +24,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from stanford_alpaca.arguments import DataArguments, Run, TrainingArguments
-from stanford_alpaca.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.checkpoint.saving import write_together
 from stanford_alpaca.checks import check
 from stanford_alpaca.command_line import parse
 from stanford_alpaca.console import say
-from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.data.formats import check_columns, several_files
 from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.data.sources import ExampleStream, Loading, check_sources, digest, load_source, mix, stream_sources
@@ -40,7 +38,6 @@ from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.distributed.exits import is_lost_rank, leave_alone, leave_together
 from stanford_alpaca.distributed.store import load_in_turn, share_from_rank_0
 from stanford_alpaca.distributed.weights import loading_whole
-from stanford_alpaca.engines import peak_memory_mib
 from stanford_alpaca.environment import check_environment
 from stanford_alpaca.errors import Stopped, UserError, first_line
 from stanford_alpaca.fit import check_fit
@@ -52,7 +49,10 @@ from stanford_alpaca.prepare import cache_costs, make_collator, make_model
 from stanford_alpaca.record import differences, write_card, write_run
 from stanford_alpaca.resume import Start, where_to_start
 from stanford_alpaca.signals import StopRequest, ignore_signals
-from stanford_alpaca.trainer import EmoTrainer
+from stanford_alpaca.training.callbacks import EvaluateLast, SampleCallback
+from stanford_alpaca.training.cost_sharding import shard_cost
+from stanford_alpaca.training.hardware import peak_memory_mib
+from stanford_alpaca.training.trainer import EmoTrainer
 
 
 def load_data(

@@ -3,7 +3,6 @@
 import pytest
 
 from stanford_alpaca.anatomy import Activations, Anatomy, Line, Parameters
-from stanford_alpaca.engines import ENGINES as NAMES
 from stanford_alpaca.estimate import (
     ENGINES,
     Setup,
@@ -16,6 +15,7 @@ from stanford_alpaca.estimate import (
     shardings_of,
     traffic,
 )  # fmt: skip
+from stanford_alpaca.training.engines import ENGINES as NAMES
 
 COUNTS = Parameters(embedding=1000, layers=4000, layer=2000, norm=10, head=1000, vocab_size=100, width=10)
 TIED = Parameters(embedding=1000, layers=4000, layer=2000, norm=10, head=0, vocab_size=100, width=10)

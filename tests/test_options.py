@@ -12,7 +12,6 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
 
-from stanford_alpaca import engines, trainer
 from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
@@ -23,6 +22,7 @@ from stanford_alpaca.models.load import load_tokenizer
 from stanford_alpaca.prepare import cache_costs
 from stanford_alpaca.record import write_card
 from stanford_alpaca.train import evaluation_of, train
+from stanford_alpaca.training import hardware, trainer
 from tests.helpers import evaluations, steps
 
 
@@ -207,7 +207,7 @@ def test_mfu_is_logged_where_the_peak_is_known(arguments, tmp_path, monkeypatch)
     first, *others = steps(tmp_path / "out")
     assert "mfu" not in first and all(entry["mfu"] > 0 for entry in others)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    linear, quadratic = engines.training_flops(model)
+    linear, quadratic = hardware.training_flops(model)
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     matrices = model.config.num_hidden_layers * layer + model.model.norm.weight.numel() + model.lm_head.weight.numel()
     assert linear == 6 * matrices
@@ -217,7 +217,7 @@ def test_mfu_is_logged_where_the_peak_is_known(arguments, tmp_path, monkeypatch)
 
 def test_only_the_experts_that_a_token_is_sent_to_count_as_flops(make_model):
     dense, *mixtures = (
-        engines.training_flops(make_model("mixtral", num_local_experts=n, num_experts_per_tok=1))[0] for n in (1, 4)
+        hardware.training_flops(make_model("mixtral", num_local_experts=n, num_experts_per_tok=1))[0] for n in (1, 4)
     )
     router = 6 * 2 * 32 * 3  # two layers, width 32, three more rows
     assert mixtures == [dense + router]

@@ -14,10 +14,10 @@ from stanford_alpaca.checkpoint.run_file import read_run
 from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import ResumeError, Stopped, UserError
 from stanford_alpaca.record import FIXED, FREE, ROUNDING, changes, made_with, write_run
-from stanford_alpaca.resumable import ResumableTrainer
 from stanford_alpaca.resume import where_to_start
 from stanford_alpaca.train import train
-from stanford_alpaca.trainer import EmoTrainer
+from stanford_alpaca.training.resumable_trainer import ResumableTrainer
+from stanford_alpaca.training.trainer import EmoTrainer
 from tests.helpers import evaluations, steps
 
 RECORD = {

@@ -79,7 +79,7 @@ class Hooks:
         """Points in the run, a record of the rows that each step sees, and points on the disk if the fault is there."""
         from stanford_alpaca import train
         from stanford_alpaca.data.batching import PadCollator
-        from stanford_alpaca.trainer import EmoTrainer
+        from stanford_alpaca.training.trainer import EmoTrainer
 
         before(train, "load_data", lambda *_: self.come("load"))
         before(PadCollator, "__call__", lambda *_: self.come("fetch"))

@@ -13,7 +13,7 @@ from transformers import Trainer
 from stanford_alpaca import train
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.data.batching import PadCollator
-from stanford_alpaca.trainer import EmoTrainer
+from stanford_alpaca.training.trainer import EmoTrainer
 from tests.faults.harness import DDP, FSDP, PLAIN, Case, Setting, case, check
 from tests.faults.hooks import Hooks, beside, rows_of
 from tests.faults.world import World

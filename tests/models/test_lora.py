@@ -17,7 +17,6 @@ from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost import CostAlias, CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
-from stanford_alpaca.engines import training_flops
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.losses import emo_loss
 from stanford_alpaca.losses.backends import chunked
@@ -29,6 +28,7 @@ from stanford_alpaca.objective.attach import attach_objective
 from stanford_alpaca.objective.head import original_weight
 from stanford_alpaca.prepare import precision, told_adapter
 from stanford_alpaca.train import train
+from stanford_alpaca.training.hardware import training_flops
 from tests.helpers import evaluations, steps
 from tests.ranks import run_ranks
 

@@ -10,7 +10,7 @@ from stanford_alpaca.console import say
 from stanford_alpaca.generation.responses import generate_batch, plain_generation
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.generation.writers import append_jsonl, format_sample, sample_of, samples_as_markdown
-from stanford_alpaca.trainer import EmoTrainer, frozen_random_states
+from stanford_alpaca.training.trainer import EmoTrainer, frozen_random_states
 
 
 class SampleCallback(TrainerCallback):

@@ -13,9 +13,9 @@ from torch import nn
 from stanford_alpaca import train as command
 from stanford_alpaca.distributed.shards import Shards
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.guard import Guard
 from stanford_alpaca.objective import attach
-from stanford_alpaca.trainer import EmoTrainer
+from stanford_alpaca.training.guard import Guard
+from stanford_alpaca.training.trainer import EmoTrainer
 from tests.helpers import steps
 from tests.ranks import run_ranks
 

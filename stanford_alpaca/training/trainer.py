@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,38 +18,14 @@ from stanford_alpaca.data.balance import BalancedSampler
 from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, fill_up
 from stanford_alpaca.data.packing import PackedExamples, example_lengths
 from stanford_alpaca.distributed.shards import Shards, stand_before
-from stanford_alpaca.engines import activate_fsdp, check_engine, peak_flops, training_flops
 from stanford_alpaca.errors import UserError, first_line
-from stanford_alpaca.guard import Guard
 from stanford_alpaca.objective.attach import AttachedObjective
-from stanford_alpaca.resumable import ResumableTrainer
-
-
-class Stopwatch:
-    """Wall time in seconds that can be paused. It does not run until it is started."""
-
-    def __init__(self) -> None:
-        self._seconds, self._since = 0.0, 0.0
-        self.running = False
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds + (time.perf_counter() - self._since if self.running else 0.0)
-
-    def start(self) -> None:
-        if not self.running:
-            self._since, self.running = time.perf_counter(), True
-
-    def stop(self) -> None:
-        self._seconds, self.running = self.seconds, False
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        running = self.running
-        self.stop()
-        yield
-        if running:
-            self.start()
+from stanford_alpaca.training.engines import check_engine
+from stanford_alpaca.training.fsdp import activate_fsdp
+from stanford_alpaca.training.guard import Guard
+from stanford_alpaca.training.hardware import peak_flops, training_flops
+from stanford_alpaca.training.resumable_trainer import ResumableTrainer
+from stanford_alpaca.training.stopwatch import Stopwatch
 
 
 class EmoTrainer(ResumableTrainer):

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stanford_alpaca import cost_sharding
 from stanford_alpaca.checks import check_cost_sharding
 from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.cost_sharding import shard_cost
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.objective.attach import attach_objective
 from stanford_alpaca.train import train
+from stanford_alpaca.training import cost_sharding
+from stanford_alpaca.training.cost_sharding import shard_cost
 from tests.helpers import evaluations, steps
 from tests.ranks import run_ranks
 
@@ -84,7 +84,7 @@ def test_auto_shards_large_embeddings_where_the_engine_shards(make_model, monkey
 
 def observed(argv: list[str]) -> dict:
     """A run on this rank: the cost's rows in its last step, and whether the output layer was ever gathered."""
-    from stanford_alpaca import trainer
+    from stanford_alpaca.training import trainer
 
     seen, log = {}, trainer.EmoTrainer.log
 

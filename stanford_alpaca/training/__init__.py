@@ -1,0 +1,1 @@
+"""The Trainer: engines, exact steps, checkpoints, numbers in the log."""

@@ -1,0 +1,115 @@
+"""Where a run computes: engines by name, FSDP2 also on CPU, devices, memory."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.training.cost_sharding import check_separate
+
+ENGINES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")
+DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # the wheel installs it beside the package, too
+
+
+def engine_flags(engine: str | None, fsdp: Any, deepspeed: Any) -> tuple[Any, Any]:
+    """``--fsdp`` and ``--deepspeed`` as the engine's name sets them.
+
+    Raises:
+        UserError: a flag that contradicts the name, or a DeepSpeed configuration that is not where the package is.
+    """
+    if engine is None:
+        if fsdp and deepspeed:
+            raise UserError("--fsdp and --deepspeed exclude each other; drop one")
+        check_deepspeed(deepspeed)
+        return fsdp, deepspeed
+    zero = str(DS_CONFIGS / f"{engine}.json") if engine.startswith("zero") else None
+    if deepspeed not in (None, zero) or (fsdp and engine != "fsdp"):
+        raise UserError(f"--engine {engine} and --{'fsdp' if fsdp else 'deepspeed'} exclude each other: drop one")
+    if zero is not None and not Path(zero).is_file():
+        raise UserError(f"--engine {engine}: no {zero}; copy the repository's ds_configs there, or give --deepspeed FILE")
+    return (fsdp or True) if engine == "fsdp" else None, zero
+
+
+def check_deepspeed(given: Any) -> None:
+    """Raises UserError for a --deepspeed that is no JSON object, nor a file with one."""
+    if not isinstance(given, str):
+        return
+    text = given.strip()
+    try:
+        value = json.loads(text if text.startswith("{") else Path(given).expanduser().read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise UserError(f"--deepspeed {given}: broken JSON at {where}, {error.msg}; mend it") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--deepspeed {given}: no JSON ({first_line(error)}); give a JSON file in UTF-8") from None
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"--deepspeed {given}: {reason}; give a JSON file, or --engine zero1, zero2 or zero3") from None
+    if not isinstance(value, dict):
+        raise UserError(f"--deepspeed {given}: a {type(value).__name__}, wanted an object of DeepSpeed's settings; mend it")
+
+
+def spare_deepspeed_trouble() -> None:
+    """Keeps DeepSpeed on a CPU from two things that take long. Has to come before its engine.
+
+    Its all-reduce in shared memory, which only tensor-parallel inference calls: every new environment would compile it, with
+    g++ and for most of a minute. And, where torchrun starts it, a process of numactl for each gradient, to count its devices.
+    """
+    import deepspeed  # here, because most runs do without it
+
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as its own launcher does
+
+
+def check_engine(trainer) -> None:
+    """Raises UserError if an engine was asked for and another one, or none, is about to train."""
+    args, active = trainer.args, active_engine(trainer.model_wrapped)
+    wanted = args.engine
+    if wanted is None and args.fsdp:
+        wanted = "fsdp"
+    elif wanted is None and args.deepspeed:  # whether a file of the user's own offloads is not asked
+        stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+        wanted, active = f"zero{stage}", active.removesuffix("_offload")
+    if wanted not in (None, active):
+        raise UserError(f"the engine {wanted} was asked for, but the active one is {active}")
+    if active == "ddp" and args.world_size > 2:
+        add_one_by_one(trainer.model_wrapped)
+    if active == "fsdp":
+        check_separate(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def add_one_by_one(model: nn.Module) -> None:
+    """Makes DDP sum each gradient by itself, one all-reduce per parameter, instead of bucket by bucket.
+
+    Three ranks or more add in an order that depends on the place in the bucket, and DDP lays its buckets out anew after the
+    first step of every start: a resumed run would differ in the last bits from one that was not interrupted.
+    """
+    ddp: Any = getattr(model, "_orig_mod", model)
+    share = 1 / torch.distributed.get_world_size()
+
+    def add(_: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        buffer = bucket.buffer().mul_(share)
+        sums = [torch.distributed.all_reduce(each, async_op=True).get_future() for each in bucket.gradients()]
+        return torch.futures.collect_all(sums).then(lambda _: buffer)
+
+    ddp.register_comm_hook(None, add)
+
+
+def active_engine(model: nn.Module) -> str:
+    """The name of what wraps a model that is ready to be trained."""
+    inner: Any = getattr(model, "_orig_mod", model)  # of a compiled one
+    if isinstance(model, FSDPModule) or isinstance(inner, FSDPModule):
+        return "fsdp" if all(isinstance(parameter, DTensor) for parameter in model.parameters()) else "fsdp in part"
+    if isinstance(inner, DistributedDataParallel):
+        return "ddp"
+    if hasattr(inner, "zero_optimization_stage"):  # DeepSpeed's engine, without importing DeepSpeed
+        offloads = [getattr(inner.optimizer, name, False) for name in ("offload_optimizer", "offload_param")]
+        return f"zero{inner.zero_optimization_stage()}" + ("_offload" if all(offloads) else "")
+    return "none"
