@@ -16,13 +16,13 @@ from typing import Any
 import fire
 
 from benchmarks.tokenizing import ROOT, made_up
-from stanford_alpaca.command_line import parse
 from stanford_alpaca.data import reading
 from stanford_alpaca.data.sources import Loading, check_sources
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.models.load import load_tokenizer
-from stanford_alpaca.train import load_data
+from stanford_alpaca.run.data import load_data
+from stanford_alpaca.run.parse import parse
 
 MODEL = ROOT / "data" / "tiny-base"
 

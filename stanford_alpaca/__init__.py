@@ -4,8 +4,8 @@ import logging
 import os
 import sys
 
-from stanford_alpaca.environment import check_imports
 from stanford_alpaca.flags import exit_on_user_error
+from stanford_alpaca.run.environment import check_imports
 
 if sys.argv[:1] == ["-m"]:  # a command is about to start: one line and its exit status
     exit_on_user_error(check_imports)

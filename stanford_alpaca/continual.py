@@ -9,7 +9,7 @@ from typing import Any
 
 from stanford_alpaca import train
 from stanford_alpaca.console import say
-from stanford_alpaca.old_flags import split
+from stanford_alpaca.run.legacy_flags import split
 
 WIKITEXT = "Salesforce/wikitext:wikitext-103-raw-v1"
 BLOCKS_PER_STEP = 16

@@ -7,120 +7,50 @@ TrainingArguments hold, and those of ``arguments.py``.
 import sys
 from pathlib import Path
 
+from stanford_alpaca.run.data import load_data
+
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: our modules must not shadow others'
 
 import contextlib
-import math
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
-from stanford_alpaca.arguments import DataArguments, Run, TrainingArguments
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.checkpoint.saving import write_together
-from stanford_alpaca.checks import check
-from stanford_alpaca.command_line import parse
 from stanford_alpaca.console import say
-from stanford_alpaca.data.formats import check_columns, several_files
 from stanford_alpaca.data.packing import PackedExamples
-from stanford_alpaca.data.sources import ExampleStream, Loading, check_sources, digest, load_source, mix, stream_sources
-from stanford_alpaca.data.templates import IN_WORDS, sign, told_templates, trained_prompts, use_chat_template
+from stanford_alpaca.data.sources import digest
+from stanford_alpaca.data.templates import IN_WORDS, trained_prompts, use_chat_template
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.distributed.exits import is_lost_rank, leave_alone, leave_together
 from stanford_alpaca.distributed.store import load_in_turn, share_from_rank_0
 from stanford_alpaca.distributed.weights import loading_whole
-from stanford_alpaca.environment import check_environment
-from stanford_alpaca.errors import Stopped, UserError, first_line
-from stanford_alpaca.fit import check_fit
+from stanford_alpaca.errors import Stopped, first_line
 from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generation.prompts import encode_prompts, read_prompts
-from stanford_alpaca.lock import held
 from stanford_alpaca.models.load import load_tokenizer, read_config
-from stanford_alpaca.prepare import cache_costs, make_collator, make_model
-from stanford_alpaca.record import differences, write_card, write_run
-from stanford_alpaca.resume import Start, where_to_start
-from stanford_alpaca.signals import StopRequest, ignore_signals
+from stanford_alpaca.run.arguments import Run
+from stanford_alpaca.run.build import cache_costs, make_collator, make_model
+from stanford_alpaca.run.environment import check_environment
+from stanford_alpaca.run.flag_checks import check
+from stanford_alpaca.run.lock import held
+from stanford_alpaca.run.model_card import write_card
+from stanford_alpaca.run.model_checks import check_fit
+from stanford_alpaca.run.parse import parse
+from stanford_alpaca.run.record import differences, write_run
+from stanford_alpaca.run.signals import StopRequest, ignore_signals
+from stanford_alpaca.run.start import Start, where_to_start
 from stanford_alpaca.training.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.training.cost_sharding import shard_cost
 from stanford_alpaca.training.hardware import peak_memory_mib
 from stanford_alpaca.training.trainer import EmoTrainer
-
-
-def load_data(
-    data: DataArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset | ExampleStream, Dataset | None]:
-    """Tokenized training and evaluation examples; the report of each source goes to the terminal.
-
-    The tokenizer gets the prompts of the training examples as its chat template.
-    """
-    loading = Loading(
-        max_length=training.model_max_length, prompt_template=data.prompt_template, special_tokens=data.special_tokens,
-        train_history=data.train_history, columns=data.column_names(),
-        cache_dir=training.cache_dir, num_proc=data.preprocessing_num_workers or len(os.sched_getaffinity(0)),
-        seed=training.seed, shuffle_buffer=data.shuffle_buffer,
-        block_size=data.block_size, documents=data.documents, max_sentences=data.max_sentences or None,
-    )  # fmt: skip
-
-    evaluating = replace(loading, max_sentences=None)
-    templates: dict[str, None] = {}  # those that write what is trained
-
-    def load(paths: list[str], loading: Loading) -> list[Dataset]:
-        sources = []
-        for path in paths:
-            for line in several_files(path):
-                say(line)
-            examples, report = load_source(path, tokenizer, loading)
-            for line in report.lines():
-                say(f"{path}: {line}")
-            sources.append(examples)
-            if loading is not evaluating and report.template:
-                templates[report.template] = None
-        return sources
-
-    if data.streaming:
-        check_columns([*data.data_path, *(data.eval_path or [])], loading.columns)
-    else:  # before the first record is tokenized, which takes longer
-        check_sources(data.data_path, loading)
-        check_sources(data.eval_path or [], evaluating)
-    held_out = mix(load(data.eval_path, evaluating), None, training.seed) if data.eval_path is not None else None
-    if data.streaming:
-        stream = stream_sources(data.data_path, data.data_weights, tokenizer, loading, tell=say)
-        _sign(tokenizer, stream.templates, data)
-        return stream, held_out
-    sources = load(data.data_path, loading)
-    _sign(tokenizer, list(templates), data)
-    if data.eval_fraction is not None:
-        seed = None if data.block_size else training.seed
-        splits = [split(source, data.eval_fraction, seed) for source in sources]
-        sources, held_out = [kept for kept, _ in splits], mix([held for _, held in splits], None, training.seed)
-        say(f"held out {len(held_out):,} {'blocks' if data.block_size else 'examples'}")
-    return mix(sources, data.data_weights, training.seed), held_out
-
-
-def _sign(tokenizer: PreTrainedTokenizerBase, templates: list[str], data: DataArguments) -> None:
-    told = told_templates(templates, tokenizer, data.chat_template)
-    for line in [*told, *sign(tokenizer, templates, data.special_tokens)]:
-        say(line)
-
-
-def split(examples: Dataset, fraction: float, seed: int | None) -> tuple[Dataset, Dataset]:
-    """What is trained on and what is held out: without a seed, the end. Raises UserError if either would be empty."""
-    if not 0 < round(len(examples) * fraction) < len(examples):
-        raise UserError(f"--eval_fraction {fraction} of {len(examples)} examples leaves one side empty")
-    held, order = math.ceil(fraction * len(examples)), np.arange(len(examples))
-    if seed is None:
-        return examples.select(order[:-held]), examples.select(order[-held:])
-    order = np.random.default_rng(seed).permutation(len(examples))  # in memory: ``datasets`` would read it from a file again
-    return examples.select(order[held:]), examples.select(order[:held])
 
 
 def train(argv: list[str], recipe: Mapping[str, Any] | None = None) -> None:

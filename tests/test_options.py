@@ -12,15 +12,15 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
 
-from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.identity import identify_model
 from stanford_alpaca.models.load import load_tokenizer
-from stanford_alpaca.prepare import cache_costs
-from stanford_alpaca.record import write_card
+from stanford_alpaca.run.build import cache_costs
+from stanford_alpaca.run.model_card import write_card
+from stanford_alpaca.run.parse import parse
 from stanford_alpaca.train import evaluation_of, train
 from stanford_alpaca.training import hardware, trainer
 from tests.helpers import evaluations, steps

@@ -14,7 +14,7 @@ from stanford_alpaca.data.blocks import make_blocks
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.train import split
+from stanford_alpaca.run.data import split
 
 RECORDS = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(3000)]
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stanford_alpaca import prepare as training
-from stanford_alpaca.command_line import parse
 from stanford_alpaca.distributed.weights import allocate, loading_whole, stored_buffers, weights_come_from_rank_0
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.load import empty_model, load_tokenizer
+from stanford_alpaca.run import build as training
+from stanford_alpaca.run.parse import parse
 from stanford_alpaca.training.cost_sharding import shard_cost
 from tests.ranks import run_ranks
 

@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
 
-from stanford_alpaca.arguments import FLAGS as CLASSES
-from stanford_alpaca.arguments import TrainingArguments
-from stanford_alpaca.checks import check
-from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.fit import check_fit
 from stanford_alpaca.generation.prompts import read_prompts
 from stanford_alpaca.models.load import load_tokenizer
-from stanford_alpaca.train import load_data
+from stanford_alpaca.run.arguments import FLAGS as CLASSES
+from stanford_alpaca.run.arguments import TrainingArguments
+from stanford_alpaca.run.data import load_data
+from stanford_alpaca.run.flag_checks import check
+from stanford_alpaca.run.model_checks import check_fit
+from stanford_alpaca.run.parse import parse
 
 BASE = Path(__file__).resolve().parents[2] / "data" / "tiny-base"
 LIMIT = 20  # seconds for one case

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.export import export
-from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost import CostAlias, CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
@@ -26,7 +25,8 @@ from stanford_alpaca.models.load import load_model, load_tokenizer
 from stanford_alpaca.models.lora import add_lora
 from stanford_alpaca.objective.attach import attach_objective
 from stanford_alpaca.objective.head import original_weight
-from stanford_alpaca.prepare import precision, told_adapter
+from stanford_alpaca.run.build import precision, told_adapter
+from stanford_alpaca.run.parse import parse
 from stanford_alpaca.train import train
 from stanford_alpaca.training.hardware import training_flops
 from tests.helpers import evaluations, steps

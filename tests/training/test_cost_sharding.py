@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stanford_alpaca.checks import check_cost_sharding
-from stanford_alpaca.command_line import parse
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.objective.attach import attach_objective
+from stanford_alpaca.run.flag_checks import check_cost_sharding
+from stanford_alpaca.run.parse import parse
 from stanford_alpaca.train import train
 from stanford_alpaca.training import cost_sharding
 from stanford_alpaca.training.cost_sharding import shard_cost

@@ -8,7 +8,7 @@ from stanford_alpaca import attach_objective
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.objective.teacher import Teacher
-from stanford_alpaca.prepare import make_collator
+from stanford_alpaca.run.build import make_collator
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
 from tests.ranks import run_ranks

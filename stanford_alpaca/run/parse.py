@@ -10,11 +10,11 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from stanford_alpaca.arguments import FLAGS, SECRET, Run
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.console import keep_secret
 from stanford_alpaca.errors import UserError, first_line, nearest
-from stanford_alpaca.old_flags import split, translate
+from stanford_alpaca.run.arguments import FLAGS, SECRET, Run
+from stanford_alpaca.run.legacy_flags import split, translate
 
 
 class _Parser(HfArgumentParser):

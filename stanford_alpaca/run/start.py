@@ -5,15 +5,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stanford_alpaca.arguments import Run, TrainingArguments
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.kinds import FSDP, PLAIN, ZERO, check_resumable, check_state
 from stanford_alpaca.checkpoint.pickles import refuse_code
 from stanford_alpaca.checkpoint.run_file import FILE, FILE_FROM, read_run
 from stanford_alpaca.checkpoint.saving import STAGING, recover
 from stanford_alpaca.errors import ResumeError, UserError
-from stanford_alpaca.lock import FILE as LOCK
-from stanford_alpaca.record import changes, record_of
+from stanford_alpaca.run.arguments import Run, TrainingArguments
+from stanford_alpaca.run.lock import FILE as LOCK
+from stanford_alpaca.run.record import changes, record_of
 
 AUTO = "auto"
 OWN = {LOCK, FILE, f"{FILE}.part", STAGING, "samples.jsonl", "runs"}  # what there may be before the first checkpoint

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.fit import check_fit
 from stanford_alpaca.models.load import load_tokenizer
-from stanford_alpaca.old_flags import translate
+from stanford_alpaca.run.legacy_flags import translate
+from stanford_alpaca.run.model_checks import check_fit
+from stanford_alpaca.run.parse import parse
 from stanford_alpaca.train import train
 from tests.helpers import steps
 from tests.ranks import run_ranks

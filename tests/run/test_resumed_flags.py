@@ -8,10 +8,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from stanford_alpaca.arguments import TrainingArguments
 from stanford_alpaca.errors import ResumeError
+from stanford_alpaca.run.arguments import TrainingArguments
+from stanford_alpaca.run.trainer_flags import HONOURED, REFUSED
 from stanford_alpaca.train import train
-from stanford_alpaca.trainer_flags import HONOURED, REFUSED
 from tests.helpers import steps
 from tests.ranks import run_ranks
 

@@ -14,7 +14,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.training_args import OptimizerNames
 
-from stanford_alpaca.arguments import (
+from stanford_alpaca.checkpoint.manifest import checkpoints
+from stanford_alpaca.console import quiet_hub, say
+from stanford_alpaca.errors import UserError, first_line, nearest
+from stanford_alpaca.flags import check_writable
+from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.load import read_config
+from stanford_alpaca.run.arguments import (
     METRICS,
     DataArguments,
     LoraArguments,
@@ -24,14 +30,8 @@ from stanford_alpaca.arguments import (
     TrainingArguments,
     defaults,
 )
-from stanford_alpaca.checkpoint.manifest import checkpoints
-from stanford_alpaca.console import quiet_hub, say
-from stanford_alpaca.errors import UserError, first_line, nearest
-from stanford_alpaca.flags import check_writable
-from stanford_alpaca.lock import FILE as LOCK
-from stanford_alpaca.models.check import check_model
-from stanford_alpaca.models.load import read_config
-from stanford_alpaca.trainer_flags import check_flags, check_optimizer_flags
+from stanford_alpaca.run.lock import FILE as LOCK
+from stanford_alpaca.run.trainer_flags import check_flags, check_optimizer_flags
 
 FROM_ZERO = (
     "seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay", "neftune_noise_alpha",

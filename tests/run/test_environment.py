@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from stanford_alpaca.command_line import parse
-from stanford_alpaca.environment import check_environment, check_imports, recorded
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.record import changes, differences, made_with
+from stanford_alpaca.run.environment import check_environment, check_imports, recorded
+from stanford_alpaca.run.parse import parse
+from stanford_alpaca.run.record import changes, differences, made_with
 from stanford_alpaca.train import run_or_stop
 
 

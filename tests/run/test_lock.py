@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.lock import FILE, held
+from stanford_alpaca.run.lock import FILE, held
 
-LINES = ["import os", "from pathlib import Path", "from stanford_alpaca.lock import held"]
+LINES = ["import os", "from pathlib import Path", "from stanford_alpaca.run.lock import held"]
 
 
 def script(*lines):

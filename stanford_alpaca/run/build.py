@@ -8,7 +8,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from stanford_alpaca.arguments import ObjectiveArguments, Run
 from stanford_alpaca.console import say
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
@@ -16,7 +15,6 @@ from stanford_alpaca.data.sources import ExampleStream
 from stanford_alpaca.distributed.store import share_from_rank_0
 from stanford_alpaca.distributed.weights import allocate, stored_buffers, weights_come_from_rank_0
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.fit import check_positions
 from stanford_alpaca.models.load import empty_model, fit_vocabulary, load_model, load_tokenizer, unread_parts
 from stanford_alpaca.models.lora import expert_parameters
 from stanford_alpaca.models.savable import make_savable
@@ -24,6 +22,8 @@ from stanford_alpaca.objective.attach import attach_objective, routes
 from stanford_alpaca.objective.head import HeadForm
 from stanford_alpaca.objective.isolation import find_isolation
 from stanford_alpaca.objective.teacher import Teacher, same_vocabulary
+from stanford_alpaca.run.arguments import ObjectiveArguments, Run
+from stanford_alpaca.run.model_checks import check_positions
 
 
 def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:

@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from stanford_alpaca import train as command
-from stanford_alpaca.arguments import FLAGS, defaults
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.run_file import read_run
-from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import ResumeError, Stopped, UserError
-from stanford_alpaca.record import FIXED, FREE, ROUNDING, changes, made_with, write_run
-from stanford_alpaca.resume import where_to_start
+from stanford_alpaca.run.arguments import FLAGS, defaults
+from stanford_alpaca.run.parse import parse
+from stanford_alpaca.run.record import FIXED, FREE, ROUNDING, changes, made_with, write_run
+from stanford_alpaca.run.start import where_to_start
 from stanford_alpaca.train import train
 from stanford_alpaca.training.resumable_trainer import ResumableTrainer
 from stanford_alpaca.training.trainer import EmoTrainer

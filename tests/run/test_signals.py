@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from stanford_alpaca import signals
-from stanford_alpaca.signals import StopRequest
+from stanford_alpaca.run import signals
+from stanford_alpaca.run.signals import StopRequest
 
 
 @pytest.fixture

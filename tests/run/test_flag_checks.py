@@ -2,9 +2,9 @@
 
 import pytest
 
-from stanford_alpaca.checks import check
-from stanford_alpaca.command_line import parse
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.run.flag_checks import check
+from stanford_alpaca.run.parse import parse
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.training_args import OptimizerNames
 
-from stanford_alpaca.arguments import Run
 from stanford_alpaca.checkpoint.space import check_space, checkpoint_bytes
 from stanford_alpaca.console import say
 from stanford_alpaca.data.tokenize import PromptEncoder
@@ -13,6 +12,7 @@ from stanford_alpaca.distributed.weights import loading_whole
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.generation.prompts import encode_prompts
 from stanford_alpaca.models.load import empty_model
+from stanford_alpaca.run.arguments import Run
 from stanford_alpaca.training.fsdp import decoder_layers
 
 

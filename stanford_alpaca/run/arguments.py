@@ -21,7 +21,7 @@ from stanford_alpaca.flags import choice
 from stanford_alpaca.losses.functional import BACKENDS
 from stanford_alpaca.losses.objectives import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.models.lora import LORA_EMBEDDINGS, add_lora
-from stanford_alpaca.old_flags import read_fsdp_config
+from stanford_alpaca.run.legacy_flags import read_fsdp_config
 from stanford_alpaca.training.cost_sharding import COST_SHARDINGS
 from stanford_alpaca.training.engines import ENGINES, engine_flags, spare_deepspeed_trouble
 
