@@ -17,13 +17,13 @@ import fire
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stanford_alpaca.anatomy import Anatomy, describe
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
-from stanford_alpaca.estimate import Memory, Setup, peak_memory
 from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
 from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.preflight.estimate import Memory, Setup, peak_memory
+from stanford_alpaca.preflight.model_profile import Anatomy, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "data" / "tiny-base"

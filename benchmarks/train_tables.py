@@ -8,10 +8,10 @@ from transformers import LlamaConfig
 
 from benchmarks.measure import MIB
 from benchmarks.train_contenders import OURS, TRL, Job
-from stanford_alpaca.anatomy import describe
-from stanford_alpaca.estimate import NO_COST, Setup, precision_of, traffic
 from stanford_alpaca.models.load import read_config
-from stanford_alpaca.plans import Machine, Row, rows_of
+from stanford_alpaca.preflight.estimate import NO_COST, Setup, precision_of, traffic
+from stanford_alpaca.preflight.model_profile import describe
+from stanford_alpaca.preflight.plans import Machine, Row, rows_of
 
 LLAMA_7B = Path(__file__).resolve().parents[1] / "examples" / "llama-7b"
 ESTIMATED = ("ddp", "fsdp", "zero1", "zero2", "zero3")

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from stanford_alpaca import generate, preview
 from stanford_alpaca.checkpoint import space
 from stanford_alpaca.evaluation import metrics
-from stanford_alpaca.preflight import parse as parse_preflight
-from stanford_alpaca.preflight import preflight as estimate
+from stanford_alpaca.preflight.__main__ import parse as parse_preflight
+from stanford_alpaca.preflight.__main__ import preflight as estimate
 from stanford_alpaca.train import train
 from tests.helpers import refusal
 from tests.ranks import run_ranks

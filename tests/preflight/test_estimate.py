@@ -2,8 +2,7 @@
 
 import pytest
 
-from stanford_alpaca.anatomy import Activations, Anatomy, Line, Parameters
-from stanford_alpaca.estimate import (
+from stanford_alpaca.preflight.estimate import (  # fmt: skip
     ENGINES,
     Setup,
     compute_flops,
@@ -14,7 +13,8 @@ from stanford_alpaca.estimate import (
     precision_of,
     shardings_of,
     traffic,
-)  # fmt: skip
+)
+from stanford_alpaca.preflight.model_profile import Activations, Anatomy, Line, Parameters
 from stanford_alpaca.training.engines import ENGINES as NAMES
 
 COUNTS = Parameters(embedding=1000, layers=4000, layer=2000, norm=10, head=1000, vocab_size=100, width=10)

@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from stanford_alpaca import estimate
-from stanford_alpaca.anatomy import Anatomy, Parameters
-from stanford_alpaca.estimate import COST_SHARDINGS, Memory, Setup, precision_of, shardings_of
+from stanford_alpaca.preflight import estimate
+from stanford_alpaca.preflight.estimate import COST_SHARDINGS, Memory, Setup, precision_of, shardings_of
+from stanford_alpaca.preflight.model_profile import Anatomy, Parameters
 from stanford_alpaca.training.hardware import PEAK_FLOPS
 
 GIB = 2**30

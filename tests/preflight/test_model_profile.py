@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, T5Config
 
-from stanford_alpaca.anatomy import count_activations, count_parameters, decoder_layers, describe
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.load import read_config
+from stanford_alpaca.preflight.model_profile import count_activations, count_parameters, decoder_layers, describe
 
 SERVED = ("llama", "qwen3", "gpt2", "gemma2", "opt", "mixtral")
 

@@ -12,9 +12,9 @@ compute dtype, of c bytes, and float32 masters with the optimizer's state. A ran
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from stanford_alpaca.anatomy import Anatomy, Parameters
 from stanford_alpaca.losses.backends.chunked import TILE_PRODUCTS
 from stanford_alpaca.losses.backends.torch_kernels import CACHE_LOGITS, CHUNK_LOGITS
+from stanford_alpaca.preflight.model_profile import Anatomy, Parameters
 from stanford_alpaca.training import cost_sharding
 
 COST_SHARDINGS = tuple(name for name in cost_sharding.COST_SHARDINGS if name != "auto")

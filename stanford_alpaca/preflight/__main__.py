@@ -10,18 +10,18 @@ from dataclasses import dataclass, field, replace
 
 from transformers import HfArgumentParser
 
-from stanford_alpaca.anatomy import Parameters, describe
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.statistics import WHOLE, statistics_of
 from stanford_alpaca.data.tokenize import ExampleEncoder, encode_records
 from stanford_alpaca.errors import UserError, nearest
-from stanford_alpaca.estimate import COST_SHARDINGS, ENGINES, Setup, precision_of, shardings_of
 from stanford_alpaca.flags import choice, exit_on_user_error
 from stanford_alpaca.losses.objectives import MODES, Objective
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import load_tokenizer, read_config
-from stanford_alpaca.plans import Machine, Plan, Row, advise, rows_of
+from stanford_alpaca.preflight.estimate import COST_SHARDINGS, ENGINES, Setup, precision_of, shardings_of
+from stanford_alpaca.preflight.model_profile import Parameters, describe
+from stanford_alpaca.preflight.plans import Machine, Plan, Row, advise, rows_of
 from stanford_alpaca.training.hardware import PEAK_FLOPS
 
 RECIPE = 128  # rows per step, as in train_emo.sh
