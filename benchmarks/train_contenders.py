@@ -19,7 +19,7 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.training.engines import DS_CONFIGS
+from stanford_alpaca.training.engines import ds_configs
 from stanford_alpaca.training.trainer import EmoTrainer
 from tests.ranks import run_ranks
 
@@ -223,7 +223,7 @@ def run_trl(job: Job, folder: Path) -> None:
         "use_cpu": job.device == "cpu", "dataloader_pin_memory": job.device != "cpu", "ddp_find_unused_parameters": False,
     }  # fmt: skip
     if job.engine.startswith("zero"):
-        arguments["deepspeed"] = str(DS_CONFIGS / f"{job.engine}.json")
+        arguments["deepspeed"] = str(ds_configs() / f"{job.engine}.json")
     Measured.meter = Meter(job)
     config = SFTConfig(**arguments | TRL[job.contender])
     rows = json.loads((folder / RECORDS).read_text())

@@ -5,6 +5,7 @@ OUTPUT_DIR is overwritten. A Trainer's compute_loss_func would be used in place 
 """
 
 from pathlib import Path
+from typing import Any
 
 import fire
 import torch
@@ -26,7 +27,7 @@ def main(
     eval_data: str = str(DATA / "instructions" / "held_out.json"),
     output_dir: str = "output/hf-trainer",
     mode: str = "emo",
-    **arguments,
+    **arguments: Any,
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)  # it must have a pad and an end-of-sequence token
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

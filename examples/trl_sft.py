@@ -6,6 +6,7 @@ Tried with TRL 1.0.0, 1.8.0 and 1.16.0, and transformers 5.23.
 """
 
 from pathlib import Path
+from typing import Any
 
 import fire
 import torch
@@ -28,7 +29,7 @@ class ModelLossTrainer(SFTTrainer):
     compute_loss. TRL's entropy and token accuracy, which need work of their own, are not logged then.
     """
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
 
 
@@ -44,7 +45,7 @@ def main(
     eval_data: str = str(DATA / "instructions" / "held_out.json"),
     output_dir: str = "output/trl-sft",
     mode: str = "emo",
-    **arguments,
+    **arguments: Any,
 ) -> None:
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     arguments = {"completion_only_loss": True, "bf16": torch.cuda.is_available()} | arguments

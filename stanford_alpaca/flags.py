@@ -66,6 +66,6 @@ def check_writable(name: str, path: Path) -> None:
         raise UserError(f"--{name} {path}: {parent} cannot be written to ({error.strerror}); give another path") from None
 
 
-def choice(*values: str, default: str | None, help: str):
+def choice(*values: str, default: str | None, help: str) -> Any:
     """A dataclass field that takes one of a few words."""
     return field(default=default, metadata={"choices": list(values), "help": help})

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -31,7 +32,7 @@ class Ranks:
         """From now on, torchrun's closing of its processes passes through here."""
         close = SubprocessContext._close
 
-        def close_and_remember(context: SubprocessContext, *args, **kwargs) -> None:
+        def close_and_remember(context: SubprocessContext, *args: Any, **kwargs: Any) -> None:
             self.handlers = list(context.subprocess_handlers.values())
             if isinstance(sys.exception(), SignalException):  # torchrun's own handler would raise again
                 signal.signal(signal.SIGINT, self._pass_on)

@@ -122,7 +122,7 @@ def run(
         console.print(budgets_of(source["statistics"], max_length))
 
 
-def _examples(records: Dataset, encode: ExampleEncoder, count: int):
+def _examples(records: Dataset, encode: ExampleEncoder, count: int) -> Any:
     """The first records that their template can write."""
     for record in records:
         if count == 0:

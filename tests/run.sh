@@ -16,4 +16,5 @@ export PYTHON HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=${DS_
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
+"$PYTHON" -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-logo --no-cache
 exec "$PYTHON" -m pytest -n "$WORKERS" --dist loadgroup "$@"

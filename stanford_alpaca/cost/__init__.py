@@ -4,10 +4,12 @@ from stanford_alpaca.cost.alias import CostAlias
 from stanford_alpaca.cost.cache import CostRows
 from stanford_alpaca.cost.embedding import COST_KINDS, ZERO_BELOW, CostEmbedding
 from stanford_alpaca.cost.sharded import ShardedCost, as_cost, broadcast_cost
+from stanford_alpaca.cost.types import Cost
 
 __all__ = [
     "COST_KINDS",
     "ZERO_BELOW",
+    "Cost",
     "CostAlias",
     "CostEmbedding",
     "CostRows",

@@ -6,6 +6,7 @@ from torch.distributed import ProcessGroup
 
 from stanford_alpaca.cost.cache import CostRows
 from stanford_alpaca.cost.embedding import CostEmbedding, transport_costs
+from stanford_alpaca.cost.types import Cost
 from stanford_alpaca.distributed.collectives import all_gather
 
 
@@ -101,7 +102,7 @@ def _from_rank_0(rows: Tensor, device: torch.device | str, group: ProcessGroup |
     return rows
 
 
-def as_cost(cost: Tensor | CostEmbedding | ShardedCost | None) -> CostEmbedding | ShardedCost | None:
+def as_cost(cost: Tensor | Cost | None) -> Cost | None:
     """Accepts what the public functions accept: a [V, D] tensor, a CostEmbedding, a shard, or nothing. Else ValueError."""
     if not (cost is None or isinstance(cost, Tensor | CostEmbedding | ShardedCost)):
         raise ValueError(f"a cost embedding is a tensor [vocabulary, width] or a CostEmbedding, not {cost!r:.40}")

@@ -125,7 +125,7 @@ def several_files(path: str | Path) -> list[str]:
 
 
 def _file_rows(
-    files: Sequence[str], digest: str, whole_lists: bool, columns, texts: tuple, train_history: bool, form: str | None
+    files: Sequence[str], digest: str, whole_lists: bool, columns: Any, texts: tuple, train_history: bool, form: str | None
 ) -> Iterator[Record]:
     """The generator behind the cached table. ``digest`` makes changed files another table; the files are its shards."""
     running = Texts(*texts)
@@ -153,7 +153,7 @@ def _from_hub(name: str, cache_dir: str | None, streaming: bool) -> Dataset | It
 
 
 def _hub_rows(
-    data: Dataset | IterableDataset, name: str, columns, texts: tuple, train_history: bool, form: str | None
+    data: Dataset | IterableDataset, name: str, columns: Any, texts: tuple, train_history: bool, form: str | None
 ) -> Iterator[Record]:
     batches = data.with_format("arrow").iter(batch_size=1000)  # as it stands: datasets would open files that it names
     rows = enumerate((row for batch in batches for row in batch.to_pylist()), 1)

@@ -127,7 +127,7 @@ def _look_at(path: str, records: IterableDataset, encode: ExampleEncoder, tell: 
         raise UserError(f"{path}: {NO_TARGET.format(report)}")
 
 
-def mix(sources: list, weights: list[float] | None, seed: int):
+def mix(sources: list, weights: list[float] | None, seed: int) -> Dataset:
     """One set of examples. Without weights each example is in it once.
 
     With weights, each example is drawn from source i with the probability weights[i] / sum(weights), until every source has

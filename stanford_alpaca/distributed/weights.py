@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 
 @contextlib.contextmanager
-def loading_whole(args) -> Iterator[None]:
+def loading_whole(args: TrainingArguments) -> Iterator[None]:
     """Within it a rank that loads a model loads it whole, under ZeRO-3 too.
 
     There transformers would load shards, and resizing, the probe of the output layer and the frozen cost would see empty
@@ -27,7 +28,7 @@ def loading_whole(args) -> Iterator[None]:
             set_hf_deepspeed_config(config)
 
 
-def weights_come_from_rank_0(args) -> bool:
+def weights_come_from_rank_0(args: TrainingArguments) -> bool:
     """Whether one rank reads the weights and the engine sends the others their shards: FSDP2 and ZeRO-3 with several ranks.
 
     Else every rank would hold the whole model in memory before it is sharded.

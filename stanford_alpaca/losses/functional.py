@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from stanford_alpaca.cost import CostEmbedding, ShardedCost, as_cost
+from stanford_alpaca.cost import Cost, CostEmbedding, ShardedCost, as_cost
 from stanford_alpaca.losses.backends import chunked, reference, torch_kernels, triton_kernels, vocab_parallel
 from stanford_alpaca.losses.objectives import Objective, as_objective
 from stanford_alpaca.losses.types import Head, SoftTargets, TokenStats
@@ -24,7 +24,7 @@ SUM_TOLERANCE = 1e-3  # what a teacher's probabilities may miss of 1, as rounded
 def emo_loss(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...] token ids
-    cost_embedding: Tensor | CostEmbedding | ShardedCost | None,  # [V, D]
+    cost_embedding: Tensor | Cost | None,  # [V, D]
     soft_targets: SoftTargets | None = None,  # ids and probs [..., k]
     *,
     mode: str | Objective = "emo",
@@ -53,6 +53,7 @@ def emo_loss(
             mode refuses, an unknown mode or reduction.
     """
     objective, cost, keep = _checked(mode, cost_embedding, logits, targets, reduction, ignore_index, logits.shape[-1])
+    assert cost is None or isinstance(cost, CostEmbedding)  # a sharded one was gathered
     kept = logits[keep]
     stats = reference.token_stats(kept, _kept_targets(targets, soft_targets, keep, objective, kept, logits.shape[-1]), cost)
     loss = objective(*stats)
@@ -65,7 +66,7 @@ def linear_emo_loss(
     hidden: Tensor,  # [..., H] hidden states before the output layer
     weight: Tensor,  # [V, H]
     targets: Tensor,  # [...] token ids
-    cost_embedding: Tensor | CostEmbedding | ShardedCost | None,  # [V, D]
+    cost_embedding: Tensor | Cost | None,  # [V, D]
     soft_targets: SoftTargets | None = None,  # ids and probs [..., k]
     *,
     mode: str | Objective = "emo",
@@ -104,7 +105,7 @@ def linear_loss_and_stats(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
-    cost_embedding: Tensor | CostEmbedding | ShardedCost | None,
+    cost_embedding: Tensor | Cost | None,
     mode: str | Objective,
     soft_targets: SoftTargets | None = None,
     *,
@@ -158,8 +159,15 @@ def _backend(name: str, hidden: Tensor, weight: Tensor) -> Callable:
 
 
 def _checked(
-    mode, cost_embedding, rows: Tensor, targets: Tensor, reduction: str, ignore_index: int, vocab_size: int, sharded_head=False
-):
+    mode: str | Objective,
+    cost_embedding: Tensor | Cost | None,
+    rows: Tensor,
+    targets: Tensor,
+    reduction: str,
+    ignore_index: int,
+    vocab_size: int,
+    sharded_head: bool = False,
+) -> tuple[Objective, Cost | None, Tensor]:
     """The objective, the cost on the right device, and the mask of supervised positions."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}: choose from {', '.join(REDUCTIONS)}")

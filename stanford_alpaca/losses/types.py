@@ -4,11 +4,13 @@ A backend is one function ``linear_loss(hidden, head, targets, cost, objective, 
 ``reference.linear_loss``; ``reference`` materialises the logits and is the specification.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from stanford_alpaca.cost import CostRows
 
 
 class TokenStats(NamedTuple):
@@ -41,6 +43,33 @@ class Head(NamedTuple):
         """How much the logits z, of any shape, move with hidden @ weight.T."""
         slope = torch.ones_like(z) if self.softcap is None else (z / self.softcap).square_().neg_().add_(1)
         return slope if self.logit_scale is None else slope.mul_(self.logit_scale)
+
+
+class Chunk(Protocol):
+    """The logits of n tokens, in float32 (float64 if the product is): what touches [n, V] beside the matrix products."""
+
+    top: Tensor  # [n] the greatest logit of the others, once ``statistics`` was called
+
+    def at(self, ids: Tensor) -> Tensor:  # [n, k] -> [n, k]
+        """The logits of these tokens; to be asked for first."""
+
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See ``torch_kernels.Chunk.statistics``."""
+
+    def gradient(self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor, g_y: Tensor) -> Tensor:  # [n, V]
+        """See ``torch_kernels.Chunk.gradient``."""
+
+
+class Kernels(Protocol):
+    """A module, or an object, that makes chunks."""
+
+    @property
+    def CHUNK_LOGITS(self) -> Mapping[str, int]:
+        """By the type of a device: how many logits are held at a time."""
+
+    @property
+    def Chunk(self) -> Callable[[Tensor, Head, Tensor, CostRows | None], Chunk]:
+        """Makes one of a product [n, V], the output layer, the targets [n] and the rows of their costs."""
 
 
 LossOfStats = Callable[[Tensor, "Tensor | None"], Tensor]  # ([N] nll, [N] log_emo) -> [N] loss

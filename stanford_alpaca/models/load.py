@@ -94,7 +94,7 @@ def load_model(
     *,
     from_config: bool = False,
     remote_code: bool = False,
-    **options,
+    **options: Any,
 ) -> PreTrainedModel:
     """The causal LM in ``dtype``: float32 masters by default, whatever the checkpoint holds. From an adapter, its base with it.
 
@@ -173,7 +173,7 @@ def empty_model(
     *,
     from_config: bool = False,
     remote_code: bool = False,
-    **options,
+    **options: Any,
 ) -> PreTrainedModel:
     """What ``load_model`` returns, with parameters on the meta device: for ranks that get the weights from another one."""
     try:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
-from stanford_alpaca.cost import CostAlias, CostEmbedding, ShardedCost
+from stanford_alpaca.cost import Cost, CostAlias, CostEmbedding, ShardedCost
 from stanford_alpaca.losses.functional import check_backend, linear_loss_and_stats
 from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.losses.types import SoftTargets
@@ -34,21 +35,21 @@ class AttachedObjective:
         model: PreTrainedModel,
         form: HeadForm,
         objective: Objective,
-        cost: CostEmbedding | ShardedCost | None,
+        cost: Cost | None,
         adaptive: str | None,
         backend: str,
         teacher: Teacher | None,
     ):
         self.teacher = teacher
         self.form, self.objective, self.backend = form, objective, backend
-        self.cost: CostEmbedding | ShardedCost | None = cost
+        self.cost: Cost | None = cost
         self.adaptive = adaptive  # the kind of the adaptive cost, taken from the live head at every call
         self.train_meter, self.eval_meter = Meter(), Meter()
         self._model = model
         self._original = model.forward
         original = self._original.__func__
 
-        def forward(model, *args, labels: Tensor | None = None, **kwargs):
+        def forward(model: PreTrainedModel, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
             if labels is None:
                 return original(model, *args, **kwargs)
             return model.emo_objective._forward(model, labels, *args, **kwargs)
@@ -75,13 +76,13 @@ class AttachedObjective:
 
     def _forward(
         self,
-        model,
+        model: PreTrainedModel,
         labels: Tensor,  # [B, S]
-        *args,
+        *args: Any,
         num_items_in_batch: Tensor | int | None = None,
         token_weights: Tensor | None = None,  # [B, S] float32, or its bits as int32
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         self._computed = True
         kwargs.pop("logits_to_keep", None)
         kwargs["return_dict"] = True
@@ -122,7 +123,7 @@ class AttachedObjective:
         return MoeCausalLMOutputWithPast(loss=loss + share * own.loss.to(loss.device), aux_loss=own.get("aux_loss"), **parts)
 
 
-def live_cost(weight: Tensor, kind: str) -> CostEmbedding | ShardedCost:
+def live_cost(weight: Tensor, kind: str) -> Cost:
     """The cost of the output layer as it is now, or this rank's part of it where the layer is sharded by vocabulary."""
     if not isinstance(weight, DTensor):
         return CostAlias(lambda: weight) if kind == "cosine" else CostEmbedding(None, kind)
@@ -130,7 +131,7 @@ def live_cost(weight: Tensor, kind: str) -> CostEmbedding | ShardedCost:
     return part if part.rows is None else ShardedCost.of_part(part, weight.shape[0], weight.device_mesh.get_group())
 
 
-def check_computed(model: PreTrainedModel, args: tuple, kwargs: dict, outputs) -> None:
+def check_computed(model: PreTrainedModel, args: tuple, kwargs: dict, outputs: Any) -> None:
     """A hook after the model's forward. Raises ValueError if it was given labels and did not compute the objective."""
     attached = model.emo_objective
     computed, attached._computed = attached._computed, False
@@ -147,7 +148,7 @@ def routes(model: PreTrainedModel, kwargs: dict) -> bool:
     return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
 
 
-def run_with_own_loss(forward: Callable, model: PreTrainedModel, labels: Tensor, *args, **kwargs):
+def run_with_own_loss(forward: Callable, model: PreTrainedModel, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The base model's outputs and the model's own, whose loss is what it adds to cross entropy and nothing else.
 
     Cross entropy summed over no target is 0, so neither the auxiliary loss nor its coefficient has to be known by name.
@@ -185,7 +186,7 @@ def attach_objective(
     backend: str = "auto",
     teacher: Teacher | None = None,
     form: HeadForm | None = None,
-    **options,
+    **options: Any,
 ) -> AttachedObjective:
     """Makes a Hugging Face causal LM compute the objective inside its own forward when it is given ``labels``.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def varlen_attention(
     *,
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,  # [examples + 1]
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention, in each row, or within what ``cu_seq_lens_q`` keeps apart in the rows put one after the other."""
     rows, _, length, _ = query.shape

@@ -123,7 +123,7 @@ def _probe(model: PreTrainedModel, layer: nn.Module, sent: Tensor) -> tuple[Tens
     """The last hidden state, the output layer's input and output, and the logits if that output is replaced."""
     calls = []
 
-    def replace_output(layer, inputs, output):
+    def replace_output(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         calls.append((inputs[0].detach(), output.detach()))
         return sent
 

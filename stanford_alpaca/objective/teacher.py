@@ -1,5 +1,7 @@
 """Soft targets from another model: its k most probable next tokens in place of each target."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,8 +38,8 @@ class Teacher:
         self,
         keep: Tensor,  # [B, S - 1] bool: the predicted positions whose distributions are asked for
         vocab_size: int,  # of the student: tokens that only the teacher's padded vocabulary has are left out
-        *args,
-        **inputs,  # as the student's base model takes them
+        *args: Any,
+        **inputs: Any,  # as the student's base model takes them
     ) -> SoftTargets:  # [N, k] for the N positions of keep
         """The teacher's distributions over the next token, float32."""
         self.model.to(keep.device)

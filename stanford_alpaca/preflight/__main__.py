@@ -7,6 +7,7 @@ Needs no weights and no GPU. The formulas stand in ``estimate.py``; ``anatomy.py
 import math
 import sys
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 from transformers import HfArgumentParser
 
@@ -113,7 +114,7 @@ class Options:
 
 
 class _Parser(HfArgumentParser):
-    def error(self, message: str):  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:  # type: ignore[override]
         raise UserError(message)
 
 

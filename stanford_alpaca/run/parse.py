@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
 import yaml
@@ -18,7 +18,7 @@ from stanford_alpaca.run.legacy_flags import split, translate
 
 
 class _Parser(HfArgumentParser):
-    def error(self, message: str):  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:  # type: ignore[override]
         raise UserError(message)
 
 

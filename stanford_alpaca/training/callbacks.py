@@ -23,7 +23,7 @@ class SampleCallback(TrainerCallback):
     def __init__(self, trainer: EmoTrainer, prompts: list[dict]):
         self.trainer, self.prompts = trainer, prompts
 
-    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
         if step == state.max_steps or (args.sample_steps and step % args.sample_steps == 0):
             self.sample(step)
@@ -54,7 +54,7 @@ class SampleCallback(TrainerCallback):
 class EvaluateLast(TrainerCallback):
     """Evaluates after the last step, while the trackers still listen, unless the end of the epoch is about to do it."""
 
-    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == state.max_steps and args.eval_strategy != IntervalStrategy.EPOCH:
             control.should_evaluate = True
 

@@ -11,10 +11,11 @@ also when a run resumes. Where the output layer is not trained (LoRA) the cost i
 """
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from stanford_alpaca.cost import CostAlias, ShardedCost, broadcast_cost
 from stanford_alpaca.distributed.weights import weights_come_from_rank_0
@@ -29,7 +30,7 @@ class VocabParallelLinear(nn.Linear):
     """An output layer that FSDP2 keeps as a unit of its own: the loss reads its shard and never calls it."""
 
 
-def shard_cost(model: PreTrainedModel, asked: str, training) -> str:
+def shard_cost(model: PreTrainedModel, asked: str, training: TrainingArguments) -> str:
     """Cuts the attached model's cost, and for vocab_parallel prepares its output layer; returns what was chosen.
 
     Raises:
@@ -60,7 +61,7 @@ def shard_cost(model: PreTrainedModel, asked: str, training) -> str:
     return asked
 
 
-def _separate_output_layer(model: PreTrainedModel, training) -> None:
+def _separate_output_layer(model: PreTrainedModel, training: TrainingArguments) -> None:
     """Makes the output layer a VocabParallelLinear, with the same parameters under the same names."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
@@ -82,7 +83,7 @@ def _separate_output_layer(model: PreTrainedModel, training) -> None:
     model.set_output_embeddings(separate)
 
 
-def wrap_separately(model: PreTrainedModel, plugin) -> None:
+def wrap_separately(model: PreTrainedModel, plugin: Any) -> None:
     """Tells accelerate's FSDP2 plugin to make the VocabParallelLinear a unit, beside the decoder layers."""
     if isinstance(model.get_output_embeddings(), VocabParallelLinear):
         plugin.transformer_cls_names_to_wrap = [*plugin.transformer_cls_names_to_wrap, VocabParallelLinear.__name__]

@@ -15,7 +15,13 @@ from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.training.cost_sharding import check_separate
 
 ENGINES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")
-DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # the wheel installs it beside the package, too
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def ds_configs() -> Path:
+    """The folder with DeepSpeed's configurations: inside the package that a wheel installs, beside that of a checkout."""
+    inside = PACKAGE / "ds_configs"
+    return inside if inside.is_dir() else PACKAGE.parent / "ds_configs"
 
 
 def engine_flags(engine: str | None, fsdp: Any, deepspeed: Any) -> tuple[Any, Any]:
@@ -29,7 +35,7 @@ def engine_flags(engine: str | None, fsdp: Any, deepspeed: Any) -> tuple[Any, An
             raise UserError("--fsdp and --deepspeed exclude each other; drop one")
         check_deepspeed(deepspeed)
         return fsdp, deepspeed
-    zero = str(DS_CONFIGS / f"{engine}.json") if engine.startswith("zero") else None
+    zero = str(ds_configs() / f"{engine}.json") if engine.startswith("zero") else None
     if deepspeed not in (None, zero) or (fsdp and engine != "fsdp"):
         raise UserError(f"--engine {engine} and --{'fsdp' if fsdp else 'deepspeed'} exclude each other: drop one")
     if zero is not None and not Path(zero).is_file():
@@ -68,7 +74,7 @@ def spare_deepspeed_trouble() -> None:
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as its own launcher does
 
 
-def check_engine(trainer) -> None:
+def check_engine(trainer: Any) -> None:
     """Raises UserError if an engine was asked for and another one, or none, is about to train."""
     args, active = trainer.args, active_engine(trainer.model_wrapped)
     wanted = args.engine

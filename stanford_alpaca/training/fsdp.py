@@ -17,7 +17,7 @@ from stanford_alpaca.objective.head import body_of
 from stanford_alpaca.training.cost_sharding import wrap_separately
 
 
-def activate_fsdp(trainer) -> None:
+def activate_fsdp(trainer: Any) -> None:
     """Makes ``--fsdp`` mean FSDP2 on CPU too, where accelerate would ignore it and train with DDP.
 
     Raises:

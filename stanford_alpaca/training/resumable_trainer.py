@@ -85,14 +85,14 @@ class ResumableTrainer(Trainer):
         torch.distributed.all_reduce(anyone)
         return bool(anyone)
 
-    def prediction_step(self, *args: Any, **kwargs: Any):
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._anyone_stops():
             raise Stopped("stopped in an evaluation; the same command with --resume auto makes up for it")
         return super().prediction_step(*args, **kwargs)
 
     # ---- resuming ------------------------------------------------------------------------------------------------------
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # which would load what it finds
             zero.check_model(Path(resume_from_checkpoint), self.model)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -181,7 +181,7 @@ class ResumableTrainer(Trainer):
             return super()._load_best_model()
         self._load_from_checkpoint(str(best))
 
-    def _finalize_training(self, *args: Any, **kwargs: Any):
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer would delete all but the best checkpoint also where the last weights are what is to be saved."""
         limit = self.args.save_total_limit
         if not self.args.load_best_model_at_end:

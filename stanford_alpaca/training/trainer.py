@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -77,7 +78,7 @@ class EmoTrainer(ResumableTrainer):
 
     # ---- training ------------------------------------------------------------------------------------------------------
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any):
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if self._steps == 0:
             check_engine(self)
             self._start_guard()
@@ -105,7 +106,7 @@ class EmoTrainer(ResumableTrainer):
         if zero is not None:  # whose backward pass makes the update
             stand_before(zero, lambda: self.guard.may_update(self.state.global_step + 1))
 
-    def compute_loss(self, *args: Any, **kwargs: Any):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
         if torch.is_grad_enabled():
             self.guard.watch(loss)
@@ -141,7 +142,7 @@ class EmoTrainer(ResumableTrainer):
             for inputs in samples:
                 super().training_step(model, inputs, num_items)
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         if self.args.balance_lengths:  # after accelerate has chosen the sampler, so that the shuffling is the same
             batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # of all ranks
@@ -207,7 +208,9 @@ class EmoTrainer(ResumableTrainer):
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, dataloader, description, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         """Token-weighted: loss, nll, perplexity, target_prob and, with a cost, emo."""
         self.emo.eval_meter.drain("cpu")
         with self.watch.paused(), frozen_random_states():  # a run that is resumed after it is as one that was not
@@ -223,7 +226,7 @@ class EmoTrainer(ResumableTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, output.num_samples)
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         batch = self.args.eval_batch_size * self.args.world_size
         return super().get_eval_dataloader(fill_up(dataset, batch, self.data_collator.pad_id))
@@ -234,7 +237,7 @@ class EmoTrainer(ResumableTrainer):
         with _hub(f"--hub_model_id {self.args.hub_model_id}: there is no such repository and it cannot be made"):
             super().init_hf_repo(*args, **kwargs)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any):
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         with _hub(f"--push_to_hub: the model is complete in {self.args.output_dir}, but could not be uploaded"):
             return super().push_to_hub(*args, **kwargs)
 
@@ -244,7 +247,7 @@ class EmoTrainer(ResumableTrainer):
             super().create_model_card(*args, **kwargs)
 
 
-def frozen_random_states():
+def frozen_random_states() -> contextlib.AbstractContextManager:
     """Within it random numbers may be drawn; afterwards it is as if none had been."""
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 

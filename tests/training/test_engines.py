@@ -59,8 +59,8 @@ def test_an_engine_that_is_not_active_is_an_error():
 
 
 def test_a_zero_engine_without_its_file_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(engines, "DS_CONFIGS", tmp_path)
-    with pytest.raises(UserError, match=f"--engine zero2: no {tmp_path}/zero2.json; .* give --deepspeed FILE"):
+    monkeypatch.setattr(engines, "PACKAGE", tmp_path)
+    with pytest.raises(UserError, match=r"--engine zero2: no .*ds_configs/zero2.json; .* give --deepspeed FILE"):
         engine_flags("zero2", None, None)
 
 

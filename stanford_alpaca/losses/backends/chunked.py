@@ -15,6 +15,7 @@ are taken in the order of their targets: equal targets, whose costs are the same
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
-from stanford_alpaca.cost import CostEmbedding, CostRows, ShardedCost
+from stanford_alpaca.cost import Cost, CostEmbedding, CostRows
 from stanford_alpaca.losses.backends import torch_kernels
-from stanford_alpaca.losses.types import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split
+from stanford_alpaca.losses.types import Head, Kernels, LossOfStats, SoftTargets, TokenStats, expected_drop, split
 
 TILE_PRODUCTS = 2**25  # entries of the gradient of the weight that are computed at a time in a lower precision
 
@@ -33,11 +34,11 @@ def linear_loss(
     hidden: Tensor,  # [N, H]
     head: Head,
     targets: Tensor | SoftTargets,  # [N]
-    cost: CostEmbedding | ShardedCost | None,
+    cost: Cost | None,
     objective: LossOfStats,
     reduction: str,  # "sum" or "none"
     token_weights: Tensor | None = None,  # [N] constants that multiply the losses
-    kernels: Any = torch_kernels,
+    kernels: Kernels = torch_kernels,
     columns: int | None = None,  # logits per token that a chunk is sized for, if not the rows of the weight
 ) -> tuple[Tensor, TokenStats]:
     """The loss, [] or [N], and the detached statistics. Extra memory: two or three [chunk, V] tensors in float32, the
@@ -68,8 +69,15 @@ class _Job:
     """The arguments of one loss that are not differentiated, and the pass over its chunks."""
 
     def __init__(
-        self, head, targets, cost: CostEmbedding | ShardedCost | None, objective: LossOfStats, token_weights, kernels, columns
-    ):
+        self,
+        head: Head,
+        targets: Tensor | SoftTargets,
+        cost: Cost | None,
+        objective: LossOfStats,
+        token_weights: Tensor | None,
+        kernels: Kernels,
+        columns: int | None,
+    ) -> None:
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.columns = columns or len(head.weight)
         self.targets, self.rest = split(targets)
@@ -134,7 +142,7 @@ class _Job:
         alpha = (a - b) * p_others if costs is not None else -g_y
         if rest is not None:  # minus the sum of the others, tau included
             g_y = a * rest.probs.sum(1) - alpha
-            if log_w_all is not None:
+            if log_w is not None and log_w_all is not None:
                 g_y -= torch.where(b != 0, b * torch.exp(log_w - log_w_all), 0.0)
         g = chunk.gradient(others, log_w_all, alpha, b, g_y)
         if rest is not None:
@@ -182,7 +190,7 @@ def _derivatives(
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, job, reduction):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, reduction: str) -> tuple:
         ctx.job = job
         ctx.early = reduction == "sum" and hidden.dtype != torch.float16
         if ctx.early:
@@ -196,7 +204,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream):
+    def backward(ctx: Any, *upstream: Tensor) -> tuple:
         grad = upstream[0]
         if ctx.early:
             if ctx.grads is None:
@@ -210,5 +218,5 @@ class _ChunkedLoss(torch.autograd.Function):
         return *grads, None, None
 
 
-def _pairs(out: _Result, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+def _pairs(out: _Result, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple]:
     return zip((out.d_hidden, out.d_weight, out.d_bias), (hidden, weight, bias), strict=True)

@@ -7,6 +7,8 @@ something have a highest value of their own: they may all lie so far below the r
 
 from __future__ import annotations  # without triton there is no tl
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,7 +80,7 @@ class Chunk:
         self._launch(_gradient, *vectors)
         return self.product
 
-    def _launch(self, kernel, *vectors: Tensor | None) -> None:
+    def _launch(self, kernel: Any, *vectors: Tensor | None) -> None:
         n, vocab_size = self.product.shape
         costs = (self.table, 0 if self.table is None else self.table.stride(0), self.which)
         logits = (self.product, self.product.stride(0), self.bias, self.scale, self.softcap)

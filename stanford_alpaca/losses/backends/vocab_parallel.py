@@ -14,6 +14,7 @@ Collectives of one call on R ranks of n supervised tokens (the most that one has
 Without costs there are no rows, and one row less of maxima and sums; without gradients no backward pass.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,21 +23,21 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
-from stanford_alpaca.cost import CostEmbedding, CostRows, ShardedCost
+from stanford_alpaca.cost import Cost, CostRows, ShardedCost
 from stanford_alpaca.distributed.collectives import all_gather, reduce_scatter
 from stanford_alpaca.losses.backends import chunked, torch_kernels
-from stanford_alpaca.losses.types import Head, LossOfStats, SoftTargets, TokenStats
+from stanford_alpaca.losses.types import Chunk, Head, Kernels, LossOfStats, SoftTargets, TokenStats
 
 
 def linear_loss(
     hidden: Tensor,  # [n, H] this rank's tokens; n differs from rank to rank
     head: Head,  # DTensors: the weight [V, H] sharded by rows
     targets: Tensor | SoftTargets,  # [n]
-    cost: CostEmbedding | ShardedCost | None,  # an identity, or of the same shards
+    cost: Cost | None,  # an identity, or of the same shards
     objective: LossOfStats,
     reduction: str,  # "sum"
     token_weights: Tensor | None = None,
-    kernels: Any = torch_kernels,
+    kernels: Kernels = torch_kernels,
 ) -> tuple[Tensor, TokenStats]:
     """``reference.linear_loss`` of this rank's tokens. All ranks call it together, and backward too where they learn.
 
@@ -106,13 +107,13 @@ class _GatherRows(torch.autograd.Function):
     """[n, ...] of each rank -> [R n, ...] on all; backward sums what the ranks have for each, in float32."""
 
     @staticmethod
-    def forward(ctx, own, group):
+    def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return all_gather(own, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         exact = grad if grad.dtype == torch.float64 else grad.float()
         return reduce_scatter(exact, ctx.group).to(grad.dtype), None
 
@@ -120,12 +121,13 @@ class _GatherRows(torch.autograd.Function):
 class _Kernels:
     """The kernels that serve one shard: its columns are the vocabulary's from ``start`` on."""
 
-    def __init__(self, kernels: Any, start: int, group: dist.ProcessGroup):
+    def __init__(self, kernels: Kernels, start: int, group: dist.ProcessGroup):
         self.CHUNK_LOGITS = kernels.CHUNK_LOGITS
         self._kernels, self._start, self._group = kernels, start, group
 
-    def Chunk(self, product: Tensor, head: Head, targets: Tensor, costs: CostRows | None):
-        return _Chunk(self._kernels, self._start, self._group, product, head, targets, costs)
+    def Chunk(self, product: Tensor, head: Head, targets: Tensor, costs: CostRows | None) -> "_Chunk":
+        chunk = self._kernels.Chunk
+        return _Chunk(chunk, self._start, self._group, product, head, targets, costs)
 
 
 class _Chunk:
@@ -135,12 +137,21 @@ class _Chunk:
     out for it is put back: everything here is a sum.
     """
 
-    def __init__(self, kernels, start: int, group, product: Tensor, head: Head, targets: Tensor, costs: CostRows | None):
+    def __init__(
+        self,
+        chunk: Callable[..., Chunk],
+        start: int,
+        group: dist.ProcessGroup,
+        product: Tensor,
+        head: Head,
+        targets: Tensor,
+        costs: CostRows | None,
+    ) -> None:
         local = targets - start
         self._mine = (local >= 0) & (local < product.shape[1])
         self._group, self._costs = group, costs
         local = torch.where(self._mine, local, 0)
-        self._chunk = kernels.Chunk(product, head, local, costs)
+        self._chunk = chunk(product, head, local, costs)
         self._z = self._chunk.at(local[:, None]).squeeze(1)  # [c] of the target, or of the first column
         self._log_c = None if costs is None else costs.table[:, 0].to(self._z.dtype).log()[costs.which]
 
@@ -155,24 +166,24 @@ class _Chunk:
         first = torch.where(self._mine, -torch.inf, self._z - top)
         others = torch.logaddexp(others + (self._own_top - top), first)
         if log_w is None or self._log_c is None:
-            self._top = self._maximum(top)
-            parts = [torch.exp(others + (top - self._top))]
+            self.top = self._maximum(top)
+            parts = [torch.exp(others + (top - self.top))]
         else:
             log_w = torch.logaddexp(log_w + (self._own_top - top), first + self._log_c)
-            self._top, top_w = self._maximum(torch.stack([top, log_w + top]))
-            lead = torch.where(top_w > -torch.inf, top_w - self._top, 0.0)  # log w may lie far below: a maximum of its own
-            down = top - self._top
+            self.top, top_w = self._maximum(torch.stack([top, log_w + top]))
+            lead = torch.where(top_w > -torch.inf, top_w - self.top, 0.0)  # log w may lie far below: a maximum of its own
+            down = top - self.top
             parts = [torch.exp(others + down), torch.exp(log_w + down - lead)]
-        sums = torch.stack([*parts, torch.where(self._mine, self._z - self._top, 0.0)])
+        sums = torch.stack([*parts, torch.where(self._mine, self._z - self.top, 0.0)])
         self._reduce(sums, dist.ReduceOp.SUM)
         return sums[-1], sums[0].log(), None if log_w is None else lead + sums[1].log()
 
     def gradient(self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor, g_y: Tensor) -> Tensor:
-        down = self._z - self._top
+        down = self._z - self.top
         first = torch.where(others > -torch.inf, alpha * torch.exp(down - others), 0.0)
         if self._log_c is not None and log_w is not None:
             first += torch.where(beta != 0, beta * torch.exp(down + self._log_c - log_w), 0.0)
-        lift = self._top - self._own_top
+        lift = self.top - self._own_top
         return self._chunk.gradient(
             others + lift, None if log_w is None else log_w + lift, alpha, beta, torch.where(self._mine, g_y, first)
         )
@@ -180,7 +191,7 @@ class _Chunk:
     def _maximum(self, values: Tensor) -> Tensor:
         return self._reduce(values.clone(), dist.ReduceOp.MAX)
 
-    def _reduce(self, values: Tensor, how) -> Tensor:
+    def _reduce(self, values: Tensor, how: Any) -> Tensor:
         if values.numel():
             dist.all_reduce(values, how, group=self._group)
         return values
