@@ -5,15 +5,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import field
-from inspect import signature
+from dataclasses import MISSING, Field, field, fields
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin
 
+from fire.decorators import SetParseFns
 from tqdm import tqdm
 
 from stanford_alpaca.console import is_main_process, printable
 from stanford_alpaca.errors import UserError, nearest
+
+T = TypeVar("T")
 
 
 def exit_on_user_error(command: Callable[[], Any]) -> Any:
@@ -29,6 +32,54 @@ def exit_on_user_error(command: Callable[[], Any]) -> Any:
         message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]  # a DataLoader's worker sends a traceback
         print(f"error: {' '.join(printable(message).split())}", file=sys.stderr, flush=True)
         sys.exit(error.status)
+
+
+def word() -> Any:
+    """A dataclass field that takes the next word of the command line that belongs to no flag, or None."""
+    return field(default=None, metadata={"word": True})
+
+
+def words() -> Any:
+    """A dataclass field, a tuple, that takes all words of the command line that belong to no flag."""
+    return field(default=(), metadata={"word": True})
+
+
+def command(options: type, run: Callable[[Any], None]) -> Callable[..., None]:
+    """What ``fire`` calls for a command. The fields of the dataclass ``options`` are its flags, the docstring is its help.
+
+    ``run`` gets the options. Flags that hold text stay as they are typed, because fire would read ``a, b`` as a tuple.
+
+    Raises:
+        UserError: a flag that is no field, and what the dataclass raises.
+    """
+    parameters = [_parameter(each) for each in fields(options)]
+    known = Signature([*sorted(parameters, key=lambda each: each.kind), Parameter("unknown", Parameter.VAR_KEYWORD)])
+    texts = [each for each in known.parameters.values() if each.annotation is str or str in get_args(each.annotation)]
+
+    def called(*given: Any, **flags: Any) -> None:
+        bound = known.bind(*given, **flags).arguments
+        refuse_unknown(bound.pop("unknown", {}), called)
+        run(options(**{name: tuple(map(str, v)) if isinstance(v, tuple) else v for name, v in bound.items()}))
+
+    called.__signature__ = known  # type: ignore[attr-defined]
+    called.__doc__ = options.__doc__
+    in_place = [str for each in texts if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    return SetParseFns(*in_place, **{each.name: str for each in texts})(called)
+
+
+def _parameter(each: Field) -> Parameter:
+    """A dataclass's field as fire reads it."""
+    if not each.metadata.get("word"):
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        return Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=each.type)
+    if get_origin(each.type) is tuple:
+        return Parameter(each.name, Parameter.VAR_POSITIONAL)
+    return Parameter(each.name, Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=each.type)
+
+
+def part_of(options: Any, cls: type[T]) -> T:
+    """A dataclass made of those of a command's options that it has as fields."""
+    return cls(**{each.name: getattr(options, each.name) for each in fields(cls)})  # type: ignore[arg-type]
 
 
 def refuse_unknown(unknown: dict[str, Any], command: Callable) -> None:

@@ -7,12 +7,11 @@ asked the same and shown side by side. ``--num_samples N`` draws several respons
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import fire
 import torch
-from fire.decorators import SetParseFns
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from stanford_alpaca.data.chat import stop_ids
@@ -20,7 +19,7 @@ from stanford_alpaca.data.formats import take_columns
 from stanford_alpaca.data.templates import check_template
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import check_whole, command, exit_on_user_error, part_of, words
 from stanford_alpaca.generation.prompts import check_prompts, encode_prompts, read_prompts
 from stanford_alpaca.generation.responses import load_for_generation, no_router_loss, sample_all
 from stanford_alpaca.generation.sampling import GIVE_TEMPERATURE, Sampling
@@ -69,36 +68,8 @@ def _typed() -> Iterator[dict[str, str]]:
         yield {"instruction": line, "input": ""}
 
 
-@SetParseFns(
-    prompts=str, instruction=str, input=str, out=str, alpaca_eval=str, markdown=str, columns=str
-)  # fire makes "a, b" a tuple
-def run(
-    *checkpoints: str,
-    prompts: str | None = None,
-    instruction: str | None = None,
-    input: str | None = None,
-    interactive: bool = False,
-    out: str | None = None,
-    alpaca_eval: str | None = None,
-    markdown: str | None = None,
-    prompt_template: str = "auto",
-    special_tokens: str | None = None,
-    columns: str | None = None,
-    num_samples: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    typical_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    num_beams: int = 1,
-    batch_size: int = 16,
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    verify: bool = False,
-    **unknown: Any,
-) -> None:
+@dataclass(frozen=True)
+class Options(Sampling):
     """Generates responses: python -m stanford_alpaca.generate CHECKPOINT [CHECKPOINT ...] --FLAG VALUE ...
 
     Args:
@@ -123,44 +94,76 @@ def run(
         trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
         verify: reads a large checkpoint again, to compare it with its manifest; one below 2 GiB is always read.
     """
-    refuse_unknown(unknown, run)
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, num_beams)
-    check_template(prompt_template, special_tokens or "text")
-    pairs, words = take_columns(columns, [str(checkpoint) for checkpoint in checkpoints])
-    if not words:
-        raise UserError("give a checkpoint: a folder that training wrote, or a hub name")
-    for flag, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        check_whole(flag, value, 1)
-    check_whole("seed", seed, 0)
-    names = list(dict.fromkeys(words))
-    if num_samples > 1 and temperature == 0:
-        raise UserError(f"--num_samples {num_samples}: greedy gives the same one every time; {GIVE_TEMPERATURE}")
-    files = check_outputs({"out": out, "alpaca_eval": alpaca_eval, "markdown": markdown})
-    if interactive and (len(names) > 1 or prompts or instruction or files or num_beams > 1 or num_samples > 1):
-        raise UserError(
-            "--interactive takes one checkpoint and no --prompts, --instruction, --num_beams, --num_samples, or file to write"
-        )
-    if alpaca_eval is not None and (len(names) > 1 or num_samples > 1):
-        raise UserError("--alpaca_eval holds one response per prompt: give one checkpoint, and no --num_samples")
-    records = [] if interactive else read_prompts(prompts, instruction, input, pairs)
-    for name in names:
-        check_model(name, or_adapter=True, remote_code=trust_remote_code, verify=verify)
-    asked = check_prompts(names, records, max_new_tokens, prompt_template, special_tokens, trust_remote_code)
-    if interactive:
-        model, tokenizer = load_for_generation(names[0], trust_remote_code)
-        return chat(model, tokenizer, sampling, PromptEncoder(tokenizer, prompt_template, special_tokens), seed)
 
-    options = {"prompt_template": prompt_template, "special_tokens": special_tokens, "batch_size": batch_size, "seed": seed}
-    samples = sample_all(names, records, sampling, num_samples, trust_remote_code, **options)
-    settings = {**asdict(sampling), "num_samples": num_samples, **options, "prompts": asked}
+    checkpoints: tuple[str, ...] = words()
+    prompts: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    interactive: bool = False
+    out: str | None = None
+    alpaca_eval: str | None = None
+    markdown: str | None = None
+    prompt_template: str = "auto"
+    special_tokens: str | None = None
+    columns: str | None = None
+    num_samples: int = 1
+    batch_size: int = 16
+    seed: int = 0
+    trust_remote_code: bool = False
+    verify: bool = False
+
+
+def generate(options: Options) -> None:
+    """Answers the prompts with every checkpoint, writes what was asked for, and prints the samples."""
+    sampling, remote_code = part_of(options, Sampling), options.trust_remote_code
+    check_template(options.prompt_template, options.special_tokens or "text")
+    columns, names = take_columns(options.columns, list(options.checkpoints))
+    names = list(dict.fromkeys(names))
+    if not names:
+        raise UserError("give a checkpoint: a folder that training wrote, or a hub name")
+    files = check_outputs({"out": options.out, "alpaca_eval": options.alpaca_eval, "markdown": options.markdown})
+    check_samples(options, names, files)
+    records = []
+    if not options.interactive:
+        records = read_prompts(options.prompts, options.instruction, options.input, columns)
+    for name in names:
+        check_model(name, or_adapter=True, remote_code=remote_code, verify=options.verify)
+    asking = (options.prompt_template, options.special_tokens)
+    asked = check_prompts(names, records, sampling.max_new_tokens, *asking, remote_code)
+    if options.interactive:
+        model, tokenizer = load_for_generation(names[0], remote_code)
+        return chat(model, tokenizer, sampling, PromptEncoder(tokenizer, *asking), options.seed)
+
+    how = {name: getattr(options, name) for name in ("prompt_template", "special_tokens", "batch_size", "seed")}
+    samples = sample_all(names, records, sampling, options.num_samples, remote_code, **how)
+    settings = {**asdict(sampling), "num_samples": options.num_samples, **how, "prompts": asked}
     if "out" in files:
         write_jsonl(files["out"], [{**sample, "sampling": settings} for sample in samples])
     if "alpaca_eval" in files:
         write_alpaca_eval(files["alpaca_eval"], samples)
     if "markdown" in files:
-        write_markdown(files["markdown"], samples, settings | {"prompts": "; ".join(dict.fromkeys(asked.values()))})
+        prompts = "; ".join(dict.fromkeys(asked.values()))
+        write_markdown(files["markdown"], samples, settings | {"prompts": prompts})
     for sample in samples:
         print(format_sample(sample))
+
+
+def check_samples(options: Options, names: list[str], files: dict[str, Path]) -> None:
+    """Raises UserError for a number of samples, checkpoints or files that does not go with how they are asked for."""
+    for flag, least in (("num_samples", 1), ("batch_size", 1), ("seed", 0)):
+        check_whole(flag, getattr(options, flag), least)
+    several = len(names) > 1 or options.num_samples > 1
+    if options.num_samples > 1 and options.temperature == 0:
+        raise UserError(f"--num_samples {options.num_samples}: greedy gives the same one every time; {GIVE_TEMPERATURE}")
+    if options.interactive and (several or options.prompts or options.instruction or files or options.num_beams > 1):
+        raise UserError(
+            "--interactive takes one checkpoint and no --prompts, --instruction, --num_beams, --num_samples, or file to write"
+        )
+    if options.alpaca_eval is not None and several:
+        raise UserError("--alpaca_eval holds one response per prompt: give one checkpoint, and no --num_samples")
+
+
+run = command(Options, generate)
 
 
 def main() -> None:

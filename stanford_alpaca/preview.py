@@ -4,16 +4,17 @@ Examples with their trained tokens in colour and masked ones dim, what stands at
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import fire
 from datasets import Dataset
-from fire.decorators import SetParseFns
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from stanford_alpaca.data.encode import SPECIAL
 from stanford_alpaca.data.formats import check_columns, load_records, several_files, take_columns
@@ -23,7 +24,7 @@ from stanford_alpaca.data.statistics import WHOLE, statistics_of
 from stanford_alpaca.data.templates import check_template, told_templates, use_chat_template
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder, encode_records
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import check_whole, command, exit_on_user_error, word, words
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import load_tokenizer
 
@@ -50,24 +51,8 @@ def boundaries_of(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     return [(masked, trained) for (masked, before), (trained, after) in pairwise(pieces) if after and not before]
 
 
-@SetParseFns(data=str, columns=str, cache_dir=str, chat_template=str)
-def run(
-    model: str | None = None,
-    *more_data: str,
-    data: str | None = None,
-    examples: int = 3,
-    max_length: int = 512,
-    model_max_length: int | None = None,
-    prompt_template: str = "auto",
-    chat_template: str | None = None,
-    special_tokens: str = "text",
-    train_history: bool = False,
-    columns: str | None = None,
-    cache_dir: str | None = None,
-    json: bool = False,
-    trust_remote_code: bool = False,
-    **unknown: Any,
-) -> None:
+@dataclass(frozen=True)
+class Options:
     """Shows what training will see: python -m stanford_alpaca.preview MODEL --data FILE [FILE ...] --FLAG VALUE ...
 
     Args:
@@ -79,47 +64,81 @@ def run(
         trust_remote_code: runs the code that the model's folder or repository brings along.
         json: prints the same as JSON: {source: {statistics, examples: [{pieces, boundaries}]}}.
     """
-    refuse_unknown(unknown, run)
-    if model is None or data is None:
+
+    model: str | None = word()
+    more_data: tuple[str, ...] = words()
+    data: str | None = None
+    examples: int = 3
+    max_length: int = 512
+    model_max_length: int | None = None
+    prompt_template: str = "auto"
+    chat_template: str | None = None
+    special_tokens: str = "text"
+    train_history: bool = False
+    columns: str | None = None
+    cache_dir: str | None = None
+    json: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of an example."""
+        return self.max_length if self.model_max_length is None else self.model_max_length
+
+
+def preview(options: Options) -> None:
+    """Prints what training would see of each source, as text or as JSON."""
+    if options.model is None or options.data is None:
         raise UserError("give a model and --data FILE")
-    check_whole("examples", examples, 0)
-    max_length = max_length if model_max_length is None else model_max_length
-    check_whole("max_length", max_length, 2)
-    check_template(prompt_template, special_tokens)
-    pairs, others = take_columns(columns, [str(path) for path in more_data])
-    check_columns([data, *others], pairs)
-    check_model(str(model), cache_dir, remote_code=trust_remote_code, weights=False)
-    tokenizer = load_tokenizer(str(model), cache_dir=cache_dir, remote_code=trust_remote_code)
-    use_chat_template(tokenizer, chat_template, trust_remote_code)
-    if chat_template is not None and prompt_template == "auto":
-        prompt_template = "chat"
-    shown: dict[str, dict[str, Any]] = {}
-    for path in [data, *others]:
-        records = load_records(path, cache_dir, columns=pairs, train_history=train_history)
-        form = form_of(records.column_names)
-        encode = ExampleEncoder.of(tokenizer, form, WHOLE, prompt_template, special_tokens)
-        statistics = statistics_of(encode_records(records, encode), max_length)
-        statistics |= {"not_used": unused_fields(records), "template": encode.template_name}
-        cut = ExampleEncoder(encode.template, encode.encoder, max_length)
-        shown[path] = {"statistics": statistics, "examples": list(_examples(records, cut, examples))}
-    if json:
-        print(_as_json(shown))
+    check_whole("examples", options.examples, 0)
+    check_whole("max_length", options.length, 2)
+    check_template(options.prompt_template, options.special_tokens)
+    columns, others = take_columns(options.columns, list(options.more_data))
+    paths = [options.data, *others]
+    check_columns(paths, columns)
+    check_model(options.model, options.cache_dir, remote_code=options.trust_remote_code, weights=False)
+    tokenizer = load_tokenizer(options.model, cache_dir=options.cache_dir, remote_code=options.trust_remote_code)
+    use_chat_template(tokenizer, options.chat_template, options.trust_remote_code)
+    shown = {path: look_at(path, tokenizer, columns, options) for path in paths}
+    if options.json:
+        print(json.dumps(shown, ensure_ascii=False, indent=1))
         return
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for path, source in shown.items():
-        for number, example in enumerate(source["examples"], 1):
-            console.print(Text(f"── {path}, example {number} ──", style="bold"))
-            console.print(coloured(example["pieces"], console.is_terminal))
-            for masked, trained in example["boundaries"]:
-                console.print(f"boundary: {masked!r} is masked, {trained!r} is trained")
-        found = source["statistics"]
-        for line in several_files(path):
-            console.print(line)
-        counts = count_lines(found["records"], found["not_used"], found["notes"])
-        for line in [*told_templates([found["template"]], tokenizer, chat_template), *counts]:
-            console.print(line)
-        console.print(table_of(path, found, max_length))
-        console.print(budgets_of(source["statistics"], max_length))
+        show(console, path, source, tokenizer, options)
+
+
+def look_at(path: str, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, str], options: Options) -> dict[str, Any]:
+    """Statistics and the first examples of a source."""
+    template = options.prompt_template
+    if options.chat_template is not None and template == "auto":
+        template = "chat"
+    records = load_records(path, options.cache_dir, columns=columns, train_history=options.train_history)
+    form = form_of(records.column_names)
+    encode = ExampleEncoder.of(tokenizer, form, WHOLE, template, options.special_tokens)
+    statistics = statistics_of(encode_records(records, encode), options.length)
+    statistics |= {"not_used": unused_fields(records), "template": encode.template_name}
+    cut = ExampleEncoder(encode.template, encode.encoder, options.length)
+    return {"statistics": statistics, "examples": list(_examples(records, cut, options.examples))}
+
+
+def show(console: Console, path: str, source: dict[str, Any], tokenizer: PreTrainedTokenizerBase, options: Options) -> None:
+    """Prints a source: examples, lines about its records, and two tables."""
+    for number, example in enumerate(source["examples"], 1):
+        console.print(Text(f"── {path}, example {number} ──", style="bold"))
+        console.print(coloured(example["pieces"], console.is_terminal))
+        for masked, trained in example["boundaries"]:
+            console.print(f"boundary: {masked!r} is masked, {trained!r} is trained")
+    found = source["statistics"]
+    counts = count_lines(found["records"], found["not_used"], found["notes"])
+    prompts = told_templates([found["template"]], tokenizer, options.chat_template)
+    for line in [*several_files(path), *prompts, *counts]:
+        console.print(line)
+    console.print(table_of(path, found, options.length))
+    console.print(budgets_of(found, options.length))
+
+
+run = command(Options, preview)
 
 
 def _examples(records: Dataset, encode: ExampleEncoder, count: int) -> Any:
@@ -133,10 +152,6 @@ def _examples(records: Dataset, encode: ExampleEncoder, count: int) -> Any:
             continue
         yield {"pieces": pieces, "boundaries": boundaries_of(pieces)}
         count -= 1
-
-
-def _as_json(shown: dict[str, Any]) -> str:
-    return json.dumps(shown, ensure_ascii=False, indent=1)
 
 
 def coloured(pieces: Sequence[Piece], in_colour: bool = True) -> Text:

@@ -1,15 +1,16 @@
 """Downloads a published instruction set: ``python -m stanford_alpaca.data.fetch alpaca``."""
 
 import json
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import fire
 
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.errors import UserError, nearest
-from stanford_alpaca.flags import check_writable, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import check_writable, command, exit_on_user_error, word
 
 
 class Source(NamedTuple):
@@ -37,21 +38,28 @@ SOURCES = {
 }
 
 
-def run(name: str | None = None, out: str | None = None, **unknown: Any) -> None:
+@dataclass(frozen=True)
+class Options:
     """Downloads a published instruction set: python -m stanford_alpaca.data.fetch NAME [--out FILE]
 
     Args:
         name: alpaca (tatsu-lab/alpaca) or alpaca-gpt4 (vicgalle/alpaca-gpt4), from the Hugging Face hub.
         out: the file to write, data/alpaca_data.json or data/alpaca_gpt4_data.json by default; it must not exist.
     """
-    refuse_unknown(unknown, run)
-    if str(name) not in SOURCES:
-        got = "no data set named" if name is None else f"unknown data set {name}"
-        raise UserError(f"{got}{nearest(str(name), list(SOURCES))}; choose from {', '.join(SOURCES)}")
-    source = SOURCES[str(name)]
-    file = Path(source.file if out is None else str(out))
-    if out is True or file.suffix != ".json" or file.exists():
-        raise UserError(f"--out {out or file}: give the name of a .json file that does not exist yet")
+
+    name: str | None = word()
+    out: str | None = None
+
+
+def fetch(options: Options) -> None:
+    """Downloads, writes, and prints where it came from and what may be done with it."""
+    if str(options.name) not in SOURCES:
+        got = "no data set named" if options.name is None else f"unknown data set {options.name}"
+        raise UserError(f"{got}{nearest(str(options.name), list(SOURCES))}; choose from {', '.join(SOURCES)}")
+    source = SOURCES[str(options.name)]
+    file = Path(source.file if options.out is None else str(options.out))
+    if options.out is True or file.suffix != ".json" or file.exists():
+        raise UserError(f"--out {options.out or file}: give the name of a .json file that does not exist yet")
     check_writable("out", file)
     records = load_records(source.hub_name).select_columns(["instruction", "input", "output"]).to_list()
     digest = write_json(file, records)
@@ -59,6 +67,9 @@ def run(name: str | None = None, out: str | None = None, **unknown: Any) -> None
     print(f"license: {source.license}")
     print(f"file:    {file}, {len(records):,} records, sha256 {digest}")
     print(f"next:    DATA_PATH={file} bash train_emo.sh MODEL_PATH")
+
+
+run = command(Options, fetch)
 
 
 def write_json(file: Path, records: list[dict[str, str]]) -> str:

@@ -7,11 +7,11 @@ accuracies, a column per model, and whether they differ.
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fire
-from fire.decorators import SetParseFns
 
 from stanford_alpaca import __version__
 from stanford_alpaca.console import say
@@ -30,7 +30,7 @@ from stanford_alpaca.evaluation.fewshot.retrieval import (
     tfidf,
 )
 from stanford_alpaca.evaluation.fewshot.tasks import TaskData, choose_tasks, load_task, read_tasks
-from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import check_whole, check_writable, command, exit_on_user_error, word
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.models.check import check_model
 
@@ -38,27 +38,8 @@ BETWEEN = "\n"  # models in one --model_path
 Rows = dict[str, list[dict[str, Any]]]  # of every model
 
 
-@SetParseFns(
-    model_path=str, tasks=str, data_dir=str, templates=str, retriever=str, encoder=str, seeds=str, score=str, out=str
-)  # fire makes "0,1,2" a tuple
-def run(
-    model_path: str | None = None,
-    tasks: str | None = None,
-    data_dir: str | None = None,
-    templates: str | None = None,
-    limit: int | None = None,
-    shots: int = 8,
-    retriever: str | None = None,
-    encoder: str | None = None,
-    pool: int | None = None,
-    seeds: str = "0,1,2",
-    score: str = "likelihood",
-    batch_size: int | None = None,
-    out: str | None = None,
-    trust_remote_code: bool = False,
-    verify: bool = False,
-    **unknown: Any,
-) -> None:
+@dataclass(frozen=True)
+class Options:
     """Evaluates models by few-shot in-context learning: python icl.py --model_path MODEL [--model_path OTHER] --FLAG VALUE ...
 
     Args:
@@ -80,37 +61,57 @@ def run(
         trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
         verify: reads a large checkpoint again, to compare it with its manifest; one below 2 GiB is always read.
     """
-    refuse_unknown(unknown, run)
-    models = _models(model_path)
-    settings = _settings(shots, retriever, pool, seeds, score, batch_size)
-    check_whole("limit", 1 if limit is None else limit, 1)
-    if encoder is not None and settings.retriever != "sentence":
-        raise UserError(f"--encoder {encoder} would not be used: --retriever {settings.retriever}; drop one of them")
-    files = _check_files(out)
-    folder = None if data_dir is None else Path(data_dir).expanduser()
-    chosen = choose_tasks(tasks, read_tasks(None if templates is None else Path(templates).expanduser()), folder)
+
+    model_path: str | None = word()
+    tasks: str | None = None
+    data_dir: str | None = None
+    templates: str | None = None
+    limit: int | None = None
+    shots: int = 8
+    retriever: str | None = None
+    encoder: str | None = None
+    pool: int | None = None
+    seeds: str = "0,1,2"
+    score: str = "likelihood"
+    batch_size: int | None = None
+    out: str | None = None
+    trust_remote_code: bool = False
+    verify: bool = False
+
+
+def evaluate_few_shot(options: Options) -> None:
+    """Predicts every test item with every model, writes the predictions, and prints the tables."""
+    models = _models(options.model_path)
+    settings = _settings(options)
+    if options.encoder is not None and settings.retriever != "sentence":
+        unused = f"--encoder {options.encoder} would not be used: --retriever {settings.retriever}"
+        raise UserError(f"{unused}; drop one of them")
+    files = _check_files(options.out)
+    folder = None if options.data_dir is None else Path(options.data_dir).expanduser()
+    known = read_tasks(None if options.templates is None else Path(options.templates).expanduser())
+    chosen = choose_tasks(options.tasks, known, folder)
     for name in models:
-        check_model(name, or_adapter=True, remote_code=trust_remote_code, verify=verify)
-    sets = [load_task(task, folder, limit) for task in chosen]
+        check_model(name, or_adapter=True, remote_code=options.trust_remote_code, verify=options.verify)
+    sets = [load_task(task, folder, options.limit) for task in chosen]
     for data in sets:
         _check_sizes(data, settings)
     if settings.seeds == [None]:
-        say(
-            "the examples are the same for every seed, so there is one run"
-            + " (--pool N draws some to choose from)" * (shots > 0)
-        )
-    settings, featurize = _load_retriever(settings, retriever is not None or encoder is not None, encoder or ENCODER)
+        more = " (--pool N draws some to choose from)" * (options.shots > 0)
+        say(f"the examples are the same for every seed, so there is one run{more}")
+    named = options.retriever is not None or options.encoder is not None
+    settings, featurize = _load_retriever(settings, named, options.encoder or ENCODER)
 
     if files:
         files[0].parent.mkdir(parents=True, exist_ok=True)
-    rows = _predict_all(models, sets, settings, featurize, trust_remote_code, files[1] if files else None)
+    lines = files[1] if files else None
+    rows = _predict_all(models, sets, settings, featurize, options.trust_remote_code, lines)
     right = {name: right_by_task(found) for name, found in rows.items()}
     columns = {name: accuracies(values) for name, values in right.items()}
     compared = {name: compare(right[models[0]], right[name]) for name in models[1:]}
     if files:
-        about = settings._asdict() | {"encoder": encoder or ENCODER} if settings.retriever == "sentence" else settings._asdict()
+        about = settings._asdict() | ({"encoder": options.encoder or ENCODER} if settings.retriever == "sentence" else {})
         results = {
-            "settings": about | {"data": data_dir or "hub", "limit": limit, "version": __version__},
+            "settings": about | {"data": options.data_dir or "hub", "limit": options.limit, "version": __version__},
             "tasks": {data.task.name: data.described() for data in sets},
             "accuracy": columns,
             f"against {models[0]}": compared,
@@ -120,6 +121,9 @@ def run(
     print(f"\n{_heading(sets, settings)}\n{accuracy_table({short[name]: column for name, column in columns.items()})}")
     for name, found in compared.items():
         print(f"\n{comparison_table(short[models[0]], short[name], found)}")
+
+
+run = command(Options, evaluate_few_shot)
 
 
 def short_names(models: list[str]) -> list[str]:
@@ -142,28 +146,29 @@ def _models(model_path: str | None) -> list[str]:
     return names
 
 
-def _settings(shots: int, retriever: str | None, pool: int | None, seeds: str, score: str, batch_size: int | None) -> Settings:
+def _settings(options: Options) -> Settings:
     """The settings of these flags. Raises UserError for a value that cannot be."""
+    shots, pool, seeds, score = options.shots, options.pool, options.seeds, options.score
+    retriever = options.retriever or SIMILAR[0]
     check_whole("shots", shots, 0)
-    check_whole("pool", 1 if pool is None else pool, 1)
-    check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
-    for flag, word, known in (("retriever", retriever or SIMILAR[0], RETRIEVERS), ("score", score, SCORES)):
-        if word not in known:
+    for name in ("pool", "batch_size", "limit"):
+        check_whole(name, 1 if getattr(options, name) is None else getattr(options, name), 1)
+    for flag, value, known in (("retriever", retriever, RETRIEVERS), ("score", score, SCORES)):
+        if value not in known:
             raise UserError(
-                f"--{flag} {word}: there is none of this name{nearest(word, list(known))}; choose from {', '.join(known)}"
+                f"--{flag} {value}: there is none of this name{nearest(value, list(known))}; choose from {', '.join(known)}"
             )
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", seeds.replace(" ", "").strip("()[]")):
         raise UserError(f"--seeds {seeds}: give whole numbers from 0 on, with commas, as 0,1,2")
     numbers = [int(number) for number in re.findall(r"\d+", seeds)]
     if len({*numbers}) < len(numbers):
         raise UserError(f"--seeds {seeds}: one of them stands there twice; give each once")
-    retriever = retriever or SIMILAR[0]
     if pool is not None and retriever not in SIMILAR:
         raise UserError(
             f"--pool {pool}: {retriever} draws from all training records; drop it, or choose from {', '.join(SIMILAR)}"
         )
     same = shots == 0 or (retriever in SIMILAR and pool is None)
-    return Settings(shots, retriever, pool, [None] if same else list(numbers), score, batch_size)
+    return Settings(shots, retriever, pool, [None] if same else list(numbers), score, options.batch_size)
 
 
 def _check_files(out: str | None) -> list[Path]:
@@ -238,12 +243,12 @@ def _heading(sets: list[TaskData], settings: Settings) -> str:
 def join_models(words: list[str]) -> list[str]:
     """Command-line words with one --model_path, of which fire would take the last."""
     models, others, rest = [], [], iter(words)
-    for word in rest:
-        flag, equals, value = word.partition("=")
+    for given in rest:
+        flag, equals, value = given.partition("=")
         if flag.replace("-", "_") == "__model_path":
             models.append(value if equals else next(rest, ""))
         else:
-            others.append(word)
+            others.append(given)
     return [*others, f"--model_path={BETWEEN.join(models)}"] if models else others
 
 

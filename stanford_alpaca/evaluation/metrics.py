@@ -4,14 +4,13 @@ Prints the measures with intervals, a column per checkpoint, what the checkpoint
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fire
 import numpy as np
 from datasets import Dataset
-from fire.decorators import SetParseFns
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.checkpoint.manifest import write_whole
@@ -34,7 +33,7 @@ from stanford_alpaca.evaluation.measures.oracle import distances, oracle_perplex
 from stanford_alpaca.evaluation.measures.texts import against_references, by_themselves, first_words
 from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results
-from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import check_whole, check_writable, command, exit_on_user_error, part_of, words
 from stanford_alpaca.generation.prompts import encode_prompts
 from stanford_alpaca.generation.responses import decode_response, generate_ids, load_for_generation
 from stanford_alpaca.generation.writers import format_sample, sample_of, write_jsonl
@@ -195,32 +194,8 @@ def training_figures(checkpoint: str) -> dict[str, float]:
 TEXTS = ("data", "cost", "out", "columns", "decoding", "seeds", "mauve", "oracle")  # flags that stay as they are typed
 
 
-@SetParseFns(**dict.fromkeys(TEXTS, str))
-def run(
-    *checkpoints: str,
-    data: str | None = None,
-    out: str | None = None,
-    samples: int = 12,
-    columns: str | None = None,
-    limit: int | None = None,
-    documents: str = "auto",
-    prefix_words: int | None = None,
-    continuation_words: int | None = None,
-    cost: str | None = None,
-    decoding: str = "greedy",
-    seeds: str = "0",
-    num_beams: int = 4,
-    mauve: str | None = None,
-    oracle: str | None = None,
-    max_new_tokens: int = 64,
-    max_length: int = 512,
-    prompt_template: str = "auto",
-    special_tokens: str | None = None,
-    batch_size: int = 32,
-    trust_remote_code: bool = False,
-    verify: bool = False,
-    **unknown: Any,
-) -> None:
+@dataclass(frozen=True)
+class Options(Settings):
     """Evaluates checkpoints and shows samples: python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE
 
     Args:
@@ -243,38 +218,43 @@ def run(
         trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
         verify: reads a large checkpoint again, to compare it with its manifest; one below 2 GiB is always read.
     """
-    refuse_unknown(unknown, run)
-    pairs, words = take_columns(columns, [str(checkpoint) for checkpoint in checkpoints])
-    if not words or data is None:
+
+    checkpoints: tuple[str, ...] = words()
+    out: str | None = None
+    samples: int = 12
+    verify: bool = False
+
+
+def measure(options: Options) -> None:
+    """Evaluates, writes the two files, and prints samples and tables."""
+    columns, names = take_columns(str(options.columns) if options.columns else None, list(options.checkpoints))
+    names = list(dict.fromkeys(names))
+    if not names or not options.data:
         raise UserError("give one or more checkpoints and --data FILE")
-    check_whole("samples", samples, 0)
-    settings = Settings(
-        data=data, columns=pairs, limit=limit, documents=documents, prefix_words=prefix_words,
-        continuation_words=continuation_words, cost=cost,
-        max_length=max_length, max_new_tokens=max_new_tokens, prompt_template=prompt_template, special_tokens=special_tokens,
-        batch_size=batch_size,
-        decoding=decoding, seeds=seeds, num_beams=num_beams, mauve=mauve, oracle=oracle, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    files = [Path(out) / name for name in ("metrics.json", "samples.jsonl")] if out is not None else []
+    check_whole("samples", options.samples, 0)
+    settings = replace(part_of(options, Settings), columns=columns)
+    files = [] if options.out is None else [Path(options.out) / name for name in ("metrics.json", "samples.jsonl")]
     for file in files:
         if file.exists():
             raise UserError(f"{file} exists: give another --out or remove it")
         check_writable("out", file)
-    names = list(dict.fromkeys(words))
-    records = read_records(names, settings, verify)
+    records = read_records(names, settings, options.verify)
     metrics, shown = evaluate(names, records, settings)
     if files:
         files[0].parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(files[1], shown)
-        write_whole(files[0], json.dumps(metrics, indent=1, allow_nan=False) + "\n")  # the last: who finds it finds both
-    for sample in shown[:samples]:
+        write_whole(files[0], json.dumps(metrics, indent=1, allow_nan=False) + "\n")  # who finds it finds both
+    for sample in shown[: options.samples]:
         print(format_sample(sample))
-    print(f"{len(records)} {'examples' if shown else 'document(s)'} of {data}, values with 95 % intervals")
-    for name, words in metrics["prompts"].items():
-        print(f"prompts of {name}: {words}")
+    print(f"{len(records)} {'examples' if shown else 'document(s)'} of {settings.data}, values with 95 % intervals")
+    for name, asked in metrics["prompts"].items():
+        print(f"prompts of {name}: {asked}")
     print(format_results(metrics["results"]))
     if metrics["differences"]:
         print(f"\n{format_differences(metrics['differences'])}")
+
+
+run = command(Options, measure)
 
 
 def main() -> None:

@@ -5,13 +5,12 @@ predicted in its place and at what cost. The page is one file that asks for noth
 """
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import fire
 from datasets import Dataset
-from fire.decorators import SetParseFns
 
 from stanford_alpaca import __version__
 from stanford_alpaca.checkpoint.manifest import write_whole
@@ -27,7 +26,7 @@ from stanford_alpaca.evaluation.page.curves import curves_of, flags_of, short_na
 from stanford_alpaca.evaluation.page.transport import view_of
 from stanford_alpaca.evaluation.page.verdicts import table_of
 from stanford_alpaca.evaluation.settings import Settings, read_records
-from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import check_whole, command, exit_on_user_error, words
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.generation.writers import check_outputs
 from stanford_alpaca.models.check import check_model
@@ -35,18 +34,8 @@ from stanford_alpaca.models.load import ADAPTER_CONFIG
 from stanford_alpaca.objective.head import original_weight
 
 
-@SetParseFns(out=str, data=str, evaluation=str)
-def run(
-    *runs: str,
-    out: str | None = None,
-    data: str | None = None,
-    evaluation: str | None = None,
-    transport_records: int = 24,
-    limit: int | None = None,
-    trust_remote_code: bool = False,
-    verify: bool = False,
-    **unknown: Any,
-) -> None:
+@dataclass(frozen=True)
+class Options:
     """Writes a page about runs: python -m stanford_alpaca.evaluation.report RUN [RUN ...] --out report.html
 
     Args:
@@ -60,36 +49,51 @@ def run(
         trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
         verify: reads a large checkpoint again, to compare it with its manifest; one below 2 GiB is always read.
     """
-    refuse_unknown(unknown, run)
-    names = list(dict.fromkeys(str(name) for name in runs))
-    if not names or out is None:
+
+    runs: tuple[str, ...] = words()
+    out: str | None = None
+    data: str | None = None
+    evaluation: str | None = None
+    transport_records: int = 24
+    limit: int | None = None
+    trust_remote_code: bool = False
+    verify: bool = False
+
+
+def write_report(options: Options) -> None:
+    """Reads or measures the runs, and writes the page."""
+    names = list(dict.fromkeys(options.runs))
+    if not names or options.out is None:
         raise UserError("give one or more runs and --out FILE")
-    file = check_outputs({"out": out})["out"]
-    check_whole("transport_records", transport_records, 0)
-    check_whole("limit", 1 if limit is None else limit, 1)
-    if evaluation is not None and limit is not None:
+    file = check_outputs({"out": options.out})["out"]
+    check_whole("transport_records", options.transport_records, 0)
+    check_whole("limit", 1 if options.limit is None else options.limit, 1)
+    if options.evaluation is not None and options.limit is not None:
         raise UserError("--limit is about an evaluation yet to be made: drop it, or --evaluation")
     curves = {name: curves_of(name) for name in names}
     for name in names:
         if curves[name] is None:  # a base model
-            check_model(name, or_adapter=True, remote_code=trust_remote_code, verify=verify)
+            check_model(name, or_adapter=True, remote_code=options.trust_remote_code, verify=options.verify)
     models = [name for name in names if curves[name] is None or has_model(name)]
-    found = None if evaluation is None else read_evaluation(Path(evaluation).expanduser(), models)
-    view, source = None, data or (held_out_of(models) if found is None else found.metrics["data"])
+    found = None if options.evaluation is None else read_evaluation(Path(options.evaluation).expanduser(), models)
+    view, source = None, options.data or (held_out_of(models) if found is None else found.metrics["data"])
     if source is None:
         say("the page has the curves alone: give --data FILE, held-out records, to have the models measured and looked into")
-    elif models and (found is None or transport_records):
-        settings = settings_of_runs(source, models, limit) if found is None else settings_of(found)
-        settings = replace(settings, data=source, trust_remote_code=trust_remote_code)
-        records = read_records(models, settings, verify)
+    elif models and (found is None or options.transport_records):
+        settings = settings_of_runs(source, models, options.limit) if found is None else settings_of(found)
+        settings = replace(settings, data=source, trust_remote_code=options.trust_remote_code)
+        records = read_records(models, settings, options.verify)
         found = found or evaluate(models, records, settings)
-        if transport_records:
-            shown = records.select(range(min(transport_records, len(records))))
+        if options.transport_records:
+            shown = records.select(range(min(options.transport_records, len(records))))
             view = transport(names, models, shown, settings)
     page = render(page_data(names, curves, models, found, view))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, page)
     say(f"report: {file.absolute()}")
+
+
+run = command(Options, write_report)
 
 
 def has_model(name: str) -> bool:

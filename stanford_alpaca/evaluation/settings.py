@@ -27,8 +27,8 @@ DECODINGS = ("greedy", "sample", "beam")
 class Settings:
     """Flags of the commands that evaluate. Raises UserError for what cannot be."""
 
-    data: str
-    columns: Mapping[str, str] = field(default_factory=dict)
+    data: str = ""
+    columns: Mapping[str, str] | str = field(default_factory=dict)  # ours to theirs; as typed until it is read
     limit: int | None = None
     documents: str = "auto"  # what begins a document of running text, as in training
     prefix_words: int | None = None  # running text: each document is cut after so many words, and continued
@@ -104,8 +104,10 @@ def read_records(names: list[str], settings: Settings, verify: bool = False) -> 
     remote_code = settings.trust_remote_code
     for name in dict.fromkeys([*names, settings.cost or names[0]]):
         check_model(name, or_adapter=True, remote_code=remote_code, verify=verify)
-    check_columns([settings.data], settings.columns)
-    records = load_records(settings.data, columns=settings.columns, documents=settings.documents)
+    columns = settings.columns
+    assert not isinstance(columns, str)  # the command has read it
+    check_columns([settings.data], columns)
+    records = load_records(settings.data, columns=columns, documents=settings.documents)
     if settings.limit is not None:
         records = records.select(range(min(settings.limit, len(records))))
     is_text = form_of(records.column_names) == "text"
