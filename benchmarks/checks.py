@@ -20,7 +20,7 @@ from stanford_alpaca.data import reading
 from stanford_alpaca.data.sources import Loading, check_sources
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
-from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.run.data import load_data
 from stanford_alpaca.run.parse import parse
 
@@ -62,7 +62,7 @@ def load(file: Path, cache: Path) -> None:
     """What ``train`` does with its data. A refusal is an end, too."""
     argv = {"model_name_or_path": MODEL, "data_path": file, "output_dir": cache / "out", "cache_dir": cache}
     given = parse([text for name, value in argv.items() for text in (f"--{name}", str(value))])
-    tokenizer = load_tokenizer(str(MODEL), given.training.model_max_length)
+    tokenizer = ModelSource(str(MODEL)).tokenizer(given.training.model_max_length)
     try:
         load_data(given.data, given.training, tokenizer)
     except UserError as error:

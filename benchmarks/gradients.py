@@ -18,6 +18,7 @@ from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.losses.functional import emo_loss
 from stanford_alpaca.losses.objectives import MODES
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.objective.attach import attach_objective
 from stanford_alpaca.objective.head import head_of
 
@@ -26,8 +27,8 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 
 def run(checkpoint: str = str(DATA / "tiny-base"), batches: int = 8) -> None:
     """Prints the mean gradient norm of each mode over batches of 32 examples, and emo2's gradient against emo's."""
-    model, tokenizer = load_for_generation(checkpoint)
-    base, _ = load_for_generation(str(DATA / "tiny-base"))
+    model, tokenizer = load_for_generation(ModelSource(checkpoint))
+    base, _ = load_for_generation(ModelSource(str(DATA / "tiny-base")))
     cost = CostEmbedding(head_of(base).weight)
     records = load_records(str(DATA / "instructions" / "train.json")).shuffle(seed=0).select(range(32 * batches))
     examples, _ = tokenize_records(records, tokenizer, 512)

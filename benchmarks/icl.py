@@ -24,6 +24,7 @@ from stanford_alpaca.evaluation.fewshot.scoring import Scores, plain, score
 from stanford_alpaca.evaluation.fewshot.tasks import choose_tasks, load_task, read_tasks
 from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
 from stanford_alpaca.generation.responses import load_for_generation
+from stanford_alpaca.models.load import ModelSource
 
 
 @SetParseFns(tasks=str)
@@ -41,7 +42,7 @@ def run(
     refuse_unknown(unknown, run)
     for name, value in [("limit", limit), ("rounds", rounds), ("layers", layers)]:
         check_whole(name, value, 1)
-    shipped, tokenizer = load_for_generation(model)
+    shipped, tokenizer = load_for_generation(ModelSource(model))
     models = {model: shipped, f"random, {layers} x {hidden_size}": make_model(layers, hidden_size, 32_000, "sdpa").eval()}
     print(f"{torch.get_num_threads()} threads, {shots} examples ({retriever})")
     for task in choose_tasks(tasks, read_tasks(), Path(data_dir)):

@@ -30,7 +30,7 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
-from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 
 SHAPES = {"cpu": (512, 32000), "llama-7b": (4096, 32000), "llama-3-8b": (4096, 128256), "qwen2.5-0.5b": (896, 151936)}  # H, V
 SHIPPED = ROOT / "data" / "instructions" / "train.json"
@@ -172,7 +172,7 @@ def named_shapes(shape: str | None, hidden: int | None, vocab: int | None, devic
 
 def response_ids(file: str, tokenizer_path: str, count: int) -> tuple[tuple[int, ...], int]:
     """The first supervised tokens of the file's records, and the size of the vocabulary."""
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = ModelSource(tokenizer_path).tokenizer()
     examples, _ = tokenize_records(load_records(file), tokenizer, 512)
     ids = [label for labels in examples["labels"] for label in labels if label != IGNORE_INDEX]
     if len(ids) < count:

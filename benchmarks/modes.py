@@ -23,6 +23,7 @@ from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
 from stanford_alpaca.generation.responses import generate_batch, load_for_generation
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.losses.objectives import MODES
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.objective.head import head_of
 from stanford_alpaca.train import train
 
@@ -97,8 +98,8 @@ def one_run(mode: str, learning_rate: float, max_grad_norm: float, seed: int, ep
 
 def evaluate(checkpoint: str) -> dict[str, float]:
     """nll, emo (with the base model's costs) and token accuracy of the references, and exact match of what is generated."""
-    base, _ = load_for_generation(str(BASE))
-    model, tokenizer = load_for_generation(checkpoint)
+    base, _ = load_for_generation(ModelSource(str(BASE)))
+    model, tokenizer = load_for_generation(ModelSource(checkpoint))
     records = load_records(str(HELD_OUT))
     examples, _ = tokenize_records(records, tokenizer, 512)
     measures = teacher_forced(model, tokenizer, examples, CostEmbedding(head_of(base).weight), batch_size=32).measures()

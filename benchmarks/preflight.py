@@ -21,7 +21,7 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
 from stanford_alpaca.losses.objectives import Objective
-from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight.estimate import Memory, Setup, peak_memory
 from stanford_alpaca.preflight.model_profile import Anatomy, describe
 
@@ -86,7 +86,7 @@ def write_model(folder: Path, vocab: int, fields: dict[str, int]) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", vocab_size=vocab, tie_word_embeddings=False, max_position_embeddings=4096, **fields)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    load_tokenizer(str(TOKENIZER)).save_pretrained(folder)
+    ModelSource(str(TOKENIZER)).tokenizer().save_pretrained(folder)
     return config
 
 
@@ -98,7 +98,7 @@ def write_data(file: Path, rows: int, length: int) -> tuple[Path, float, float]:
     draw = random.Random(0)
     records = [{"instruction": "Go on.", "output": " ".join(draw.choices(words, k=length))} for _ in range(rows)]
     file.write_text(json.dumps(records))
-    examples, report = tokenize_records(load_records(str(file)), load_tokenizer(str(TOKENIZER)), length)
+    examples, report = tokenize_records(load_records(str(file)), ModelSource(str(TOKENIZER)).tokenizer(), length)
     assert report.tokens == rows * length
     targets = [label for labels in examples["labels"][:8] for label in labels if label != -100]
     return file, report.supervised_tokens / report.tokens, len(set(targets)) / len(targets)

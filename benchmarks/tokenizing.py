@@ -18,7 +18,7 @@ from fire.decorators import SetParseFns
 
 from stanford_alpaca.data.sources import Loading, load_source
 from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
-from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +40,7 @@ def run(
     """
     refuse_unknown(unknown, run)
     if cache_dir is not None:
-        tokenizer, began = load_tokenizer(model), perf_counter()
+        tokenizer, began = ModelSource(model).tokenizer(), perf_counter()
         _, report = load_source(str(data), tokenizer, Loading(max_length, cache_dir=cache_dir, num_proc=num_proc))
         print(f"{perf_counter() - began:.1f} s: {report}")
         return

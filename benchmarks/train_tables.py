@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from benchmarks.measure import MIB
 from benchmarks.train_contenders import OURS, TRL, Job
-from stanford_alpaca.models.load import read_config
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight.estimate import NO_COST, Setup, precision_of, traffic
 from stanford_alpaca.preflight.model_profile import describe
 from stanford_alpaca.preflight.plans import Machine, Row, rows_of
@@ -107,7 +107,7 @@ def scaling_table(rows: list[dict[str, Any]]) -> str:
 
 def estimates(ranks: tuple[int, ...] = (8, 64, 1024), batch: int = 4, length: int = 512) -> str:
     """LLaMA-7B in EMO on paper: bytes by the formulas that the counts confirm, seconds at assumed rates."""
-    config = read_config(str(LLAMA_7B))
+    config = ModelSource(str(LLAMA_7B)).config()
     anatomies = {name: describe(config, length, name) for name in {precision_of(engine, True) for engine in ESTIMATED}}
     machine = Machine("A100", 80.0, 0.4, 25.0, 25.0)
     found: dict[tuple[str, str], dict[int, Row]] = {}

@@ -16,6 +16,7 @@ from stanford_alpaca.evaluation.measures.oracle import distances, oracle_perplex
 from stanford_alpaca.evaluation.measures.texts import by_themselves
 from stanford_alpaca.generation.responses import generate_ids
 from stanford_alpaca.generation.sampling import Sampling
+from stanford_alpaca.models.load import ModelSource
 
 PREFIX = 16  # tokens of a test sequence that are given, behind the one that begins it
 POSITIONS = 64  # at which optimal transport is solved; other ones with each seed
@@ -52,7 +53,7 @@ def measures_of(model: Path, here: Path, seed: int) -> dict[str, float]:
     values = {name: items.measured().value for name, items in (found | {name: forced[name] for name in CALIBRATION}).items()}
 
     texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
-    features = load_featuriser(str(here.parent / "oracle"))
+    features = load_featuriser(ModelSource(str(here.parent / "oracle")))
     written = tokenizer.batch_decode([a + b for a, b in zip(prompts, drawn, strict=True)], skip_special_tokens=True)
     truth = tokenizer.batch_decode(rows, skip_special_tokens=True)
     values["mauve"] = mauve(features(truth), features(written), seed=0)

@@ -31,6 +31,7 @@ from stanford_alpaca.generation.writers import (
     write_markdown,
 )
 from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.load import ModelSource
 
 
 def chat(
@@ -115,7 +116,7 @@ class Options(Sampling):
 
 def generate(options: Options) -> None:
     """Answers the prompts with every checkpoint, writes what was asked for, and prints the samples."""
-    sampling, remote_code = part_of(options, Sampling), options.trust_remote_code
+    sampling = part_of(options, Sampling)
     check_template(options.prompt_template, options.special_tokens or "text")
     columns, names = take_columns(options.columns, list(options.checkpoints))
     names = list(dict.fromkeys(names))
@@ -126,16 +127,17 @@ def generate(options: Options) -> None:
     records = []
     if not options.interactive:
         records = read_prompts(options.prompts, options.instruction, options.input, columns)
-    for name in names:
-        check_model(name, or_adapter=True, remote_code=remote_code, verify=options.verify)
+    sources = [ModelSource(name, remote_code=options.trust_remote_code) for name in names]
+    for source in sources:
+        check_model(source, or_adapter=True, verify=options.verify)
     asking = (options.prompt_template, options.special_tokens)
-    asked = check_prompts(names, records, sampling.max_new_tokens, *asking, remote_code)
+    asked = check_prompts(sources, records, sampling.max_new_tokens, *asking)
     if options.interactive:
-        model, tokenizer = load_for_generation(names[0], remote_code)
+        model, tokenizer = load_for_generation(sources[0])
         return chat(model, tokenizer, sampling, PromptEncoder(tokenizer, *asking), options.seed)
 
     how = {name: getattr(options, name) for name in ("prompt_template", "special_tokens", "batch_size", "seed")}
-    samples = sample_all(names, records, sampling, options.num_samples, remote_code, **how)
+    samples = sample_all(sources, records, sampling, options.num_samples, **how)
     settings = {**asdict(sampling), "num_samples": options.num_samples, **how, "prompts": asked}
     if "out" in files:
         write_jsonl(files["out"], [{**sample, "sampling": settings} for sample in samples])

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_writable, command, exit_on_user_error, word, words
 from stanford_alpaca.models.adapters import find_adapter, find_base
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.models.merge import DTYPES, merge
 
 
@@ -49,8 +50,8 @@ def merge_adapter(options: Options) -> None:
     check_writable("output", target)
     logging.disable_progress_bar()
     found = find_adapter(options.adapter, options.cache_dir)
-    found_base = find_base(found, options.base, options.cache_dir, remote_code=options.trust_remote_code)
-    print(merge(found, found_base, target, options.dtype, options.cache_dir, remote_code=options.trust_remote_code))
+    source = ModelSource(found.name, options.cache_dir, options.trust_remote_code)
+    print(merge(found, find_base(found, options.base, source), target, options.dtype))
 
 
 run = command(Options, merge_adapter)

@@ -26,7 +26,7 @@ from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder, encode_r
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole, command, exit_on_user_error, word, words
 from stanford_alpaca.models.check import check_model
-from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 
 Piece = tuple[str, bool]  # the characters of a token, and whether it is trained
 
@@ -96,16 +96,17 @@ def preview(options: Options) -> None:
     columns, others = take_columns(options.columns, list(options.more_data))
     paths = [options.data, *others]
     check_columns(paths, columns)
-    check_model(options.model, options.cache_dir, remote_code=options.trust_remote_code, weights=False)
-    tokenizer = load_tokenizer(options.model, cache_dir=options.cache_dir, remote_code=options.trust_remote_code)
+    source = ModelSource(options.model, options.cache_dir, options.trust_remote_code)
+    check_model(source, weights=False)
+    tokenizer = source.tokenizer()
     use_chat_template(tokenizer, options.chat_template, options.trust_remote_code)
     shown = {path: look_at(path, tokenizer, columns, options) for path in paths}
     if options.json:
         print(json.dumps(shown, ensure_ascii=False, indent=1))
         return
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    for path, source in shown.items():
-        show(console, path, source, tokenizer, options)
+    for path, found in shown.items():
+        show(console, path, found, tokenizer, options)
 
 
 def look_at(path: str, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, str], options: Options) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from stanford_alpaca.distributed.weights import loading_whole
 from stanford_alpaca.errors import Stopped, first_line
 from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generation.prompts import encode_prompts, read_prompts
-from stanford_alpaca.models.load import load_tokenizer, read_config
 from stanford_alpaca.run.arguments import Run
 from stanford_alpaca.run.build import cache_costs, make_collator, make_model
 from stanford_alpaca.run.environment import check_environment
@@ -87,10 +86,7 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     """Trains and saves, from the beginning or a checkpoint."""
     args = run.training
     prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
-    tokenizer = load_tokenizer(
-        run.model.model_name_or_path, args.model_max_length, args.cache_dir,
-        may_grow=run.lora.may_grow, remote_code=run.model.trust_remote_code, tell=say,
-    )  # fmt: skip
+    tokenizer = run.source.tokenizer(args.model_max_length, may_grow=run.lora.may_grow, tell=say)
     use_chat_template(tokenizer, run.data.chat_template, run.model.trust_remote_code)
     check_fit(run, tokenizer, prompts)
     train_examples, eval_examples = load_in_turn(
@@ -99,8 +95,8 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     )  # fmt: skip
     for line in differences(run, start.record[MADE_WITH]):
         say(f"--config: {line}")
-    config = read_config(run.model.model_name_or_path, args.cache_dir, remote_code=run.model.trust_remote_code)
-    encode_prompts(config, PromptEncoder(tokenizer), prompts, args.sample_max_new_tokens)  # as the model will be asked
+    asking = PromptEncoder(tokenizer)  # as the model will be asked
+    encode_prompts(run.source.config(), asking, prompts, args.sample_max_new_tokens)
 
     set_seed(args.seed)  # for the random weights of --from_config
     prices = not (run.model.from_config and run.objective.asks_the_model)

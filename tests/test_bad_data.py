@@ -14,7 +14,7 @@ from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.tokenize import ExampleEncoder, PromptEncoder
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.generation.prompts import read_prompts
-from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.train import train
 from tests.helpers import refusal
 
@@ -142,7 +142,7 @@ CHAT = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% end
     ids=["alpaca", "completion", "text", "chat"],
 )
 def test_text_of_special_tokens_stays_text_in_every_form(root, record, chat_template):
-    tokenizer = load_tokenizer(str(root / "data" / "tiny-base"))
+    tokenizer = ModelSource(str(root / "data" / "tiny-base")).tokenizer()
     tokenizer.chat_template = chat_template
     plain = {name: "a" if isinstance(value, str) else [m | {"content": "a"} for m in value] for name, value in record.items()}
     counts = []

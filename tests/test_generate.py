@@ -13,6 +13,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.generate import main, run
 from stanford_alpaca.generation.responses import generate_batch, load_for_generation
 from stanford_alpaca.generation.sampling import Sampling
+from stanford_alpaca.models.load import ModelSource
 
 RECORDS = [
     {"instruction": "Say what a robin is.", "input": "", "output": "A robin is a bird."},
@@ -23,7 +24,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def base(root):
-    return load_for_generation(str(root / "data" / "tiny-base"))
+    return load_for_generation(ModelSource(str(root / "data" / "tiny-base")))
 
 
 @pytest.fixture(scope="module")
@@ -159,12 +160,12 @@ def test_the_command_line_leaves_texts_as_they_are(folder, tmp_path, monkeypatch
 
 
 def test_a_base_without_pad_token_and_with_settings_of_its_own(folder, base, tmp_path):
-    model, tokenizer = load_for_generation(folder)
+    model, tokenizer = load_for_generation(ModelSource(folder))
     model.generation_config.repetition_penalty = 5.0
     model.save_pretrained(tmp_path)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
-    bare = load_for_generation(str(tmp_path))
+    bare = load_for_generation(ModelSource(str(tmp_path)))
     assert bare[0].get_input_embeddings().weight.shape[0] == len(bare[1]) == 2049
     sampling = Sampling(max_new_tokens=12)
     assert generate_batch(*bare, RECORDS, sampling, progress=False) == generate_batch(*base, RECORDS, sampling, progress=False)

@@ -17,7 +17,7 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.identity import identify_model
-from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.run.build import cache_costs
 from stanford_alpaca.run.model_card import write_card
 from stanford_alpaca.run.parse import parse
@@ -366,7 +366,7 @@ def test_rows_are_kept_unasked_where_every_step_reads_them(arguments, tmp_path, 
 
 
 def training_labels(file: Path) -> list[list[int]]:
-    tokenizer = load_tokenizer(str(Path(__file__).parents[1] / "data" / "tiny-base"), 512)
+    tokenizer = ModelSource(str(Path(__file__).parents[1] / "data" / "tiny-base")).tokenizer(512)
     return tokenize_records(load_records(str(file)), tokenizer, 512)[0]["labels"]
 
 

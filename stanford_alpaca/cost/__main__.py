@@ -11,7 +11,7 @@ from stanford_alpaca.cost.cooccurrence import SMOOTHING, TextSettings
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole, check_writable, command, exit_on_user_error, part_of, words
 from stanford_alpaca.models.check import check_model
-from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def build_cost(options: Options) -> None:
         if not file.is_file():
             raise UserError(f"--text {file}: no such file")
     if head is not None:
-        check_model(head, verify=options.verify)
-    target = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
-    source = target if head is None else load_tokenizer(head)
+        check_model(ModelSource(head), verify=options.verify)
+    target = None if options.tokenizer is None else ModelSource(options.tokenizer).tokenizer()
+    source = target if head is None else ModelSource(head).tokenizer()
     own = target or source
     assert own is not None and source is not None  # one of them was asked for
     size = vocab_size or len(own)

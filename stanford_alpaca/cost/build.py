@@ -18,7 +18,7 @@ from stanford_alpaca.data.encode import TextEncoder
 from stanford_alpaca.data.reading import SUFFIXES, read_file
 from stanford_alpaca.data.records import FORMS, canonical, form_of
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.models.load import load_model
+from stanford_alpaca.models.load import ModelSource
 
 CHUNK = 1 << 22  # characters that are tokenized and counted at a time
 SHOWN, NEIGHBOURS = 6, 5  # tokens in the report, and nearest tokens of each
@@ -106,7 +106,7 @@ def from_head(
 
     Without a target tokenizer and a vocabulary size, there is a row for each of the model's own logits.
     """
-    head = load_model(model).get_output_embeddings()
+    head = ModelSource(model).load().get_output_embeddings()
     if head is None:
         raise UserError(f"--head {model}: this model has no output embedding")
     weight = head.weight.detach().numpy()

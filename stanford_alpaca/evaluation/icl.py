@@ -33,6 +33,7 @@ from stanford_alpaca.evaluation.fewshot.tasks import TaskData, choose_tasks, loa
 from stanford_alpaca.flags import check_whole, check_writable, command, exit_on_user_error, word
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.load import ModelSource
 
 BETWEEN = "\n"  # models in one --model_path
 Rows = dict[str, list[dict[str, Any]]]  # of every model
@@ -90,8 +91,9 @@ def evaluate_few_shot(options: Options) -> None:
     folder = None if options.data_dir is None else Path(options.data_dir).expanduser()
     known = read_tasks(None if options.templates is None else Path(options.templates).expanduser())
     chosen = choose_tasks(options.tasks, known, folder)
-    for name in models:
-        check_model(name, or_adapter=True, remote_code=options.trust_remote_code, verify=options.verify)
+    sources = [ModelSource(name, remote_code=options.trust_remote_code) for name in models]
+    for source in sources:
+        check_model(source, or_adapter=True, verify=options.verify)
     sets = [load_task(task, folder, options.limit) for task in chosen]
     for data in sets:
         _check_sizes(data, settings)
@@ -104,7 +106,7 @@ def evaluate_few_shot(options: Options) -> None:
     if files:
         files[0].parent.mkdir(parents=True, exist_ok=True)
     lines = files[1] if files else None
-    rows = _predict_all(models, sets, settings, featurize, options.trust_remote_code, lines)
+    rows = _predict_all(sources, sets, settings, featurize, lines)
     right = {name: right_by_task(found) for name, found in rows.items()}
     columns = {name: accuracies(values) for name, values in right.items()}
     compared = {name: compare(right[models[0]], right[name]) for name in models[1:]}
@@ -202,20 +204,20 @@ def _load_retriever(settings: Settings, asked_for: bool, encoder: str) -> tuple[
 
 
 def _predict_all(
-    models: list[str],
+    sources: list[ModelSource],
     sets: list[TaskData],
     settings: Settings,
     featurize: Featurize | None,
-    remote_code: bool,
     file: Path | None,
 ) -> Rows:
     """The predictions of all models, loaded one after the other; those of a task go to the file as soon as they are there."""
     shared: dict[str, Examples] = {}
     if settings.retriever != "model":
         shared = {data.task.name: choose_examples(data, settings, featurize) for data in sets}
-    rows: Rows = {name: [] for name in models}
-    for name in models:
-        model, tokenizer = load_for_generation(name, remote_code, may_grow=False)  # a new token would take probability
+    rows: Rows = {source.path: [] for source in sources}
+    for source in sources:
+        name = source.path
+        model, tokenizer = load_for_generation(source, may_grow=False)  # a new token would take probability
         own = means_of(model, tokenizer)
         for data in sets:
             examples = shared.get(data.task.name) or choose_examples(data, settings, own)

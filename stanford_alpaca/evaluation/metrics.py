@@ -52,16 +52,16 @@ class Evaluation(NamedTuple):
 
 def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluation:
     """Measures checkpoints, the base model first, on what ``read_records`` returned. They are loaded one after the other."""
-    base, _ = load_for_generation(settings.cost or names[0], settings.trust_remote_code)
+    base, _ = load_for_generation(settings.source(settings.cost or names[0]))
     cost = CostEmbedding(original_weight(base))
     del base
-    oracle = None if settings.oracle is None else load_for_generation(settings.oracle, settings.trust_remote_code)[0]
+    oracle = None if settings.oracle is None else load_for_generation(settings.source(settings.oracle))[0]
     found: dict[str, Measures] = {}
     responses: dict[str, Responses] = {}
     prompts: dict[str, str] = {}
     form = form_of(records.column_names)
     for name in names:
-        model, tokenizer = load_for_generation(name, settings.trust_remote_code)
+        model, tokenizer = load_for_generation(settings.source(name))
         try:
             logits = len(head_of(model).weight)
             cost.check(logits)
@@ -142,7 +142,7 @@ def measure_responses(records: Dataset, responses: dict[str, Responses], setting
     references = [compared(as_shown(record)["reference"], settings) for record in records]
     found: dict[str, Measures] = {name: {} for name in (*responses, REFERENCES)}
     if settings.mauve is not None:
-        featurize = load_featuriser(settings.mauve, settings.trust_remote_code)
+        featurize = load_featuriser(settings.source(settings.mauve))
         wanted = featurize(_with_prompts(references, records))
     for decoding, ways in settings.decodings().items():
         for name, of in responses.items():

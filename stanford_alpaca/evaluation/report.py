@@ -30,7 +30,7 @@ from stanford_alpaca.flags import check_whole, command, exit_on_user_error, word
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.generation.writers import check_outputs
 from stanford_alpaca.models.check import check_model
-from stanford_alpaca.models.load import ADAPTER_CONFIG
+from stanford_alpaca.models.load import ADAPTER_CONFIG, ModelSource
 from stanford_alpaca.objective.head import original_weight
 
 
@@ -73,15 +73,16 @@ def write_report(options: Options) -> None:
     curves = {name: curves_of(name) for name in names}
     for name in names:
         if curves[name] is None:  # a base model
-            check_model(name, or_adapter=True, remote_code=options.trust_remote_code, verify=options.verify)
+            source = ModelSource(name, remote_code=options.trust_remote_code)
+            check_model(source, or_adapter=True, verify=options.verify)
     models = [name for name in names if curves[name] is None or has_model(name)]
     found = None if options.evaluation is None else read_evaluation(Path(options.evaluation).expanduser(), models)
-    view, source = None, options.data or (held_out_of(models) if found is None else found.metrics["data"])
-    if source is None:
+    view, held_out = None, options.data or (held_out_of(models) if found is None else found.metrics["data"])
+    if held_out is None:
         say("the page has the curves alone: give --data FILE, held-out records, to have the models measured and looked into")
     elif models and (found is None or options.transport_records):
-        settings = settings_of_runs(source, models, options.limit) if found is None else settings_of(found)
-        settings = replace(settings, data=source, trust_remote_code=options.trust_remote_code)
+        settings = settings_of_runs(held_out, models, options.limit) if found is None else settings_of(found)
+        settings = replace(settings, data=held_out, trust_remote_code=options.trust_remote_code)
         records = read_records(models, settings, options.verify)
         found = found or evaluate(models, records, settings)
         if options.transport_records:
@@ -165,12 +166,12 @@ def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
 
 def transport(names: list[str], models: list[str], records: Dataset, settings: Settings) -> dict[str, Any]:
     """The transport view of every run that has a model, at the costs of the evaluation: those of the first one by default."""
-    base, _ = load_for_generation(settings.cost or models[0], settings.trust_remote_code)
+    base, _ = load_for_generation(settings.source(settings.cost or models[0]))
     cost = CostEmbedding(original_weight(base))
     del base
     views: dict[str, dict] = {}
     for name in models:
-        model, tokenizer = load_for_generation(name, settings.trust_remote_code)
+        model, tokenizer = load_for_generation(settings.source(name))
         asked = (settings.template, settings.special_tokens)
         views[name] = view_of(name, model, tokenizer, records, cost, settings.max_length, *asked)
         del model

@@ -19,6 +19,7 @@ from stanford_alpaca.flags import check_whole
 from stanford_alpaca.generation.prompts import check_prompts
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.models.check import check_model
+from stanford_alpaca.models.load import ModelSource
 
 DECODINGS = ("greedy", "sample", "beam")
 
@@ -55,6 +56,10 @@ class Settings:
         if self.documents not in DOCUMENTS:
             raise UserError(f"--documents {self.documents}: choose from {', '.join(DOCUMENTS)}")
         self.decodings()
+
+    def source(self, name: str) -> ModelSource:
+        """How a model of the evaluation is read."""
+        return ModelSource(name, remote_code=self.trust_remote_code)
 
     @property
     def template(self) -> str:
@@ -101,9 +106,9 @@ def read_records(names: list[str], settings: Settings, verify: bool = False) -> 
     Raises:
         UserError: no model, no such data, a prompt that does not fit into a model's context.
     """
-    remote_code = settings.trust_remote_code
     for name in dict.fromkeys([*names, settings.cost or names[0]]):
-        check_model(name, or_adapter=True, remote_code=remote_code, verify=verify)
+        check_model(settings.source(name), or_adapter=True, verify=verify)
+    models = [settings.source(name) for name in names]
     columns = settings.columns
     assert not isinstance(columns, str)  # the command has read it
     check_columns([settings.data], columns)
@@ -118,11 +123,11 @@ def read_records(names: list[str], settings: Settings, verify: bool = False) -> 
     elif is_text and (settings.decoding != "greedy" or settings.mauve is not None):
         raise UserError("running text asks nothing: give --prefix_words N to have each document continued after N words")
     if settings.oracle is not None:
-        check_oracle(settings.oracle, names, remote_code)
+        check_oracle(settings.source(settings.oracle), models)
     if settings.mauve is not None:
-        check_mauve(settings.mauve, len(records), remote_code)
+        check_mauve(settings.source(settings.mauve), len(records))
     if form_of(records.column_names) != "text":
-        check_prompts(names, list(records), settings.max_new_tokens, settings.template, settings.special_tokens, remote_code)
+        check_prompts(models, list(records), settings.max_new_tokens, settings.template, settings.special_tokens)
     return records
 
 

@@ -12,7 +12,7 @@ from stanford_alpaca.data.records import canonical
 from stanford_alpaca.data.templates import IN_WORDS
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.models.load import load_tokenizer, read_config
+from stanford_alpaca.models.load import ModelSource
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 
@@ -35,12 +35,11 @@ def encode_prompts(
 
 
 def check_prompts(
-    names: list[str],
+    sources: list[ModelSource],
     records: list[dict],
     max_new_tokens: int,
     prompt_template: str = "auto",
     special_tokens: str | None = None,
-    remote_code: bool = False,
 ) -> dict[str, str]:
     """What writes the prompts of each model, in words. Says where a model is asked otherwise than it was trained.
 
@@ -48,11 +47,10 @@ def check_prompts(
         UserError: a prompt does not fit into the context of every model; before any is loaded.
     """
     asked: dict[str, str] = {}
-    for name in names:
-        tokenizer = load_tokenizer(name, remote_code=remote_code)
-        config = read_config(name, remote_code=remote_code)
-        encode = PromptEncoder(tokenizer, prompt_template, special_tokens)
-        encode_prompts(config, encode, records, max_new_tokens)
+    for source in sources:
+        name = source.path
+        encode = PromptEncoder(source.tokenizer(), prompt_template, special_tokens)
+        encode_prompts(source.config(), encode, records, max_new_tokens)
         asked[name] = ", ".join(dict.fromkeys(IN_WORDS[template] for template in encode.names.values()))
         for otherwise in dict.fromkeys(encode.otherwise.values()):
             if otherwise:

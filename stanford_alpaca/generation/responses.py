@@ -11,7 +11,7 @@ from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.generation.prompts import encode_prompts
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.generation.writers import sample_of
-from stanford_alpaca.models.load import fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.models.load import ModelSource, fit_vocabulary
 
 
 def plain_generation(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -99,34 +99,32 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: l
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def load_for_generation(
-    path: str, remote_code: bool = False, may_grow: bool = True
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_for_generation(source: ModelSource, may_grow: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint on the GPU in bf16 if there is one, else on the CPU in float32.
 
     The vocabulary is made to fit as in training (a base model without a pad token gets one, unless it may not grow).
     """
     gpu = torch.cuda.is_available()
-    model = load_model(path, dtype=torch.bfloat16 if gpu else torch.float32, remote_code=remote_code)
-    tokenizer = load_tokenizer(path, may_grow=may_grow, remote_code=remote_code)
+    model = source.load(torch.bfloat16 if gpu else torch.float32)
+    tokenizer = source.tokenizer(may_grow=may_grow)
     fit_vocabulary(model, tokenizer)
     model.generation_config = plain_generation(tokenizer)
     return model.to("cuda" if gpu else "cpu"), tokenizer
 
 
 def sample_all(
-    names: list[str], records: list[dict], sampling: Sampling, num_samples: int = 1, remote_code: bool = False, **options: Any
+    sources: list[ModelSource], records: list[dict], sampling: Sampling, num_samples: int = 1, **options: Any
 ) -> list[dict[str, Any]]:
-    """One sample per record, in the form of ``samples.py``; the checkpoints are loaded one after the other.
+    """One sample per record, in the form of ``writers.py``; the checkpoints are loaded one after the other.
 
     Args:
         options: prompt_template, special_tokens, batch_size and seed, as in ``generate_batch``.
     """
     responses: dict[str, list[str | list[str]]] = {}
-    for name in names:
-        model, tokenizer = load_for_generation(name, remote_code)
+    for source in sources:
+        model, tokenizer = load_for_generation(source)
         texts = generate_batch(model, tokenizer, records * num_samples, sampling, **options)
         count = len(records)
-        responses[name] = [texts[i] if num_samples == 1 else texts[i::count] for i in range(count)]
+        responses[source.path] = [texts[i] if num_samples == 1 else texts[i::count] for i in range(count)]
         del model
-    return [sample_of(record, {name: responses[name][i] for name in names}) for i, record in enumerate(records)]
+    return [sample_of(record, {name: texts[i] for name, texts in responses.items()}) for i, record in enumerate(records)]

@@ -16,7 +16,7 @@ from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.errors import ResumeError, UserError, first_line
 from stanford_alpaca.models.check import check_model, check_place
 from stanford_alpaca.models.identity import BASE, base_has_changed, identify_model, run_of
-from stanford_alpaca.models.load import ADAPTER_CONFIG
+from stanford_alpaca.models.load import ADAPTER_CONFIG, ModelSource
 
 MERGED = "merge.json"  # what a merged model holds, and of what base
 READ = ["*.json", "*.jinja", "*.model", "*.txt", str(ADAPTER_SAFE_WEIGHTS_NAME)]  # of a repository on the hub
@@ -103,11 +103,12 @@ def _download(name: str, cache_dir: str | None) -> Path:
         raise UserError(f"{name}: no adapter here ({first_line(error)}); {WANTED}") from None
 
 
-def find_base(adapter: Adapter, base: str | None = None, cache_dir: str | None = None, *, remote_code: bool = False) -> str:
-    """The model that the adapter was trained on: a folder or a hub name.
+def find_base(adapter: Adapter, base: str | None, source: ModelSource) -> ModelSource:
+    """The model that the adapter was trained on.
 
     Args:
         base: where it is now, if not where the adapter says. A relative path there may also start from the adapter's folder.
+        source: how to read it; its path does not count.
 
     Raises:
         UserError: it is not there, is not the one, or has this adapter in it already.
@@ -118,7 +119,7 @@ def find_base(adapter: Adapter, base: str | None = None, cache_dir: str | None =
     places = [Path(named).expanduser(), adapter.folder / named]
     found = next((str(place) for place in places[: 1 if base else 2] if place.is_dir()), named)
     try:
-        check_model(found, cache_dir, remote_code=remote_code)
+        check_model(source.at(found))
     except UserError as error:
         raise UserError(f"the base of {adapter.name}: {error}" + ("" if base else ", or --base PATH if it has moved")) from None
     if adapter.sha256 in merged_into(found):
@@ -126,12 +127,12 @@ def find_base(adapter: Adapter, base: str | None = None, cache_dir: str | None =
     then = (adapter.run.get(MADE_WITH) or {}).get(BASE)
     recorded = Path(str(adapter.config.base_model_name_or_path)).expanduser()
     if not then and recorded.is_dir():
-        then = identify_model(str(recorded), cache_dir, weights=True)
+        then = identify_model(str(recorded), source.cache_dir, weights=True)
     elif not then:
         say(f"{adapter.name}: no record of its run is with it; that {found} is its base follows from layers and shapes alone")
-    if changed := base_has_changed(adapter.name, found, then, cache_dir):
+    if changed := base_has_changed(adapter.name, found, then, source.cache_dir):
         raise UserError(f"{changed}; give that one with --base")
-    return found
+    return source.at(found)
 
 
 def merged_into(base: str) -> list[str]:

@@ -1,11 +1,12 @@
 """Whether a model can be loaded, and whose code would run: found out before anything large is read."""
 
+import copy
 import re
 from pathlib import Path
 
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
@@ -14,7 +15,7 @@ from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.data.reading import exists
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.models.identity import BASE, base_has_changed, check_unchanged, run_of
-from stanford_alpaca.models.load import ADAPTER_CONFIG, CONVERT, base_of, cannot_load, empty_model, grow_for_adapter
+from stanford_alpaca.models.load import ADAPTER_CONFIG, CONVERT, ModelSource, base_of, cannot_load, grow_for_adapter
 
 WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)")  # peft's
 SIZED = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}  # tensors of an embedding, and their axis of tokens
@@ -23,19 +24,18 @@ LONGEST = 250  # characters of a name
 
 
 def check_model(
-    path: str,
-    cache_dir: str | None = None,
+    source: ModelSource,
     *,
     or_adapter: bool = False,
-    remote_code: bool = False,
     weights: bool = True,  # whether its weights are going to be read
     verify: bool = False,
 ) -> None:
     """Raises UserError if there is no causal LM to load, or no adapter of one, before anything larger is read.
 
     A folder with a manifest has to be what was saved (``check_unchanged``, also for ``verify``), and an adapter's base what it
-    was when the adapter was trained. With ``remote_code`` it says whose code is going to run.
+    was when the adapter was trained. With its ``remote_code`` it says whose code is going to run.
     """
+    path, cache_dir = source.path, source.cache_dir
     place = check_place(path)
     is_adapter = base_of(path) is not None
     if is_adapter and not or_adapter:
@@ -46,18 +46,20 @@ def check_model(
         _check_weights(place, "adapter_model.bin" if is_adapter else "pytorch_model*.bin*")
         check_unchanged(place, verify)
     if is_adapter:
-        check_adapter(path, cache_dir, remote_code=remote_code, verify=verify)
+        check_adapter(source, verify=verify)
         then = (run_of(place).get(MADE_WITH) or {}).get(BASE)
         if changed := base_has_changed(path, str(base_of(path)), then, cache_dir):
             raise UserError(f"{changed}; put that one there, or a link to it")
         return
     try:
         with quiet_hub():
-            if remote_code:
-                for source in _code_of(path, cache_dir):
-                    say(f"--trust_remote_code: {source} runs here, with your rights")
-            AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=remote_code)
-    except Exception as error:  # OSError, ValueError or a hub error, depending on what is wrong
+            if source.remote_code:
+                for code in _code_of(path, cache_dir):
+                    say(f"--trust_remote_code: {code} runs here, with your rights")
+            source.config()
+    except UserError:
+        raise
+    except Exception as error:  # of the hub, about code
         raise cannot_load(path, error) from None
 
 
@@ -98,20 +100,18 @@ def _code_of(path: str, cache_dir: str | None) -> list[str]:
 
 
 def check_adapter(
-    path: str,
-    cache_dir: str | None = None,
+    source: ModelSource,
     *,
-    base: str | None = None,
+    base: ModelSource | None = None,
     tokens: int = 0,
-    remote_code: bool = False,
     verify: bool = False,
 ) -> int:
     """Whether an adapter's base can be loaded and has the layers that it was trained on.
 
     Args:
-        path: the adapter's folder.
+        source: the adapter's folder.
         base: in place of what its configuration names.
-        tokens: rows for a base with fewer, where the adapter has no embedding of its own; by default as ``load_model`` does it.
+        tokens: rows for a base with fewer, where the adapter has no embedding of its own; by default as ``ModelSource.load`` does it.
 
     Returns:
         The rows of the embedding with which the adapter fits.
@@ -119,10 +119,11 @@ def check_adapter(
     Raises:
         UserError: it does not.
     """
+    path = source.path
     try:
-        base = base or str(base_of(path))
+        base = base or source.at(str(base_of(path)))
         try:
-            check_model(base, cache_dir, remote_code=remote_code, verify=verify)
+            check_model(base, verify=verify)
         except UserError as error:
             raise UserError(f"the base of {path}: {error}; a link at that place will do") from None
         config = PeftConfig.from_pretrained(path)
@@ -130,7 +131,7 @@ def check_adapter(
             config.init_lora_weights = True  # others decompose the weights, which are not read here
         with safe_open(Path(path) / ADAPTER_SAFE_WEIGHTS_NAME, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, no dict
-        model = empty_model(base, cache_dir, remote_code=remote_code)
+        model = copy.deepcopy(base.empty())
         own = set(model.state_dict())
         if not tokens:
             grow_for_adapter(model, path)
@@ -142,7 +143,7 @@ def check_adapter(
         raise
     except Exception as error:  # no JSON, no such key, a kind of adapter that peft does not know, a damaged file
         raise UserError(f"{path}: cannot load this adapter ({first_line(error)}); train it again, or give another") from None
-    other = f"{path}: an adapter of another base than {base} (which has {rows} tokens)"
+    other = f"{path}: an adapter of another base than {base.path} (which has {rows} tokens)"
     mend = f"mend base_model_name_or_path in its {ADAPTER_CONFIG}"
     for name, tensor in wanted.items():
         if name not in shapes or list(tensor.shape) != list(shapes[name]):

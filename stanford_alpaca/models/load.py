@@ -6,6 +6,8 @@ Code that a model's repository brings along runs only where ``remote_code`` is a
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,87 +48,124 @@ def base_of(path: str) -> str | None:
         raise UserError(f"{file}: names no base_model_name_or_path ({first_line(error)}); write it there") from None
 
 
-def read_config(path: str, cache_dir: str | None = None, *, remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of a folder or a hub name; of an adapter, its base's."""
-    try:
-        return AutoConfig.from_pretrained(base_of(path) or path, cache_dir=cache_dir, trust_remote_code=remote_code)
-    except Exception as error:
-        raise cannot_load(path, error) from None
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a causal LM comes from, and how it is read.
 
-
-def load_tokenizer(
-    path: str,
-    max_length: int | None = None,
-    cache_dir: str | None = None,
-    *,
-    may_grow: bool = True,
-    remote_code: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
-) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right. Missing pad and end-of-sequence tokens are added, as Alpaca does, and said.
-
-    With ``may_grow=False`` it gets no new token: the end-of-sequence token pads (padding is masked by length).
+    Attributes:
+        path: a Hugging Face folder or a hub name; of an adapter's folder, its base with it is meant.
+        cache_dir: where the hub's files are kept.
+        remote_code: runs code that the model's repository brings along.
+        from_config: reads the configuration alone and gives the model random weights.
     """
-    options = {} if max_length is None else {"model_max_length": max_length}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, cache_dir=cache_dir, padding_side="right", trust_remote_code=remote_code, **options
-        )
-    except Exception as error:
-        raise cannot_load(path, error) from None
-    if not may_grow and tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    missing = {}
-    if tokenizer.eos_token is None:
-        missing["eos_token"] = EOS_TOKEN
-    if tokenizer.pad_token is None:
-        missing["pad_token"] = PAD_TOKEN
-    tokenizer.add_special_tokens(missing)
-    for name, token in missing.items():
-        tell(f"{path}: the tokenizer has no {name}: {token} is one now")
-    return tokenizer
 
+    path: str
+    cache_dir: str | None = None
+    remote_code: bool = False
+    attn_implementation: str | None = None
+    from_config: bool = False
 
-def load_model(
-    path: str,
-    cache_dir: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    *,
-    from_config: bool = False,
-    remote_code: bool = False,
-    **options: Any,
-) -> PreTrainedModel:
-    """The causal LM in ``dtype``: float32 masters by default, whatever the checkpoint holds. From an adapter, its base with it.
+    def at(self, path: str) -> "ModelSource":
+        """The same way to read another model."""
+        return replace(self, path=path)
 
-    ``from_config`` reads the configuration alone and gives the model random weights.
+    def config(self) -> PreTrainedConfig:
+        """The configuration; of an adapter, its base's. Raises UserError if there is none."""
+        path = base_of(self.path) or self.path
+        try:
+            return AutoConfig.from_pretrained(path, cache_dir=self.cache_dir, trust_remote_code=self.remote_code)
+        except Exception as error:
+            raise cannot_load(self.path, error) from None
 
-    Raises:
-        UserError: there is no model, or its weights do not fill its architecture.
-    """
-    options |= {"dtype": dtype, "trust_remote_code": remote_code}
-    try:
-        if from_config:
-            config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=remote_code)
-            return auto_class(config).from_config(config, **options)
-        base = base_of(path)
-        config = AutoConfig.from_pretrained(base or path, cache_dir=cache_dir, trust_remote_code=remote_code)
-        with no_report():
-            model, info = auto_class(config).from_pretrained(
-                base or path, cache_dir=cache_dir, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+    def tokenizer(
+        self,
+        max_length: int | None = None,
+        *,
+        may_grow: bool = True,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> PreTrainedTokenizerBase:
+        """The tokenizer, padding on the right. Missing pad and end-of-sequence tokens are added, as Alpaca does, and said.
+
+        With ``may_grow=False`` it gets no new token: the end-of-sequence token pads (padding is masked by length).
+        """
+        options = {} if max_length is None else {"model_max_length": max_length}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.path,
+                cache_dir=self.cache_dir,
+                padding_side="right",
+                trust_remote_code=self.remote_code,
                 **options,
-            )  # fmt: skip
-        if wrong := wrong_keys(info):
-            raise UserError(f"{base or path}: its weights do not fill its architecture ({wrong}); give a complete model")
-        if getattr(model, "_hf_peft_config_loaded", False):  # transformers takes an adapter that lies beside the weights
-            raise UserError(f"{path}: holds a whole model and an adapter beside it; take one of them away")
-        if base is None:
-            return model
-        grow_for_adapter(model, path)
-        return PeftModel.from_pretrained(model, path, use_safetensors=True).get_base_model()
-    except UserError:
-        raise
-    except Exception as error:
-        raise cannot_load(path, error) from None
+            )
+        except Exception as error:
+            raise cannot_load(self.path, error) from None
+        if not may_grow and tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        missing = {}
+        if tokenizer.eos_token is None:
+            missing["eos_token"] = EOS_TOKEN
+        if tokenizer.pad_token is None:
+            missing["pad_token"] = PAD_TOKEN
+        tokenizer.add_special_tokens(missing)
+        for name, token in missing.items():
+            tell(f"{self.path}: the tokenizer has no {name}: {token} is one now")
+        return tokenizer
+
+    def load(self, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+        """The model in ``dtype``: float32 masters by default, whatever the checkpoint holds. ``options`` are transformers'.
+
+        Raises:
+            UserError: there is no model, or its weights do not fill its architecture.
+        """
+        base, config = base_of(self.path), self.config()
+        options |= self._options(dtype)
+        try:
+            if self.from_config:
+                return auto_class(config).from_config(config, **options)
+            with no_report():
+                model, info = auto_class(config).from_pretrained(
+                    base or self.path,
+                    cache_dir=self.cache_dir,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **options,
+                )
+            if wrong := wrong_keys(info):
+                raise UserError(
+                    f"{base or self.path}: its weights do not fill its architecture ({wrong}); give a complete model"
+                )
+            if getattr(model, "_hf_peft_config_loaded", False):  # transformers takes one that lies beside the weights
+                raise UserError(f"{self.path}: holds a whole model and an adapter beside it; take one of them away")
+            if base is None:
+                return model
+            grow_for_adapter(model, self.path)
+            return PeftModel.from_pretrained(model, self.path, use_safetensors=True).get_base_model()
+        except UserError:
+            raise
+        except Exception as error:
+            raise cannot_load(self.path, error) from None
+
+    def empty(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The architecture, with parameters on the meta device. It is built once: who changes it copies it first."""
+        if dtype not in self._built:
+            try:
+                config = AutoConfig.from_pretrained(self.path, cache_dir=self.cache_dir, trust_remote_code=self.remote_code)
+                with init_empty_weights(include_buffers=False):  # most buffers are computed, not stored
+                    model = auto_class(config).from_config(config, **self._options(dtype))
+                model.tie_weights()
+            except Exception as error:
+                raise cannot_load(self.path, error) from None
+            self._built[dtype] = model
+        return self._built[dtype]
+
+    @cached_property
+    def _built(self) -> dict[torch.dtype, PreTrainedModel]:
+        return {}
+
+    def _options(self, dtype: torch.dtype) -> dict[str, Any]:
+        attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        return {"dtype": dtype, "trust_remote_code": self.remote_code, **attention}
 
 
 def load_body(name: str, *, remote_code: bool = False) -> PreTrainedModel:
@@ -164,26 +203,6 @@ def grow_for_adapter(base: PreTrainedModel, adapter: str) -> None:
     """Gives the base a row for each token that was added when the adapter was trained, as training did."""
     if (Path(adapter) / "tokenizer_config.json").is_file():
         fit_vocabulary(base, AutoTokenizer.from_pretrained(adapter))
-
-
-def empty_model(
-    path: str,
-    cache_dir: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    *,
-    from_config: bool = False,
-    remote_code: bool = False,
-    **options: Any,
-) -> PreTrainedModel:
-    """What ``load_model`` returns, with parameters on the meta device: for ranks that get the weights from another one."""
-    try:
-        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=remote_code)
-        with init_empty_weights(include_buffers=False):  # most buffers are computed, not stored
-            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=remote_code, **options)
-        model.tie_weights()
-        return model
-    except Exception as error:
-        raise cannot_load(path, error) from None
 
 
 @torch.no_grad()

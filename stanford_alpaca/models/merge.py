@@ -21,7 +21,7 @@ from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.models.adapters import MERGED, Adapter, merged_into
 from stanford_alpaca.models.check import check_adapter
 from stanford_alpaca.models.identity import identify_model
-from stanford_alpaca.models.load import empty_model, fit_vocabulary, load_model, load_tokenizer, read_config
+from stanford_alpaca.models.load import ModelSource, fit_vocabulary
 from stanford_alpaca.models.savable import make_savable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,9 +29,7 @@ TOLERANCE = 1e-4  # of the largest logit
 ROWS, LENGTH = 4, 32  # of the token ids that are compared
 
 
-def merge(
-    adapter: Adapter, base: str, out: Path, dtype: str | None, cache_dir: str | None = None, *, remote_code: bool = False
-) -> str:
+def merge(adapter: Adapter, base: ModelSource, out: Path, dtype: str | None) -> str:
     """Writes ``out``, which is there when it is whole or not at all, and returns a line about it.
 
     The model is in memory once, in float32.
@@ -40,23 +38,26 @@ def merge(
         UserError: the adapter does not fit or cannot be merged, or the merged model computes something else.
     """
     has_tokenizer = (adapter.folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(
-        str(adapter.folder) if has_tokenizer else base, cache_dir=cache_dir, may_grow=False, remote_code=remote_code, tell=say
-    )
-    rows = check_adapter(str(adapter.folder), cache_dir, base=base, tokens=len(tokenizer), remote_code=remote_code)
-    written = DTYPES[dtype] if dtype else read_config(base, cache_dir, remote_code=remote_code).dtype or torch.float32
-    parameters = empty_model(base, cache_dir, remote_code=remote_code).num_parameters()
+    own = base.at(str(adapter.folder))
+    tokenizer = (own if has_tokenizer else base).tokenizer(may_grow=False, tell=say)
+    rows = check_adapter(own, base=base, tokens=len(tokenizer))
+    written = DTYPES[dtype] if dtype else base.config().dtype or torch.float32
+    parameters = base.empty().num_parameters()
     check_space(out.parent, parameters * written.itemsize, "the merged model", "or write a smaller --dtype")
-    model = load_float32(base, cache_dir, remote_code)
+    model = load_float32(base)
     if adapter.run.get("qlora"):
-        say(f"{adapter.name}: trained beside 4-bit weights, and merged into the {base} that they were rounded from")
+        say(f"{adapter.name}: trained beside 4-bit weights, and merged into the {base.path} that they were rounded from")
     if added := fit_vocabulary(model, tokenizer, rows):
-        say(f"{base}: {added} row(s) added to its embedding, the mean of the others, for the tokenizer's {len(tokenizer)}")
+        say(f"{base.path}: {added} row(s) added to its embedding, the mean of the others, for the tokenizer's {len(tokenizer)}")
     model, about = merge_weights(model, adapter)
     if added := fit_vocabulary(model, tokenizer):
-        say(f"{base}: {added} token(s) of the tokenizer have no row in the adapter: they got the mean of the others")
-    make_savable(model, tokenizer, base)
-    about |= {"base": shown(base), "base_identity": identify_model(base, cache_dir), "adapter": shown(adapter.name)}
+        say(f"{base.path}: {added} token(s) of the tokenizer have no row in the adapter: they got the mean of the others")
+    make_savable(model, tokenizer, base.path)
+    about |= {
+        "base": shown(base.path),
+        "base_identity": identify_model(base.path, base.cache_dir),
+        "adapter": shown(adapter.name),
+    }
     about |= {"adapter_sha256": adapter.sha256, "dtype": str(written).removeprefix("torch.")}
     logits = about.pop("logits")
     with appearing(out) as part:
@@ -64,14 +65,14 @@ def merge(
         tokenizer.save_pretrained(part)
         del model
         gc.collect()
-        about["logits_differ_written"] = compare_written(part, logits, written, remote_code)
-        history = [*merged_into(base), adapter.sha256]
+        about["logits_differ_written"] = compare_written(base.at(str(part)), logits, written)
+        history = [*merged_into(base.path), adapter.sha256]
         manifest.write_whole(part / MERGED, json.dumps({"merged_from": about, "adapters": history}, indent=1) + "\n")
         manifest.write(part, manifest.entries_of(part, manifest.list_files(part), flush=True), {"step": 0})
     where = ", ".join([f"{about['layers']} layer{'s' * (about['layers'] != 1)}", *about["modules"]])
     rounded = f" ({about['logits_differ_written']:.1g} in {about['dtype']})" if written != torch.float32 else ""
     return (
-        f"merged {adapter.size} into {where} of {base}; logits of up to {about['logits_scale']:.2g} differ by at "
+        f"merged {adapter.size} into {where} of {base.path}; logits of up to {about['logits_scale']:.2g} differ by at "
         f"most {about['logits_differ']:.1g}{rounded}; saved the {about['dtype']} model to {out}"
     )
 
@@ -82,23 +83,23 @@ def shown(name: str) -> str:
     return place.resolve().name if place.exists() else name
 
 
-def load_float32(base: str, cache_dir: str | None, remote_code: bool) -> PreTrainedModel:
+def load_float32(base: ModelSource) -> PreTrainedModel:
     """The base in float32 on the CPU; a quantized one dequantized, and from then on a plain model."""
-    quantized = getattr(read_config(base, cache_dir, remote_code=remote_code), "quantization_config", None)
+    quantized = getattr(base.config(), "quantization_config", None)
     if quantized is None:
-        return load_model(base, cache_dir, remote_code=remote_code).eval()
+        return base.load().eval()
     try:
-        model = load_model(base, cache_dir, remote_code=remote_code, device_map="cpu").dequantize(torch.float32)
+        model = base.load(device_map="cpu").dequantize(torch.float32)
         model._weight_conversions = None  # how it was read, which is not how a plain model is written
         vars(model).pop("hf_device_map", None)
-        say(f"{base}: its quantized weights are written out in full")
+        say(f"{base.path}: its quantized weights are written out in full")
         return model.float().eval()  # what was not quantized has kept its dtype
     except UserError as error:
         if "requires bitsandbytes" in str(error):
-            raise UserError(f"{base}: quantized; install bitsandbytes to read it: pip install bitsandbytes") from None
+            raise UserError(f"{base.path}: quantized; install bitsandbytes to read it: pip install bitsandbytes") from None
         raise
     except Exception as error:  # a method that cannot be undone
-        raise UserError(f"{base}: its quantized weights cannot be written out ({first_line(error)})") from None
+        raise UserError(f"{base.path}: its quantized weights cannot be written out ({first_line(error)})") from None
 
 
 @torch.no_grad()
@@ -165,7 +166,7 @@ def tie_if_equal(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def compare_written(folder: Path, want: Tensor, dtype: torch.dtype, remote_code: bool) -> float:
+def compare_written(written: ModelSource, want: Tensor, dtype: torch.dtype) -> float:
     """Reads the folder as its users will and returns the largest difference of its logits.
 
     Args:
@@ -174,7 +175,7 @@ def compare_written(folder: Path, want: Tensor, dtype: torch.dtype, remote_code:
     Raises:
         UserError: a key is missing or foreign, a logit is not finite, or in float32 they differ.
     """
-    model = load_model(str(folder), dtype=dtype, remote_code=remote_code)
+    model = written.load(dtype)
     rows = want.shape[-1]
     logits = model.eval()(input_ids=probe_ids(model, rows), use_cache=False).logits[..., :rows]
     difference, scale = (logits.float() - want).abs().max().item(), want.abs().max().item()

@@ -19,7 +19,7 @@ from stanford_alpaca.errors import UserError, nearest
 from stanford_alpaca.flags import choice, exit_on_user_error
 from stanford_alpaca.losses.objectives import MODES, Objective
 from stanford_alpaca.models.check import check_model
-from stanford_alpaca.models.load import load_tokenizer, read_config
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight.estimate import COST_SHARDINGS, ENGINES, Setup, precision_of, shardings_of
 from stanford_alpaca.preflight.model_profile import Parameters, describe
 from stanford_alpaca.preflight.plans import Machine, Plan, Row, advise, rows_of
@@ -66,6 +66,10 @@ class Options:
     @property
     def ranks(self) -> int:
         return self.nproc * self.nodes
+
+    def source(self) -> ModelSource:
+        """How the model is read."""
+        return ModelSource(self.model_name_or_path, self.cache_dir, self.trust_remote_code)
 
     def check(self) -> None:
         """Raises UserError for the first flag that cannot be."""
@@ -134,7 +138,7 @@ def count_data(options: Options) -> Options:
     """The options with the number of examples, their mean tokens and the supervised share of --data_path."""
     if options.data_path is None:
         return options
-    tokenizer = load_tokenizer(options.model_name_or_path, cache_dir=options.cache_dir, remote_code=options.trust_remote_code)
+    tokenizer = options.source().tokenizer()
     records = load_records(options.data_path, options.cache_dir)
     encode = ExampleEncoder.of(tokenizer, form_of(records.column_names), WHOLE)
     counted = statistics_of(encode_records(records, encode), options.model_max_length)
@@ -151,16 +155,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def preflight(options: Options) -> None:
     """Prints the estimate."""
-    name, trusted = options.model_name_or_path, options.trust_remote_code
-    check_model(name, options.cache_dir, remote_code=trusted, weights=False)
-    options = count_data(options)
-    config = read_config(name, options.cache_dir, remote_code=trusted)
+    source = options.source()
+    check_model(source, weights=False)
+    options, config = count_data(options), source.config()
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and options.model_max_length > positions:
         raise UserError(f"--model_max_length {options.model_max_length} is more than the model's {positions} positions")
     setup = options.setup()
     precisions = {precision_of(engine, options.bf16) for engine in ENGINES}
-    anatomies = {precision: describe(config, options.model_max_length, precision, trusted) for precision in sorted(precisions)}
+    anatomies = {
+        precision: describe(config, options.model_max_length, precision, source.remote_code) for precision in sorted(precisions)
+    }
     counts = next(iter(anatomies.values())).parameters
     engines = options.engines(counts)
     link = options.intra_gb_s if options.nodes == 1 else options.inter_gb_s

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import choice
 from stanford_alpaca.losses.functional import BACKENDS
 from stanford_alpaca.losses.objectives import MODES, WEIGHTINGS, Objective
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.models.lora import LORA_EMBEDDINGS, add_lora
 from stanford_alpaca.run.legacy_flags import read_fsdp_config
 from stanford_alpaca.training.cost_sharding import COST_SHARDINGS
@@ -261,3 +263,19 @@ class Run:
     flags: dict[str, Any]
     made_with: dict[str, Any]
     notes: list[str]
+
+    def teacher(self, name: str) -> ModelSource:
+        """How the teacher is read."""
+        return ModelSource(name, self.training.cache_dir, self.model.trust_remote_code)
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """How the model is read."""
+        model = self.model
+        return ModelSource(
+            model.model_name_or_path,
+            self.training.cache_dir,
+            model.trust_remote_code,
+            model.attn_implementation,
+            model.from_config,
+        )

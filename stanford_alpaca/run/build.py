@@ -1,5 +1,6 @@
 """What a run's flags make: the model with its objective, its costs and teacher, the collator."""
 
+import copy
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from stanford_alpaca.data.sources import ExampleStream
 from stanford_alpaca.distributed.store import share_from_rank_0
 from stanford_alpaca.distributed.weights import allocate, stored_buffers, weights_come_from_rank_0
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.models.load import empty_model, fit_vocabulary, load_model, load_tokenizer, unread_parts
+from stanford_alpaca.models.load import fit_vocabulary, unread_parts
 from stanford_alpaca.models.lora import expert_parameters
 from stanford_alpaca.models.savable import make_savable
 from stanford_alpaca.objective.attach import attach_objective, routes
@@ -42,13 +43,14 @@ def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:
 
 def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
     """The teacher that --teacher names. Raises UserError for one that does not fit."""
-    name, cache_dir, remote_code = run.model.teacher, run.training.cache_dir, run.model.trust_remote_code
+    name = run.model.teacher
     if name is None:
         return None
-    if not same_vocabulary(load_tokenizer(name, cache_dir=cache_dir, remote_code=remote_code), tokenizer):
+    source = run.teacher(name)
+    if not same_vocabulary(source.tokenizer(), tokenizer):
         raise UserError(f"--teacher {name}: its tokenizer has other ids than that of {run.model.model_name_or_path}")
     dtype = torch.bfloat16 if run.training.bf16 else torch.float32
-    model = load_model(name, cache_dir, dtype=dtype, remote_code=remote_code)
+    model = source.load(dtype)
     check_positions(model, "teacher", run)
     try:
         return Teacher(model, run.model.teacher_top_k)
@@ -62,12 +64,8 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
     Where the engine shards, rank 0 alone has its weights and costs. The others have its architecture, and get from rank 0 the
     form of its head, how it generates, and its stored buffers.
     """
-    training, name = run.training, run.model.model_name_or_path
-    if (
-        training.fsdp
-        and weights_come_from_rank_0(training)
-        and stored_buffers(empty_model(name, training.cache_dir, remote_code=run.model.trust_remote_code))
-    ):
+    training = run.training
+    if training.fsdp and weights_come_from_rank_0(training) and stored_buffers(run.source.empty()):
         training.fsdp_plugin_args["cpu_ram_efficient_loading"] = False  # accelerate sends parameters only: all read
     if not weights_come_from_rank_0(training):
         return build_model(run, tokenizer, with_cost)
@@ -91,15 +89,10 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
 
 def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, form: HeadForm | None = None) -> PreTrainedModel:
     """The model with the objective in it; with a ``form``, on the meta device."""
-    model_args, objective_args, training = run.model, run.objective, run.training
+    model_args, objective_args = run.model, run.objective
     objective, cost = objective_args.objective(), make_cost(objective_args)
-    load = load_model if form is None else empty_model
-    model = load(
-        model_args.model_name_or_path, training.cache_dir,
-        from_config=model_args.from_config, attn_implementation=model_args.attn_implementation,
-        remote_code=model_args.trust_remote_code,
-        **precision(run),
-    )  # fmt: skip
+    options, source = precision(run), run.source
+    model = source.load(**options) if form is None else copy.deepcopy(source.empty(**options))
     fit_vocabulary(model, tokenizer)
     make_savable(model, tokenizer, model_args.model_name_or_path)
     teacher = make_teacher(run, tokenizer)
@@ -142,7 +135,7 @@ def freeze_unread(model: PreTrainedModel, name: str) -> None:
 
 
 def precision(run: Run) -> dict[str, Any]:
-    """How ``load_model`` keeps the weights: as float32 masters, or where LoRA trains none of them as what --bf16 computes with.
+    """How ``ModelSource.load`` keeps the weights: as float32 masters, or where LoRA trains none of them as what --bf16 computes with.
 
     With --qlora linear layers but the output are in 4 bits (QLoRA, arXiv 2305.14314).
     """

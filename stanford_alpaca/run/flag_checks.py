@@ -19,7 +19,6 @@ from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.errors import UserError, first_line, nearest
 from stanford_alpaca.flags import check_writable
 from stanford_alpaca.models.check import check_model
-from stanford_alpaca.models.load import read_config
 from stanford_alpaca.run.arguments import (
     METRICS,
     DataArguments,
@@ -58,14 +57,11 @@ def check(run: Run) -> None:
     check_cost_sharding(run)
     check_lora(model, lora, training)
     check_attention(model.attn_implementation)
-    check_model(
-        model.model_name_or_path, training.cache_dir, remote_code=model.trust_remote_code, weights=not model.from_config
-    )
-    config = read_config(model.model_name_or_path, training.cache_dir, remote_code=model.trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None and not (lora.lora or model.from_config):
+    check_model(run.source, weights=not model.from_config)
+    if getattr(run.source.config(), "quantization_config", None) is not None and not (lora.lora or model.from_config):
         raise UserError(f"{model.model_name_or_path}: quantized weights cannot be trained; train an adapter with --lora")
     if model.teacher is not None:
-        check_model(model.teacher, training.cache_dir, remote_code=model.trust_remote_code)
+        check_model(run.teacher(model.teacher))
     if training.push_to_hub:
         check_hub(training)
 

@@ -1,5 +1,6 @@
 """Whether model, tokenizer, flags and disk fit together: found out on the model without its weights."""
 
+import copy
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,19 +12,15 @@ from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.distributed.weights import loading_whole
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.generation.prompts import encode_prompts
-from stanford_alpaca.models.load import empty_model
 from stanford_alpaca.run.arguments import Run
 from stanford_alpaca.training.fsdp import decoder_layers
 
 
 def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict]) -> None:
     """Raises UserError for the first thing that does not fit. Builds the model once on the meta device, reads no weights."""
-    model_args, training = run.model, run.training
+    training = run.training
     with loading_whole(training):  # under ZeRO-3 transformers would allocate it
-        model = empty_model(
-            model_args.model_name_or_path, training.cache_dir, attn_implementation=model_args.attn_implementation,
-            remote_code=model_args.trust_remote_code,
-        )  # fmt: skip
+        model = run.source.empty()
     if training.fsdp:
         decoder_layers(model, dict(training.fsdp_config or {}).get("transformer_layer_cls_to_wrap"))
     check_positions(model, "model", run)
@@ -69,4 +66,4 @@ def trained_parameters(model: PreTrainedModel, run: Run) -> int:
     """How many parameters are trained. Raises UserError for LoRA targets that no layer has."""
     if not run.lora.lora:
         return sum(p.numel() for p in model.parameters())
-    return sum(p.numel() for p in run.lora.adapt(model).parameters() if p.requires_grad)
+    return sum(p.numel() for p in run.lora.adapt(copy.deepcopy(model)).parameters() if p.requires_grad)

@@ -165,7 +165,7 @@ def test_plots_are_drawn_from_the_rows_kept(here, tmp_path):
 def test_real_ids_are_the_supervised_tokens_of_the_records(root):
     ids, size = loss.response_ids(str(loss.SHIPPED), str(root / "data" / "tiny-base"), 30)
     assert size == 2048
-    tokenizer = loss.load_tokenizer(str(root / "data" / "tiny-base"))
+    tokenizer = loss.ModelSource(str(root / "data" / "tiny-base")).tokenizer()
     first = json.loads(loss.SHIPPED.read_text())[0]["output"]
     assert first[:40] in tokenizer.decode(ids)
     with pytest.raises(UserError, match="give a larger file"):

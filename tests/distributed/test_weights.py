@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stanford_alpaca.distributed.weights import allocate, loading_whole, stored_buffers, weights_come_from_rank_0
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.models.load import empty_model, load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.run import build as training
 from stanford_alpaca.run.parse import parse
 from stanford_alpaca.training.cost_sharding import shard_cost
@@ -15,10 +15,10 @@ from tests.ranks import run_ranks
 
 def made(argv: list[str]):
     """What this rank has before the engine takes over, and whether it read the weights."""
-    read, load = [], training.load_model
-    training.load_model = lambda *args, **kwargs: read.append(args) or load(*args, **kwargs)
+    read, load = [], ModelSource.load
+    ModelSource.load = lambda *args, **kwargs: read.append(args) or load(*args, **kwargs)
     run = parse(argv)
-    tokenizer = load_tokenizer(run.model.model_name_or_path, 512)
+    tokenizer = ModelSource(run.model.model_name_or_path).tokenizer(512)
     model = training.make_model(run, tokenizer, with_cost=True)
     emo = model.emo_objective
     before = emo.cost.rows.device.type
@@ -40,7 +40,7 @@ def learned(argv: list[str]):
     """The stored buffers of the model that this rank trains, and whether one rank reads for all."""
     run = parse(argv)
     with loading_whole(run.training):
-        model = training.make_model(run, load_tokenizer(run.model.model_name_or_path, 512), with_cost=True)
+        model = training.make_model(run, ModelSource(run.model.model_name_or_path).tokenizer(512), with_cost=True)
     return stored_buffers(model), weights_come_from_rank_0(run.training)
 
 
@@ -63,7 +63,7 @@ def test_what_a_checkpoint_holds_beside_parameters_reaches_all_ranks(arguments, 
 def refused(argv: list[str]) -> str:
     run = parse(argv)
     with pytest.raises(UserError) as error:
-        training.make_model(run, load_tokenizer(run.model.model_name_or_path, 512), with_cost=True)
+        training.make_model(run, ModelSource(run.model.model_name_or_path).tokenizer(512), with_cost=True)
     return str(error.value)
 
 
@@ -79,7 +79,7 @@ def test_what_fails_on_rank_0_is_an_error_on_all(arguments, tmp_path, root):
 def test_an_empty_model_has_the_buffers_and_the_ties_of_a_loaded_one(make_model, family, tmp_path):
     loaded = make_model(family)
     loaded.save_pretrained(tmp_path)
-    empty = empty_model(str(tmp_path))
+    empty = ModelSource(str(tmp_path)).empty()
     assert all(parameter.is_meta for parameter in empty.parameters())
     allocate(empty)
     for (name, one), (same, two) in zip(empty.named_buffers(), loaded.named_buffers(), strict=True):

@@ -15,6 +15,7 @@ from stanford_alpaca.evaluation.fewshot.prompting import Choices, split
 from stanford_alpaca.evaluation.fewshot.scoring import plain
 from stanford_alpaca.evaluation.icl import join_models, run
 from stanford_alpaca.generation.responses import load_for_generation
+from stanford_alpaca.models.load import ModelSource
 from tests.helpers import refusal
 from tests.ranks import run_ranks
 
@@ -57,7 +58,7 @@ def test_every_prediction_follows_from_what_is_written(folder, base, tmp_path, c
     assert [(row["task"], row["seed"], row["item"]) for row in rows] == [
         ("rt", None, 0), ("rt", None, 1), ("rt", None, 2), ("trec", None, 0), ("trec", None, 1)]  # fmt: skip
     assert rows[0]["examples"] == [3, 0]  # a word in common each, the latter of fewer words
-    model, tokenizer = load_for_generation(base)
+    model, tokenizer = load_for_generation(ModelSource(base))
     for row in rows:
         task = results["tasks"][row["task"]]
         shots = [written(task, *TRAIN[row["task"]][i]) for i in row["examples"]]
@@ -83,7 +84,7 @@ def test_seeds_pools_and_the_score_of_whole_prompts(folder, base, tmp_path, caps
     assert [(row["seed"], row["item"]) for row in rows] == [(4, 0), (4, 1), (5, 0), (5, 1)]
     assert len({index for row in rows[:2] for index in row["examples"]}) <= 3
     assert "among 3 drawn records, scored by perplexity; seeds 4, 5, mean ± standard deviation" in capsys.readouterr().out
-    model, tokenizer = load_for_generation(base)
+    model, tokenizer = load_for_generation(ModelSource(base))
     task = results["tasks"]["rt"]
     shots = [written(task, *TRAIN["rt"][i]) for i in rows[0]["examples"]]
     prompts = ["\n\n".join([*shots, f"Review: great film\nSentiment: {name}"]) for name in ("negative", "positive")]

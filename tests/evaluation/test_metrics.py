@@ -19,6 +19,7 @@ from stanford_alpaca.evaluation.settings import Settings, continuations, read_re
 from stanford_alpaca.evaluation.tables import format_differences, format_results
 from stanford_alpaca.generation.responses import generate_batch, load_for_generation
 from stanford_alpaca.generation.sampling import Sampling
+from stanford_alpaca.models.load import ModelSource
 from tests.helpers import refusal
 
 
@@ -39,7 +40,7 @@ def data(root, tmp_path):
 @pytest.fixture
 def other(base, tmp_path):
     """The base model with other weights in its last layers."""
-    model, tokenizer = load_for_generation(base)
+    model, tokenizer = load_for_generation(ModelSource(base))
     torch.nn.init.normal_(model.model.layers[-1].mlp.down_proj.weight, std=0.05)
     model.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
@@ -60,7 +61,7 @@ def test_the_command_writes_what_it_prints_and_overwrites_nothing(base, other, t
     results = metrics["results"]
     assert list(results) == [base, other, "(references)"]
     assert [sample["decoding"] for sample in samples[:4]] == ["greedy", "sample", "beam", "greedy"] and len(samples) == 36
-    model, tokenizer = load_for_generation(base)
+    model, tokenizer = load_for_generation(ModelSource(base))
     records = json.loads(data.read_text())
     for decoding, ways in {
         "greedy": [({}, 0)],
@@ -92,7 +93,7 @@ def test_running_text_is_scored_in_blocks_and_asks_nothing(base, data, tmp_path,
     run(base, data=str(tmp_path / "text.txt"), max_length=64, out=str(tmp_path / "out"))
     metrics, samples = read(tmp_path / "out")
     found = {name: row["value"] for name, row in metrics["results"][base].items()}
-    model, tokenizer = load_for_generation(base)
+    model, tokenizer = load_for_generation(ModelSource(base))
     ids = torch.tensor([*tokenizer((tmp_path / "text.txt").read_text().rstrip("\n"))["input_ids"], tokenizer.eos_token_id])
     parts = [ids[start : start + 64] for start in range(0, len(ids) - 1, 63)]
     losses = [model(part[None], labels=part[None]).loss.item() * (len(part) - 1) for part in parts]
@@ -127,8 +128,8 @@ def test_running_text_is_cut_after_words_whatever_the_tokenizer(base, tmp_path, 
 
 def test_features_are_the_last_state_of_a_causal_model_and_the_mean_of_an_encoder(base, tmp_path):
     texts = ["The king is old.", "A river", ""]
-    model, tokenizer = load_for_generation(base)
-    for text, vector in zip(texts[:2], load_featuriser(base)(texts), strict=False):
+    model, tokenizer = load_for_generation(ModelSource(base))
+    for text, vector in zip(texts[:2], load_featuriser(ModelSource(base))(texts), strict=False):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         np.testing.assert_allclose(vector, model.base_model(ids)[0][0, -1].detach().numpy(), atol=1e-5)
     torch.manual_seed(0)
@@ -136,7 +137,7 @@ def test_features_are_the_last_state_of_a_causal_model_and_the_mean_of_an_encode
     encoder = BertModel(BertConfig(vocab_size=2048, max_position_embeddings=32, **sizes)).eval()
     encoder.save_pretrained(tmp_path / "encoder")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "encoder")
-    got = load_featuriser(str(tmp_path / "encoder"))(texts)
+    got = load_featuriser(ModelSource(str(tmp_path / "encoder")))(texts)
     want = [encoder(torch.tensor([tokenizer(text)["input_ids"]]))[0][0].mean(0).detach().numpy() for text in texts[:2]]
     np.testing.assert_allclose(got[:2], want, atol=1e-5)
     assert np.isfinite(got[2]).all() and not np.allclose(got[0], want[1], atol=1e-3)
@@ -156,7 +157,7 @@ def test_mauve_in_the_command(base, root, tmp_path, monkeypatch, capsys):
     run(base, data=data, limit=20, mauve=base, out=str(tmp_path / "out"), **flags)
     metrics, samples = read(tmp_path / "out")
     assert metrics["results"][base]["mauve"]["value"] == 4.0
-    features = load_featuriser(base)
+    features = load_featuriser(ModelSource(base))
     for (wanted, given, seed), number in zip(seen, (0, 1), strict=True):
         assert seed == 3 + number
         np.testing.assert_allclose(wanted, features([sample["reference"] for sample in samples]), atol=1e-5)

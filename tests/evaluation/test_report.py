@@ -17,6 +17,7 @@ from stanford_alpaca.evaluation.page.verdicts import better, table_of
 from stanford_alpaca.evaluation.report import run, settings_of_runs
 from stanford_alpaca.evaluation.settings import Settings
 from stanford_alpaca.generation.responses import load_for_generation
+from stanford_alpaca.models.load import ModelSource
 from tests.helpers import refusal
 
 RECORDS = [
@@ -62,7 +63,7 @@ def block(page):
 
 
 def test_emo_of_a_token_is_the_sum_of_all_products_and_what_is_shown_adds_up_to_it(root, tmp_path, data, exact):
-    model, tokenizer = load_for_generation(str(root / "data" / "tiny-base"))
+    model, tokenizer = load_for_generation(ModelSource(str(root / "data" / "tiny-base")))
     embedding = model.lm_head.weight.detach()
     records = load_records(data, str(tmp_path / "cache"))
     view = view_of("base", model, tokenizer, records, CostEmbedding(embedding), top=3)

@@ -19,7 +19,7 @@ from transformers import TrainingArguments as HfTrainingArguments
 
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.generation.prompts import read_prompts
-from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.run.arguments import FLAGS as CLASSES
 from stanford_alpaca.run.arguments import TrainingArguments
 from stanford_alpaca.run.data import load_data
@@ -78,7 +78,7 @@ def check_command(argv: list[str]) -> Callable[[], object]:
         args = run.training
         prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
         name, may_grow = run.model.model_name_or_path, not run.lora.lora
-        tokenizer = load_tokenizer(name, args.model_max_length, args.cache_dir, may_grow=may_grow)
+        tokenizer = ModelSource(name, cache_dir=args.cache_dir).tokenizer(args.model_max_length, may_grow=may_grow)
         check_fit(run, tokenizer, prompts)
         load_data(run.data, args, tokenizer)
 

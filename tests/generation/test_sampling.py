@@ -7,7 +7,7 @@ from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.generation.responses import generate_batch
 from stanford_alpaca.generation.sampling import Sampling
-from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 
 RECORDS = [{"instruction": "Why?"}, {"instruction": "Put it into the past.", "input": "The cook washes the pot."}]
 TOKENS = 16
@@ -15,7 +15,7 @@ TOKENS = 16
 
 @pytest.fixture(scope="module")
 def tokenizer(root):
-    return load_tokenizer(str(root / "data" / "tiny-base"))
+    return ModelSource(str(root / "data" / "tiny-base")).tokenizer()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.check import check_model
-from stanford_alpaca.models.load import fit_vocabulary, load_model, load_tokenizer
+from stanford_alpaca.models.load import ModelSource, fit_vocabulary
 from stanford_alpaca.models.savable import make_savable
 
 
@@ -23,7 +23,7 @@ def folder(tmp_path, root, make_model):
 
 
 def test_float32_weights_and_new_rows_that_are_the_mean(folder):
-    tokenizer, model = load_tokenizer(str(folder), 64), load_model(str(folder))
+    tokenizer, model = ModelSource(str(folder)).tokenizer(64), ModelSource(str(folder)).load()
     assert model.dtype == torch.float32
     assert (tokenizer.pad_token, tokenizer.model_max_length, tokenizer.padding_side) == ("[PAD]", 64, "right")
     assert tokenizer.eos_token == "</s>"
@@ -37,7 +37,7 @@ def test_float32_weights_and_new_rows_that_are_the_mean(folder):
 
 
 def test_a_padded_vocabulary_is_not_cut(root, make_model):
-    tokenizer, model = load_tokenizer(str(root / "data" / "tiny-base")), make_model("llama", vocab_size=2100)
+    tokenizer, model = ModelSource(str(root / "data" / "tiny-base")).tokenizer(), make_model("llama", vocab_size=2100)
     assert fit_vocabulary(model, tokenizer) == 0
     assert model.get_output_embeddings().weight.shape[0] == 2100
 
@@ -57,7 +57,7 @@ def test_published_settings_are_saved_again_without_what_cannot_be(root, tmp_pat
     (tmp_path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 1}))
     model = make_model("llama", vocab_size=2048)
     model.generation_config = GenerationConfig.from_pretrained(tmp_path)
-    make_savable(model, load_tokenizer(str(root / "data" / "tiny-base")), "a/base")
+    make_savable(model, ModelSource(str(root / "data" / "tiny-base")).tokenizer(), "a/base")
     said = capsys.readouterr().out
     assert all(f"{name} {value}" in said for name, value in dropped.items()) and bool(said) == bool(dropped)
     model.save_pretrained(tmp_path / "again")
@@ -69,14 +69,14 @@ def test_what_cannot_be_saved_is_found_before_training(root, make_model):
     model = make_model("llama", vocab_size=2048)
     model.config.of_somebody = object()
     with pytest.raises(UserError, match=r"a/base: its LlamaConfig cannot be saved again .*; mend it there first"):
-        make_savable(model, load_tokenizer(str(root / "data" / "tiny-base")), "a/base")
+        make_savable(model, ModelSource(str(root / "data" / "tiny-base")).tokenizer(), "a/base")
 
 
 def test_what_is_no_model(tmp_path):
     for path in (str(tmp_path), str(tmp_path / "none"), "nobody/nothing-here"):
-        for load in (check_model, load_tokenizer, load_model):
+        for load in (check_model, ModelSource.config, ModelSource.tokenizer, ModelSource.load, ModelSource.empty):
             with pytest.raises(UserError, match="cannot load a model"):
-                load(path)
+                load(ModelSource(path))
 
 
 def test_the_shipped_base_model(root):

@@ -21,7 +21,7 @@ from stanford_alpaca.losses import emo_loss
 from stanford_alpaca.losses.backends import chunked
 from stanford_alpaca.merge_lora import run as merge
 from stanford_alpaca.models.check import check_model
-from stanford_alpaca.models.load import load_model, load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.models.lora import add_lora
 from stanford_alpaca.objective.attach import attach_objective
 from stanford_alpaca.objective.head import original_weight
@@ -77,12 +77,12 @@ def test_one_process_trains_the_adapter_alone_and_writes_what_peft_loads(argumen
     card = (out / "README.md").read_text()
     assert "library_name: peft" in card and "| LoRA | r 4, alpha 16, embeddings frozen |" in card
     with pytest.raises(UserError, match="an adapter, no whole model"):
-        check_model(str(out))
-    check_model(str(out), or_adapter=True)
+        check_model(ModelSource(str(out)))
+    check_model(ModelSource(str(out)), or_adapter=True)
     assert manifest.problems(out) == []
     ids = torch.arange(20)[None]
     want = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)(ids).logits
-    torch.testing.assert_close(load_model(str(out)).eval()(ids).logits, want)  # what generate and metrics load
+    torch.testing.assert_close(ModelSource(str(out)).load().eval()(ids).logits, want)  # what generate and metrics load
 
 
 def test_the_objective_inside_peft_is_that_of_the_merged_model(make_model):
@@ -154,7 +154,7 @@ def test_no_token_is_added_for_an_adapter(arguments, tmp_path, root):
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "bare")
-    assert load_tokenizer(str(tmp_path / "bare"), may_grow=False).pad_token == tokenizer.eos_token
+    assert ModelSource(str(tmp_path / "bare")).tokenizer(may_grow=False).pad_token == tokenizer.eos_token
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "bare")
     tokenizer.add_tokens(["<one>", "<two>"])
     tokenizer.save_pretrained(tmp_path / "bare")
@@ -239,8 +239,8 @@ def test_trained_embeddings_and_added_tokens_go_through_files(arguments, make_mo
     ends = [adapter[f"base_model.model.{name}.weight"] for name in ("lm_head", "model.embed_tokens")]
     assert [tuple(end.shape) for end in ends] == [(2051, 32)] * 2 and torch.equal(*ends) == (family == "gemma3")
     assert all(".default" not in name and "base_layer" not in name and "original" not in name for name in adapter)
-    check_model(str(out), or_adapter=True)
-    model, tokenizer = load_model(str(out)).eval(), AutoTokenizer.from_pretrained(out)
+    check_model(ModelSource(str(out)), or_adapter=True)
+    model, tokenizer = ModelSource(str(out)).load().eval(), AutoTokenizer.from_pretrained(out)
     assert nll_of(model, tokenizer, tmp_path / "held.json") == pytest.approx(evaluations(out)[-1]["eval_nll"], rel=1e-5)
     again = [*argv, "--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint", str(out / "checkpoint-2")]
     run_ranks(2, train, again) if engine else train(again)

@@ -12,7 +12,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.generation.responses import generate_batch, load_for_generation
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.merge_lora import run as merge
-from stanford_alpaca.models.load import load_model, unread_parts
+from stanford_alpaca.models.load import ModelSource, unread_parts
 from stanford_alpaca.train import train
 from tests.helpers import steps
 from tests.ranks import run_ranks
@@ -57,7 +57,7 @@ def base(request, root, tmp_path):
 
 
 def answers(folder):
-    model, tokenizer = load_for_generation(str(folder))
+    model, tokenizer = load_for_generation(ModelSource(str(folder)))
     return generate_batch(model, tokenizer, [{"instruction": "Add.", "input": ""}], Sampling(max_new_tokens=5), progress=False)
 
 
@@ -69,9 +69,9 @@ def test_a_run_trains_what_text_passes_through_and_answers(arguments, base, tmp_
     assert all(step["loss"] < 10 and step["grad_norm"] > 0 for step in steps(tmp_path / "out"))
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert after.keys() == before.keys()
-    unread = unread_parts(load_model(str(base)))
-    model = load_model(str(tmp_path / "out"))
-    start = dict(load_model(str(base)).named_parameters())
+    unread = unread_parts(ModelSource(str(base)).load())
+    model = ModelSource(str(tmp_path / "out")).load()
+    start = dict(ModelSource(str(base)).load().named_parameters())
     for name, parameter in model.named_parameters():
         same = torch.equal(parameter, start[name])
         assert same if name in unread else not same or "experts" in name or "router" in name, name

@@ -19,7 +19,7 @@ from stanford_alpaca.generate import run as generate
 from stanford_alpaca.models import identity
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.identity import BASE, identify_model
-from stanford_alpaca.models.load import load_model
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.train import train
 from tests.helpers import refusal
 
@@ -90,9 +90,9 @@ COMMANDS = list(commands(Path(), Path(), Path()))
 def test_weights_that_do_not_fill_the_architecture_are_refused(untied, change, said, caplog):
     rewrite(untied, change)
     with pytest.raises(UserError, match=f"untied: its weights do not fill its architecture {said}; give a complete model"):
-        load_model(str(untied))
+        ModelSource(str(untied)).load()
     assert not caplog.records  # no table of transformers' own
-    load_model(str(untied), from_config=True)
+    ModelSource(str(untied), from_config=True).load()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -116,15 +116,15 @@ def test_tied_and_older_weights_fill_it(make_model, tmp_path):
     model = make_model("gpt2", vocab_size=2048)  # tied: the file has one of the two
     model.save_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].clone()}))
-    assert torch.equal(load_model(str(tmp_path)).lm_head.weight, model.lm_head.weight)
+    assert torch.equal(ModelSource(str(tmp_path)).load().lm_head.weight, model.lm_head.weight)
 
 
 def test_features_are_not_of_random_weights(untied):
     rewrite(untied, drop)
-    load_featuriser(str(untied))  # needs no output layer
+    load_featuriser(ModelSource(str(untied)))  # needs no output layer
     rewrite(untied, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(UserError, match=r"do not fill its architecture \(missing: norm.weight\)"):
-        load_featuriser(str(untied))
+        load_featuriser(ModelSource(str(untied)))
 
 
 # ---- what was saved, and what an adapter was trained on ------------------------------------------------------------------
@@ -144,13 +144,13 @@ def test_a_large_folder_is_read_again_where_that_is_asked_for(untied, capsys, mo
     finish(untied)
     flip(untied / WEIGHTS)
     monkeypatch.setattr(identity, "READ_WHOLE", 1000)
-    check_model(str(untied))
+    check_model(ModelSource(str(untied)))
     assert "sizes alone are compared with manifest.json; --verify reads them" in capsys.readouterr().out
     with pytest.raises(UserError, match="its content has changed"):
-        check_model(str(untied), verify=True)
+        check_model(ModelSource(str(untied)), verify=True)
     (untied / WEIGHTS).write_bytes(b"short")
     with pytest.raises(UserError, match=r"model\.safetensors: 5 bytes, not"):
-        check_model(str(untied))
+        check_model(ModelSource(str(untied)))
 
 
 def test_what_a_user_adds_to_a_finished_folder_changes_nothing(untied):
@@ -159,7 +159,7 @@ def test_what_a_user_adds_to_a_finished_folder_changes_nothing(untied):
     before = identify_model(str(untied))
     (untied / "README.md").write_text("another")
     (untied / "samples.json").write_text("[]")
-    check_model(str(untied))
+    check_model(ModelSource(str(untied)))
     assert identify_model(str(untied)) == before
 
 
@@ -173,21 +173,21 @@ def test_what_does_not_change_the_weights_leaves_a_base_the_base(untied, name):
 
 
 def test_a_whole_model_with_an_adapter_beside_it_is_refused(untied):
-    model = load_model(str(untied))
+    model = ModelSource(str(untied)).load()
     get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(untied)
-    for load in (load_model, check_model):
+    for load in (ModelSource.load, check_model):
         with pytest.raises(UserError, match="untied: holds a whole model and an adapter beside it; take one of them away"):
-            load(str(untied))
+            load(ModelSource(str(untied)))
 
 
 def test_masks_that_older_versions_saved_are_no_weights(make_model, tmp_path):
     make_model("gpt2", vocab_size=64).save_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.update({"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}))
-    load_model(str(tmp_path))
+    ModelSource(str(tmp_path)).load()
 
 
 def test_an_adapter_whose_base_was_replaced_is_refused(untied, make_model, tmp_path, root, capsys, monkeypatch):
-    model = load_model(str(untied))
+    model = ModelSource(str(untied)).load()
     adapter = tmp_path / "adapter"
     get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, T5Config
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.models.load import read_config
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight.model_profile import count_activations, count_parameters, decoder_layers, describe
 
 SERVED = ("llama", "qwen3", "gpt2", "gemma2", "opt", "mixtral")
@@ -13,7 +13,7 @@ SERVED = ("llama", "qwen3", "gpt2", "gemma2", "opt", "mixtral")
 
 def test_llama_7b_by_part(root):
     with torch.device("meta"):
-        counts = count_parameters(AutoModelForCausalLM.from_config(read_config(str(root / "examples" / "llama-7b"))))
+        counts = count_parameters(AutoModelForCausalLM.from_config(ModelSource(str(root / "examples" / "llama-7b")).config()))
     assert counts.total == 6_738_415_616
     assert (counts.embedding, counts.head, counts.norm) == (131_072_000, 131_072_000, 4096)
     assert (counts.layer, counts.layers, counts.tied) == (202_383_360, 32 * 202_383_360, False)

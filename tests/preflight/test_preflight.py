@@ -8,7 +8,7 @@ import pytest
 from transformers import Gemma3Config
 
 from benchmarks.traffic import Traffic
-from stanford_alpaca.models.load import read_config
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight import plans
 from stanford_alpaca.preflight.__main__ import Options, count_data, main, parse, steps_of
 from stanford_alpaca.preflight.estimate import ENGINES, Setup, peak_memory, traffic
@@ -200,6 +200,6 @@ def test_ranks_send_what_was_estimated(root, tmp_path, arguments):
         for number in (1, 2)
     ]  # fmt: skip
     one, two = (run_ranks(2, bytes_of, argv)[0] for argv in steps)
-    counts = describe(read_config(str(root / "data" / "tiny-base")), 16, "float32").parameters
+    counts = describe(ModelSource(str(root / "data" / "tiny-base")).config(), 16, "float32").parameters
     setup = Setup(ranks=2, batch=4, accumulation=2, length=16, priced=True, bf16=False, device="cpu")
     assert two - one == pytest.approx(traffic(counts, setup, "fsdp", "shard"), rel=1e-4)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.run.legacy_flags import translate
 from stanford_alpaca.run.model_checks import check_fit
 from stanford_alpaca.run.parse import parse
@@ -257,6 +257,7 @@ def test_alpacas_deepspeed_command_as_printed(run_alpaca, tmp_path, root):
 def test_a_layer_the_model_does_not_have_is_one_line(tmp_path, tiny_opt):
     argv = ["--model_name_or_path", str(tiny_opt), "--data_path", "data.json", "--fsdp", "full_shard auto_wrap"]
     with pytest.raises(UserError) as error:
-        check_fit(parse([*argv, "--output_dir", str(tmp_path / "out"), *CLASS.split()]), load_tokenizer(str(tiny_opt)), [])
+        run = parse([*argv, "--output_dir", str(tmp_path / "out"), *CLASS.split()])
+        check_fit(run, ModelSource(str(tiny_opt)).tokenizer(), [])
     assert "LlamaDecoderLayer: the model has no such layer; its own: OPTDecoderLayer" in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.fewshot.retrieval import embed
 from stanford_alpaca.models.check import check_model
-from stanford_alpaca.models.load import cannot_load, load_body
+from stanford_alpaca.models.load import ModelSource, cannot_load, load_body
 
 LEAST = 20  # texts: two clusters of ten
 ENOUGH = 1000  # its authors advise thousands
@@ -20,7 +20,7 @@ ENOUGH = 1000  # its authors advise thousands
 Featurize = Callable[[list[str]], np.ndarray]  # [n] texts -> [n, D] float32
 
 
-def check_mauve(featuriser: str, texts: int, remote_code: bool = False) -> None:
+def check_mauve(featuriser: ModelSource, texts: int) -> None:
     """Raises UserError where MAUVE cannot be computed, before anything large is read."""
     if importlib.util.find_spec("mauve") is None:
         raise UserError("--mauve needs a package of its own: pip install mauve-text")
@@ -28,12 +28,13 @@ def check_mauve(featuriser: str, texts: int, remote_code: bool = False) -> None:
         raise UserError(f"--mauve compares distributions, and {texts} texts are too few for one: give {LEAST} or more")
     if texts < ENOUGH:
         say(f"MAUVE of {texts} texts is coarse: compare models by it, and do not read much into the value")
-    check_model(featuriser, remote_code=remote_code)
+    check_model(featuriser)
 
 
-def load_featuriser(name: str, remote_code: bool = False) -> Featurize:
+def load_featuriser(source: ModelSource) -> Featurize:
     """Features of texts: the last hidden state at the last token of a causal LM, as MAUVE's authors have it, else, of an
     encoder, the mean over the tokens. Which of the two it is shows in whether its first state depends on later tokens."""
+    name, remote_code = source.path, source.remote_code
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # an output layer that is not loaded, a pooling layer that is not there: neither is used
     try:

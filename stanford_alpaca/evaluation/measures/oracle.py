@@ -28,7 +28,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.intervals import Items, mean_of
 from stanford_alpaca.losses.backends import reference
 from stanford_alpaca.models.check import check_model
-from stanford_alpaca.models.load import load_tokenizer
+from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.objective.head import body_of, head_of
 
 LEFT_OUT = 1e-3  # probability that optimal transport leaves out of each distribution: changes it by at most 4 * LEFT_OUT
@@ -36,15 +36,16 @@ MOST = 2048  # tokens of each that it moves, where that needs more: the program 
 EXACT = ("forward_cross_entropy", "reverse_cross_entropy", "total_variation", "transport_cost")
 
 
-def check_oracle(oracle: str, names: list[str], remote_code: bool = False) -> None:
+def check_oracle(oracle: ModelSource, models: list[ModelSource]) -> None:
     """Raises UserError unless the models have the oracle's tokens and POT is installed; before any is loaded."""
     if importlib.util.find_spec("ot") is None:
         raise UserError("--oracle needs a package of its own: pip install POT")
-    check_model(oracle, remote_code=remote_code)
-    tokens = load_tokenizer(oracle, remote_code=remote_code).get_vocab()
-    for name in names:
-        if load_tokenizer(name, remote_code=remote_code).get_vocab() != tokens:
-            raise UserError(f"{name} has another vocabulary than the --oracle {oracle}: they have no distributions to compare")
+    check_model(oracle)
+    tokens = oracle.tokenizer().get_vocab()
+    for model in models:
+        if model.tokenizer().get_vocab() != tokens:
+            other = f"{model.path} has another vocabulary than the --oracle {oracle.path}"
+            raise UserError(f"{other}: they have no distributions to compare")
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ import pytest
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.fewshot.retrieval import bm25, draw, draw_pool, load_encoder, means_of, nearest_examples, tfidf
 from stanford_alpaca.generation.responses import load_for_generation
+from stanford_alpaca.models.load import ModelSource
 
 TRAIN = ["the cat sat", "a dog barked loudly", "the cat sat on the mat", "stocks fell on monday", "cats"]
 
@@ -41,7 +42,7 @@ def test_bm25_by_its_formula():
 def test_the_models_own_states(root):
     import torch
 
-    model, tokenizer = load_for_generation(str(root / "data" / "tiny-base"))
+    model, tokenizer = load_for_generation(ModelSource(str(root / "data" / "tiny-base")))
     train, test = means_of(model, tokenizer)(TRAIN, ["a dog barked", ""])
     assert nearest_examples(train, test[:1], 1) == [[1]]
     with torch.no_grad():

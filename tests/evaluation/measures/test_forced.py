@@ -12,13 +12,14 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.evaluation.measures.forced import BINS, Forced, teacher_forced
 from stanford_alpaca.generation.responses import load_for_generation
+from stanford_alpaca.models.load import ModelSource
 
 
 @pytest.mark.parametrize("family", [None, "gemma2", "cohere", "mixtral-routed"])
 def test_the_numbers_and_that_batches_do_not_matter(root, tmp_path, exact, make_model, family):
     records = json.loads((root / "data" / "instructions" / "held_out.json").read_text())[:9]
     (tmp_path / "data.json").write_text(json.dumps(records))
-    model, tokenizer = load_for_generation(str(root / "data" / "tiny-base"))
+    model, tokenizer = load_for_generation(ModelSource(str(root / "data" / "tiny-base")))
     if family is not None:
         model = make_model(family, vocab_size=2048, positions=512)
     examples, _ = tokenize_records(load_records(tmp_path / "data.json", str(tmp_path / "cache")), tokenizer, 512)
