@@ -17,7 +17,7 @@ from fire.decorators import SetParseFns
 from transformers import PreTrainedModel
 
 from benchmarks.packing import make_model
-from stanford_alpaca.evaluation.fewshot.predict import Settings, choose_examples
+from stanford_alpaca.evaluation.fewshot.predict import FewShotSettings, choose_examples
 from stanford_alpaca.evaluation.fewshot.prompting import Choices, encode_choices
 from stanford_alpaca.evaluation.fewshot.retrieval import tfidf
 from stanford_alpaca.evaluation.fewshot.scoring import Scores, plain, score
@@ -47,7 +47,7 @@ def run(
     print(f"{torch.get_num_threads()} threads, {shots} examples ({retriever})")
     for task in choose_tasks(tasks, read_tasks(), Path(data_dir)):
         data = load_task(task, Path(data_dir), limit)
-        examples = choose_examples(data, Settings(shots, retriever, None, [0], "likelihood"), tfidf)[0]
+        examples = choose_examples(data, FewShotSettings(shots, retriever, None, [0], "likelihood"), tfidf)[0]
         for name, other in models.items():
             choices = encode_choices(tokenizer, data, examples, other.config.max_position_embeddings)
             print(f"{name}, {task.name}: {compare(other.to(shipped.device), choices, batch_size, rounds)}", flush=True)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.utils.logging import disable_progress_bar
 
 from stanford_alpaca import attach_objective
-from stanford_alpaca.checkpoint.export import appearing
+from stanford_alpaca.checkpoint.export import atomic_folder
 from stanford_alpaca.data.reading import open_text
 from stanford_alpaca.generation.responses import generate_ids, plain_generation
 from stanford_alpaca.generation.sampling import Sampling
@@ -74,7 +74,7 @@ def make_tokenizer(texts: list[Path], vocab_size: int, out: Path) -> PreTrainedT
     if not out.exists():
         lines = (line for file in texts for line in open_text(file))
         out.parent.mkdir(parents=True, exist_ok=True)
-        with counted(out), appearing(out) as part:
+        with counted(out), atomic_folder(out) as part:
             AutoTokenizer.from_pretrained(TINY).train_new_from_iterator(lines, vocab_size).save_pretrained(part)
     return AutoTokenizer.from_pretrained(out)
 
@@ -101,7 +101,7 @@ def pretrain(rows: Tensor, shape: tuple[int, int], tokenizer: PreTrainedTokenize
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device())
-    with counted(out), appearing(out) as part:
+    with counted(out), atomic_folder(out) as part:
         fit(model, rows, "mle", epochs, rate=3e-3, seed=0)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -160,7 +160,7 @@ def train(student: Student, work: Path) -> None:
     model, tokenizer = load(work / "start")
     corpus, dev = (torch.load(work / f"{name}.pt", weights_only=True) for name in ("corpus", "dev"))
     drawn = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(1000 + student.seed))[: student.sequences]
-    with counted(out), appearing(out) as part:
+    with counted(out), atomic_folder(out) as part:
         fit(model, corpus[drawn], student.objective, student.epochs, student.rate, student.seed)
         with torch.inference_mode():
             losses = [model(input_ids=rows, labels=rows).loss * len(rows) for rows in dev.to(device()).split(BATCH)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from stanford_alpaca import train
 from stanford_alpaca.console import say
-from stanford_alpaca.run.legacy_flags import split
+from stanford_alpaca.run.legacy_flags import split_flags
 
 WIKITEXT = "Salesforce/wikitext:wikitext-103-raw-v1"
 BLOCKS_PER_STEP = 16
@@ -17,7 +17,7 @@ BLOCKS_PER_STEP = 16
 
 def recipe(argv: list[str], world_size: int) -> dict[str, Any]:
     """What flags are that are not given: the EMO paper's and its published script's."""
-    given = {flag.name: flag.values for flag in split(argv)}
+    given = {flag.name: flag.values for flag in split_flags(argv)}
     sizes: dict[str, int] = {"per_device_train_batch_size": max(1, BLOCKS_PER_STEP // world_size)}
     asked = "".join(given.get("per_device_train_batch_size", []))
     if "gradient_accumulation_steps" not in given and not (asked and not asked.isdecimal()):

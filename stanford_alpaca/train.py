@@ -29,7 +29,7 @@ from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.data.sources import digest
 from stanford_alpaca.data.templates import IN_WORDS, trained_prompts, use_chat_template
 from stanford_alpaca.data.tokenize import PromptEncoder
-from stanford_alpaca.distributed.exits import is_lost_rank, leave_alone, leave_together
+from stanford_alpaca.distributed.exits import exit_after_barrier, exit_now, is_lost_rank
 from stanford_alpaca.distributed.store import load_in_turn, share_from_rank_0
 from stanford_alpaca.distributed.weights import loading_whole
 from stanford_alpaca.errors import Stopped, first_line
@@ -39,11 +39,12 @@ from stanford_alpaca.run.arguments import Run
 from stanford_alpaca.run.build import cache_costs, make_collator, make_model
 from stanford_alpaca.run.environment import check_environment
 from stanford_alpaca.run.flag_checks import check
-from stanford_alpaca.run.lock import held
+from stanford_alpaca.run.lock import locked
 from stanford_alpaca.run.model_card import write_card
 from stanford_alpaca.run.model_checks import check_fit
 from stanford_alpaca.run.parse import parse
 from stanford_alpaca.run.record import differences, write_run
+from stanford_alpaca.run.resolve import resolve, start_from
 from stanford_alpaca.run.signals import StopRequest, ignore_signals
 from stanford_alpaca.run.start import Start, where_to_start
 from stanford_alpaca.training.callbacks import EvaluateLast, SampleCallback
@@ -61,6 +62,7 @@ def train(argv: list[str], recipe: Mapping[str, Any] | None = None) -> None:
     for line in run.notes:
         say(line)
     check(run)
+    resolve(run)
     with contextlib.ExitStack() as leaving:
         start = find_start(run, leaving)
         for line in start.notes:
@@ -74,11 +76,11 @@ def find_start(run: Run, leaving: contextlib.ExitStack) -> Start:
     args = run.training
 
     def find() -> Start:
-        leaving.enter_context(held(Path(str(args.output_dir))))
+        leaving.enter_context(locked(Path(str(args.output_dir))))
         return where_to_start(run)
 
     start = share_from_rank_0("start", find if args.process_index == 0 else None)
-    args.resume_from_checkpoint = start.checkpoint
+    start_from(args, start.checkpoint)
     return start
 
 
@@ -179,11 +181,11 @@ def main(recipe: Mapping[str, Any] | None = None) -> None:
         status = exit_on_user_error(lambda: run_or_stop(recipe))
     except SystemExit as end:
         if torch.distributed.is_initialized() and isinstance(end.code, int):
-            leave_alone(end.code)
+            exit_now(end.code)
         raise
     ignore_signals()  # what is left is to end
     if torch.distributed.is_initialized():
-        leave_together(status)
+        exit_after_barrier(status)
     sys.exit(status)
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from stanford_alpaca import merge_lora
 from stanford_alpaca.checkpoint.export import export
-from stanford_alpaca.data.records import canonical
+from stanford_alpaca.data.records import parse_record
 from stanford_alpaca.data.templates import trained_prompts
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.errors import UserError
@@ -42,7 +42,7 @@ def stops_of(folder):
 
 
 def asked_of(folder, record=ASKED):
-    return PromptEncoder(AutoTokenizer.from_pretrained(folder))([canonical(record, "here", needs_output=False)])[0]
+    return PromptEncoder(AutoTokenizer.from_pretrained(folder))([parse_record(record, "here", needs_output=False)])[0]
 
 
 def ids_of(folder, content):

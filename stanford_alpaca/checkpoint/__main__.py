@@ -74,7 +74,7 @@ def list_checkpoints(folder: str | None = None, *more: Any, **unknown: Any) -> N
             print(f"{'':>8} {'':>9} {'':>10}  {'':16}  {place}: {found}")
             continue
         about, mib = manifest.read(place), manifest.size(place) / 2**20
-        saved = datetime.fromtimestamp((place / manifest.FILE).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+        saved = datetime.fromtimestamp((place / manifest.MANIFEST_FILE).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
         print(f"{about['step']:>8} {about.get('world_size', ''):>9} {mib:>10,.1f}  {saved:16}  {place}")
 
 
@@ -86,9 +86,9 @@ def _places(folder: str | None, more: tuple) -> list[Path]:
     if not place.is_dir():
         raise UserError(f"{place}: no such folder")
     below = manifest.checkpoints(place)[::-1]
-    own = [place] if (place / manifest.FILE).exists() or re.fullmatch(r"checkpoint-\d+", place.absolute().name) else []
+    own = [place] if (place / manifest.MANIFEST_FILE).exists() or re.fullmatch(r"checkpoint-\d+", place.absolute().name) else []
     if not below and not own:
-        raise UserError(f"{place}: no checkpoint-N in it, and no {manifest.FILE}")
+        raise UserError(f"{place}: no checkpoint-N in it, and no {manifest.MANIFEST_FILE}")
     return [*below, *own]
 
 

@@ -17,7 +17,7 @@ from stanford_alpaca.checkpoint.kinds import FSDP, ZERO, kind_of
 from stanford_alpaca.errors import ResumeError, UserError, first_line
 
 SHARDED: dict[str, Callable[[Path], dict[str, Tensor]]] = {FSDP: fsdp.read_weights, ZERO: zero.read_weights}
-NOT_EXPORTED = ("trainer_state.json", manifest.FILE)
+NOT_EXPORTED = ("trainer_state.json", manifest.MANIFEST_FILE)
 BESIDE = (".json", ".jinja", ".model", ".txt")  # configuration and tokenizer
 
 
@@ -28,12 +28,12 @@ def export(checkpoint: Path, out: Path) -> str:
         UserError: no checkpoint, shards that are missing, or weights that are not those of its configuration.
     """
     kind = kind_of(checkpoint)
-    damaged = manifest.summary(checkpoint) if (checkpoint / manifest.FILE).exists() else ""
+    damaged = manifest.summary(checkpoint) if (checkpoint / manifest.MANIFEST_FILE).exists() else ""
     if damaged:
         raise ResumeError(f"{checkpoint}: {damaged}; another checkpoint may be whole")
     whole = (checkpoint / ADAPTER_SAFE_WEIGHTS_NAME).is_file()  # an adapter stands whole beside any engine's shards
     weights = _fit(SHARDED[kind](checkpoint), checkpoint) if kind in SHARDED and not whole else None
-    with appearing(out) as part:
+    with atomic_folder(out) as part:
         if (checkpoint / CHAT_TEMPLATE_DIR).is_dir():  # the named ones of a tokenizer that has several
             shutil.copytree(checkpoint / CHAT_TEMPLATE_DIR, part / CHAT_TEMPLATE_DIR)
         for file in checkpoint.iterdir():
@@ -53,7 +53,7 @@ def export(checkpoint: Path, out: Path) -> str:
 
 
 @contextlib.contextmanager
-def appearing(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder to write to, which becomes ``out`` when the block ends well, and is gone when it does not.
 
     Raises:

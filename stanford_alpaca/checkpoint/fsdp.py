@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from stanford_alpaca.checkpoint.shapes import Form, check_fit, form_of
+from stanford_alpaca.checkpoint.shapes import Form, check_shapes, form_of
 from stanford_alpaca.errors import ResumeError, UserError, first_line
 
 MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # accelerate's names of the folders
@@ -95,7 +95,7 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_model(model: nn.Module, checkpoint: Path) -> None:
+def restore_model(model: nn.Module, checkpoint: Path) -> None:
     """Loads the weights into a model that is sharded or whole, on all ranks; collectives of torch's own."""
     if isinstance(model, PeftModel):  # accelerate writes the adapter alone, by peft's names; these tensors are the model's own
         return _read({"model": get_peft_model_state_dict(model)}, checkpoint / MODEL)
@@ -115,7 +115,7 @@ def _read(state: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
     flat, _ = flatten_state_dict(state)
     saved = Reader(folder).read_metadata().state_dict_metadata
     nothing: Form = ([], torch.uint8)  # what is no tensor
-    check_fit(
+    check_shapes(
         folder,
         {k: (list(e.size), e.properties.dtype) if isinstance(e, TensorStorageMetadata) else nothing for k, e in saved.items()},
         {key: form_of(value) if isinstance(value, Tensor) else nothing for key, value in flat.items()},

@@ -11,8 +11,8 @@ from typing import Any
 
 from stanford_alpaca.errors import ResumeError, first_line
 
-FILE = "manifest.json"
-VERSION = 1
+MANIFEST_FILE = "manifest.json"
+MANIFEST_VERSION = 1
 READ_BY_LOADERS = {".safetensors", ".pt", ".pth", ".bin", ".pkl", ".distcp", ".metadata"}  # not to be added by anybody
 THREADS = 8
 
@@ -39,17 +39,17 @@ def entries_of(folder: Path, names: Iterable[str], flush: bool = False) -> dict[
         }
 
 
-def list_files(folder: Path) -> list[str]:
+def list_saved(folder: Path) -> list[str]:
     """All files below a folder but its manifest, relative to it, in the same order everywhere."""
     found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    return sorted(name for name in found if name != FILE)
+    return sorted(name for name in found if name != MANIFEST_FILE)
 
 
 def write(folder: Path, files: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
     """Makes a folder of files that are on the disk a checkpoint: the manifest appears whole or not at all."""
-    content = {"version": VERSION, **about, "files": files}
+    content = {"version": MANIFEST_VERSION, **about, "files": files}
     content["sum"] = _sum(content)
-    write_whole(folder / FILE, json.dumps(content, indent=1))
+    write_whole(folder / MANIFEST_FILE, json.dumps(content, indent=1))
     flush_folders(folder)
 
 
@@ -82,8 +82,8 @@ def flush_folder(folder: Path) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """A folder's manifest. Raises ResumeError if it is not there, is damaged, or points out of the folder."""
     try:
-        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        whole = content["version"] == VERSION and content["sum"] == _sum(content)
+        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        whole = content["version"] == MANIFEST_VERSION and content["sum"] == _sum(content)
         known = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in content["files"].values())
         known &= (
             isinstance(content["step"], int)
@@ -91,14 +91,14 @@ def read(folder: Path) -> dict[str, Any]:
             and is_record(content.setdefault("run", {}))
         )
     except FileNotFoundError:
-        raise ResumeError(f"{FILE}: not there, so nothing says what the files should be") from None
+        raise ResumeError(f"{MANIFEST_FILE}: not there, so nothing says what the files should be") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ResumeError(f"{FILE}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
+        raise ResumeError(f"{MANIFEST_FILE}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
     if not whole or not known:
-        raise ResumeError(f"{FILE}: damaged, or of another version")
+        raise ResumeError(f"{MANIFEST_FILE}: damaged, or of another version")
     for name in content["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ResumeError(f"{FILE}: names {name}, which is outside the folder")
+            raise ResumeError(f"{MANIFEST_FILE}: names {name}, which is outside the folder")
     return content
 
 
@@ -110,7 +110,7 @@ def problems(folder: Path, contents: bool = True) -> list[str]:
         return [str(error)]
     found = compare(folder, files, contents)
     try:
-        strange = [name for name in list_files(folder) if name not in files and _is_loaded(name)]
+        strange = [name for name in list_saved(folder) if name not in files and _is_loaded(name)]
         links = [path for path in folder.rglob("*") if path.is_symlink() and not path.name.startswith("checkpoint-")]
     except OSError as error:
         return [*found, f"cannot be read ({first_line(error)})"]

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from stanford_alpaca.checkpoint.keys import no_report, wrong_keys
-from stanford_alpaca.checkpoint.shapes import check_fit, form_of
+from stanford_alpaca.checkpoint.shapes import check_shapes, form_of
 from stanford_alpaca.errors import ResumeError, first_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def load_model(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
+def restore_model(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
     """Loads the weights into a model that is whole.
 
     Raises:
@@ -57,5 +57,5 @@ def _check_dtypes(checkpoint: Path, dtypes: set[torch.dtype]) -> None:
 
 def _load_adapter(model: PeftModel, file: Path) -> None:
     saved, wanted = load_file(file), get_peft_model_state_dict(model, save_embedding_layers=False)
-    check_fit(file, {name: form_of(t) for name, t in saved.items()}, {name: form_of(t) for name, t in wanted.items()})
+    check_shapes(file, {name: form_of(t) for name, t in saved.items()}, {name: form_of(t) for name, t in wanted.items()})
     set_peft_model_state_dict(model, saved)

@@ -8,11 +8,11 @@ import yaml
 
 from stanford_alpaca.checkpoint.manifest import is_record
 
-FILE, FILE_FROM = "run.yaml", "run-from-{}.yaml"
+RUN_FILE, RUN_FILE_FROM = "run.yaml", "run-from-{}.yaml"
 MADE_WITH = "made_with"  # the part of it that is no flag
 
 
-def read_run(output: Path, name: str = FILE) -> dict[str, Any] | None:
+def read_run(output: Path, name: str = RUN_FILE) -> dict[str, Any] | None:
     """The record that a run left in its output folder, or None."""
     try:
         record = yaml.safe_load((output / name).read_text(encoding="utf-8"))

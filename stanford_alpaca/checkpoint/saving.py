@@ -60,14 +60,14 @@ class Staged:
         shares: list[dict] = []
 
         def finish_share() -> None:
-            names = manifest.list_files(self.folder)
+            names = manifest.list_saved(self.folder)
             shares.append(manifest.entries_of(self.folder, names[self.rank :: self.world_size], flush=True))
 
         self.write(finish_share)
         files = {name: entry for share in _gather(shares[0], self.world_size) for name, entry in share.items()}
 
         def compare() -> None:
-            if self.rank == 0 and sorted(files) != manifest.list_files(self.folder):
+            if self.rank == 0 and sorted(files) != manifest.list_saved(self.folder):
                 raise OSError("the machines do not share the output folder: give all of them the same")
 
         self.write(compare)
@@ -82,7 +82,7 @@ class Staged:
 
     def _move_files(self, files: dict[str, Any]) -> None:
         output = self.target.parent
-        (output / manifest.FILE).unlink(missing_ok=True)
+        (output / manifest.MANIFEST_FILE).unlink(missing_ok=True)
         for name in files:
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).replace(output / name)
@@ -141,7 +141,7 @@ def remove(folder: Path) -> None:
 def recover(output: Path) -> None:
     """Ends the move of a checkpoint that was whole when its run was killed, perhaps after the old one of its step was gone."""
     for staged in (output / STAGING).glob("checkpoint-*"):
-        if (staged / manifest.FILE).is_file() and not (output / staged.name).exists():
+        if (staged / manifest.MANIFEST_FILE).is_file() and not (output / staged.name).exists():
             staged.replace(output / staged.name)
 
 

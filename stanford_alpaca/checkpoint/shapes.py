@@ -16,7 +16,7 @@ def form_of(tensor: Tensor) -> Form:
     return list(tensor.shape), tensor.dtype
 
 
-def check_fit(place: Path, saved: Mapping[str, Form], wanted: Mapping[str, Form]) -> None:
+def check_shapes(place: Path, saved: Mapping[str, Form], wanted: Mapping[str, Form]) -> None:
     """Raises ResumeError that names the first tensor which is missing, foreign, or of another shape or dtype."""
     for name, (shape, dtype) in wanted.items():
         if name not in saved:

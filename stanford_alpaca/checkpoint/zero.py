@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stanford_alpaca.checkpoint import pickles
-from stanford_alpaca.checkpoint.shapes import check_fit
+from stanford_alpaca.checkpoint.shapes import check_shapes
 from stanford_alpaca.errors import UserError, first_line
 
 
@@ -47,12 +47,12 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         raise UserError(f"{_folder(checkpoint)}: not the shards of ZeRO 1, 2 or 3 ({first_line(error)})") from None
 
 
-def check_model(checkpoint: Path, model: nn.Module) -> None:
+def check_parameters(checkpoint: Path, model: nn.Module) -> None:
     """Raises ResumeError unless its parameters are those that the model trains, by name and shape."""
     groups = _describe(checkpoint)["param_shapes"]
     saved = {name: (list(shape), torch.float32) for shapes in groups for name, shape in shapes.items()}
     trained = {name: (list(p.shape), torch.float32) for name, p in model.named_parameters() if p.requires_grad}
-    check_fit(checkpoint, saved, trained)
+    check_shapes(checkpoint, saved, trained)
 
 
 def _describe(checkpoint: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from stanford_alpaca.cost.embedding import CostEmbedding
 from stanford_alpaca.cost.transfer import transfer_rows
 from stanford_alpaca.data.encode import TextEncoder
 from stanford_alpaca.data.reading import SUFFIXES, read_file
-from stanford_alpaca.data.records import FORMS, canonical, form_of
+from stanford_alpaca.data.records import FORMS, form_of, parse_record
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.load import ModelSource
 
@@ -32,7 +32,7 @@ def documents(file: Path) -> Iterator[str]:
     """
     if file.suffix in SUFFIXES:
         for where, value in read_file(file):
-            record = canonical(value, where, needs_output=False)
+            record = parse_record(value, where, needs_output=False)
             texts = (
                 [m["content"] for m in record["messages"]]
                 if "messages" in record

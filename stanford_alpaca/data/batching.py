@@ -142,7 +142,7 @@ def target_counts(examples: Dataset, vocab_size: int) -> Tensor:  # [V] int64
     return torch.from_numpy(counts)
 
 
-def fill_up(examples: Dataset | PackedExamples, multiple: int, token_id: int) -> Dataset | PackedExamples:
+def pad_to_multiple(examples: Dataset | PackedExamples, multiple: int, token_id: int) -> Dataset | PackedExamples:
     """Appends fully masked rows until the length divides by ``multiple``, so that no example is seen twice or dropped.
 
     Such a row is one token without a target: it adds nothing to the loss, its gradient or the count of targets. With

@@ -25,7 +25,7 @@ PIECE = 2**20  # characters that are tokenized at a time; longer documents are t
 CUT = re.compile(r"\n(?=\S)")
 IDS = Features({"input_ids": List(Value("int32")), "notes": List(Value("string"))})
 BLOCK = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-VERSION = "3"  # raise it when the same text would give other ids
+BLOCKS_VERSION = "3"  # raise it when the same text would give other ids
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def make_blocks(
         )
     encode = DocumentEncoder.of(tokenizer, special_tokens)
     parallel = num_proc if len(records) >= PARALLEL_FROM else None
-    key = f"{VERSION}\n{encode.encoder.identity()}"
+    key = f"{BLOCKS_VERSION}\n{encode.encoder.identity()}"
     documents = mapped(records, encode, key, batch_size=100, features=IDS, num_proc=parallel)
     source = {"documents": documents, "block_size": block_size, "before": encode.before, "eos_id": encode.encoder.eos_id}
     blocks = table(_blocks, source, BLOCK, cache_dir)

@@ -16,15 +16,15 @@ from stanford_alpaca.data.reading import (
     digest_of,
     exists,
     kind_of_file,
-    list_files,
+    list_data_files,
     read_file,
     without_nulls,
 )
-from stanford_alpaca.data.records import FORMS, Record, canonical, form_of
+from stanford_alpaca.data.records import FORMS, Record, form_of, parse_record
 from stanford_alpaca.errors import UserError, first_line, listed, nearest
 
 OTHERS = ("conversations", "history", "tools", "weight", "train", "role", "content")  # that --columns may name, too
-VERSION = 4  # raise it when the same file would give other records, so that old caches are not used
+RECORDS_VERSION = 4  # raise it when the same file would give other records, so that old caches are not used
 
 
 def parse_columns(texts: list[str]) -> dict[str, str]:
@@ -91,7 +91,7 @@ def load_records(
         names = [str(file) for file in files]  # a list would be read a file at a time, each from a count of its own
         source: dict[str, Any] = {
             "files": names if max_sentences is None else tuple(names),
-            "digest": f"{VERSION} {digest}",
+            "digest": f"{RECORDS_VERSION} {digest}",
             "whole_lists": not streaming,
         }
     else:
@@ -113,7 +113,7 @@ def local_files(path: str | Path) -> list[Path] | None:
     if not str(path).strip():
         raise UserError("data without a name, as of a variable that is not set; give a file, a folder or a hub name")
     if exists(place) or kind_of_file(place) in FILE_KINDS or str(path).startswith((".", "/", "~")):
-        return list_files(place)
+        return list_data_files(place)
     return None
 
 
@@ -165,7 +165,7 @@ def _hub_rows(
 def _of_one_form(values: Iterator[Placed], columns: dict[str, str], train_history: bool, form: str | None) -> Iterator[Record]:
     """The records. Raises UserError at one that is not of the ``form``, by default the first one's."""
     for where, value in values:
-        record = canonical(value, where, columns, train_history=train_history)
+        record = parse_record(value, where, columns, train_history=train_history)
         form = form or form_of(record)
         if form_of(record) != form:
             raise UserError(f"{where}: a record of the form {form_of(record)} after {form}: give them as two sources")

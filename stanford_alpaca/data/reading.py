@@ -57,7 +57,7 @@ def open_text(file: Path, newline: str | None = None) -> IO[str]:
     return file.open(encoding="utf-8-sig", newline=newline)
 
 
-def list_files(path: Path) -> list[Path]:
+def list_data_files(path: Path) -> list[Path]:
     """The data files that a path names: itself, or all in the folder, the training split of one with splits.
 
     Text counts in a folder that has nothing else: beside data it is about them. A folder may be what ``save_to_disk`` wrote.

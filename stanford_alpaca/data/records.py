@@ -63,7 +63,7 @@ def form_of(columns: list[str] | Record) -> str:
     return next(name for name, features in FORMS.items() if next(iter(features)) in columns)
 
 
-def canonical(
+def parse_record(
     value: object,
     where: str,
     columns: Mapping[str, str] | None = None,

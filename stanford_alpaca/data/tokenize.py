@@ -24,7 +24,7 @@ from stanford_alpaca.data.templates import Template, asked_otherwise, follow, ma
 from stanford_alpaca.errors import UserError
 
 IGNORE_INDEX = -100
-VERSION = "4"  # raise it when the same record would give other examples, so that old caches are not used
+EXAMPLES_VERSION = "4"  # raise it when the same record would give other examples, so that old caches are not used
 PARALLEL_FROM = 10_000  # records; below, starting processes costs more than it saves
 FEATURES = Features(
     {
@@ -135,7 +135,7 @@ class ExampleEncoder:
         if isinstance(self.template, ChatTemplate):
             of_tools = self.template.for_tools
             chat = (self.template.template, of_tools and of_tools.template, sorted(self.template.names.items()))
-        return "\n".join(map(str, [VERSION, chat, self.template_name, self.max_length, self.encoder.identity()]))
+        return "\n".join(map(str, [EXAMPLES_VERSION, chat, self.template_name, self.max_length, self.encoder.identity()]))
 
 
 class PromptEncoder:

@@ -14,7 +14,7 @@ def is_lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, DistError) or any(words in str(error) for words in gloo)
 
 
-def leave_together(status: int = 0) -> None:
+def exit_after_barrier(status: int = 0) -> None:
     """Ends this process with the status when all ranks have come here. One barrier.
 
     The interpreter is not taken apart: a thread of gloo that still holds a tensor would then abort the process (see
@@ -22,10 +22,10 @@ def leave_together(status: int = 0) -> None:
     """
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    leave_alone(status)
+    exit_now(status)
 
 
-def leave_alone(status: int) -> None:
+def exit_now(status: int) -> None:
     """The same for one rank, whatever the others do."""
     atexit._run_exitfuncs()
     sys.stdout.flush()

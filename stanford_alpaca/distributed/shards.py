@@ -73,7 +73,7 @@ def culprits(parts: Iterable[tuple[str, Tensor]]) -> list[str]:
     return [name for name, part in parts if bool(not_finite([part], torch.zeros((), device=part.device)))]
 
 
-def stand_before(optimizer: Any, may_update: Callable[[], bool]) -> None:
+def gate_step(optimizer: Any, may_update: Callable[[], bool]) -> None:
     """Makes the step of DeepSpeed's optimizer, which its backward pass takes, ask first, and drop its gradients at a no."""
     update = optimizer.step
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from stanford_alpaca.distributed.engine import deepspeed_of, shards_weights
+
 
 @contextlib.contextmanager
 def loading_whole(args: TrainingArguments) -> Iterator[None]:
@@ -17,7 +19,7 @@ def loading_whole(args: TrainingArguments) -> Iterator[None]:
     There transformers would load shards, and resizing, the probe of the output layer and the frozen cost would see empty
     weights. DeepSpeed shards the model when the Trainer hands it over.
     """
-    config = getattr(args, "hf_deepspeed_config", None)
+    config = deepspeed_of(args)
     if config is not None:  # DeepSpeed calls collectives by their old names, and torch says so every time
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     unset_hf_deepspeed_config()
@@ -33,9 +35,8 @@ def weights_come_from_rank_0(args: TrainingArguments) -> bool:
 
     Else every rank would hold the whole model in memory before it is sharded.
     """
-    config = getattr(args, "hf_deepspeed_config", None)
-    shards = args.fsdp_plugin_args["cpu_ram_efficient_loading"] if args.fsdp else config is not None and config.is_zero3()
-    return shards and args.world_size > 1
+    reads_once = not args.fsdp or args.fsdp_plugin_args["cpu_ram_efficient_loading"]
+    return shards_weights(args) and reads_once and args.world_size > 1
 
 
 def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -44,7 +45,7 @@ def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
-def allocate(model: nn.Module) -> None:
+def materialize_on_cpu(model: nn.Module) -> None:
     """Gives parameters on the meta device memory on the CPU, unwritten, so that the system spends none on it yet."""
     seen: dict[int, nn.Parameter] = {}  # tied ones stay one
     for module in model.modules():

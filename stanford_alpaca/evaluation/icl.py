@@ -18,7 +18,7 @@ from stanford_alpaca.console import say
 from stanford_alpaca.data.reading import exists
 from stanford_alpaca.errors import UserError, nearest
 from stanford_alpaca.evaluation.fewshot.accuracy import accuracies, accuracy_table, compare, comparison_table, right_by_task
-from stanford_alpaca.evaluation.fewshot.predict import SCORES, Examples, Settings, choose_examples, predict
+from stanford_alpaca.evaluation.fewshot.predict import SCORES, Examples, FewShotSettings, choose_examples, predict
 from stanford_alpaca.evaluation.fewshot.retrieval import (
     ENCODER,
     RETRIEVERS,
@@ -148,7 +148,7 @@ def _models(model_path: str | None) -> list[str]:
     return names
 
 
-def _settings(options: Options) -> Settings:
+def _settings(options: Options) -> FewShotSettings:
     """The settings of these flags. Raises UserError for a value that cannot be."""
     shots, pool, seeds, score = options.shots, options.pool, options.seeds, options.score
     retriever = options.retriever or SIMILAR[0]
@@ -170,7 +170,7 @@ def _settings(options: Options) -> Settings:
             f"--pool {pool}: {retriever} draws from all training records; drop it, or choose from {', '.join(SIMILAR)}"
         )
     same = shots == 0 or (retriever in SIMILAR and pool is None)
-    return Settings(shots, retriever, pool, [None] if same else list(numbers), score, options.batch_size)
+    return FewShotSettings(shots, retriever, pool, [None] if same else list(numbers), score, options.batch_size)
 
 
 def _check_files(out: str | None) -> list[Path]:
@@ -183,14 +183,14 @@ def _check_files(out: str | None) -> list[Path]:
     return files
 
 
-def _check_sizes(data: TaskData, settings: Settings) -> None:
+def _check_sizes(data: TaskData, settings: FewShotSettings) -> None:
     size = len(data.train.texts)
     for flag, value, most in (("pool", settings.pool, size), ("shots", settings.shots, settings.pool or size)):
         if value is not None and value > most:
             raise UserError(f"--{flag} {value}: task {data.task.name} has {most} to choose from; give {most} or fewer")
 
 
-def _load_retriever(settings: Settings, asked_for: bool, encoder: str) -> tuple[Settings, Featurize | None]:
+def _load_retriever(settings: FewShotSettings, asked_for: bool, encoder: str) -> tuple[FewShotSettings, Featurize | None]:
     """What compares texts, None if nothing does or the models do; TF-IDF for want of an encoder that nobody asked for."""
     if settings.retriever != "sentence" or not settings.shots:
         return settings, {"tfidf": tfidf, "bm25": bm25}.get(settings.retriever)
@@ -206,7 +206,7 @@ def _load_retriever(settings: Settings, asked_for: bool, encoder: str) -> tuple[
 def _predict_all(
     sources: list[ModelSource],
     sets: list[TaskData],
-    settings: Settings,
+    settings: FewShotSettings,
     featurize: Featurize | None,
     file: Path | None,
 ) -> Rows:
@@ -230,7 +230,7 @@ def _predict_all(
     return rows
 
 
-def _heading(sets: list[TaskData], settings: Settings) -> str:
+def _heading(sets: list[TaskData], settings: FewShotSettings) -> str:
     """Over the table: how it came about."""
     chosen = {"random": "drawn for each item", "fixed": "drawn once", "tfidf": "by TF-IDF", "bm25": "by BM25",
               "sentence": "by sentence embeddings", "model": "by the model's hidden states"}[settings.retriever]  # fmt: skip

@@ -22,7 +22,7 @@ from stanford_alpaca.data.records import form_of
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation.metrics import REFERENCES, Evaluation, evaluate
 from stanford_alpaca.evaluation.page import render
-from stanford_alpaca.evaluation.page.curves import curves_of, flags_of, short_names, told
+from stanford_alpaca.evaluation.page.curves import curves_of, flags_of, short_names, shown_flags
 from stanford_alpaca.evaluation.page.transport import view_of
 from stanford_alpaca.evaluation.page.verdicts import table_of
 from stanford_alpaca.evaluation.settings import Settings, read_records
@@ -199,7 +199,7 @@ def page_data(
             "curves": curves[name],
             "model": name in models,
         }
-        for name, flags in zip(names, told([flags_of(name) for name in names]), strict=True)
+        for name, flags in zip(names, shown_flags([flags_of(name) for name in names]), strict=True)
     ]
     data: dict[str, Any] = {"version": __version__, "runs": runs, "evaluation": None, "samples": None, "transport": view}
     if evaluation is not None:

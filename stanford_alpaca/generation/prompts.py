@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from stanford_alpaca.console import say
 from stanford_alpaca.data.reading import SUFFIXES, read_file
-from stanford_alpaca.data.records import canonical
+from stanford_alpaca.data.records import parse_record
 from stanford_alpaca.data.templates import IN_WORDS
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.errors import UserError
@@ -68,7 +68,7 @@ def read_prompts(
     if (prompts is None) == (instruction is None):
         raise UserError("give the prompts: --prompts FILE, --instruction TEXT, or --interactive")
     if prompts is None:
-        return [canonical({"instruction": str(instruction), "input": input}, "--instruction", needs_output=False)]
+        return [parse_record({"instruction": str(instruction), "input": input}, "--instruction", needs_output=False)]
     if input is not None:
         raise UserError("--input belongs to --instruction; with --prompts the file holds the inputs")
     file = Path(str(prompts)).expanduser()
@@ -81,7 +81,7 @@ def read_prompts(
     if file.suffix.lower() in SUFFIXES:
         records = []
         for where, record in read_file(file):
-            asked = canonical(record, where, columns, needs_output=False)
+            asked = parse_record(record, where, columns, needs_output=False)
             records.append({"prompt": asked["text"], "completion": ""} if "text" in asked else asked)  # a text is continued
             if isinstance(record, dict) and isinstance(record.get("dataset"), str):
                 records[-1]["dataset"] = record["dataset"]

@@ -75,7 +75,7 @@ class Kernels(Protocol):
 LossOfStats = Callable[[Tensor, "Tensor | None"], Tensor]  # ([N] nll, [N] log_emo) -> [N] loss
 
 
-def split(targets: "Tensor | SoftTargets") -> "tuple[Tensor, SoftTargets | None]":
+def split_targets(targets: "Tensor | SoftTargets") -> "tuple[Tensor, SoftTargets | None]":
     """The targets [N] and no rest; if soft, the most probable tokens [N] and the rest: what tau gives to other tokens.
 
     Written relative to the most probable token, nothing cancels when model and teacher are both confident.

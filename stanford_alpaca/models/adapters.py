@@ -10,8 +10,7 @@ from peft import PeftConfig, PeftType
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
 from stanford_alpaca.checkpoint import manifest
-from stanford_alpaca.checkpoint.run_file import FILE as RUN_FILE
-from stanford_alpaca.checkpoint.run_file import MADE_WITH
+from stanford_alpaca.checkpoint.run_file import MADE_WITH, RUN_FILE
 from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.errors import ResumeError, UserError, first_line
 from stanford_alpaca.models.check import check_model, check_place
@@ -78,12 +77,12 @@ def find_adapter(name: str, cache_dir: str | None = None) -> Adapter:
 def _in_run(place: Path) -> Path:
     """The folder itself, or the newest whole checkpoint of a run that has not finished there."""
     saved = manifest.checkpoints(place)
-    unfinished = (place / RUN_FILE).is_file() and not (place / manifest.FILE).exists()
+    unfinished = (place / RUN_FILE).is_file() and not (place / manifest.MANIFEST_FILE).exists()
     if not saved or ((place / ADAPTER_SAFE_WEIGHTS_NAME).is_file() and not unfinished) or (place / "config.json").is_file():
         return place
     for checkpoint in saved:
         damage = _damage(checkpoint)
-        if not damage and (checkpoint / manifest.FILE).exists():
+        if not damage and (checkpoint / manifest.MANIFEST_FILE).exists():
             say(f"{place}: has not finished; its newest whole checkpoint is taken: {checkpoint.name}")
             return checkpoint
         say(f"{checkpoint}: passed over: {damage or 'no manifest'}")
@@ -92,7 +91,7 @@ def _in_run(place: Path) -> Path:
 
 def _damage(folder: Path) -> str:
     """What of a folder with a manifest is not as it was saved."""
-    return manifest.summary(folder) if (folder / manifest.FILE).exists() else ""
+    return manifest.summary(folder) if (folder / manifest.MANIFEST_FILE).exists() else ""
 
 
 def _download(name: str, cache_dir: str | None) -> Path:

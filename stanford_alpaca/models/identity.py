@@ -50,7 +50,7 @@ def _entries(folder: Path, files: tuple[str, ...], stats: tuple) -> dict[str, di
 
 def run_of(folder: Path) -> dict[str, Any]:
     """The record of the run that saved a folder; empty for one of somebody else. Raises ResumeError for a damaged manifest."""
-    if (folder / manifest.FILE).exists():
+    if (folder / manifest.MANIFEST_FILE).exists():
         return manifest.read(folder)["run"]
     return read_run(folder) or {}
 
@@ -73,7 +73,7 @@ def check_unchanged(folder: Path, verify: bool = False) -> None:
     Args:
         verify: compare contents however large they are; else above READ_WHOLE sizes alone are, and a line says so.
     """
-    if not (folder / manifest.FILE).is_file():
+    if not (folder / manifest.MANIFEST_FILE).is_file():
         return
     try:
         files = manifest.read(folder)["files"]
@@ -85,7 +85,9 @@ def check_unchanged(folder: Path, verify: bool = False) -> None:
     wrong = manifest.compare(folder, {name: files[name] for name in names}, contents=whole)
     if wrong:
         raise UserError(
-            f"{folder}: not what was saved ({wrong[0]}); give another copy, or delete {manifest.FILE} if the change is yours"
+            f"{folder}: not what was saved ({wrong[0]}); give another copy, or delete {manifest.MANIFEST_FILE} if the change is yours"
         )
     if not whole:
-        say(f"{folder}: {size / 2**30:.1f} GiB, of which sizes alone are compared with {manifest.FILE}; --verify reads them")
+        say(
+            f"{folder}: {size / 2**30:.1f} GiB, of which sizes alone are compared with {manifest.MANIFEST_FILE}; --verify reads them"
+        )

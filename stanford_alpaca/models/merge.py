@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stanford_alpaca.checkpoint import manifest
-from stanford_alpaca.checkpoint.export import appearing
+from stanford_alpaca.checkpoint.export import atomic_folder
 from stanford_alpaca.checkpoint.space import check_space
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError, first_line
@@ -60,7 +60,7 @@ def merge(adapter: Adapter, base: ModelSource, out: Path, dtype: str | None) -> 
     }
     about |= {"adapter_sha256": adapter.sha256, "dtype": str(written).removeprefix("torch.")}
     logits = about.pop("logits")
-    with appearing(out) as part:
+    with atomic_folder(out) as part:
         model.to(written).save_pretrained(part)
         tokenizer.save_pretrained(part)
         del model
@@ -68,7 +68,7 @@ def merge(adapter: Adapter, base: ModelSource, out: Path, dtype: str | None) -> 
         about["logits_differ_written"] = compare_written(base.at(str(part)), logits, written)
         history = [*merged_into(base.path), adapter.sha256]
         manifest.write_whole(part / MERGED, json.dumps({"merged_from": about, "adapters": history}, indent=1) + "\n")
-        manifest.write(part, manifest.entries_of(part, manifest.list_files(part), flush=True), {"step": 0})
+        manifest.write(part, manifest.entries_of(part, manifest.list_saved(part), flush=True), {"step": 0})
     where = ", ".join([f"{about['layers']} layer{'s' * (about['layers'] != 1)}", *about["modules"]])
     rounded = f" ({about['logits_differ_written']:.1g} in {about['dtype']})" if written != torch.float32 else ""
     return (

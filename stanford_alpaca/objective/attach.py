@@ -87,7 +87,7 @@ class AttachedObjective:
         kwargs.pop("logits_to_keep", None)
         kwargs["return_dict"] = True
         own = None
-        if routes(model, kwargs):
+        if adds_router_loss(model, kwargs):
             outputs, own = run_with_own_loss(self._original.__func__, model, labels, *args, **kwargs)
         else:
             outputs = body_of(model)(*args, **kwargs)
@@ -142,7 +142,7 @@ def check_computed(model: PreTrainedModel, args: tuple, kwargs: dict, outputs: A
         )
 
 
-def routes(model: PreTrainedModel, kwargs: dict) -> bool:
+def adds_router_loss(model: PreTrainedModel, kwargs: dict) -> bool:
     """Whether the model adds a router's auxiliary loss to its own in this call, decided as transformers decides it."""
     asked = kwargs.get("output_router_logits")
     return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
@@ -229,7 +229,7 @@ def attach_objective(
         raise ValueError(f"mode {objective.mode} (weighting {objective.emo_weighting}) needs one target, not a teacher's")
     if form is None:
         form = recognise_head(model)
-        if routes(model, {}):
+        if adds_router_loss(model, {}):
             check_own_loss(model)
     head = form.head(model)
     adaptive = None

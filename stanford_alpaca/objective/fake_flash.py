@@ -17,7 +17,7 @@ def uses_flash(model: PreTrainedModel) -> bool:
 
 
 @contextlib.contextmanager
-def played_flash(model: PreTrainedModel) -> Iterator[None]:
+def emulated_flash(model: PreTrainedModel) -> Iterator[None]:
     """Within it a model that would use FlashAttention uses ``varlen_attention``, on any device and in any dtype."""
     name = model.config._attn_implementation
     if not uses_flash(model):

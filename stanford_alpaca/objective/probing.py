@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stanford_alpaca.errors import first_line
-from stanford_alpaca.objective.fake_flash import played_flash
+from stanford_alpaca.objective.fake_flash import emulated_flash
 
 
 @contextlib.contextmanager
@@ -17,7 +17,7 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), played_flash(model):
+        with torch.no_grad(), emulated_flash(model):
             yield
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be probed with token ids alone: {first_line(error)}") from error

@@ -15,14 +15,16 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.statistics import WHOLE, statistics_of
 from stanford_alpaca.data.tokenize import ExampleEncoder, encode_records
+from stanford_alpaca.distributed.engine import ENGINES
 from stanford_alpaca.errors import UserError, nearest
 from stanford_alpaca.flags import choice, exit_on_user_error
 from stanford_alpaca.losses.objectives import MODES, Objective
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
-from stanford_alpaca.preflight.estimate import COST_SHARDINGS, ENGINES, Setup, precision_of, shardings_of
+from stanford_alpaca.preflight.estimate import Setup, precision_of, shardings_of
 from stanford_alpaca.preflight.model_profile import Parameters, describe
 from stanford_alpaca.preflight.plans import Machine, Plan, Row, advise, rows_of
+from stanford_alpaca.training.cost_sharding import PLACES
 from stanford_alpaca.training.hardware import PEAK_FLOPS
 
 RECIPE = 128  # rows per step, as in train_emo.sh
@@ -38,9 +40,7 @@ class Options:
     nodes: int = field(default=1, metadata={"help": "Nodes."})
     mode: str = choice(*MODES, default="mle", help="The objective.")
     engine: str | None = field(default=None, metadata={"choices": list(ENGINES), "help": "Restricts the table to it."})
-    cost_sharding: str | None = field(
-        default=None, metadata={"choices": list(COST_SHARDINGS), "help": "Restricts the table to it."}
-    )
+    cost_sharding: str | None = field(default=None, metadata={"choices": list(PLACES), "help": "Restricts the table to it."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows of a micro-batch on one rank."})
     global_batch: int | None = field(default=None, metadata={"help": "Rows per step; 128 or near, as in train_emo.sh."})
     model_max_length: int = field(default=512, metadata={"help": "Tokens of the longest row, for which memory has to last."})

@@ -12,26 +12,13 @@ compute dtype, of c bytes, and float32 masters with the optimizer's state. A ran
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from stanford_alpaca.distributed.engine import ENGINES
 from stanford_alpaca.losses.backends.chunked import TILE_PRODUCTS
 from stanford_alpaca.losses.backends.torch_kernels import CACHE_LOGITS, CHUNK_LOGITS
 from stanford_alpaca.preflight.model_profile import Anatomy, Parameters
-from stanford_alpaca.training import cost_sharding
 
-COST_SHARDINGS = tuple(name for name in cost_sharding.COST_SHARDINGS if name != "auto")
 NO_COST = "-"  # in place of a cost sharding where the mode reads no costs
 LIVE = 10**9  # parameters that ZeRO-3 keeps gathered, and those that its optimizer steps at once: DeepSpeed's defaults
-
-
-class Engine(NamedTuple):
-    sharded: str = ""  # of weights, gradients, optimizer
-    deepspeed: bool = False
-    offload: bool = False  # all of them in the host's memory
-
-
-ENGINES = {  # the simplest first
-    "none": Engine(), "ddp": Engine(), "fsdp": Engine("wgo"), "zero1": Engine("o", True), "zero2": Engine("go", True),
-    "zero3": Engine("wgo", True), "zero3_offload": Engine("wgo", True, True),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

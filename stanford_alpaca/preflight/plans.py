@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from stanford_alpaca.preflight import estimate
-from stanford_alpaca.preflight.estimate import COST_SHARDINGS, Memory, Setup, precision_of, shardings_of
+from stanford_alpaca.preflight.estimate import Memory, Setup, precision_of, shardings_of
 from stanford_alpaca.preflight.model_profile import Anatomy, Parameters
+from stanford_alpaca.training.cost_sharding import PLACES
 from stanford_alpaca.training.hardware import PEAK_FLOPS
 
 GIB = 2**30
@@ -114,7 +115,7 @@ def advise(table: Callable[[Setup], list[Row]], setup: Setup) -> str:
 def flags_of(row: Row, tried: Setup, asked: Setup) -> str:
     """How a row is launched, and why."""
     flags = f"ENGINE={row.engine} --per_device_train_batch_size {tried.batch}"
-    flags += f" --cost_sharding {row.cost_sharding}" if row.cost_sharding in COST_SHARDINGS else ""
+    flags += f" --cost_sharding {row.cost_sharding}" if row.cost_sharding in PLACES else ""
     flags += " --activation_checkpointing" if tried.checkpointing else ""
     without = (
         "" if tried == asked else f"; without checkpointing {'or with more rows ' * (tried.batch < asked.batch)}nothing fits"

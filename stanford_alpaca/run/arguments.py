@@ -9,23 +9,22 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from stanford_alpaca.cost import COST_KINDS
 from stanford_alpaca.data.documents import DOCUMENTS
 from stanford_alpaca.data.encode import READINGS
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.templates import TEMPLATES
+from stanford_alpaca.distributed.engine import ENGINES
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import choice
 from stanford_alpaca.losses.functional import BACKENDS
 from stanford_alpaca.losses.objectives import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.models.load import ModelSource
-from stanford_alpaca.models.lora import LORA_EMBEDDINGS, add_lora
+from stanford_alpaca.models.lora import LORA_EMBEDDINGS
 from stanford_alpaca.run.legacy_flags import read_fsdp_config
 from stanford_alpaca.training.cost_sharding import COST_SHARDINGS
-from stanford_alpaca.training.engines import ENGINES, engine_flags, spare_deepspeed_trouble
+from stanford_alpaca.training.engines import engine_flags, skip_slow_deepspeed_probes
 
 SECRET = ("hub_token",)  # what no file may hold, least of all one that is pushed to the hub
 LESS_IS_BETTER = ("loss", "nll", "emo", "perplexity")
@@ -161,13 +160,6 @@ class LoraArguments:
         """Whether tokens that are added get rows that are trained."""
         return not self.lora or self.lora_embeddings == "full"
 
-    def adapt(self, model: PreTrainedModel) -> PeftModel:
-        """The model with the adapter that these flags ask for. Raises UserError for one that cannot be had."""
-        return add_lora(
-            model, self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules, self.lora_embeddings,
-            self.lora_target_parameters,
-        )  # fmt: skip
-
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
@@ -210,7 +202,7 @@ class TrainingArguments(transformers.TrainingArguments):
             flag = f"--engine {self.engine}" if self.engine else "--deepspeed"
             raise UserError(f"{flag} needs a launcher, also for one process: torchrun --nproc_per_node 1 ...")
         if self.deepspeed and self.use_cpu:
-            spare_deepspeed_trouble()
+            skip_slow_deepspeed_probes()
         if self.fsdp:
             config = given["fsdp_config"]
             config = read_fsdp_config(config) if isinstance(config, str) else dict(config or {})

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.console import say
@@ -14,15 +12,15 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
 from stanford_alpaca.data.sources import ExampleStream
 from stanford_alpaca.distributed.store import share_from_rank_0
-from stanford_alpaca.distributed.weights import allocate, stored_buffers, weights_come_from_rank_0
+from stanford_alpaca.distributed.weights import materialize_on_cpu, stored_buffers, weights_come_from_rank_0
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.load import fit_vocabulary, unread_parts
-from stanford_alpaca.models.lora import expert_parameters
 from stanford_alpaca.models.savable import make_savable
-from stanford_alpaca.objective.attach import attach_objective, routes
+from stanford_alpaca.objective.attach import adds_router_loss, attach_objective
 from stanford_alpaca.objective.head import HeadForm
 from stanford_alpaca.objective.isolation import find_isolation
 from stanford_alpaca.objective.teacher import Teacher, same_vocabulary
+from stanford_alpaca.run.adapter import adapt, told_adapter
 from stanford_alpaca.run.arguments import ObjectiveArguments, Run
 from stanford_alpaca.run.model_checks import check_positions
 
@@ -65,8 +63,6 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
     form of its head, how it generates, and its stored buffers.
     """
     training = run.training
-    if training.fsdp and weights_come_from_rank_0(training) and stored_buffers(run.source.empty()):
-        training.fsdp_plugin_args["cpu_ram_efficient_loading"] = False  # accelerate sends parameters only: all read
     if not weights_come_from_rank_0(training):
         return build_model(run, tokenizer, with_cost)
     models = []
@@ -83,7 +79,7 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
     model = build_model(run, tokenizer, with_cost, form)
     model.generation_config = generation_config
     model.load_state_dict(buffers, strict=False)
-    allocate(model)  # DeepSpeed takes no meta tensors, and accelerate tells parameters apart by their addresses
+    materialize_on_cpu(model)  # DeepSpeed takes no meta tensors, and accelerate tells parameters apart by their addresses
     return model
 
 
@@ -97,7 +93,7 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
     make_savable(model, tokenizer, model_args.model_name_or_path)
     teacher = make_teacher(run, tokenizer)
     freeze_unread(model, model_args.model_name_or_path)
-    adapted = run.lora.adapt(model) if run.lora.lora else model
+    adapted = adapt(model, run.lora) if run.lora.lora else model
     if run.lora.lora:
         say(told_adapter(adapted))
     try:
@@ -108,18 +104,6 @@ def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, f
     except ValueError as error:
         raise UserError(str(error)) from None
     return adapted
-
-
-def told_adapter(model: PeftModel) -> str:
-    """What an adapter trains, in a line, and which weights of experts stay frozen."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    kinds = sorted({name.rpartition(".")[2] for name in layers} - {"base_layer"})
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    adapted = tuple(name for of in model.peft_config.values() for name in of.target_parameters or [])
-    frozen = [name for name in expert_parameters(model.get_base_model()) if not name.endswith(adapted)]
-    experts = f"; experts stay frozen ({', '.join(frozen)}): --lora_target_parameters reaches them" if frozen else ""
-    total = model.num_parameters()
-    return f"LoRA trains {trained:,} of {total:,} parameters, beside {len(layers)} layers ({', '.join(kinds)}){experts}"
 
 
 def freeze_unread(model: PreTrainedModel, name: str) -> None:
@@ -170,7 +154,7 @@ def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:
         means = share_from_rank_0("isolation", probe if run.training.process_index == 0 else None)
     else:
         means = probe()
-    if routes(model, {}) and not flat:
+    if adds_router_loss(model, {}) and not flat:
         raise UserError("--packing: the router's loss of this model would count the padding of rows; add --padding_free")
     return SegmentCollator(pad_id, flat, apart_by=means)
 

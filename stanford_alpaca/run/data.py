@@ -61,7 +61,7 @@ def load_data(
     _sign(tokenizer, list(templates), data)
     if data.eval_fraction is not None:
         seed = None if data.block_size else training.seed
-        splits = [split(source, data.eval_fraction, seed) for source in sources]
+        splits = [hold_out(source, data.eval_fraction, seed) for source in sources]
         sources, held_out = [kept for kept, _ in splits], mix([held for _, held in splits], None, training.seed)
         say(f"held out {len(held_out):,} {'blocks' if data.block_size else 'examples'}")
     return mix(sources, data.data_weights, training.seed), held_out
@@ -73,7 +73,7 @@ def _sign(tokenizer: PreTrainedTokenizerBase, templates: list[str], data: DataAr
         say(line)
 
 
-def split(examples: Dataset, fraction: float, seed: int | None) -> tuple[Dataset, Dataset]:
+def hold_out(examples: Dataset, fraction: float, seed: int | None) -> tuple[Dataset, Dataset]:
     """What is trained on and what is held out: without a seed, the end. Raises UserError if either would be empty."""
     if not 0 < round(len(examples) * fraction) < len(examples):
         raise UserError(f"--eval_fraction {fraction} of {len(examples)} examples leaves one side empty")

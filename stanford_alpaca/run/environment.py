@@ -30,7 +30,7 @@ INSTEAD = {  # beginnings of names -> the flags that say it; the first that fits
     "XLA_USE_BF16": "",
     "XLA_DOWNCAST_BF16": "",
 }
-FREE = {  # of accelerate's, those that decide no number: what they say is printed, or true or false
+HARMLESS = {  # of accelerate's, those that decide no number: what they say is printed, or true or false
     "ACCELERATE_LOG_LEVEL": ("debug", "info", "warning", "error", "critical"),
     "ACCELERATE_DEBUG_MODE": WORDS, "ACCELERATE_CPU_AFFINITY": WORDS, "ACCELERATE_ENABLE_RICH": WORDS,
     "FSDP_CPU_RAM_EFFICIENT_LOADING": WORDS, "ACCELERATE_NUM_PROCESSES": None,
@@ -41,7 +41,7 @@ PRECISION = (
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "DNNL_DEFAULT_FPMATH_MODE",
 )
-ROUNDING = (
+NUMERICS = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
     "DNNL_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TORCH_BLAS_PREFER_CUBLASLT",
     "TORCH_LINALG_PREFER_CUSOLVER", "PYTORCH_TUNABLEOP_ENABLED", "PYTORCH_TUNABLEOP_FILENAME", "FLASH_ATTENTION_DETERMINISTIC",
@@ -76,8 +76,8 @@ def check_environment(environment: Mapping[str, str] | None = None) -> None:
         said = f"{name}={value} in the environment"
         if name in NUMBERS and not value.isdecimal():
             raise UserError(f"{said} is no number; a launcher (torchrun) sets it: unset it, or give it one")
-        if name in FREE:
-            known = FREE[name]
+        if name in HARMLESS:
+            known = HARMLESS[name]
             if known is not None and value.lower() not in known:
                 raise UserError(f"{said}: choose from {', '.join(known)}, or unset it")
             continue
@@ -92,4 +92,4 @@ def check_environment(environment: Mapping[str, str] | None = None) -> None:
 def recorded(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """The variables that numbers depend on, as they are set."""
     of = os.environ if environment is None else environment
-    return {name: of[name] for name in (*PRECISION, *ROUNDING) if of.get(name)}
+    return {name: of[name] for name in (*PRECISION, *NUMERICS) if of.get(name)}

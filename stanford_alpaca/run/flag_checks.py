@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from stanford_alpaca.checkpoint.manifest import checkpoints
 from stanford_alpaca.console import quiet_hub, say
+from stanford_alpaca.distributed.engine import deepspeed_of, shards_weights
 from stanford_alpaca.errors import UserError, first_line, nearest
 from stanford_alpaca.flags import check_writable
 from stanford_alpaca.models.check import check_model
@@ -29,7 +30,8 @@ from stanford_alpaca.run.arguments import (
     TrainingArguments,
     defaults,
 )
-from stanford_alpaca.run.lock import FILE as LOCK
+from stanford_alpaca.run.lock import LOCK_FILE
+from stanford_alpaca.run.resolve import accumulation_of, asked_checkpoint
 from stanford_alpaca.run.trainer_flags import check_flags, check_optimizer_flags
 
 FROM_ZERO = (
@@ -171,8 +173,7 @@ def check_lora(model: ModelArguments, lora: LoraArguments, training: TrainingArg
                 raise UserError(f"--{name} needs --lora")
         return
     if lora.qlora:
-        zero = getattr(training, "hf_deepspeed_config", None)
-        if training.fsdp or (zero is not None and zero.is_zero3()):
+        if shards_weights(training):
             raise UserError("--qlora: weights in 4 bits are not sharded here; choose --engine ddp, zero1 or zero2, or none")
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("--qlora needs bitsandbytes: pip install bitsandbytes, or drop the flag")
@@ -236,7 +237,6 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
             raise UserError("--streaming and --eval_fraction exclude each other: hold data out with --eval_path")
         if data.packing or training.balance_lengths:
             raise UserError("--streaming and --packing or --balance_lengths exclude each other: a stream's lengths are unknown")
-        training.accelerator_config.dispatch_batches = False  # every rank reads the stream and takes its part
 
 
 def check_blocks(data: DataArguments) -> None:
@@ -256,19 +256,21 @@ def check_blocks(data: DataArguments) -> None:
 
 def check_output(training: TrainingArguments) -> None:
     """An output folder that can be made, and is new unless a run is resumed; which checkpoint is good is found out later."""
-    output, resume = Path(training.output_dir), training.resume_from_checkpoint
-    if resume is not None and str(resume).lower() in ("true", "false"):  # Hugging Face's way to say: the newest one
-        resume = True if str(resume).lower() == "true" else None
-    training.resume_from_checkpoint = resume
+    output, resume = Path(training.output_dir), asked_checkpoint(training)
     if resume is True and not (output.is_dir() and checkpoints(output)):
         raise UserError(f"--resume_from_checkpoint: no checkpoint in {output}")
-    if resume not in (None, True) and not (Path(resume) / "trainer_state.json").is_file():
+    if resume not in (None, True) and not (Path(str(resume)) / "trainer_state.json").is_file():
         raise UserError(f"--resume_from_checkpoint {resume}: not a checkpoint of a run")
     if resume is not None and training.resume is not None:
         raise UserError("--resume auto and --resume_from_checkpoint exclude each other: drop one")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file; give a folder")
-    if resume is None and training.resume is None and output.exists() and any(file.name != LOCK for file in output.iterdir()):
+    if (
+        resume is None
+        and training.resume is None
+        and output.exists()
+        and any(file.name != LOCK_FILE for file in output.iterdir())
+    ):
         raise UserError(f"--output_dir {output} is not empty; give another, or --resume auto to go on with its run")
     check_writable("output_dir", output)
 
@@ -289,7 +291,7 @@ def check_batches(training: TrainingArguments) -> None:
         raise UserError(
             f"--engine none is one process, and there are {training.world_size}: choose ddp, fsdp, zero1, zero2, zero3"
         )
-    differences = getattr(getattr(training, "hf_deepspeed_config", None), "mismatches", [])
+    differences = getattr(deepspeed_of(training), "mismatches", [])
     if differences:  # the Trainer would say so when files have been written
         raise UserError(
             f"--deepspeed contradicts the flags: {', '.join(line.strip(' -') for line in differences)}; write auto there"
@@ -303,7 +305,6 @@ def check_batches(training: TrainingArguments) -> None:
                 f"--global_batch {training.global_batch} is no multiple of {per_step} "
                 f"({training.world_size} processes of {training.train_batch_size})"
             )
-        accumulation = training.global_batch // per_step
+        accumulation = accumulation_of(training)
         if training.gradient_accumulation_steps not in (1, accumulation):
             raise UserError(f"--global_batch {training.global_batch} asks for --gradient_accumulation_steps {accumulation}")
-        training.gradient_accumulation_steps = accumulation

@@ -91,7 +91,7 @@ def translate(argv: Tokens, has_tf32: bool = True) -> tuple[Tokens, list[str]]:
     """
     new: Tokens = []
     lines: list[str] = []
-    flags = split(argv)
+    flags = split_flags(argv)
     old_fsdp = any(flag.name == FSDP[-1] or (flag.name == "fsdp" and flag.values) for flag in flags)
     fsdp = {flag.name: flag for flag in flags if old_fsdp and flag.name in FSDP}
     for flag in flags:
@@ -113,7 +113,7 @@ def translate(argv: Tokens, has_tf32: bool = True) -> tuple[Tokens, list[str]]:
     return new, lines
 
 
-def split(argv: Tokens) -> list[Flag]:
+def split_flags(argv: Tokens) -> list[Flag]:
     """The command line, flag by flag, each with the values that follow it."""
     flags: list[Flag] = []
     for token in argv:

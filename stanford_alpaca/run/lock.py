@@ -10,13 +10,13 @@ from pathlib import Path
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError
 
-FILE = "_lock"  # a name that the Trainer does not upload
+LOCK_FILE = "_lock"  # a name that the Trainer does not upload
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 _ours: set[Path] = set()  # folders that this process is in: a POSIX lock does not keep it from itself
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Keeps other runs from entering with the same folder; the system lets go when a process ends, however it does.
 
     Of the process alone: its children, which may outlive it, do not inherit a POSIX lock. It would be lost if the process
@@ -29,7 +29,7 @@ def held(folder: Path) -> Iterator[None]:
         raise _taken(folder)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / FILE
+    file = folder / LOCK_FILE
     descriptor = _lock(file)
     _ours.add(folder.resolve())
     try:

@@ -12,6 +12,7 @@ from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.distributed.weights import loading_whole
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.generation.prompts import encode_prompts
+from stanford_alpaca.run.adapter import adapt
 from stanford_alpaca.run.arguments import Run
 from stanford_alpaca.training.fsdp import decoder_layers
 
@@ -66,4 +67,4 @@ def trained_parameters(model: PreTrainedModel, run: Run) -> int:
     """How many parameters are trained. Raises UserError for LoRA targets that no layer has."""
     if not run.lora.lora:
         return sum(p.numel() for p in model.parameters())
-    return sum(p.numel() for p in run.lora.adapt(copy.deepcopy(model)).parameters() if p.requires_grad)
+    return sum(p.numel() for p in adapt(copy.deepcopy(model), run.lora).parameters() if p.requires_grad)

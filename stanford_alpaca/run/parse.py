@@ -14,7 +14,7 @@ from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.console import keep_secret
 from stanford_alpaca.errors import UserError, first_line, nearest
 from stanford_alpaca.run.arguments import FLAGS, SECRET, Run
-from stanford_alpaca.run.legacy_flags import split, translate
+from stanford_alpaca.run.legacy_flags import split_flags, translate
 
 
 class _Parser(HfArgumentParser):
@@ -29,7 +29,7 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
     """
     argv, made_with = with_config(argv)
     argv = [*_not_given(recipe or {}, argv), *argv]
-    keep_secret(*(value for flag in split(argv) if flag.name in SECRET for value in flag.values))
+    keep_secret(*(value for flag in split_flags(argv) if flag.name in SECRET for value in flag.values))
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
     parser = _Parser(FLAGS, allow_abbrev=False)
     try:
@@ -46,7 +46,7 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
     }
     given = vars(parser.parse_known_args(argv)[0])
     if data.block_size is not None:
-        asked = {flag.name: flag.values for flag in split(argv)}.get("model_max_length", [str(data.block_size)])
+        asked = {flag.name: flag.values for flag in split_flags(argv)}.get("model_max_length", [str(data.block_size)])
         if asked != [str(data.block_size)]:
             raise UserError("--block_size takes the place of --model_max_length: drop that")
         given["model_max_length"] = training.model_max_length = data.block_size

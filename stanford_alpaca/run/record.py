@@ -12,9 +12,8 @@ import yaml
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from stanford_alpaca import __version__
-from stanford_alpaca.checkpoint.manifest import FILE as MANIFEST
-from stanford_alpaca.checkpoint.manifest import file_sha256, write_whole
-from stanford_alpaca.checkpoint.run_file import FILE, FILE_FROM, MADE_WITH, read_run
+from stanford_alpaca.checkpoint.manifest import MANIFEST_FILE, file_sha256, write_whole
+from stanford_alpaca.checkpoint.run_file import MADE_WITH, RUN_FILE, RUN_FILE_FROM, read_run
 from stanford_alpaca.data.sources import identify
 from stanford_alpaca.models.identity import BASE, identify_model
 from stanford_alpaca.run import environment
@@ -26,7 +25,7 @@ CONFIGS = ("deepspeed", "fsdp_config", "accelerator_config", "chat_template")  #
 CONTENT = "content of --"
 ENVIRONMENT = "environment variable "
 # flags that decide nothing, or are compared by what they lead to
-FREE = {
+IRRELEVANT_FLAGS = {
     "model_name_or_path", "teacher", "cost", "data_path", "eval_path", "output_dir", "resume", "resume_from_checkpoint",
     "cache_dir", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node",
     "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
@@ -38,7 +37,7 @@ FREE = {
     "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
 }  # fmt: skip
 # flags that change the order of sums, what is evaluated, or where things are
-ROUNDING = {
+NUMERICS_FLAGS = {
     "engine", "fsdp", "fsdp_config", "deepspeed", "per_device_train_batch_size", "gradient_accumulation_steps",
     "global_batch", "balance_lengths", "padding_free", "cost_sharding", "cost_cache_mib", "loss_backend",
     "attn_implementation", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode",
@@ -47,19 +46,19 @@ ROUNDING = {
     "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "eval_strategy",
     "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "per_device_eval_batch_size",
 }  # fmt: skip
-OF_STREAMS = {"dataloader_num_workers"}  # of these, what decides what is drawn from a stream
-OF_THE_BEST = {  # and which checkpoint is the best, of which others go on or which the run ends with
+STREAM_FLAGS = {"dataloader_num_workers"}  # of these, what decides what is drawn from a stream
+BEST_CHECKPOINT_FLAGS = {  # and which checkpoint is the best, of which others go on or which the run ends with
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_path", "save_strategy", "save_steps",
 }  # fmt: skip
 # with others a run cannot go on: they decide what the optimizer's state is of, and which example is the next
-FIXED = {
+STATE_FLAGS = {
     "optim", "optim_args", "optim_target_modules", "lora", "qlora", "lora_r", "lora_target_modules", "lora_target_parameters",
     "lora_embeddings", "seed", "data_seed", "eval_fraction", "data_weights", "streaming", "shuffle_buffer", "columns",
     "model_max_length", "block_size", "documents", "max_sentences", "packing", "prompt_template", "special_tokens",
     "train_history", "train_sampling_strategy",
 }  # fmt: skip
-OF_MEASURES = {"metric_for_best_model", "greater_is_better"}  # the best value so far is one of theirs
-OF_PLATEAUS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"}  # which have lowered the rate on their own
+MEASURE_FLAGS = {"metric_for_best_model", "greater_is_better"}  # the best value so far is one of theirs
+PLATEAU_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"}  # which have lowered the rate on their own
 HEADER = "# Repeat: python -m stanford_alpaca.train --config run.yaml --output_dir ANOTHER\n"
 
 
@@ -107,7 +106,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
     contents: list[str] = []
     rounding: list[str] = []
     strict, usual = _strict(*records), defaults(*FLAGS)
-    free, rounds, fixed = FREE - strict, ROUNDING - strict, _fixed(*records)
+    free, rounds, fixed = IRRELEVANT_FLAGS - strict, NUMERICS_FLAGS - strict, _fixed(*records)
     for name in [name for name in {**before, **now} if name not in free | {MADE_WITH, "data_path", "eval_path"}]:
         was, is_now = (record.get(name, usual.get(name)) for record in records)
         if was != is_now:
@@ -141,7 +140,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
 def _fixed(*records: dict[str, Any]) -> set[str]:
     """Flags with another value of which a run cannot go on."""
     on_plateau = any(record.get("lr_scheduler_type") == "reduce_lr_on_plateau" for record in records)
-    return FIXED | (OF_PLATEAUS if on_plateau else set()) | (OF_MEASURES if _seeks_best(*records) else set())
+    return STATE_FLAGS | (PLATEAU_FLAGS if on_plateau else set()) | (MEASURE_FLAGS if _seeks_best(*records) else set())
 
 
 def _seeks_best(*records: dict[str, Any]) -> bool:
@@ -155,7 +154,7 @@ def _said(value: Any) -> str:
 def _strict(*records: dict[str, Any]) -> set[str]:
     """Flags of FREE and ROUNDING that decide the result, because of others."""
     streams = any(record.get("streaming") for record in records)
-    return (OF_STREAMS if streams else set()) | (OF_THE_BEST if _seeks_best(*records) else set())
+    return (STREAM_FLAGS if streams else set()) | (BEST_CHECKPOINT_FLAGS if _seeks_best(*records) else set())
 
 
 def differences(run: Run, now: dict[str, Any]) -> list[str]:
@@ -178,10 +177,10 @@ def write_run(run: Run, record: dict[str, Any]) -> None:
     """
     output, resume = Path(run.training.output_dir), run.training.resume_from_checkpoint
     output.mkdir(parents=True, exist_ok=True)
-    (output / MANIFEST).unlink(missing_ok=True)
-    file, before = output / FILE, read_run(output)
+    (output / MANIFEST_FILE).unlink(missing_ok=True)
+    file, before = output / RUN_FILE, read_run(output)
     if before is not None and resume is not None:
         if not any(changes(before, record)):
             return
-        file = output / FILE_FROM.format(Path(resume).name)
+        file = output / RUN_FILE_FROM.format(Path(resume).name)
     write_whole(file, HEADER + yaml.safe_dump(record, sort_keys=False, allow_unicode=True))

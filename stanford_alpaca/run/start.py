@@ -8,15 +8,23 @@ from typing import Any
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.kinds import FSDP, PLAIN, ZERO, check_resumable, check_state
 from stanford_alpaca.checkpoint.pickles import refuse_code
-from stanford_alpaca.checkpoint.run_file import FILE, FILE_FROM, read_run
+from stanford_alpaca.checkpoint.run_file import RUN_FILE, RUN_FILE_FROM, read_run
 from stanford_alpaca.checkpoint.saving import STAGING, recover
+from stanford_alpaca.distributed.engine import deepspeed_of, shards_weights
 from stanford_alpaca.errors import ResumeError, UserError
 from stanford_alpaca.run.arguments import Run, TrainingArguments
-from stanford_alpaca.run.lock import FILE as LOCK
+from stanford_alpaca.run.lock import LOCK_FILE
 from stanford_alpaca.run.record import changes, record_of
 
 AUTO = "auto"
-OWN = {LOCK, FILE, f"{FILE}.part", STAGING, "samples.jsonl", "runs"}  # what there may be before the first checkpoint
+OWN = {
+    LOCK_FILE,
+    RUN_FILE,
+    f"{RUN_FILE}.part",
+    STAGING,
+    "samples.jsonl",
+    "runs",
+}  # what there may be before the first checkpoint
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ def where_to_start(run: Run) -> Start:
     recover(output)
     if asked not in (None, True):
         return _from_named(Path(asked), output, record, fits)
-    finished = training.resume == AUTO and (output / manifest.FILE).is_file()
+    finished = training.resume == AUTO and (output / manifest.MANIFEST_FILE).is_file()
     wrong = manifest.summary(output) if finished else ""
     if finished and not wrong:
         written = manifest.read(output)["run"]
@@ -88,7 +96,7 @@ def _from_newest(output: Path, record: dict[str, Any], fits: Callable[[Path], No
     for folder in manifest.checkpoints(output):
         reason = _reasons(folder, fits)
         if not reason:
-            later = read_run(output, FILE_FROM.format(folder.name))  # the user has asked for other flags from there on
+            later = read_run(output, RUN_FILE_FROM.format(folder.name))  # the user has asked for other flags from there on
             start = _go_on(folder, record, strict and (later is None or bool(changes(later, record)[0])))
             return replace(start, notes=[*(f"passed over {line}" for line in broken), *start.notes])
         broken.append(f"{folder.name}: {reason}")
@@ -128,15 +136,14 @@ def _refuse(folder: Path, before: dict[str, Any], record: dict[str, Any], strict
 
 def _fits(training: TrainingArguments) -> Callable[[Path], None]:
     """Raises UserError for a checkpoint that this run's engine cannot go on from."""
-    zero = getattr(training, "hf_deepspeed_config", None)
-    engine = FSDP if training.fsdp else PLAIN if zero is None else ZERO
-    stage_3 = zero is not None and zero.is_zero3()
+    engine = FSDP if training.fsdp else PLAIN if deepspeed_of(training) is None else ZERO
+    stage_3 = engine == ZERO and shards_weights(training)
 
     def fits(checkpoint: Path) -> None:
         check_resumable(checkpoint, engine, training.world_size, stage_3)
         about = manifest.read(checkpoint)
         if "world_size" not in about:
-            raise ResumeError(f"{manifest.FILE}: does not say how many processes wrote the others")
+            raise ResumeError(f"{manifest.MANIFEST_FILE}: does not say how many processes wrote the others")
         check_state(checkpoint, about["step"], ranks=training.world_size if about["world_size"] == training.world_size else 0)
 
     return fits

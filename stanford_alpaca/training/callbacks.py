@@ -10,7 +10,7 @@ from stanford_alpaca.console import say
 from stanford_alpaca.generation.responses import generate_batch, plain_generation
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.generation.writers import append_jsonl, format_sample, sample_of, samples_as_markdown
-from stanford_alpaca.training.trainer import EmoTrainer, frozen_random_states
+from stanford_alpaca.training.trainer import EmoTrainer, preserved_rng
 
 
 class SampleCallback(TrainerCallback):
@@ -32,7 +32,7 @@ class SampleCallback(TrainerCallback):
         args, model = self.trainer.args, self.trainer.model
         training, generation_config = model.training, model.generation_config
         model.generation_config = plain_generation(self.trainer.processing_class)
-        with self.trainer.watch.paused(), frozen_random_states():
+        with self.trainer.watch.paused(), preserved_rng():
             texts = generate_batch(
                 model, self.trainer.processing_class, self.prompts, Sampling(args.sample_max_new_tokens),
                 progress=False, synced=args.world_size > 1,

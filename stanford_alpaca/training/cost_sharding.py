@@ -18,11 +18,13 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainingArguments
 
 from stanford_alpaca.cost import CostAlias, ShardedCost, broadcast_cost
+from stanford_alpaca.distributed.engine import shards_weights
 from stanford_alpaca.distributed.weights import weights_come_from_rank_0
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.objective.attach import routes
+from stanford_alpaca.objective.attach import adds_router_loss
 
-COST_SHARDINGS = ("auto", "replicate", "shard", "vocab_parallel")
+PLACES = ("replicate", "shard", "vocab_parallel")  # of the frozen costs
+COST_SHARDINGS = ("auto", *PLACES)
 AUTO_SHARD_BYTES = 2**30  # auto shards larger embeddings where the engine shards the model
 
 
@@ -43,10 +45,8 @@ def shard_cost(model: PreTrainedModel, asked: str, training: TrainingArguments) 
         return "replicate" if asked == "auto" else asked
     embedding = emo.cost if emo.cost is not None and emo.cost.rows is not None else None
     if asked == "auto":
-        zero = getattr(training, "hf_deepspeed_config", None)  # set where DeepSpeed is asked for
-        sharded = training.fsdp or (zero is not None and zero.is_zero3())
         large = embedding is not None and embedding.rows.nbytes > AUTO_SHARD_BYTES
-        asked = "shard" if large and sharded and training.world_size > 1 else "replicate"
+        asked = "shard" if large and shards_weights(training) and training.world_size > 1 else "replicate"
     one_has_it = weights_come_from_rank_0(training)
     if asked == "replicate":
         if one_has_it and embedding is not None:
@@ -72,7 +72,7 @@ def _separate_output_layer(model: PreTrainedModel, training: TrainingArguments) 
         raise UserError("--cost_sharding vocab_parallel needs an output layer of its own, and this model's is tied; use shard")
     if layer.weight.shape[0] <= -(-layer.weight.shape[0] // training.world_size) * (training.world_size - 1):
         raise UserError(f"--cost_sharding vocab_parallel: {training.world_size} processes are too many for this vocabulary")
-    if routes(model, {}):
+    if adds_router_loss(model, {}):
         raise UserError(
             "--cost_sharding vocab_parallel: the router's loss of this model is computed with its output layer; use shard"
         )

@@ -11,10 +11,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from stanford_alpaca.distributed.engine import deepspeed_of
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.training.cost_sharding import check_separate
 
-ENGINES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -62,7 +62,7 @@ def check_deepspeed(given: Any) -> None:
         raise UserError(f"--deepspeed {given}: a {type(value).__name__}, wanted an object of DeepSpeed's settings; mend it")
 
 
-def spare_deepspeed_trouble() -> None:
+def skip_slow_deepspeed_probes() -> None:
     """Keeps DeepSpeed on a CPU from two things that take long. Has to come before its engine.
 
     Its all-reduce in shared memory, which only tensor-parallel inference calls: every new environment would compile it, with
@@ -81,17 +81,17 @@ def check_engine(trainer: Any) -> None:
     if wanted is None and args.fsdp:
         wanted = "fsdp"
     elif wanted is None and args.deepspeed:  # whether a file of the user's own offloads is not asked
-        stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+        stage = deepspeed_of(args).get_value("zero_optimization.stage", 0)
         wanted, active = f"zero{stage}", active.removesuffix("_offload")
     if wanted not in (None, active):
         raise UserError(f"the engine {wanted} was asked for, but the active one is {active}")
     if active == "ddp" and args.world_size > 2:
-        add_one_by_one(trainer.model_wrapped)
+        allreduce_each_gradient(trainer.model_wrapped)
     if active == "fsdp":
         check_separate(trainer.accelerator.unwrap_model(trainer.model))
 
 
-def add_one_by_one(model: nn.Module) -> None:
+def allreduce_each_gradient(model: nn.Module) -> None:
     """Makes DDP sum each gradient by itself, one all-reduce per parameter, instead of bucket by bucket.
 
     Three ranks or more add in an order that depends on the place in the bucket, and DDP lays its buckets out anew after the

@@ -94,7 +94,7 @@ class ResumableTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # which would load what it finds
-            zero.check_model(Path(resume_from_checkpoint), self.model)
+            zero.check_parameters(Path(resume_from_checkpoint), self.model)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             self._make_up_evaluation(resume_from_checkpoint)

@@ -16,9 +16,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from stanford_alpaca.checkpoint.pickles import restrict_deepspeed
 from stanford_alpaca.data.balance import BalancedSampler
-from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, fill_up
+from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, pad_to_multiple
 from stanford_alpaca.data.packing import PackedExamples, example_lengths
-from stanford_alpaca.distributed.shards import Shards, stand_before
+from stanford_alpaca.distributed.shards import Shards, gate_step
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.objective.attach import AttachedObjective
 from stanford_alpaca.training.engines import check_engine
@@ -67,7 +67,7 @@ class EmoTrainer(ResumableTrainer):
         self._linear, self._quadratic = training_flops(self.model) if self._peak else (0.0, 0.0)
         if isinstance(self.train_dataset, Dataset | PackedExamples):  # a stream has no end to fill up
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            self.train_dataset = fill_up(self.train_dataset, batch, self.data_collator.pad_id)
+            self.train_dataset = pad_to_multiple(self.train_dataset, batch, self.data_collator.pad_id)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -104,7 +104,7 @@ class EmoTrainer(ResumableTrainer):
         again = self._compute_again if isinstance(self.model_wrapped, DistributedDataParallel) else None
         self.guard.start(shards, self.state.stateful_callbacks.get("guard", {}), again)
         if zero is not None:  # whose backward pass makes the update
-            stand_before(zero, lambda: self.guard.may_update(self.state.global_step + 1))
+            gate_step(zero, lambda: self.guard.may_update(self.state.global_step + 1))
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
@@ -138,7 +138,7 @@ class EmoTrainer(ResumableTrainer):
         """The gradients of the present step once more, but each rank's own, where DDP has averaged them."""
         model, (samples, num_items) = self.model_wrapped, self._batch
         model.zero_grad()
-        with frozen_random_states(), self.accelerator.no_sync(model):
+        with preserved_rng(), self.accelerator.no_sync(model):
             for inputs in samples:
                 super().training_step(model, inputs, num_items)
 
@@ -213,7 +213,7 @@ class EmoTrainer(ResumableTrainer):
     ) -> EvalLoopOutput:
         """Token-weighted: loss, nll, perplexity, target_prob and, with a cost, emo."""
         self.emo.eval_meter.drain("cpu")
-        with self.watch.paused(), frozen_random_states():  # a run that is resumed after it is as one that was not
+        with self.watch.paused(), preserved_rng():  # a run that is resumed after it is as one that was not
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only=True, metric_key_prefix=metric_key_prefix
             )
@@ -229,7 +229,7 @@ class EmoTrainer(ResumableTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         batch = self.args.eval_batch_size * self.args.world_size
-        return super().get_eval_dataloader(fill_up(dataset, batch, self.data_collator.pad_id))
+        return super().get_eval_dataloader(pad_to_multiple(dataset, batch, self.data_collator.pad_id))
 
     # ---- the hub -------------------------------------------------------------------------------------------------------
 
@@ -247,7 +247,7 @@ class EmoTrainer(ResumableTrainer):
             super().create_model_card(*args, **kwargs)
 
 
-def frozen_random_states() -> contextlib.AbstractContextManager:
+def preserved_rng() -> contextlib.AbstractContextManager:
     """Within it random numbers may be drawn; afterwards it is as if none had been."""
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 

@@ -15,7 +15,7 @@ def folder(tmp_path):
     (place / "part").mkdir(parents=True)
     (place / "a.pt").write_bytes(b"first")
     (place / "part" / "b.distcp").write_bytes(b"second")
-    manifest.write(place, manifest.entries_of(place, manifest.list_files(place), flush=True), {"step": 3, "run": {"seed": 1}})
+    manifest.write(place, manifest.entries_of(place, manifest.list_saved(place), flush=True), {"step": 3, "run": {"seed": 1}})
     return place
 
 
@@ -49,11 +49,11 @@ def test_a_whole_folder_has_no_problems_and_says_what_it_is(folder):
         (lambda f: (f / "scaler.pt").write_bytes(b"x"), "scaler.pt: was not saved with the others"),
         (lambda f: (f / "part" / ".metadata").write_bytes(b"x"), "part/.metadata: was not saved with the others"),
         (lambda f: (f / "global_step3").symlink_to(f / "part"), "global_step3: leads out of the folder"),
-        (lambda f: (f / manifest.FILE).unlink(), "manifest.json: not there, so nothing says what the files should be"),
-        (lambda f: (f / manifest.FILE).write_text("{"), "manifest.json: cannot be read"),
-        (lambda f: (f / manifest.FILE).write_text("[" * 100_000), "manifest.json: cannot be read"),
-        (lambda f: (f / manifest.FILE).write_text("[]"), "manifest.json: cannot be read"),
-        (lambda f: flip(f / manifest.FILE, '"step": 3', '"step": 4'), "manifest.json: damaged"),
+        (lambda f: (f / manifest.MANIFEST_FILE).unlink(), "manifest.json: not there, so nothing says what the files should be"),
+        (lambda f: (f / manifest.MANIFEST_FILE).write_text("{"), "manifest.json: cannot be read"),
+        (lambda f: (f / manifest.MANIFEST_FILE).write_text("[" * 100_000), "manifest.json: cannot be read"),
+        (lambda f: (f / manifest.MANIFEST_FILE).write_text("[]"), "manifest.json: cannot be read"),
+        (lambda f: flip(f / manifest.MANIFEST_FILE, '"step": 3', '"step": 4'), "manifest.json: damaged"),
         (lambda f: change_entry(f, "../elsewhere"), "manifest.json: names ../elsewhere, which is outside the folder"),
         (lambda f: change_entry(f, "/etc/passwd"), "manifest.json: names /etc/passwd, which is outside the folder"),
         (lambda f: change_entry(f, "a.pt", bytes="many"), "manifest.json: damaged"),
@@ -75,8 +75,8 @@ def flip(file, old, new):
 def test_sizes_alone_are_compared_on_request_and_other_versions_are_refused(folder):
     (folder / "a.pt").write_bytes(b"FIRST")
     assert manifest.problems(folder, contents=False) == [] and len(manifest.problems(folder)) == 1
-    content = json.loads((folder / manifest.FILE).read_text()) | {"version": 2}
-    (folder / manifest.FILE).write_text(json.dumps(content))
+    content = json.loads((folder / manifest.MANIFEST_FILE).read_text()) | {"version": 2}
+    (folder / manifest.MANIFEST_FILE).write_text(json.dumps(content))
     with pytest.raises(ResumeError, match="another version"):
         manifest.read(folder)
 

@@ -141,7 +141,7 @@ def test_the_limit_never_deletes_the_one_just_saved(tmp_path, limit, best, broke
 
 
 def test_finished_files_are_merged_and_the_old_manifest_goes_first(tmp_path):
-    (tmp_path / manifest.FILE).write_text("old")
+    (tmp_path / manifest.MANIFEST_FILE).write_text("old")
     (tmp_path / "run.yaml").write_text("kept")
     staged = Staged(tmp_path / "model", 0, 1)
     (staged.folder / "templates").mkdir()

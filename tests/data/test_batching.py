@@ -3,7 +3,7 @@
 import torch
 from datasets import Dataset
 
-from stanford_alpaca.data.batching import PadCollator, SegmentCollator, count_examples, count_tokens, fill_up
+from stanford_alpaca.data.batching import PadCollator, SegmentCollator, count_examples, count_tokens, pad_to_multiple
 
 
 def test_padding_is_masked_by_length_even_where_the_pad_id_is_an_ordinary_token():
@@ -15,10 +15,10 @@ def test_padding_is_masked_by_length_even_where_the_pad_id_is_an_ordinary_token(
 
 def test_fill_up_adds_rows_without_targets():
     examples = Dataset.from_dict({"input_ids": [[1, 2], [3], [4, 5, 6]], "labels": [[-100, 2], [3], [-100, 5, 6]]})
-    filled = fill_up(examples, 4, token_id=9)
+    filled = pad_to_multiple(examples, 4, token_id=9)
     assert filled[:3] == examples[:3]
     assert filled[3] == {"input_ids": [9], "labels": [-100]}
-    assert fill_up(examples, 3, token_id=9) is examples
+    assert pad_to_multiple(examples, 3, token_id=9) is examples
 
 
 ROWS = [

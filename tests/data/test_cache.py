@@ -14,7 +14,7 @@ from stanford_alpaca.data.blocks import make_blocks
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.run.data import split
+from stanford_alpaca.run.data import hold_out
 
 RECORDS = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(3000)]
 
@@ -141,6 +141,6 @@ def test_a_damaged_description_of_a_table_has_it_made_again(tmp_path, tokenizer,
 
 def test_what_is_held_out_is_not_read_from_a_file(tmp_path, tokenizer):
     (tmp_path / "data.json").write_text(json.dumps(RECORDS))
-    kept, held = split(examples(tmp_path, tokenizer), 0.25, 42)
+    kept, held = hold_out(examples(tmp_path, tokenizer), 0.25, 42)
     assert len(kept) == 2250 and len(held) == 750
     assert not list((tmp_path / "cache").rglob("cache-*.arrow"))

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.messages import more_of
-from stanford_alpaca.data.records import canonical, unused_fields
+from stanford_alpaca.data.records import parse_record, unused_fields
 from stanford_alpaca.data.report import EMPTY, KEPT, REFUSED
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder, tokenize_records
 from stanford_alpaca.errors import UserError
@@ -30,7 +30,7 @@ def tokenizer(root):
 
 
 def encoded(tokenizer, record, form=None, template="auto", reading="text", **options):
-    row = canonical(record, "here", **options)
+    row = parse_record(record, "here", **options)
     form = form or (
         "chat" if "messages" in row else "alpaca" if "instruction" in row else next(iter(row)).replace("prompt", "completion")
     )
@@ -75,17 +75,17 @@ def test_weights_of_turns_and_records_multiply(tokenizer):
 @pytest.mark.parametrize("weight", [-1, float("inf"), float("nan"), "-0.5", 1e300, 10**400])
 def test_a_weight_that_cannot_be_is_refused(weight):
     with pytest.raises(UserError, match=r"here: 'weight' is .*, wanted a number from 0 to 1,000,000"):
-        canonical({"instruction": "a", "output": "b", "weight": weight}, "here")
+        parse_record({"instruction": "a", "output": "b", "weight": weight}, "here")
     with pytest.raises(UserError, match="message 2: 'weight' is"):
-        canonical({"messages": [USER, {**ANSWER, "weight": weight}]}, "here")
+        parse_record({"messages": [USER, {**ANSWER, "weight": weight}]}, "here")
 
 
 def test_what_is_no_weight_is_something_else():
-    record = canonical({"instruction": "a", "output": "b", "weight": "12 kg", "train": "ICE 577"}, "here")
+    record = parse_record({"instruction": "a", "output": "b", "weight": "12 kg", "train": "ICE 577"}, "here")
     assert more_of(record) == {"unused": ["train", "weight"]}
-    record = canonical({"messages": [{**USER, "weight": 2}, ANSWER]}, "here")
+    record = parse_record({"messages": [{**USER, "weight": 2}, ANSWER]}, "here")
     assert more_of(record) == {"unused": ["messages.weight"]}
-    record = canonical({"messages": [{**USER, "weight": 1}, {**ANSWER, "weight": True}]}, "here")
+    record = parse_record({"messages": [{**USER, "weight": 1}, {**ANSWER, "weight": True}]}, "here")
     assert more_of(record) == {}  # they say nothing
 
 
@@ -119,7 +119,7 @@ def test_history_is_context_unless_it_is_trained(tokenizer):
         ([["a", 1]], "pair 1 is a number"),
     ]:
         with pytest.raises(UserError, match=message):
-            canonical(record | {"history": wrong}, "here")
+            parse_record(record | {"history": wrong}, "here")
 
 
 @pytest.mark.parametrize("as_text", [False, True])
@@ -133,7 +133,7 @@ def test_messages_as_json_or_as_columns(tmp_path, as_text):
     (row,) = load_records(tmp_path / "a.parquet", str(tmp_path / "cache"))
     assert row["messages"] == [{**message, "more": ""} for message in messages]
     with pytest.raises(UserError, match="is a string that is no JSON, wanted a list of messages"):
-        canonical({"messages": "hello"}, "here")
+        parse_record({"messages": "hello"}, "here")
 
 
 # ---- reasoning and tools --------------------------------------------------------------------------------------------
@@ -170,9 +170,9 @@ def test_tools_have_no_place_in_alpacas_template(tokenizer):
 )
 def test_broken_calls(calls, message):
     with pytest.raises(UserError, match=message):
-        canonical({"messages": [USER, {"role": "assistant", "tool_calls": calls}]}, "here")
+        parse_record({"messages": [USER, {"role": "assistant", "tool_calls": calls}]}, "here")
     with pytest.raises(UserError, match=message):
-        canonical(
+        parse_record(
             {"conversations": [{"from": "function_call", "value": calls if isinstance(calls, str) else json.dumps(calls)}]},
             "here",
         )
@@ -186,7 +186,7 @@ def test_a_call_in_every_spelling():
         {"function_call": {"name": "add", "arguments": '{"a": 1}'}},
     ]
     for spelling in spellings:
-        record = canonical({"messages": [USER, {"role": "assistant", **spelling}]}, "here")
+        record = parse_record({"messages": [USER, {"role": "assistant", **spelling}]}, "here")
         assert more_of(record["messages"][1]) == {"tool_calls": [CALL]} and record["messages"][1]["content"] == ""
 
 
@@ -212,9 +212,11 @@ def test_fields_that_are_not_read_are_named_and_counted(tokenizer, tmp_path):
     report = tokenize_records(read, tokenizer, 512)[1]
     assert report.lines()[1:] == ["not used: score (5 of 5 records), id (2), text (1)"]
     messages = [{**USER, "id": 7}, {**ANSWER, "logprobs": [1], "refusal": None}]
-    assert more_of(canonical({"messages": messages, "n": 1}, "here")) == {"unused": ["messages.id", "messages.logprobs", "n"]}
+    assert more_of(parse_record({"messages": messages, "n": 1}, "here")) == {
+        "unused": ["messages.id", "messages.logprobs", "n"]
+    }
     columns = {"instruction": "question", "output": "answer"}
-    assert more_of(canonical({"question": "a", "answer": "b", "output": "c"}, "here", columns)) == {"unused": ["output"]}
+    assert more_of(parse_record({"question": "a", "answer": "b", "output": "c"}, "here", columns)) == {"unused": ["output"]}
 
 
 # ---- special tokens -------------------------------------------------------------------------------------------------
@@ -302,13 +304,13 @@ def test_an_end_of_turn_token_that_the_author_leaves_out_is_trained_and_said(tok
 )
 def test_nothing_of_a_message_becomes_something_else(message, refused):
     with pytest.raises(UserError, match=refused):
-        canonical({"messages": [USER, {"role": "assistant", **message}]}, "here")
+        parse_record({"messages": [USER, {"role": "assistant", **message}]}, "here")
 
 
 def test_columns_of_unequal_lengths_are_refused():
     columns = {"role": ["user", "assistant"], "content": ["a", "b", "c"]}
     with pytest.raises(UserError, match="here: 'messages': an object of lists of several lengths, wanted one for each message"):
-        canonical({"messages": columns}, "here")
+        parse_record({"messages": columns}, "here")
 
 
 def test_fields_within_calls_and_parts_are_named():
@@ -316,7 +318,7 @@ def test_fields_within_calls_and_parts_are_named():
     part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
     record = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "tool_calls": [call]}]}
     wanted = ["content.cache_control", "tool_calls.id", "tool_calls.index", "tool_calls.strict"]
-    assert more_of(canonical(record, "here"))["unused"] == [f"messages.{name}" for name in wanted]
+    assert more_of(parse_record(record, "here"))["unused"] == [f"messages.{name}" for name in wanted]
 
 
 def test_yes_and_no_in_other_words(tokenizer):
@@ -327,7 +329,7 @@ def test_yes_and_no_in_other_words(tokenizer):
 
 def test_records_without_messages_may_have_a_field_called_tools():
     for record in ({"text": "a", "tools": "saw"}, {"prompt": "a", "completion": "b", "tools": "saw"}):
-        assert more_of(canonical(record, "here"))["unused"] == ["tools"]
+        assert more_of(parse_record(record, "here"))["unused"] == ["tools"]
 
 
 def test_texts_as_they_are_have_no_place_for_tools(tokenizer):
@@ -352,7 +354,7 @@ def test_texts_as_they_are_have_no_place_for_tools(tokenizer):
 )
 def test_a_lone_surrogate_is_refused_wherever_it_stands(record):
     with pytest.raises(UserError, match="has a lone surrogate, which is no text; remove it"):
-        canonical(record, "here")
+        parse_record(record, "here")
 
 
 def test_a_field_nested_too_deep_is_refused(tokenizer):

@@ -6,7 +6,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stanford_alpaca.data.batching import fill_up
+from stanford_alpaca.data.batching import pad_to_multiple
 from stanford_alpaca.data.packing import PackedExamples, best_fit, example_lengths
 
 
@@ -66,7 +66,7 @@ def test_rows_are_their_examples_one_after_the_other(examples):
     assert packed[0] == {"input_ids": [6, 7, 8, 9, 1, 2, 3], "labels": [-100, 7, 8, 9, -100, 2, 3], "lengths": [4, 3]}
     assert packed.row_lengths().tolist() == [7, 4]
     assert packed.report(8) == "packed 4 examples into 2 rows, 2.00 to a row, 68.8% full"
-    filled = fill_up(packed, 3, token_id=0)
+    filled = pad_to_multiple(packed, 3, token_id=0)
     assert len(filled) == 3 and filled[1] == packed[1] and filled[2] == {"input_ids": [], "labels": [], "lengths": []}
     assert filled.row_lengths().tolist() == [7, 4, 0]
 

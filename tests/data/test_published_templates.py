@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from stanford_alpaca.data.chat import stop_ids
-from stanford_alpaca.data.records import canonical
+from stanford_alpaca.data.records import parse_record
 from stanford_alpaca.data.report import KEPT, REFUSED
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, WEIGHTED, ExampleEncoder, PromptEncoder
 from tests.helpers import trained_texts
@@ -82,7 +82,7 @@ def tokenizer_with(root):
 
 def encoded(tokenizer, record):
     encode = ExampleEncoder.of(tokenizer, "chat", 4096, "chat")
-    row = canonical(record, "here")
+    row = parse_record(record, "here")
     return encode, {name: column[0] for name, column in encode({name: [value] for name, value in row.items()}).items()}
 
 
@@ -292,7 +292,7 @@ def test_calls_that_a_template_has_no_place_for_are_refused(tokenizer_with, name
 
 def test_the_tools_of_a_record_reach_the_prompt(tokenizer_with):
     tokenizer = tokenizer_with(template_of("qwen3"))
-    record = canonical({"messages": CALLING, "tools": [TOOL]}, "here")
+    record = parse_record({"messages": CALLING, "tools": [TOOL]}, "here")
     (ids,) = PromptEncoder(tokenizer)([record])
     prompt = {"tools": [TOOL], "add_generation_prompt": True, "tokenize": True}
     assert ids == tokenizer.apply_chat_template(CALLING[:3], **prompt)["input_ids"]

@@ -5,7 +5,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from stanford_alpaca.data.encode import TextEncoder
 from stanford_alpaca.data.prompts import TurnsTemplate, alpaca_turns, plain_turns
-from stanford_alpaca.data.records import canonical
+from stanford_alpaca.data.records import parse_record
 from stanford_alpaca.data.templates import (
     follow,
     resolve_template,
@@ -51,7 +51,7 @@ def ids_of(tokenizer, messages):
 
 def asked_as_trained(tokenizer, record, turns=alpaca_turns):
     template = TurnsTemplate(turns, TextEncoder.of(tokenizer))
-    ((ids, _),) = template.encoder([template.prompt(canonical(record, "here", needs_output=False))])
+    ((ids, _),) = template.encoder([template.prompt(parse_record(record, "here", needs_output=False))])
     return ids
 
 
@@ -64,7 +64,7 @@ def test_transformers_writes_alpacas_prompts_as_training_did(tokenizers, kind, t
     saved = AutoTokenizer.from_pretrained(tmp_path / "trained")
     for record, messages in ASKED:
         assert ids_of(saved, messages) == asked_as_trained(tokenizer, record), record
-        assert PromptEncoder(saved)([canonical(record, "here", needs_output=False)]) == [ids_of(saved, messages)]
+        assert PromptEncoder(saved)([parse_record(record, "here", needs_output=False)]) == [ids_of(saved, messages)]
         assert PromptEncoder(saved)([{"messages": messages}]) == [ids_of(saved, messages)]
     assert trained_prompts(saved) == ("alpaca", "text")
     with pytest.raises(Exception, match="turns have to alternate"):

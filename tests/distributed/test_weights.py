@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stanford_alpaca.distributed.weights import allocate, loading_whole, stored_buffers, weights_come_from_rank_0
+from stanford_alpaca.distributed.weights import loading_whole, materialize_on_cpu, stored_buffers, weights_come_from_rank_0
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.run import build as training
 from stanford_alpaca.run.parse import parse
+from stanford_alpaca.run.resolve import resolve
 from stanford_alpaca.training.cost_sharding import shard_cost
 from tests.ranks import run_ranks
 
@@ -18,6 +19,7 @@ def made(argv: list[str]):
     read, load = [], ModelSource.load
     ModelSource.load = lambda *args, **kwargs: read.append(args) or load(*args, **kwargs)
     run = parse(argv)
+    resolve(run)
     tokenizer = ModelSource(run.model.model_name_or_path).tokenizer(512)
     model = training.make_model(run, tokenizer, with_cost=True)
     emo = model.emo_objective
@@ -39,6 +41,7 @@ def test_one_rank_reads_and_the_others_get_what_it_found(arguments):
 def learned(argv: list[str]):
     """The stored buffers of the model that this rank trains, and whether one rank reads for all."""
     run = parse(argv)
+    resolve(run)
     with loading_whole(run.training):
         model = training.make_model(run, ModelSource(run.model.model_name_or_path).tokenizer(512), with_cost=True)
     return stored_buffers(model), weights_come_from_rank_0(run.training)
@@ -62,6 +65,7 @@ def test_what_a_checkpoint_holds_beside_parameters_reaches_all_ranks(arguments, 
 
 def refused(argv: list[str]) -> str:
     run = parse(argv)
+    resolve(run)
     with pytest.raises(UserError) as error:
         training.make_model(run, ModelSource(run.model.model_name_or_path).tokenizer(512), with_cost=True)
     return str(error.value)
@@ -81,7 +85,7 @@ def test_an_empty_model_has_the_buffers_and_the_ties_of_a_loaded_one(make_model,
     loaded.save_pretrained(tmp_path)
     empty = ModelSource(str(tmp_path)).empty()
     assert all(parameter.is_meta for parameter in empty.parameters())
-    allocate(empty)
+    materialize_on_cpu(empty)
     for (name, one), (same, two) in zip(empty.named_buffers(), loaded.named_buffers(), strict=True):
         assert name == same and torch.equal(one, two)
     assert [name for name, _ in empty.named_parameters()] == [name for name, _ in loaded.named_parameters()]

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.fewshot.prompting import Choices, split
+from stanford_alpaca.evaluation.fewshot.prompting import Choices, split_stem
 from stanford_alpaca.evaluation.fewshot.scoring import plain
 from stanford_alpaca.evaluation.icl import join_models, run
 from stanford_alpaca.generation.responses import load_for_generation
@@ -113,7 +113,7 @@ def test_two_models_from_the_top_level(root, folder, base, make_model, tmp_path)
     assert [row["examples"] for row in rows[:10]] == [row["examples"] for row in rows[10:]]
     shots = [written(results["tasks"]["rt"], *TRAIN["rt"][i]) for i in rows[10]["examples"]]
     texts = ["\n\n".join([*shots, written(results["tasks"]["rt"], "great film", label)]) for label in (0, 1)]
-    context, endings = split(tokenizer(texts)["input_ids"], 0)
+    context, endings = split_stem(tokenizer(texts)["input_ids"], 0)
     (want,) = plain(AutoModelForCausalLM.from_pretrained(other), [Choices(context, endings, [])])
     assert rows[10]["scores"] == pytest.approx(want, abs=1e-5)  # no pad token that would take probability
     compared = results[f"against {base}"][str(other)]

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stanford_alpaca.evaluation.fewshot.prompting import Choices, split
+from stanford_alpaca.evaluation.fewshot.prompting import Choices, split_stem
 from stanford_alpaca.evaluation.fewshot.scoring import score
 
 NEEDS_LM_EVAL = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install lm-eval==0.4.13")
@@ -43,6 +43,6 @@ def test_lm_eval_runs_it_offline(root, questions, make_model, monkeypatch):
             task_manager=TaskManager(include_path="examples/lm_eval", include_defaults=False),
         )  # fmt: skip
         prompts = [[f"{row['beginning']} {word}" for word in row["choices"]] for row in questions[0]]
-        rows = score(model, [Choices(*split(tokenizer(texts)["input_ids"], 0), []) for texts in prompts])
+        rows = score(model, [Choices(*split_stem(tokenizer(texts)["input_ids"], 0), []) for texts in prompts])
         right = [row.index(max(row)) == question["answer"] for row, question in zip(rows, questions[0], strict=True)]
         assert found["results"]["word_facts"]["acc,none"] == pytest.approx(sum(right) / len(right))

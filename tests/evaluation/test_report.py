@@ -11,7 +11,7 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.page import as_block
-from stanford_alpaca.evaluation.page.curves import curves_of, short_names, told
+from stanford_alpaca.evaluation.page.curves import curves_of, short_names, shown_flags
 from stanford_alpaca.evaluation.page.transport import view_of
 from stanford_alpaca.evaluation.page.verdicts import better, table_of
 from stanford_alpaca.evaluation.report import run, settings_of_runs
@@ -142,7 +142,7 @@ def test_curves_are_read_from_a_finished_run_or_its_newest_checkpoint(tmp_path):
 def test_runs_are_told_apart():
     assert short_names(["a/x/out", "b/x/out", "base/"]) == ["a/x/out", "b/x/out", "base"]
     flags = [{"mode": "emo", "seed": 1, "cost": "frozen"}, {}, {"mode": "mle", "seed": 2, "cost": "frozen"}]
-    assert told(flags) == [{"mode": "emo", "seed": 1}, {}, {"mode": "mle", "seed": 2}]
+    assert shown_flags(flags) == [{"mode": "emo", "seed": 1}, {}, {"mode": "mle", "seed": 2}]
 
 
 def test_the_command_writes_a_page_of_what_there_is(root, tmp_path, data, monkeypatch, capsys):

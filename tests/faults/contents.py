@@ -37,7 +37,7 @@ class Payload:
 def sign_again(folder: Path) -> None:
     """A manifest that matches the files as they are now."""
     about = {name: value for name, value in manifest.read(folder).items() if name not in ("version", "files", "sum")}
-    manifest.write(folder, manifest.entries_of(folder, manifest.list_files(folder)), about)
+    manifest.write(folder, manifest.entries_of(folder, manifest.list_saved(folder)), about)
 
 
 def own_copy(world: World, setting: Setting, out: Path) -> Path:
@@ -175,12 +175,12 @@ def wrong_weights(rng: Random) -> list[Case]:
         is_refused(world, out, setting, "model", model_name_or_path=world.folder / base)
 
     def is_refused(world: World, out: Path, setting: Setting, word: str, **changes: Any) -> None:
-        before = manifest.entries_of(out, manifest.list_files(out))
+        before = manifest.entries_of(out, manifest.list_saved(out))
         ended = world.run(setting, out, save_total_limit=None, **changes)
         check(set(ended.statuses) <= {2, 3}, f"statuses {ended.statuses}\n{ended.text[-2000:]}")
         check("Traceback" not in ended.text and len(set(ended.errors())) == 1, ended.text[-2000:])
         check(word in ended.errors()[0], f"{word} is not named: {ended.errors()}")
-        check(manifest.entries_of(out, manifest.list_files(out)) == before, "the output folder has changed")
+        check(manifest.entries_of(out, manifest.list_saved(out)) == before, "the output folder has changed")
 
     cases = []
     for setting, part in (

@@ -149,24 +149,24 @@ def damaged(world: World, out: Path, setting: Setting, share: float, harm: Calla
     usual = world.reference(setting, save_total_limit=None)
     world.copy(usual, out, only=[4] if alone else [2, 4])
     newest, older = out / "checkpoint-4", usual / "checkpoint-2"
-    files = [*manifest.list_files(newest), manifest.FILE]
+    files = [*manifest.list_saved(newest), manifest.MANIFEST_FILE]
     name = files[int(share * len(files))]
     content = (newest / name).read_bytes()
     (newest / name).unlink()  # a hard link
     (newest / name).write_bytes(content)
     harm(newest / name, Random(seed), older / Path(name).parent)
     if alone:
-        before = manifest.list_files(out)
+        before = manifest.list_saved(out)
         ended = world.run(setting, out, save_total_limit=None)
         check(
             ended.statuses[0] == DAMAGED and set(ended.statuses) <= {FULL, DAMAGED},
             f"{name}: statuses {ended.statuses}\n{ended.text[-2000:]}",
         )
         check(any(name in line for line in ended.errors()), f"{name} is not named: {ended.errors()}")
-        check(manifest.list_files(out) == before, f"{name}: the output folder has changed")
+        check(manifest.list_saved(out) == before, f"{name}: the output folder has changed")
         return
     ended = world.finish(setting, out, save_total_limit=None)
-    named = "" if name == manifest.FILE and harm is swapped else name  # then all the others differ
+    named = "" if name == manifest.MANIFEST_FILE and harm is swapped else name  # then all the others differ
     lines = [line for line in ended.text.splitlines() if "passed over checkpoint-4" in line and named in line]
     check(lines, f"{name} of checkpoint-4 is not named\n{ended.text[-2000:]}")
     exact(usual, out)

@@ -87,12 +87,12 @@ def two_runs(rng: Random) -> list[Case]:
     def refused(world: World, out: Path, setting: Setting, at: int) -> None:
         def second() -> None:
             wait_until(lambda: beside(out, "acted0").exists())
-            before = manifest.list_files(out)
+            before = manifest.list_saved(out)
             ended = world.run(setting, out)
             beside(out, "go").touch()
             check(set(ended.statuses) == {2}, f"statuses of the second {ended.statuses}\n{ended.text[-2000:]}")
             check(len(set(ended.errors())) == 1 and "Traceback" not in ended.text, ended.text[-2000:])
-            check(manifest.list_files(out) == before, "the second has changed the folder")
+            check(manifest.list_saved(out) == before, "the second has changed the folder")
 
         world.finish(setting, out, fault=Fault("wait", "fetch", at), meanwhile=second)
         exact(world.reference(setting), out)

@@ -23,7 +23,7 @@ ABOUT_PLACES = ("best_model_checkpoint", "train_batch_size")
 def values(folder: Path) -> dict[str, str]:
     """``FILE:NAME`` of every value in a checkpoint -> its digest; the clock and the folder's own name are left out."""
     found: dict[str, str] = {}
-    for name in manifest.list_files(folder):
+    for name in manifest.list_saved(folder):
         for key, value in _walk(_read(folder / name)):
             found[f"{name}:{key}"] = value
     for part in (fsdp.MODEL, fsdp.OPTIMIZER):

@@ -25,7 +25,8 @@ from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.models.lora import add_lora
 from stanford_alpaca.objective.attach import attach_objective
 from stanford_alpaca.objective.head import original_weight
-from stanford_alpaca.run.build import precision, told_adapter
+from stanford_alpaca.run.adapter import told_adapter
+from stanford_alpaca.run.build import precision
 from stanford_alpaca.run.parse import parse
 from stanford_alpaca.train import train
 from stanford_alpaca.training.hardware import training_flops

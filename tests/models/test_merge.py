@@ -168,7 +168,7 @@ def test_a_run_its_checkpoints_and_a_base_that_has_moved(make_base, tmp_path, ca
     for step in wants:
         checkpoint = run / f"checkpoint-{step}"
         about = {"step": step, "run": record}
-        manifest.write(checkpoint, manifest.entries_of(checkpoint, manifest.list_files(checkpoint)), about)
+        manifest.write(checkpoint, manifest.entries_of(checkpoint, manifest.list_saved(checkpoint)), about)
     with (run / "checkpoint-30" / "adapter_model.safetensors").open("ab") as file:
         file.write(b"0")
     base.rename(tmp_path / "moved")

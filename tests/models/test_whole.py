@@ -57,7 +57,7 @@ def reshape(tensors):
 
 def finish(folder: Path, **about) -> None:
     """Leaves a manifest, as a run does that has finished."""
-    files = manifest.entries_of(folder, manifest.list_files(folder))
+    files = manifest.entries_of(folder, manifest.list_saved(folder))
     manifest.write(folder, files, {"step": 1, **about})
 
 

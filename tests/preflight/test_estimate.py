@@ -3,7 +3,6 @@
 import pytest
 
 from stanford_alpaca.preflight.estimate import (  # fmt: skip
-    ENGINES,
     Setup,
     compute_flops,
     host_memory,
@@ -15,7 +14,6 @@ from stanford_alpaca.preflight.estimate import (  # fmt: skip
     traffic,
 )
 from stanford_alpaca.preflight.model_profile import Activations, Anatomy, Line, Parameters
-from stanford_alpaca.training.engines import ENGINES as NAMES
 
 COUNTS = Parameters(embedding=1000, layers=4000, layer=2000, norm=10, head=1000, vocab_size=100, width=10)
 TIED = Parameters(embedding=1000, layers=4000, layer=2000, norm=10, head=0, vocab_size=100, width=10)
@@ -136,7 +134,3 @@ def test_flops_and_precision():
     assert compute_flops(ANATOMY, again, 8) == pytest.approx(6 * (120 * 8 + 2 * 64 * 4 / 3))
     names = [precision_of(engine, True) for engine in ("none", "ddp", "fsdp", "zero3")]
     assert names == ["autocast", "autocast", "bfloat16", "bfloat16"] and precision_of("fsdp", False) == "float32"
-
-
-def test_what_can_be_trained_with_can_be_estimated():
-    assert tuple(ENGINES) == NAMES

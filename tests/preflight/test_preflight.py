@@ -8,10 +8,11 @@ import pytest
 from transformers import Gemma3Config
 
 from benchmarks.traffic import Traffic
+from stanford_alpaca.distributed.engine import ENGINES
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight import plans
 from stanford_alpaca.preflight.__main__ import Options, count_data, main, parse, steps_of
-from stanford_alpaca.preflight.estimate import ENGINES, Setup, peak_memory, traffic
+from stanford_alpaca.preflight.estimate import Setup, peak_memory, traffic
 from stanford_alpaca.preflight.model_profile import describe
 from stanford_alpaca.preflight.plans import GIB, Machine, advise, batches_of, recommend, rows_of
 from stanford_alpaca.train import train

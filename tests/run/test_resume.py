@@ -13,7 +13,7 @@ from stanford_alpaca.checkpoint.run_file import read_run
 from stanford_alpaca.errors import ResumeError, Stopped, UserError
 from stanford_alpaca.run.arguments import FLAGS, defaults
 from stanford_alpaca.run.parse import parse
-from stanford_alpaca.run.record import FIXED, FREE, ROUNDING, changes, made_with, write_run
+from stanford_alpaca.run.record import IRRELEVANT_FLAGS, NUMERICS_FLAGS, STATE_FLAGS, changes, made_with, write_run
 from stanford_alpaca.run.start import where_to_start
 from stanford_alpaca.train import train
 from stanford_alpaca.training.resumable_trainer import ResumableTrainer
@@ -72,8 +72,8 @@ def test_what_decides_the_result_because_of_others(common, change, flags, conten
 
 
 def test_every_flag_that_may_change_is_one():
-    assert set(defaults(*FLAGS)) >= FREE | ROUNDING | (FIXED - {"lora_target_parameters"})
-    assert not FREE & ROUNDING and not FIXED & (FREE | ROUNDING)
+    assert set(defaults(*FLAGS)) >= IRRELEVANT_FLAGS | NUMERICS_FLAGS | (STATE_FLAGS - {"lora_target_parameters"})
+    assert not IRRELEVANT_FLAGS & NUMERICS_FLAGS and not STATE_FLAGS & (IRRELEVANT_FLAGS | NUMERICS_FLAGS)
 
 
 def test_what_a_file_of_settings_holds_is_in_the_record(arguments, tmp_path):
@@ -91,7 +91,7 @@ def interrupted(arguments, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "resume": "auto"}
     train(arguments(**settings))
     shutil.copytree(tmp_path / "out", tmp_path / "whole")
-    for name in (manifest.FILE, "model.safetensors"):
+    for name in (manifest.MANIFEST_FILE, "model.safetensors"):
         (tmp_path / "out" / name).unlink()
     return lambda **changes: arguments(**settings | changes)
 
@@ -152,7 +152,7 @@ def test_where_nothing_is_good_it_ends_and_says_why(interrupted, tmp_path):
 
 def test_a_folder_without_checkpoints_has_to_be_this_runs(arguments, tmp_path, capsys):
     train(arguments(resume="auto", save_strategy="no", max_steps=1))
-    (tmp_path / "out" / manifest.FILE).unlink()  # killed before its end
+    (tmp_path / "out" / manifest.MANIFEST_FILE).unlink()  # killed before its end
     with pytest.raises(ResumeError, match=r"--learning_rate was 0\.001, is 0\.5"):
         train(arguments(resume="auto", max_steps=1, learning_rate=0.5))
     (tmp_path / "foreign").mkdir()
@@ -274,7 +274,7 @@ def sign(checkpoint, **changes):
     """A manifest for the files as they are, which says something else of the run; None: nothing."""
     about = manifest.read(checkpoint) | {name: None for name in ("version", "files", "sum")} | changes
     kept = {name: value for name, value in about.items() if value is not None}
-    manifest.write(checkpoint, manifest.entries_of(checkpoint, manifest.list_files(checkpoint)), kept)
+    manifest.write(checkpoint, manifest.entries_of(checkpoint, manifest.list_saved(checkpoint)), kept)
 
 
 def state(checkpoint, **changes):

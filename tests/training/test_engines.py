@@ -9,10 +9,11 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from stanford_alpaca.distributed.engine import ENGINES
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.run.arguments import TrainingArguments
 from stanford_alpaca.training import engines
-from stanford_alpaca.training.engines import ENGINES, check_engine, engine_flags
+from stanford_alpaca.training.engines import check_engine, engine_flags
 from stanford_alpaca.training.fsdp import activate_fsdp, decoder_layers
 from tests.helpers import steps
 from tests.ranks import run_ranks

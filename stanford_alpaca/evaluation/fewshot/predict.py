@@ -18,7 +18,7 @@ Seed = int | None  # None: it would have no part in the choice of examples
 Examples = dict[Seed, list[list[int]]]  # for every seed and test item, training records in the order of the prompt
 
 
-class Settings(NamedTuple):
+class FewShotSettings(NamedTuple):
     """What decides the prompts and the scores, beside tasks and models."""
 
     shots: int
@@ -29,7 +29,7 @@ class Settings(NamedTuple):
     batch_size: int | None = None
 
 
-def choose_examples(data: TaskData, settings: Settings, featurize: Featurize | None) -> Examples:
+def choose_examples(data: TaskData, settings: FewShotSettings, featurize: Featurize | None) -> Examples:
     """The examples of every test item, for every seed; ``featurize`` where they are chosen by similarity."""
     size, items = len(data.train.texts), len(data.test.texts)
     if settings.retriever not in SIMILAR or not settings.shots:
@@ -47,7 +47,7 @@ def choose_examples(data: TaskData, settings: Settings, featurize: Featurize | N
 
 
 def predict(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TaskData, examples: Examples, settings: Settings
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TaskData, examples: Examples, settings: FewShotSettings
 ) -> list[dict[str, Any]]:
     """A row per seed and test item: what it is, what was predicted, each class's score, and the examples that it was given."""
     rows = []
@@ -69,7 +69,7 @@ def predict(
     return rows
 
 
-def _scores(model: PreTrainedModel, choices: list[Choices], settings: Settings, name: str) -> Scores:
+def _scores(model: PreTrainedModel, choices: list[Choices], settings: FewShotSettings, name: str) -> Scores:
     """log p of what differs between the classes; under ``perplexity`` the mean log p of a prompt's tokens."""
     whole = settings.score == "perplexity"
     scores = log_likelihoods(model, choices, settings.batch_size, whole, name)

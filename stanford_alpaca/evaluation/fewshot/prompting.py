@@ -32,7 +32,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     return [row[:-1] for row in rows] if closes else rows
 
 
-def split(rows: list[list[int]], first_token: int) -> tuple[list[int], list[list[int]]]:
+def split_stem(rows: list[list[int]], first_token: int) -> tuple[list[int], list[list[int]]]:
     """Context and endings of prompts. Each ending has a token; if nothing is left before, ``first_token`` is put there."""
     shared = 0
     shortest = min(map(len, rows))
@@ -64,5 +64,5 @@ def encode_choices(
                 )
             ids = ids[1:]
             own = encode(tokenizer, write_prompts(data, item, ids))
-        found.append(Choices(*split(own, first_token), ids))
+        found.append(Choices(*split_stem(own, first_token), ids))
     return found

@@ -54,7 +54,7 @@ def flags_of(run: str) -> dict[str, Any]:
     return flags if isinstance(flags, dict) else {}
 
 
-def told(flags: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def shown_flags(flags: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the flags of each run those that a reader wants to see."""
     trained = [run for run in flags if run]
     apart = [name for name in TOLD_APART if len({str(run.get(name)) for run in trained}) > 1]

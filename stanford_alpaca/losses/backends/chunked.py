@@ -25,7 +25,7 @@ from torch.nn.functional import logsigmoid
 
 from stanford_alpaca.cost import Cost, CostEmbedding, CostRows
 from stanford_alpaca.losses.backends import torch_kernels
-from stanford_alpaca.losses.types import Head, Kernels, LossOfStats, SoftTargets, TokenStats, expected_drop, split
+from stanford_alpaca.losses.types import Head, Kernels, LossOfStats, SoftTargets, TokenStats, expected_drop, split_targets
 
 TILE_PRODUCTS = 2**25  # entries of the gradient of the weight that are computed at a time in a lower precision
 
@@ -80,7 +80,7 @@ class _Job:
     ) -> None:
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.columns = columns or len(head.weight)
-        self.targets, self.rest = split(targets)
+        self.targets, self.rest = split_targets(targets)
         self.cost, self.objective, self.token_weights, self.kernels = cost, objective, token_weights, kernels
         shared = cost is not None and cost.rows is not None and self.rest is None  # equal targets have one row of costs
         self.order = (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.losses.types import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split
+from stanford_alpaca.losses.types import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split_targets
 
 
 def token_stats(
@@ -26,7 +26,7 @@ def token_stats(
     emo = 0 (log emo = -inf, without gradient) where no token with a cost above 0 has any probability.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
-    targets, rest = split(targets)
+    targets, rest = split_targets(targets)
     column = targets[:, None]
     others = z.scatter(1, column, torch.finfo(z.dtype).min)
     margin = others.logsumexp(1) - z.gather(1, column).squeeze(1)

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.fewshot import scoring
-from stanford_alpaca.evaluation.fewshot.prompting import Choices, encode_choices, split
+from stanford_alpaca.evaluation.fewshot.prompting import Choices, encode_choices, split_stem
 from stanford_alpaca.evaluation.fewshot.scoring import Scorer, batches, choose_way, common_start, plain, score
 from stanford_alpaca.evaluation.fewshot.tasks import Split, Task, TaskData
 
@@ -93,9 +93,9 @@ def test_batches_and_common_starts():
 
 
 def test_prompts_part_where_the_classes_do():
-    assert split([[1, 5, 6], [1, 5, 7, 8]], 9) == ([1, 5], [[6], [7, 8]])
-    assert split([[1, 5], [1, 5, 7]], 9) == ([1], [[5], [5, 7]])  # each ending keeps a token
-    assert split([[5], [6]], 9) == ([9], [[5], [6]])  # and something stands before it
+    assert split_stem([[1, 5, 6], [1, 5, 7, 8]], 9) == ([1, 5], [[6], [7, 8]])
+    assert split_stem([[1, 5], [1, 5, 7]], 9) == ([1], [[5], [5, 7]])  # each ending keeps a token
+    assert split_stem([[5], [6]], 9) == ([9], [[5], [6]])  # and something stands before it
 
 
 @pytest.fixture(scope="module")
