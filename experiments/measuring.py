@@ -48,7 +48,7 @@ def measures_of(model: Path, here: Path, seed: int) -> dict[str, float]:
 
     prompts = rows[:, : 1 + PREFIX].tolist()
     sampling = Sampling(LENGTH - PREFIX, temperature=1.0)
-    drawn = generate_ids(student, tokenizer, prompts, sampling, batch_size=256, seed=seed, progress=False)
+    drawn = generate_ids(student, tokenizer, prompts, sampling, batch_size=256, seed=seed)
     found["oracle_perplexity"] = oracle_perplexity(oracle, prompts, drawn, pad_token_id=pad, batch_size=64)
     values = {name: items.measured().value for name, items in (found | {name: forced[name] for name in CALIBRATION}).items()}
 

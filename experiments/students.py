@@ -136,7 +136,7 @@ def sample(folder: Path, count: int, seed: int, out: Path) -> Tensor:  # [count,
         with counted(out):
             while len(rows) < count:  # the few that end earlier are left out
                 prompts, now = [begin] * min(512, count), seed + len(rows)
-                drawn = generate_ids(model, tokenizer, prompts, sampling, batch_size=512, seed=now, progress=False)
+                drawn = generate_ids(model, tokenizer, prompts, sampling, batch_size=512, seed=now)
                 rows += [begin + ids for ids in drawn if len(ids) == LENGTH and ids[-1] != tokenizer.eos_token_id]
         part = out.with_suffix(".part")
         torch.save(torch.tensor(rows[:count]), part)

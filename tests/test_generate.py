@@ -58,14 +58,13 @@ def one_by_one(model, tokenizer, records, tokens):
 def test_greedy_batches_with_left_padding_equal_one_at_a_time(lively, batch_size):
     want = one_by_one(*lively, RECORDS, 12)
     assert len(set(want)) >= 2
-    got = generate_batch(*lively, RECORDS, Sampling(max_new_tokens=12), batch_size=batch_size, progress=False)
+    got = generate_batch(*lively, RECORDS, Sampling(max_new_tokens=12), batch_size=batch_size)
     assert got == want
 
 
 def test_sampling_repeats_by_seed(base):
     sampled = [
-        generate_batch(*base, RECORDS, Sampling(12, temperature=1.5, top_k=50, top_p=0.95), seed=seed, progress=False)
-        for seed in (1, 1, 2)
+        generate_batch(*base, RECORDS, Sampling(12, temperature=1.5, top_k=50, top_p=0.95), seed=seed) for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
 
@@ -168,7 +167,7 @@ def test_a_base_without_pad_token_and_with_settings_of_its_own(folder, base, tmp
     bare = load_for_generation(ModelSource(str(tmp_path)))
     assert bare[0].get_input_embeddings().weight.shape[0] == len(bare[1]) == 2049
     sampling = Sampling(max_new_tokens=12)
-    assert generate_batch(*bare, RECORDS, sampling, progress=False) == generate_batch(*base, RECORDS, sampling, progress=False)
+    assert generate_batch(*bare, RECORDS, sampling) == generate_batch(*base, RECORDS, sampling)
 
 
 def test_interactive_streams_until_an_empty_line(folder, monkeypatch, capsys):
@@ -245,9 +244,9 @@ def test_a_mixture_that_trains_with_its_routers_loss_generates(root, make_model)
     model = make_model("mixtral-routed", vocab_size=2048, positions=256)
     tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
     records = [{"instruction": "Name a bird."}, {"instruction": "What is another word for big?"}]
-    texts = generate_batch(model, tokenizer, records, Sampling(5), progress=False)
+    texts = generate_batch(model, tokenizer, records, Sampling(5))
     model.config.output_router_logits = False
-    assert texts == generate_batch(model, tokenizer, records, Sampling(5), progress=False) and all(texts)
+    assert texts == generate_batch(model, tokenizer, records, Sampling(5)) and all(texts)
 
 
 def test_a_text_is_continued_and_an_empty_prompt_is_refused(base, folder, tmp_path, capsys):

@@ -19,6 +19,7 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.records import form_of
+from stanford_alpaca.data.tokenize import ExampleEncoder
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation.metrics import REFERENCES, Evaluation, evaluate
 from stanford_alpaca.evaluation.page import render
@@ -169,14 +170,15 @@ def transport(names: list[str], models: list[str], records: Dataset, settings: S
     base, _ = load_for_generation(settings.source(settings.cost or models[0]))
     cost = CostEmbedding(original_weight(base))
     del base
+    form = form_of(records.column_names)
     views: dict[str, dict] = {}
     for name in models:
         model, tokenizer = load_for_generation(settings.source(name))
-        asked = (settings.template, settings.special_tokens)
-        views[name] = view_of(name, model, tokenizer, records, cost, settings.max_length, *asked)
+        encode = ExampleEncoder.as_trained(tokenizer, form, settings.max_length, settings.template, settings.special_tokens)
+        views[name] = view_of(name, model, tokenizer, records, cost, encode)
         del model
     questions = [{"instruction": "", "input": "", "reference": ""}] * len(records)  # of running text
-    if form_of(records.column_names) != "text":
+    if form != "text":
         questions = [as_shown(record) for record in records]
     return {"records": questions, "runs": [views.get(name) for name in names]}
 

@@ -33,24 +33,20 @@ def generate_batch(
     records: list[dict],  # of the forms of ``data.formats``; a last response they may have is not read
     sampling: Sampling = Sampling(),
     *,
-    prompt_template: str = "auto",
-    special_tokens: str | None = None,
+    encode: PromptEncoder | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    progress: bool = True,
     synced: bool = False,
 ) -> list[str]:
     """One response per record, in order. Batches are padded on the left and hold prompts of similar length.
 
-    Prompts are written as the model was trained, unless ``prompt_template`` or ``special_tokens`` say otherwise. Repeatable:
+    Prompts are written as the model was trained, unless ``encode`` writes them otherwise. Repeatable:
     the same arguments give the same text. Under sampling the batch size is one of those arguments. ``synced``: all
     ranks call this together, and go on until the last one is done, as a sharded model needs it.
     """
-    encode = PromptEncoder(tokenizer, prompt_template, special_tokens)
+    encode = encode or PromptEncoder(tokenizer)
     prompts = encode_prompts(model.config, encode, records, sampling.max_new_tokens)
-    responses = generate_ids(
-        model, tokenizer, prompts, sampling, batch_size=batch_size, seed=seed, progress=progress, synced=synced
-    )
+    responses = generate_ids(model, tokenizer, prompts, sampling, batch_size=batch_size, seed=seed, synced=synced)
     stops = stop_ids(tokenizer)
     return [decode_response(tokenizer, response, stops) for response in responses]
 
@@ -64,7 +60,6 @@ def generate_ids(
     *,
     batch_size: int = 16,
     seed: int = 0,
-    progress: bool = True,
     synced: bool = False,
 ) -> list[list[int]]:
     """The same for token ids: what follows each prompt, up to the token that ends it, that token included."""
@@ -73,7 +68,7 @@ def generate_ids(
     responses: list[list[int]] = [[] for _ in prompts]
     torch.manual_seed(seed)
     model.eval()
-    for start in tqdm(range(0, len(order), batch_size), desc="Generating", disable=not progress):
+    for start in tqdm(range(0, len(order), batch_size), desc="Generating", disable=None):
         rows = order[start : start + batch_size]
         longest = len(prompts[rows[-1]])
         padding = [longest - len(prompts[i]) for i in rows]
@@ -113,17 +108,23 @@ def load_for_generation(source: ModelSource, may_grow: bool = True) -> tuple[Pre
 
 
 def sample_all(
-    sources: list[ModelSource], records: list[dict], sampling: Sampling, num_samples: int = 1, **options: Any
+    sources: list[ModelSource],
+    records: list[dict],
+    sampling: Sampling,
+    num_samples: int = 1,
+    *,
+    prompt_template: str = "auto",
+    special_tokens: str | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """One sample per record, in the form of ``writers.py``; the checkpoints are loaded one after the other.
-
-    Args:
-        options: prompt_template, special_tokens, batch_size and seed, as in ``generate_batch``.
-    """
+    """One sample per record, in the form of ``writers.py``; the checkpoints are loaded one after the other."""
     responses: dict[str, list[str | list[str]]] = {}
     for source in sources:
         model, tokenizer = load_for_generation(source)
-        texts = generate_batch(model, tokenizer, records * num_samples, sampling, **options)
+        encode = PromptEncoder(tokenizer, prompt_template, special_tokens)
+        repeated = records * num_samples
+        texts = generate_batch(model, tokenizer, repeated, sampling, encode=encode, batch_size=batch_size, seed=seed)
         count = len(records)
         responses[source.path] = [texts[i] if num_samples == 1 else texts[i::count] for i in range(count)]
         del model

@@ -68,6 +68,10 @@ class Kernels(Protocol):
         """By the type of a device: how many logits are held at a time."""
 
     @property
+    def COLUMNS(self) -> int | None:
+        """Logits of a token that a chunk is sized for, if not the rows of the weight."""
+
+    @property
     def Chunk(self) -> Callable[[Tensor, Head, Tensor, CostRows | None], Chunk]:
         """Makes one of a product [n, V], the output layer, the targets [n] and the rows of their costs."""
 

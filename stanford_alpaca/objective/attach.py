@@ -231,20 +231,30 @@ def attach_objective(
         form = recognise_head(model)
         if adds_router_loss(model, {}):
             check_own_loss(model)
-    head = form.head(model)
-    adaptive = None
-    if isinstance(cost, str) and cost == "adaptive":
-        adaptive, cost = cost_kind, None
-    elif isinstance(cost, str):
-        if cost != "frozen":
-            raise ValueError(f"unknown cost {cost!r}: choose frozen, adaptive or give an embedding")
-        original = original_weight(model)
-        alias = cost_kind == "cosine" and teacher is None and not original.requires_grad  # expected costs need unit rows
-        cost = CostAlias(lambda: original_weight(model)) if alias else CostEmbedding(original, cost_kind)
-    elif isinstance(cost, Tensor):
-        cost = CostEmbedding(cost, cost_kind)
-    if cost is not None:
-        cost.check(head.weight.shape[0])
+    adaptive = cost_kind if isinstance(cost, str) and cost == "adaptive" else None
+    frozen = None if adaptive else frozen_cost(model, cost, cost_kind, unit_rows=teacher is not None)
+    if frozen is not None:
+        frozen.check(form.head(model).weight.shape[0])
     elif adaptive is None and objective.needs_emo:
         raise ValueError(f"mode {objective.mode} needs a cost embedding")
-    return AttachedObjective(model, form, objective, cost, adaptive, backend, teacher)
+    return AttachedObjective(model, form, objective, frozen, adaptive, backend, teacher)
+
+
+def frozen_cost(
+    model: PreTrainedModel, cost: str | Tensor | CostEmbedding | None, kind: str, unit_rows: bool
+) -> CostEmbedding | None:
+    """The cost that stays as it is now; see ``attach_objective``.
+
+    Args:
+        unit_rows: rows of unit length are needed, as expected costs read them, so that the embedding is always copied.
+    """
+    if isinstance(cost, Tensor):
+        return CostEmbedding(cost, kind)
+    if not isinstance(cost, str):
+        return cost
+    if cost != "frozen":
+        raise ValueError(f"unknown cost {cost!r}: choose frozen, adaptive or give an embedding")
+    original = original_weight(model)
+    if kind == "cosine" and not unit_rows and not original.requires_grad:
+        return CostAlias(lambda: original_weight(model))
+    return CostEmbedding(original, kind)

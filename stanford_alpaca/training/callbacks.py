@@ -34,8 +34,7 @@ class SampleCallback(TrainerCallback):
         model.generation_config = plain_generation(self.trainer.processing_class)
         with self.trainer.watch.paused(), preserved_rng():
             texts = generate_batch(
-                model, self.trainer.processing_class, self.prompts, Sampling(args.sample_max_new_tokens),
-                progress=False, synced=args.world_size > 1,
+                model, self.trainer.processing_class, self.prompts, Sampling(args.sample_max_new_tokens), synced=args.world_size > 1,
             )  # fmt: skip
         model.train(training)
         model.generation_config = generation_config

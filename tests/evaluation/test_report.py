@@ -9,6 +9,7 @@ import torch
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.prompts import format_prompt
+from stanford_alpaca.data.tokenize import ExampleEncoder
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.page import as_block
 from stanford_alpaca.evaluation.page.curves import curves_of, short_names, shown_flags
@@ -66,7 +67,8 @@ def test_emo_of_a_token_is_the_sum_of_all_products_and_what_is_shown_adds_up_to_
     model, tokenizer = load_for_generation(ModelSource(str(root / "data" / "tiny-base")))
     embedding = model.lm_head.weight.detach()
     records = load_records(data, str(tmp_path / "cache"))
-    view = view_of("base", model, tokenizer, records, CostEmbedding(embedding), top=3)
+    encode = ExampleEncoder.as_trained(tokenizer, "instruction", 512)
+    view = view_of("base", model, tokenizer, records, CostEmbedding(embedding), encode, top=3)
     assert view["tokens"] == len(embedding)
     for record, tokens in zip(RECORDS, view["records"], strict=True):
         assert "".join(token["text"] for token in tokens) == record["output"]
@@ -90,7 +92,7 @@ def test_emo_of_a_token_is_the_sum_of_all_products_and_what_is_shown_adds_up_to_
             assert [c for _, c in near] == pytest.approx(others.values.tolist(), abs=1e-5) and near[0][0] == others.indices[0]
     assert view["pieces"][ids[1]] == tokenizer.decode([ids[1]])
     with pytest.raises(UserError, match=r"^base: the cost embedding has 9 rows"):
-        view_of("base", model, tokenizer, records, CostEmbedding(embedding[:9]))
+        view_of("base", model, tokenizer, records, CostEmbedding(embedding[:9]), encode)
 
 
 def test_the_best_is_the_one_that_beats_every_other_by_more_than_chance():

@@ -45,7 +45,7 @@ def texts(tokenizer, responses):
 
 
 def generated(model, tokenizer, seed=0, **settings):
-    return generate_batch(model, tokenizer, RECORDS, Sampling(TOKENS, **settings), seed=seed, progress=False)
+    return generate_batch(model, tokenizer, RECORDS, Sampling(TOKENS, **settings), seed=seed)
 
 
 def greedy(logits, ids):

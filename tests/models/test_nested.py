@@ -58,7 +58,7 @@ def base(request, root, tmp_path):
 
 def answers(folder):
     model, tokenizer = load_for_generation(ModelSource(str(folder)))
-    return generate_batch(model, tokenizer, [{"instruction": "Add.", "input": ""}], Sampling(max_new_tokens=5), progress=False)
+    return generate_batch(model, tokenizer, [{"instruction": "Add.", "input": ""}], Sampling(max_new_tokens=5))
 
 
 def test_a_run_trains_what_text_passes_through_and_answers(arguments, base, tmp_path, capsys):

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.losses.backends import reference
@@ -59,9 +58,7 @@ def view_of(
     tokenizer: PreTrainedTokenizerBase,
     records: Dataset,  # with references, of any form
     cost: CostEmbedding,
-    max_length: int = 512,
-    prompt_template: str = "auto",
-    special_tokens: str | None = None,
+    encode: ExampleEncoder,
     top: int = TOP,
 ) -> dict[str, Any]:
     """The view as JSON: ``records``, a list of tokens each (``_shown``); ``pieces``, the text of every id that occurs;
@@ -76,7 +73,6 @@ def view_of(
         cost.to(model.device).check(len(head.weight))
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
-    encode = ExampleEncoder.as_trained(tokenizer, form_of(records.column_names), max_length, prompt_template, special_tokens)
     shown: list[list[dict[str, Any]]] = []
     for record in records:
         ids, texts = targets_of(encode, dict(record))

@@ -39,11 +39,10 @@ def linear_loss(
     reduction: str,  # "sum" or "none"
     token_weights: Tensor | None = None,  # [N] constants that multiply the losses
     kernels: Kernels = torch_kernels,
-    columns: int | None = None,  # logits per token that a chunk is sized for, if not the rows of the weight
 ) -> tuple[Tensor, TokenStats]:
     """The loss, [] or [N], and the detached statistics. Extra memory: two or three [chunk, V] tensors in float32, the
     gradients (that of the weight in float32) and, under mixed precision, a copy of the weight."""
-    job = _Job(head, targets, cost, objective, token_weights, kernels, columns)
+    job = _Job(head, targets, cost, objective, token_weights, kernels)
     if torch.is_grad_enabled():
         loss, nll, log_emo = _ChunkedLoss.apply(hidden, head.weight, head.bias, job, reduction)
     else:
@@ -76,10 +75,9 @@ class _Job:
         objective: LossOfStats,
         token_weights: Tensor | None,
         kernels: Kernels,
-        columns: int | None,
     ) -> None:
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
-        self.columns = columns or len(head.weight)
+        self.columns = kernels.COLUMNS or len(head.weight)
         self.targets, self.rest = split_targets(targets)
         self.cost, self.objective, self.token_weights, self.kernels = cost, objective, token_weights, kernels
         shared = cost is not None and cost.rows is not None and self.rest is None  # equal targets have one row of costs

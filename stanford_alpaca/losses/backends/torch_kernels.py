@@ -13,6 +13,7 @@ from stanford_alpaca.cost import CostRows
 from stanford_alpaca.losses.types import Head
 
 CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # held at a time: 96 MiB and 512 MiB in float32
+COLUMNS = None  # a chunk is sized for the rows of the weight
 CACHE_LOGITS = {"cpu": 2**20, "cuda": 2**25}  # worked on at a time: on a CPU what stays in its caches
 UNDERFLOW = 1e-25  # relative to the greatest of the others: below it sums may have lost terms to underflow
 

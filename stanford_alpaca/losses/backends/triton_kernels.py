@@ -24,6 +24,7 @@ except ImportError:  # builds of torch for CPUs do not bring it
 jit = triton.jit if triton else lambda kernel: kernel
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 now, when the kernels are decorated
 CHUNK_LOGITS = {"cuda": 2**28}  # logits held at a time: 512 MiB in bfloat16
+COLUMNS = None  # a chunk is sized for the rows of the weight
 BLOCK, WARPS = 2048, 8  # 8 logits per thread: 16 bytes in bfloat16
 
 

@@ -67,7 +67,7 @@ def linear_loss(
             part.register_hook(lambda grad: grad / ranks)
     total, stats = chunked.linear_loss(
         everyone, Head(weight, bias, head.softcap, head.logit_scale), goals, cost, objective, "sum", weights,
-        kernels=_Kernels(kernels, columns * dist.get_rank(group), group), columns=columns,
+        kernels=_Kernels(kernels, columns, group),
     )  # fmt: skip
     own = slice(tokens.start, tokens.start + len(hidden))
     stats = TokenStats(stats.nll[own], None if stats.log_emo is None else stats.log_emo[own])
@@ -119,11 +119,11 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _Kernels:
-    """The kernels that serve one shard: its columns are the vocabulary's from ``start`` on."""
+    """The kernels that serve one shard: each rank has ``columns`` of the vocabulary, the last ones fewer."""
 
-    def __init__(self, kernels: Kernels, start: int, group: dist.ProcessGroup):
-        self.CHUNK_LOGITS = kernels.CHUNK_LOGITS
-        self._kernels, self._start, self._group = kernels, start, group
+    def __init__(self, kernels: Kernels, columns: int, group: dist.ProcessGroup):
+        self.CHUNK_LOGITS, self.COLUMNS = kernels.CHUNK_LOGITS, columns  # equal on all ranks, as chunks have to be
+        self._kernels, self._start, self._group = kernels, columns * dist.get_rank(group), group
 
     def Chunk(self, product: Tensor, head: Head, targets: Tensor, costs: CostRows | None) -> "_Chunk":
         chunk = self._kernels.Chunk
