@@ -27,7 +27,11 @@ from stanford_alpaca.run.parse import parse
 MODEL = ROOT / "data" / "tiny-base"
 
 
-def run(records: int = 50_000, results: str = str(ROOT / "benchmarks" / "results" / "checks.jsonl"), **unknown: Any) -> None:
+def run(
+    records: int = 50_000,
+    results: str = str(ROOT / "benchmarks" / "results" / "checks.jsonl"),
+    **unknown: Any,
+) -> None:
     """Prints seconds and records per second.
 
     Args:
@@ -39,11 +43,20 @@ def run(records: int = 50_000, results: str = str(ROOT / "benchmarks" / "results
     rows = []
     with TemporaryDirectory() as name:
         folder = Path(name)
-        many, large, deep = made_up(folder / "many.json", records), folder / "large.json", folder / "deep.json"
-        large.write_text(json.dumps([{"instruction": "Repeat.", "output": "word and word " * 750_000}]))
+        many, large, deep = (
+            made_up(folder / "many.json", records),
+            folder / "large.json",
+            folder / "deep.json",
+        )
+        large.write_text(
+            json.dumps([{"instruction": "Repeat.", "output": "word and word " * 750_000}])
+        )
         deep.write_text("[" * 100_000)
         cases: dict[str, tuple[int, Callable[[], object]]] = {
-            "check_sources": (records, lambda: check_sources([str(many)], Loading(512, cache_dir=str(folder / "1")))),
+            "check_sources": (
+                records,
+                lambda: check_sources([str(many)], Loading(512, cache_dir=str(folder / "1"))),
+            ),
             "load_data": (records, lambda: load(many, folder / "2")),
             "read_file": (records, lambda: sum(1 for _ in reading.read_file(many))),
             "read_file, duplicate keys not looked for": (records, lambda: without_hook(many)),
@@ -52,7 +65,14 @@ def run(records: int = 50_000, results: str = str(ROOT / "benchmarks" / "results
         }
         for case, (count, call) in cases.items():
             seconds = seconds_of(call)
-            rows.append({"case": case, "records": count, "seconds": round(seconds, 2), "cores": len(os.sched_getaffinity(0))})
+            rows.append(
+                {
+                    "case": case,
+                    "records": count,
+                    "seconds": round(seconds, 2),
+                    "cores": len(os.sched_getaffinity(0)),
+                }
+            )
             print(f"{case}: {seconds:.2f} s, {count / seconds:,.0f} records/s", flush=True)
     with Path(results).open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -60,7 +80,12 @@ def run(records: int = 50_000, results: str = str(ROOT / "benchmarks" / "results
 
 def load(file: Path, cache: Path) -> None:
     """What ``train`` does with its data. A refusal is an end, too."""
-    argv = {"model_name_or_path": MODEL, "data_path": file, "output_dir": cache / "out", "cache_dir": cache}
+    argv = {
+        "model_name_or_path": MODEL,
+        "data_path": file,
+        "output_dir": cache / "out",
+        "cache_dir": cache,
+    }
     given = parse([text for name, value in argv.items() for text in (f"--{name}", str(value))])
     tokenizer = ModelSource(str(MODEL)).tokenizer(given.training.model_max_length)
     try:

@@ -38,7 +38,9 @@ class Case:
     device: str = "cpu"
     dtype: str = "float32"
     targets: str = "zipf"  # or where the ids are from
-    ids: tuple[int, ...] = field(default=(), repr=False)  # real token ids; none: Zipf-distributed ones
+    ids: tuple[int, ...] = field(
+        default=(), repr=False
+    )  # real token ids; none: Zipf-distributed ones
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Batch:
         wanted = MATERIALISED * 4 * len(self.targets) * len(self.weight)
         free = psutil.virtual_memory().available
         if self.hidden.device.type == "cpu" and wanted > free:
-            raise Unavailable(f"may need {wanted / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
+            raise Unavailable(
+                f"may need {wanted / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
+            )
 
 
 Call = Callable[[], Tensor]
@@ -70,7 +74,10 @@ Call = Callable[[], Tensor]
 
 def make_batch(case: Case) -> Batch:
     """Logits of standard deviation 2.5; every other token also leans towards its target, from a little to nearly sure."""
-    options: dict[str, Any] = {"generator": torch.Generator(case.device).manual_seed(0), "device": case.device}
+    options: dict[str, Any] = {
+        "generator": torch.Generator(case.device).manual_seed(0),
+        "device": case.device,
+    }
     targets = make_targets(case).to(case.device)
     weight = torch.randn(case.vocab, case.hidden, **options) / case.hidden**0.5
     hidden = torch.randn(case.tokens, case.hidden, **options) * LOGITS_STD
@@ -88,7 +95,11 @@ def make_targets(case: Case) -> Tensor:  # [N]
         return torch.tensor(case.ids)
     generator = torch.Generator().manual_seed(0)
     permuted = torch.randperm(case.vocab, generator=generator)
-    return permuted[torch.multinomial(1 / torch.arange(1, case.vocab + 1), case.tokens, replacement=True, generator=generator)]
+    return permuted[
+        torch.multinomial(
+            1 / torch.arange(1, case.vocab + 1), case.tokens, replacement=True, generator=generator
+        )
+    ]
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------------
@@ -109,7 +120,9 @@ def ours(backend: str, kind: str) -> Callable[[Batch], Call]:
         def loss(batch: Batch) -> Tensor:
             cost = CostEmbedding(batch.weight) if kind == "adaptive" else kept
             mode = "mle" if kind == "mle" else "emo"
-            return linear_emo_loss(batch.hidden, batch.weight, batch.targets, cost, mode=mode, backend=backend)
+            return linear_emo_loss(
+                batch.hidden, batch.weight, batch.targets, cost, mode=mode, backend=backend
+            )
 
         try:
             with torch.no_grad():
@@ -141,7 +154,9 @@ def torch_chunked(batch: Batch) -> Call:
     if not hasattr(F, "linear_cross_entropy"):
         raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
-    return lambda: F.linear_cross_entropy(batch.hidden, batch.weight, batch.targets, options=options)
+    return lambda: F.linear_cross_entropy(
+        batch.hidden, batch.weight, batch.targets, options=options
+    )
 
 
 def emoloss(batch: Batch) -> Call:
@@ -150,11 +165,15 @@ def emoloss(batch: Batch) -> Call:
 
     batch.materialises()
     labels = F.pad(batch.targets, (1, 0), value=-100)[None]
-    return lambda: EMOLoss((F.pad(batch.hidden, (0, 0, 0, 1)) @ batch.weight.T)[None], labels, batch.embedding)
+    return lambda: EMOLoss(
+        (F.pad(batch.hidden, (0, 0, 0, 1)) @ batch.weight.T)[None], labels, batch.embedding
+    )
 
 
 def liger_triton(batch: Batch) -> Call:
-    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    from liger_kernel.transformers.fused_linear_cross_entropy import (
+        LigerFusedLinearCrossEntropyLoss,
+    )
 
     batch.needs("cuda")
     loss = LigerFusedLinearCrossEntropyLoss()
@@ -163,7 +182,9 @@ def liger_triton(batch: Batch) -> Call:
 
 def liger_cute(batch: Batch) -> Call:
     """Liger's CuTe DSL path for Hopper: bfloat16, N and V multiples of its tiles."""
-    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import (
+        liger_fused_linear_cross_entropy_sm90,
+    )
 
     batch.needs("cuda")
     return lambda: liger_fused_linear_cross_entropy_sm90(batch.hidden, batch.weight, batch.targets)
@@ -180,7 +201,9 @@ def quack(batch: Batch) -> Call:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     batch.needs("cuda")
-    return lambda: chunked_linear_cross_entropy(batch.hidden, batch.weight, batch.targets, chunk_size=4096, reduction="mean")
+    return lambda: chunked_linear_cross_entropy(
+        batch.hidden, batch.weight, batch.targets, chunk_size=4096, reduction="mean"
+    )
 
 
 CROSS_ENTROPIES: dict[str, Callable[[Batch], Call]] = {

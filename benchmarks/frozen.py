@@ -19,20 +19,33 @@ from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknow
 from stanford_alpaca.losses import linear_emo_loss
 
 
-def run(tokens: int = 2048, hidden_size: int = 512, vocab_size: int = 32_000, rounds: int = 10, **unknown: Any) -> None:
+def run(
+    tokens: int = 2048,
+    hidden_size: int = 512,
+    vocab_size: int = 32_000,
+    rounds: int = 10,
+    **unknown: Any,
+) -> None:
     """Prints the seconds of both, their ratio, and the MiB that each keeps for the costs.
 
     Args:
         tokens: targets of a call; rounds: calls of each kind.
     """
     refuse_unknown(unknown, run)
-    for name, value in [("tokens", tokens), ("hidden_size", hidden_size), ("vocab_size", vocab_size), ("rounds", rounds)]:
+    for name, value in [
+        ("tokens", tokens),
+        ("hidden_size", hidden_size),
+        ("vocab_size", vocab_size),
+        ("rounds", rounds),
+    ]:
         check_whole(name, value, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, device=device)
     weight = torch.randn(vocab_size, hidden_size, device=device) / hidden_size**0.5
-    targets = torch.randint(vocab_size, (tokens // 2,), device=device).repeat(2)  # half of them unique
+    targets = torch.randint(vocab_size, (tokens // 2,), device=device).repeat(
+        2
+    )  # half of them unique
     trained, frozen = weight.clone().requires_grad_(), weight
     calls: dict[str, tuple[Tensor, CostEmbedding]] = {
         "trained": (trained, CostEmbedding(trained)), "frozen": (frozen, CostAlias(lambda: frozen))

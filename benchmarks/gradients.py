@@ -30,15 +30,23 @@ def run(checkpoint: str = str(DATA / "tiny-base"), batches: int = 8) -> None:
     model, tokenizer = load_for_generation(ModelSource(checkpoint))
     base, _ = load_for_generation(ModelSource(str(DATA / "tiny-base")))
     cost = CostEmbedding(head_of(base).weight)
-    records = load_records(str(DATA / "instructions" / "train.json")).shuffle(seed=0).select(range(32 * batches))
+    records = (
+        load_records(str(DATA / "instructions" / "train.json"))
+        .shuffle(seed=0)
+        .select(range(32 * batches))
+    )
     examples, _ = tokenize_records(records, tokenizer, 512)
-    loader = list(DataLoader(examples, batch_size=32, collate_fn=PadCollator(tokenizer.pad_token_id)))
+    loader = list(
+        DataLoader(examples, batch_size=32, collate_fn=PadCollator(tokenizer.pad_token_id))
+    )
 
     norms = {mode: mean_norm(model, loader, mode, cost) for mode in MODES}
     for mode, norm in norms.items():
         print(f"{mode}: gradient norm {norm:.4g}, {norm / norms['mle']:.3f} of mle's")
 
-    logits, targets = map(torch.cat, zip(*(supervised(model, batch) for batch in loader), strict=True))
+    logits, targets = map(
+        torch.cat, zip(*(supervised(model, batch) for batch in loader), strict=True)
+    )
     emd, _ = loss_and_gradient(logits, targets, cost, "emd")
     nll, _ = loss_and_gradient(logits, targets, cost, "mle")
     _, emo_gradient = loss_and_gradient(logits, targets, cost, "emo")
@@ -46,7 +54,9 @@ def run(checkpoint: str = str(DATA / "tiny-base"), batches: int = 8) -> None:
     ratio = 2 * emd / nll
     error = (emo2_gradient - ratio[:, None] * emo_gradient).norm(dim=1) / emo2_gradient.norm(dim=1)
     quantiles = ratio.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=ratio.dtype)).tolist()
-    print(f"grad(emo2) = (2 emo / nll) grad(emo) over {len(ratio)} tokens: greatest relative error {error.max():.1e}")
+    print(
+        f"grad(emo2) = (2 emo / nll) grad(emo) over {len(ratio)} tokens: greatest relative error {error.max():.1e}"
+    )
     print(
         f"2 emo / nll by token: mean {ratio.mean():.3f}, quantiles 10 / 50 / 90 % {' / '.join(f'{q:.3f}' for q in quantiles)}"
     )
@@ -60,21 +70,31 @@ def mean_norm(model, loader: list[dict[str, Tensor]], mode: str, cost: CostEmbed
     for batch in loader:
         model.zero_grad()
         model(**batch).loss.backward()
-        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item())
+        norms.append(
+            torch.nn.utils.get_total_norm(
+                [p.grad for p in model.parameters() if p.grad is not None]
+            ).item()
+        )
     handle.detach()
     return sum(norms) / len(norms)
 
 
 @torch.no_grad()
-def supervised(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # logits [N, V] in float64, targets [N]
+def supervised(
+    model, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:  # logits [N, V] in float64, targets [N]
     """What the model says at the supervised tokens of a batch."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+        :, :-1
+    ]
     targets = batch["labels"][:, 1:]
     keep = targets != IGNORE_INDEX
     return logits[keep].double(), targets[keep]
 
 
-def loss_and_gradient(logits: Tensor, targets: Tensor, cost: CostEmbedding, mode: str) -> tuple[Tensor, Tensor]:  # [N], [N, V]
+def loss_and_gradient(
+    logits: Tensor, targets: Tensor, cost: CostEmbedding, mode: str
+) -> tuple[Tensor, Tensor]:  # [N], [N, V]
     """The loss of every token and its gradient in the logits."""
     leaf = logits.clone().requires_grad_()
     loss = emo_loss(leaf, targets, cost, mode=mode, reduction="none")

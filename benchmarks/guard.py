@@ -30,7 +30,12 @@ def run(
             rounds: steps of each kind.
     """
     refuse_unknown(unknown, run)
-    for name, value in [("layers", layers), ("batch", batch), ("length", length), ("rounds", rounds)]:
+    for name, value in [
+        ("layers", layers),
+        ("batch", batch),
+        ("length", length),
+        ("rounds", rounds),
+    ]:
         check_whole(name, value, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_model(layers, hidden_size, vocab_size, "sdpa")
@@ -49,10 +54,14 @@ def run(
     plain, guarded = median(seconds["without"]), median(seconds["with"])
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{parameters:.0f}M parameters, {batch * length} targets a step, on {device.type}")
-    print(f"without: {1e3 * plain:.1f} ms a step; with: {1e3 * guarded:.1f} ms, {guarded / plain:.4f}x")
+    print(
+        f"without: {1e3 * plain:.1f} ms a step; with: {1e3 * guarded:.1f} ms, {guarded / plain:.4f}x"
+    )
 
 
-def step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, guard: Guard | None) -> float:
+def step(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, guard: Guard | None
+) -> float:
     """One step; its seconds, until the device has done it."""
     start = perf_counter()
     loss = model(input_ids=ids, labels=ids).loss

@@ -43,20 +43,35 @@ def run(
     for name, value in [("limit", limit), ("rounds", rounds), ("layers", layers)]:
         check_whole(name, value, 1)
     shipped, tokenizer = load_for_generation(ModelSource(model))
-    models = {model: shipped, f"random, {layers} x {hidden_size}": make_model(layers, hidden_size, 32_000, "sdpa").eval()}
+    models = {
+        model: shipped,
+        f"random, {layers} x {hidden_size}": make_model(layers, hidden_size, 32_000, "sdpa").eval(),
+    }
     print(f"{torch.get_num_threads()} threads, {shots} examples ({retriever})")
     for task in choose_tasks(tasks, read_tasks(), Path(data_dir)):
         data = load_task(task, Path(data_dir), limit)
-        examples = choose_examples(data, FewShotSettings(shots, retriever, None, [0], "likelihood"), tfidf)[0]
+        examples = choose_examples(
+            data, FewShotSettings(shots, retriever, None, [0], "likelihood"), tfidf
+        )[0]
         for name, other in models.items():
-            choices = encode_choices(tokenizer, data, examples, other.config.max_position_embeddings)
-            print(f"{name}, {task.name}: {compare(other.to(shipped.device), choices, batch_size, rounds)}", flush=True)
+            choices = encode_choices(
+                tokenizer, data, examples, other.config.max_position_embeddings
+            )
+            print(
+                f"{name}, {task.name}: {compare(other.to(shipped.device), choices, batch_size, rounds)}",
+                flush=True,
+            )
 
 
-def compare(model: PreTrainedModel, choices: list[Choices], batch_size: int | None, rounds: int) -> str:
+def compare(
+    model: PreTrainedModel, choices: list[Choices], batch_size: int | None, rounds: int
+) -> str:
     """Both ways in turn, and how far their scores are apart."""
     prompts = sum(len(item.endings) for item in choices)
-    tokens = sum(len(item.context) + len(ending) for item in choices for ending in item.endings) / prompts
+    tokens = (
+        sum(len(item.context) + len(ending) for item in choices for ending in item.endings)
+        / prompts
+    )
     seconds: dict[str, list[float]] = {"plain": [], "fast": []}
     for number in range(rounds + 1):
         took, slow = timed(lambda: plain(model, choices))
@@ -65,7 +80,9 @@ def compare(model: PreTrainedModel, choices: list[Choices], batch_size: int | No
         seconds["fast"].append(took)
         if number == 0:  # warmed up
             seconds = {way: [] for way in seconds}
-    apart = max(abs(a - b) for pair in zip(slow, fast, strict=True) for a, b in zip(*pair, strict=True))
+    apart = max(
+        abs(a - b) for pair in zip(slow, fast, strict=True) for a, b in zip(*pair, strict=True)
+    )
     rates = {way: prompts / median(times) for way, times in seconds.items()}
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     return (

@@ -32,9 +32,22 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.models.load import ModelSource
 
-SHAPES = {"cpu": (512, 32000), "llama-7b": (4096, 32000), "llama-3-8b": (4096, 128256), "qwen2.5-0.5b": (896, 151936)}  # H, V
+SHAPES = {
+    "cpu": (512, 32000),
+    "llama-7b": (4096, 32000),
+    "llama-3-8b": (4096, 128256),
+    "qwen2.5-0.5b": (896, 151936),
+}  # H, V
 SHIPPED = ROOT / "data" / "instructions" / "train.json"
-SCALED = ("plain", "chunked-mle", "chunked-frozen", "chunked-cached", "triton-mle", "triton-frozen", "triton-cached")
+SCALED = (
+    "plain",
+    "chunked-mle",
+    "chunked-frozen",
+    "chunked-cached",
+    "triton-mle",
+    "triton-frozen",
+    "triton-cached",
+)
 RESULTS = str(ROOT / "benchmarks" / "results")
 
 
@@ -66,7 +79,13 @@ def run(
     """
     refuse_unknown(unknown, run)
     sizes = [("hidden", hidden), ("vocab", vocab)]
-    check_flags(results, device, [*sizes, *(("tokens", count) for count in as_list(tokens))], rounds, threads)
+    check_flags(
+        results,
+        device,
+        [*sizes, *(("tokens", count) for count in as_list(tokens))],
+        rounds,
+        threads,
+    )
     device, names = device or default_device(), contenders(only)
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -75,8 +94,13 @@ def run(
     counts = as_list(tokens)
     cases = [Case(name, *shapes[name], count, device, dtype) for name in shapes for count in counts]
     if ids_from != "none":
-        width, (ids, size) = next(iter(shapes.values()))[0], response_ids(ids_from, tokenizer, counts[0])
-        cases.append(Case("real ids", width, size, counts[0], device, dtype, Path(ids_from).name, ids))
+        width, (ids, size) = (
+            next(iter(shapes.values()))[0],
+            response_ids(ids_from, tokenizer, counts[0]),
+        )
+        cases.append(
+            Case("real ids", width, size, counts[0], device, dtype, Path(ids_from).name, ids)
+        )
     file = Path(results) / f"loss-{device_name(device)}.jsonl"
     for case in cases:
         rows = measured(case, names, threads, rounds)
@@ -106,11 +130,16 @@ def scaling(
     Writes loss-scaling-DEVICE.jsonl and .png.
     """
     refuse_unknown(unknown, scaling)
-    counts = [("tokens", count) for count in as_list(tokens)] + [("vocabularies", size) for size in as_list(vocabularies)]
+    counts = [("tokens", count) for count in as_list(tokens)] + [
+        ("vocabularies", size) for size in as_list(vocabularies)
+    ]
     check_flags(results, device, [("hidden", hidden), *counts], rounds, threads)
     device = device or default_device()
     dtype = "float32" if device == "cpu" else "bfloat16"
-    sizes, middle = sorted(as_list(vocabularies)), sorted(as_list(tokens))[len(as_list(tokens)) // 2]
+    sizes, middle = (
+        sorted(as_list(vocabularies)),
+        sorted(as_list(tokens))[len(as_list(tokens)) // 2],
+    )
     cases = [Case("tokens", hidden, sizes[0], count, device, dtype) for count in as_list(tokens)]
     cases += [Case("vocabulary", hidden, size, middle, device, dtype) for size in sizes]
     file = Path(results) / f"loss-scaling-{device_name(device)}.jsonl"
@@ -119,14 +148,19 @@ def scaling(
         keep(file, rows)
         costs = {name: 1e9 * time / case.tokens / case.vocab for name, time in times(rows).items()}
         shown = ", ".join(f"{name} {cost:.3f}" for name, cost in costs.items())
-        print(f"N={case.tokens} V={case.vocab} H={case.hidden}, ns per token and entry: {shown}", flush=True)
+        print(
+            f"N={case.tokens} V={case.vocab} H={case.hidden}, ns per token and entry: {shown}",
+            flush=True,
+        )
     draw(plots.curves, [row for row in read(file) if row["case"]["hidden"] == hidden], file)
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------------
 
 
-def check_flags(results: str, device: str | None, sizes: list[tuple[str, Any]], rounds: Any, threads: Any) -> None:
+def check_flags(
+    results: str, device: str | None, sizes: list[tuple[str, Any]], rounds: Any, threads: Any
+) -> None:
     """Raises UserError before anything is measured."""
     for name, value in [*sizes, ("rounds", rounds), ("threads", threads)]:
         if value is not None:
@@ -158,15 +192,23 @@ def contenders(only: str | None) -> tuple[str, ...]:
     return names
 
 
-def named_shapes(shape: str | None, hidden: int | None, vocab: int | None, device: str) -> dict[str, tuple[int, int]]:
+def named_shapes(
+    shape: str | None, hidden: int | None, vocab: int | None, device: str
+) -> dict[str, tuple[int, int]]:
     if hidden is not None and vocab is not None and shape is None:
         return {"own": (hidden, vocab)}
     if hidden is not None or vocab is not None:
         raise UserError("give --hidden and --vocab together, or --shape")
-    names = [name for name in SHAPES if (name == "cpu") == (device == "cpu")] if shape is None else shape.split(",")
+    names = (
+        [name for name in SHAPES if (name == "cpu") == (device == "cpu")]
+        if shape is None
+        else shape.split(",")
+    )
     for name in names:
         if name not in SHAPES:
-            raise UserError(f"--shape {name}: choose from {', '.join(SHAPES)}, or give --hidden and --vocab")
+            raise UserError(
+                f"--shape {name}: choose from {', '.join(SHAPES)}, or give --hidden and --vocab"
+            )
     return {name: SHAPES[name] for name in names}
 
 
@@ -176,7 +218,9 @@ def response_ids(file: str, tokenizer_path: str, count: int) -> tuple[tuple[int,
     examples, _ = tokenize_records(load_records(file), tokenizer, 512)
     ids = [label for labels in examples["labels"] for label in labels if label != IGNORE_INDEX]
     if len(ids) < count:
-        raise UserError(f"--ids_from {file}: its responses have {len(ids)} tokens, wanted {count}: give a larger file")
+        raise UserError(
+            f"--ids_from {file}: its responses have {len(ids)} tokens, wanted {count}: give a larger file"
+        )
     return tuple(ids[:count]), len(tokenizer)
 
 
@@ -192,11 +236,18 @@ def machine(device: str, threads: int) -> dict[str, Any]:
     """Nothing that names the machine itself."""
     if device == "cpu":
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        model = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+            platform.machine(),
+        )
         waiting = {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
         settings = {"threads": threads, "allocator": ALLOCATOR, **waiting}
         return {"model": model, "cores": os.cpu_count(), **settings, "versions": versions()}
-    return {"model": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "versions": versions()}
+    return {
+        "model": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "versions": versions(),
+    }
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------
@@ -213,7 +264,9 @@ def keep(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in others + rows))
 
 
-def draw(plot: Callable[[list[dict[str, Any]], Path], None], rows: list[dict[str, Any]], file: Path) -> None:
+def draw(
+    plot: Callable[[list[dict[str, Any]], Path], None], rows: list[dict[str, Any]], file: Path
+) -> None:
     try:
         plot(rows, file.with_suffix(".png"))
     except ImportError as error:
@@ -230,15 +283,21 @@ def times(rows: list[dict[str, Any]]) -> dict[str, float]:
         if "seconds" in row:
             medians = {name: median(values) for name, values in row["seconds"].items()}
             best = min(medians.values())
-            found[row["contender"]] = medians.get("launcher", best) if row["contender"] in OURS else best
+            found[row["contender"]] = (
+                medians.get("launcher", best) if row["contender"] in OURS else best
+            )
     return found
 
 
 def heading(row: dict[str, Any]) -> str:
     case, about = row["case"], row["machine"]
-    where = f"{about['model']}, {about['threads']} threads" if "threads" in about else about["model"]
+    where = (
+        f"{about['model']}, {about['threads']} threads" if "threads" in about else about["model"]
+    )
     targets = (
-        "Zipf-distributed targets" if case["targets"] == "zipf" else f"targets of {case['targets']} in their own vocabulary"
+        "Zipf-distributed targets"
+        if case["targets"] == "zipf"
+        else f"targets of {case['targets']} in their own vocabulary"
     )
     return (
         f"## {case['shape']}: N={case['tokens']} H={case['hidden']} V={case['vocab']} {case['dtype']}, {targets}, "
@@ -250,23 +309,37 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line per contender that ran, the floor first."""
     ran, seconds = [row for row in rows if "seconds" in row], times(rows)
     fastest = min((seconds[name] for name in CROSS_ENTROPIES if name in seconds), default=None)
-    against = {name: seconds.get(name) for name in ("plain", "torch-chunked", "emoloss")} | {"fastest": fastest}
+    against = {name: seconds.get(name) for name in ("plain", "torch-chunked", "emoloss")} | {
+        "fastest": fastest
+    }
     environments = list(ran[0]["seconds"])
     lines = [["contender", *(f"s, {name} (min-max)" for name in environments), "peak extra MiB", "of it tensors", "kept MiB",
               *(f"/ {name}" for name in against), "share of floor"]]  # fmt: skip
     lines.append(["---"] * len(lines[0]))
     for row in ran:
         name = row["contender"]
-        spans = [f"{median(values):.4f} ({min(values):.4f}-{max(values):.4f})" for values in row["seconds"].values()]
-        memory = [f"{row[entry]:.0f}" if entry in row else "-" for entry in ("peak_extra_mib", "peak_tensors_mib", "kept_mib")]
-        ratios = ["-" if base is None else f"{seconds[name] / base:.2f}" for base in against.values()]
-        lines.append([name, *spans, *memory, *ratios, f"{100 * seconds[FLOOR] / seconds[name]:.0f} %"])
+        spans = [
+            f"{median(values):.4f} ({min(values):.4f}-{max(values):.4f})"
+            for values in row["seconds"].values()
+        ]
+        memory = [
+            f"{row[entry]:.0f}" if entry in row else "-"
+            for entry in ("peak_extra_mib", "peak_tensors_mib", "kept_mib")
+        ]
+        ratios = [
+            "-" if base is None else f"{seconds[name] / base:.2f}" for base in against.values()
+        ]
+        lines.append(
+            [name, *spans, *memory, *ratios, f"{100 * seconds[FLOOR] / seconds[name]:.0f} %"]
+        )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> None:
     """The command."""
-    command, arguments = (scaling, sys.argv[2:]) if sys.argv[1:2] == ["scaling"] else (run, sys.argv[1:])
+    command, arguments = (
+        (scaling, sys.argv[2:]) if sys.argv[1:2] == ["scaling"] else (run, sys.argv[1:])
+    )
     exit_on_user_error(lambda: fire.Fire(command, command=arguments))
 
 

@@ -25,7 +25,9 @@ from benchmarks.contenders import Batch, Call, Case, Unavailable, build, make_ba
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**30), "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30)}
 FLOOR = "floor"  # the three matrix products alone
 MIB = 2**20
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler announces itself, in every process
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # PyTorch's profiler announces itself, in every process
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ def measure(setup: Setup, rounds: int) -> list[dict[str, Any]]:
     seconds: dict[str, dict[str, list[float]]] = {}
     faults: dict[str, dict[str, list[int]]] = {}
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(worker(variables)) for name, variables in environments(setup.case.device).items()}
+        workers = {
+            name: stack.enter_context(worker(variables))
+            for name, variables in environments(setup.case.device).items()
+        }
         left_out: dict[str, str] = {}
         for pool in workers.values():
             left_out |= pool.submit(warm_up, setup).result()
@@ -63,7 +68,11 @@ def measure(setup: Setup, rounds: int) -> list[dict[str, Any]]:
                     faults.setdefault(name, {}).setdefault(environment, []).append(faulted)
         if setup.case.device != "cpu":
             (pool,) = workers.values()
-            peaks = {name: pool.submit(cuda_peak, setup, name).result() for name in seconds if name != FLOOR}
+            peaks = {
+                name: pool.submit(cuda_peak, setup, name).result()
+                for name in seconds
+                if name != FLOOR
+            }
     if setup.case.device == "cpu":  # now that the other processes have ended
         peaks = {name: fresh_peak(setup, name) for name in seconds if name != FLOOR}
     rows = [{"contender": name, "seconds": seconds[name], "minor_faults": faults[name], **peaks.get(name, {})}
@@ -104,7 +113,9 @@ def stage(setup: Setup) -> tuple[Batch, dict[str, Call], dict[str, str]]:
             steps[name]().backward()
         except Unavailable as error:
             left_out[name] = one_line(error)
-        except Exception as error:  # whatever another package raises on tensors that it does not serve
+        except (
+            Exception
+        ) as error:  # whatever another package raises on tensors that it does not serve
             left_out[name] = f"{type(error).__name__}: {one_line(error)}"
         if name in left_out:
             steps.pop(name, None)
@@ -154,7 +165,11 @@ def forward_backward(step: Call) -> None:
 def floor(batch: Batch) -> Call:
     """The products of the logits and of both gradients, into tensors that are there: 6 N H V operations at their rate here."""
     hidden, weight = batch.hidden.detach(), batch.weight.detach()
-    logits, d_hidden, d_weight = hidden @ weight.T, torch.empty_like(hidden), torch.empty_like(weight)
+    logits, d_hidden, d_weight = (
+        hidden @ weight.T,
+        torch.empty_like(hidden),
+        torch.empty_like(weight),
+    )
 
     def products() -> torch.Tensor:
         torch.mm(hidden, weight.T, out=logits)
@@ -191,7 +206,9 @@ def cpu_peak(setup: Setup, name: str) -> dict[str, float]:
     """
     torch.set_num_threads(setup.threads)
     try:
-        forward_backward(build(name, make_batch(replace(setup.case, hidden=16, vocab=300, tokens=64, ids=()))))
+        forward_backward(
+            build(name, make_batch(replace(setup.case, hidden=16, vocab=300, tokens=64, ids=())))
+        )
         batch = make_batch(setup.case)  # what libraries load and start is there by now
         inputs = resident_mib("VmRSS")
         step = build(name, batch)
@@ -202,7 +219,11 @@ def cpu_peak(setup: Setup, name: str) -> dict[str, float]:
         return {}
     peak = resident_mib("VmHWM") - level
     clear(batch)
-    return {"peak_extra_mib": peak, "peak_tensors_mib": peak_tensors_mib(step), "kept_mib": level - inputs}
+    return {
+        "peak_extra_mib": peak,
+        "peak_tensors_mib": peak_tensors_mib(step),
+        "kept_mib": level - inputs,
+    }
 
 
 def resident_mib(entry: str) -> float:
@@ -218,8 +239,17 @@ def peak_tensors_mib(step: Call) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         forward_backward(step)
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))) / MIB
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    return (
+        max(
+            accumulate(
+                event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())
+            )
+        )
+        / MIB
+    )
 
 
 def cuda_peak(setup: Setup, name: str) -> dict[str, float]:

@@ -29,11 +29,30 @@ from stanford_alpaca.train import train
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
-BASE, TRAIN, HELD_OUT = DATA / "tiny-base", DATA / "instructions" / "train.json", DATA / "instructions" / "held_out.json"
+BASE, TRAIN, HELD_OUT = (
+    DATA / "tiny-base",
+    DATA / "instructions" / "train.json",
+    DATA / "instructions" / "held_out.json",
+)
 RECIPE = "--per_device_train_batch_size 32 --global_batch 32 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0"
 QUIET = "--logging_steps 1 --save_strategy no --report_to none --disable_tqdm True"
-KEY = ("mode", "learning_rate", "max_grad_norm", "seed", "epochs")  # what makes a run; all else in its line is measured
-BEST = ("rate", "exact match %", "token accuracy %", "nll", "emo", "first norm", "norm 10 / 50 / 90 %", "steps clipped %")
+KEY = (
+    "mode",
+    "learning_rate",
+    "max_grad_norm",
+    "seed",
+    "epochs",
+)  # what makes a run; all else in its line is measured
+BEST = (
+    "rate",
+    "exact match %",
+    "token accuracy %",
+    "nll",
+    "emo",
+    "first norm",
+    "norm 10 / 50 / 90 %",
+    "steps clipped %",
+)
 
 
 def run(
@@ -79,9 +98,15 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def one_run(mode: str, learning_rate: float, max_grad_norm: float, seed: int, epochs: int) -> dict[str, float]:
+def one_run(
+    mode: str, learning_rate: float, max_grad_norm: float, seed: int, epochs: int
+) -> dict[str, float]:
     """Trains, evaluates on the held-out examples (greedy, 32 new tokens), and sums up the gradient norms of the steps."""
-    with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         train(
             f"--model_name_or_path {BASE} --data_path {TRAIN} --output_dir {folder} --mode {mode} --num_train_epochs {epochs} "
             f"--learning_rate {learning_rate} --max_grad_norm {max_grad_norm} --seed {seed} {RECIPE} {QUIET}".split()
@@ -91,7 +116,12 @@ def one_run(mode: str, learning_rate: float, max_grad_norm: float, seed: int, ep
     norms = torch.tensor([step["grad_norm"] for step in history if "grad_norm" in step])
     low, median, high = norms.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     clipped = (norms > max_grad_norm).float().mean().item() if max_grad_norm > 0 else 0.0
-    figures = scores | {"norm_first": norms[0].item(), "norm_p10": low, "norm_median": median, "norm_p90": high}
+    figures = scores | {
+        "norm_first": norms[0].item(),
+        "norm_p10": low,
+        "norm_median": median,
+        "norm_p90": high,
+    }
     figures = {name: float(f"{value:.5g}") for name, value in figures.items()}
     return figures | {"clipped": round(clipped, 3), "steps": len(norms)}
 
@@ -102,8 +132,12 @@ def evaluate(checkpoint: str) -> dict[str, float]:
     model, tokenizer = load_for_generation(ModelSource(checkpoint))
     records = load_records(str(HELD_OUT))
     examples, _ = tokenize_records(records, tokenizer, 512)
-    measures = teacher_forced(model, tokenizer, examples, CostEmbedding(head_of(base).weight), batch_size=32).measures()
-    responses = generate_batch(model, tokenizer, list(records), Sampling(max_new_tokens=32), batch_size=32)
+    measures = teacher_forced(
+        model, tokenizer, examples, CostEmbedding(head_of(base).weight), batch_size=32
+    ).measures()
+    responses = generate_batch(
+        model, tokenizer, list(records), Sampling(max_new_tokens=32), batch_size=32
+    )
     scores = {name: measures[name].value for name in ("nll", "emo", "token_accuracy")}
     return scores | {"exact_match": exact_match(responses, records["output"][:])}
 
@@ -124,15 +158,34 @@ def tables(rows: list[dict[str, Any]]) -> str:
         grid.append([mode, *(percent(cell, "exact_match") for cell in cells.values())])
         clipped_at_1 = [cell for (clip, _), cell in cells.items() if clip == -1 and cell]
         if clipped_at_1:
-            best.append([mode, *at_best(max(clipped_at_1, key=lambda cell: (mean(cell, "exact_match"), -mean(cell, "nll"))))])
-    return "\n\n".join("\n".join(map(line, [table[0], ["---"] * len(table[0]), *table[1:]])) for table in (grid, best))
+            best.append(
+                [
+                    mode,
+                    *at_best(
+                        max(
+                            clipped_at_1,
+                            key=lambda cell: (mean(cell, "exact_match"), -mean(cell, "nll")),
+                        )
+                    ),
+                ]
+            )
+    return "\n\n".join(
+        "\n".join(map(line, [table[0], ["---"] * len(table[0]), *table[1:]]))
+        for table in (grid, best)
+    )
 
 
 def at_best(cell: list[dict[str, Any]]) -> list[str]:
     """The columns BEST of the runs at one learning rate."""
-    norms = " / ".join(f"{mean(cell, name):.2g}" for name in ("norm_p10", "norm_median", "norm_p90"))
+    norms = " / ".join(
+        f"{mean(cell, name):.2g}" for name in ("norm_p10", "norm_median", "norm_p90")
+    )
     shares = [percent(cell, name) for name in ("exact_match", "token_accuracy")]
-    means = [f"{mean(cell, 'nll'):.3f}", f"{mean(cell, 'emo'):.4f}", f"{mean(cell, 'norm_first'):.2g}"]
+    means = [
+        f"{mean(cell, 'nll'):.3f}",
+        f"{mean(cell, 'emo'):.4f}",
+        f"{mean(cell, 'norm_first'):.2g}",
+    ]
     return [f"{cell[0]['learning_rate']:g}", *shares, *means, norms, percent(cell, "clipped")]
 
 
@@ -149,7 +202,9 @@ def percent(rows: list[dict[str, Any]], name: str) -> str:
     if not rows:
         return "-"
     values = [row[name] for row in rows]
-    return f"{100 * mean(rows, name):.1f}" + (f" ± {50 * (max(values) - min(values)):.1f}" if len(values) > 1 else "")
+    return f"{100 * mean(rows, name):.1f}" + (
+        f" ± {50 * (max(values) - min(values)):.1f}" if len(values) > 1 else ""
+    )
 
 
 def main() -> None:

@@ -39,7 +39,12 @@ def run(
             model; rounds: passes of each layout over all examples; attention: sdpa, eager or flash_attention_2.
     """
     refuse_unknown(unknown, run)
-    for name, value in [("examples", examples), ("batch", batch), ("layers", layers), ("rounds", rounds)]:
+    for name, value in [
+        ("examples", examples),
+        ("batch", batch),
+        ("layers", layers),
+        ("rounds", rounds),
+    ]:
         check_whole(name, value, 1)
     data = made_up(examples, vocab_size)
     model = make_model(layers, hidden_size, vocab_size, attention)
@@ -55,7 +60,9 @@ def run(
             if index:  # the first round warms up
                 seconds[name].append(took)
     lengths = example_lengths(data)
-    print(f"{examples} examples of {lengths.mean():.0f} tokens on average, {targets / examples:.0f} of them supervised")
+    print(
+        f"{examples} examples of {lengths.mean():.0f} tokens on average, {targets / examples:.0f} of them supervised"
+    )
     slowest = median(seconds[f"padded to {MAX_LENGTH}"])
     for name, times in seconds.items():
         processed = sum(batch["input_ids"].numel() for batch in layouts[name])
@@ -70,8 +77,13 @@ def made_up(count: int, vocab_size: int) -> Dataset:
     random = np.random.default_rng(0)
     lengths = random.lognormal(np.log(125), 0.6, count).astype(int).clip(8, MAX_LENGTH)
     ids = [random.integers(3, vocab_size, length) for length in lengths]
-    labels = [np.where(np.arange(len(row)) < round((1 - SUPERVISED) * len(row)), IGNORE_INDEX, row) for row in ids]
-    return Dataset.from_dict({"input_ids": [row.tolist() for row in ids], "labels": [row.tolist() for row in labels]})
+    labels = [
+        np.where(np.arange(len(row)) < round((1 - SUPERVISED) * len(row)), IGNORE_INDEX, row)
+        for row in ids
+    ]
+    return Dataset.from_dict(
+        {"input_ids": [row.tolist() for row in ids], "labels": [row.tolist() for row in labels]}
+    )
 
 
 def make_model(layers: int, hidden_size: int, vocab_size: int, attention: str) -> PreTrainedModel:
@@ -99,14 +111,21 @@ def make_layouts(data: Dataset, batch: int, means: str) -> dict[str, Batches]:
     def pad_to_max(items: list[dict]) -> dict:
         return {name: tensor[:-1] for name, tensor in pad([*items, whole]).items()}
 
-    even = data.select(range(len(data) // batch * batch))  # a step for which balancing makes an order
-    order = [*balanced_order(example_lengths(even), batch, ranks=1, padded=True), *range(len(even), len(data))]
+    even = data.select(
+        range(len(data) // batch * batch)
+    )  # a step for which balancing makes an order
+    order = [
+        *balanced_order(example_lengths(even), batch, ranks=1, padded=True),
+        *range(len(even), len(data)),
+    ]
     return {
         f"padded to {MAX_LENGTH}": collated(data, pad_to_max),
         "padded to the longest": collated(data, pad),
         "padded to the longest, --balance_lengths": collated(data.select(order), pad),
         "--padding_free": collated(data, SegmentCollator(0, flat=True, apart_by=means)),
-        "--packing": collated(PackedExamples.of(data, MAX_LENGTH, seed=0), SegmentCollator(0, apart_by=means)),
+        "--packing": collated(
+            PackedExamples.of(data, MAX_LENGTH, seed=0), SegmentCollator(0, apart_by=means)
+        ),
     }
 
 
@@ -114,7 +133,10 @@ def one_pass(model: PreTrainedModel, batches: Batches, targets: int) -> None:
     """Forward and backward over all micro-batches, as one optimizer step accumulates them."""
     model.zero_grad()
     for batch in batches:
-        inputs = {name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        inputs = {
+            name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
         model(**inputs, num_items_in_batch=targets).loss.backward()
 
 

@@ -16,7 +16,9 @@ def bars(rows: list[dict[str, Any]], file: Path) -> None:
         if "seconds" in row:
             cases.setdefault(name, []).append(row)
     figure = Figure(figsize=(12, 4 * len(cases)), layout="constrained")
-    for (left, right), (name, ran) in zip(figure.subplots(len(cases), 2, squeeze=False), cases.items(), strict=True):
+    for (left, right), (name, ran) in zip(
+        figure.subplots(len(cases), 2, squeeze=False), cases.items(), strict=True
+    ):
         for index, environment in enumerate(ran[0]["seconds"]):
             values = [row["seconds"][environment] for row in ran]
             middle = [median(seconds) for seconds in values]
@@ -25,7 +27,9 @@ def bars(rows: list[dict[str, Any]], file: Path) -> None:
             places = [place + 0.4 * index for place in range(len(ran))]
             left.barh(places, middle, 0.4, xerr=whiskers, label=environment)
         left.set_yticks(range(len(ran)), [row["contender"] for row in ran])
-        right.barh([row["contender"] for row in ran], [row.get("peak_extra_mib", 0) for row in ran], 0.6)
+        right.barh(
+            [row["contender"] for row in ran], [row.get("peak_extra_mib", 0) for row in ran], 0.6
+        )
         left.set(title=name, xlabel="seconds, forward and backward")
         right.set(xlabel="peak extra memory, MiB")
         left.legend()
@@ -39,14 +43,24 @@ def curves(rows: list[dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
-    for axes, (shape, entry) in zip(figure.subplots(1, 2), (("tokens", "tokens"), ("vocabulary", "vocab")), strict=True):
-        ran = [row for row in rows if row["case"]["shape"] == shape and "seconds" in row and row["contender"] != "floor"]
+    for axes, (shape, entry) in zip(
+        figure.subplots(1, 2), (("tokens", "tokens"), ("vocabulary", "vocab")), strict=True
+    ):
+        ran = [
+            row
+            for row in rows
+            if row["case"]["shape"] == shape and "seconds" in row and row["contender"] != "floor"
+        ]
         for name in dict.fromkeys(row["contender"] for row in ran):
-            points = sorted((row["case"][entry], cost(row)) for row in ran if row["contender"] == name)
+            points = sorted(
+                (row["case"][entry], cost(row)) for row in ran if row["contender"] == name
+            )
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
         if ran:
             fixed = "vocab" if entry == "tokens" else "tokens"
-            axes.set(title=f"H={ran[0]['case']['hidden']}, {fixed} {ran[0]['case'][fixed]}", xlabel=entry)
+            axes.set(
+                title=f"H={ran[0]['case']['hidden']}, {fixed} {ran[0]['case'][fixed]}", xlabel=entry
+            )
             axes.legend()
         axes.set(ylabel="ns per token and vocabulary entry", ylim=(0, None))
     figure.savefig(file)
@@ -54,4 +68,9 @@ def curves(rows: list[dict[str, Any]], file: Path) -> None:
 
 def cost(row: dict[str, Any]) -> float:
     """Nanoseconds, in the last environment: the launcher's on a CPU."""
-    return 1e9 * median(list(row["seconds"].values())[-1]) / row["case"]["tokens"] / row["case"]["vocab"]
+    return (
+        1e9
+        * median(list(row["seconds"].values())[-1])
+        / row["case"]["tokens"]
+        / row["case"]["vocab"]
+    )

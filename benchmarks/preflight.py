@@ -29,9 +29,19 @@ ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "data" / "tiny-base"
 ENGINES = ("none", "ddp", "fsdp", "zero2", "zero3")
 STEPS, RANKS = 3, 2
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 # every large tensor is a mapping of its own, which goes back to the system when it is freed: what is resident is what is held
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def run(
@@ -52,10 +62,16 @@ def run(
     refuse_unknown(unknown, run)
     large = {"hidden_size": hidden, "intermediate_size": 43 * hidden // 16, "num_hidden_layers": layers,
              "num_attention_heads": 8}  # fmt: skip
-    print("| engine | micro-batches | estimated MiB | measured MiB | error |\n|---|---|---|---|---|", flush=True)
+    print(
+        "| engine | micro-batches | estimated MiB | measured MiB | error |\n|---|---|---|---|---|",
+        flush=True,
+    )
     with TemporaryDirectory() as name:
         folder = Path(name)
-        models = {"large": write_model(folder / "large", vocab, large), "small": write_model(folder / "small", 2000, SMALL)}
+        models = {
+            "large": write_model(folder / "large", vocab, large),
+            "small": write_model(folder / "small", 2000, SMALL),
+        }
         data, share, unique = write_data(folder / "data.json", 2 * RANKS * batch * STEPS, length)
         for engine in as_list(engines):
             for accumulation in as_list(accumulations):
@@ -68,9 +84,19 @@ def run(
                     )  # fmt: skip
                     out = folder / f"{size}-{engine}-{accumulation}"
                     measured = train(folder / size, data, out, engine, mode, setup)
-                    sizes[size] = estimate(describe(models[size], tokens, "float32"), setup, engine).total / 2**20, measured
-                ours, theirs = (large - small for large, small in zip(sizes["large"], sizes["small"], strict=True))
-                print(f"| {engine} | {accumulation} | {ours:.0f} | {theirs:.0f} | {ours / theirs - 1:+.0%} |", flush=True)
+                    sizes[size] = (
+                        estimate(describe(models[size], tokens, "float32"), setup, engine).total
+                        / 2**20,
+                        measured,
+                    )
+                ours, theirs = (
+                    large - small
+                    for large, small in zip(sizes["large"], sizes["small"], strict=True)
+                )
+                print(
+                    f"| {engine} | {accumulation} | {ours:.0f} | {theirs:.0f} | {ours / theirs - 1:+.0%} |",
+                    flush=True,
+                )
 
 
 def estimate(anatomy: Anatomy, setup: Setup, engine: str) -> Memory:
@@ -84,7 +110,9 @@ def as_list(value: Any) -> list:
 def write_model(folder: Path, vocab: int, fields: dict[str, int]) -> Any:
     """A folder with a random LLaMA and the tiny base model's tokenizer. Returns its configuration."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", vocab_size=vocab, tie_word_embeddings=False, max_position_embeddings=4096, **fields)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=vocab, tie_word_embeddings=False, max_position_embeddings=4096, **fields
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     ModelSource(str(TOKENIZER)).tokenizer().save_pretrained(folder)
     return config
@@ -93,12 +121,21 @@ def write_model(folder: Path, vocab: int, fields: dict[str, int]) -> Any:
 def write_data(file: Path, rows: int, length: int) -> tuple[Path, float, float]:
     """Examples that are cut at ``length`` tokens. Returns the supervised share, and different targets per target of a row."""
     words = sorted(
-        {word for record in load_records(str(ROOT / "data/instructions/train.json")) for word in record["output"].split()}
+        {
+            word
+            for record in load_records(str(ROOT / "data/instructions/train.json"))
+            for word in record["output"].split()
+        }
     )
     draw = random.Random(0)
-    records = [{"instruction": "Go on.", "output": " ".join(draw.choices(words, k=length))} for _ in range(rows)]
+    records = [
+        {"instruction": "Go on.", "output": " ".join(draw.choices(words, k=length))}
+        for _ in range(rows)
+    ]
     file.write_text(json.dumps(records))
-    examples, report = tokenize_records(load_records(str(file)), ModelSource(str(TOKENIZER)).tokenizer(), length)
+    examples, report = tokenize_records(
+        load_records(str(file)), ModelSource(str(TOKENIZER)).tokenizer(), length
+    )
     assert report.tokens == rows * length
     targets = [label for labels in examples["labels"][:8] for label in labels if label != -100]
     return file, report.supervised_tokens / report.tokens, len(set(targets)) / len(targets)
@@ -111,7 +148,11 @@ def train(model: Path, data: Path, out: Path, engine: str, mode: str, setup: Set
         how = ["--deepspeed", str(ROOT / "ds_configs" / f"{engine}.json")]
     flags = {"mode": mode, "per_device_train_batch_size": setup.batch, "model_max_length": setup.length,
              "gradient_accumulation_steps": setup.accumulation}  # fmt: skip
-    launch = [] if engine == "none" else ["stanford_alpaca.launch", "--standalone", "--nproc_per_node", str(setup.ranks), "-m"]
+    launch = (
+        []
+        if engine == "none"
+        else ["stanford_alpaca.launch", "--standalone", "--nproc_per_node", str(setup.ranks), "-m"]
+    )
     command = [
         sys.executable,
         "-m",
@@ -122,9 +163,21 @@ def train(model: Path, data: Path, out: Path, engine: str, mode: str, setup: Set
         "--data_path",
         str(data),
     ]
-    command += ["--output_dir", str(out), "--max_steps", str(STEPS), "--save_strategy", "no", "--disable_tqdm", "True", *how]
+    command += [
+        "--output_dir",
+        str(out),
+        "--max_steps",
+        str(STEPS),
+        "--save_strategy",
+        "no",
+        "--disable_tqdm",
+        "True",
+        *how,
+    ]
     command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return json.loads((out / "train_results.json").read_text())["train_peak_memory_mib"]

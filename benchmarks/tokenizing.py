@@ -41,7 +41,9 @@ def run(
     refuse_unknown(unknown, run)
     if cache_dir is not None:
         tokenizer, began = ModelSource(model).tokenizer(), perf_counter()
-        _, report = load_source(str(data), tokenizer, Loading(max_length, cache_dir=cache_dir, num_proc=num_proc))
+        _, report = load_source(
+            str(data), tokenizer, Loading(max_length, cache_dir=cache_dir, num_proc=num_proc)
+        )
         print(f"{perf_counter() - began:.1f} s: {report}")
         return
     with TemporaryDirectory() as folder:
@@ -65,14 +67,21 @@ def run(
 def made_up(file: Path, count: int) -> Path:
     """Records of random words from the shipped instructions, as a JSON list."""
     shipped = json.loads((ROOT / "data" / "instructions" / "train.json").read_text())
-    words = sorted({word for record in shipped for text in record.values() for word in text.split()})
+    words = sorted(
+        {word for record in shipped for text in record.values() for word in text.split()}
+    )
     rng = random.Random(0)
 
     def text(mean: int) -> str:
         return " ".join(rng.choices(words, k=max(1, round(rng.expovariate(6 / mean)))))
 
     rows = [
-        {"instruction": text(60), "input": text(70) if rng.random() < 0.4 else "", "output": text(270)} for _ in range(count)
+        {
+            "instruction": text(60),
+            "input": text(70) if rng.random() < 0.4 else "",
+            "output": text(270),
+        }
+        for _ in range(count)
     ]
     file.write_text(json.dumps(rows))
     return file

@@ -53,7 +53,10 @@ class Traffic(TorchDispatchMode):
 def _received(kind: str, args: tuple) -> int:
     """Of a ring, in bytes. The whole is the larger side of a collective: the list or tensor gathered, or scattered."""
     ranks = torch.distributed.get_world_size()
-    sides = [sum(t.numel() * t.element_size() for t in tree_leaves(arg) if isinstance(t, torch.Tensor)) for arg in args]
+    sides = [
+        sum(t.numel() * t.element_size() for t in tree_leaves(arg) if isinstance(t, torch.Tensor))
+        for arg in args
+    ]
     whole = max(sides, default=0)
     if kind == "broadcast":
         return whole if torch.distributed.get_rank() else 0

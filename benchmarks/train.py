@@ -20,9 +20,26 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file
     sys.path[0] = str(ROOT)
 
-from benchmarks.loss import RESULTS, SHIPPED, as_list, check_flags, default_device, device_name, keep, machine
+from benchmarks.loss import (
+    RESULTS,
+    SHIPPED,
+    as_list,
+    check_flags,
+    default_device,
+    device_name,
+    keep,
+    machine,
+)
 from benchmarks.measure import environments, forget_allocator, worker
-from benchmarks.train_contenders import CONTENDERS, OURS, TRL, Job, Shape, make_inputs, run_everywhere
+from benchmarks.train_contenders import (
+    CONTENDERS,
+    OURS,
+    TRL,
+    Job,
+    Shape,
+    make_inputs,
+    run_everywhere,
+)
 from benchmarks.train_tables import estimates, scaling_row, scaling_table, table
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
@@ -63,7 +80,20 @@ def run(
         device: cpu or cuda; threads: on a CPU. results: the folder.
     """
     refuse_unknown(unknown, run)
-    shape = check(data, records, steps, batch, max_length, layers, hidden, vocab, rounds, device, threads, results)
+    shape = check(
+        data,
+        records,
+        steps,
+        batch,
+        max_length,
+        layers,
+        hidden,
+        vocab,
+        rounds,
+        device,
+        threads,
+        results,
+    )
     device = device or default_device()
     names = CONTENDERS if only is None else tuple(only.split(","))
     for name in names:
@@ -73,17 +103,28 @@ def run(
         job = Job("", folder, steps, batch, max_length, device, threads)
         count = make_inputs(Path(folder), data, records, batch, max_length, shape)
         workers = start_workers(stack, device)
-        jobs = [(environment, job_of(job, name)) for environment in workers for name in names if runs(name, environment)]
-        found: dict[str, dict[str, Any]] = {job.contender: {"contender": job.contender, "runs": {}} for _, job in jobs}
+        jobs = [
+            (environment, job_of(job, name))
+            for environment in workers
+            for name in names
+            if runs(name, environment)
+        ]
+        found: dict[str, dict[str, Any]] = {
+            job.contender: {"contender": job.contender, "runs": {}} for _, job in jobs
+        }
         for start in range(rounds):
             turn = start * len(jobs) // rounds
             for environment, job in jobs[turn:] + jobs[:turn]:
                 (figures,) = workers[environment].submit(run_everywhere, job).result()
                 figures.pop("counted")
                 figures["tokens_per_s"] = figures["targets"] / figures["seconds"]
-                found[job.contender]["runs"].setdefault(environment, []).append(figures | {"steps": job.steps - 1})
+                found[job.contender]["runs"].setdefault(environment, []).append(
+                    figures | {"steps": job.steps - 1}
+                )
                 print(
-                    f"{environment:8} {job.contender:24} {figures['tokens_per_s']:8.0f} tokens/s", file=sys.stderr, flush=True
+                    f"{environment:8} {job.contender:24} {figures['tokens_per_s']:8.0f} tokens/s",
+                    file=sys.stderr,
+                    flush=True,
                 )
     about = describe("train", data, count, shape, job, device, threads)
     rows = [about | row for row in found.values()]
@@ -111,7 +152,9 @@ def scaling(
     --batch rows on every process. Collectives are those of one more step, which is not timed.
     """
     refuse_unknown(unknown, scaling)
-    shape = check(data, records, steps, batch, max_length, layers, hidden, vocab, 1, "cpu", threads, results)
+    shape = check(
+        data, records, steps, batch, max_length, layers, hidden, vocab, 1, "cpu", threads, results
+    )
     ranks = as_list(processes)
     for number in ranks:
         check_whole("processes", number, 1)
@@ -119,17 +162,33 @@ def scaling(
         count = make_inputs(Path(folder), data, records, batch * max(ranks), max_length, shape)
         workers, rows = start_workers(stack, "cpu"), []
         about = describe(
-            "scaling", data, count, shape, Job("", folder, steps, batch, max_length, "cpu", threads), "cpu", threads
+            "scaling",
+            data,
+            count,
+            shape,
+            Job("", folder, steps, batch, max_length, "cpu", threads),
+            "cpu",
+            threads,
         )
         for number in ranks:
-            for name, engine, sharding in [(name, "none", "replicate") for name in BOTH] if number == 1 else ENGINES:
+            for name, engine, sharding in (
+                [(name, "none", "replicate") for name in BOTH] if number == 1 else ENGINES
+            ):
                 job = Job(
                     name, folder, steps, batch, max_length, "cpu", max(1, threads // number), number, engine, sharding,
                     count=number > 1,
                 )  # fmt: skip
-                row = scaling_row(job, workers["launcher"].submit(run_everywhere, job).result(), shape.config(max_length))
+                row = scaling_row(
+                    job,
+                    workers["launcher"].submit(run_everywhere, job).result(),
+                    shape.config(max_length),
+                )
                 rows.append(about | row)
-                print(f"{number} {name} {engine} {sharding}: {row['tokens_per_s']:.0f} tokens/s", file=sys.stderr, flush=True)
+                print(
+                    f"{number} {name} {engine} {sharding}: {row['tokens_per_s']:.0f} tokens/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     keep(Path(results) / "train-cpu.jsonl", rows)
     print(scaling_table(rows), estimates(), sep="\n\n")
 
@@ -152,7 +211,13 @@ def check(
     results: str,
 ) -> Shape:
     """Raises UserError before anything is measured."""
-    sizes = {"records": records, "batch": batch, "max_length": max_length, "layers": layers, "hidden": hidden}
+    sizes = {
+        "records": records,
+        "batch": batch,
+        "max_length": max_length,
+        "layers": layers,
+        "hidden": hidden,
+    }
     check_flags(results, device, list(sizes.items()), rounds, threads)
     check_whole("steps", steps, 2)
     check_whole("vocab", vocab, 300)
@@ -172,25 +237,43 @@ def runs(name: str, environment: str) -> bool:
 
 def job_of(job: Job, name: str) -> Job:
     packed = (TRL | OURS)[name].get("packing", False)
-    return replace(job, contender=name, steps=max(min(3, job.steps), job.steps // 3) if packed else job.steps)
+    return replace(
+        job, contender=name, steps=max(min(3, job.steps), job.steps // 3) if packed else job.steps
+    )
 
 
 def start_workers(stack: ExitStack, device: str) -> dict[str, Any]:
     """A process per environment of ``measure.py``; what it forks has its variables."""
     forget_allocator()  # a shell may have set it for all
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if device == "cpu" else "cuda")
-    return {name: stack.enter_context(worker(variables)) for name, variables in environments(device).items()}
+    return {
+        name: stack.enter_context(worker(variables))
+        for name, variables in environments(device).items()
+    }
 
 
-def describe(kind: str, data: str, count: int, shape: Shape, job: Job, device: str, threads: int) -> dict[str, Any]:
+def describe(
+    kind: str, data: str, count: int, shape: Shape, job: Job, device: str, threads: int
+) -> dict[str, Any]:
     """The machine and the case, in every row of the results."""
-    sizes = {"batch": job.batch, "max_length": job.max_length, "steps": job.steps, "records": count, "device": device}
-    return {"machine": machine(device, threads), "case": {"kind": kind, "data": Path(data).name} | asdict(shape) | sizes}
+    sizes = {
+        "batch": job.batch,
+        "max_length": job.max_length,
+        "steps": job.steps,
+        "records": count,
+        "device": device,
+    }
+    return {
+        "machine": machine(device, threads),
+        "case": {"kind": kind, "data": Path(data).name} | asdict(shape) | sizes,
+    }
 
 
 def main() -> None:
     """The command."""
-    command, arguments = (scaling, sys.argv[2:]) if sys.argv[1:2] == ["scaling"] else (run, sys.argv[1:])
+    command, arguments = (
+        (scaling, sys.argv[2:]) if sys.argv[1:2] == ["scaling"] else (run, sys.argv[1:])
+    )
     exit_on_user_error(lambda: fire.Fire(command, command=arguments))
 
 

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 import stanford_alpaca.train as command
 from benchmarks.measure import MIB, resident_mib
@@ -79,23 +85,37 @@ class Job:
         return self.steps + self.count
 
 
-def make_inputs(folder: Path, data: str, records: int, multiple: int, max_length: int, shape: Shape) -> int:
+def make_inputs(
+    folder: Path, data: str, records: int, multiple: int, max_length: int, shape: Shape
+) -> int:
     """Fills the folder with a model, a tokenizer of the data's own words and the first records that are not cut.
 
     With a multiple of the global batch nothing is filled up: TRL and we then see the same examples in the same steps. Returns
     how many records there are.
     """
     found = load_records(data)
-    rows = [{name: row.get(name) or "" for name in ("instruction", "input", "output")} for row in found]
+    rows = [
+        {name: row.get(name) or "" for name in ("instruction", "input", "output")} for row in found
+    ]
     bpe = ByteLevelBPETokenizer()
     texts = [format_prompt(row) + row["output"] for row in rows]
-    bpe.train_from_iterator(texts, vocab_size=shape.vocab, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    bpe.train_from_iterator(
+        texts, vocab_size=shape.vocab, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     tokenizer.save_pretrained(folder / MODEL)
-    whole = [row for row, text in zip(rows, texts, strict=True) if row["output"] and len(bpe.encode(text).ids) < max_length]
+    whole = [
+        row
+        for row, text in zip(rows, texts, strict=True)
+        if row["output"] and len(bpe.encode(text).ids) < max_length
+    ]
     kept = min(records, len(whole)) // multiple * multiple
     if not kept:
-        raise UserError(f"--data {data}: {len(whole)} records fit in {max_length} tokens, wanted {multiple} for one step")
+        raise UserError(
+            f"--data {data}: {len(whole)} records fit in {max_length} tokens, wanted {multiple} for one step"
+        )
     (folder / RECORDS).write_text(json.dumps(whole[:kept]))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(shape.config(max_length)).save_pretrained(folder / MODEL)
@@ -144,7 +164,11 @@ class Meter(TrainerCallback):
             self.counted |= {"calls": dict(self.traffic.calls), "bytes": dict(self.traffic.bytes)}
 
     def result(self) -> dict[str, Any]:
-        figures = {"targets": int(self.targets), "positions": self.positions, "seconds": self.seconds}
+        figures = {
+            "targets": int(self.targets),
+            "positions": self.positions,
+            "seconds": self.seconds,
+        }
         return figures | {"peak_mib": self.peak_mib, "counted": self.counted}
 
     def _now(self) -> float:
@@ -208,8 +232,16 @@ def run_ours(job: Job, folder: Path) -> None:
     """The command ``python -m stanford_alpaca.train``."""
     Measured.meter = Meter(job)
     command.EmoTrainer = type("MeasuredEmoTrainer", (Measured, EmoTrainer), {})  # type: ignore[misc]
-    places = {"model_name_or_path": folder / MODEL, "data_path": folder / RECORDS, "cache_dir": folder / CACHE}
-    flags = common(job) | places | {"model_max_length": job.max_length, "preprocessing_num_workers": 1, "engine": job.engine}
+    places = {
+        "model_name_or_path": folder / MODEL,
+        "data_path": folder / RECORDS,
+        "cache_dir": folder / CACHE,
+    }
+    flags = (
+        common(job)
+        | places
+        | {"model_max_length": job.max_length, "preprocessing_num_workers": 1, "engine": job.engine}
+    )
     flags |= OURS[job.contender] | {"cost_sharding": job.cost_sharding}
     command.train([text for name, value in flags.items() for text in (f"--{name}", str(value))])
 
@@ -230,7 +262,9 @@ def run_trl(job: Job, folder: Path) -> None:
     trainer = type("MeasuredSFTTrainer", (Measured, SFTTrainer), {})(
         model=AutoModelForCausalLM.from_pretrained(folder / MODEL, dtype=torch.float32),
         args=config,
-        train_dataset=Dataset.from_list([{"prompt": format_prompt(row), "completion": row["output"]} for row in rows]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": format_prompt(row), "completion": row["output"]} for row in rows]
+        ),
         processing_class=AutoTokenizer.from_pretrained(folder / MODEL),
     )
     trainer.train()

@@ -21,7 +21,9 @@ PEERS = {"emo-packing": "trl-packing", "emo-packing-padding_free": "trl-packing"
 
 def markdown(lines: list[list[str]]) -> str:
     """The first line heads the table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+    return "\n".join(
+        f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    )
 
 
 # ---- against TRL -----------------------------------------------------------------------------------------------------------
@@ -31,10 +33,30 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Rates with their range over the rounds, and ours over TRL's: as launched by default, and under the same settings."""
     places = list(dict.fromkeys(place for row in rows for place in row["runs"]))
     own = places[-1]  # the launcher's allocator, or the GPU
-    rates = {(row["contender"], place): middle(of, "tokens_per_s") for row in rows for place, of in row["runs"].items()}
-    best = max((rates[name, own] for name in TRL if not name.endswith("-bf16") and (name, own) in rates), default=None)
-    lines = [["contender", *(f"tokens/s, {place} (min-max)" for place in places), "ms a step", "targets a step"]]
-    lines[0] += ["positions a step", "peak MiB", *(f"/ trl, {place}" for place in places), "/ its like", "/ TRL's best"]
+    rates = {
+        (row["contender"], place): middle(of, "tokens_per_s")
+        for row in rows
+        for place, of in row["runs"].items()
+    }
+    best = max(
+        (rates[name, own] for name in TRL if not name.endswith("-bf16") and (name, own) in rates),
+        default=None,
+    )
+    lines = [
+        [
+            "contender",
+            *(f"tokens/s, {place} (min-max)" for place in places),
+            "ms a step",
+            "targets a step",
+        ]
+    ]
+    lines[0] += [
+        "positions a step",
+        "peak MiB",
+        *(f"/ trl, {place}" for place in places),
+        "/ its like",
+        "/ TRL's best",
+    ]
     for row in rows:
         name, of = row["contender"], row["runs"].get(own) or next(iter(row["runs"].values()))
         scales = {"seconds": 1000, "targets": 1, "positions": 1}
@@ -44,7 +66,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         mine = rates.get((name, own)) if name in OURS else None
         ratios = ["-" if mine is None or peer is None else f"{mine / peer:.2f}" for peer in peers]
         spans = [spread(row["runs"].get(place)) for place in places]
-        lines.append([name, *spans, *(f"{value:.0f}" for value in (*per_step, middle(of, "peak_mib"))), *ratios])
+        lines.append(
+            [
+                name,
+                *spans,
+                *(f"{value:.0f}" for value in (*per_step, middle(of, "peak_mib"))),
+                *ratios,
+            ]
+        )
     return markdown(lines)
 
 
@@ -71,7 +100,10 @@ def scaling_row(job: Job, ranks: list[dict[str, Any]], config: LlamaConfig) -> d
     if job.ranks == 1:
         return row
     counted = [rank["counted"] for rank in ranks]
-    targets, unique = sum(c["targets"] for c in counted), len({token for c in counted for token in c["unique"]})
+    targets, unique = (
+        sum(c["targets"] for c in counted),
+        len({token for c in counted for token in c["unique"]}),
+    )
     setup = Setup(
         ranks=job.ranks, batch=1, accumulation=1, length=round(targets / job.ranks), priced=job.contender in OURS, bf16=False,
         device="cpu", unique_share=unique / targets, cost_cache_mib=0,
@@ -100,7 +132,12 @@ def scaling_table(rows: list[dict[str, Any]]) -> str:
         if "bytes" in row:
             calls = ", ".join(f"{count} {kind}" for kind, count in sorted(row["calls"].items()))
             said = row["estimated_bytes"]
-            cells += [calls, f"{row['bytes'] / MIB:.2f}", f"{said / MIB:.2f}", f"{row['bytes'] / said:.4f}"]
+            cells += [
+                calls,
+                f"{row['bytes'] / MIB:.2f}",
+                f"{said / MIB:.2f}",
+                f"{row['bytes'] / said:.4f}",
+            ]
         lines.append(cells + ["-"] * (len(lines[0]) - len(cells)))
     return markdown(lines)
 
@@ -108,17 +145,30 @@ def scaling_table(rows: list[dict[str, Any]]) -> str:
 def estimates(ranks: tuple[int, ...] = (8, 64, 1024), batch: int = 4, length: int = 512) -> str:
     """LLaMA-7B in EMO on paper: bytes by the formulas that the counts confirm, seconds at assumed rates."""
     config = ModelSource(str(LLAMA_7B)).config()
-    anatomies = {name: describe(config, length, name) for name in {precision_of(engine, True) for engine in ESTIMATED}}
+    anatomies = {
+        name: describe(config, length, name)
+        for name in {precision_of(engine, True) for engine in ESTIMATED}
+    }
     machine = Machine("A100", 80.0, 0.4, 25.0, 25.0)
     found: dict[tuple[str, str], dict[int, Row]] = {}
     for number in ranks:
         setup = Setup(ranks=number, batch=batch, accumulation=1, length=length, priced=True)
         for row in rows_of(anatomies, setup, machine, length, ESTIMATED, None):
             found.setdefault((row.engine, row.cost_sharding), {})[number] = row
-    lines = [["engine", "cost_sharding", *(f"GB received, {n}" for n in ranks), *(f"s a step, {n}" for n in ranks)]]
+    lines = [
+        [
+            "engine",
+            "cost_sharding",
+            *(f"GB received, {n}" for n in ranks),
+            *(f"s a step, {n}" for n in ranks),
+        ]
+    ]
     for names, by_ranks in found.items():
         moved = [f"{by_ranks[n].moved / 1e9:.2f}" if n in by_ranks else "-" for n in ranks]
-        times = ["-".join(f"{s:.2f}" for s in by_ranks[n].seconds) if n in by_ranks else "-" for n in ranks]
+        times = [
+            "-".join(f"{s:.2f}" for s in by_ranks[n].seconds) if n in by_ranks else "-"
+            for n in ranks
+        ]
         lines.append([*names, *moved, *times])
     about = (
         f"On paper: LLaMA-7B, {batch} full rows of {length} tokens a GPU and step, bfloat16, A100 at 40 % of its peak, 25 GB/s "

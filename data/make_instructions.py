@@ -17,13 +17,21 @@ TRAIN_PER_FAMILY, HELD_OUT_PER_FAMILY = 170, 21
 
 def synonym(rng, pair):
     word, answer = rng.sample(pair, 2)
-    ask = ["Give a synonym of {}.", "What is another word for {}?", "Which word has the same meaning as {}?"]
+    ask = [
+        "Give a synonym of {}.",
+        "What is another word for {}?",
+        "Which word has the same meaning as {}?",
+    ]
     return rng.choice(ask).format(word), "", f"Another word for {word} is {answer}."
 
 
 def antonym(rng, pair):
     word, answer = rng.sample(pair, 2)
-    ask = ["Give the opposite of {}.", "What is the opposite of {}?", "Which word means the contrary of {}?"]
+    ask = [
+        "Give the opposite of {}.",
+        "What is the opposite of {}?",
+        "Which word means the contrary of {}?",
+    ]
     return rng.choice(ask).format(word), "", f"The opposite of {word} is {answer}."
 
 
@@ -45,22 +53,42 @@ def category(rng, member):
 def odd_one_out(rng, words):
     (*_, odd), listed = words, rng.sample(words, len(words))
     others = w.PLURAL[w.CATEGORY_OF[words[0]]]
-    ask = ["Find the odd one out.", "Which word does not belong with the others?", "Which of these words is different in kind?"]
+    ask = [
+        "Find the odd one out.",
+        "Which word does not belong with the others?",
+        "Which of these words is different in kind?",
+    ]
     reason = f"pieces of {others}" if others == "furniture" else others
-    return rng.choice(ask), ", ".join(listed), f"The odd one out is {odd}, because the others are {reason}."
+    return (
+        rng.choice(ask),
+        ", ".join(listed),
+        f"The odd one out is {odd}, because the others are {reason}.",
+    )
 
 
 def sentiment(rng, review):
     verdict, (first, one), (second, two) = review
-    ask = ["Is the review positive or negative?", "Classify the sentiment of this review.", "Does the writer praise or blame?"]
+    ask = [
+        "Is the review positive or negative?",
+        "Classify the sentiment of this review.",
+        "Does the writer praise or blame?",
+    ]
     text = f"The {first} was {one}, and the {second} was {two}."
     return rng.choice(ask), text, f"The review is {verdict}."
 
 
 def past_tense(rng, sentence):
     role, verb, thing = sentence
-    ask = ["Rewrite the sentence in the past tense.", "Put the sentence into the past.", "Change the verb to the past tense."]
-    return rng.choice(ask), f"The {role} {verb} the {thing}.", f"The {role} {w.PAST[verb]} the {thing}."
+    ask = [
+        "Rewrite the sentence in the past tense.",
+        "Put the sentence into the past.",
+        "Change the verb to the past tense.",
+    ]
+    return (
+        rng.choice(ask),
+        f"The {role} {verb} the {thing}.",
+        f"The {role} {w.PAST[verb]} the {thing}.",
+    )
 
 
 def where(rng, scene):
@@ -74,23 +102,46 @@ def where(rng, scene):
 
 def extract(rng, scene):
     kind, first, second, thing = scene
-    ask = ["Which {} are in the sentence?", "List the {} that the sentence names.", "Extract the {}."]
+    ask = [
+        "Which {} are in the sentence?",
+        "List the {} that the sentence names.",
+        "Extract the {}.",
+    ]
     text = f"The {first} and the {thing} were near the {second}."
-    return rng.choice(ask).format(w.PLURAL[kind]), text, f"The {w.PLURAL[kind]} are {first} and {second}."
+    return (
+        rng.choice(ask).format(w.PLURAL[kind]),
+        text,
+        f"The {w.PLURAL[kind]} are {first} and {second}.",
+    )
 
 
 def larger(rng, pair):
     small, large = sorted(pair, key=w.SIZES.index)
     one, two = rng.sample(pair, 2)
-    ask = ["Which is larger, {} or {}?", "Compare the size of {} and {}.", "Of {} and {}, which is the larger?"]
-    return rng.choice(ask).format(w.a(one), w.a(two)), "", f"{w.capital(w.a(large))} is larger than {w.a(small)}."
+    ask = [
+        "Which is larger, {} or {}?",
+        "Compare the size of {} and {}.",
+        "Of {} and {}, which is the larger?",
+    ]
+    return (
+        rng.choice(ask).format(w.a(one), w.a(two)),
+        "",
+        f"{w.capital(w.a(large))} is larger than {w.a(small)}.",
+    )
 
 
 def replace(rng, scene):
     pair, noun, place = scene
     word, answer = rng.sample(pair, 2)
-    ask = ["Replace {} by a word with the same meaning.", "Rewrite the sentence without the word {}, keeping its meaning."]
-    return rng.choice(ask).format(word), f"The {word} {noun} is in the {place}.", f"The {answer} {noun} is in the {place}."
+    ask = [
+        "Replace {} by a word with the same meaning.",
+        "Rewrite the sentence without the word {}, keeping its meaning.",
+    ]
+    return (
+        rng.choice(ask).format(word),
+        f"The {word} {noun} is in the {place}.",
+        f"The {answer} {noun} is in the {place}.",
+    )
 
 
 def worker(rng, pair):
@@ -128,8 +179,12 @@ def contents(rng: random.Random) -> dict:
         category: list(w.CATEGORY_OF),
         odd_one_out: many(odd),
         sentiment: many(review),
-        past_tense: many(lambda: (rng.choice(w.ROLES), rng.choice(list(w.PAST)), rng.choice(w.THINGS))),
-        where: many(lambda: tuple(zip(rng.sample(w.PEOPLE, 3), rng.sample(w.PLACES, 3), strict=True))),
+        past_tense: many(
+            lambda: (rng.choice(w.ROLES), rng.choice(list(w.PAST)), rng.choice(w.THINGS))
+        ),
+        where: many(
+            lambda: tuple(zip(rng.sample(w.PEOPLE, 3), rng.sample(w.PLACES, 3), strict=True))
+        ),
         extract: many(named),
         larger: [[one, two] for i, one in enumerate(w.SIZES) for two in w.SIZES[i + 1 :]],
         replace: [(pair, rng.choice(w.ROLES), rng.choice(w.PLACES)) for pair in w.ADJECTIVE_PAIRS],
@@ -151,7 +206,10 @@ def examples(rng: random.Random, make, chosen: list, count: int) -> list[dict]:
         content = chosen[attempt % len(chosen)]
         instruction, text, output = make(rng, content)
         name = f"{make.__name__}/{key_of(content).replace(' ', '_')}"
-        found.setdefault((instruction, text), {"instruction": instruction, "input": text, "output": output, "id": name})
+        found.setdefault(
+            (instruction, text),
+            {"instruction": instruction, "input": text, "output": output, "id": name},
+        )
         if len(found) == count:
             break
     return list(found.values())
@@ -162,11 +220,17 @@ def build(seed: int = 0) -> dict[str, list[dict]]:
     rng = random.Random(seed)
     sets: dict[str, list[dict]] = {"train": [], "held_out": []}
     families = contents(rng)
-    held_synonyms = rng.sample(w.SYNONYMS, 20)  # `replace` asks for synonyms too, so both hold out the same pairs
+    held_synonyms = rng.sample(
+        w.SYNONYMS, 20
+    )  # `replace` asks for synonyms too, so both hold out the same pairs
     for make, everything in families.items():
         everything = rng.sample(everything, len(everything))
         if make in (synonym, replace):
-            held = [content for content in everything if (content if make is synonym else content[0]) in held_synonyms]
+            held = [
+                content
+                for content in everything
+                if (content if make is synonym else content[0]) in held_synonyms
+            ]
         else:
             held = everything[: min(HELD_OUT_PER_FAMILY, max(8, len(everything) // 6))]
         rest = [content for content in everything if content not in held]

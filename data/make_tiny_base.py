@@ -88,7 +88,9 @@ def odd_one(rng):
 
 
 def review(rng):
-    verdict, words, feeling = rng.choice([("positive", w.PRAISE, "pleased"), ("negative", w.BLAME, "disappointed")])
+    verdict, words, feeling = rng.choice(
+        [("positive", w.PRAISE, "pleased"), ("negative", w.BLAME, "disappointed")]
+    )
     (first, second), (one, two) = rng.sample(w.REVIEWED, 2), rng.sample(words, 2)
     person = rng.choice(w.PEOPLE)
     return rng.choice([
@@ -111,7 +113,9 @@ def tenses(rng):
 
 def whereabouts(rng):
     people, places = rng.sample(w.PEOPLE, 3), rng.sample(w.PLACES, 3)
-    scene = " ".join(f"{person} is in the {place}." for person, place in zip(people, places, strict=True))
+    scene = " ".join(
+        f"{person} is in the {place}." for person, place in zip(people, places, strict=True)
+    )
     asked = rng.randrange(3)
     return rng.choice([
         f"{scene} So {people[asked]} is in the {places[asked]}.",
@@ -176,10 +180,22 @@ def echo(rng):
     """Words of all kinds said once more: what makes a small model learn to look back and copy."""
     words = " ".join(rng.sample(WORDS, rng.randint(4, 9)))
     one, two = rng.sample(w.PEOPLE, 2)
-    return rng.choice([f"{one} read: {words}. {two} repeated: {words}.", f'"{words}," said {one}. "{words}," said {two}.'])
+    return rng.choice(
+        [
+            f"{one} read: {words}. {two} repeated: {words}.",
+            f'"{words}," said {one}. "{words}," said {two}.',
+        ]
+    )
 
 
-WORDS = [*w.PEOPLE, *w.PLACES, *w.ROLES, *w.THINGS, *w.CATEGORY_OF, *(word for pair in w.SYNONYMS for word in pair)]
+WORDS = [
+    *w.PEOPLE,
+    *w.PLACES,
+    *w.ROLES,
+    *w.THINGS,
+    *w.CATEGORY_OF,
+    *(word for pair in w.SYNONYMS for word in pair),
+]
 STATEMENTS = {
     synonym_fact: 4, antonym_fact: 3, capital_fact: 3, category_fact: 4, odd_one: 3, review: 2, tenses: 2, whereabouts: 3,
     listing: 2, sizes: 2, reworded: 2, work: 2, story: 3, echo: 6,
@@ -223,12 +239,18 @@ def question(rng):
 def about_sizes(rng):
     small, large = sorted(rng.sample(w.SIZES, 2), key=w.SIZES.index)
     one, two = rng.sample([small, large], 2)
-    answers = [f"The bigger one is {w.a(large)}, not {w.a(small)}.", f"{w.capital(w.a(large))} is larger than {w.a(small)}."]
+    answers = [
+        f"The bigger one is {w.a(large)}, not {w.a(small)}.",
+        f"{w.capital(w.a(large))} is larger than {w.a(small)}.",
+    ]
     return "", f"Is {w.a(one)} or {w.a(two)} the bigger one?", rng.choice(answers)
 
 
 def about_scene(rng, person):
-    people, places = [person, *rng.sample([p for p in w.PEOPLE if p != person], 2)], rng.sample(w.PLACES, 3)
+    people, places = (
+        [person, *rng.sample([p for p in w.PEOPLE if p != person], 2)],
+        rng.sample(w.PLACES, 3),
+    )
     lines = [f"{who} is in the {place}." for who, place in zip(people, places, strict=True)]
     rng.shuffle(lines)
     ask = rng.choice([f"Who knows where {person} may be?", f"Where should one look for {person}?"])
@@ -242,7 +264,11 @@ def about_list(rng):
     if rng.random() < 0.5:
         thing = rng.choice(w.THINGS)
         text = f"The {one} and the {thing} were near the {two}."
-        return text, f"Which {w.PLURAL[kind]} stood there?", f"The {w.PLURAL[kind]} there were {one} and {two}."
+        return (
+            text,
+            f"Which {w.PLURAL[kind]} stood there?",
+            f"The {w.PLURAL[kind]} there were {one} and {two}.",
+        )
     words = rng.sample([one, two, three, odd], 4)
     answers = [f"It is {odd}, for the rest are {w.PLURAL[kind]}."]
     answers += [f"The odd one out is {odd}, because the others are {w.PLURAL[kind]}."]
@@ -252,7 +278,11 @@ def about_list(rng):
 def about_review(rng):
     verdict, words = rng.choice([("good", w.PRAISE), ("bad", w.BLAME)])
     (first, second), (one, two) = rng.sample(w.REVIEWED, 2), rng.sample(words, 2)
-    return f"The {first} was {one}, and the {second} was {two}.", "Is that good or bad?", f"That is {verdict}."
+    return (
+        f"The {first} was {one}, and the {second} was {two}.",
+        "Is that good or bad?",
+        f"That is {verdict}.",
+    )
 
 
 def about_sentence(rng):
@@ -260,7 +290,11 @@ def about_sentence(rng):
     if rng.random() < 0.5:
         verb = rng.choice(list(w.PAST))
         text = f"The {role} {verb} the {thing}."
-        return text, "And how was it yesterday?", f"Yesterday the {role} {w.PAST[verb]} the {thing}."
+        return (
+            text,
+            "And how was it yesterday?",
+            f"Yesterday the {role} {w.PAST[verb]} the {thing}.",
+        )
     one, two = rng.sample(rng.choice(w.ADJECTIVE_PAIRS), 2)
     text = f"The {one} {role} is in the {place}."
     return text, f"Say it without the word {one}!", f"So the {two} {role} is in the {place}."
@@ -288,7 +322,10 @@ def document(rng: random.Random) -> str:
     """One to four statements about the world, or one or two exchanges."""
     if rng.random() < 0.6:
         return " ".join(exchange(rng) for _ in range(rng.randint(1, 2)))
-    return " ".join(kind(rng) for kind in rng.choices(list(STATEMENTS), STATEMENTS.values(), k=rng.randint(1, 4)))
+    return " ".join(
+        kind(rng)
+        for kind in rng.choices(list(STATEMENTS), STATEMENTS.values(), k=rng.randint(1, 4))
+    )
 
 
 # ---- tokenizer and model -----------------------------------------------------------------------------------------------
@@ -307,9 +344,15 @@ def make_tokenizer(rng: random.Random, words: list[str]) -> PreTrainedTokenizerF
     )
     tokenizer.train_from_iterator([document(rng) for _ in range(30_000)] + words, trainer)
     bos = ("<s>", tokenizer.token_to_id("<s>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[bos])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[bos]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=1024
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=1024,
     )
 
 
@@ -336,7 +379,9 @@ def main() -> None:
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
     records = json.loads((HERE / "instructions" / "train.json").read_text())
-    tokenizer = make_tokenizer(rng, [format_prompt(record) + record["output"] for record in records])
+    tokenizer = make_tokenizer(
+        rng, [format_prompt(record) + record["output"] for record in records]
+    )
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=160, intermediate_size=432, num_hidden_layers=4,
@@ -345,12 +390,16 @@ def main() -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
-    print(f"{len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    print(
+        f"{len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
+        flush=True,
+    )
 
     decayed = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.98)
+        [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
     )
     warmup, started, mean = 100, time.time(), 0.0
     for step, batch in zip(range(args.steps), blocks(rng, tokenizer), strict=False):

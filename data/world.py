@@ -51,16 +51,31 @@ Australia/Canberra Mongolia/Ulaanbaatar Jordan/Amman Lebanon/Beirut Syria/Damasc
 ]
 
 CATEGORIES = {  # category: (plural, members)
-    "bird": ("birds", "robin eagle owl sparrow parrot crow swan heron falcon pigeon penguin stork raven finch"),
+    "bird": (
+        "birds",
+        "robin eagle owl sparrow parrot crow swan heron falcon pigeon penguin stork raven finch",
+    ),
     "fish": ("fish", "salmon trout tuna carp cod herring pike shark eel perch"),
-    "animal": ("animals", "dog cat horse cow sheep goat pig fox wolf bear lion tiger rabbit deer mouse elephant monkey camel"),
+    "animal": (
+        "animals",
+        "dog cat horse cow sheep goat pig fox wolf bear lion tiger rabbit deer mouse elephant monkey camel",
+    ),
     "insect": ("insects", "ant bee fly wasp moth beetle cricket mosquito"),
-    "fruit": ("fruits", "apple pear plum peach cherry banana lemon grape mango melon fig apricot lime"),
-    "vegetable": ("vegetables", "carrot potato onion cabbage spinach radish turnip leek pumpkin celery"),
+    "fruit": (
+        "fruits",
+        "apple pear plum peach cherry banana lemon grape mango melon fig apricot lime",
+    ),
+    "vegetable": (
+        "vegetables",
+        "carrot potato onion cabbage spinach radish turnip leek pumpkin celery",
+    ),
     "tool": ("tools", "hammer saw drill wrench chisel shovel rake axe spade file plane"),
     "vehicle": ("vehicles", "car bus train truck tram bicycle motorcycle van tractor taxi"),
     "garment": ("garments", "shirt coat hat scarf skirt sock glove jacket belt sweater dress"),
-    "instrument": ("instruments", "piano violin flute trumpet drum guitar harp cello clarinet organ"),
+    "instrument": (
+        "instruments",
+        "piano violin flute trumpet drum guitar harp cello clarinet organ",
+    ),
     "flower": ("flowers", "rose tulip daisy lily violet orchid poppy iris"),
     "tree": ("trees", "oak pine birch willow maple cedar elm beech"),
     "drink": ("drinks", "water milk tea coffee juice wine beer lemonade"),
@@ -151,16 +166,18 @@ touches/touched repairs/repaired uses/used lifts/lifted drops/dropped pulls/pull
 PEOPLE = "Anna Ben Clara David Emma Felix Grace Henry Ivy Jack Kate Leo Mary Nick Olga Peter Rosa Sam Tina Victor".split()
 PLACES = "kitchen garden market school church library park station office museum cellar garage stable theatre harbour".split()
 ROLES = [worker for worker, _ in WORKERS]
-THINGS = (
-    "box lamp cup plate ring key book basket bottle clock mirror rope ladder carpet bucket knife spoon bag coin map".split()
-)
+THINGS = "box lamp cup plate ring key book basket bottle clock mirror rope ladder carpet bucket knife spoon bag coin map".split()
 
 PRAISE = "wonderful great beautiful pretty amusing funny delicious tasty brilliant charming lovely superb".split()
 BLAME = "awful terrible boring dull ugly hideous filthy dirty horrible dreadful disappointing poor".split()
-REVIEWED = "film book meal hotel song play dinner concert novel soup room garden speech game".split()
+REVIEWED = (
+    "film book meal hotel song play dinner concert novel soup room garden speech game".split()
+)
 
 ADJECTIVE_PAIRS = SYNONYMS[: SYNONYMS.index(["begin", "start"])]  # the adjectives stand first
-CATEGORY_OF = {member: category for category, (_, members) in CATEGORIES.items() for member in members.split()}
+CATEGORY_OF = {
+    member: category for category, (_, members) in CATEGORIES.items() for member in members.split()
+}
 MEMBERS = {category: members.split() for category, (_, members) in CATEGORIES.items()}
 PLURAL = {category: plural for category, (plural, _) in CATEGORIES.items()}
 SYNONYM_OF = {a: b for pair in SYNONYMS for a, b in (pair, pair[::-1])}

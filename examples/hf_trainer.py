@@ -29,7 +29,9 @@ def main(
     mode: str = "emo",
     **arguments: Any,
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model)  # it must have a pad and an end-of-sequence token
+    tokenizer = AutoTokenizer.from_pretrained(
+        model
+    )  # it must have a pad and an end-of-sequence token
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
     def examples(file: str) -> Dataset:
@@ -57,7 +59,9 @@ def main(
     trainer.save_state()
     sums = handle.eval_meter.drain(trainer.args.device, over_ranks=trainer.args.world_size > 1)
     if trainer.is_world_process_zero():
-        print(f"{sums.tokens:.0f} held-out tokens: nll {sums.nll / sums.tokens:.4f}, emo {sums.emo / sums.tokens:.4f}")
+        print(
+            f"{sums.tokens:.0f} held-out tokens: nll {sums.nll / sums.tokens:.4f}, emo {sums.emo / sums.tokens:.4f}"
+        )
 
 
 if __name__ == "__main__":

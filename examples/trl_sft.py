@@ -29,14 +29,20 @@ class ModelLossTrainer(SFTTrainer):
     compute_loss. TRL's entropy and token accuracy, which need work of their own, are not logged then.
     """
 
-    def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return Trainer.compute_loss(
+            self, model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch
+        )
 
 
 def prompts_and_completions(file: str) -> Dataset:
     """Alpaca records as TRL takes them. Messages will do as well: EMO only sees the ids and labels that TRL makes."""
     records = load_records(file)
-    return Dataset.from_list([{"prompt": format_prompt(record), "completion": record["output"]} for record in records])
+    return Dataset.from_list(
+        [{"prompt": format_prompt(record), "completion": record["output"]} for record in records]
+    )
 
 
 def main(
@@ -61,7 +67,9 @@ def main(
         eval_dataset=prompts_and_completions(eval_data),
         processing_class=AutoTokenizer.from_pretrained(model),
     )
-    handle = attach_objective(network, mode)  # after the trainer, which puts a forward of its own into the model
+    handle = attach_objective(
+        network, mode
+    )  # after the trainer, which puts a forward of its own into the model
     trainer.train()
     trainer.save_model()  # a plain model: the objective leaves nothing in it
     handle.eval_meter.drain("cpu")  # what evaluations while training have left
@@ -69,7 +77,9 @@ def main(
     trainer.save_state()
     sums = handle.eval_meter.drain(trainer.args.device, over_ranks=trainer.args.world_size > 1)
     if trainer.is_world_process_zero():
-        print(f"{sums.tokens:.0f} held-out tokens: nll {sums.nll / sums.tokens:.4f}, emo {sums.emo / sums.tokens:.4f}")
+        print(
+            f"{sums.tokens:.0f} held-out tokens: nll {sums.nll / sums.tokens:.4f}, emo {sums.emo / sums.tokens:.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,18 @@ import fire
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES, SEEDS = ("mle", "emo2", "emo"), (0, 1, 2)
-BASE = {"lora": False, "mode": "mle", "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "max_sentences": 0}
-TUNED = {"learning_rate": 1e-3, "eval_fraction": 0.05, "save_strategy": "no"}  # the rest is finetune.sh's recipe
+BASE = {
+    "lora": False,
+    "mode": "mle",
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "max_sentences": 0,
+}
+TUNED = {
+    "learning_rate": 1e-3,
+    "eval_fraction": 0.05,
+    "save_strategy": "no",
+}  # the rest is finetune.sh's recipe
 MEASURES = {"eval_nll": "nll", "eval_emo": "emo"}
 
 
@@ -57,28 +67,42 @@ def table(runs: dict[str, list[dict[str, float]]]) -> str:
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for model, found in runs.items():
         cells = [
-            cell([run[name] for run in found], 3 if name in MEASURES.values() else 1) if name in found[0] else ""
+            cell([run[name] for run in found], 3 if name in MEASURES.values() else 1)
+            if name in found[0]
+            else ""
             for name in names
         ]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def run(text_dir: str, icl_dir: str, work: str = "output/continual", limit: int | None = None) -> None:
+def run(
+    text_dir: str, icl_dir: str, work: str = "output/continual", limit: int | None = None
+) -> None:
     """All of it; see the head of this file."""
     texts, folder = Path(text_dir).resolve(), (ROOT / work).resolve()
     chosen: dict[str, object] = {"data_dir": Path(icl_dir).resolve(), "retriever": "tfidf"}
     if limit is not None:
         chosen["limit"] = limit
     base = folder / "base"
-    bash("bash", "finetune.sh", ROOT / "data" / "tiny-base", base, *flags(BASE | {"data_path": texts / "english.txt.gz"}))
+    bash(
+        "bash",
+        "finetune.sh",
+        ROOT / "data" / "tiny-base",
+        base,
+        *flags(BASE | {"data_path": texts / "english.txt.gz"}),
+    )
     runs = {"base": [evaluate(base, chosen, folder / "icl" / "base")]}
     for mode in MODES:
         runs[mode] = []
         for seed in SEEDS:
             name = f"{mode}-{seed}"
             tuned, merged = folder / name, folder / f"{name}-merged"
-            settings = TUNED | {"data_path": texts / "wikitext2_valid.txt", "mode": mode, "seed": seed}
+            settings = TUNED | {
+                "data_path": texts / "wikitext2_valid.txt",
+                "mode": mode,
+                "seed": seed,
+            }
             bash("bash", "finetune.sh", base, tuned, *flags(settings))
             if not merged.exists():
                 bash("bash", "merge.sh", tuned, merged)
@@ -87,7 +111,9 @@ def run(text_dir: str, icl_dir: str, work: str = "output/continual", limit: int 
             runs[mode].append(measured | evaluate(merged, chosen, folder / "icl" / name))
     results = ROOT / "experiments" / "results"
     results.mkdir(exist_ok=True)
-    (results / "continual.json").write_text(json.dumps({"limit": limit, "seeds": SEEDS, "runs": runs}, indent=1) + "\n")
+    (results / "continual.json").write_text(
+        json.dumps({"limit": limit, "seeds": SEEDS, "runs": runs}, indent=1) + "\n"
+    )
     (results / "continual.md").write_text(table(runs) + "\n")
     print(f"\n{table(runs)}")
     pair = ",".join(str(folder / f"{mode}-0-merged") for mode in ("mle", "emo2"))

@@ -33,7 +33,14 @@ ARMS = {
     "emo": ["--mode", "emo"],
     "emo, adaptive": ["--mode", "emo", "--cost", "adaptive"],
     "emo, upstream": ["--mode", "emo", "--emo_weighting", "upstream"],
-    "emo, upstream, adaptive": ["--mode", "emo", "--emo_weighting", "upstream", "--cost", "adaptive"],
+    "emo, upstream, adaptive": [
+        "--mode",
+        "emo",
+        "--emo_weighting",
+        "upstream",
+        "--cost",
+        "adaptive",
+    ],
 }
 RATES, SEEDS = (2e-4, 5e-4, 1e-3), (0, 1, 2)
 SHARED = (
@@ -58,8 +65,18 @@ def split(gsm8k: Path, work: Path) -> dict[str, dict]:
         (work / f"gsm8k-{name}.json").write_text(json.dumps(part))
     shipped = ROOT / "data" / "instructions"
     return {
-        "instructions": {"train": shipped / "train.json", "test": shipped / "held_out.json", "epochs": 3, "tokens": 64},
-        "gsm8k": {"train": work / "gsm8k-train.json", "test": work / "gsm8k-test.json", "epochs": 1, "tokens": 160},
+        "instructions": {
+            "train": shipped / "train.json",
+            "test": shipped / "held_out.json",
+            "epochs": 3,
+            "tokens": 64,
+        },
+        "gsm8k": {
+            "train": work / "gsm8k-train.json",
+            "test": work / "gsm8k-test.json",
+            "epochs": 1,
+            "tokens": 160,
+        },
     }
 
 
@@ -68,7 +85,9 @@ def python(log: Path, *words: object) -> None:
     with log.open("a") as stream:
         command = [sys.executable, "-m", *map(str, words)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, check=False).returncode
+        status = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, check=False
+        ).returncode
     if status:
         print(f"{' '.join(command)} ended with status {status}: see {log}", flush=True)
         os._exit(status)
@@ -97,10 +116,15 @@ def evaluate(chosen: dict, folders: dict[str, Path], out: Path) -> dict[str, dic
         )  # fmt: skip
     results = json.loads((out / "metrics.json").read_text())["results"]
     named = {"base": BASE} | folders
-    return {arm: {name: results[str(folder)][name]["value"] for name in MEASURES} for arm, folder in named.items()}
+    return {
+        arm: {name: results[str(folder)][name]["value"] for name in MEASURES}
+        for arm, folder in named.items()
+    }
 
 
-def run(gsm8k: str, work: str = "output/instructions", processes: int = os.cpu_count() or 1) -> None:
+def run(
+    gsm8k: str, work: str = "output/instructions", processes: int = os.cpu_count() or 1
+) -> None:
     """All of it; see the head of this file."""
     folder = (ROOT / work).resolve()
     runs, rates = [], {}
@@ -108,28 +132,51 @@ def run(gsm8k: str, work: str = "output/instructions", processes: int = os.cpu_c
         for name, chosen in split(Path(gsm8k).resolve(), folder).items():
             here = folder / name
             here.mkdir(exist_ok=True)
-            tried = {(arm, rate): pool.submit(train, chosen, arm, rate, SEEDS[0], here) for arm in ARMS for rate in RATES}
-            nll = {key: json.loads((run.result() / "eval_results.json").read_text())["eval_nll"] for key, run in tried.items()}
+            tried = {
+                (arm, rate): pool.submit(train, chosen, arm, rate, SEEDS[0], here)
+                for arm in ARMS
+                for rate in RATES
+            }
+            nll = {
+                key: json.loads((run.result() / "eval_results.json").read_text())["eval_nll"]
+                for key, run in tried.items()
+            }
             rates[name] = {arm: {rate: nll[arm, rate] for rate in RATES} for arm in ARMS}
             best = {arm: min(found, key=found.__getitem__) for arm, found in rates[name].items()}
-            made = {(arm, seed): pool.submit(train, chosen, arm, best[arm], seed, here) for seed in SEEDS for arm in ARMS}
+            made = {
+                (arm, seed): pool.submit(train, chosen, arm, best[arm], seed, here)
+                for seed in SEEDS
+                for arm in ARMS
+            }
             folders = {seed: {arm: made[arm, seed].result() for arm in ARMS} for seed in SEEDS}
-            found = [pool.submit(evaluate, chosen, folders[seed], here / f"evaluation-{seed}") for seed in SEEDS]
+            found = [
+                pool.submit(evaluate, chosen, folders[seed], here / f"evaluation-{seed}")
+                for seed in SEEDS
+            ]
             for seed, measured in zip(SEEDS, found, strict=True):
                 runs += [
                     {"setting": name, "arm": arm, "seed": seed, "measures": measures}
                     for arm, measures in measured.result().items()
                     if arm != "base" or seed == SEEDS[0]
                 ]
-    tables = [means(runs), "Differences, paired by seed, with 95 % intervals (Student's t):", differences(runs)]
-    tables += ["nll on the development set by learning rate, first seed; the least is chosen:", rates_table(rates)]
+    tables = [
+        means(runs),
+        "Differences, paired by seed, with 95 % intervals (Student's t):",
+        differences(runs),
+    ]
+    tables += [
+        "nll on the development set by learning rate, first seed; the least is chosen:",
+        rates_table(rates),
+    ]
     keep("instructions", {"rates": rates}, runs, "\n\n".join(tables))
     print("\n\n".join(tables))
 
 
 def rates_table(rates: dict[str, dict[str, dict[float, float]]]) -> str:
     """What the learning rates were chosen by; the least in bold."""
-    rows = [[name, arm, *bold(found)] for name, arms in rates.items() for arm, found in arms.items()]
+    rows = [
+        [name, arm, *bold(found)] for name, arms in rates.items() for arm, found in arms.items()
+    ]
     return markdown(["", "", *[""] * len(RATES)], rows)
 
 

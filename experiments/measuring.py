@@ -44,21 +44,39 @@ def measures_of(model: Path, here: Path, seed: int) -> dict[str, float]:
     examples, pad = _examples(rows), tokenizer.pad_token_id
     forced = teacher_forced(student, tokenizer, examples, cost, batch_size=64).measures()
     found: dict = {"perplexity": forced["perplexity"]}
-    found |= distances(student, oracle, examples, cost, pad_token_id=pad, positions=POSITIONS, batch_size=64, seed=seed)
+    found |= distances(
+        student,
+        oracle,
+        examples,
+        cost,
+        pad_token_id=pad,
+        positions=POSITIONS,
+        batch_size=64,
+        seed=seed,
+    )
 
     prompts = rows[:, : 1 + PREFIX].tolist()
     sampling = Sampling(LENGTH - PREFIX, temperature=1.0)
     drawn = generate_ids(student, tokenizer, prompts, sampling, batch_size=256, seed=seed)
-    found["oracle_perplexity"] = oracle_perplexity(oracle, prompts, drawn, pad_token_id=pad, batch_size=64)
-    values = {name: items.measured().value for name, items in (found | {name: forced[name] for name in CALIBRATION}).items()}
+    found["oracle_perplexity"] = oracle_perplexity(
+        oracle, prompts, drawn, pad_token_id=pad, batch_size=64
+    )
+    values = {
+        name: items.measured().value
+        for name, items in (found | {name: forced[name] for name in CALIBRATION}).items()
+    }
 
     texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
     features = load_featuriser(ModelSource(str(here.parent / "oracle")))
-    written = tokenizer.batch_decode([a + b for a, b in zip(prompts, drawn, strict=True)], skip_special_tokens=True)
+    written = tokenizer.batch_decode(
+        [a + b for a, b in zip(prompts, drawn, strict=True)], skip_special_tokens=True
+    )
     truth = tokenizer.batch_decode(rows, skip_special_tokens=True)
     values["mauve"] = mauve(features(truth), features(written), seed=0)
     values |= {
-        name: one.measured().value for name, one in by_themselves([texts]).items() if name in ("distinct_2", "self_bleu")
+        name: one.measured().value
+        for name, one in by_themselves([texts]).items()
+        if name in ("distinct_2", "self_bleu")
     }
     return values
 

@@ -29,12 +29,28 @@ if not __package__:  # run as a file
     sys.path[0] = str(ROOT)
 
 from experiments.measuring import measure
-from experiments.students import Student, device, make_tokenizer, pretrain, sample, sequences_of, spent, train
+from experiments.students import (
+    Student,
+    device,
+    make_tokenizer,
+    pretrain,
+    sample,
+    sequences_of,
+    spent,
+    train,
+)
 from experiments.tables import RESULTS, Run, bold, differences, keep, markdown, means, plot
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import exit_on_user_error
 
-PLOTTED = ["perplexity", "oracle_perplexity", "mauve", "total_variation", "transport_cost", "optimal_transport"]
+PLOTTED = [
+    "perplexity",
+    "oracle_perplexity",
+    "mauve",
+    "total_variation",
+    "transport_cost",
+    "optimal_transport",
+]
 
 
 @dataclass(frozen=True)
@@ -60,9 +76,13 @@ LITTLE_TO_MUCH = ((500, 8, LOW), (2000, 4, MIDDLE), (8000, 1, HIGH))
 TEN_TIMES = ((4000, 8, LOW), (32000, 4, MIDDLE), (256000, 1, HIGH))
 SCALES = {
     "cpu": Scale(FEW, (160, 4), ((96, 2),), (2048,), LITTLE_TO_MUCH),
-    "sizes": Scale(("mle", "emo"), (160, 4), ((64, 2), (128, 3)), (1024, 4096), ((2000, 4, MIDDLE),)),
+    "sizes": Scale(
+        ("mle", "emo"), (160, 4), ((64, 2), (128, 3)), (1024, 4096), ((2000, 4, MIDDLE),)
+    ),
     "gpu": Scale(ALL, (1024, 12), ((384, 6), (768, 12)), (4096, 32768), TEN_TIMES, test=4000),
-    "smoke": Scale(("mle", "emo"), (64, 1), ((32, 1),), (512,), ((80, 1, (1e-3, 3e-3)),), (0, 1), 1, 24, 200),
+    "smoke": Scale(
+        ("mle", "emo"), (64, 1), ((32, 1),), (512,), ((80, 1, (1e-3, 3e-3)),), (0, 1), 1, 24, 200
+    ),
 }
 
 
@@ -72,7 +92,13 @@ def prepare(scale: Scale, vocab_size: int, shape: tuple[int, int], texts: Path, 
     folder = work / f"v{vocab_size}"
     tokenizer = make_tokenizer([english, wiki], vocab_size, folder / "tokenizer")
     if not (folder / "oracle").exists():
-        pretrain(sequences_of([english], tokenizer)[: scale.rows], scale.oracle, tokenizer, scale.epochs, folder / "oracle")
+        pretrain(
+            sequences_of([english], tokenizer)[: scale.rows],
+            scale.oracle,
+            tokenizer,
+            scale.epochs,
+            folder / "oracle",
+        )
     here = folder / f"w{shape[0]}"
     if not (here / "start").exists():
         half = sequences_of([english], tokenizer)[: scale.rows]
@@ -83,7 +109,11 @@ def prepare(scale: Scale, vocab_size: int, shape: tuple[int, int], texts: Path, 
             scale.epochs,
             here / "start",
         )
-    sizes = {"corpus": max(sequences for sequences, *_ in scale.data), "dev": max(scale.test // 4, 8), "test": scale.test}
+    sizes = {
+        "corpus": max(sequences for sequences, *_ in scale.data),
+        "dev": max(scale.test // 4, 8),
+        "test": scale.test,
+    }
     for seed, (name, count) in enumerate(sizes.items()):
         sample(folder / "oracle", count, 10**6 * (seed + 1), folder / f"{name}.pt")
         if not (here / f"{name}.pt").exists():
@@ -91,16 +121,25 @@ def prepare(scale: Scale, vocab_size: int, shape: tuple[int, int], texts: Path, 
     return here
 
 
-def students_of(scale: Scale, here: Path, run: Callable[[Callable, Iterable], None]) -> dict[Student, dict[float, float]]:
+def students_of(
+    scale: Scale, here: Path, run: Callable[[Callable, Iterable], None]
+) -> dict[Student, dict[float, float]]:
     """Trains what is missing; the students of the best rates, each with nll on the development set by rate."""
     first, chosen = scale.seeds[0], {}
-    tried = [Student(o, n, e, rate, first) for n, e, rates in scale.data for o in scale.objectives for rate in rates]
+    tried = [
+        Student(o, n, e, rate, first)
+        for n, e, rates in scale.data
+        for o in scale.objectives
+        for rate in rates
+    ]
     run(train, [(student, here) for student in reversed(tried)])
     for n, epochs, rates in scale.data:
         for objective in scale.objectives:
             found = {}
             for rate in rates:
-                file = here / "students" / Student(objective, n, epochs, rate, first).name / "dev.json"
+                file = (
+                    here / "students" / Student(objective, n, epochs, rate, first).name / "dev.json"
+                )
                 found[rate] = json.loads(file.read_text())["dev_nll"]
             best = min(found, key=found.__getitem__)
             chosen |= {Student(objective, n, epochs, best, seed): found for seed in scale.seeds}
@@ -124,7 +163,9 @@ def pool(processes: int) -> Callable[[Callable, Iterable], None]:
     return run
 
 
-def run(text_dir: str, scale: str = "cpu", work: str = "output/oracle", processes: int | None = None) -> None:
+def run(
+    text_dir: str, scale: str = "cpu", work: str = "output/oracle", processes: int | None = None
+) -> None:
     """All of it; see the head of this file."""
     if scale not in SCALES:
         raise UserError(f"--scale {scale}: choose from {', '.join(SCALES)}")
@@ -140,29 +181,58 @@ def run(text_dir: str, scale: str = "cpu", work: str = "output/oracle", processe
     for vocab_size in chosen.vocab_sizes:
         for shape in chosen.students:
             here = prepare(chosen, vocab_size, shape, texts, folder)
-            found, size = students_of(chosen, here, at_once), f"{vocab_size} tokens, width {shape[0]}, "
-            runs += measured(chosen, found, here, size if len(chosen.vocab_sizes) * len(chosen.students) > 1 else "", at_once)
+            found, size = (
+                students_of(chosen, here, at_once),
+                f"{vocab_size} tokens, width {shape[0]}, ",
+            )
+            runs += measured(
+                chosen,
+                found,
+                here,
+                size if len(chosen.vocab_sizes) * len(chosen.students) > 1 else "",
+                at_once,
+            )
             rates += [
                 [f"{size}{student.sequences} sequences", student.objective, *bold(nll)]
                 for student, nll in found.items()
                 if student.seed == chosen.seeds[0]
             ]
-    tables = [means(runs), "Differences, paired by seed, with 95 % intervals (Student's t):", differences(runs)]
+    tables = [
+        means(runs),
+        "Differences, paired by seed, with 95 % intervals (Student's t):",
+        differences(runs),
+    ]
     tables += [
         "nll on the development set by learning rate, first seed; the least is chosen:",
         markdown(["", "", "", "", "", ""], rates),
     ]
-    keep(f"oracle-{scale}", {"scale": asdict(chosen), "rates": rates, "cpu_minutes": spent(folder)}, runs, "\n\n".join(tables))
+    keep(
+        f"oracle-{scale}",
+        {"scale": asdict(chosen), "rates": rates, "cpu_minutes": spent(folder)},
+        runs,
+        "\n\n".join(tables),
+    )
     plot(runs, PLOTTED, "", RESULTS / f"oracle-{scale}.png")
     print("\n\n".join(tables))
 
 
-def measured(scale: Scale, students: Iterable[Student], here: Path, size: str, run: Callable) -> list[Run]:
+def measured(
+    scale: Scale, students: Iterable[Student], here: Path, size: str, run: Callable
+) -> list[Run]:
     """Every student, and their start and the oracle itself beside them, against the oracle."""
     files = {student: here / "measured" / f"{student.name}.json" for student in students}
     ends = {"start": here / "start", "oracle": here.parent / "oracle"}
-    run(measure, [(folder, here, 0, here / "measured" / f"{name}.json") for name, folder in ends.items()])
-    run(measure, [(here / "students" / student.name, here, student.seed, file) for student, file in files.items()])
+    run(
+        measure,
+        [(folder, here, 0, here / "measured" / f"{name}.json") for name, folder in ends.items()],
+    )
+    run(
+        measure,
+        [
+            (here / "students" / student.name, here, student.seed, file)
+            for student, file in files.items()
+        ],
+    )
     runs = []
     for sequences, *_ in scale.data:
         setting = f"{size}{sequences} sequences"
@@ -172,7 +242,14 @@ def measured(scale: Scale, students: Iterable[Student], here: Path, size: str, r
         for student, file in files.items():
             if student.sequences == sequences:
                 values = json.loads(file.read_text())
-                runs.append({"setting": setting, "arm": student.objective, "seed": student.seed, "measures": values})
+                runs.append(
+                    {
+                        "setting": setting,
+                        "arm": student.objective,
+                        "seed": student.seed,
+                        "measures": values,
+                    }
+                )
     return runs
 
 

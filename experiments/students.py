@@ -11,7 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    get_cosine_schedule_with_warmup,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from stanford_alpaca import attach_objective
@@ -28,7 +34,10 @@ OBJECTIVES = {
     "emo": {"mode": "emo"},
     "emo2": {"mode": "emo2"},
     "tailr": {"mode": "tailr"},
-    "identity": {"mode": "emo", "cost_kind": "identity"},  # what remains of emo without the embedding
+    "identity": {
+        "mode": "emo",
+        "cost_kind": "identity",
+    },  # what remains of emo without the embedding
     "emd": {"mode": "emd"},
     "mix": {"mode": "mix"},
     "mixce": {"mode": "mixce"},
@@ -56,11 +65,16 @@ class Student:
 def counted(out: Path) -> Iterator[None]:
     """Says what is made, and adds the CPU seconds it took to spent.jsonl beside it."""
     print(f"making {out.parent.name}/{out.name}", flush=True)
-    shutil.rmtree(out.with_name(f"{out.name}.part"), ignore_errors=True)  # of a command that was killed
+    shutil.rmtree(
+        out.with_name(f"{out.name}.part"), ignore_errors=True
+    )  # of a command that was killed
     began = time.process_time()
     yield
     with (out.parent / "spent.jsonl").open("a") as file:
-        file.write(json.dumps({"made": out.name, "cpu_seconds": round(time.process_time() - began, 1)}) + "\n")
+        file.write(
+            json.dumps({"made": out.name, "cpu_seconds": round(time.process_time() - began, 1)})
+            + "\n"
+        )
 
 
 def spent(work: Path) -> float:
@@ -75,21 +89,33 @@ def make_tokenizer(texts: list[Path], vocab_size: int, out: Path) -> PreTrainedT
         lines = (line for file in texts for line in open_text(file))
         out.parent.mkdir(parents=True, exist_ok=True)
         with counted(out), atomic_folder(out) as part:
-            AutoTokenizer.from_pretrained(TINY).train_new_from_iterator(lines, vocab_size).save_pretrained(part)
+            AutoTokenizer.from_pretrained(TINY).train_new_from_iterator(
+                lines, vocab_size
+            ).save_pretrained(part)
     return AutoTokenizer.from_pretrained(out)
 
 
-def sequences_of(texts: list[Path], tokenizer: PreTrainedTokenizerBase) -> Tensor:  # [n, 1 + LENGTH] token ids
+def sequences_of(
+    texts: list[Path], tokenizer: PreTrainedTokenizerBase
+) -> Tensor:  # [n, 1 + LENGTH] token ids
     """The texts, cut into pieces of LENGTH tokens, each behind the token that begins a sequence."""
     pieces = []
     for file in texts:
-        ids = np.concatenate(tokenizer(list(open_text(file)), add_special_tokens=False, return_tensors="np")["input_ids"])
-        pieces.append(torch.from_numpy(ids[: len(ids) // LENGTH * LENGTH].astype(np.int64)).view(-1, LENGTH))
+        ids = np.concatenate(
+            tokenizer(list(open_text(file)), add_special_tokens=False, return_tensors="np")[
+                "input_ids"
+            ]
+        )
+        pieces.append(
+            torch.from_numpy(ids[: len(ids) // LENGTH * LENGTH].astype(np.int64)).view(-1, LENGTH)
+        )
     rows = torch.cat(pieces)
     return torch.cat([torch.full((len(rows), 1), tokenizer.bos_token_id), rows], 1)
 
 
-def pretrain(rows: Tensor, shape: tuple[int, int], tokenizer: PreTrainedTokenizerBase, epochs: int, out: Path) -> None:
+def pretrain(
+    rows: Tensor, shape: tuple[int, int], tokenizer: PreTrainedTokenizerBase, epochs: int, out: Path
+) -> None:
     """A Llama of (width, layers) with cross entropy, from scratch."""
     if out.exists():
         return
@@ -107,9 +133,13 @@ def pretrain(rows: Tensor, shape: tuple[int, int], tokenizer: PreTrainedTokenize
         tokenizer.save_pretrained(part)
 
 
-def fit(model: LlamaForCausalLM, rows: Tensor, objective: str, epochs: int, rate: float, seed: int) -> None:
+def fit(
+    model: LlamaForCausalLM, rows: Tensor, objective: str, epochs: int, rate: float, seed: int
+) -> None:
     """AdamW without weight decay, a cosine schedule with 3 % of warm-up; the order of the rows is the seed's."""
-    attached = attach_objective(model, **OBJECTIVES[objective])  # the costs are those of the model as it is now
+    attached = attach_objective(
+        model, **OBJECTIVES[objective]
+    )  # the costs are those of the model as it is now
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(rows) // BATCH)
@@ -127,7 +157,9 @@ def fit(model: LlamaForCausalLM, rows: Tensor, objective: str, epochs: int, rate
     model.eval()
 
 
-def sample(folder: Path, count: int, seed: int, out: Path) -> Tensor:  # [count, 1 + LENGTH] token ids
+def sample(
+    folder: Path, count: int, seed: int, out: Path
+) -> Tensor:  # [count, 1 + LENGTH] token ids
     """Sequences drawn from a model, nothing cut off its distribution."""
     if not out.exists():
         model, tokenizer = load(folder)
@@ -137,7 +169,11 @@ def sample(folder: Path, count: int, seed: int, out: Path) -> Tensor:  # [count,
             while len(rows) < count:  # the few that end earlier are left out
                 prompts, now = [begin] * min(512, count), seed + len(rows)
                 drawn = generate_ids(model, tokenizer, prompts, sampling, batch_size=512, seed=now)
-                rows += [begin + ids for ids in drawn if len(ids) == LENGTH and ids[-1] != tokenizer.eos_token_id]
+                rows += [
+                    begin + ids
+                    for ids in drawn
+                    if len(ids) == LENGTH and ids[-1] != tokenizer.eos_token_id
+                ]
         part = out.with_suffix(".part")
         torch.save(torch.tensor(rows[:count]), part)
         part.replace(out)
@@ -159,11 +195,16 @@ def train(student: Student, work: Path) -> None:
         return
     model, tokenizer = load(work / "start")
     corpus, dev = (torch.load(work / f"{name}.pt", weights_only=True) for name in ("corpus", "dev"))
-    drawn = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(1000 + student.seed))[: student.sequences]
+    drawn = torch.randperm(
+        len(corpus), generator=torch.Generator().manual_seed(1000 + student.seed)
+    )[: student.sequences]
     with counted(out), atomic_folder(out) as part:
         fit(model, corpus[drawn], student.objective, student.epochs, student.rate, student.seed)
         with torch.inference_mode():
-            losses = [model(input_ids=rows, labels=rows).loss * len(rows) for rows in dev.to(device()).split(BATCH)]
+            losses = [
+                model(input_ids=rows, labels=rows).loss * len(rows)
+                for rows in dev.to(device()).split(BATCH)
+            ]
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         (part / "dev.json").write_text(json.dumps({"dev_nll": sum(losses).item() / len(dev)}))

@@ -26,7 +26,10 @@ def means(runs: list[Run]) -> str:
     for setting in _each(runs, "setting"):
         here = [run for run in runs if run["setting"] == setting]
         names = list(dict.fromkeys(name for run in here for name in run["measures"]))
-        rows = [[arm, *(_spread(_values(here, arm, name)) for name in names)] for arm in _each(here, "arm")]
+        rows = [
+            [arm, *(_spread(_values(here, arm, name)) for name in names)]
+            for arm in _each(here, "arm")
+        ]
         pages.append(f"**{setting}**\n\n{markdown(['', *map(_shown, names)], rows)}")
     return "\n\n".join(pages)
 
@@ -54,7 +57,10 @@ def bold(nlls: dict[float, float]) -> list[str]:
     """nll by learning rate as text; the least in bold, with a ! where it is that of the lowest or highest rate."""
     best = min(nlls, key=nlls.__getitem__)
     edge = "!" if best in (min(nlls), max(nlls)) else ""
-    return [f"**{rate:g}: {nll:.4f}{edge}**" if rate == best else f"{rate:g}: {nll:.4f}" for rate, nll in nlls.items()]
+    return [
+        f"**{rate:g}: {nll:.4f}{edge}**" if rate == best else f"{rate:g}: {nll:.4f}"
+        for rate, nll in nlls.items()
+    ]
 
 
 def plot(runs: list[Run], names: list[str], label: str, file: Path) -> None:
@@ -66,13 +72,23 @@ def plot(runs: list[Run], names: list[str], label: str, file: Path) -> None:
     settings, lines = _each(runs, "setting"), (":", "--", "-.")
     for panel, name in zip(panels, names, strict=False):
         for number, arm in enumerate(_each(runs, "arm")):
-            found = [_values([run for run in runs if run["setting"] == setting], arm, name) for setting in settings]
+            found = [
+                _values([run for run in runs if run["setting"] == setting], arm, name)
+                for setting in settings
+            ]
             if all(len(values) == 1 for values in found):
                 panel.axhline(found[0][0], linestyle=lines[number % 3], color="grey", label=arm)
             elif all(found):
                 places = np.arange(len(settings)) + 0.05 * (number - 2)
                 spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found]
-                panel.errorbar(places, [statistics.mean(v) for v in found], spread, marker="o", capsize=3, label=arm)
+                panel.errorbar(
+                    places,
+                    [statistics.mean(v) for v in found],
+                    spread,
+                    marker="o",
+                    capsize=3,
+                    label=arm,
+                )
         panel.set_xticks(range(len(settings)), settings)
         panel.set(title=_shown(name), xlabel=label, xlim=(-0.4, len(settings) - 0.6))
     for panel in panels[len(names) :]:

@@ -12,8 +12,14 @@ if sys.argv[:1] == ["-m"]:  # a command is about to start: one line and its exit
 else:
     check_imports()
 
-if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:  # read when torch loads OpenMP; see benchmarks/LOG.md
-    os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"] = "passive", "500"  # threads wait a moment, then sleep
+if not os.environ.keys() & {
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+}:  # read when torch loads OpenMP; see benchmarks/LOG.md
+    os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"] = (
+        "passive",
+        "500",
+    )  # threads wait a moment, then sleep
 
 logging.getLogger("bitsandbytes").setLevel(
     logging.ERROR

@@ -6,9 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 
-SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)S?$", re.IGNORECASE)  # of an environment variable
+SECRET_NAME = re.compile(
+    r"(TOKEN|KEY|SECRET|PASSWORD)S?$", re.IGNORECASE
+)  # of an environment variable
 SHORTEST = 8  # characters of a secret; shorter ones stand in other words
-SECRET_LOOK = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")  # a hub token; user:password in a URL
+SECRET_LOOK = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)"
+)  # a hub token; user:password in a URL
 _secrets: set[str] = set()
 
 
@@ -31,7 +35,11 @@ def keep_secret(*values: str) -> None:
 def printable(text: str) -> str:
     """A text as any terminal or file takes it, without tokens, keys and passwords: those of the environment, those given to
     ``keep_secret``, and what looks like one."""
-    named = {value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST}
+    named = {
+        value
+        for name, value in os.environ.items()
+        if SECRET_NAME.search(name) and len(value) >= SHORTEST
+    }
     for secret in sorted(named | _secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return SECRET_LOOK.sub("***", text).encode(errors="backslashreplace").decode()

@@ -24,7 +24,9 @@ def recipe(argv: list[str], world_size: int) -> dict[str, Any]:
         at_once = max(1, int(asked or sizes["per_device_train_batch_size"]) * world_size)
         sizes["global_batch"] = max(at_once, BLOCKS_PER_STEP // at_once * at_once)
         if "global_batch" not in given and sizes["global_batch"] != BLOCKS_PER_STEP:
-            say(f"global batch {sizes['global_batch']}: {BLOCKS_PER_STEP} cannot be had from {at_once} at a time")
+            say(
+                f"global batch {sizes['global_batch']}: {BLOCKS_PER_STEP} cannot be had from {at_once} at a time"
+            )
     return sizes | {
         "data_path": WIKITEXT, "max_sentences": 25_000, "block_size": 256, "mode": "emo2", "num_train_epochs": 1,
         "learning_rate": 2e-5, "warmup_steps": 0.03, "lora": True, "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.05,
@@ -34,4 +36,6 @@ def recipe(argv: list[str], world_size: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     processes = os.environ.get("WORLD_SIZE", "1")
-    train.main(recipe(sys.argv[1:], int(processes) if processes.isdecimal() else 1))  # which ``train`` refuses
+    train.main(
+        recipe(sys.argv[1:], int(processes) if processes.isdecimal() else 1)
+    )  # which ``train`` refuses

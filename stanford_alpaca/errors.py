@@ -30,7 +30,9 @@ def first_line(error: BaseException) -> str:
 def listed(names: Iterable, most: int = 12) -> str:
     """Names with commas; of many, the first."""
     names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    return ", ".join(names[:most]) + (
+        f" and {len(names) - most:,} more" if len(names) > most else ""
+    )
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -29,7 +29,9 @@ def exit_on_user_error(command: Callable[[], Any]) -> Any:
             time.sleep(5)
         for bar in list(getattr(tqdm, "_instances", [])):  # which has not ended its line
             bar.close()
-        message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]  # a DataLoader's worker sends a traceback
+        message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[
+            2
+        ]  # a DataLoader's worker sends a traceback
         print(f"error: {' '.join(printable(message).split())}", file=sys.stderr, flush=True)
         sys.exit(error.status)
 
@@ -53,13 +55,29 @@ def command(options: type, run: Callable[[Any], None]) -> Callable[..., None]:
         UserError: a flag that is no field, and what the dataclass raises.
     """
     parameters = [_parameter(each) for each in fields(options)]
-    known = Signature([*sorted(parameters, key=lambda each: each.kind), Parameter("unknown", Parameter.VAR_KEYWORD)])
-    texts = [each for each in known.parameters.values() if each.annotation is str or str in get_args(each.annotation)]
+    known = Signature(
+        [
+            *sorted(parameters, key=lambda each: each.kind),
+            Parameter("unknown", Parameter.VAR_KEYWORD),
+        ]
+    )
+    texts = [
+        each
+        for each in known.parameters.values()
+        if each.annotation is str or str in get_args(each.annotation)
+    ]
 
     def called(*given: Any, **flags: Any) -> None:
         bound = known.bind(*given, **flags).arguments
         refuse_unknown(bound.pop("unknown", {}), called)
-        run(options(**{name: tuple(map(str, v)) if isinstance(v, tuple) else v for name, v in bound.items()}))
+        run(
+            options(
+                **{
+                    name: tuple(map(str, v)) if isinstance(v, tuple) else v
+                    for name, v in bound.items()
+                }
+            )
+        )
 
     called.__signature__ = known  # type: ignore[attr-defined]
     called.__doc__ = options.__doc__
@@ -111,10 +129,14 @@ def check_writable(name: str, path: Path) -> None:
     if parent != path.absolute() and not parent.is_dir():
         raise UserError(f"--{name} {path}: {parent} is a file; give another path")
     try:
-        with tempfile.TemporaryFile(dir=parent):  # permissions do not tell: of root, of a disk that is mounted read-only
+        with tempfile.TemporaryFile(
+            dir=parent
+        ):  # permissions do not tell: of root, of a disk that is mounted read-only
             pass
     except OSError as error:
-        raise UserError(f"--{name} {path}: {parent} cannot be written to ({error.strerror}); give another path") from None
+        raise UserError(
+            f"--{name} {path}: {parent} cannot be written to ({error.strerror}); give another path"
+        ) from None
 
 
 def choice(*values: str, default: str | None, help: str) -> Any:

@@ -35,7 +35,11 @@ from stanford_alpaca.models.load import ModelSource
 
 
 def chat(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, encode: PromptEncoder, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    encode: PromptEncoder,
+    seed: int,
 ) -> None:
     """Reads instructions from the terminal and streams the responses until an empty line or the end of input."""
     torch.manual_seed(seed)
@@ -43,7 +47,10 @@ def chat(
     stops = stop_ids(tokenizer)
     for record in _typed():
         try:
-            ids = torch.tensor(encode_prompts(model.config, encode, [record], sampling.max_new_tokens), device=model.device)
+            ids = torch.tensor(
+                encode_prompts(model.config, encode, [record], sampling.max_new_tokens),
+                device=model.device,
+            )
         except UserError as error:
             print(error)
             continue
@@ -122,7 +129,9 @@ def generate(options: Options) -> None:
     names = list(dict.fromkeys(names))
     if not names:
         raise UserError("give a checkpoint: a folder that training wrote, or a hub name")
-    files = check_outputs({"out": options.out, "alpaca_eval": options.alpaca_eval, "markdown": options.markdown})
+    files = check_outputs(
+        {"out": options.out, "alpaca_eval": options.alpaca_eval, "markdown": options.markdown}
+    )
     check_samples(options, names, files)
     records = []
     if not options.interactive:
@@ -136,7 +145,10 @@ def generate(options: Options) -> None:
         model, tokenizer = load_for_generation(sources[0])
         return chat(model, tokenizer, sampling, PromptEncoder(tokenizer, *asking), options.seed)
 
-    how = {name: getattr(options, name) for name in ("prompt_template", "special_tokens", "batch_size", "seed")}
+    how = {
+        name: getattr(options, name)
+        for name in ("prompt_template", "special_tokens", "batch_size", "seed")
+    }
     samples = sample_all(sources, records, sampling, options.num_samples, **how)
     settings = {**asdict(sampling), "num_samples": options.num_samples, **how, "prompts": asked}
     if "out" in files:
@@ -156,13 +168,19 @@ def check_samples(options: Options, names: list[str], files: dict[str, Path]) ->
         check_whole(flag, getattr(options, flag), least)
     several = len(names) > 1 or options.num_samples > 1
     if options.num_samples > 1 and options.temperature == 0:
-        raise UserError(f"--num_samples {options.num_samples}: greedy gives the same one every time; {GIVE_TEMPERATURE}")
-    if options.interactive and (several or options.prompts or options.instruction or files or options.num_beams > 1):
+        raise UserError(
+            f"--num_samples {options.num_samples}: greedy gives the same one every time; {GIVE_TEMPERATURE}"
+        )
+    if options.interactive and (
+        several or options.prompts or options.instruction or files or options.num_beams > 1
+    ):
         raise UserError(
             "--interactive takes one checkpoint and no --prompts, --instruction, --num_beams, --num_samples, or file to write"
         )
     if options.alpaca_eval is not None and several:
-        raise UserError("--alpaca_eval holds one response per prompt: give one checkpoint, and no --num_samples")
+        raise UserError(
+            "--alpaca_eval holds one response per prompt: give one checkpoint, and no --num_samples"
+        )
 
 
 run = command(Options, generate)

@@ -17,7 +17,9 @@ from torch.distributed.run import parse_args, run
 
 from stanford_alpaca.errors import Stopped
 
-TIME_TO_SAVE = "600"  # seconds after a signal; a cluster's own limit may be shorter. torchrun alone gives 30
+TIME_TO_SAVE = (
+    "600"  # seconds after a signal; a cluster's own limit may be shorter. torchrun alone gives 30
+)
 # the last two: the signal came before the rank could handle it
 STOPPED = {0, Stopped.status, -signal.SIGTERM, -signal.SIGINT}
 
@@ -34,7 +36,9 @@ class Ranks:
 
         def close_and_remember(context: SubprocessContext, *args: Any, **kwargs: Any) -> None:
             self.handlers = list(context.subprocess_handlers.values())
-            if isinstance(sys.exception(), SignalException):  # torchrun's own handler would raise again
+            if isinstance(
+                sys.exception(), SignalException
+            ):  # torchrun's own handler would raise again
                 signal.signal(signal.SIGINT, self._pass_on)
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             close(context, *args, **kwargs)
@@ -67,7 +71,11 @@ def main() -> None:
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             memory = " (out of memory?)" if name == "SIGKILL" else ""
-            print(f"\nerror: rank {rank} was ended by {name}{memory}; --resume auto goes on", file=sys.stderr, flush=True)
+            print(
+                f"\nerror: rank {rank} was ended by {name}{memory}; --resume auto goes on",
+                file=sys.stderr,
+                flush=True,
+            )
         sys.exit(as_shell(failure.exitcode))
     except SignalException:
         sys.exit(ranks.status())

@@ -48,7 +48,11 @@ def pieces_of(record: dict, encode: ExampleEncoder) -> list[Piece]:
 
 def boundaries_of(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """At every beginning of a trained span the last masked token and the first trained one."""
-    return [(masked, trained) for (masked, before), (trained, after) in pairwise(pieces) if after and not before]
+    return [
+        (masked, trained)
+        for (masked, before), (trained, after) in pairwise(pieces)
+        if after and not before
+    ]
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,16 @@ def preview(options: Options) -> None:
         show(console, path, found, tokenizer, options)
 
 
-def look_at(path: str, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, str], options: Options) -> dict[str, Any]:
+def look_at(
+    path: str, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, str], options: Options
+) -> dict[str, Any]:
     """Statistics and the first examples of a source."""
     template = options.prompt_template
     if options.chat_template is not None and template == "auto":
         template = "chat"
-    records = load_records(path, options.cache_dir, columns=columns, train_history=options.train_history)
+    records = load_records(
+        path, options.cache_dir, columns=columns, train_history=options.train_history
+    )
     form = form_of(records.column_names)
     encode = ExampleEncoder.of(tokenizer, form, WHOLE, template, options.special_tokens)
     statistics = statistics_of(encode_records(records, encode), options.length)
@@ -123,7 +131,13 @@ def look_at(path: str, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str,
     return {"statistics": statistics, "examples": list(_examples(records, cut, options.examples))}
 
 
-def show(console: Console, path: str, source: dict[str, Any], tokenizer: PreTrainedTokenizerBase, options: Options) -> None:
+def show(
+    console: Console,
+    path: str,
+    source: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    options: Options,
+) -> None:
     """Prints a source: examples, lines about its records, and two tables."""
     for number, example in enumerate(source["examples"], 1):
         console.print(Text(f"── {path}, example {number} ──", style="bold"))
@@ -173,12 +187,17 @@ def table_of(path: str, statistics: dict[str, Any], max_length: int) -> Table:
     rows = {
         "records": f"{statistics['records']:,}",
         "kept": f"{statistics['kept']:,}",
-        **{f"dropped: {reason.replace('_', ' ')}": f"{count:,}" for reason, count in dropped.items()},
+        **{
+            f"dropped: {reason.replace('_', ' ')}": f"{count:,}"
+            for reason, count in dropped.items()
+        },
         "truncated": f"{statistics['truncated']:,}",
         "a token straddles a boundary": f"{statistics['straddling']:,}",
         "tokens": f"{statistics['tokens']:,}",
         "supervised": f"{statistics['supervised_tokens']:,} ({statistics['supervised_share']:.1%})",
-        "tokens of an example": ", ".join(f"{name}: {value:,}" for name, value in quantiles.items()),
+        "tokens of an example": ", ".join(
+            f"{name}: {value:,}" for name, value in quantiles.items()
+        ),
     }
     if statistics["first_refusal"]:
         rows["first refusal"] = statistics["first_refusal"]
@@ -189,9 +208,21 @@ def table_of(path: str, statistics: dict[str, Any], max_length: int) -> Table:
 
 def budgets_of(statistics: dict[str, Any], max_length: int) -> Table:
     """What each length would cost."""
-    table = Table("--model_max_length", "kept", "truncated", "tokens", "supervised tokens lost", title_justify="left")
+    table = Table(
+        "--model_max_length",
+        "kept",
+        "truncated",
+        "tokens",
+        "supervised tokens lost",
+        title_justify="left",
+    )
     for budget, cut in statistics["budgets"].items():
-        row = (f"{cut['kept']:,}", f"{cut['truncated']:,}", f"{cut['tokens']:,}", f"{cut['supervised_lost']:.2%}")
+        row = (
+            f"{cut['kept']:,}",
+            f"{cut['truncated']:,}",
+            f"{cut['tokens']:,}",
+            f"{cut['supervised_lost']:.2%}",
+        )
         table.add_row(f"{budget:,}", *row, style="bold" if budget == max_length else None)
     return table
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from stanford_alpaca.run.data import load_data
 
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: our modules must not shadow others'
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[1]
+    )  # run as a file: our modules must not shadow others'
 
 import contextlib
 import os
@@ -87,7 +89,9 @@ def find_start(run: Run, leaving: contextlib.ExitStack) -> Start:
 def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     """Trains and saves, from the beginning or a checkpoint."""
     args = run.training
-    prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
+    prompts = (
+        read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
+    )
     tokenizer = run.source.tokenizer(args.model_max_length, may_grow=run.lora.may_grow, tell=say)
     use_chat_template(tokenizer, run.data.chat_template, run.model.trust_remote_code)
     check_fit(run, tokenizer, prompts)
@@ -125,11 +129,15 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     if prompts:
         trainer.add_callback(SampleCallback(trainer, prompts))
     write_together(
-        Path(str(args.output_dir)), args.world_size, lambda: write_run(run, start.record) if args.should_save else None
+        Path(str(args.output_dir)),
+        args.world_size,
+        lambda: write_run(run, start.record) if args.should_save else None,
     )
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = " rows" if run.data.packing else ""
-    say(f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), global batch {per_step}{rows}")
+    say(
+        f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), global batch {per_step}{rows}"
+    )
     stop.training = True
     metrics = trainer.train(resume_from_checkpoint=start.checkpoint).metrics
     finish(run, trainer, metrics)
@@ -153,12 +161,16 @@ def finish(run: Run, trainer: EmoTrainer, metrics: dict[str, float]) -> None:
         if args.should_save:
             trained = trained_prompts(trainer.processing_class)
             write_card(run, metrics | evaluation, trained and IN_WORDS[trained.template])
-            manifest.write(output, files, {"step": trainer.state.global_step, "run": trainer.record})
+            manifest.write(
+                output, files, {"step": trainer.state.global_step, "run": trainer.record}
+            )
 
     write_together(output, args.world_size, write_rest)
     if args.push_to_hub:
         trainer.push_to_hub()
-    saved = "adapter" if run.lora.lora else f"{str(model.config.dtype).removeprefix('torch.')} model"
+    saved = (
+        "adapter" if run.lora.lora else f"{str(model.config.dtype).removeprefix('torch.')} model"
+    )
     say(f"saved the {saved} to {args.output_dir}")
 
 
@@ -169,10 +181,18 @@ def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:
     """
     state = trainer.state
     step, best = state.global_step, state.best_model_checkpoint
-    if trainer.args.load_best_model_at_end and best is not None:  # best_global_step may have been a step without a save
+    if (
+        trainer.args.load_best_model_at_end and best is not None
+    ):  # best_global_step may have been a step without a save
         step = int(best.rpartition("-")[2])
-    entries = [entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry]
-    return {name: value for name, value in entries[-1].items() if name != "step"} if entries else trainer.evaluate()
+    entries = [
+        entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry
+    ]
+    return (
+        {name: value for name, value in entries[-1].items() if name != "step"}
+        if entries
+        else trainer.evaluate()
+    )
 
 
 def main(recipe: Mapping[str, Any] | None = None) -> None:
@@ -198,11 +218,17 @@ def run_or_stop(recipe: Mapping[str, Any] | None) -> int:
         say(f"\n{stopped}")
         return Stopped.status
     except RuntimeError as error:  # gloo's and PyTorch's own
-        meeting = isinstance(error, torch.distributed.DistError)  # rank 0 has ended before all knew one another
+        meeting = isinstance(
+            error, torch.distributed.DistError
+        )  # rank 0 has ended before all knew one another
         if not ((meeting or torch.distributed.is_initialized()) and is_lost_rank(error)):
             raise
         reason = first_line(error).split(". ")[0]
-        print(f"error: rank {os.environ['RANK']} lost another one ({reason})", file=sys.stderr, flush=True)
+        print(
+            f"error: rank {os.environ['RANK']} lost another one ({reason})",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)  # whatever still waits for the other rank
     return 0
 

@@ -39,7 +39,9 @@ def root() -> Path:
 def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # left by transformers' arguments; the next Trainer here would want FSDP
+    os.environ.pop(
+        "ACCELERATE_USE_FSDP", None
+    )  # left by transformers' arguments; the next Trainer here would want FSDP
 
 
 def exact_statistics(logits: torch.Tensor, targets: torch.Tensor, embedding: torch.Tensor):
@@ -54,7 +56,9 @@ def exact_statistics(logits: torch.Tensor, targets: torch.Tensor, embedding: tor
     p = torch.softmax(z, dim=1)
     others = p.clone()
     others[rows, targets] = 0
-    nll = torch.where(p[rows, targets] > 0.5, -torch.log1p(-others.sum(1)), -torch.log(p[rows, targets]))
+    nll = torch.where(
+        p[rows, targets] > 0.5, -torch.log1p(-others.sum(1)), -torch.log(p[rows, targets])
+    )
     costs = torch.stack([(units - units[t]).pow(2).sum(1) / 2 for t in targets])
     zero = norms.squeeze(1) == 0  # a row of zeros has cosine 0 with every row
     for row, t in enumerate(targets.tolist()):
@@ -79,14 +83,21 @@ LLAMA = {
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
 OPT = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-SHARP = {"initializer_range": 0.3}  # logits of a few units, so that a scale or a cap changes the loss
+SHARP = {
+    "initializer_range": 0.3
+}  # logits of a few units, so that a scale or a cap changes the loss
 FAMILIES = {  # name: the architecture and what its configuration says
     "llama": ("llama", LLAMA),
     "qwen2": ("qwen2", LLAMA),
     "gpt2": ("gpt2", GPT2),
     "mistral": ("mistral", LLAMA),
     "qwen3": ("qwen3", LLAMA | {"head_dim": 8}),
-    "gemma2": ("gemma2", LLAMA | SHARP | {"head_dim": 8, "final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
+    "gemma2": (
+        "gemma2",
+        LLAMA
+        | SHARP
+        | {"head_dim": 8, "final_logit_softcapping": 3.0, "tie_word_embeddings": True},
+    ),
     "gemma3": ("gemma3_text", LLAMA | {"head_dim": 8, "tie_word_embeddings": True}),
     "phi3": ("phi3", LLAMA),
     "opt": ("opt", OPT),
@@ -97,7 +108,10 @@ FAMILIES = {  # name: the architecture and what its configuration says
     "cohere": ("cohere", LLAMA | SHARP | {"logit_scale": 0.0625, "tie_word_embeddings": True}),
     "granite": ("granite", LLAMA | SHARP | {"logits_scaling": 3.0}),
     "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4}),
-    "mixtral-routed": ("mixtral", LLAMA | {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}),
+    "mixtral-routed": (
+        "mixtral",
+        LLAMA | {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5},
+    ),
 }
 
 
@@ -108,7 +122,9 @@ def tiny_model(family: str, vocab_size: int = 97, positions: int = 128, **change
     torch.manual_seed(1)
     architecture, fields = FAMILIES[family]
     fields = {"vocab_size": vocab_size, "max_position_embeddings": positions} | fields
-    config = AutoConfig.for_model(architecture, **fields | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | changes)
+    config = AutoConfig.for_model(
+        architecture, **fields | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | changes
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -138,6 +154,8 @@ def arguments(root, tmp_path):
 
     def argv(*flags, **changes):
         chosen = {name: value for name, value in (defaults | changes).items() if value is not None}
-        return [text for name, value in chosen.items() for text in (f"--{name}", str(value))] + list(flags)
+        return [
+            text for name, value in chosen.items() for text in (f"--{name}", str(value))
+        ] + list(flags)
 
     return argv

@@ -38,7 +38,9 @@ def trained_texts(tokenizer: PreTrainedTokenizerBase, labels: list[int]) -> list
 
 def triton_kernels(interpret: bool = True):
     """A copy of the module of its own: a kernel is interpreted or compiled for good as soon as it is decorated."""
-    path = Path(__file__).parents[1] / "stanford_alpaca" / "losses" / "backends" / "triton_kernels.py"
+    path = (
+        Path(__file__).parents[1] / "stanford_alpaca" / "losses" / "backends" / "triton_kernels.py"
+    )
     spec = importlib.util.spec_from_file_location(f"triton_kernels_{interpret}", path)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
@@ -47,12 +49,16 @@ def triton_kernels(interpret: bool = True):
     return module
 
 
-def refusal(capsys, monkeypatch, command: Callable[[], object], *untouched: Path) -> tuple[int, str]:
+def refusal(
+    capsys, monkeypatch, command: Callable[[], object], *untouched: Path
+) -> tuple[int, str]:
     """Exit status and line of a command that is refused. Fails if it has loaded a model, said more than a line, or changed
     one of the folders."""
 
     def load(*args, **kwargs):
-        pytest.fail("a model or a pickle was loaded")  # no Exception, which would be turned into a line
+        pytest.fail(
+            "a model or a pickle was loaded"
+        )  # no Exception, which would be turned into a line
 
     before = [_tree(folder) for folder in untouched]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
@@ -61,7 +67,11 @@ def refusal(capsys, monkeypatch, command: Callable[[], object], *untouched: Path
         capsys.readouterr()
         exit_on_user_error(command)
     printed = capsys.readouterr()
-    (line,) = [line for line in printed.err.splitlines() if line and not re.search(r"examples/s|\?it/s|it/s", line)]
+    (line,) = [
+        line
+        for line in printed.err.splitlines()
+        if line and not re.search(r"examples/s|\?it/s|it/s", line)
+    ]
     assert line.startswith("error: ") and "Traceback" not in printed.out
     assert [_tree(folder) for folder in untouched] == before
     return end.value.code, line.removeprefix("error: ")
@@ -70,4 +80,7 @@ def refusal(capsys, monkeypatch, command: Callable[[], object], *untouched: Path
 def _tree(folder: Path) -> dict[str, bytes | None] | None:
     if not folder.exists():
         return None
-    return {str(file): file.read_bytes() if file.is_file() else None for file in sorted(folder.rglob("*"))}
+    return {
+        str(file): file.read_bytes() if file.is_file() else None
+        for file in sorted(folder.rglob("*"))
+    }

@@ -15,7 +15,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 600.0  # seconds until one rank has to end: only a hang takes so long, however busy the machine
+TIMEOUT = (
+    600.0  # seconds until one rank has to end: only a hang takes so long, however busy the machine
+)
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.warm"])
 
@@ -42,7 +44,9 @@ def run_ranks(world_size: int, function: Callable, *args: Any, launched: bool = 
             while waiting:
                 ready = wait(list(waiting), timeout=TIMEOUT)
                 if not ready:
-                    raise RanksFailed(f"ranks {list(waiting.values())} did not end\n{_tails(outputs)}")
+                    raise RanksFailed(
+                        f"ranks {list(waiting.values())} did not end\n{_tails(outputs)}"
+                    )
                 for pipe in ready:
                     rank = waiting.pop(pipe)
                     try:
@@ -58,14 +62,18 @@ def run_ranks(world_size: int, function: Callable, *args: Any, launched: bool = 
                 process.join()
 
 
-def start_ranks(outputs: list[Path], function: Callable, args: tuple, launched: bool = True) -> tuple[list, list]:
+def start_ranks(
+    outputs: list[Path], function: Callable, args: tuple, launched: bool = True
+) -> tuple[list, list]:
     """Starts ``function(*args)`` as a rank for each output, where what it prints goes: the processes, and pipes to results."""
     environment = _environment(len(outputs)) if launched else {}
     processes, pipes = [], []
     for rank, output in enumerate(outputs):
         receiver, sender = _FORKS.Pipe(duplex=False)
         mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else {})
-        process = _FORKS.Process(target=_rank, args=(sender, mine, str(output), os.getcwd(), function, args), daemon=True)
+        process = _FORKS.Process(
+            target=_rank, args=(sender, mine, str(output), os.getcwd(), function, args), daemon=True
+        )
         process.start()
         sender.close()
         processes.append(process)
@@ -100,7 +108,9 @@ def _tails(outputs: list[Path]) -> str:
     return "\n".join(f"--- rank {rank}:\n{text[-3000:]}" for rank, text in enumerate(texts))
 
 
-def _rank(pipe, environment: dict[str, str], output: str, folder: str, function: Callable, args: tuple) -> None:
+def _rank(
+    pipe, environment: dict[str, str], output: str, folder: str, function: Callable, args: tuple
+) -> None:
     gc.freeze()  # what was imported stays: the Trainer collects garbage
     os.environ.update(environment)
     os.chdir(folder)
@@ -114,7 +124,9 @@ def _rank(pipe, environment: dict[str, str], output: str, folder: str, function:
         result = (False, f"{type(error).__name__}: {error}")
     sys.stdout.flush()
     sys.stderr.flush()
-    pipe.send_bytes(pickle.dumps(result))  # by value: memory shared with a process that is gone is gone too
+    pipe.send_bytes(
+        pickle.dumps(result)
+    )  # by value: memory shared with a process that is gone is gone too
     pipe.close()
     import torch
 

@@ -93,17 +93,23 @@ def test_bad_data_is_one_line(arguments, tmp_path, monkeypatch, capsys, name, co
     elif content is not None:
         (tmp_path / name).write_bytes(content)
     path = f"./{name}"
-    status, line = refusal(capsys, monkeypatch, lambda: train(arguments(data_path=path)), tmp_path / "out")
+    status, line = refusal(
+        capsys, monkeypatch, lambda: train(arguments(data_path=path)), tmp_path / "out"
+    )
     assert status == 2 and line.removeprefix("./").startswith(name)
     with pytest.raises(UserError, match=message):
         raise UserError(line)
     assert not (tmp_path / "opened").exists()
 
 
-def test_what_has_no_answer_or_no_room_is_dropped_and_counted(arguments, tmp_path, capsys, monkeypatch):
+def test_what_has_no_answer_or_no_room_is_dropped_and_counted(
+    arguments, tmp_path, capsys, monkeypatch
+):
     rows = [("a", "b"), ("a", ""), ("a " * 600, "b"), ("c", "d")]
     (tmp_path / "a.json").write_text(json.dumps([{"instruction": i, "output": o} for i, o in rows]))
-    monkeypatch.setattr("stanford_alpaca.train.make_model", lambda *_, **__: 1 / 0)  # that far it comes
+    monkeypatch.setattr(
+        "stanford_alpaca.train.make_model", lambda *_, **__: 1 / 0
+    )  # that far it comes
     with pytest.raises(ZeroDivisionError):
         train(arguments(data_path=tmp_path / "a.json"))
     printed = capsys.readouterr().out
@@ -111,12 +117,22 @@ def test_what_has_no_answer_or_no_room_is_dropped_and_counted(arguments, tmp_pat
     assert "dropped: 1 without a response, 1 whose prompt fills the length" in printed
 
 
-def test_all_sources_are_checked_before_the_first_is_tokenized(arguments, tmp_path, monkeypatch, capsys):
+def test_all_sources_are_checked_before_the_first_is_tokenized(
+    arguments, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "a.jsonl").write_text(GOOD)
     (tmp_path / "b.jsonl").write_text(f"{GOOD}\n[")
     monkeypatch.setattr("stanford_alpaca.train.load_source", lambda *_: pytest.fail("tokenized"))
-    argv = [*arguments(data_path=None), "--data_path", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    assert "b.jsonl:line 2: broken JSON" in refusal(capsys, monkeypatch, lambda: train(argv), tmp_path / "out")[1]
+    argv = [
+        *arguments(data_path=None),
+        "--data_path",
+        str(tmp_path / "a.jsonl"),
+        str(tmp_path / "b.jsonl"),
+    ]
+    assert (
+        "b.jsonl:line 2: broken JSON"
+        in refusal(capsys, monkeypatch, lambda: train(argv), tmp_path / "out")[1]
+    )
 
 
 def test_a_pickle_is_no_prompt_file_either(tmp_path, monkeypatch):
@@ -137,33 +153,58 @@ CHAT = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% end
         ({"instruction": SPECIAL, "input": SPECIAL, "output": SPECIAL, "system": SPECIAL}, None),
         ({"prompt": SPECIAL, "completion": SPECIAL}, None),
         ({"text": SPECIAL}, None),
-        ({"messages": [{"role": "user", "content": SPECIAL}, {"role": "assistant", "content": SPECIAL}]}, CHAT),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": SPECIAL},
+                    {"role": "assistant", "content": SPECIAL},
+                ]
+            },
+            CHAT,
+        ),
     ],
     ids=["alpaca", "completion", "text", "chat"],
 )
 def test_text_of_special_tokens_stays_text_in_every_form(root, record, chat_template):
     tokenizer = ModelSource(str(root / "data" / "tiny-base")).tokenizer()
     tokenizer.chat_template = chat_template
-    plain = {name: "a" if isinstance(value, str) else [m | {"content": "a"} for m in value] for name, value in record.items()}
+    plain = {
+        name: "a" if isinstance(value, str) else [m | {"content": "a"} for m in value]
+        for name, value in record.items()
+    }
     counts = []
     for row in (plain, record):
         encode = ExampleEncoder.of(tokenizer, form_of(row), 512)
         ids = encode({name: [value] for name, value in row.items()})["input_ids"][0]
-        (prompt,) = PromptEncoder(tokenizer)([row if "text" not in row else {"prompt": row["text"], "completion": ""}])
+        (prompt,) = PromptEncoder(tokenizer)(
+            [row if "text" not in row else {"prompt": row["text"], "completion": ""}]
+        )
         counts.append([sum(i in tokenizer.all_special_ids for i in part) for part in (ids, prompt)])
     assert counts[0] == counts[1]
-    assert all(token in SPECIAL for token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token))
+    assert all(
+        token in SPECIAL
+        for token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token)
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_files_that_records_name_are_not_opened(tmp_path, monkeypatch, streaming):
     """Neither those that stand in a text, nor those that a column of images holds, in a file or in a hub set."""
-    rows = [{"instruction": "see", "output": str(tmp_path / "secret.png"), "image": str(tmp_path / "secret.png")}]
+    rows = [
+        {
+            "instruction": "see",
+            "output": str(tmp_path / "secret.png"),
+            "image": str(tmp_path / "secret.png"),
+        }
+    ]
     table = Dataset.from_list(rows).cast_column("image", Image())
     pq.write_table(table.data.table, tmp_path / "a.parquet")
     hub = table.to_iterable_dataset() if streaming else table
     monkeypatch.setattr(formats, "load_dataset", lambda *args, **kwargs: hub)
-    for path in (tmp_path / "a.parquet", "some/set"):  # to open it would fail: there is no such file
+    for path in (
+        tmp_path / "a.parquet",
+        "some/set",
+    ):  # to open it would fail: there is no such file
         records = load_records(path, str(tmp_path / "cache"), streaming=streaming)
         assert [record["output"] for record in records] == [str(tmp_path / "secret.png")]
 

@@ -49,7 +49,9 @@ def here(tmp_path, monkeypatch, root):
         f"# {tmp_path}: another module in every test, or it would run once\n{OWN}"
     )
     (tmp_path / "broken.json").write_text('[{"instruction": "a", ')
-    (tmp_path / "field.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]')
+    (tmp_path / "field.json").write_text(
+        '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]'
+    )
     (tmp_path / "ds.json").write_text('{\n  "zero_optimization": {"stage": 2},,\n}')
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("kept")
@@ -190,13 +192,21 @@ class Payload:
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list | dict) else None,
 )  # fmt: skip
-def test_what_cannot_be_is_one_line(arguments, here, root, monkeypatch, capsys, changes, flags, message):
+def test_what_cannot_be_is_one_line(
+    arguments, here, root, monkeypatch, capsys, changes, flags, message
+):
     Path("long.txt").write_text("Name a bird.\n" + "word " * 1100)
     Path("list.json").write_text("[]")
     base = str(root / "data" / "tiny-base")
     changes = {name: base if value == "BASE" else value for name, value in changes.items()}
     flags = [flag.replace("BASE", base) for flag in flags]
-    status, line = refusal(capsys, monkeypatch, lambda: train(arguments(*flags, **changes)), here / "out", here / "full")
+    status, line = refusal(
+        capsys,
+        monkeypatch,
+        lambda: train(arguments(*flags, **changes)),
+        here / "out",
+        here / "full",
+    )
     assert status == 2
     with pytest.raises(ValueError, match=message):
         raise ValueError(line)
@@ -217,9 +227,13 @@ def test_what_cannot_be_is_one_line(arguments, here, root, monkeypatch, capsys, 
     ],
     ids=str,
 )
-def test_the_disk_has_room_for_two_checkpoints(arguments, here, root, monkeypatch, capsys, changes, moments):
+def test_the_disk_has_room_for_two_checkpoints(
+    arguments, here, root, monkeypatch, capsys, changes, moments
+):
     usage = type("Usage", (), {"free": 20 * 2**20})()
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda place: usage if place == here / "out" else 1 / 0)
+    monkeypatch.setattr(
+        space.shutil, "disk_usage", lambda place: usage if place == here / "out" else 1 / 0
+    )
     argv = arguments(**{"save_strategy": "steps", "data_path": "broken.json"} | changes)
     status, line = refusal(capsys, monkeypatch, lambda: train(argv), here / "out")
     assert status == 2
@@ -228,11 +242,15 @@ def test_the_disk_has_room_for_two_checkpoints(arguments, here, root, monkeypatc
     else:
         weights = load_file(root / "data" / "tiny-base" / "model.safetensors").values()
         mib = 2 * (1 + moments) * 4 * sum(tensor.numel() for tensor in weights) / 2**20
-        assert f"room for two checkpoints needs {mib:,.0f} MiB, and 20 MiB are free; make room" in line
+        assert (
+            f"room for two checkpoints needs {mib:,.0f} MiB, and 20 MiB are free; make room" in line
+        )
 
 
 def test_what_a_checkpoint_takes():
-    assert [space.checkpoint_bytes(10, name) for name in ("adamw_torch", "adamw_bnb_8bit", "adafactor")] == [120, 40, 40]
+    assert [
+        space.checkpoint_bytes(10, name) for name in ("adamw_torch", "adamw_bnb_8bit", "adafactor")
+    ] == [120, 40, 40]
     assert space.checkpoint_bytes(10, "adamw_torch_fused", only_model=True) == 40
 
 
@@ -242,9 +260,13 @@ def test_a_hub_that_refuses_connections_is_one_line(arguments, here, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}",
     )
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between retries
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time.sleep", lambda seconds: None
+    )  # between retries
     argv = arguments(model_name_or_path="no/such-model-here", cache_dir=here / "hub")
     status, line = refusal(capsys, monkeypatch, lambda: train(argv), here / "out")
     assert status == 2 and "no/such-model-here: cannot load a model" in line
@@ -259,9 +281,14 @@ def contradiction(argv: list[str]) -> str:
 
 
 def test_a_deepspeed_file_that_contradicts_the_flags(arguments, here):
-    Path("ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 7}))
+    Path("ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 7})
+    )
     (line,) = run_ranks(1, contradiction, arguments("--deepspeed", "ds.json"))
-    assert line.startswith("--deepspeed contradicts the flags: ds gradient_accumulation_steps=7 vs") and "; " in line
+    assert (
+        line.startswith("--deepspeed contradicts the flags: ds gradient_accumulation_steps=7 vs")
+        and "; " in line
+    )
     assert "\n" not in line and not Path("out").exists()
 
 
@@ -269,7 +296,9 @@ def test_a_deepspeed_file_that_contradicts_the_flags(arguments, here):
 
 
 def test_missing_tokens_are_added_and_said(arguments, here, monkeypatch, capsys):
-    monkeypatch.setattr("stanford_alpaca.train.make_model", lambda *_, **__: 1 / 0)  # that far it comes
+    monkeypatch.setattr(
+        "stanford_alpaca.train.make_model", lambda *_, **__: 1 / 0
+    )  # that far it comes
     with pytest.raises(ZeroDivisionError):
         train(arguments(model_name_or_path="grown"))
     printed = capsys.readouterr().out
@@ -288,7 +317,9 @@ def commands(model: str) -> dict[str, object]:
         "metrics": lambda **flags: metrics.run(model, data="field.json", limit=1, **flags),
         "preview": lambda **flags: preview.run(model, data="field.json", **flags),
         "preflight": lambda **flags: estimate(
-            parse_preflight(["--model_name_or_path", model, *(["--trust_remote_code"] if flags else [])])
+            parse_preflight(
+                ["--model_name_or_path", model, *(["--trust_remote_code"] if flags else [])]
+            )
         ),
     }
 
@@ -310,7 +341,9 @@ def test_no_command_reads_pickled_weights(here, monkeypatch, capsys, name):
 def test_code_that_is_trusted_runs_and_is_named(arguments, here, root, capsys):
     shutil.copy(root / "data" / "tiny-base" / "model.safetensors", here / "coded")
     train(arguments("--trust_remote_code", model_name_or_path="coded", max_steps=1))
-    assert "--trust_remote_code: coded: own.py runs here, with your rights" in capsys.readouterr().out
+    assert (
+        "--trust_remote_code: coded: own.py runs here, with your rights" in capsys.readouterr().out
+    )
     assert (here / "ran").exists() and (here / "out" / "model.safetensors").exists()
 
 
@@ -319,9 +352,18 @@ def test_an_adapter_of_another_base(here, root, make_model, monkeypatch, capsys,
     model = make_model("llama", vocab_size=2048)
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(here / "adapter")
     file = here / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(root / "data" / "tiny-base")}))
+    file.write_text(
+        json.dumps(
+            json.loads(file.read_text())
+            | {"base_model_name_or_path": str(root / "data" / "tiny-base")}
+        )
+    )
     status, line = refusal(capsys, monkeypatch, commands("adapter")[name], here / "adapter")
-    assert status == 2 and line.startswith("adapter: an adapter of another base than") and "wanted [8, 160]; mend" in line
+    assert (
+        status == 2
+        and line.startswith("adapter: an adapter of another base than")
+        and "wanted [8, 160]; mend" in line
+    )
 
 
 @pytest.mark.parametrize("name", ["generate", "metrics"])
@@ -340,18 +382,32 @@ def test_a_prompt_longer_than_the_context(here, root, monkeypatch, capsys, name)
 
 
 def test_secrets_are_in_no_file_and_no_line(arguments, tmp_path, monkeypatch, capfd):
-    token, key, pasted = "a-made-up-hub-token", "made-up-wandb-key-0123456789", "hf_abcdefghijklmnopqrstuvwxyz0123"
+    token, key, pasted = (
+        "a-made-up-hub-token",
+        "made-up-wandb-key-0123456789",
+        "hf_abcdefghijklmnopqrstuvwxyz0123",
+    )
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("HF_TOKEN", "another-made-up-token-value")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "out" / "board"))
-    argv = arguments("--hub_token", token, "--report_to", "tensorboard", save_strategy="steps", save_steps=1, max_steps=1)
+    argv = arguments(
+        "--hub_token",
+        token,
+        "--report_to",
+        "tensorboard",
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=1,
+    )
     train(argv)
     with pytest.raises(SystemExit):
         from stanford_alpaca.errors import UserError
         from stanford_alpaca.flags import exit_on_user_error
 
         def fail():
-            raise UserError(f"https://me:{token}@hub/x {key} {pasted} {os.environ['HF_TOKEN']} https://you:pass@hub")
+            raise UserError(
+                f"https://me:{token}@hub/x {key} {pasted} {os.environ['HF_TOKEN']} https://you:pass@hub"
+            )
 
         exit_on_user_error(fail)
     printed = "".join(capfd.readouterr())

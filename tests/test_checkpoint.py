@@ -50,7 +50,9 @@ def same_tensors(one: Path, two: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])  # untied, tied, and stored in another shape than computed
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "mixtral"]
+)  # untied, tied, and stored in another shape than computed
 def test_export_makes_of_shards_what_save_pretrained_makes(make_model, tmp_path, family):
     model = make_model(family)
     shards = write_shards(model, tmp_path / "checkpoint-1")
@@ -95,8 +97,14 @@ def test_nothing_in_zero_shards_is_run(tmp_path):
     torch.save({}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     restrict_deepspeed()  # what it reads with: resuming, and the best checkpoint at the end
     engine = torch_checkpoint_engine.TorchCheckpointEngine()
-    for read in (zero.read_weights, refuse_code, lambda place: engine.load(folder / "mp_rank_00_model_states.pt")):
-        with pytest.raises(UserError, match=r"mp_rank_00_model_states\.pt: holds more than a checkpoint does"):
+    for read in (
+        zero.read_weights,
+        refuse_code,
+        lambda place: engine.load(folder / "mp_rank_00_model_states.pt"),
+    ):
+        with pytest.raises(
+            UserError, match=r"mp_rank_00_model_states\.pt: holds more than a checkpoint does"
+        ):
             read(tmp_path)
     assert not (tmp_path / "made").exists()
     for name in ("..", ".", "../global_step1"):
@@ -110,19 +118,39 @@ def test_nothing_in_zero_shards_is_run(tmp_path):
     [
         (lambda folder: shutil.rmtree(folder / fsdp.MODEL), "no weights of a checkpoint"),
         (lambda folder: next((folder / fsdp.MODEL).glob("*.distcp")).unlink(), "distcp'"),
-        (lambda folder: (folder / fsdp.MODEL / ".metadata").write_bytes(b"broken"), "cannot be read"),
+        (
+            lambda folder: (folder / fsdp.MODEL / ".metadata").write_bytes(b"broken"),
+            "cannot be read",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "no configuration to read"),
-        (lambda folder: change_config(folder, '"num_hidden_layers": 2', '"num_hidden_layers": 3'), "lacks .*layers.2"),
-        (lambda folder: change_config(folder, '"num_hidden_layers": 2', '"num_hidden_layers": 1'), "has .*layers.1"),
-        (lambda folder: change_config(folder, '"vocab_size": 97', '"vocab_size": 99'), r"embed_tokens.weight is \[97"),
+        (
+            lambda folder: change_config(
+                folder, '"num_hidden_layers": 2', '"num_hidden_layers": 3'
+            ),
+            "lacks .*layers.2",
+        ),
+        (
+            lambda folder: change_config(
+                folder, '"num_hidden_layers": 2', '"num_hidden_layers": 1'
+            ),
+            "has .*layers.1",
+        ),
+        (
+            lambda folder: change_config(folder, '"vocab_size": 97', '"vocab_size": 99'),
+            r"embed_tokens.weight is \[97",
+        ),
         (lambda folder: (folder.parent / "out").write_text("precious"), "is not an empty folder"),
         (lambda folder: shutil.rmtree(folder), "no such folder"),
     ],
 )
-def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(make_model, tmp_path, monkeypatch, capsys, harm, message):
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
+    make_model, tmp_path, monkeypatch, capsys, harm, message
+):
     harm(write_shards(make_model("llama"), tmp_path / "checkpoint-1"))
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(sys, "argv", ["checkpoint", "export", str(tmp_path / "checkpoint-1"), str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys, "argv", ["checkpoint", "export", str(tmp_path / "checkpoint-1"), str(tmp_path / "out")]
+    )
     with pytest.raises(SystemExit) as end:
         command.main()
     assert end.value.code == (3 if "distcp" in message else 2)
@@ -153,8 +181,12 @@ def test_who_can_go_on_from_what(make_model, tmp_path):
     (tmp_path / "zero" / "step").mkdir(parents=True)
     (tmp_path / "zero" / "latest").write_text("step")
     for rank in range(12):
-        (tmp_path / "zero" / "step" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-    assert [file.name.split("_")[4] for file in zero.shards_of(tmp_path / "zero")] == [str(rank) for rank in range(12)]
+        (
+            tmp_path / "zero" / "step" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        ).touch()
+    assert [file.name.split("_")[4] for file in zero.shards_of(tmp_path / "zero")] == [
+        str(rank) for rank in range(12)
+    ]
     for engine, checkpoint in [(FSDP, shards), (PLAIN, shards), (PLAIN, tmp_path / "plain")]:
         check_resumable(checkpoint, engine, world_size=3)
     for engine, checkpoint, message in [
@@ -163,7 +195,10 @@ def test_who_can_go_on_from_what(make_model, tmp_path):
         (PLAIN, tmp_path / "zero", "ZeRO wrote it, a run without shards cannot go on"),
         (ZERO, tmp_path / "zero", "as many processes as wrote it, 12, not 3"),
     ]:
-        with pytest.raises(UserError, match=f"{message}; python -m stanford_alpaca.checkpoint export {checkpoint} OUT"):
+        with pytest.raises(
+            UserError,
+            match=f"{message}; python -m stanford_alpaca.checkpoint export {checkpoint} OUT",
+        ):
             check_resumable(checkpoint, engine, world_size=3)
     with pytest.raises(UserError, match="another stage"):
         check_resumable(tmp_path / "zero", ZERO, world_size=12, stage_3=False)
@@ -210,8 +245,13 @@ def odd_model(make_model, root, folder: Path) -> Path:
     return folder
 
 
-def test_four_ranks_of_fsdp_go_on_as_two_as_one_and_without_fsdp(arguments, make_model, root, tmp_path):
-    settings = {"model_name_or_path": odd_model(make_model, root, tmp_path / "odd"), "per_device_train_batch_size": 2}
+def test_four_ranks_of_fsdp_go_on_as_two_as_one_and_without_fsdp(
+    arguments, make_model, root, tmp_path
+):
+    settings = {
+        "model_name_or_path": odd_model(make_model, root, tmp_path / "odd"),
+        "per_device_train_batch_size": 2,
+    }
     settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}  # an epoch has three
     run_ranks(4, train, arguments("--fsdp", **settings))
     checkpoint = tmp_path / "out" / "checkpoint-2"
@@ -233,21 +273,41 @@ def test_four_ranks_of_fsdp_go_on_as_two_as_one_and_without_fsdp(arguments, make
 
 def test_the_best_of_sharded_checkpoints_is_kept_and_saved(arguments, make_model, root, tmp_path):
     model = odd_model(make_model, root, tmp_path / "odd")
-    settings = {"eval_path": tmp_path / "held.json", "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
-    settings |= {"save_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.3, "save_total_limit": 1}
-    run_ranks(2, train, arguments("--fsdp", model_name_or_path=model, lr_scheduler_type="constant", **settings))
+    settings = {
+        "eval_path": tmp_path / "held.json",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+    }
+    settings |= {
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "learning_rate": 0.3,
+        "save_total_limit": 1,
+    }
+    run_ranks(
+        2,
+        train,
+        arguments("--fsdp", model_name_or_path=model, lr_scheduler_type="constant", **settings),
+    )
     losses = [entry["eval_loss"] for entry in evaluations(tmp_path / "out")]
     best = losses.index(min(losses)) + 1
-    assert best != 3 and [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{best}"]
+    assert best != 3 and [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == [
+        f"checkpoint-{best}"
+    ]
     export(tmp_path / "out" / f"checkpoint-{best}", tmp_path / "exported")
     assert same_tensors(tmp_path / "out", tmp_path / "exported")
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_export_of_zero_equals_the_model_saved_at_the_same_step(arguments, make_model, root, tmp_path, stage):
+def test_export_of_zero_equals_the_model_saved_at_the_same_step(
+    arguments, make_model, root, tmp_path, stage
+):
     flags = ["--deepspeed", str(root / "ds_configs" / f"{stage}.json")]
     model = odd_model(make_model, root, tmp_path / "odd")
-    run_ranks(2, train, arguments(*flags, model_name_or_path=model, max_steps=1, save_strategy="steps"))
+    run_ranks(
+        2, train, arguments(*flags, model_name_or_path=model, max_steps=1, save_strategy="steps")
+    )
     checkpoint = tmp_path / "out" / "checkpoint-1"
     export(checkpoint, tmp_path / "exported")
     assert same_tensors(tmp_path / "out", tmp_path / "exported")

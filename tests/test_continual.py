@@ -15,7 +15,10 @@ from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
 from tests.ranks import run_ranks
 
-LINES = [f"The king of land {i} is old, and his river runs to the sea of the {i % 7} winds." for i in range(60)]
+LINES = [
+    f"The king of land {i} is old, and his river runs to the sea of the {i % 7} winds."
+    for i in range(60)
+]
 
 
 @pytest.fixture
@@ -28,12 +31,16 @@ def argv(root, tmp_path):
     }  # fmt: skip
 
     def make(**changes) -> list[str]:
-        return [text for name, value in (fixed | changes).items() for text in (f"--{name}", str(value))]
+        return [
+            text for name, value in (fixed | changes).items() for text in (f"--{name}", str(value))
+        ]
 
     return make
 
 
-def test_the_recipe_fills_in_what_is_not_given_and_the_first_loss_is_emo2_of_the_text(argv, tmp_path, root):
+def test_the_recipe_fills_in_what_is_not_given_and_the_first_loss_is_emo2_of_the_text(
+    argv, tmp_path, root
+):
     train(argv(output_dir=tmp_path / "out", documents="blank", max_sentences=50), recipe([], 1))
     written = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
     wanted = {
@@ -55,28 +62,48 @@ def test_blocks_are_what_is_trained_and_evaluated(argv, tmp_path, root):
         "max_steps": -1,
         "eval_fraction": 0.1,
     }
-    train(argv(output_dir=tmp_path / "out", train_sampling_strategy="sequential", **changes), recipe([], 1))
+    train(
+        argv(output_dir=tmp_path / "out", train_sampling_strategy="sequential", **changes),
+        recipe([], 1),
+    )
     tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
     model = AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base", dtype=torch.float32)
     text = load_records(str(tmp_path / "text.txt"), str(tmp_path / "cache"))[0]["text"]
     ids = torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
-    blocks = list(ids.unfold(0, 32, 31)) + [ids[(len(ids) - 1) // 31 * 31 :]] * ((len(ids) - 1) % 31 > 0)
+    blocks = list(ids.unfold(0, 32, 31)) + [ids[(len(ids) - 1) // 31 * 31 :]] * (
+        (len(ids) - 1) % 31 > 0
+    )
     held = round(0.1 * len(blocks) + 0.499)
     cost = model.get_output_embeddings().weight.detach()
 
     def loss_of(part: list[torch.Tensor]) -> float:
-        rows = [emo_loss(model(block[None]).logits[0, :-1], block[1:], cost, mode="emo2", reduction="none") for block in part]
+        rows = [
+            emo_loss(
+                model(block[None]).logits[0, :-1], block[1:], cost, mode="emo2", reduction="none"
+            )
+            for block in part
+        ]
         return torch.cat(rows).mean().item()
 
     logged = steps(tmp_path / "out")
     assert len(logged) == -(-(len(blocks) - held) // 4)
     for number, step in enumerate(logged):
-        assert step["loss"] == pytest.approx(loss_of(blocks[:-held][4 * number : 4 * number + 4]), rel=1e-4)
-    assert evaluations(tmp_path / "out")[-1]["eval_loss"] == pytest.approx(loss_of(blocks[-held:]), rel=1e-4)
+        assert step["loss"] == pytest.approx(
+            loss_of(blocks[:-held][4 * number : 4 * number + 4]), rel=1e-4
+        )
+    assert evaluations(tmp_path / "out")[-1]["eval_loss"] == pytest.approx(
+        loss_of(blocks[-held:]), rel=1e-4
+    )
 
 
 def test_two_processes_and_a_resumed_run_take_the_same_steps(argv, tmp_path):
-    changes = {"lora_dropout": 0, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 5, "learning_rate": 1e-3}
+    changes = {
+        "lora_dropout": 0,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 5,
+        "learning_rate": 1e-3,
+    }
     train(argv(output_dir=tmp_path / "one", **changes), recipe([], 1))
     changes |= {"per_device_train_batch_size": 4, "engine": "fsdp"}
     run_ranks(2, train, argv(output_dir=tmp_path / "two", **changes), recipe([], 2))
@@ -84,7 +111,9 @@ def test_two_processes_and_a_resumed_run_take_the_same_steps(argv, tmp_path):
     run_ranks(2, train, argv(output_dir=tmp_path / "again", **changes), recipe([], 2))
     for runs in zip(*(steps(tmp_path / name) for name in ("one", "two", "again")), strict=True):
         assert [entry["loss"] for entry in runs] == pytest.approx([runs[0]["loss"]] * 3, abs=1e-5)
-        assert [entry["grad_norm"] for entry in runs] == pytest.approx([runs[0]["grad_norm"]] * 3, rel=1e-4)
+        assert [entry["grad_norm"] for entry in runs] == pytest.approx(
+            [runs[0]["grad_norm"]] * 3, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -129,6 +158,11 @@ def test_nonsense_is_one_line_and_nothing_is_written(argv, tmp_path, changes, me
 @pytest.mark.parametrize("words", [[], ["--mode", "emo"]])
 def test_the_launcher_wants_a_model_first(root, words):
     """What it does with one the README's commands show."""
-    done = subprocess.run(["bash", str(root / "finetune.sh"), *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", str(root / "finetune.sh"), *words], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: give MODEL_PATH first, a folder or a hub name: bash finetune.sh MODEL_PATH [OUTPUT] [flags]\n"
+    assert (
+        done.stderr
+        == "error: give MODEL_PATH first, a folder or a hub name: bash finetune.sh MODEL_PATH [OUTPUT] [flags]\n"
+    )

@@ -11,7 +11,9 @@ from stanford_alpaca.data.templates import use_chat_template
 from stanford_alpaca.data.tokenize import ExampleEncoder
 from stanford_alpaca.preview import coloured, pieces_of
 
-SHOWN = re.compile(r"```json ?(\w*)\n(.*?)\n```\n\n```text\n(.*?)\n```", re.S)  # a record, and its preview
+SHOWN = re.compile(
+    r"```json ?(\w*)\n(.*?)\n```\n\n```text\n(.*?)\n```", re.S
+)  # a record, and its preview
 
 
 @pytest.fixture

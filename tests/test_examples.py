@@ -16,7 +16,9 @@ from stanford_alpaca.objective.attach import AttachedObjective
 from stanford_alpaca.train import train
 from tests.helpers import evaluations, steps
 
-NEEDS_TRL = pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed: pip install trl==1.16.0")
+NEEDS_TRL = pytest.mark.skipif(
+    find_spec("trl") is None, reason="trl is not installed: pip install trl==1.16.0"
+)
 EXAMPLES = ["hf_trainer", pytest.param("trl_sft", marks=NEEDS_TRL)]
 SETTINGS = {
     "max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 11,
@@ -30,8 +32,15 @@ def run(root, tmp_path, arguments):
 
     def run(name, folder, **changes):
         main = runpy.run_path(str(root / "examples" / f"{name}.py"))["main"]
-        files = {"data": tmp_path / "train.json", "eval_data": tmp_path / "held.json", "output_dir": tmp_path / folder}
-        main(**{key: str(file) for key, file in files.items()}, **SETTINGS | {"bf16": False} | changes)
+        files = {
+            "data": tmp_path / "train.json",
+            "eval_data": tmp_path / "held.json",
+            "output_dir": tmp_path / folder,
+        }
+        main(
+            **{key: str(file) for key, file in files.items()},
+            **SETTINGS | {"bf16": False} | changes,
+        )
         return tmp_path / folder
 
     return run
@@ -55,18 +64,31 @@ def assert_same_runs(one, two):
     for ours, theirs in zip(steps(one), steps(two), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    assert evaluations(one)[-1]["eval_loss"] == pytest.approx(evaluations(two)[-1]["eval_loss"], abs=1e-5)
+    assert evaluations(one)[-1]["eval_loss"] == pytest.approx(
+        evaluations(two)[-1]["eval_loss"], abs=1e-5
+    )
 
 
-@pytest.mark.parametrize("mode", ["emo", "mix"])  # the value of emo is nll, its gradient is not; the value of mix is neither
+@pytest.mark.parametrize(
+    "mode", ["emo", "mix"]
+)  # the value of emo is nll, its gradient is not; the value of mix is neither
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_steps_are_those_of_our_own_command(run, arguments, tmp_path, capsys, name, mode):
     folder = run(name, "theirs", mode=mode)
     printed = capsys.readouterr().out
-    train(arguments(mode=mode, global_batch=8, eval_path=tmp_path / "held.json", per_device_eval_batch_size=11))
+    train(
+        arguments(
+            mode=mode,
+            global_batch=8,
+            eval_path=tmp_path / "held.json",
+            per_device_eval_batch_size=11,
+        )
+    )
     assert_same_runs(folder, tmp_path / "out")
     final = evaluations(tmp_path / "out")[-1]
-    tokens, nll, emo = re.search(r"(\d+) held-out tokens: nll ([\d.]+), emo ([\d.]+)", printed).groups()
+    tokens, nll, emo = re.search(
+        r"(\d+) held-out tokens: nll ([\d.]+), emo ([\d.]+)", printed
+    ).groups()
     assert f", {tokens} supervised;" in capsys.readouterr().out
     assert float(nll) == pytest.approx(final["eval_nll"], abs=1e-4)
     assert float(emo) == pytest.approx(final["eval_emo"], abs=1e-4)
@@ -84,9 +106,15 @@ def test_answers_are_trained_and_counted_over_the_whole_batch(run, root, tmp_pat
             assert torch.equal(row[targets != -100], targets[targets != -100])
             first = int((targets != -100).nonzero()[0])
             prompt = tokenizer.decode(row[:first], skip_special_tokens=True)
-            assert tokenizer.decode(targets[targets != -100]) == answers[prompt] + tokenizer.eos_token
+            assert (
+                tokenizer.decode(targets[targets != -100]) == answers[prompt] + tokenizer.eos_token
+            )
     for first, second in (calls[:2], calls[2:]):
-        assert first[2] == second[2] == sum((labels[:, 1:] != -100).sum() for _, labels, _ in (first, second))
+        assert (
+            first[2]
+            == second[2]
+            == sum((labels[:, 1:] != -100).sum() for _, labels, _ in (first, second))
+        )
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -107,7 +135,9 @@ def plain_sft(root, tmp_path, arguments):
 
         def dataset(file):
             records = json.loads((tmp_path / file).read_text())
-            return Dataset.from_list([{"prompt": format_prompt(r), "completion": r["output"]} for r in records])
+            return Dataset.from_list(
+                [{"prompt": format_prompt(r), "completion": r["output"]} for r in records]
+            )
 
         model = AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base")
         if mode:
@@ -115,7 +145,11 @@ def plain_sft(root, tmp_path, arguments):
         settings = SFTConfig(output_dir=str(tmp_path / "plain"), bf16=False, **SETTINGS)
         tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
         return SFTTrainer(
-            model, settings, train_dataset=dataset("train.json"), eval_dataset=dataset("held.json"), processing_class=tokenizer
+            model,
+            settings,
+            train_dataset=dataset("train.json"),
+            eval_dataset=dataset("held.json"),
+            processing_class=tokenizer,
         )
 
     return make
@@ -144,8 +178,15 @@ def test_options_that_replace_the_loss_are_refused(run, name):
 
 @NEEDS_TRL
 def test_packed_examples_do_not_see_each_other(run, calls):
-    settings = {"mode": "mix", "max_steps": 1, "per_device_train_batch_size": 20, "completion_only_loss": False}
+    settings = {
+        "mode": "mix",
+        "max_steps": 1,
+        "per_device_train_batch_size": 20,
+        "completion_only_loss": False,
+    }
     packed = run("trl_sft", "packed", packing=True, **settings, gradient_accumulation_steps=1)
     ((ids, labels, _),) = calls
-    assert ids.shape[0] == 1 and (labels == -100).sum() > 1  # the first token of every example is no target
+    assert (
+        ids.shape[0] == 1 and (labels == -100).sum() > 1
+    )  # the first token of every example is no target
     assert_same_runs(packed, run("trl_sft", "padded", **settings))

@@ -10,9 +10,7 @@ import torch
 
 from experiments import oracle, students, tables
 
-WORDS = (
-    "the a old new king river said went saw and to of city house red small people year government president war peace".split()
-)
+WORDS = "the a old new king river said went saw and to of city house red small people year government president war peace".split()
 
 
 def write_texts(folder):
@@ -26,7 +24,9 @@ def write_texts(folder):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mauve") is None, reason="needs mauve-text")
-def test_the_oracle_experiment_measures_every_student_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_the_oracle_experiment_measures_every_student_and_goes_on_where_it_stopped(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(oracle, "RESULTS", tmp_path)
     arguments = {
@@ -48,12 +48,27 @@ def test_the_oracle_experiment_measures_every_student_and_goes_on_where_it_stopp
     assert runs["80 sequences", "emo", 0]["transport_cost"] != learned["transport_cost"]
     assert (tmp_path / "oracle-smoke.png").stat().st_size > 10_000
     (here,) = (tmp_path / "work").rglob("students")
-    sets = [{tuple(row) for row in torch.load(here.parent / f"{name}.pt").tolist()} for name in ("corpus", "dev", "test")]
-    assert [len(rows) for rows in sets] == [80, 8, 24] and not sets[0] & (sets[1] | sets[2]) and not sets[1] & sets[2]
-    for objective in ("mle", "emo"):  # the rate that did best on the development set, and it alone, has the second seed
-        nll = {rate: json.loads((here / f"{objective}-80-{rate}-0" / "dev.json").read_text()) for rate in ("0.001", "0.003")}
+    sets = [
+        {tuple(row) for row in torch.load(here.parent / f"{name}.pt").tolist()}
+        for name in ("corpus", "dev", "test")
+    ]
+    assert (
+        [len(rows) for rows in sets] == [80, 8, 24]
+        and not sets[0] & (sets[1] | sets[2])
+        and not sets[1] & sets[2]
+    )
+    for objective in (
+        "mle",
+        "emo",
+    ):  # the rate that did best on the development set, and it alone, has the second seed
+        nll = {
+            rate: json.loads((here / f"{objective}-80-{rate}-0" / "dev.json").read_text())
+            for rate in ("0.001", "0.003")
+        }
         best = min(nll, key=lambda rate: nll[rate]["dev_nll"])
-        assert [folder.name for folder in here.glob(f"{objective}-*-1")] == [f"{objective}-80-{best}-1"]
+        assert [folder.name for folder in here.glob(f"{objective}-*-1")] == [
+            f"{objective}-80-{best}-1"
+        ]
     capsys.readouterr()
 
     monkeypatch.setattr(students, "fit", None)  # nothing may be trained again
@@ -66,7 +81,11 @@ def test_the_oracle_experiment_measures_every_student_and_goes_on_where_it_stopp
 def test_tables_pair_by_seed_and_mark_what_is_clear():
     runs = [
         {"setting": "few", "arm": arm, "seed": seed, "measures": {"nll": value}}
-        for arm, values in {"mle": [1.0, 2.0, 3.0], "emo": [0.8, 1.81, 2.79], "emd": [1.0, 1.0, 4.0]}.items()
+        for arm, values in {
+            "mle": [1.0, 2.0, 3.0],
+            "emo": [0.8, 1.81, 2.79],
+            "emd": [1.0, 1.0, 4.0],
+        }.items()
         for seed, value in enumerate(values)
     ]
     assert "| mle | 2.0000 ± 1.0000 |" in tables.means(runs)
@@ -77,4 +96,6 @@ def test_tables_pair_by_seed_and_mark_what_is_clear():
     assert tables.bold({1e-4: 3.0, 1e-3: 1.0, 1e-2: 2.0})[1] == "**0.001: 1.0000**"
     runs.append({"setting": "few", "arm": "dft", "seed": 1, "measures": {"nll": 5.0}})
     runs.append({"setting": "few", "arm": "dft", "seed": 2, "measures": {"nll": 6.0}})
-    assert "| dft - mle | +3.0000 |" in tables.differences(runs).splitlines()  # seeds 1 and 2 of both
+    assert (
+        "| dft - mle | +3.0000 |" in tables.differences(runs).splitlines()
+    )  # seeds 1 and 2 of both

@@ -17,7 +17,11 @@ from stanford_alpaca.models.load import ModelSource
 
 RECORDS = [
     {"instruction": "Say what a robin is.", "input": "", "output": "A robin is a bird."},
-    {"instruction": "Put the sentence into the past.", "input": "The cook washes the pot again and again.", "output": ""},
+    {
+        "instruction": "Put the sentence into the past.",
+        "input": "The cook washes the pot again and again.",
+        "output": "",
+    },
     {"instruction": "Why?", "input": "", "output": ""},
 ]
 
@@ -64,7 +68,10 @@ def test_greedy_batches_with_left_padding_equal_one_at_a_time(lively, batch_size
 
 def test_sampling_repeats_by_seed(base):
     sampled = [
-        generate_batch(*base, RECORDS, Sampling(12, temperature=1.5, top_k=50, top_p=0.95), seed=seed) for seed in (1, 1, 2)
+        generate_batch(
+            *base, RECORDS, Sampling(12, temperature=1.5, top_k=50, top_p=0.95), seed=seed
+        )
+        for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
 
@@ -76,7 +83,9 @@ def test_beams_find_likelier_text_than_greedy(lively):
         prompt = torch.tensor([tokenizer("Why?")["input_ids"]])
         config = Sampling(6, num_beams=num_beams).config(tokenizer)
         config.eos_token_id = None
-        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        ids = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+        )
         with torch.no_grad():
             logs = model(input_ids=ids).logits[0, :-1].log_softmax(1).gather(1, ids[0, 1:, None])
         return logs[prompt.shape[1] - 1 :].sum().item()
@@ -88,7 +97,13 @@ def test_the_command_writes_jsonl_side_by_side(folder, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(record) for record in RECORDS))
     (tmp_path / "copy").symlink_to(folder)
     out = tmp_path / "samples" / "s.jsonl"
-    run(folder, str(tmp_path / "copy"), prompts=str(tmp_path / "p.jsonl"), out=str(out), max_new_tokens=5)
+    run(
+        folder,
+        str(tmp_path / "copy"),
+        prompts=str(tmp_path / "p.jsonl"),
+        out=str(out),
+        max_new_tokens=5,
+    )
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["instruction"] for row in rows] == [record["instruction"] for record in RECORDS]
     assert rows[0]["reference"] == "A robin is a bird."
@@ -120,15 +135,29 @@ def test_several_samples_per_prompt_repeat_by_seed(folder, tmp_path, capsys):
 
 
 def test_the_command_writes_all_forms_and_needs_no_outputs(folder, tmp_path):
-    plain = [{"instruction": r["instruction"], "input": r["input"] or None, "dataset": "koala"} for r in RECORDS]
+    plain = [
+        {"instruction": r["instruction"], "input": r["input"] or None, "dataset": "koala"}
+        for r in RECORDS
+    ]
     (tmp_path / "p.json").write_text(json.dumps(plain))
     files = {name: str(tmp_path / "new" / name) for name in ("out", "alpaca_eval", "markdown")}
-    run(folder, prompts=str(tmp_path / "p.json"), max_new_tokens=5, repetition_penalty=1.2, seed=7, **files)
-    texts = [json.loads(line)["responses"][folder] for line in (tmp_path / "new" / "out").read_text().splitlines()]
+    run(
+        folder,
+        prompts=str(tmp_path / "p.json"),
+        max_new_tokens=5,
+        repetition_penalty=1.2,
+        seed=7,
+        **files,
+    )
+    texts = [
+        json.loads(line)["responses"][folder]
+        for line in (tmp_path / "new" / "out").read_text().splitlines()
+    ]
     assert len(set(texts)) == 2
     assert json.loads((tmp_path / "new" / "alpaca_eval").read_text()) == [
         {
-            "instruction": record["instruction"] + ("\n\n" + record["input"] if record["input"] else ""),
+            "instruction": record["instruction"]
+            + ("\n\n" + record["input"] if record["input"] else ""),
             "output": text,
             "generator": "tiny-base",
             "dataset": "koala",
@@ -152,7 +181,11 @@ def test_prompts_from_a_text_file_and_the_command_line(folder, tmp_path, capsys)
 
 def test_the_command_line_leaves_texts_as_they_are(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["generate", folder, "--instruction", "1e3", "--input", "a, b", "--out", "s.jsonl"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["generate", folder, "--instruction", "1e3", "--input", "a, b", "--out", "s.jsonl"],
+    )
     main()
     (row,) = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert (row["instruction"], row["input"]) == ("1e3", "a, b")
@@ -194,20 +227,38 @@ def test_interactive_streams_until_an_empty_line(folder, monkeypatch, capsys):
         ({"instruction": "x", "num_beams": 2, "temperature": 1}, "give one of them"),
         ({"instruction": "x", "max_new_tokens": 0}, "--max_new_tokens 0"),
         ({"instruction": "x", "batch_size": 0}, "--batch_size 0"),
-        ({"instruction": "x", "out": "p.txt"}, "--out p.txt: give the name of a file that does not exist"),
+        (
+            {"instruction": "x", "out": "p.txt"},
+            "--out p.txt: give the name of a file that does not exist",
+        ),
         ({"instruction": "x", "out": "p.txt/s.jsonl"}, "p.txt is a file"),
         ({"instruction": "x", "out": "True"}, "--out True"),
         ({"instruction": "x", "seed": "a"}, "--seed a"),
         ({"instruction": "word " * 2000}, "prompt 1 has 20.. tokens"),
         ({"interactive": True, "out": "o"}, "--interactive takes one checkpoint"),
         ({"interactive": True, "markdown": "o"}, "--interactive takes one checkpoint"),
-        ({"interactive": True, "num_samples": 2, "temperature": 1}, "--interactive takes one checkpoint"),
+        (
+            {"interactive": True, "num_samples": 2, "temperature": 1},
+            "--interactive takes one checkpoint",
+        ),
         ({"instruction": "x", "num_samples": 0}, "--num_samples 0: give a whole number from 1 on"),
-        ({"instruction": "x", "num_samples": 2}, "--num_samples 2: greedy gives the same one every time; give --temp"),
-        ({"instruction": "x", "num_samples": 2, "temperature": 1, "alpaca_eval": "o"}, "and no --num_samples"),
-        ({"instruction": "x", "alpaca_eval": "p.txt"}, "--alpaca_eval p.txt: give the name of a file that"),
+        (
+            {"instruction": "x", "num_samples": 2},
+            "--num_samples 2: greedy gives the same one every time; give --temp",
+        ),
+        (
+            {"instruction": "x", "num_samples": 2, "temperature": 1, "alpaca_eval": "o"},
+            "and no --num_samples",
+        ),
+        (
+            {"instruction": "x", "alpaca_eval": "p.txt"},
+            "--alpaca_eval p.txt: give the name of a file that",
+        ),
         ({"instruction": "x", "markdown": "True"}, "--markdown True: give the name of a file that"),
-        ({"instruction": "x", "out": "o", "markdown": "./o"}, "--markdown o and --out o are in each other's place"),
+        (
+            {"instruction": "x", "out": "o", "markdown": "./o"},
+            "--markdown o and --out o are in each other's place",
+        ),
         ({"instruction": "x", "min_p": 0.5}, "--min_p belongs to sampling"),
         ({"instruction": "x\udcff"}, "--instruction: 'instruction' has a lone surrogate"),
     ],
@@ -219,11 +270,16 @@ def test_bad_arguments(folder, tmp_path, monkeypatch, flags, message):
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "broken.json").write_text('[{"instruction": ')
     if "tokens" not in message:  # counting them takes the tokenizer
-        monkeypatch.setattr("stanford_alpaca.generation.responses.load_for_generation", lambda _: pytest.fail("loaded a model"))
+        monkeypatch.setattr(
+            "stanford_alpaca.generation.responses.load_for_generation",
+            lambda _: pytest.fail("loaded a model"),
+        )
     with pytest.raises(UserError, match=message):
         run(folder, **flags)
     assert (tmp_path / "p.txt").read_text() == "kept\n" and not (tmp_path / "o").exists()
-    with pytest.raises(UserError, match="--alpaca_eval holds one response per prompt: give one checkpoint"):
+    with pytest.raises(
+        UserError, match="--alpaca_eval holds one response per prompt: give one checkpoint"
+    ):
         run(folder, "another", instruction="x", alpaca_eval="o")
     with pytest.raises(UserError, match="cannot load a model"):
         run("no/such-model", instruction="x")
@@ -233,7 +289,18 @@ def test_bad_arguments(folder, tmp_path, monkeypatch, flags, message):
 
 def test_the_command_line_rejects_an_unknown_flag_before_it_writes(root, folder, tmp_path):
     out = tmp_path / "s.jsonl"
-    command = [sys.executable, "-m", "stanford_alpaca.generate", folder, "--instruction", "x", "--out", str(out), "--sed", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "stanford_alpaca.generate",
+        folder,
+        "--instruction",
+        "x",
+        "--out",
+        str(out),
+        "--sed",
+        "1",
+    ]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2
     assert "error: unknown argument --sed; did you mean --seed?" in done.stderr

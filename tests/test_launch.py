@@ -30,8 +30,18 @@ def test_a_second_ctrl_c_reaches_the_ranks_and_their_status_is_told(root, tmp_pa
             time.sleep(0.05)
         pytest.fail(f"{[file.exists() and file.read_text() for file in said]}, not {text!r}")
 
-    command = [sys.executable, "-m", "stanford_alpaca.launch", "--standalone", "--nproc_per_node", "2", "--no_python"]
-    with subprocess.Popen([*command, "bash", str(tmp_path / "rank.sh"), str(tmp_path), str(status)], cwd=root) as launcher:
+    command = [
+        sys.executable,
+        "-m",
+        "stanford_alpaca.launch",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--no_python",
+    ]
+    with subprocess.Popen(
+        [*command, "bash", str(tmp_path / "rank.sh"), str(tmp_path), str(status)], cwd=root
+    ) as launcher:
         try:
             wait("")
             launcher.send_signal(signal.SIGTERM)

@@ -21,7 +21,11 @@ def launch(root, tmp_path):
             "OUTPUT_DIR": str(tmp_path / "out"),
         }
         done = subprocess.run(
-            ["bash", script, *map(str, arguments)], cwd=cwd, env=env | environment, capture_output=True, text=True
+            ["bash", script, *map(str, arguments)],
+            cwd=cwd,
+            env=env | environment,
+            capture_output=True,
+            text=True,
         )
         assert "Traceback" not in done.stderr, done.stderr[-3000:]
         return done
@@ -36,16 +40,25 @@ def test_the_real_form_with_the_published_recipe(launch, tmp_path):
     assert f"checkpoint: {tmp_path / 'out'}" in done.stdout
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["train_batch_size"] == 4
-    assert f"report: {tmp_path / 'out' / 'report.html'}" in done.stdout and "the page has the curves alone" in done.stdout
+    assert (
+        f"report: {tmp_path / 'out' / 'report.html'}" in done.stdout
+        and "the page has the curves alone" in done.stdout
+    )
     again = launch("data/tiny-base", "emo", "--max_steps", 1, REPORT="no")
     assert again.returncode == 0 and "this run is complete" in again.stdout
     other = launch("data/tiny-base", "emo", "--max_steps", 2)
-    assert other.returncode == 3 and "--max_steps was 1, is 2" in other.stderr and "checkpoint:" not in other.stdout
+    assert (
+        other.returncode == 3
+        and "--max_steps was 1, is 2" in other.stderr
+        and "checkpoint:" not in other.stdout
+    )
 
 
 def test_from_inside_the_package_folder_with_two_processes_and_an_inexact_batch(launch, root):
     arguments = ("../data/tiny-base", "dft", "--max_steps", 1, "--per_device_train_batch_size", 24)
-    done = launch(*arguments, cwd=root / "stanford_alpaca", NPROC="2", OMP_NUM_THREADS="1", REPORT="no")
+    done = launch(
+        *arguments, cwd=root / "stanford_alpaca", NPROC="2", OMP_NUM_THREADS="1", REPORT="no"
+    )
     assert done.returncode == 0, done.stderr
     assert "global batch 96: 128 cannot be had from 2 processes of 24" in done.stdout
     assert "mode dft, cost frozen, 2 process(es), global batch 96" in done.stdout
@@ -54,9 +67,17 @@ def test_from_inside_the_package_folder_with_two_processes_and_an_inexact_batch(
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (("data/tiny-base", "emo", "--deepspeed", "x"), {"ENGINE": "fsdp"}, "ENGINE=fsdp and --engine, --fsdp or"),
+        (
+            ("data/tiny-base", "emo", "--deepspeed", "x"),
+            {"ENGINE": "fsdp"},
+            "ENGINE=fsdp and --engine, --fsdp or",
+        ),
         (("data/tiny-base", "emo"), {"NPROC": "two"}, "NPROC=two"),
-        (("data/tiny-base", "emo", "--per-device-train-batch-size", "x"), {}, "--per_device_train_batch_size x"),
+        (
+            ("data/tiny-base", "emo", "--per-device-train-batch-size", "x"),
+            {},
+            "--per_device_train_batch_size x",
+        ),
         (("--max_steps", "5"), {}, "give MODEL_PATH first"),
         (("data/tiny-base", "emo", "--learning_rate", "-1"), {"NPROC": "2"}, "--learning_rate -1"),
     ],
@@ -72,4 +93,7 @@ def test_mistakes_end_in_one_line_and_status_2(launch, tmp_path, arguments, envi
 def test_help_is_the_header(launch):
     done = launch("--help")
     assert done.returncode == 0
-    assert "bash train_emo.sh MODEL_PATH [MODE] [train flags]" in done.stdout and "OUTPUT_DIR" in done.stdout
+    assert (
+        "bash train_emo.sh MODEL_PATH [MODE] [train flags]" in done.stdout
+        and "OUTPUT_DIR" in done.stdout
+    )

@@ -18,11 +18,24 @@ def submit(root, tmp_path):
     """Starts the script as sbatch would on the first of two nodes, with a shell script in the place of Python."""
 
     def start(python: str) -> subprocess.Popen:
-        for name, text in {"srun": SRUN, "scontrol": SCONTROL, "python": f"#!/bin/bash\n{python}\n"}.items():
+        for name, text in {
+            "srun": SRUN,
+            "scontrol": SCONTROL,
+            "python": f"#!/bin/bash\n{python}\n",
+        }.items():
             (tmp_path / name).write_text(text)
             (tmp_path / name).chmod(0o755)
-        slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "12345"}
-        environment = os.environ | slurm | {"SLURM_SUBMIT_DIR": str(root), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        slurm = {
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            "SLURM_NNODES": "2",
+            "SLURM_GPUS_ON_NODE": "4",
+            "SLURM_JOB_ID": "12345",
+        }
+        environment = (
+            os.environ
+            | slurm
+            | {"SLURM_SUBMIT_DIR": str(root), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        )
         environment.pop("PYTHON", None)
         command = ["bash", str(root / "examples" / "multi_node" / "slurm.sh"), "--mode", "emo"]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -44,7 +57,9 @@ def test_a_torchrun_on_every_node_meets_at_the_first_and_its_status_is_the_jobs(
 
 
 def test_a_signal_to_the_job_reaches_what_trains(submit, tmp_path):
-    job = submit(f'trap "echo saved; exit 5" TERM; touch {tmp_path}/started; while :; do sleep 0.05; done')
+    job = submit(
+        f'trap "echo saved; exit 5" TERM; touch {tmp_path}/started; while :; do sleep 0.05; done'
+    )
     while not (tmp_path / "started").exists():
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)

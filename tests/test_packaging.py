@@ -25,7 +25,9 @@ print(*stanford_alpaca.__path__, ds_configs(), TEMPLATES)
 def installed(root, tmp_path_factory):
     """Installs as pip does, into a folder: a wheel, or an editable one."""
     source = tmp_path_factory.mktemp("source") / "project"
-    names = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout.split()
     for name in names:
         if name.startswith(("stanford_alpaca/", "ds_configs/")) or "/" not in name:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,9 @@ def found_from(place: Path) -> list[str]:
     """Where an installed package is, and what its commands find, with nothing of this checkout in the way."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     asked = [sys.executable, "-P", "-c", FIND, str(place)]
-    return subprocess.run(asked, cwd=place, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(
+        asked, cwd=place, env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def test_a_wheel_is_one_package_with_all_that_it_reads(installed):
@@ -61,25 +65,45 @@ def test_a_wheel_is_one_package_with_all_that_it_reads(installed):
     package = place / "stanford_alpaca"
     modules = {path.relative_to(source) for path in (source / "stanford_alpaca").rglob("*.py")}
     assert {path.relative_to(place) for path in package.rglob("*.py")} == modules
-    for name in ("py.typed", "evaluation/page/page.html", "evaluation/page/page.js", "evaluation/fewshot/templates/trec.yaml"):
+    for name in (
+        "py.typed",
+        "evaluation/page/page.html",
+        "evaluation/page/page.js",
+        "evaluation/fewshot/templates/trec.yaml",
+    ):
         assert (package / name).read_bytes() == (source / "stanford_alpaca" / name).read_bytes()
     shipped = {path.name: path.read_bytes() for path in (package / "ds_configs").iterdir()}
-    assert shipped == {path.name: path.read_bytes() for path in (source / "ds_configs").glob("*.json")}
-    assert found_from(place) == [str(package), str(package / "ds_configs"), str(package / "evaluation/fewshot/templates")]
+    assert shipped == {
+        path.name: path.read_bytes() for path in (source / "ds_configs").glob("*.json")
+    }
+    assert found_from(place) == [
+        str(package),
+        str(package / "ds_configs"),
+        str(package / "evaluation/fewshot/templates"),
+    ]
 
 
 def test_an_editable_install_reads_the_checkout(installed):
     place, source = installed(editable=True)
     package = source / "stanford_alpaca"
-    assert found_from(place) == [str(package), str(source / "ds_configs"), str(package / "evaluation/fewshot/templates")]
+    assert found_from(place) == [
+        str(package),
+        str(source / "ds_configs"),
+        str(package / "evaluation/fewshot/templates"),
+    ]
 
 
 def test_a_checkout_reads_its_own(root):
-    assert ds_configs() == root / "ds_configs" and (root / "ds_configs" / "zero3_offload.json").is_file()
+    assert (
+        ds_configs() == root / "ds_configs"
+        and (root / "ds_configs" / "zero3_offload.json").is_file()
+    )
 
 
 def test_pyproject_names_every_package(root):
     import tomllib
 
     named = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert sorted(named) == sorted([*find_packages(root, include=["stanford_alpaca*"]), "stanford_alpaca.ds_configs"])
+    assert sorted(named) == sorted(
+        [*find_packages(root, include=["stanford_alpaca*"]), "stanford_alpaca.ds_configs"]
+    )

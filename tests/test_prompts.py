@@ -42,15 +42,21 @@ def stops_of(folder):
 
 
 def asked_of(folder, record=ASKED):
-    return PromptEncoder(AutoTokenizer.from_pretrained(folder))([parse_record(record, "here", needs_output=False)])[0]
+    return PromptEncoder(AutoTokenizer.from_pretrained(folder))(
+        [parse_record(record, "here", needs_output=False)]
+    )[0]
 
 
 def ids_of(folder, content):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)["input_ids"]
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )["input_ids"]
 
 
-def test_lora_merged_and_exported_folders_stop_and_ask_as_was_trained(arguments, base, tmp_path, capsys):
+def test_lora_merged_and_exported_folders_stop_and_ask_as_was_trained(
+    arguments, base, tmp_path, capsys
+):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(ASKED["instruction"])
     train(
@@ -60,57 +66,102 @@ def test_lora_merged_and_exported_folders_stop_and_ask_as_was_trained(arguments,
         )
     )  # fmt: skip
     printed = capsys.readouterr().out
-    assert "prompts: the tokenizer's chat template" in printed and "not used: id (40 of 40 records)" in printed
+    assert (
+        "prompts: the tokenizer's chat template" in printed
+        and "not used: id (40 of 40 records)" in printed
+    )
     run, merged, exported = tmp_path / "out", tmp_path / "merged", tmp_path / "exported"
     merge_lora.run(str(run), str(merged))
     export(run / "checkpoint-2", exported)
     for folder in (run, run / "checkpoint-2", merged, exported):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert tokenizer.chat_template == CHAT and trained_prompts(tokenizer) == ("chat", "text"), folder
+        assert tokenizer.chat_template == CHAT and trained_prompts(tokenizer) == ("chat", "text"), (
+            folder
+        )
         assert stops_of(folder) == [1, 3], folder
         assert asked_of(folder) == ids_of(folder, ASKED["instruction"]), folder
     assert "`tokenizer.apply_chat_template" in (run / "README.md").read_text()
     assert "the tokenizer's chat template" in (run / "README.md").read_text()
 
     # samples of training, generate, and the measures all ask the same; something else is said
-    sampled = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])["responses"]["step 3"]
-    generate(str(run), instruction=ASKED["instruction"], out=str(tmp_path / "a.jsonl"), max_new_tokens=64)
-    assert next(iter(json.loads((tmp_path / "a.jsonl").read_text())["responses"].values())) == sampled
+    sampled = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])["responses"][
+        "step 3"
+    ]
+    generate(
+        str(run), instruction=ASKED["instruction"], out=str(tmp_path / "a.jsonl"), max_new_tokens=64
+    )
+    assert (
+        next(iter(json.loads((tmp_path / "a.jsonl").read_text())["responses"].values())) == sampled
+    )
     capsys.readouterr()
     generate(str(run), instruction=ASKED["instruction"], prompt_template="alpaca", max_new_tokens=2)
-    assert f"{run}: trained with the tokenizer's chat template, asked here with Alpaca's template" in capsys.readouterr().out
+    assert (
+        f"{run}: trained with the tokenizer's chat template, asked here with Alpaca's template"
+        in capsys.readouterr().out
+    )
     names = [str(base), str(run), str(merged)]
-    metrics.run(*names, data=str(tmp_path / "held.json"), out=str(tmp_path / "ev"), max_new_tokens=2, samples=0)
+    metrics.run(
+        *names,
+        data=str(tmp_path / "held.json"),
+        out=str(tmp_path / "ev"),
+        max_new_tokens=2,
+        samples=0,
+    )
     printed = capsys.readouterr().out
-    assert f"prompts of {base}: Alpaca's template" in printed and f"prompts of {run}: the tokenizer's chat template" in printed
+    assert (
+        f"prompts of {base}: Alpaca's template" in printed
+        and f"prompts of {run}: the tokenizer's chat template" in printed
+    )
     measured = json.loads((tmp_path / "ev" / "metrics.json").read_text())
     nll = {name: measured["results"][name]["nll"]["value"] for name in names}
     assert (
-        nll[str(run)] == pytest.approx(evaluations(run)[-1]["eval_nll"], abs=1e-4) == pytest.approx(nll[str(merged)], abs=1e-4)
+        nll[str(run)]
+        == pytest.approx(evaluations(run)[-1]["eval_nll"], abs=1e-4)
+        == pytest.approx(nll[str(merged)], abs=1e-4)
     )
     assert abs(nll[str(base)] - nll[str(run)]) > 0.05
-    report.run(*names, out=str(tmp_path / "page.html"), evaluation=str(tmp_path / "ev"), transport_records=2)
+    report.run(
+        *names,
+        out=str(tmp_path / "page.html"),
+        evaluation=str(tmp_path / "ev"),
+        transport_records=2,
+    )
     assert (tmp_path / "page.html").read_text().count("the tokenizer's chat template") >= 2
 
 
-@pytest.mark.parametrize(("form", "content"), [("alpaca", "Give a synonym of big."), ("completion", "Give a synonym of big.")])
-def test_a_run_of_instructions_is_served_with_alpacas_words(arguments, base, tmp_path, capsys, form, content):
+@pytest.mark.parametrize(
+    ("form", "content"),
+    [("alpaca", "Give a synonym of big."), ("completion", "Give a synonym of big.")],
+)
+def test_a_run_of_instructions_is_served_with_alpacas_words(
+    arguments, base, tmp_path, capsys, form, content
+):
     changes = {}
     if form == "completion":
-        (tmp_path / "pairs.json").write_text(json.dumps([{"prompt": "a b", "completion": " c"}] * 20))
+        (tmp_path / "pairs.json").write_text(
+            json.dumps([{"prompt": "a b", "completion": " c"}] * 20)
+        )
         changes["data_path"] = tmp_path / "pairs.json"
     train(arguments(model_name_or_path=base, mode="mle", max_steps=1, **changes))
     printed = capsys.readouterr().out
     words = "prompts: Alpaca's template" if form == "alpaca" else "prompts: no template"
     assert words in printed and "which is not used: --prompt_template chat uses it" in printed
-    assert asked_of(tmp_path / "out") == ids_of(tmp_path / "out", content) and stops_of(tmp_path / "out") == [1, 3]
+    assert asked_of(tmp_path / "out") == ids_of(tmp_path / "out", content) and stops_of(
+        tmp_path / "out"
+    ) == [1, 3]
     text = AutoTokenizer.from_pretrained(tmp_path / "out").decode(asked_of(tmp_path / "out"))
     assert text.startswith("<s>Below is an instruction") == (form == "alpaca")
 
 
 def test_a_given_chat_template_is_used_saved_and_part_of_the_run(arguments, root, tmp_path):
     (tmp_path / "chat.jinja").write_text(CHAT)
-    given = {"mode": "mle", "max_steps": 1, "chat_template": tmp_path / "chat.jinja", "save_strategy": "steps", "save_steps": 1}
+    given = {
+        "mode": "mle",
+        "max_steps": 1,
+        "chat_template": tmp_path / "chat.jinja",
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
     train(arguments(**given))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == CHAT
     assert asked_of(tmp_path / "out") == ids_of(tmp_path / "out", ASKED["instruction"])
@@ -127,7 +178,9 @@ def test_weights_multiply_losses_in_training_and_evaluation(arguments, tmp_path)
             data_path=tmp_path / "weighted.json", eval_path=tmp_path / "weighted.json",
         )  # fmt: skip
         records = json.loads((tmp_path / "train.json").read_text())[:16]
-        (tmp_path / "weighted.json").write_text(json.dumps([r | {"weight": weight} for r in records]))
+        (tmp_path / "weighted.json").write_text(
+            json.dumps([r | {"weight": weight} for r in records])
+        )
         train(argv)
         (step,) = steps(tmp_path / name)
         losses[name] = (
@@ -138,7 +191,9 @@ def test_weights_multiply_losses_in_training_and_evaluation(arguments, tmp_path)
         )
     assert losses["all"][0] == pytest.approx(losses["all"][1], rel=1e-5)
     for name in ("weighted", "packed"):
-        assert losses[name][:2] == pytest.approx((2.5 * losses["all"][0], losses["all"][1]), rel=1e-5)
+        assert losses[name][:2] == pytest.approx(
+            (2.5 * losses["all"][0], losses["all"][1]), rel=1e-5
+        )
         assert losses[name][2] == pytest.approx(2.5 * losses[name][3], rel=1e-5)
 
 
@@ -147,7 +202,9 @@ def test_a_stream_in_which_nothing_has_a_target_is_one_line(arguments, tmp_path)
     (tmp_path / "good.jsonl").write_text('{"instruction": "a", "output": "b", "score": 1}\n' * 300)
     weights = ["--data_weights", "1", "1", "--streaming"]
     argv = arguments("--streaming", data_path=tmp_path / "empty.jsonl")
-    with pytest.raises(UserError, match=r"empty.jsonl: no example has a token to train on: 0 of 256 examples"):
+    with pytest.raises(
+        UserError, match=r"empty.jsonl: no example has a token to train on: 0 of 256 examples"
+    ):
         train(argv)
     argv = arguments(*weights)
     place = argv.index("--data_path") + 1
@@ -166,12 +223,23 @@ def test_token_weights_are_exact_whatever_the_engine_computes_in(make_model):
     ]
     batch = PadCollator(0)(rows)
     assert batch["token_weights"].dtype == torch.int32  # bits, which nobody rounds
-    assert batch["token_weights"].view(torch.float32).tolist() == [[1.0, pytest.approx(0.3), 2.0], [1.0, 1.0, 1.0]]
+    assert batch["token_weights"].view(torch.float32).tolist() == [
+        [1.0, pytest.approx(0.3), 2.0],
+        [1.0, 1.0, 1.0],
+    ]
     model = make_model("llama")
     attach_objective(model, "emo")
     each = [
-        model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([labels]), num_items_in_batch=1).loss
-        for row, labels in [(rows[0], [-100, 6, -100]), (rows[0], [-100, -100, 7]), (rows[1], [-100, 9])]
+        model(
+            input_ids=torch.tensor([row["input_ids"]]),
+            labels=torch.tensor([labels]),
+            num_items_in_batch=1,
+        ).loss
+        for row, labels in [
+            (rows[0], [-100, 6, -100]),
+            (rows[0], [-100, -100, 7]),
+            (rows[1], [-100, 9]),
+        ]
     ]
     loss = model(**batch, num_items_in_batch=3).loss
     torch.testing.assert_close(loss, (0.3 * each[0] + 2 * each[1] + each[2]) / 3)

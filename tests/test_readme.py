@@ -55,14 +55,20 @@ def clone(root, tmp_path_factory):
     """A copy of what git tracks, so that outputs do not land in the repository."""
     folder = tmp_path_factory.mktemp("readme") / "clone"
     files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for name in files.stdout.splitlines():
         if (root / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / name, folder / name)
     shutil.copytree(root / "data" / "tiny-base", folder / "my-model")
-    (folder / "text.txt").write_text("\n".join(line for line in README.splitlines() if len(line.split()) > 12))
+    (folder / "text.txt").write_text(
+        "\n".join(line for line in README.splitlines() if len(line.split()) > 12)
+    )
     (folder / "icl").mkdir()
     for split, count in (("train", 30), ("test", 6)):
         rows = [{"text": f"What is the name of land {i}?", "label": i % 6} for i in range(count)]
@@ -112,9 +118,21 @@ def test_the_commands_run_in_their_order(clone, environment, monkeypatch):
 def check_demonstration(out: str) -> None:
     """The table has the promised rows, and fine-tuning lifted exact match from below 10 % to at least 60 %."""
     lines = out.partition(" minus ")[0].splitlines()  # a table of differences follows
-    table = [re.split(" {2,}", line.strip()) for line in lines]  # values come with intervals: 0.68 [0.62, 0.74]
-    rows = {name: values for name, *values in table if len(values) == 3}  # before, after, the references by themselves
-    for measure in ("nll", "emo", "perplexity", "token accuracy", "exact match", "supervised tokens/s", "peak memory, MiB"):
+    table = [
+        re.split(" {2,}", line.strip()) for line in lines
+    ]  # values come with intervals: 0.68 [0.62, 0.74]
+    rows = {
+        name: values for name, *values in table if len(values) == 3
+    }  # before, after, the references by themselves
+    for measure in (
+        "nll",
+        "emo",
+        "perplexity",
+        "token accuracy",
+        "exact match",
+        "supervised tokens/s",
+        "peak memory, MiB",
+    ):
         assert measure in rows, measure
     before, after = (float(value.split()[0]) for value in rows["exact match"][:2])
     assert before < 0.1 and after >= 0.6

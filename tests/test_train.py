@@ -25,7 +25,9 @@ def test_a_run_writes_a_plain_model_and_logs_what_it_says(arguments, tmp_path, r
     out = tmp_path / "out"
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {
+        torch.float32
+    }
     assert not list(out.rglob("*.bin"))
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert (out / "generation_config.json").exists()
@@ -40,8 +42,12 @@ def test_a_run_writes_a_plain_model_and_logs_what_it_says(arguments, tmp_path, r
     from stanford_alpaca.data.formats import load_records
 
     base = AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base")
-    examples, _ = tokenize_records(load_records(tmp_path / "held.json", str(tmp_path / "cache")), tokenizer, 512)
-    want = teacher_forced(model, tokenizer, examples, CostEmbedding(base.lm_head.weight), batch_size=5).measures()
+    examples, _ = tokenize_records(
+        load_records(tmp_path / "held.json", str(tmp_path / "cache")), tokenizer, 512
+    )
+    want = teacher_forced(
+        model, tokenizer, examples, CostEmbedding(base.lm_head.weight), batch_size=5
+    ).measures()
     got = json.loads((out / "eval_results.json").read_text())
     for name in ("nll", "emo", "perplexity"):
         assert got[f"eval_{name}"] == pytest.approx(want[name].value, rel=1e-4)
@@ -49,7 +55,15 @@ def test_a_run_writes_a_plain_model_and_logs_what_it_says(arguments, tmp_path, r
 
 def test_every_mode_raises_the_probability_of_the_targets(arguments, tmp_path):
     for mode in MODES:
-        train(arguments(mode=mode, output_dir=tmp_path / mode, max_steps=3, per_device_train_batch_size=8, global_batch=8))
+        train(
+            arguments(
+                mode=mode,
+                output_dir=tmp_path / mode,
+                max_steps=3,
+                per_device_train_batch_size=8,
+                global_batch=8,
+            )
+        )
         log = steps(tmp_path / mode)
         assert log[-1]["target_prob"] > log[0]["target_prob"] + 0.02, mode
         assert ("emo" in log[0]) == (mode in ("emo", "emo2", "emd", "mix"))
@@ -71,11 +85,21 @@ def test_two_processes_equal_one_step_by_step(arguments, tmp_path, engine):
     settings = {"data_path": data, "eval_path": tmp_path / "held.json", "max_steps": 5}
     train(arguments(output_dir=tmp_path / "one", **settings))
     (tmp_path / "prompts.txt").write_text("What is another word for big?\n")  # fewer than ranks
-    sampling = {"sample_prompts": tmp_path / "prompts.txt", "sample_steps": 2, "sample_max_new_tokens": 5}
-    argv = arguments(engine=engine, output_dir=tmp_path / "two", **settings, **sampling)  # which changes nothing
+    sampling = {
+        "sample_prompts": tmp_path / "prompts.txt",
+        "sample_steps": 2,
+        "sample_max_new_tokens": 5,
+    }
+    argv = arguments(
+        engine=engine, output_dir=tmp_path / "two", **settings, **sampling
+    )  # which changes nothing
     run_ranks(2, train, argv)
-    assert yaml.safe_load((tmp_path / "two" / "run.yaml").read_text())["made_with"]["processes"] == 2
-    samples = [json.loads(line) for line in (tmp_path / "two" / "samples.jsonl").read_text().splitlines()]
+    assert (
+        yaml.safe_load((tmp_path / "two" / "run.yaml").read_text())["made_with"]["processes"] == 2
+    )
+    samples = [
+        json.loads(line) for line in (tmp_path / "two" / "samples.jsonl").read_text().splitlines()
+    ]
     assert [sample["step"] for sample in samples] == [2, 4, 5]
     assert len(steps(tmp_path / "one")) == 5
     for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
@@ -93,9 +117,19 @@ def test_two_processes_equal_one_step_by_step(arguments, tmp_path, engine):
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-def test_in_bf16_with_a_tied_head_it_resumes_and_saves_float32_plainly(arguments, tmp_path, root, engine):
+def test_in_bf16_with_a_tied_head_it_resumes_and_saves_float32_plainly(
+    arguments, tmp_path, root, engine
+):
     config = AutoConfig.for_model(
-        "gpt2", vocab_size=2048, n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        "gpt2",
+        vocab_size=2048,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(tmp_path / "gpt2")
@@ -113,14 +147,21 @@ def test_in_bf16_with_a_tied_head_it_resumes_and_saves_float32_plainly(arguments
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert "lm_head.weight" not in weights  # tied, so written once
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert any((tensor != tensor.bfloat16()).any() for tensor in weights.values())  # the masters, no rounded copy
+    assert any(
+        (tensor != tensor.bfloat16()).any() for tensor in weights.values()
+    )  # the masters, no rounded copy
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     export(tmp_path / "out" / "checkpoint-4", tmp_path / "exported")
     exported = load_file(tmp_path / "exported" / "model.safetensors")
-    assert exported.keys() == weights.keys() and all(torch.equal(exported[name], weights[name]) for name in weights)
-    resume = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2", "output_dir": tmp_path / "again"}
+    assert exported.keys() == weights.keys() and all(
+        torch.equal(exported[name], weights[name]) for name in weights
+    )
+    resume = {
+        "resume_from_checkpoint": tmp_path / "out" / "checkpoint-2",
+        "output_dir": tmp_path / "again",
+    }
     run_ranks(2, train, arguments(engine=engine, **settings | resume))
     again = steps(tmp_path / "again")
     assert [entry["step"] for entry in again] == [1, 2, 3, 4]
@@ -131,7 +172,9 @@ def test_in_bf16_with_a_tied_head_it_resumes_and_saves_float32_plainly(arguments
 def test_a_cost_from_a_file_is_used(arguments, tmp_path, root):
     from safetensors.torch import save_file
 
-    save_file({"cost": torch.eye(2048)}, tmp_path / "cost.safetensors")  # the identity cost in disguise
+    save_file(
+        {"cost": torch.eye(2048)}, tmp_path / "cost.safetensors"
+    )  # the identity cost in disguise
     train(arguments(output_dir=tmp_path / "file", cost=tmp_path / "cost.safetensors"))
     train(arguments(output_dir=tmp_path / "kind", cost_kind="identity"))
     for one, two in zip(steps(tmp_path / "file"), steps(tmp_path / "kind"), strict=True):
@@ -140,8 +183,20 @@ def test_a_cost_from_a_file_is_used(arguments, tmp_path, root):
 
 
 def test_the_command_exits_with_status_2_and_one_line(root, tmp_path):
-    command = [sys.executable, "-m", "stanford_alpaca.train", "--model_name_or_path", "x", "--data_path", "y", "--mode", "emoo"]
-    done = subprocess.run([*command, "--output_dir", str(tmp_path / "out")], cwd=root, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "stanford_alpaca.train",
+        "--model_name_or_path",
+        "x",
+        "--data_path",
+        "y",
+        "--mode",
+        "emoo",
+    ]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "out")], cwd=root, capture_output=True, text=True
+    )
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "--mode" in line and "emo2" in line

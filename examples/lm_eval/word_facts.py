@@ -9,7 +9,11 @@ def process_docs(data: Dataset) -> Dataset:
     """A row per record of these kinds: beginning, choices (each with its space), answer (the place of the right one)."""
     rows = []
     for kind in KINDS:
-        sentences = [record["output"].rstrip(".").rpartition(" ") for record in data if record["id"].startswith(f"{kind}/")]
+        sentences = [
+            record["output"].rstrip(".").rpartition(" ")
+            for record in data
+            if record["id"].startswith(f"{kind}/")
+        ]
         words = sorted({word for _, _, word in sentences})
         for number, (beginning, _, word) in enumerate(sentences):
             place = words.index(word)

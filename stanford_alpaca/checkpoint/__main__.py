@@ -17,7 +17,9 @@ from stanford_alpaca.flags import check_writable, exit_on_user_error, refuse_unk
 
 
 @SetParseFns(str, str)
-def export_checkpoint(checkpoint: str | None = None, out: str | None = None, *more: Any, **unknown: Any) -> None:
+def export_checkpoint(
+    checkpoint: str | None = None, out: str | None = None, *more: Any, **unknown: Any
+) -> None:
     """A plain Hugging Face folder from a checkpoint of any engine: python -m stanford_alpaca.checkpoint export DIR OUT
 
     Needs a CPU and memory for the model's float32 weights.
@@ -28,7 +30,9 @@ def export_checkpoint(checkpoint: str | None = None, out: str | None = None, *mo
     """
     refuse_unknown(unknown, export_checkpoint)
     if checkpoint is None or out is None or more:
-        raise UserError("give a checkpoint and a folder to write: python -m stanford_alpaca.checkpoint export DIR OUT")
+        raise UserError(
+            "give a checkpoint and a folder to write: python -m stanford_alpaca.checkpoint export DIR OUT"
+        )
     source, target = Path(checkpoint).expanduser(), Path(out).expanduser().absolute()
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
@@ -74,8 +78,12 @@ def list_checkpoints(folder: str | None = None, *more: Any, **unknown: Any) -> N
             print(f"{'':>8} {'':>9} {'':>10}  {'':16}  {place}: {found}")
             continue
         about, mib = manifest.read(place), manifest.size(place) / 2**20
-        saved = datetime.fromtimestamp((place / manifest.MANIFEST_FILE).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
-        print(f"{about['step']:>8} {about.get('world_size', ''):>9} {mib:>10,.1f}  {saved:16}  {place}")
+        saved = datetime.fromtimestamp((place / manifest.MANIFEST_FILE).stat().st_mtime).strftime(
+            "%Y-%m-%d %H:%M"
+        )
+        print(
+            f"{about['step']:>8} {about.get('world_size', ''):>9} {mib:>10,.1f}  {saved:16}  {place}"
+        )
 
 
 def _places(folder: str | None, more: tuple) -> list[Path]:
@@ -86,7 +94,12 @@ def _places(folder: str | None, more: tuple) -> list[Path]:
     if not place.is_dir():
         raise UserError(f"{place}: no such folder")
     below = manifest.checkpoints(place)[::-1]
-    own = [place] if (place / manifest.MANIFEST_FILE).exists() or re.fullmatch(r"checkpoint-\d+", place.absolute().name) else []
+    own = (
+        [place]
+        if (place / manifest.MANIFEST_FILE).exists()
+        or re.fullmatch(r"checkpoint-\d+", place.absolute().name)
+        else []
+    )
     if not below and not own:
         raise UserError(f"{place}: no checkpoint-N in it, and no {manifest.MANIFEST_FILE}")
     return [*below, *own]
@@ -102,7 +115,9 @@ def main() -> None:
 
 def _run() -> None:
     if not sys.argv[1:] or sys.argv[1] not in (*COMMANDS, "--help"):
-        raise UserError(f"give a command ({', '.join(COMMANDS)}): python -m stanford_alpaca.checkpoint export --help")
+        raise UserError(
+            f"give a command ({', '.join(COMMANDS)}): python -m stanford_alpaca.checkpoint export --help"
+        )
     fire.Fire(COMMANDS)
 
 

@@ -9,14 +9,22 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CHAT_TEMPLATE_DIR, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CHAT_TEMPLATE_DIR,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+)
 
 from stanford_alpaca.checkpoint import fsdp, manifest, zero
 from stanford_alpaca.checkpoint.keys import no_report, wrong_keys
 from stanford_alpaca.checkpoint.kinds import FSDP, ZERO, kind_of
 from stanford_alpaca.errors import ResumeError, UserError, first_line
 
-SHARDED: dict[str, Callable[[Path], dict[str, Tensor]]] = {FSDP: fsdp.read_weights, ZERO: zero.read_weights}
+SHARDED: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    FSDP: fsdp.read_weights,
+    ZERO: zero.read_weights,
+}
 NOT_EXPORTED = ("trainer_state.json", manifest.MANIFEST_FILE)
 BESIDE = (".json", ".jinja", ".model", ".txt")  # configuration and tokenizer
 
@@ -31,10 +39,14 @@ def export(checkpoint: Path, out: Path) -> str:
     damaged = manifest.summary(checkpoint) if (checkpoint / manifest.MANIFEST_FILE).exists() else ""
     if damaged:
         raise ResumeError(f"{checkpoint}: {damaged}; another checkpoint may be whole")
-    whole = (checkpoint / ADAPTER_SAFE_WEIGHTS_NAME).is_file()  # an adapter stands whole beside any engine's shards
+    whole = (
+        checkpoint / ADAPTER_SAFE_WEIGHTS_NAME
+    ).is_file()  # an adapter stands whole beside any engine's shards
     weights = _fit(SHARDED[kind](checkpoint), checkpoint) if kind in SHARDED and not whole else None
     with atomic_folder(out) as part:
-        if (checkpoint / CHAT_TEMPLATE_DIR).is_dir():  # the named ones of a tokenizer that has several
+        if (
+            checkpoint / CHAT_TEMPLATE_DIR
+        ).is_dir():  # the named ones of a tokenizer that has several
             shutil.copytree(checkpoint / CHAT_TEMPLATE_DIR, part / CHAT_TEMPLATE_DIR)
         for file in checkpoint.iterdir():
             if file.is_file() and file.suffix in BESIDE and file.name not in NOT_EXPORTED:
@@ -44,7 +56,9 @@ def export(checkpoint: Path, out: Path) -> str:
                 shutil.copy(file, part)
         else:
             model, state = weights
-            if (part / GENERATION_CONFIG_NAME).is_file():  # with the tokens that end an answer, which no configuration has
+            if (
+                part / GENERATION_CONFIG_NAME
+            ).is_file():  # with the tokens that end an answer, which no configuration has
                 model.generation_config = GenerationConfig.from_pretrained(part)
             (part / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
             model.save_pretrained(part, state_dict=state)
@@ -63,7 +77,9 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
     except FileExistsError:
-        raise UserError(f"{part}: left by a command that did not end, or another writes there; remove it") from None
+        raise UserError(
+            f"{part}: left by a command that did not end, or another writes there; remove it"
+        ) from None
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({first_line(error)})") from None
     try:
@@ -84,16 +100,24 @@ def _fit(read: dict[str, Tensor], checkpoint: Path) -> tuple[PreTrainedModel, di
     if not read:
         raise UserError(f"{checkpoint}: its shards hold no weights")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=next(iter(read.values())).dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=next(iter(read.values())).dtype, trust_remote_code=False
+        )
     empty = model.state_dict(keep_vars=True)
-    first = {id(value): name for name, value in reversed(empty.items()) if name in read}  # of tied names, one that was saved
+    first = {
+        id(value): name for name, value in reversed(empty.items()) if name in read
+    }  # of tied names, one that was saved
     lacking = [name for name, value in empty.items() if id(value) not in first]
     foreign = sorted(read.keys() - empty.keys())
     if lacking or foreign:
-        raise UserError(f"{checkpoint}: not the weights of its config.json (lacks {lacking[:3]}, has {foreign[:3]} besides)")
+        raise UserError(
+            f"{checkpoint}: not the weights of its config.json (lacks {lacking[:3]}, has {foreign[:3]} besides)"
+        )
     for name, value in empty.items():
         if read[first[id(value)]].shape != value.shape:
-            raise UserError(f"{checkpoint}: {name} is {list(read[first[id(value)]].shape)}, not {list(value.shape)}")
+            raise UserError(
+                f"{checkpoint}: {name} is {list(read[first[id(value)]].shape)}, not {list(value.shape)}"
+            )
     return model, {name: read[first[id(value)]] for name, value in empty.items()}
 
 

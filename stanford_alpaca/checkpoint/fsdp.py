@@ -31,11 +31,25 @@ from stanford_alpaca.checkpoint.shapes import Form, check_shapes, form_of
 from stanford_alpaca.errors import ResumeError, UserError, first_line
 
 MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # accelerate's names of the folders
-OFFLOADED = StateDictOptions(cpu_offload=True)  # as accelerate writes them: a device holds no second copy
+OFFLOADED = StateDictOptions(
+    cpu_offload=True
+)  # as accelerate writes them: a device holds no second copy
 METADATA = "torch.distributed.checkpoint.metadata"
 ALLOWED = {
-    *((METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties")),
-    *((METADATA, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING")),
+    *(
+        (METADATA, name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorStorageMetadata",
+            "TensorProperties",
+        )
+    ),
+    *(
+        (METADATA, name)
+        for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING")
+    ),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
@@ -48,7 +62,9 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Makes the dataclasses that describe a checkpoint, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if (module, name) in ALLOWED or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
 
@@ -66,7 +82,9 @@ class Reader(dcp.FileSystemReader):
             raise UserError(f"{file}: not the metadata of a checkpoint")
         for info in (metadata.storage_data or {}).values():
             if Path(info.relative_path).name != info.relative_path:
-                raise UserError(f"{file}: names {info.relative_path}, which is outside the checkpoint")
+                raise UserError(
+                    f"{file}: names {info.relative_path}, which is outside the checkpoint"
+                )
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -79,7 +97,9 @@ class _Planner(DefaultLoadPlanner):
         try:
             torch.load(value, weights_only=True)
         except pickle.UnpicklingError:  # its own message advises to trust the file
-            raise ValueError(f"{read_item.dest_index.fqn} holds more than numbers, words and tensors") from None
+            raise ValueError(
+                f"{read_item.dest_index.fqn} holds more than numbers, words and tensors"
+            ) from None
         value.seek(0)
         super().load_bytes(read_item, value)
 
@@ -90,14 +110,18 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
-            state[key.removeprefix("model.")] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            state[key.removeprefix("model.")] = torch.empty(
+                entry.size, dtype=entry.properties.dtype
+            )
     _read({"model": state}, checkpoint / MODEL, no_dist=True)
     return state
 
 
 def restore_model(model: nn.Module, checkpoint: Path) -> None:
     """Loads the weights into a model that is sharded or whole, on all ranks; collectives of torch's own."""
-    if isinstance(model, PeftModel):  # accelerate writes the adapter alone, by peft's names; these tensors are the model's own
+    if isinstance(
+        model, PeftModel
+    ):  # accelerate writes the adapter alone, by peft's names; these tensors are the model's own
         return _read({"model": get_peft_model_state_dict(model)}, checkpoint / MODEL)
     state = {"model": get_model_state_dict(model, options=OFFLOADED)}
     _read(state, checkpoint / MODEL)
@@ -117,8 +141,16 @@ def _read(state: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
     nothing: Form = ([], torch.uint8)  # what is no tensor
     check_shapes(
         folder,
-        {k: (list(e.size), e.properties.dtype) if isinstance(e, TensorStorageMetadata) else nothing for k, e in saved.items()},
-        {key: form_of(value) if isinstance(value, Tensor) else nothing for key, value in flat.items()},
+        {
+            k: (list(e.size), e.properties.dtype)
+            if isinstance(e, TensorStorageMetadata)
+            else nothing
+            for k, e in saved.items()
+        },
+        {
+            key: form_of(value) if isinstance(value, Tensor) else nothing
+            for key, value in flat.items()
+        },
     )
     try:
         with warnings.catch_warnings():  # that one process alone reads is meant

@@ -17,7 +17,9 @@ def full_state_dict(model: nn.Module, keep: bool, trained_only: bool = False) ->
     values = model.state_dict()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state: dict[str, Tensor] = {}
-    gathered: dict[object, Tensor | None] = {}  # tied weights stay one tensor, so that they are written once
+    gathered: dict[
+        object, Tensor | None
+    ] = {}  # tied weights stay one tensor, so that they are written once
     for name, value in values.items():
         parameter = parameters.get(name)
         if trained_only and not (parameter is not None and parameter.requires_grad):
@@ -39,7 +41,9 @@ def _on_cpu(value: Tensor, parameter: nn.Parameter | None, keep: bool) -> Tensor
 
 def _whole(value: Tensor, parameter: nn.Parameter | None) -> Tensor:
     """The whole tensor behind an entry of the state dict, which is a shard under FSDP2 and empty under ZeRO-3."""
-    if isinstance(value, DTensor):  # a shard that was offloaded goes back to where the ranks talk to each other
+    if isinstance(
+        value, DTensor
+    ):  # a shard that was offloaded goes back to where the ranks talk to each other
         return value.to(value.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_get_full_fp32_param

@@ -9,7 +9,9 @@ from typing import Any
 from stanford_alpaca.errors import listed
 
 SHOWN = 3  # keys of a kind
-MASK = re.compile(r"\.attn(\.attention)?\.(masked_bias|bias|causal_mask)$")  # constants that GPT-2 to GPT-J once saved
+MASK = re.compile(
+    r"\.attn(\.attention)?\.(masked_bias|bias|causal_mask)$"
+)  # constants that GPT-2 to GPT-J once saved
 
 
 @contextlib.contextmanager
@@ -33,6 +35,11 @@ def wrong_keys(info: Mapping[str, Any]) -> str:
     What transformers itself ties, or ignores by design, is not in it. Read with ``ignore_mismatched_sizes=True``.
     """
     unused = [key for key in info["unexpected_keys"] if not MASK.search(key)]
-    misshapen = [f"{key} ({list(has)}, wanted {list(wanted)})" for key, has, wanted in sorted(info["mismatched_keys"])]
+    misshapen = [
+        f"{key} ({list(has)}, wanted {list(wanted)})"
+        for key, has, wanted in sorted(info["mismatched_keys"])
+    ]
     found = {"missing": info["missing_keys"], "of no use": unused, "of another shape": misshapen}
-    return "; ".join(f"{what}: {listed(sorted(keys), SHOWN)}" for what, keys in found.items() if keys)
+    return "; ".join(
+        f"{what}: {listed(sorted(keys), SHOWN)}" for what, keys in found.items() if keys
+    )

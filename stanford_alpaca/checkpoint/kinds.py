@@ -24,9 +24,14 @@ def kind_of(checkpoint: Path) -> str:
         return FSDP
     if (checkpoint / "latest").is_file():
         return ZERO
-    if any((checkpoint / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)):
+    if any(
+        (checkpoint / name).is_file()
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
+    ):
         return PLAIN
-    raise UserError(f"{checkpoint}: no weights of a checkpoint; give a folder checkpoint-N of a run")
+    raise UserError(
+        f"{checkpoint}: no weights of a checkpoint; give a folder checkpoint-N of a run"
+    )
 
 
 def check_resumable(checkpoint: Path, engine: str, world_size: int, stage_3: bool = False) -> None:
@@ -35,10 +40,14 @@ def check_resumable(checkpoint: Path, engine: str, world_size: int, stage_3: boo
     FSDP2's shards fit any number of processes, and one without FSDP too. ZeRO's fit the same number under the same stage.
     """
     kind, way_out = kind_of(checkpoint), EXPORT.format(checkpoint)
-    needed = {PLAIN: (OPTIMIZER_NAME, SCHEDULER_NAME), FSDP: (fsdp.OPTIMIZER, SCHEDULER_NAME)}.get(kind, ())
+    needed = {PLAIN: (OPTIMIZER_NAME, SCHEDULER_NAME), FSDP: (fsdp.OPTIMIZER, SCHEDULER_NAME)}.get(
+        kind, ()
+    )
     for name in needed:  # ZeRO has both in its shards, and says so if they lack
         if not (checkpoint / name).exists():
-            raise UserError(f"{checkpoint}: has no {name} (--save_only_model?), nobody can go on from it; {way_out}")
+            raise UserError(
+                f"{checkpoint}: has no {name} (--save_only_model?), nobody can go on from it; {way_out}"
+            )
     if kind == ZERO and engine == ZERO:
         shards = len(zero.shards_of(checkpoint))
         if shards != world_size:
@@ -47,7 +56,9 @@ def check_resumable(checkpoint: Path, engine: str, world_size: int, stage_3: boo
                 f"not {world_size}; {way_out}"
             )
         if zero.is_stage_3(checkpoint) != stage_3:
-            raise UserError(f"--resume_from_checkpoint {checkpoint}: written by another stage of ZeRO; {way_out}")
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: written by another stage of ZeRO; {way_out}"
+            )
     elif kind != engine and (kind, engine) != (FSDP, PLAIN):
         names = {PLAIN: "a run without shards", FSDP: "FSDP", ZERO: "ZeRO"}
         raise UserError(
@@ -60,8 +71,16 @@ def check_state(checkpoint: Path, step: int, ranks: int) -> None:
     file, usual = checkpoint / TRAINER_STATE_NAME, vars(TrainerState())
     try:
         state = TrainerState.load_from_json(str(file))
-        right = all(_is_like(getattr(state, name), value) for name, value in usual.items() if value is not None)
-        right = right and state.global_step == step and isinstance(state.best_model_checkpoint, str | None)
+        right = all(
+            _is_like(getattr(state, name), value)
+            for name, value in usual.items()
+            if value is not None
+        )
+        right = (
+            right
+            and state.global_step == step
+            and isinstance(state.best_model_checkpoint, str | None)
+        )
         right = right and all(isinstance(entry["step"], int) for entry in state.log_history)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)})") from None

@@ -13,7 +13,15 @@ from stanford_alpaca.errors import ResumeError, first_line
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
-READ_BY_LOADERS = {".safetensors", ".pt", ".pth", ".bin", ".pkl", ".distcp", ".metadata"}  # not to be added by anybody
+READ_BY_LOADERS = {
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".pkl",
+    ".distcp",
+    ".metadata",
+}  # not to be added by anybody
 THREADS = 8
 
 
@@ -28,7 +36,9 @@ def file_sha256(file: Path, flush: bool = False) -> str:
     return total.hexdigest()
 
 
-def entries_of(folder: Path, names: Iterable[str], flush: bool = False) -> dict[str, dict[str, Any]]:
+def entries_of(
+    folder: Path, names: Iterable[str], flush: bool = False
+) -> dict[str, dict[str, Any]]:
     """What a manifest says of these files; several are read at a time."""
     names = list(names)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -84,16 +94,23 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         whole = content["version"] == MANIFEST_VERSION and content["sum"] == _sum(content)
-        known = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in content["files"].values())
+        known = all(
+            isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
+            for entry in content["files"].values()
+        )
         known &= (
             isinstance(content["step"], int)
             and isinstance(content.get("world_size", 1), int)
             and is_record(content.setdefault("run", {}))
         )
     except FileNotFoundError:
-        raise ResumeError(f"{MANIFEST_FILE}: not there, so nothing says what the files should be") from None
+        raise ResumeError(
+            f"{MANIFEST_FILE}: not there, so nothing says what the files should be"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ResumeError(f"{MANIFEST_FILE}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
+        raise ResumeError(
+            f"{MANIFEST_FILE}: cannot be read ({type(error).__name__}: {first_line(error)})"
+        ) from None
     if not whole or not known:
         raise ResumeError(f"{MANIFEST_FILE}: damaged, or of another version")
     for name in content["files"]:
@@ -111,7 +128,11 @@ def problems(folder: Path, contents: bool = True) -> list[str]:
     found = compare(folder, files, contents)
     try:
         strange = [name for name in list_saved(folder) if name not in files and _is_loaded(name)]
-        links = [path for path in folder.rglob("*") if path.is_symlink() and not path.name.startswith("checkpoint-")]
+        links = [
+            path
+            for path in folder.rglob("*")
+            if path.is_symlink() and not path.name.startswith("checkpoint-")
+        ]
     except OSError as error:
         return [*found, f"cannot be read ({first_line(error)})"]
     found += [f"{name}: was not saved with the others" for name in strange]
@@ -133,7 +154,9 @@ def compare(folder: Path, files: dict[str, dict[str, Any]], contents: bool = Tru
         now = entries_of(folder, same_size) if contents else files
     except OSError as error:  # a disk that fails, a name too long
         return [*found, f"cannot be read ({first_line(error)})"]
-    return found + [f"{name}: its content has changed" for name in same_size if now[name] != files[name]]
+    return found + [
+        f"{name}: its content has changed" for name in same_size if now[name] != files[name]
+    ]
 
 
 def summary(folder: Path, contents: bool = True) -> str:
@@ -146,11 +169,16 @@ def is_record(run: Any) -> bool:
     """Whether this has the types of a run's record: flags by name, with lists of paths, and what it was made with."""
     if not isinstance(run, dict):
         return False
-    made_with, paths = run.get("made_with") or {}, [run.get(name) or [] for name in ("data_path", "eval_path")]
+    made_with, paths = (
+        run.get("made_with") or {},
+        [run.get(name) or [] for name in ("data_path", "eval_path")],
+    )
     return (
         isinstance(made_with, dict)
         and isinstance(made_with.get("data") or {}, dict)
-        and all(isinstance(part, list) and all(isinstance(path, str) for path in part) for part in paths)
+        and all(
+            isinstance(part, list) and all(isinstance(path, str) for path in part) for part in paths
+        )
     )
 
 
@@ -161,7 +189,11 @@ def size(folder: Path) -> int:
 
 def checkpoints(output: Path) -> list[Path]:
     """The folders ``checkpoint-N`` in an output folder, the newest (the greatest N) first; good or not."""
-    found = [folder for folder in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    found = [
+        folder
+        for folder in output.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", folder.name)
+    ]
     return sorted((folder for folder in found if folder.is_dir()), key=step_of, reverse=True)
 
 
@@ -173,7 +205,9 @@ def step_of(checkpoint: Path) -> int:
 def _is_loaded(name: str) -> bool:
     """Whether somebody who loads the folder might read this file; a finished one's checkpoints are by themselves."""
     path = Path(name)
-    return not name.startswith(("checkpoint-", ".")) and (path.suffix in READ_BY_LOADERS or path.name in READ_BY_LOADERS)
+    return not name.startswith(("checkpoint-", ".")) and (
+        path.suffix in READ_BY_LOADERS or path.name in READ_BY_LOADERS
+    )
 
 
 def _sum(content: dict[str, Any]) -> str:

@@ -35,7 +35,9 @@ DEEPSPEEDS = (
 STAND_INS: list[Callable | tuple[Callable, str]] = [(_Inert, name) for name in DEEPSPEEDS]
 
 
-def load(file: Path, bookkeeping: list[Callable | tuple[Callable, str]] = STAND_INS) -> dict[str, Any]:
+def load(
+    file: Path, bookkeeping: list[Callable | tuple[Callable, str]] = STAND_INS
+) -> dict[str, Any]:
     """What a file of an engine or the Trainer holds; tensors stay on the disk until they are used.
 
     Raises:

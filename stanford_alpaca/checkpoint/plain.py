@@ -41,7 +41,9 @@ def _read_into_a_copy(model: PreTrainedModel, checkpoint: Path) -> PreTrainedMod
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     if wrong := wrong_keys(info):
-        raise ResumeError(f"{checkpoint}: its weights do not fill the model ({wrong}); is it of another model?")
+        raise ResumeError(
+            f"{checkpoint}: its weights do not fill the model ({wrong}); is it of another model?"
+        )
     return read
 
 
@@ -52,10 +54,16 @@ def _check_dtypes(checkpoint: Path, dtypes: set[torch.dtype]) -> None:
                 dtype = DTYPES.get(tensors.get_slice(name).get_dtype())
                 if dtype is not None and dtype not in dtypes:
                     wanted = ", ".join(sorted(map(str, dtypes)))
-                    raise ResumeError(f"{file}: {name} is {dtype}, and {wanted} in the model; was it changed?")
+                    raise ResumeError(
+                        f"{file}: {name} is {dtype}, and {wanted} in the model; was it changed?"
+                    )
 
 
 def _load_adapter(model: PeftModel, file: Path) -> None:
     saved, wanted = load_file(file), get_peft_model_state_dict(model, save_embedding_layers=False)
-    check_shapes(file, {name: form_of(t) for name, t in saved.items()}, {name: form_of(t) for name, t in wanted.items()})
+    check_shapes(
+        file,
+        {name: form_of(t) for name, t in saved.items()},
+        {name: form_of(t) for name, t in wanted.items()},
+    )
     set_peft_model_state_dict(model, saved)

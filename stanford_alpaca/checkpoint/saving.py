@@ -15,7 +15,10 @@ from stanford_alpaca.checkpoint.space import check_space
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError, first_line
 
-STAGING, DELETED = ".saving", ".deleting-"  # in the output folder: what a killed run leaves of them is nobody's
+STAGING, DELETED = (
+    ".saving",
+    ".deleting-",
+)  # in the output folder: what a killed run leaves of them is nobody's
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # full, or broken
 
 
@@ -61,14 +64,22 @@ class Staged:
 
         def finish_share() -> None:
             names = manifest.list_saved(self.folder)
-            shares.append(manifest.entries_of(self.folder, names[self.rank :: self.world_size], flush=True))
+            shares.append(
+                manifest.entries_of(self.folder, names[self.rank :: self.world_size], flush=True)
+            )
 
         self.write(finish_share)
-        files = {name: entry for share in _gather(shares[0], self.world_size) for name, entry in share.items()}
+        files = {
+            name: entry
+            for share in _gather(shares[0], self.world_size)
+            for name, entry in share.items()
+        }
 
         def compare() -> None:
             if self.rank == 0 and sorted(files) != manifest.list_saved(self.folder):
-                raise OSError("the machines do not share the output folder: give all of them the same")
+                raise OSError(
+                    "the machines do not share the output folder: give all of them the same"
+                )
 
         self.write(compare)
         return dict(sorted(files.items()))
@@ -107,13 +118,19 @@ def write_together(place: Path, world_size: int, write: Callable[[], Any]) -> No
         write()
     except (Exception, CheckpointException) as caught:
         error = caught
-    told = None if error is None else (_reason(error), _is_disk(error), isinstance(error, UserError))
+    told = (
+        None if error is None else (_reason(error), _is_disk(error), isinstance(error, UserError))
+    )
     for rank, failure in enumerate(_gather(told, world_size)):
         if failure is not None and failure[2]:
             raise error or UserError(failure[0])
         if failure is not None and (error is None or _is_io(error)):
             where = f" on rank {rank}" if world_size > 1 else ""
-            advice = ": make room or mend the disk, and --resume auto goes on from there" if failure[1] else ""
+            advice = (
+                ": make room or mend the disk, and --resume auto goes on from there"
+                if failure[1]
+                else ""
+            )
             raise UserError(
                 f"{place}: cannot be saved ({failure[0]}{where}); nothing that was saved before has changed{advice}"
             ) from error
@@ -167,7 +184,11 @@ def _surplus(saved: Path, limit: int | None, best: str | None) -> list[Path]:
     """
     if limit is None or limit <= 0:
         return []
-    older = [folder for folder in manifest.checkpoints(saved.parent) if manifest.step_of(folder) < manifest.step_of(saved)]
+    older = [
+        folder
+        for folder in manifest.checkpoints(saved.parent)
+        if manifest.step_of(folder) < manifest.step_of(saved)
+    ]
     good = [folder for folder in older if not manifest.problems(folder, contents=False)]
     apart = Path(best) if best is not None and Path(best) in good else None
     places = limit - 1 - (apart is not None and limit > 1)  # of the saved one, and of the best
@@ -179,7 +200,13 @@ def _is_io(error: BaseException) -> bool:
     """Whether the file system failed, in the words of those who write for us. A file that is not there is our mistake."""
     if isinstance(error, CheckpointException):
         return all(_is_io(each) for each, _ in error.failures.values())
-    told = ("os error", "inline_container", "file write failed", "No space left", "Input/output error")
+    told = (
+        "os error",
+        "inline_container",
+        "file write failed",
+        "No space left",
+        "Input/output error",
+    )
     mine = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
     return mine or any(words in str(error) for words in told)
 

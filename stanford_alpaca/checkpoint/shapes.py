@@ -20,10 +20,16 @@ def check_shapes(place: Path, saved: Mapping[str, Form], wanted: Mapping[str, Fo
     """Raises ResumeError that names the first tensor which is missing, foreign, or of another shape or dtype."""
     for name, (shape, dtype) in wanted.items():
         if name not in saved:
-            raise ResumeError(f"{place}: has no {name}, which the model has; is it of another model?")
+            raise ResumeError(
+                f"{place}: has no {name}, which the model has; is it of another model?"
+            )
         if saved[name] != (shape, dtype):
             found = " ".join(map(str, saved[name]))
-            raise ResumeError(f"{place}: {name} is {found}, and {shape} {dtype} in the model; is it of another model?")
+            raise ResumeError(
+                f"{place}: {name} is {found}, and {shape} {dtype} in the model; is it of another model?"
+            )
     for name in saved:
         if name not in wanted:
-            raise ResumeError(f"{place}: has {name}, which the model does not have; is it of another model?")
+            raise ResumeError(
+                f"{place}: has {name}, which the model does not have; is it of another model?"
+            )

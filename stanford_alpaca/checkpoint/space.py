@@ -17,11 +17,15 @@ def checkpoint_bytes(trained: int, optim: str, only_model: bool = False) -> int:
         optim: --optim, as OptimizerNames writes it. Of Adam's kind are two moments in float32; of others nothing is assumed.
         only_model: --save_only_model.
     """
-    moments = 8 if "adam" in optim and not optim.endswith(("8bit", "4bit")) and not only_model else 0
+    moments = (
+        8 if "adam" in optim and not optim.endswith(("8bit", "4bit")) and not only_model else 0
+    )
     return trained * (4 + moments)
 
 
-def check_space(folder: Path, needed: int, what: str = "a checkpoint", advice: str = SAVE_LESS) -> None:
+def check_space(
+    folder: Path, needed: int, what: str = "a checkpoint", advice: str = SAVE_LESS
+) -> None:
     """Raises UserError unless ``needed`` bytes are free where a folder is, or would be made."""
     place = folder.absolute()
     while not place.exists():

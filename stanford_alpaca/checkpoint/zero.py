@@ -19,7 +19,9 @@ from stanford_alpaca.errors import UserError, first_line
 def shards_of(checkpoint: Path) -> list[Path]:
     """The optimizer's shards, one per rank, in the order of the ranks."""
     found = _folder(checkpoint).glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt")
-    return sorted(found, key=lambda file: int(file.name.rpartition("zero_pp_rank_")[2].partition("_")[0]))
+    return sorted(
+        found, key=lambda file: int(file.name.rpartition("zero_pp_rank_")[2].partition("_")[0])
+    )
 
 
 def is_stage_3(checkpoint: Path) -> bool:
@@ -40,18 +42,30 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         count = states[0]["partition_count"] if states else 0
         ranks = max(count) if isinstance(count, list) else count
         if not states or ranks != len(states):
-            raise UserError(f"{_folder(checkpoint)}: {len(states)} of {ranks or 'the'} optimizer shards are there")
+            raise UserError(
+                f"{_folder(checkpoint)}: {len(states)} of {ranks or 'the'} optimizer shards are there"
+            )
         weights = {key: described["module"][key].float() for key in described["buffer_names"]}
-        return weights | (_of_stage_3 if stage_3 else _of_stage_2)(described["param_shapes"], states)
+        return weights | (_of_stage_3 if stage_3 else _of_stage_2)(
+            described["param_shapes"], states
+        )
     except (KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{_folder(checkpoint)}: not the shards of ZeRO 1, 2 or 3 ({first_line(error)})") from None
+        raise UserError(
+            f"{_folder(checkpoint)}: not the shards of ZeRO 1, 2 or 3 ({first_line(error)})"
+        ) from None
 
 
 def check_parameters(checkpoint: Path, model: nn.Module) -> None:
     """Raises ResumeError unless its parameters are those that the model trains, by name and shape."""
     groups = _describe(checkpoint)["param_shapes"]
-    saved = {name: (list(shape), torch.float32) for shapes in groups for name, shape in shapes.items()}
-    trained = {name: (list(p.shape), torch.float32) for name, p in model.named_parameters() if p.requires_grad}
+    saved = {
+        name: (list(shape), torch.float32) for shapes in groups for name, shape in shapes.items()
+    }
+    trained = {
+        name: (list(p.shape), torch.float32)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
     check_shapes(checkpoint, saved, trained)
 
 
@@ -97,7 +111,9 @@ def _span(pieces: Sequence[Tensor], offset: int, length: int) -> Tensor:
         start += len(piece)
     span = torch.cat(found) if found else torch.empty(0)
     if len(span) != length:
-        raise UserError(f"the optimizer shards hold {start} numbers, but a parameter ends at {offset + length}")
+        raise UserError(
+            f"the optimizer shards hold {start} numbers, but a parameter ends at {offset + length}"
+        )
     return span
 
 

@@ -9,7 +9,14 @@ import fire
 from stanford_alpaca.cost.build import describe, from_head, from_text, save
 from stanford_alpaca.cost.cooccurrence import SMOOTHING, TextSettings
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.flags import check_whole, check_writable, command, exit_on_user_error, part_of, words
+from stanford_alpaca.flags import (
+    check_whole,
+    check_writable,
+    command,
+    exit_on_user_error,
+    part_of,
+    words,
+)
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
 
@@ -49,7 +56,11 @@ def build_cost(options: Options) -> None:
         raise UserError(f"--out {options.out}: give the name of a file that does not exist yet")
     check_writable("out", Path(options.out))
     check_whole("vocab_size", 1 if vocab_size is None else vocab_size, 1)
-    texts = [] if options.text is None else [Path(file).expanduser() for file in (options.text, *options.files)]
+    texts = (
+        []
+        if options.text is None
+        else [Path(file).expanduser() for file in (options.text, *options.files)]
+    )
     for file in texts:
         if not file.is_file():
             raise UserError(f"--text {file}: no such file")
@@ -61,9 +72,13 @@ def build_cost(options: Options) -> None:
     assert own is not None and source is not None  # one of them was asked for
     size = vocab_size or len(own)
     if size < len(own):
-        raise UserError(f"--vocab_size {size}: the tokenizer has {len(own)} tokens; give that or more")
+        raise UserError(
+            f"--vocab_size {size}: the tokenizer has {len(own)} tokens; give that or more"
+        )
     if head is None and settings.width >= size:
-        raise UserError(f"--width {settings.width}: give less than the {size} tokens of the vocabulary")
+        raise UserError(
+            f"--width {settings.width}: give less than the {size} tokens of the vocabulary"
+        )
 
     if head is None:
         rows, order, report = from_text(texts, own, size, settings)
@@ -72,7 +87,13 @@ def build_cost(options: Options) -> None:
         rows, order, report = from_head(head, source, target, vocab_size)
         method = "output embedding"
     name = head or " ".join(map(str, texts))
-    save(rows, Path(options.out), source=name, method=method, tokenizer=str(options.tokenizer or head))
+    save(
+        rows,
+        Path(options.out),
+        source=name,
+        method=method,
+        tokenizer=str(options.tokenizer or head),
+    )
     print(f"{options.out} from {name}: {report}.")
     print(describe(rows, order, own))
 
@@ -85,9 +106,13 @@ def check_sources(options: Options, settings: TextSettings) -> None:
     if (options.text is None) == (options.head is None):
         raise UserError("give one source: --text FILE [FILE ...] or --head MODEL")
     if options.head is not None and (options.files or settings != TextSettings()):
-        raise UserError("--width, --window, --min_count, --shift and files belong to --text: drop them or --head")
+        raise UserError(
+            "--width, --window, --min_count, --shift and files belong to --text: drop them or --head"
+        )
     if options.text is not None and options.tokenizer is None:
-        raise UserError("--text needs --tokenizer: the model that will be trained, or a folder with its tokenizer")
+        raise UserError(
+            "--text needs --tokenizer: the model that will be trained, or a folder with its tokenizer"
+        )
 
 
 def main() -> None:

@@ -5,7 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stanford_alpaca.cost.embedding import TILE, CostEmbedding, cut_noise, full_precision, inverse_norms
+from stanford_alpaca.cost.embedding import (
+    TILE,
+    CostEmbedding,
+    cut_noise,
+    full_precision,
+    inverse_norms,
+)
 
 
 class CostAlias(CostEmbedding):
@@ -18,7 +24,9 @@ class CostAlias(CostEmbedding):
     def __init__(self, weight: Callable[[], Tensor]):
         self.kind, self._weight = "cosine", weight
         self.directed = self._cached = self._cache = None
-        self._inverse: Tensor | None = None  # [V], at the first use: until then the weight may be on the meta device
+        self._inverse: Tensor | None = (
+            None  # [V], at the first use: until then the weight may be on the meta device
+        )
 
     @property
     def rows(self) -> Tensor:  # type: ignore[override]  # [V, D], not of unit length
@@ -38,8 +46,14 @@ class CostAlias(CostEmbedding):
             if weight.dtype == inverse.dtype:
                 cosines = towards @ weight.T
             else:
-                cosines = torch.cat([towards @ tile.to(inverse.dtype).T for tile in weight.split(TILE)], dim=1)
+                cosines = torch.cat(
+                    [towards @ tile.to(inverse.dtype).T for tile in weight.split(TILE)], dim=1
+                )
         return cut_noise(cosines.mul_(inverse).neg_().add_(1))
 
-    def _expected_costs(self, targets: Tensor, ids: Tensor, probs: Tensor, vocab_size: int) -> Tensor:
-        return CostEmbedding(self.rows)._expected_costs(targets, ids, probs, vocab_size)  # whose products need unit rows
+    def _expected_costs(
+        self, targets: Tensor, ids: Tensor, probs: Tensor, vocab_size: int
+    ) -> Tensor:
+        return CostEmbedding(self.rows)._expected_costs(
+            targets, ids, probs, vocab_size
+        )  # whose products need unit rows

@@ -57,7 +57,9 @@ def _is_text(line: str) -> bool:
     return bool(line.strip())
 
 
-def _token_chunks(files: list[Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[int]]]:
+def _token_chunks(
+    files: list[Path], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[list[int]]]:
     """Token ids of whole documents, about CHUNK characters at a time; special-token text stays text, as in training."""
     encoder = TextEncoder.of(tokenizer)
     texts: list[str] = []
@@ -100,7 +102,10 @@ def from_text(
 
 
 def from_head(
-    model: str, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase | None, vocab_size: int | None
+    model: str,
+    source: PreTrainedTokenizerBase,
+    target: PreTrainedTokenizerBase | None,
+    vocab_size: int | None,
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Rows [V, D] float32 of the model's output embedding, the ids from 0 on, and what was done.
 
@@ -128,12 +133,20 @@ def save(rows: np.ndarray, out: Path, **metadata: str) -> None:
 def describe(rows: np.ndarray, order: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
     """How many rows there are, and what is nearest to the first words in ``order`` (names of at least four letters)."""
     filled = np.count_nonzero(rows, axis=1) > 0
-    lines = [f"{len(rows):,} rows of {rows.shape[1]}: {filled.sum():,} with data, {(~filled).sum():,} of zeros"]
+    lines = [
+        f"{len(rows):,} rows of {rows.shape[1]}: {filled.sum():,} with data, {(~filled).sum():,} of zeros"
+    ]
     cost = CostEmbedding(torch.from_numpy(rows))
-    words = (token for token in order.tolist() if filled[token] and _is_word(tokenizer.decode([token])))
+    words = (
+        token for token in order.tolist() if filled[token] and _is_word(tokenizer.decode([token]))
+    )
     for _, token in zip(range(SHOWN), words, strict=False):
         costs = cost.costs(torch.tensor([token]), len(rows))[0]
-        near = [other for other in costs.argsort(stable=True).tolist() if other != token and filled[other]][:NEIGHBOURS]
+        near = [
+            other
+            for other in costs.argsort(stable=True).tolist()
+            if other != token and filled[other]
+        ][:NEIGHBOURS]
         shown = ", ".join(f"{tokenizer.decode([other])!r} {costs[other]:.2f}" for other in near)
         lines.append(f"  nearest to {tokenizer.decode([token])!r} (cost): {shown}")
     return "\n".join(lines)

@@ -27,11 +27,14 @@ class CostCache:
         vocab_size: int,
         device: torch.device,
         mib: float,
-        counts: Tensor | None = None,  # [V] how often each token is a target; only the most frequent are kept
+        counts: Tensor
+        | None = None,  # [V] how often each token is a target; only the most frequent are kept
     ):
         rows = min(vocab_size, int(mib * 2**20) // (2 * vocab_size))
         self.table = torch.empty(rows, vocab_size, dtype=torch.bfloat16, device=device)
-        self._slots = torch.full((vocab_size,), -1, device=device)  # [V] the row of a token in the table
+        self._slots = torch.full(
+            (vocab_size,), -1, device=device
+        )  # [V] the row of a token in the table
         self._used = 0
         self._wanted = torch.ones(vocab_size, dtype=torch.bool, device=device)
         if counts is not None and rows < vocab_size:
@@ -40,7 +43,9 @@ class CostCache:
     def rows(self, targets: Tensor, compute: Callable[[Tensor], Tensor]) -> CostRows:
         """The rows of the targets [n]; ``compute`` gives those of r tokens, [r, V] in float32."""
         tokens, index = targets.unique(return_inverse=True)
-        new = tokens[(self._slots[tokens] < 0) & self._wanted[tokens]][: len(self.table) - self._used]
+        new = tokens[(self._slots[tokens] < 0) & self._wanted[tokens]][
+            : len(self.table) - self._used
+        ]
         if len(new):
             self._slots[new] = torch.arange(self._used, self._used + len(new), device=new.device)
             self.table[self._used : self._used + len(new)] = compute(new)

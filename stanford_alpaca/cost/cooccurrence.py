@@ -15,7 +15,9 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole
 
 SMOOTHING = 0.75  # exponent of the context counts: without it, rare contexts dominate
-NOISE = 1e-6  # shorter rows, relative to the longest, are rounding errors that a cosine would blow up
+NOISE = (
+    1e-6  # shorter rows, relative to the longest, are rounding errors that a cosine would blow up
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def count_pairs(
     counts = np.zeros(vocab_size, dtype=np.int64)
     for documents in chunks:
         ids = np.fromiter((token for document in documents for token in document), dtype=np.int32)
-        belongs = np.repeat(np.arange(len(documents), dtype=np.int32), [len(document) for document in documents])
+        belongs = np.repeat(
+            np.arange(len(documents), dtype=np.int32), [len(document) for document in documents]
+        )
         counts += np.bincount(ids, minlength=vocab_size)
         pairs = pairs + _count_forward(ids, belongs, vocab_size, window)
     return (pairs + pairs.T).tocsr(), counts
@@ -63,7 +67,9 @@ def _count_forward(ids: np.ndarray, belongs: np.ndarray, vocab_size: int, window
         second.append(ids[distance:][inside])
         weights.append(np.full(len(first[-1]), 1 / distance))
     places = (np.concatenate(first), np.concatenate(second))
-    return coo_array((np.concatenate(weights), places), shape=(vocab_size, vocab_size)).tocsr()  # which adds equal places
+    return coo_array(
+        (np.concatenate(weights), places), shape=(vocab_size, vocab_size)
+    ).tocsr()  # which adds equal places
 
 
 def positive_pmi(

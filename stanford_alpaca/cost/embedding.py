@@ -43,9 +43,15 @@ class CostEmbedding:
         self._cache: CostCache | None = None
         if kind == "cosine":
             assert embedding is not None
-            exact, norms = embedding.detach().to(_at_least_float32(embedding.dtype)), norms_of(embedding.detach())[:, None]
+            exact, norms = (
+                embedding.detach().to(_at_least_float32(embedding.dtype)),
+                norms_of(embedding.detach())[:, None],
+            )
             directed = norms > torch.finfo(exact.dtype).tiny
-            self.rows, self.directed = (exact / norms).masked_fill_(~directed, 0.0), directed.squeeze(1)
+            self.rows, self.directed = (
+                (exact / norms).masked_fill_(~directed, 0.0),
+                directed.squeeze(1),
+            )
 
     @classmethod
     def of_rows(cls, rows: Tensor) -> "CostEmbedding":
@@ -61,7 +67,9 @@ class CostEmbedding:
 
         tensors = load_file(path)
         if len(tensors) != 1:
-            raise ValueError(f"{path}: wanted one tensor [vocabulary, width], found {', '.join(sorted(tensors)) or 'none'}")
+            raise ValueError(
+                f"{path}: wanted one tensor [vocabulary, width], found {', '.join(sorted(tensors)) or 'none'}"
+            )
         (rows,) = tensors.values()
         if not rows.is_floating_point() or not rows.float().isfinite().all() or rows.numel() == 0:
             raise ValueError(f"{path}: wanted finite floating-point numbers")
@@ -70,7 +78,11 @@ class CostEmbedding:
     def to(self, device: torch.device | str) -> "CostEmbedding":
         """Moves the rows to the device, in place."""
         if self.rows is not None and self.directed is not None:
-            before, self.rows, self.directed = self.rows, self.rows.to(device), self.directed.to(device)
+            before, self.rows, self.directed = (
+                self.rows,
+                self.rows.to(device),
+                self.directed.to(device),
+            )
             self._cache = self._cache if self.rows is before else None
         return self
 
@@ -85,9 +97,13 @@ class CostEmbedding:
         if not 0 <= mib < math.inf:
             raise ValueError(f"the budget of kept cost rows is {mib} MiB: give 0 (none) or more")
         if self.rows is not None and 0 < mib * 2**20 < 2 * len(self.rows):
-            raise ValueError(f"{mib} MiB hold no row of {len(self.rows)} bfloat16 costs: give more, or 0 (none)")
+            raise ValueError(
+                f"{mib} MiB hold no row of {len(self.rows)} bfloat16 costs: give more, or 0 (none)"
+            )
         if counts is not None and self.rows is not None and counts.shape != self.rows.shape[:1]:
-            raise ValueError(f"counts have shape {tuple(counts.shape)}, wanted {tuple(self.rows.shape[:1])}")
+            raise ValueError(
+                f"counts have shape {tuple(counts.shape)}, wanted {tuple(self.rows.shape[:1])}"
+            )
         self._cached, self._cache = {"mib": mib, "counts": counts} if mib > 0 else None, None
         return self
 
@@ -105,7 +121,9 @@ class CostEmbedding:
             return None
         if self._cached is not None:
             with torch.inference_mode(False):  # what it makes could not be written to outside
-                self._cache = self._cache or CostCache(len(self.rows), self.rows.device, **self._cached)
+                self._cache = self._cache or CostCache(
+                    len(self.rows), self.rows.device, **self._cached
+                )
                 return self._cache.rows(targets, self._compute)
         tokens, index = targets.unique(return_inverse=True)
         return CostRows(self._compute(tokens), index)
@@ -114,7 +132,8 @@ class CostEmbedding:
         self,
         targets: Tensor,  # [n] token ids
         vocab_size: int,
-        rest: tuple[Tensor, Tensor] | None = None,  # [n, k] ids and probabilities that the target lacks (see SoftTargets)
+        rest: tuple[Tensor, Tensor]
+        | None = None,  # [n, k] ids and probabilities that the target lacks (see SoftTargets)
     ) -> Tensor:  # [n, V] costs in [0, 2], a new tensor the caller may overwrite
         """The costs of moving to each target: 0 exactly at the target and at duplicates of it, never negative.
 
@@ -133,7 +152,9 @@ class CostEmbedding:
         assert self.rows is not None
         return transport_costs(self.rows[tokens], self.rows)
 
-    def _expected_costs(self, targets: Tensor, ids: Tensor, probs: Tensor, vocab_size: int) -> Tensor:
+    def _expected_costs(
+        self, targets: Tensor, ids: Tensor, probs: Tensor, vocab_size: int
+    ) -> Tensor:
         """One product: 1 - u_i . sum_j tau_j u_j. At the target, where that would cancel if the teacher is nearly sure, the sum
         over the rest alone. Below ZERO_BELOW (at the target: times the probability of the rest) it is 0: the absolute error
         is at most about 1e-6 (times that probability)."""
@@ -145,14 +166,20 @@ class CostEmbedding:
             probs = probs.to(self.rows.dtype)
             away, towards = probs.sum(1, keepdim=True), self.rows[targets]
             with full_precision(self.rows.device.type):
-                moved = embedding_bag(ids, self.rows, per_sample_weights=probs, mode="sum")  # [n, D]: no [n, k, D]
+                moved = embedding_bag(
+                    ids, self.rows, per_sample_weights=probs, mode="sum"
+                )  # [n, D]: no [n, k, D]
                 costs = torch.addcmul(moved, 1 - away, towards) @ self.rows.T
             costs.neg_().add_(1)
             at_target = away - (moved * towards).sum(1, keepdim=True)
             undirected = torch.where(self.directed[ids], 0.0, probs)
-        costs.scatter_add_(1, ids, -undirected)  # a row of zeros has cosine 0 with itself too, and yet costs itself nothing
+        costs.scatter_add_(
+            1, ids, -undirected
+        )  # a row of zeros has cosine 0 with itself too, and yet costs itself nothing
         torch.threshold_(costs, ZERO_BELOW, 0.0)
-        return costs.scatter_(1, targets[:, None], torch.where(at_target >= ZERO_BELOW * away, at_target, 0.0))
+        return costs.scatter_(
+            1, targets[:, None], torch.where(at_target >= ZERO_BELOW * away, at_target, 0.0)
+        )
 
 
 def transport_costs(towards: Tensor, rows: Tensor) -> Tensor:  # [r, D], [V, D] -> [r, V]
@@ -169,7 +196,9 @@ def cut_noise(costs: Tensor) -> Tensor:
 
 def norms_of(rows: Tensor) -> Tensor:  # [V, D] -> [V] float32 (float64 of float64 rows)
     """Summed in float64: squares of small entries do not underflow, and 1 - cos of equal rows stays below ZERO_BELOW."""
-    norms = [torch.linalg.vector_norm(tile, dim=1, dtype=torch.float64) for tile in rows.split(TILE)]
+    norms = [
+        torch.linalg.vector_norm(tile, dim=1, dtype=torch.float64) for tile in rows.split(TILE)
+    ]
     return torch.cat(norms).to(_at_least_float32(rows.dtype))
 
 

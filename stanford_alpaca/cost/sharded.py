@@ -34,7 +34,9 @@ class ShardedCost:
         if not from_rank_0:
             self.rows = cost.rows[own].to(device, copy=True)  # [V / R, D]
             return
-        self.rows = cost.rows.new_empty(0, cost.rows.shape[1], device=device)  # the last ranks may have none
+        self.rows = cost.rows.new_empty(
+            0, cost.rows.shape[1], device=device
+        )  # the last ranks may have none
         rank = torch.distributed.get_rank(group)
         for owner, part in enumerate(cost.rows.split(self.per_rank)):
             part = _from_rank_0(part, device, group)
@@ -42,7 +44,9 @@ class ShardedCost:
                 self.rows = part
 
     @classmethod
-    def of_part(cls, part: CostEmbedding, vocab_size: int, group: ProcessGroup | None = None) -> "ShardedCost":
+    def of_part(
+        cls, part: CostEmbedding, vocab_size: int, group: ProcessGroup | None = None
+    ) -> "ShardedCost":
         """From the embedding of this rank's rows alone."""
         self = cls.__new__(cls)
         self._share(vocab_size, group)
@@ -63,7 +67,9 @@ class ShardedCost:
     def check(self, vocab_size: int) -> None:
         """Raises ValueError unless there is one row for every logit."""
         if self.vocab_size != vocab_size:
-            raise ValueError(f"the cost embedding has {self.vocab_size} rows but there are {vocab_size} logits")
+            raise ValueError(
+                f"the cost embedding has {self.vocab_size} rows but there are {vocab_size} logits"
+            )
 
     def gather(self) -> CostEmbedding:
         """The whole embedding. One all-gather: every rank receives (R - 1) / R of V * D numbers in the rows' dtype."""
@@ -88,7 +94,9 @@ class ShardedCost:
         return CostRows(transport_costs(wanted, self.rows), index)
 
 
-def broadcast_cost(cost: CostEmbedding, device: torch.device | str, group: ProcessGroup | None = None) -> CostEmbedding:
+def broadcast_cost(
+    cost: CostEmbedding, device: torch.device | str, group: ProcessGroup | None = None
+) -> CostEmbedding:
     """Rank 0's cosine embedding on all ranks, on the device. One broadcast of V * D numbers."""
     assert cost.rows is not None
     return CostEmbedding.of_rows(_from_rank_0(cost.rows, device, group))
@@ -105,5 +113,7 @@ def _from_rank_0(rows: Tensor, device: torch.device | str, group: ProcessGroup |
 def as_cost(cost: Tensor | Cost | None) -> Cost | None:
     """Accepts what the public functions accept: a [V, D] tensor, a CostEmbedding, a shard, or nothing. Else ValueError."""
     if not (cost is None or isinstance(cost, Tensor | CostEmbedding | ShardedCost)):
-        raise ValueError(f"a cost embedding is a tensor [vocabulary, width] or a CostEmbedding, not {cost!r:.40}")
+        raise ValueError(
+            f"a cost embedding is a tensor [vocabulary, width] or a CostEmbedding, not {cost!r:.40}"
+        )
     return CostEmbedding(cost) if isinstance(cost, Tensor) else cost

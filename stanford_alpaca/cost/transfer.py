@@ -5,7 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-ROLES = ("eos", "bos", "unk", "pad")  # a token with several is matched by the first that the source has too
+ROLES = (
+    "eos",
+    "bos",
+    "unk",
+    "pad",
+)  # a token with several is matched by the first that the source has too
 BEFORE = "a"  # a text to decode a token behind, so that its leading space shows
 BREAK = "\n"  # a text to encode a token behind: pieces do not grow over it, and no space is put after it
 
@@ -62,21 +67,32 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, tuple[str, str
     special = _special_ids(tokenizer)
     ids = sorted(token for token in tokenizer.get_vocab().values() if token not in special)
     before = tokenizer(BEFORE, add_special_tokens=False)["input_ids"]
-    prefix, *decoded = tokenizer.decode([before, *([*before, token] for token in ids)], clean_up_tokenization_spaces=False)
+    prefix, *decoded = tokenizer.decode(
+        [before, *([*before, token] for token in ids)], clean_up_tokenization_spaces=False
+    )
     texts = [text.removeprefix(prefix) for text in decoded]
     names = tokenizer.convert_ids_to_tokens(ids)
-    return [(token, (text, name if "\ufffd" in text else "")) for token, text, name in zip(ids, texts, names, strict=True)]
+    return [
+        (token, (text, name if "\ufffd" in text else ""))
+        for token, text, name in zip(ids, texts, names, strict=True)
+    ]
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """The ids of each text in running text; none for parts of characters, and no special ones such as unknown."""
     special = _special_ids(tokenizer)
-    before, *encoded = tokenizer([BREAK, *(BREAK + text for text in texts)], add_special_tokens=False)["input_ids"]
+    before, *encoded = tokenizer(
+        [BREAK, *(BREAK + text for text in texts)], add_special_tokens=False
+    )["input_ids"]
     alone = tokenizer(["", *texts], add_special_tokens=False)["input_ids"][1:]
     pieces = []
     for text, ids, other in zip(texts, encoded, alone, strict=True):
-        ids = ids[len(before) :] if ids[: len(before)] == before else other  # it did grow over the break
-        pieces.append([token for token in ids if token not in special] if "\ufffd" not in text else [])
+        ids = (
+            ids[len(before) :] if ids[: len(before)] == before else other
+        )  # it did grow over the break
+        pieces.append(
+            [token for token in ids if token not in special] if "\ufffd" not in text else []
+        )
     return pieces
 
 

@@ -48,7 +48,15 @@ class BalancedSampler(Sampler):
         padded: whether micro-batches are padded, see ``balanced_order``.
     """
 
-    def __init__(self, sampler: Sampler, lengths: np.ndarray, batch: int, ranks: int, accumulation: int, padded: bool):
+    def __init__(
+        self,
+        sampler: Sampler,
+        lengths: np.ndarray,
+        batch: int,
+        ranks: int,
+        accumulation: int,
+        padded: bool,
+    ):
         self.sampler, self.lengths = sampler, lengths
         self.batch, self.ranks, self.accumulation, self.padded = batch, ranks, accumulation, padded
 
@@ -56,9 +64,13 @@ class BalancedSampler(Sampler):
         return len(self.sampler)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
-        steps = np.array(list(self.sampler)).reshape(-1, self.batch * self.ranks * self.accumulation)
+        steps = np.array(list(self.sampler)).reshape(
+            -1, self.batch * self.ranks * self.accumulation
+        )
         for step in steps:
-            yield from step[balanced_order(self.lengths[step], self.batch, self.ranks, self.padded)].tolist()
+            yield from step[
+                balanced_order(self.lengths[step], self.batch, self.ranks, self.padded)
+            ].tolist()
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]

@@ -60,7 +60,12 @@ class SegmentCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [
-            _Row(e["input_ids"], e["labels"], e.get("lengths", [size]), e.get("weights") or [1.0] * size)
+            _Row(
+                e["input_ids"],
+                e["labels"],
+                e.get("lengths", [size]),
+                e.get("weights") or [1.0] * size,
+            )
             for e in examples
             for size in [len(e["input_ids"])]
         ]
@@ -72,14 +77,23 @@ class SegmentCollator:
             return torch.tensor([row + [filler] * (width - len(row)) for row in values])
 
         positions = padded(([p for n in row.lengths for p in range(n)] for row in rows), 0)
-        labels = padded((row.labels for row in rows), IGNORE_INDEX).masked_fill(positions == 0, IGNORE_INDEX)
+        labels = padded((row.labels for row in rows), IGNORE_INDEX).masked_fill(
+            positions == 0, IGNORE_INDEX
+        )
         input_ids = padded((row.input_ids for row in rows), self.pad_id)
-        batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions, "use_cache": False}
+        batch = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": positions,
+            "use_cache": False,
+        }
         batch |= weight_bits([row.weights for row in rows])
         if self.apart_by == "cu_seq_lens":
             return batch | flash_attention_inputs(positions)
         if self.apart_by in ("mask", "bias"):
-            return batch | {"attention_mask": segment_mask(positions, additive=self.apart_by == "bias")}
+            return batch | {
+                "attention_mask": segment_mask(positions, additive=self.apart_by == "bias")
+            }
         return batch
 
 
@@ -99,7 +113,9 @@ def weight_bits(weights: list[list[float]]) -> dict[str, Tensor]:
     if all(weight == 1 for row in weights for weight in row):
         return {}
     rows = [torch.tensor(row, dtype=torch.float32) for row in weights]
-    return {"token_weights": pad_sequence(rows, batch_first=True, padding_value=1.0).view(torch.int32)}
+    return {
+        "token_weights": pad_sequence(rows, batch_first=True, padding_value=1.0).view(torch.int32)
+    }
 
 
 def flash_attention_inputs(position_ids: Tensor) -> dict[str, Any]:
@@ -108,10 +124,17 @@ def flash_attention_inputs(position_ids: Tensor) -> dict[str, Any]:
     starts = (positions == 0).nonzero().flatten()
     cu_seq_lens = torch.cat([starts, starts.new_tensor([len(positions)])]).int()
     longest = int(cu_seq_lens.diff().max())
-    return {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens, "max_length_q": longest, "max_length_k": longest}
+    return {
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
-def segment_mask(position_ids: Tensor, additive: bool) -> Tensor:  # [rows, 1, S, S] bool, or float32: 0 and -inf
+def segment_mask(
+    position_ids: Tensor, additive: bool
+) -> Tensor:  # [rows, 1, S, S] bool, or float32: 0 and -inf
     """Who sees whom: the tokens of an example those before them, and every token itself."""
     example = (position_ids == 0).cumsum(1)
     seen = (example[:, :, None] == example[:, None, :]).tril()[:, None]
@@ -130,7 +153,9 @@ def count_tokens(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return lengths.sum(), (lengths**2).sum()
     positions, examples = batch["position_ids"].double(), count_examples(batch)
     inner = positions > 0
-    return inner.sum().double() + examples, ((2 * positions + 1) * inner).sum() + examples  # n^2 is the sum of 2 p + 1
+    return inner.sum().double() + examples, (
+        (2 * positions + 1) * inner
+    ).sum() + examples  # n^2 is the sum of 2 p + 1
 
 
 def target_counts(examples: Dataset, vocab_size: int) -> Tensor:  # [V] int64
@@ -142,7 +167,9 @@ def target_counts(examples: Dataset, vocab_size: int) -> Tensor:  # [V] int64
     return torch.from_numpy(counts)
 
 
-def pad_to_multiple(examples: Dataset | PackedExamples, multiple: int, token_id: int) -> Dataset | PackedExamples:
+def pad_to_multiple(
+    examples: Dataset | PackedExamples, multiple: int, token_id: int
+) -> Dataset | PackedExamples:
     """Appends fully masked rows until the length divides by ``multiple``, so that no example is seen twice or dropped.
 
     Such a row is one token without a target: it adds nothing to the loss, its gradient or the count of targets. With
@@ -153,7 +180,10 @@ def pad_to_multiple(examples: Dataset | PackedExamples, multiple: int, token_id:
     missing = -len(examples) % multiple
     if missing == 0:
         return examples
-    rows: dict[str, list] = {"input_ids": [[token_id]] * missing, "labels": [[IGNORE_INDEX]] * missing}
+    rows: dict[str, list] = {
+        "input_ids": [[token_id]] * missing,
+        "labels": [[IGNORE_INDEX]] * missing,
+    }
     rows |= {name: [[]] * missing for name in examples.column_names if name not in rows}
     filler = Dataset.from_dict(rows, features=examples.features)
     return concatenate_datasets([examples, filler])

@@ -21,7 +21,9 @@ from stanford_alpaca.data.report import count_lines, note_counts
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, PARALLEL_FROM
 from stanford_alpaca.errors import UserError
 
-PIECE = 2**20  # characters that are tokenized at a time; longer documents are tokenized in parts, which end with a line
+PIECE = (
+    2**20
+)  # characters that are tokenized at a time; longer documents are tokenized in parts, which end with a line
 CUT = re.compile(r"\n(?=\S)")
 IDS = Features({"input_ids": List(Value("int32")), "notes": List(Value("string"))})
 BLOCK = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
@@ -64,7 +66,9 @@ class DocumentEncoder:
     before: int | None = None  # what the tokenizer puts first
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text") -> "DocumentEncoder":
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text"
+    ) -> "DocumentEncoder":
         """The encoder of a tokenizer, with one of ``READINGS``."""
         encoder = TextEncoder.of(tokenizer, special_tokens)
         ((first, _),) = encoder([""], True)
@@ -80,18 +84,24 @@ class DocumentEncoder:
         text, _ = self.encoder.field(text)
         parts = [self._ids(text, start, end) for start, end in _parts(text)]
         closed = text.rstrip().endswith(self.encoder.special(self.encoder.eos_token))
-        return np.concatenate([*map(_int32, parts), _int32([] if closed else [self.encoder.eos_id])])
+        return np.concatenate(
+            [*map(_int32, parts), _int32([] if closed else [self.encoder.eos_id])]
+        )
 
     def _ids(self, text: str, start: int, end: int) -> list[int]:
         """Of a part of the written text. One that is not the first is encoded behind its line break: some tokenizers put a
         space, or something else, at the beginning of what they are given."""
         if start == 0:
-            return self.encoder([text[:end]], self.before is not None and not self.encoder.begins(text))[0][0]
+            return self.encoder(
+                [text[:end]], self.before is not None and not self.encoder.begins(text)
+            )[0][0]
         ((ids, spans),) = self.encoder([text[start - 1 : end]], add_special_tokens=False)
         first = next((i for i, (begin, _) in enumerate(spans) if begin >= 1), len(ids))
         if first < len(ids) and spans[first][0] == 1:
             return ids[first:]
-        return self.encoder([text[start:end]], add_special_tokens=False)[0][0]  # the line break is in one token with a letter
+        return self.encoder([text[start:end]], add_special_tokens=False)[0][
+            0
+        ]  # the line break is in one token with a letter
 
 
 def _int32(ids: list[int]) -> np.ndarray:
@@ -134,17 +144,37 @@ def make_blocks(
     parallel = num_proc if len(records) >= PARALLEL_FROM else None
     key = f"{BLOCKS_VERSION}\n{encode.encoder.identity()}"
     documents = mapped(records, encode, key, batch_size=100, features=IDS, num_proc=parallel)
-    source = {"documents": documents, "block_size": block_size, "before": encode.before, "eos_id": encode.encoder.eos_id}
+    source = {
+        "documents": documents,
+        "block_size": block_size,
+        "before": encode.before,
+        "eos_id": encode.encoder.eos_id,
+    }
     blocks = table(_blocks, source, BLOCK, cache_dir)
-    labels = (np.asarray(batch["labels"].combine_chunks().flatten()) for batch in blocks.with_format("arrow").iter(10_000))
+    labels = (
+        np.asarray(batch["labels"].combine_chunks().flatten())
+        for batch in blocks.with_format("arrow").iter(10_000)
+    )
     targets = sum(int((values != IGNORE_INDEX).sum()) for values in labels)
     unused = unused_fields(records, also="weight")
-    return blocks, BlockReport(len(records), len(blocks), block_size, targets, max_sentences, unused, note_counts(documents))
+    return blocks, BlockReport(
+        len(records),
+        len(blocks),
+        block_size,
+        targets,
+        max_sentences,
+        unused,
+        note_counts(documents),
+    )
 
 
-def _blocks(documents: Dataset, block_size: int, before: int | None, eos_id: int) -> Iterator[dict[str, Any]]:
+def _blocks(
+    documents: Dataset, block_size: int, before: int | None, eos_id: int
+) -> Iterator[dict[str, Any]]:
     """The generator behind the cached table. ``before``: the token that the tokenizer puts before a text, if there is one."""
-    held = _int32([] if before is not None else [eos_id])  # the last token of the block before, and what follows it
+    held = _int32(
+        [] if before is not None else [eos_id]
+    )  # the last token of the block before, and what follows it
     for batch in documents.with_format("numpy").iter(batch_size=100):
         held = np.concatenate([held, *batch["input_ids"]])
         step = block_size - 1

@@ -22,7 +22,12 @@ from stanford_alpaca.errors import UserError, first_line
 CHECK = "{}.check.json"  # sizes and digests of a table's files
 
 
-def table(rows: Callable[..., Iterator[dict]], source: dict[str, Any], features: Features, cache_dir: str | None) -> Dataset:
+def table(
+    rows: Callable[..., Iterator[dict]],
+    source: dict[str, Any],
+    features: Features,
+    cache_dir: str | None,
+) -> Dataset:
     """What a generator yields as a table on the disk, made once for each ``source``.
 
     Raises:
@@ -32,10 +37,16 @@ def table(rows: Callable[..., Iterator[dict]], source: dict[str, Any], features:
     place = root / f"stanford_alpaca-{Hasher.hash([rows, source, features])}"
 
     def make() -> Dataset:
-        return Dataset.from_generator(rows, gen_kwargs=source, cache_dir=str(place), features=features)
+        return Dataset.from_generator(
+            rows, gen_kwargs=source, cache_dir=str(place), features=features
+        )
 
     def files() -> list[Path]:
-        return sorted(file for name in ("generator-*.arrow", "dataset_info.json") for file in place.rglob(name))
+        return sorted(
+            file
+            for name in ("generator-*.arrow", "dataset_info.json")
+            for file in place.rglob(name)
+        )
 
     with _one_line_errors(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -49,25 +60,44 @@ def mapped(records: Dataset, function: Callable[[dict], dict], key: str, **optio
         UserError: the cache cannot be used.
     """
     fingerprint = sha256(f"{records._fingerprint}\n{key}".encode()).hexdigest()[:32]
-    options |= {"batched": True, "remove_columns": records.column_names, "new_fingerprint": fingerprint, "desc": "Tokenizing"}
+    options |= {
+        "batched": True,
+        "remove_columns": records.column_names,
+        "new_fingerprint": fingerprint,
+        "desc": "Tokenizing",
+    }
     if not records.cache_files:  # in memory
         return records.map(function, **options)
     place = Path(records.cache_files[0]["filename"]).parent
     name = f"tokenized-{fingerprint}"
 
     def make() -> Dataset:
-        return records.map(function, cache_file_name=str(place / f"{name}.arrow"), load_from_cache_file=True, **options)
+        return records.map(
+            function,
+            cache_file_name=str(place / f"{name}.arrow"),
+            load_from_cache_file=True,
+            **options,
+        )
 
     with _one_line_errors(place):
         return _kept(make, lambda: sorted(place.glob(f"{name}*.arrow")), place / CHECK.format(name))
 
 
-def _kept(make: Callable[[], Dataset], files: Callable[[], list[Path]], check: Path, folder: Path | None = None) -> Dataset:
+def _kept(
+    make: Callable[[], Dataset],
+    files: Callable[[], list[Path]],
+    check: Path,
+    folder: Path | None = None,
+) -> Dataset:
     """What ``make`` reads from its files. Where they are not what the check says, they (or the folder) are removed before.
 
     One process at a time: another one waits for what this one makes.
     """
-    lock = folder.with_name(f"{folder.name}.lock") if folder is not None else check.with_suffix(".lock")
+    lock = (
+        folder.with_name(f"{folder.name}.lock")
+        if folder is not None
+        else check.with_suffix(".lock")
+    )
     with FileLock(lock):
         found = files()
         exists = folder.exists() if folder is not None else bool(found) or check.exists()

@@ -19,16 +19,32 @@ from stanford_alpaca.data.encode import TextEncoder, clean
 from stanford_alpaca.data.left_out import LeftOut, is_said
 from stanford_alpaca.data.messages import REASONING, Messages, more_of
 from stanford_alpaca.data.prompts import Rendered, as_messages, text_note
-from stanford_alpaca.data.spans import OPEN, Marked, Span, find_spans, marked_text, shared_length, token_pattern
+from stanford_alpaca.data.spans import (
+    OPEN,
+    Marked,
+    Span,
+    find_spans,
+    marked_text,
+    shared_length,
+    token_pattern,
+)
 from stanford_alpaca.errors import UserError, first_line
 
 MARKED_BY_AUTHOR = re.compile(r"\{%-?\s*generation\s*-?%\}")
 QUESTION: dict[str, Any] = {"role": "user", "content": "a"}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": "b"}
 PROBED = ("Probe of a question.", "Probe of an answer.")
-CALL: dict[str, Any] = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"k": "v"}}}
+CALL: dict[str, Any] = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "f", "arguments": {"k": "v"}},
+}
 CALLING: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-TOOL: dict[str, Any] = {"name": "probed", "description": "d", "parameters": {"type": "object", "properties": {}}}
+TOOL: dict[str, Any] = {
+    "name": "probed",
+    "description": "d",
+    "parameters": {"type": "object", "properties": {}},
+}
 
 
 class Conversation(NamedTuple):
@@ -51,13 +67,21 @@ class ChatTemplate:
             the template is told to have the assistant think, or not to.
     """
 
-    def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder, for_tools: str | None = None):
+    def __init__(
+        self,
+        template: str,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: TextEncoder,
+        for_tools: str | None = None,
+    ):
         self.template, self.encoder = template, encoder
         self.names = tokenizer.special_tokens_map
         self.wants_parts = False
         self.wants_parts = self._wants_parts()
         self.by_author = bool(MARKED_BY_AUTHOR.search(template))
-        self.added = token_pattern([token.content for token in tokenizer.added_tokens_decoder.values()])
+        self.added = token_pattern(
+            [token.content for token in tokenizer.added_tokens_decoder.values()]
+        )
         self.writes_arguments = self._writes_arguments()
         self.takes_bare_tools = TOOL["name"] in (self._probe([QUESTION], tools=[TOOL]) or "")
         self.endings, within = self._endings()
@@ -102,7 +126,9 @@ class ChatTemplate:
             messages.pop()
         if not messages:
             return Rendered("", [], [])
-        text, blocks = self._rendered(messages, tools=said.tools, return_assistant_tokens_mask=self.by_author)
+        text, blocks = self._rendered(
+            messages, tools=said.tools, return_assistant_tokens_mask=self.by_author
+        )
         left_out = LeftOut(self._text, messages, said.tools, text)
         found = self._marked(messages, said.tools)
         written = found.ends if found else {}
@@ -111,7 +137,10 @@ class ChatTemplate:
             spans, notes = self._by_author(messages, said, text, blocks)
         else:
             render = partial(self._text, tools=said.tools)
-            spans, notes = find_spans(render, messages, text, self.cues, self.added, self.end_of_turn), []
+            spans, notes = (
+                find_spans(render, messages, text, self.cues, self.added, self.end_of_turn),
+                [],
+            )
         left_out.check_trained(spans, self.end_of_turn)
         notes = [*said.notes, *notes, *left_out.notes(spans, written)]
         if spans:
@@ -120,7 +149,9 @@ class ChatTemplate:
             end = spans[-1].end
             text = text[:end] + self.encoder.eos_token  # else nothing would teach the model to stop
             spans[-1] = spans[-1]._replace(end=len(text))
-        return self._with_specials(text, spans, [said.weights[span.message] for span in spans], notes)
+        return self._with_specials(
+            text, spans, [said.weights[span.message] for span in spans], notes
+        )
 
     def prompt(self, record: Mapping) -> str:
         """The text that generation continues: all but the last answer, and the generation prompt."""
@@ -130,7 +161,9 @@ class ChatTemplate:
         messages = list(said.messages)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
-        return self._with_specials(self._text(messages, tools=said.tools, add_generation_prompt=True), [], [], []).text
+        return self._with_specials(
+            self._text(messages, tools=said.tools, add_generation_prompt=True), [], [], []
+        ).text
 
     # ---- spans ---------------------------------------------------------------------------------------------------------
 
@@ -139,7 +172,9 @@ class ChatTemplate:
     ) -> tuple[list[Span], list[str]]:
         """The blocks that the template marks, those that touch as one. An end-of-turn token behind a turn joins its span."""
         spans: list[Span] = []
-        for (start, end), owner in zip(blocks, self._owners(messages, said, text, blocks), strict=True):
+        for (start, end), owner in zip(
+            blocks, self._owners(messages, said, text, blocks), strict=True
+        ):
             if not is_said(messages[owner]):
                 continue
             if spans and spans[-1].end == start and spans[-1].message == owner:
@@ -149,13 +184,19 @@ class ChatTemplate:
         for k, span in enumerate(spans):
             following = spans[k + 1].start if k + 1 < len(spans) else len(text)
             space = len(text) - len(text[span.end :].lstrip())
-            closing = None if self._is_ended(text, span) else self.end_of_turn.match(text, space, following)
+            closing = (
+                None
+                if self._is_ended(text, span)
+                else self.end_of_turn.match(text, space, following)
+            )
             if closing:
                 spans[k], left_out = span._replace(end=closing.end()), True
         note = "the template's {% generation %} marks leave the end-of-turn token out: it is trained too"
         return spans, [note] if left_out else []
 
-    def _owners(self, messages: Messages, said: Conversation, text: str, blocks: list[tuple[int, int]]) -> list[int]:
+    def _owners(
+        self, messages: Messages, said: Conversation, text: str, blocks: list[tuple[int, int]]
+    ) -> list[int]:
         """The answer that each block is of: the last one that stands in it or before it, as far as the template writes it."""
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for marked in (lambda message: True, lambda message: message["role"] == "assistant"):
@@ -163,12 +204,21 @@ class ChatTemplate:
             if found is None or found.text != text:
                 continue
             written = found.begins.keys() | found.ends.keys()
-            places = {i: min(of[i] for of in (found.begins, found.ends) if i in of) for i in answers if i in written}
+            places = {
+                i: min(of[i] for of in (found.begins, found.ends) if i in of)
+                for i in answers
+                if i in written
+            }
             if places:
                 first = min(places, key=places.__getitem__)
-                return [max((i for i, place in places.items() if place <= end), default=first) for _, end in blocks]
+                return [
+                    max((i for i, place in places.items() if place <= end), default=first)
+                    for _, end in blocks
+                ]
         if len(blocks) != len(answers):
-            raise UserError("the chat template hides which answers its {% generation %} marks are of")
+            raise UserError(
+                "the chat template hides which answers its {% generation %} marks are of"
+            )
         return answers
 
     def _marked(
@@ -189,7 +239,9 @@ class ChatTemplate:
         last = next(reversed(list(self.end_of_turn.finditer(text, span.start, span.end))), None)
         return last is not None and not text[last.end() : span.end].strip()
 
-    def _out_of_place(self, messages: Messages, said: Conversation, text: str, last: Span, found: Marked | None) -> list[str]:
+    def _out_of_place(
+        self, messages: Messages, said: Conversation, text: str, last: Span, found: Marked | None
+    ) -> list[str]:
         """A note on a last answer that generation, which continues the prompt for it, would write elsewhere."""
         before = len(messages) - 2
         if last.message != before + 1 or before < 0 or messages[before]["role"] == "assistant":
@@ -203,7 +255,9 @@ class ChatTemplate:
         start = last.start - found.ends[before]
         if written.startswith(prompt) and not written[len(prompt) : start].strip():
             return []
-        return [f"the answer does not follow the generation prompt {prompt.lstrip()!r}, which is what generation continues"]
+        return [
+            f"the answer does not follow the generation prompt {prompt.lstrip()!r}, which is what generation continues"
+        ]
 
     # ---- texts ---------------------------------------------------------------------------------------------------------
 
@@ -216,7 +270,9 @@ class ChatTemplate:
         try:
             return self._read(record)
         except RecursionError:
-            raise UserError("a field of the record is nested too deep; mend the record or take it out") from None
+            raise UserError(
+                "a field of the record is nested too deep; mend the record or take it out"
+            ) from None
 
     def _read(self, record: Mapping) -> Conversation:
         kept: dict[str, None] = {}
@@ -230,7 +286,9 @@ class ChatTemplate:
                 return [hidden(item, tags) for item in value]
             if not isinstance(value, str) or parse:
                 return clean(value) if isinstance(value, str) else value
-            kept.update(dict.fromkeys(name for name in self.encoder.specials_in(value) if name not in tags))
+            kept.update(
+                dict.fromkeys(name for name in self.encoder.specials_in(value) if name not in tags)
+            )
             return self.encoder.without_specials(clean(value), tags)
 
         messages, weights = [], []
@@ -242,11 +300,20 @@ class ChatTemplate:
             messages.append({"role": message["role"], **self._for_template(fields)})
         tools = hidden([self._as_taken(tool) for tool in more_of(record).get("tools", ())]) or None
         notes = text_note(list(kept))
-        if messages and messages[0]["role"] == "system" and not self.takes_system and len(messages) > 1:
+        if (
+            messages
+            and messages[0]["role"] == "system"
+            and not self.takes_system
+            and len(messages) > 1
+        ):
             system, first, *others = messages
-            notes.append("the template takes no system message: it is put before the question, as it has to be when served")
+            notes.append(
+                "the template takes no system message: it is put before the question, as it has to be when served"
+            )
             if first["role"] != "user":  # the assistant's words must stay its own
-                return Conversation([{**system, "role": "user"}, first, *others], tools, weights, notes)
+                return Conversation(
+                    [{**system, "role": "user"}, first, *others], tools, weights, notes
+                )
             first = {**first, "content": f"{system['content']}\n\n{first['content']}"}
             return Conversation([first, *others], tools, weights[1:], notes)
         return Conversation(messages, tools, weights, notes)
@@ -262,9 +329,15 @@ class ChatTemplate:
     def _as_taken(self, tool: dict) -> dict:
         """A tool as the template reads it: one whose name stands at its top may have to be under ``function``."""
         bare = not self.takes_bare_tools and "function" not in tool and "name" in tool
-        return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} if bare else tool
+        return (
+            {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+            if bare
+            else tool
+        )
 
-    def _with_specials(self, text: str, spans: list[Span], weights: list[float], notes: list[str]) -> Rendered:
+    def _with_specials(
+        self, text: str, spans: list[Span], weights: list[float], notes: list[str]
+    ) -> Rendered:
         """The template's special tokens written for the encoder, the users' names whole again; the spans follow."""
         written, moved, done = "", [], 0
         for start, end, _ in spans:
@@ -280,11 +353,18 @@ class ChatTemplate:
 
     def _rendered(self, messages: Messages, **options: Any) -> tuple[str, list[tuple[int, int]]]:
         if self.wants_parts:
-            messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+            messages = [
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                for message in messages
+            ]
         try:
-            texts, indices = render_jinja_template([messages], chat_template=self.template, **options, **self.names)
+            texts, indices = render_jinja_template(
+                [messages], chat_template=self.template, **options, **self.names
+            )
         except (TemplateError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"the chat template refuses a conversation: {first_line(error)}") from None
+            raise UserError(
+                f"the chat template refuses a conversation: {first_line(error)}"
+            ) from None
         return texts[0], indices[0] if indices else []
 
     # ---- what the template does ----------------------------------------------------------------------------------------
@@ -296,8 +376,14 @@ class ChatTemplate:
             text = self._probe(messages) or ""
             return all(word in text for word in PROBED)
 
-        asked = [{"role": role, "content": word} for role, word in zip(("user", "assistant"), PROBED, strict=True)]
-        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in asked]
+        asked = [
+            {"role": role, "content": word}
+            for role, word in zip(("user", "assistant"), PROBED, strict=True)
+        ]
+        parts = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            for message in asked
+        ]
         return not is_written(asked) and is_written(parts)
 
     def _takes_system(self) -> bool:
@@ -307,7 +393,9 @@ class ChatTemplate:
         """Whether the template writes a call's arguments from an object; if not, they have to be JSON already."""
         text = self._probe([QUESTION, CALLING])
         as_json = self._probe([QUESTION, {**CALLING, "tool_calls": [_with_text_arguments(CALL)]}])
-        return as_json is None or (text is not None and str(CALL["function"]["arguments"]) not in text)  # type: ignore[index]
+        return as_json is None or (
+            text is not None and str(CALL["function"]["arguments"]) not in text
+        )  # type: ignore[index]
 
     def _endings(self) -> tuple[list[str], str]:
         """The added token that ends an answer, and that of a call, as far as the template writes them; and the one that ends
@@ -317,11 +405,19 @@ class ChatTemplate:
         it too (Phi-3), else that of the end (gpt-oss).
         """
         answered = [QUESTION, ANSWER, QUESTION]
-        last, within, call = (self._tail(messages) for messages in (answered[:2], answered, [QUESTION, CALLING]))
+        last, within, call = (
+            self._tail(messages) for messages in (answered[:2], answered, [QUESTION, CALLING])
+        )
         both = self.added.findall(last[: shared_length(last, within, self.added)])
-        of_all = self.added.findall(within[: shared_length(within, self._tail(answered, of=0), self.added)])
+        of_all = self.added.findall(
+            within[: shared_length(within, self._tail(answered, of=0), self.added)]
+        )
         names = both[-1:] or self.added.findall(last)[:1]
-        names += [name for name in self.added.findall(call)[-1:] if not name.startswith("</") or name == self.encoder.eos_token]
+        names += [
+            name
+            for name in self.added.findall(call)[-1:]
+            if not name.startswith("</") or name == self.encoder.eos_token
+        ]
         return list(dict.fromkeys(names)), (of_all or [""])[0]
 
     def _tail(self, messages: Messages, of: int = 1) -> str:
@@ -334,14 +430,25 @@ class ChatTemplate:
 
     def _cues(self) -> list[str]:
         plain, cues = self._probe([QUESTION]), []
-        for asked in ({}, *({name: value} for name in ("enable_thinking", "thinking") for value in (True, False))):
+        for asked in (
+            {},
+            *({name: value} for name in ("enable_thinking", "thinking") for value in (True, False)),
+        ):
             prompt = self._probe([QUESTION], add_generation_prompt=True, **asked)
-            cues.append("" if plain is None or prompt is None else prompt[shared_length(prompt, plain, self.added) :])
+            cues.append(
+                ""
+                if plain is None or prompt is None
+                else prompt[shared_length(prompt, plain, self.added) :]
+            )
         return list(dict.fromkeys(cues))
 
     def _structure(self) -> set[str]:
         """The special tokens that the template writes around turns: no text of an answer means them."""
-        asked = self._probe([{"role": "system", "content": "s"}, QUESTION]) or self._probe([QUESTION]) or ""
+        asked = (
+            self._probe([{"role": "system", "content": "s"}, QUESTION])
+            or self._probe([QUESTION])
+            or ""
+        )
         return {*self.encoder.specials_in(asked), *self.endings}
 
     def _probe(self, messages: Messages, **options: Any) -> str | None:
@@ -353,7 +460,13 @@ class ChatTemplate:
 
 def _with_text_arguments(call: dict) -> dict:
     function = call["function"]
-    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+    return {
+        **call,
+        "function": {
+            **function,
+            "arguments": json.dumps(function["arguments"], ensure_ascii=False),
+        },
+    }
 
 
 def named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -371,4 +484,6 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     used = [named["default"]] if "default" in named else list(named.values())
     templates = [ChatTemplate(template, tokenizer, TextEncoder.of(tokenizer)) for template in used]
     endings = [ending for template in templates for ending in template.endings]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, endings)]))
+    return list(
+        dict.fromkeys([tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, endings)])
+    )

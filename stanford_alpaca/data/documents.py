@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 DOCUMENTS = ("auto", "file", "blank", "row", "wikitext")
-TITLE = re.compile(r"\s*= [^=\s](.*[^=\s])? =\s*")  # of an article of WikiText; its sections have more signs
+TITLE = re.compile(
+    r"\s*= [^=\s](.*[^=\s])? =\s*"
+)  # of an article of WikiText; its sections have more signs
 
 
 @dataclass
@@ -34,7 +36,9 @@ class Texts:
         if (self.rule is None and not in_lines) or "text" not in first:
             yield from records
         else:
-            yield from _join(self._first(records), self.rule or "auto", "file" if in_lines else "row")
+            yield from _join(
+                self._first(records), self.rule or "auto", "file" if in_lines else "row"
+            )
 
     def _first(self, records: Iterable[dict]) -> Iterator[dict]:
         for record in records:
@@ -53,7 +57,12 @@ def _join(rows: Iterable[dict], rule: str, otherwise: str) -> Iterator[dict]:
             continue
         if rule == "auto":
             rule = "wikitext" if TITLE.fullmatch(text) else otherwise
-        begins = {"file": False, "blank": _blank(text), "row": True, "wikitext": TITLE.fullmatch(text) is not None}[rule]
+        begins = {
+            "file": False,
+            "blank": _blank(text),
+            "row": True,
+            "wikitext": TITLE.fullmatch(text) is not None,
+        }[rule]
         if begins and document:
             yield _text(document)
             document = []
@@ -67,7 +76,11 @@ def _text(rows: list[dict]) -> dict:
     """A document; what its first row says beside its text is said of it."""
     while _blank(rows[-1]["text"]):
         rows.pop()
-    text = "\n".join(row["text"].removesuffix("\n") for row in rows) if len(rows) > 1 else rows[0]["text"]
+    text = (
+        "\n".join(row["text"].removesuffix("\n") for row in rows)
+        if len(rows) > 1
+        else rows[0]["text"]
+    )
     return rows[0] | {"text": text}
 
 

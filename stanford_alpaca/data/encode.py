@@ -13,10 +13,19 @@ from stanford_alpaca.errors import UserError
 
 SPECIAL = "\uffff"  # stands before the name of a special token; no character of any text (Unicode noncharacter)
 BREAK = "\ufdd0"  # stands between the characters of a special token's name that is only text
-RESERVED = SPECIAL + BREAK + "\ufdd1\ufdd2"  # noncharacters this package uses; in a user's text they become U+FFFD
-READINGS = ("text", "parse")  # what the name of a special token in a record means: its characters, or the token
-USUAL = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))  # they mark up no answer
-THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)  # in the name of a special token that marks reasoning
+RESERVED = (
+    SPECIAL + BREAK + "\ufdd1\ufdd2"
+)  # noncharacters this package uses; in a user's text they become U+FFFD
+READINGS = (
+    "text",
+    "parse",
+)  # what the name of a special token in a record means: its characters, or the token
+USUAL = tuple(
+    f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)  # they mark up no answer
+THOUGHT = re.compile(
+    "think|thought|reason", re.IGNORECASE
+)  # in the name of a special token that marks reasoning
 _REPLACED = dict.fromkeys(map(ord, RESERVED), "\ufffd")
 
 
@@ -50,10 +59,19 @@ class TextEncoder:
     def of(cls, tokenizer: PreTrainedTokenizerBase, reading: str = "text") -> "TextEncoder":
         """The encoder of a tokenizer. Raises UserError for one without character offsets."""
         if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise UserError(f"{type(tokenizer).__name__} gives no character offsets: a fast one (tokenizer.json) is needed")
+            raise UserError(
+                f"{type(tokenizer).__name__} gives no character offsets: a fast one (tokenizer.json) is needed"
+            )
         backend, names = _renamed(tokenizer.backend_tokenizer.to_str())
         named = {str(tokenizer.special_tokens_map.get(role)) for role in USUAL}
-        return cls(backend, tokenizer.eos_token, tokenizer.eos_token_id, names, frozenset(_tags(names) - named), reading)
+        return cls(
+            backend,
+            tokenizer.eos_token,
+            tokenizer.eos_token_id,
+            names,
+            frozenset(_tags(names) - named),
+            reading,
+        )
 
     def special(self, name: str) -> str:
         """The special token of this name, as it is written in a text to encode."""
@@ -68,7 +86,11 @@ class TextEncoder:
         """A text in which ``with_specials`` finds no special token's name but those to ``keep``."""
 
         def broken(match: re.Match) -> str:
-            return match[0] if match[0] in keep else "".join(character + BREAK for character in match[0])
+            return (
+                match[0]
+                if match[0] in keep
+                else "".join(character + BREAK for character in match[0])
+            )
 
         return self._names.sub(broken, text)
 
@@ -122,10 +144,17 @@ class TextEncoder:
         """
         if isinstance(add_special_tokens, list):
             if len(set(add_special_tokens)) > 1:
-                return [self([text], add)[0] for text, add in zip(texts, add_special_tokens, strict=True)]
+                return [
+                    self([text], add)[0]
+                    for text, add in zip(texts, add_special_tokens, strict=True)
+                ]
             add_special_tokens = add_special_tokens[:1] == [True]
         rows = []
-        for text, encoding in zip(texts, self.backend.encode_batch(texts, add_special_tokens=add_special_tokens), strict=True):
+        for text, encoding in zip(
+            texts,
+            self.backend.encode_batch(texts, add_special_tokens=add_special_tokens),
+            strict=True,
+        ):
             ids, spans = encoding.ids, encoding.offsets
             if self._stripping:
                 spans = [self._without_space(text, *each) for each in zip(ids, spans, strict=True)]
@@ -137,7 +166,9 @@ class TextEncoder:
     def _stripping(self) -> frozenset[int]:
         """The special tokens that take the white space around them (Phi-3's)."""
         added = self.backend.get_added_tokens_decoder().items()
-        return frozenset(number for number, token in added if token.special and (token.lstrip or token.rstrip))
+        return frozenset(
+            number for number, token in added if token.special and (token.lstrip or token.rstrip)
+        )
 
     def _without_space(self, text: str, token_id: int, span: tuple[int, int]) -> tuple[int, int]:
         """The span of the name alone, so that white space behind the end of a turn does not take the end along."""
@@ -153,8 +184,16 @@ class TextEncoder:
 
 def _tags(names: Collection[str]) -> set[str]:
     """Those of special tokens that mark up an answer: pairs as <think> and </think>, and marks of reasoning by their names."""
-    closed = {name for name in names if name.startswith("<") and f"</{name[1:]}" in names and name != "<s>"}
-    return closed | {f"</{name[1:]}" for name in closed} | {name for name in names if THOUGHT.search(name)}
+    closed = {
+        name
+        for name in names
+        if name.startswith("<") and f"</{name[1:]}" in names and name != "<s>"
+    }
+    return (
+        closed
+        | {f"</{name[1:]}" for name in closed}
+        | {name for name in names if THOUGHT.search(name)}
+    )
 
 
 @lru_cache(maxsize=4)  # seconds for a large vocabulary
@@ -165,14 +204,22 @@ def _renamed(tokenizer: str) -> tuple[Tokenizer, tuple[str, ...]]:
     renamed = {name: SPECIAL + name for name in names}
     for token in state["added_tokens"]:
         if token["special"]:  # found wherever it is written
-            token |= {"content": renamed[token["content"]], "single_word": False, "normalized": False}
+            token |= {
+                "content": renamed[token["content"]],
+                "single_word": False,
+                "normalized": False,
+            }
     model = state["model"]
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {renamed.get(piece, piece): number for piece, number in model["vocab"].items()}
+        model["vocab"] = {
+            renamed.get(piece, piece): number for piece, number in model["vocab"].items()
+        }
     else:  # a unigram model: pairs of a piece and its score
         model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]
     if "merges" in model:  # the names are no longer in any merge
-        model["merges"] = [pair for pair in model["merges"] if renamed.keys().isdisjoint([*pair, "".join(pair)])]
+        model["merges"] = [
+            pair for pair in model["merges"] if renamed.keys().isdisjoint([*pair, "".join(pair)])
+        ]
     if model.get("unk_token") is not None:
         model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
     state["truncation"] = state["padding"] = None
@@ -182,6 +229,8 @@ def _renamed(tokenizer: str) -> tuple[Tokenizer, tuple[str, ...]]:
 
 def _keep_spaces(post_processor: dict | None) -> None:
     """Has a token's span hold its spaces: without them, those of the prompt would look like the response's."""
-    for step in (post_processor or {}).get("processors", [post_processor] if post_processor else []):
+    for step in (post_processor or {}).get(
+        "processors", [post_processor] if post_processor else []
+    ):
         if "trim_offsets" in step:
             step["trim_offsets"] = False

@@ -55,13 +55,19 @@ def fetch(options: Options) -> None:
     """Downloads, writes, and prints where it came from and what may be done with it."""
     if str(options.name) not in SOURCES:
         got = "no data set named" if options.name is None else f"unknown data set {options.name}"
-        raise UserError(f"{got}{nearest(str(options.name), list(SOURCES))}; choose from {', '.join(SOURCES)}")
+        raise UserError(
+            f"{got}{nearest(str(options.name), list(SOURCES))}; choose from {', '.join(SOURCES)}"
+        )
     source = SOURCES[str(options.name)]
     file = Path(source.file if options.out is None else str(options.out))
     if options.out is True or file.suffix != ".json" or file.exists():
-        raise UserError(f"--out {options.out or file}: give the name of a .json file that does not exist yet")
+        raise UserError(
+            f"--out {options.out or file}: give the name of a .json file that does not exist yet"
+        )
     check_writable("out", file)
-    records = load_records(source.hub_name).select_columns(["instruction", "input", "output"]).to_list()
+    records = (
+        load_records(source.hub_name).select_columns(["instruction", "input", "output"]).to_list()
+    )
     digest = write_json(file, records)
     print(f"source:  https://huggingface.co/datasets/{source.hub_name}, {source.about}")
     print(f"license: {source.license}")

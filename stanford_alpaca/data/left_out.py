@@ -19,7 +19,9 @@ class LeftOut:
         text: of the whole conversation.
     """
 
-    def __init__(self, render: Callable[..., str], messages: Messages, tools: list[dict] | None, text: str):
+    def __init__(
+        self, render: Callable[..., str], messages: Messages, tools: list[dict] | None, text: str
+    ):
         self.render, self.messages, self.tools, self.text = render, messages, tools, text
 
     def check(self, written: Container[int]) -> None:
@@ -30,26 +32,38 @@ class LeftOut:
         """
         for i, tool in enumerate(self.tools or []):
             if self._same(self.messages, [*self.tools[:i], *self.tools[i + 1 :]] or None):  # type: ignore[index]
-                raise UserError(f"the chat template has no place for tools: it leaves out {_name_of(tool)}")
+                raise UserError(
+                    f"the chat template has no place for tools: it leaves out {_name_of(tool)}"
+                )
         for i, message in enumerate(self.messages):
             calls = message.get("tool_calls") or []
             if calls and self._same_with(i, tool_calls=None):
-                raise UserError(f"the chat template has no place for the calls of tools: it leaves out message {i + 1}")
+                raise UserError(
+                    f"the chat template has no place for the calls of tools: it leaves out message {i + 1}"
+                )
             for k in range(len(calls) if len(calls) > 1 else 0):
                 if self._same_with(i, tool_calls=[*calls[:k], *calls[k + 1 :]]):
                     raise UserError(f"the chat template leaves out call {k + 1} of message {i + 1}")
             if _is_thought_alone(message) and self._same_with(i, **dict.fromkeys(REASONING)):
-                raise UserError(f"the chat template leaves out message {i + 1}, which is reasoning alone")
+                raise UserError(
+                    f"the chat template leaves out message {i + 1}, which is reasoning alone"
+                )
             if i in written or message["role"] not in ("assistant", "tool"):
                 continue
             if self._loses_text(i):
-                what = "has no place for the results of tools: it leaves" if message["role"] == "tool" else "leaves"
+                what = (
+                    "has no place for the results of tools: it leaves"
+                    if message["role"] == "tool"
+                    else "leaves"
+                )
                 raise UserError(f"the chat template {what} out message {i + 1}")
 
     def check_trained(self, spans: list[Span], end_of_turn: re.Pattern) -> None:
         """Raises UserError for an answer of which only the end is trained: all that it says is left out."""
         for i in {span.message for span in spans}:
-            trained = "".join(self.text[span.start : span.end] for span in spans if span.message == i)
+            trained = "".join(
+                self.text[span.start : span.end] for span in spans if span.message == i
+            )
             if not end_of_turn.sub("", trained).strip():
                 raise UserError(f"the chat template leaves out all that message {i + 1} says")
 
@@ -67,17 +81,27 @@ class LeftOut:
             for k, call in enumerate(message.get("tool_calls") or []):
                 calls = list(message["tool_calls"])
                 arguments = call["function"]["arguments"]
-                calls[k] = {**call, "function": {**call["function"], "arguments": "{}" if isinstance(arguments, str) else {}}}
+                calls[k] = {
+                    **call,
+                    "function": {
+                        **call["function"],
+                        "arguments": "{}" if isinstance(arguments, str) else {},
+                    },
+                }
                 if arguments not in ({}, "{}") and self._same_with(i, tool_calls=calls):
                     yield "the template leaves out the arguments of a call"
         for i, message in enumerate(self.messages):
             if message["role"] != "assistant" or not is_said(message):
                 continue
-            trained = _dense("".join(self.text[span.start : span.end] for span in spans if span.message == i))
+            trained = _dense(
+                "".join(self.text[span.start : span.end] for span in spans if span.message == i)
+            )
             if any(_dense(part) not in trained for part in THOUGHTS.split(message["content"])):
                 yield "the template leaves out or rewrites part of an answer"
             reasoning = message.get("reasoning_content", "")
-            if reasoning and (_dense(reasoning) not in trained or self._same_with(i, **dict.fromkeys(REASONING))):
+            if reasoning and (
+                _dense(reasoning) not in trained or self._same_with(i, **dict.fromkeys(REASONING))
+            ):
                 last = not any(other["role"] == "assistant" for other in self.messages[i + 1 :])
                 advice = "the last answer, and all of it is lost; --chat_template gives one that writes it"
                 yield f"the template leaves out the reasoning of {advice if last else 'a turn'}"
@@ -88,7 +112,9 @@ class LeftOut:
 
     def _same_with(self, i: int, **fields: Any) -> bool:
         """Whether the text stays the same with other fields of message i; a field of None is taken out."""
-        message = {name: value for name, value in (self.messages[i] | fields).items() if value is not None}
+        message = {
+            name: value for name, value in (self.messages[i] | fields).items() if value is not None
+        }
         return self._same([*self.messages[:i], message, *self.messages[i + 1 :]], self.tools)
 
     def _same(self, messages: Messages, tools: list[dict] | None) -> bool:
@@ -100,11 +126,17 @@ class LeftOut:
 
 def is_said(message: Mapping[str, Any]) -> bool:
     """Whether a message of the assistant says something."""
-    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
+    return bool(
+        message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
+    )
 
 
 def _is_thought_alone(message: Mapping[str, Any]) -> bool:
-    return "reasoning_content" in message and not message["content"].strip() and not message.get("tool_calls")
+    return (
+        "reasoning_content" in message
+        and not message["content"].strip()
+        and not message.get("tool_calls")
+    )
 
 
 def _name_of(tool: dict) -> str:

@@ -16,15 +16,23 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response"), "tool"),
-    **dict.fromkeys(("function_call", "tool_call"), "call"),  # an assistant's turn whose content is its calls
+    **dict.fromkeys(
+        ("tool", "observation", "function", "function_response", "tool_response"), "tool"
+    ),
+    **dict.fromkeys(
+        ("function_call", "tool_call"), "call"
+    ),  # an assistant's turn whose content is its calls
 }
 MEND = "mend the record or take it out"
 KINDS = {  # what JSON calls a value
     "bool": "true or false", "NoneType": "null", "int": "a number", "float": "a number", "str": "a string", "list": "a list",
     "dict": "an object",
 }  # fmt: skip
-REASONING = ("reasoning_content", "thinking", "reasoning")  # what published data call an answer's reasoning
+REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # what published data call an answer's reasoning
 SAID = {**dict.fromkeys(("true", "1", "yes"), True), **dict.fromkeys(("false", "0", "no"), False)}
 HEAVIEST = 1_000_000  # a weight; the loss is in float32
 NOTHING: tuple = (None, "", [], {})  # values that say nothing
@@ -66,7 +74,9 @@ def parsed(value: object, where: str, wanted: str) -> Any:
         return JSON.decode(value)
     except (ValueError, RecursionError) as error:
         reason = first_line(error).partition(": line")[0]
-        raise UserError(f"{where} is a string that is no JSON, wanted {wanted} ({reason}); {MEND}") from None
+        raise UserError(
+            f"{where} is a string that is no JSON, wanted {wanted} ({reason}); {MEND}"
+        ) from None
 
 
 def read_weight(fields: Mapping[str, Any], where: str) -> tuple[float, set[str]]:
@@ -84,7 +94,9 @@ def read_weight(fields: Mapping[str, Any], where: str) -> tuple[float, set[str]]
         number = None
     if number is not None:
         if not 0 <= number <= HEAVIEST:
-            raise UserError(f"{where}: 'weight' is {str(given)[:20]}, wanted a number from 0 to {HEAVIEST:,}; {MEND}")
+            raise UserError(
+                f"{where}: 'weight' is {str(given)[:20]}, wanted a number from 0 to {HEAVIEST:,}; {MEND}"
+            )
         weight, read = number, {"weight"}
     train = SAID.get(str(fields.get("train")).lower())
     if train is not None:
@@ -95,7 +107,9 @@ def read_weight(fields: Mapping[str, Any], where: str) -> tuple[float, set[str]]
 def read_tools(value: object, where: str) -> list[dict]:
     """The tools that an assistant may call: objects, or JSON of them. Raises UserError for something else."""
     tools = parsed(value, where, "a list of tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) and _is_tool(tool) for tool in tools):
+    if not isinstance(tools, list) or not all(
+        isinstance(tool, dict) and _is_tool(tool) for tool in tools
+    ):
         raise UserError(f"{where} is no list of objects, wanted one for each tool; {MEND}")
     return tools
 
@@ -122,25 +136,43 @@ def read_messages(
         UserError: what is no conversation.
     """
     value = parsed(value, where, "a list of messages")
-    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+    if (
+        isinstance(value, dict)
+        and value
+        and all(isinstance(column, list) for column in value.values())
+    ):
         if len({len(column) for column in value.values()}) > 1:
-            raise UserError(f"{where}: an object of lists of several lengths, wanted one for each message; {MEND}")
+            raise UserError(
+                f"{where}: an object of lists of several lengths, wanted one for each message; {MEND}"
+            )
         value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where} is no list of messages, or an empty one; wanted [{{'role': ..., 'content': ...}}, ...]")
+        raise UserError(
+            f"{where} is no list of messages, or an empty one; wanted [{{'role': ..., 'content': ...}}, ...]"
+        )
     unused = {} if unused is None else unused
-    found = [_message(message, f"{where}, message {number}", columns or {}, unused) for number, message in enumerate(value, 1)]
+    found = [
+        _message(message, f"{where}, message {number}", columns or {}, unused)
+        for number, message in enumerate(value, 1)
+    ]
     if system:
         check_text(system, f"{where}: 'system'")
         found.insert(0, {"role": "system", "content": system, "more": ""})
     return found
 
 
-def _message(message: object, place: str, columns: Mapping[str, str], unused: dict[str, None]) -> dict[str, Any]:
+def _message(
+    message: object, place: str, columns: Mapping[str, str], unused: dict[str, None]
+) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise UserError(f"{place}: {kind_of(message)}, wanted an object with role and content; {MEND}")
+        raise UserError(
+            f"{place}: {kind_of(message)}, wanted an object with role and content; {MEND}"
+        )
     keys = {
-        name: next((key for key in (columns.get(name, names[0]), *names) if message.get(key) is not None), None)
+        name: next(
+            (key for key in (columns.get(name, names[0]), *names) if message.get(key) is not None),
+            None,
+        )
         for name, names in {"role": ("role", "from"), "content": ("content", "value")}.items()
     }
     if keys["role"] is None:
@@ -152,15 +184,23 @@ def _message(message: object, place: str, columns: Mapping[str, str], unused: di
     content = message[keys["content"]] if keys["content"] else None
     more, read = _beside(message, role, place, unused)
     if role == "call":
-        more["tool_calls"] = read_calls(content, f"{place}: {keys['content'] or 'content'!r}", unused)
+        more["tool_calls"] = read_calls(
+            content, f"{place}: {keys['content'] or 'content'!r}", unused
+        )
         role, content = "assistant", ""
     if isinstance(content, list) and (other := next(filter(None, map(_is_no_text, content)), None)):
-        raise UserError(f"{place}: 'content' holds {other}, and text alone is trained; take it or the record out")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        raise UserError(
+            f"{place}: 'content' holds {other}, and text alone is trained; take it or the record out"
+        )
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in content
+    ):
         content = "".join(_text_of(part, f"{place}: 'content'", unused) for part in content)
     if content is None:
         if not more.keys() & {"tool_calls", "reasoning_content"}:
-            raise UserError(f"{place}: no 'content'; it has {', '.join(map(str, message)) or 'nothing'}")
+            raise UserError(
+                f"{place}: no 'content'; it has {', '.join(map(str, message)) or 'nothing'}"
+            )
         content = ""
     check_text(content, f"{place}: 'content'")
     for name in message.keys() - read - set(keys.values()):
@@ -179,18 +219,27 @@ def _is_no_text(part: object) -> str | None:
 def _text_of(part: dict, where: str, unused: dict[str, None]) -> str:
     """The text of a part of a message's content."""
     check_text(part.get("text"), f"{where}: the 'text' of a part")
-    unused |= dict.fromkeys(f"messages.content.{name}" for name in part.keys() - {"type", "text"} if part[name] not in NOTHING)
+    unused |= dict.fromkeys(
+        f"messages.content.{name}"
+        for name in part.keys() - {"type", "text"}
+        if part[name] not in NOTHING
+    )
     return part["text"]
 
 
-def _beside(message: Mapping[str, Any], role: str, place: str, unused: dict[str, None]) -> tuple[dict[str, Any], set[str]]:
+def _beside(
+    message: Mapping[str, Any], role: str, place: str, unused: dict[str, None]
+) -> tuple[dict[str, Any], set[str]]:
     """What a message has beside its role and content that is used, and the fields that were read for it."""
     more: dict[str, Any] = {}
     weight, read = read_weight(message, place)
     if role in ("assistant", "call"):
         if weight != 1:
             more["weight"] = weight
-        reasoning = next((name for name in REASONING if isinstance(message.get(name), str) and message[name]), None)
+        reasoning = next(
+            (name for name in REASONING if isinstance(message.get(name), str) and message[name]),
+            None,
+        )
         if reasoning is not None:
             check_text(message[reasoning], f"{place}: {reasoning!r}")
             more["reasoning_content"] = message[reasoning]
@@ -200,7 +249,10 @@ def _beside(message: Mapping[str, Any], role: str, place: str, unused: dict[str,
                 more["tool_calls"] = read_calls(message[name], f"{place}: {name!r}", unused)
                 read.add(name)
     elif weight not in (0, 1):
-        read -= {"weight", "train"}  # a turn that is not the assistant's is not trained, whatever is said of it
+        read -= {
+            "weight",
+            "train",
+        }  # a turn that is not the assistant's is not trained, whatever is said of it
     for name in ("name", "tool_call_id"):
         if isinstance(message.get(name), str) and message[name]:
             check_text(message[name], f"{place}: {name!r}")
@@ -230,15 +282,25 @@ def _call(call: object, where: str, unused: dict[str, None]) -> dict[str, Any]:
     call = call if isinstance(call, dict) else {}
     inner = call.get("function", call)
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-        raise UserError(f"{where} is no call of a tool, wanted an object with name and arguments; {MEND}")
+        raise UserError(
+            f"{where} is no call of a tool, wanted an object with name and arguments; {MEND}"
+        )
     name = "arguments" if inner.get("arguments") is not None else "parameters"
     arguments = parsed(inner.get(name), f"{where}: {name!r} of a call", "an object") or {}
     if not isinstance(arguments, dict):
-        raise UserError(f"{where}: {name!r} of a call is {kind_of(arguments)}, wanted an object; {MEND}")
+        raise UserError(
+            f"{where}: {name!r} of a call is {kind_of(arguments)}, wanted an object; {MEND}"
+        )
     function = {"name": inner["name"], "arguments": arguments}
     check_text(json.dumps(function, ensure_ascii=False), where)
     given = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    fields = [(name, call) for name in call.keys() - {"type", "function", *given}] if inner is not call else []
+    fields = (
+        [(name, call) for name in call.keys() - {"type", "function", *given}]
+        if inner is not call
+        else []
+    )
     fields += [(other, inner) for other in inner.keys() - {"type", "name", name, *given}]
-    unused |= dict.fromkeys(f"messages.tool_calls.{other}" for other, of in fields if of[other] not in NOTHING)
+    unused |= dict.fromkeys(
+        f"messages.tool_calls.{other}" for other, of in fields if of[other] not in NOTHING
+    )
     return {**given, "type": "function", "function": function}

@@ -11,7 +11,9 @@ from datasets import Dataset
 def example_lengths(examples: Dataset) -> np.ndarray:  # [N] int64
     """Tokens of every example, read column-wise: no example becomes Python objects."""
     batches = examples.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
-    return np.concatenate([pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]).astype(np.int64)
+    return np.concatenate(
+        [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
+    ).astype(np.int64)
 
 
 def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
@@ -30,7 +32,9 @@ def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
     shuffled = random.permutation(len(lengths))
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     rows: list[list[int]] = []
-    with_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the tokens they have left
+    with_space: list[list[int]] = [
+        [] for _ in range(capacity + 1)
+    ]  # rows by the tokens they have left
     spaces = 0  # bit s is set where with_space[s] has a row
     for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         fitting = spaces >> length
@@ -70,11 +74,16 @@ class PackedExamples(torch.utils.data.Dataset):
         if not self.rows[index]:
             return {"input_ids": [], "labels": [], "lengths": []}
         found: dict[str, Any] = self.examples[self.rows[index]]
-        joined = {name: [token for example in found[name] for token in example] for name in ("input_ids", "labels")}
+        joined = {
+            name: [token for example in found[name] for token in example]
+            for name in ("input_ids", "labels")
+        }
         lengths = [len(ids) for ids in found["input_ids"]]
         given = found.get("weights") or []
         if any(given):
-            joined["weights"] = [w for own, size in zip(given, lengths, strict=True) for w in own or [1.0] * size]
+            joined["weights"] = [
+                w for own, size in zip(given, lengths, strict=True) for w in own or [1.0] * size
+            ]
         return joined | {"lengths": lengths}
 
     def row_lengths(self) -> np.ndarray:  # [R] int64

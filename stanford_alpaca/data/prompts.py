@@ -28,14 +28,21 @@ class Rendered(NamedTuple):
     """A text and what of it is trained."""
 
     text: str
-    spans: list[tuple[int, int]]  # characters [start, end), in order; a token is trained if it lies within one
+    spans: list[
+        tuple[int, int]
+    ]  # characters [start, end), in order; a token is trained if it lies within one
     weights: list[float]  # of the spans: by how much they count in the loss
-    notes: Sequence[str] = ()  # what of the record is not in the text as a reader may expect it, each counted in the report
+    notes: Sequence[
+        str
+    ] = ()  # what of the record is not in the text as a reader may expect it, each counted in the report
 
 
 def text_note(names: list[str]) -> list[str]:
     """A note for each name of a special token that stays text."""
-    return [f"{name!r} in a field is text, not the special token (--special_tokens parse reads it as one)" for name in names]
+    return [
+        f"{name!r} in a field is text, not the special token (--special_tokens parse reads it as one)"
+        for name in names
+    ]
 
 
 def format_prompt(record: Mapping[str, str]) -> str:
@@ -96,7 +103,9 @@ class TurnsTemplate:
     def prompt(self, record: Mapping) -> str:
         """The text that generation continues: the record without its last response. Raises UserError as ``render``."""
         *history, last = self.turns(record) or [Turn("", "")]
-        return "".join("".join(self._written(turn)[:2]) for turn in history) + self._written(last)[0]
+        return (
+            "".join("".join(self._written(turn)[:2]) for turn in history) + self._written(last)[0]
+        )
 
     def _written(self, turn: Turn) -> tuple[str, str, list[str]]:
         """The prompt, the response with its end, and the names of special tokens that are text in them."""
@@ -139,13 +148,21 @@ def alpaca_turns(record: Mapping) -> list[Turn]:
     _refuse_tools(record, messages, "Alpaca's template has no place")
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
     if len(messages) % 2:
-        messages.append({"role": "assistant", "content": ""})  # a question that waits for its answer
-    roles, texts = [message["role"] for message in messages], [message["content"] for message in messages]
+        messages.append(
+            {"role": "assistant", "content": ""}
+        )  # a question that waits for its answer
+    roles, texts = (
+        [message["role"] for message in messages],
+        [message["content"] for message in messages],
+    )
     if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
         raise UserError(f"the turns do not alternate from user to assistant: {', '.join(roles)}")
     prompts = [f"\n\n### Instruction:\n{question}\n\n### Response:" for question in texts[::2]]
     is_single = "instruction" in record and not more_of(record).get("history")
-    prompts[0] = opening_of(system, bool(record.get("input")) if is_single else f"\n\n{HEADING}" in texts[0]) + prompts[0]
+    prompts[0] = (
+        opening_of(system, bool(record.get("input")) if is_single else f"\n\n{HEADING}" in texts[0])
+        + prompts[0]
+    )
     weights = [more_of(message).get("weight", 1.0) for message in messages[1::2]]
     return [Turn(*turn) for turn in zip(prompts, texts[1::2], weights, strict=True)]
 
@@ -173,7 +190,9 @@ def as_messages(record: Mapping, heading: str = "") -> Messages:
     if "prompt" in record:
         question, answer, system = record["prompt"], record.get("completion"), None
     else:
-        question = record["instruction"] + (f"\n\n{heading}{record['input']}" if record.get("input") else "")
+        question = record["instruction"] + (
+            f"\n\n{heading}{record['input']}" if record.get("input") else ""
+        )
         answer, system = record.get("output"), record.get("system")
     messages = [{"role": "system", "content": system}] if system else []
     messages += [*more.get("history", ()), {"role": "user", "content": question}]
@@ -195,7 +214,9 @@ def _left_out(record: Mapping) -> list[str]:
     more = [more_of(message) for message in record.get("messages", ())]
     notes = {"reasoning_content": "the reasoning of a turn", "name": "the name of a message"}
     return [
-        f"{what} has no place in this template: left out" for field, what in notes.items() if any(field in of for of in more)
+        f"{what} has no place in this template: left out"
+        for field, what in notes.items()
+        if any(field in of for of in more)
     ]
 
 
@@ -209,5 +230,9 @@ def as_shown(record: Mapping) -> dict[str, str]:
         }
     messages = as_messages(record)
     reference = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
-    asked = [m["content"] for m in messages] if len(messages) == 1 else [f"{m['role']}: {m['content']}" for m in messages]
+    asked = (
+        [m["content"] for m in messages]
+        if len(messages) == 1
+        else [f"{m['role']}: {m['content']}" for m in messages]
+    )
     return {"instruction": "\n".join(asked), "input": "", "reference": reference}

@@ -27,7 +27,9 @@ OF = r"(?<![a-z])({})(set|data|split)?(?![a-z])"  # a split, in the name of its 
 TRAINING = re.compile(OF.format("train(ing)?"))
 HELD_OUT = re.compile(OF.format("test(ing)?|val(id(ation)?)?|dev|eval(uation)?"))
 WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")  # where one begins, in a name like trainData
-SHARD = re.compile(r"([-_.]?\d+(-of-\d+)?([-_][0-9a-f]{8,})?)?(\.\w+)+$")  # how the file names of one set end
+SHARD = re.compile(
+    r"([-_.]?\d+(-of-\d+)?([-_][0-9a-f]{8,})?)?(\.\w+)+$"
+)  # how the file names of one set end
 HEAD = 4096  # bytes that tell an encoding
 WHOLE_OBJECT = 2**26  # bytes of a file that may be one object over several lines
 SPACE = re.compile(r"[ \t\n\r]*")  # JSON's own
@@ -67,20 +69,33 @@ def list_data_files(path: Path) -> list[Path]:
     """
     kinds = f"{', '.join(FILE_KINDS)}; all but .parquet also with {GZIPPED}"
     if not exists(path):
-        raise UserError(f"{path}: no such file; give a file ({kinds}), a folder of them, or a hub name")
+        raise UserError(
+            f"{path}: no such file; give a file ({kinds}), a folder of them, or a hub name"
+        )
     if not path.is_dir():
         if not path.is_file() or kind_of_file(path) not in (*FILE_KINDS, ARROW):
-            raise UserError(f"{path}: not one of {kinds}; give such a file, a folder of them, or a hub name")
+            raise UserError(
+                f"{path}: not one of {kinds}; give such a file, a folder of them, or a hub name"
+            )
         return [path]
     if (path / SAVED_SPLITS).is_file() or (path / SAVED).is_file():
         return _saved_files(path)
-    names = {file: str(file.relative_to(path)) for file in path.rglob("*") if kind_of_file(file) in FILE_KINDS}
+    names = {
+        file: str(file.relative_to(path))
+        for file in path.rglob("*")
+        if kind_of_file(file) in FILE_KINDS
+    }
     hidden = re.compile(r"(^|/)\.")  # what a system or a tool keeps beside the data
-    data = (file for file, name in names.items() if not hidden.search(name) and file.name not in ABOUT)
+    data = (
+        file for file, name in names.items() if not hidden.search(name) and file.name not in ABOUT
+    )
     files = sorted(file for file in data if file.is_file())
     files = [file for file in files if kind_of_file(file) != TEXT_FILE] or files
     if not files:
-        saved = next((file.parent for name in (SAVED_SPLITS, SAVED) for file in sorted(path.rglob(name))), None)
+        saved = next(
+            (file.parent for name in (SAVED_SPLITS, SAVED) for file in sorted(path.rglob(name))),
+            None,
+        )
         hint = f"; is it {saved}?" if saved else ""
         raise UserError(f"{path}: a folder without data files, wanted {kinds}{hint}")
     training = [file for file in files if TRAINING.search(_words(names[file]))]
@@ -92,23 +107,37 @@ def _check_one_set(folder: Path, sets: dict[Path, str], are_training: bool) -> N
     """Raises UserError for files that are not parts of one set, as their places and names say."""
     kinds: dict[str, set[str]] = {}
     for file, name in sets.items():
-        kinds.setdefault(name, set()).add(kind_of_file(file) + GZIPPED * (file.suffix.lower() == GZIPPED))
+        kinds.setdefault(name, set()).add(
+            kind_of_file(file) + GZIPPED * (file.suffix.lower() == GZIPPED)
+        )
     for name, found in kinds.items():
         if len(found) > 1:
-            raise UserError(f"{folder}: {name or 'the data'} in several formats ({', '.join(sorted(found))}); name one file")
+            raise UserError(
+                f"{folder}: {name or 'the data'} in several formats ({', '.join(sorted(found))}); name one file"
+            )
     others = [name for name in kinds if not HELD_OUT.search(_words(name.rpartition("/")[2]))]
-    alike = {TEXT_FILE} not in kinds.values() and len({name.rpartition("/")[2] for name in kinds}) < len(kinds)
+    alike = {TEXT_FILE} not in kinds.values() and len(
+        {name.rpartition("/")[2] for name in kinds}
+    ) < len(kinds)
     if len(kinds) > 1 and (are_training or alike or len(others) < len(kinds)):
         first = sorted(others or kinds)[0]
         files = [file for file, name in sets.items() if name == first]
-        example = str(files[0]) if len(files) == 1 else f"{folder}/{first}{'/' if (folder / first).is_dir() else '-'}*"
-        raise UserError(f"{folder}: several sets of data ({listed(sorted(kinds))}); name one: --data_path {example}")
+        example = (
+            str(files[0])
+            if len(files) == 1
+            else f"{folder}/{first}{'/' if (folder / first).is_dir() else '-'}*"
+        )
+        raise UserError(
+            f"{folder}: several sets of data ({listed(sorted(kinds))}); name one: --data_path {example}"
+        )
 
 
 def _set_of(name: str) -> str:
     """The set that a file is of: its path, up to the part that names a split, without the number of its shard."""
     parts = name.split("/")
-    split = next((i for i, part in enumerate(parts[:-1]) if TRAINING.search(_words(part))), len(parts) - 1)
+    split = next(
+        (i for i, part in enumerate(parts[:-1]) if TRAINING.search(_words(part))), len(parts) - 1
+    )
     return "/".join([*parts[:split], SHARD.sub("", parts[split])])
 
 
@@ -122,17 +151,23 @@ def _saved_files(folder: Path) -> list[Path]:
         if (folder / SAVED_SPLITS).is_file():
             splits = list(json.loads((folder / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"])
             if "train" not in splits and len(splits) != 1:
-                raise UserError(f"{folder}: several splits ({', '.join(splits)}); name one: --data_path {folder}/{splits[0]}")
+                raise UserError(
+                    f"{folder}: several splits ({', '.join(splits)}); name one: --data_path {folder}/{splits[0]}"
+                )
             folder = folder / ("train" if "train" in splits else splits[0])
         state = json.loads((folder / SAVED).read_text(encoding="utf-8"))
         files = [folder / Path(shard["filename"]).name for shard in state["_data_files"]]
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{folder}: cannot be read as a saved data set ({first_line(error)}); save it again") from None
+        raise UserError(
+            f"{folder}: cannot be read as a saved data set ({first_line(error)}); save it again"
+        ) from None
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise UserError(f"{folder}: a saved data set without its file {', '.join(missing)}; save it again")
+        raise UserError(
+            f"{folder}: a saved data set without its file {', '.join(missing)}; save it again"
+        )
     if not files:
         raise UserError(f"{folder}: there is no record in it; save a set with at least one")
     return files
@@ -148,19 +183,25 @@ def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
         elif kind == ARROW:
             yield from _arrow(file)
         elif _has_nul(file):
-            raise UserError(f"{file}: holds NUL characters, as UTF-16 does; convert the file to UTF-8")
+            raise UserError(
+                f"{file}: holds NUL characters, as UTF-16 does; convert the file to UTF-8"
+            )
         elif kind == TEXT_FILE:
             yield from _lines(file)
         elif kind in (".csv", ".tsv"):
             yield from _csv(file, "\t" if kind == ".tsv" else ",")
         elif _starts_with_bracket(file):
             if not whole_lists:
-                raise UserError(f"{file}: a JSON list has to be read as a whole; for --streaming give one object a line")
+                raise UserError(
+                    f"{file}: a JSON list has to be read as a whole; for --streaming give one object a line"
+                )
             yield from _json_list(file)
         else:
             yield from _json_lines(file)
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: byte {_bad_byte(file, error)} is not UTF-8; convert the file to UTF-8") from None
+        raise UserError(
+            f"{file}: byte {_bad_byte(file, error)} is not UTF-8; convert the file to UTF-8"
+        ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
 
@@ -168,7 +209,9 @@ def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
 def _has_nul(file: Path) -> bool:
     with (gzip.open if file.suffix.lower() == GZIPPED else open)(file, "rb") as stream:
         head = stream.read(HEAD)
-    return b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # whose first byte is named
+    return b"\0" in head and not head.startswith(
+        (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    )  # whose first byte is named
 
 
 def _lines(file: Path) -> Iterator[Placed]:
@@ -194,11 +237,19 @@ def _json_list(file: Path) -> Iterator[Placed]:
         try:
             value, place, mark = _element(text, place)
         except (ValueError, RecursionError) as error:
-            at = f" at line {error.lineno} column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise UserError(f"{where}: broken JSON{at}, {_reason(error)}; is the file complete?") from None
+            at = (
+                f" at line {error.lineno} column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else ""
+            )
+            raise UserError(
+                f"{where}: broken JSON{at}, {_reason(error)}; is the file complete?"
+            ) from None
         yield where, value
     if _skip_space(text, place) < len(text):
-        raise UserError(f"{file}: broken JSON, something stands after the list; wanted a list and nothing else")
+        raise UserError(
+            f"{file}: broken JSON, something stands after the list; wanted a list and nothing else"
+        )
 
 
 def _element(text: str, place: int) -> tuple[object, int, str]:
@@ -238,9 +289,17 @@ def _one_object(file: Path) -> str:
         return ""
     if not isinstance(whole, dict):
         return ""
-    lists = [name for name, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if lists and not {"role", "from"} & {key for record in whole[lists[0]] if isinstance(record, dict) for key in record}:
-        return f"one object over several lines, with records under {lists[0]!r}: write that list alone"
+    lists = [
+        name
+        for name, value in whole.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    if lists and not {"role", "from"} & {
+        key for record in whole[lists[0]] if isinstance(record, dict) for key in record
+    }:
+        return (
+            f"one object over several lines, with records under {lists[0]!r}: write that list alone"
+        )
     return "one object over several lines: put it into a list, between [ and ]"
 
 
@@ -250,7 +309,11 @@ def _skip_space(text: str, place: int) -> int:
 
 def _reason(error: Exception) -> str:
     """What is wrong with a text that is no JSON."""
-    return "nested too deep" if isinstance(error, RecursionError) else getattr(error, "msg", first_line(error))
+    return (
+        "nested too deep"
+        if isinstance(error, RecursionError)
+        else getattr(error, "msg", first_line(error))
+    )
 
 
 def _csv(file: Path, delimiter: str) -> Iterator[Placed]:
@@ -259,7 +322,9 @@ def _csv(file: Path, delimiter: str) -> Iterator[Placed]:
         try:
             twice = duplicate(reader.fieldnames or [])
             if twice is not None:
-                raise UserError(f"{file}:line 1: the column {twice!r} stands twice; give each a name of its own")
+                raise UserError(
+                    f"{file}:line 1: the column {twice!r} stands twice; give each a name of its own"
+                )
             for row in reader:
                 where = f"{file}:line {reader.line_num}"
                 if None in row or None in row.values():
@@ -278,18 +343,25 @@ def _parquet(file: Path) -> Iterator[Placed]:
         with pq.ParquetFile(file) as table:
             twice = duplicate(table.schema_arrow.names)
             if twice is not None:
-                raise UserError(f"{file}: the column {twice!r} stands twice; give each a name of its own")
+                raise UserError(
+                    f"{file}: the column {twice!r} stands twice; give each a name of its own"
+                )
             for batch in table.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}:record {number}", without_nulls(row)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: broken parquet, {first_line(error)}; is the file complete?") from None
+        raise UserError(
+            f"{file}: broken parquet, {first_line(error)}; is the file complete?"
+        ) from None
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     """A table's row without the nulls that its columns put into objects which lack a field of others."""
-    return {name: _without_nulls(value) if isinstance(value, dict | list) else value for name, value in row.items()}
+    return {
+        name: _without_nulls(value) if isinstance(value, dict | list) else value
+        for name, value in row.items()
+    }
 
 
 def _without_nulls(value: Any) -> Any:
@@ -308,15 +380,21 @@ def _arrow(file: Path) -> Iterator[Placed]:
                         number += 1
                         yield f"{file}:record {number}", without_nulls(row)
             if source.tell() < source.size():  # zeros end a stream
-                raise UserError(f"{file}: broken Arrow, it ends after {number:,} records, before the file does; save it again")
+                raise UserError(
+                    f"{file}: broken Arrow, it ends after {number:,} records, before the file does; save it again"
+                )
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: broken Arrow, {first_line(error)}; is the file complete?") from None
+        raise UserError(
+            f"{file}: broken Arrow, {first_line(error)}; is the file complete?"
+        ) from None
 
 
 def _bad_byte(file: Path, error: UnicodeDecodeError) -> int:
     """Where in the file the first bad byte is: a text file decodes in pieces, and the error counts from its piece."""
     try:
-        (gzip.open if file.suffix.lower() == GZIPPED else open)(file, "rb").read().decode("utf-8-sig")
+        (gzip.open if file.suffix.lower() == GZIPPED else open)(file, "rb").read().decode(
+            "utf-8-sig"
+        )
     except UnicodeDecodeError as whole:
         return whole.start
     return error.start

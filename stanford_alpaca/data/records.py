@@ -35,8 +35,12 @@ from stanford_alpaca.errors import UserError, listed
 
 TEXT = Value("string")
 FORMS = {  # ``more`` is JSON, see ``more_of``: weight, tools, history, and unused, the names of fields that were not read
-    "chat": Features({"messages": List({"role": TEXT, "content": TEXT, "more": TEXT}), "more": TEXT}),
-    "alpaca": Features({"instruction": TEXT, "input": TEXT, "output": TEXT, "system": TEXT, "more": TEXT}),
+    "chat": Features(
+        {"messages": List({"role": TEXT, "content": TEXT, "more": TEXT}), "more": TEXT}
+    ),
+    "alpaca": Features(
+        {"instruction": TEXT, "input": TEXT, "output": TEXT, "system": TEXT, "more": TEXT}
+    ),
     "completion": Features({"prompt": TEXT, "completion": TEXT, "more": TEXT}),
     "text": Features({"text": TEXT, "more": TEXT}),
 }
@@ -79,10 +83,14 @@ def parse_record(
         UserError: what is wrong with it, at the place ``where``.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {kind_of(value)}, wanted an object with instruction and output; {MEND}")
+        raise UserError(
+            f"{where}: {kind_of(value)}, wanted an object with instruction and output; {MEND}"
+        )
     for sense in ("images", "videos", "audios"):
         if isinstance(value.get(sense), list) and value[sense]:
-            raise UserError(f"{where}: has {sense}, and text alone is trained; take the field or the record out")
+            raise UserError(
+                f"{where}: has {sense}, and text alone is trained; take the field or the record out"
+            )
     columns = columns or {}
     record = _renamed(value, columns)
     unused: dict[str, None] = {}
@@ -91,9 +99,13 @@ def parse_record(
     name = next((name for name in OWN["chat"] if record.get(name) not in (None, "")), None)
     system = record.get("system")
     if name is not None:
-        row: Record = {"messages": read_messages(record[name], f"{where}: {name!r}", columns, system, unused)}
+        row: Record = {
+            "messages": read_messages(record[name], f"{where}: {name!r}", columns, system, unused)
+        }
         read |= {name, "system", "tools"}
-    elif isinstance(record.get("prompt"), list | dict):  # a conversation in two parts, of which the second is trained
+    elif isinstance(
+        record.get("prompt"), list | dict
+    ):  # a conversation in two parts, of which the second is trained
         row = {"messages": _in_two_parts(record, where, columns, unused)}
         read |= {"prompt", "completion", "system", "tools"}
     else:
@@ -124,21 +136,29 @@ def _fields_of(record: Record) -> tuple[list[str], list[str]]:
     return ["instruction", "output"], ["input", "system"]
 
 
-def _in_two_parts(record: Record, where: str, columns: Mapping[str, str], unused: dict[str, None]) -> Messages:
+def _in_two_parts(
+    record: Record, where: str, columns: Mapping[str, str], unused: dict[str, None]
+) -> Messages:
     """Prompt and completion, lists of messages: the assistant's turns of the prompt are context."""
     answer = record.get("completion") or []
-    before = read_messages(record["prompt"], f"{where}: 'prompt'", columns, record.get("system"), unused)
+    before = read_messages(
+        record["prompt"], f"{where}: 'prompt'", columns, record.get("system"), unused
+    )
     for message in before:
         if message["role"] == "assistant":
             message["more"] = pack(more_of(message) | {"weight": 0})
     answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    return before + (read_messages(answer, f"{where}: 'completion'", columns, None, unused) if answer else [])
+    return before + (
+        read_messages(answer, f"{where}: 'completion'", columns, None, unused) if answer else []
+    )
 
 
 def _history(value: object, where: str, trained: bool) -> Messages:
     """Earlier questions and answers, which are context unless they are trained."""
     pairs = parsed(value, where, "a list of pairs") or []
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in pairs
+    ):
         raise UserError(f"{where} is no list of pairs of a question and its answer; {MEND}")
     weight = pack({} if trained else {"weight": 0})
     found = [
@@ -181,7 +201,9 @@ def _strings(record: Record, needed: list[str], optional: list[str], where: str)
     for name in needed:
         if name not in record:
             has = listed(record) or "none"
-            raise UserError(f"{where}: no field {name!r}; it has {has} ({_hint(record, needed, optional)})")
+            raise UserError(
+                f"{where}: no field {name!r}; it has {has} ({_hint(record, needed, optional)})"
+            )
     row = {name: record[name] for name in needed}
     row |= {name: "" if record.get(name) is None else record[name] for name in optional}
     for name, text in row.items():
@@ -191,10 +213,23 @@ def _strings(record: Record, needed: list[str], optional: list[str], where: str)
 
 def _hint(record: Record, needed: list[str], optional: list[str]) -> str:
     """What to do about a record without a needed field: names that work, where its fields are known ones."""
-    lists = [name for name, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if lists and {"content", "value"} & {key for message in record[lists[0]] if isinstance(message, dict) for key in message}:
+    lists = [
+        name
+        for name, value in record.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    if lists and {"content", "value"} & {
+        key for message in record[lists[0]] if isinstance(message, dict) for key in message
+    }:
         return f"--columns messages={lists[0]}"
-    said = next((name for name in OTHER_NAMES["messages"] if str(record.get(name)).lstrip().startswith("[{")), None)
+    said = next(
+        (
+            name
+            for name in OTHER_NAMES["messages"]
+            if str(record.get(name)).lstrip().startswith("[{")
+        ),
+        None,
+    )
     if not lists and said:
         return f"--columns messages={said}"
     if lists:
@@ -213,4 +248,6 @@ def _hint(record: Record, needed: list[str], optional: list[str]) -> str:
     if near:
         return f"--columns {missing}={near[0]}"
     text = next((name for name in OTHER_NAMES["text"] if isinstance(record.get(name), str)), "NAME")
-    return f"another name? --columns {missing}=NAME" + (f", or text={text}" if missing == "instruction" else "")
+    return f"another name? --columns {missing}=NAME" + (
+        f", or text={text}" if missing == "instruction" else ""
+    )

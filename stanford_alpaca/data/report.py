@@ -16,7 +16,9 @@ KEPT, EMPTY, FILLED, REFUSED = range(4)  # what becomes of a record
 def note_counts(encoded: Dataset) -> dict[str, int]:
     """How many records have each note, the most frequent first."""
     notes = pc.value_counts(pc.list_flatten(encoded.data["notes"]))
-    return dict(Counter({row["values"].as_py(): row["counts"].as_py() for row in notes}).most_common())
+    return dict(
+        Counter({row["values"].as_py(): row["counts"].as_py() for row in notes}).most_common()
+    )
 
 
 def count_lines(records: int, unused: Mapping[str, int], notes: Mapping[str, int]) -> list[str]:
@@ -50,10 +52,13 @@ class DataReport:
     template: str = ""  # the name of the template that wrote the prompts
 
     @classmethod
-    def of(cls, encoded: Dataset, unused: Mapping[str, int] | None = None, template: str = "") -> "DataReport":
+    def of(
+        cls, encoded: Dataset, unused: Mapping[str, int] | None = None, template: str = ""
+    ) -> "DataReport":
         """The report of what ``encode_records`` returned."""
         columns = {
-            name: encoded.data[name].to_numpy() for name in ("fate", "length", "full_length", "supervised", "straddling")
+            name: encoded.data[name].to_numpy()
+            for name in ("fate", "length", "full_length", "supervised", "straddling")
         }
         fate, kept = columns["fate"], columns["fate"] == KEPT
         refused = np.flatnonzero(fate == REFUSED)
@@ -67,7 +72,9 @@ class DataReport:
             straddling=int(columns["straddling"][kept].sum()),
             tokens=int(columns["length"][kept].sum()),
             supervised_tokens=int(columns["supervised"][kept].sum()),
-            refusal=f"record {refused[0] + 1}: {encoded[int(refused[0])]['refusal']}" if len(refused) else "",
+            refusal=f"record {refused[0] + 1}: {encoded[int(refused[0])]['refusal']}"
+            if len(refused)
+            else "",
             notes=note_counts(encoded),
             unused=unused or {},
             template=template,

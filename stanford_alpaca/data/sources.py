@@ -13,7 +13,14 @@ from stanford_alpaca.data.formats import check_columns, load_records, local_file
 from stanford_alpaca.data.reading import digest_of
 from stanford_alpaca.data.records import form_of, unused_fields
 from stanford_alpaca.data.report import DataReport
-from stanford_alpaca.data.tokenize import EXAMPLE, FEATURES, NO_TARGET, ExampleEncoder, stream_records, tokenize_records
+from stanford_alpaca.data.tokenize import (
+    EXAMPLE,
+    FEATURES,
+    NO_TARGET,
+    ExampleEncoder,
+    stream_records,
+    tokenize_records,
+)
 from stanford_alpaca.errors import UserError
 
 LOOKED_AT = 256  # records of a stream that are seen before training
@@ -56,7 +63,9 @@ class Loading:
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, form: str) -> ExampleEncoder:
         """What makes examples of records of a form. Raises UserError as ``ExampleEncoder.of``."""
-        return ExampleEncoder.of(tokenizer, form, self.max_length, self.prompt_template, self.special_tokens)
+        return ExampleEncoder.of(
+            tokenizer, form, self.max_length, self.prompt_template, self.special_tokens
+        )
 
 
 def check_sources(paths: list[str], loading: Loading) -> None:
@@ -66,7 +75,9 @@ def check_sources(paths: list[str], loading: Loading) -> None:
         loading.records(path)
 
 
-def load_source(path: str, tokenizer: PreTrainedTokenizerBase, loading: Loading) -> tuple[Dataset, DataReport | BlockReport]:
+def load_source(
+    path: str, tokenizer: PreTrainedTokenizerBase, loading: Loading
+) -> tuple[Dataset, DataReport | BlockReport]:
     """The examples or blocks of one source, and what became of its records. Raises UserError naming the source."""
     records = loading.records(path)
     try:
@@ -76,7 +87,12 @@ def load_source(path: str, tokenizer: PreTrainedTokenizerBase, loading: Loading)
                 loading.special_tokens,
             )  # fmt: skip
         return tokenize_records(
-            records, tokenizer, loading.max_length, loading.num_proc, loading.prompt_template, loading.special_tokens
+            records,
+            tokenizer,
+            loading.max_length,
+            loading.num_proc,
+            loading.prompt_template,
+            loading.special_tokens,
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -98,12 +114,18 @@ def stream_sources(
         UserError: several sources without weights, or one in which nothing is to be trained.
     """
     if len(paths) > 1 and weights is None:
-        raise UserError("--streaming from several sources needs --data_weights: the streams have no lengths to go by")
+        raise UserError(
+            "--streaming from several sources needs --data_weights: the streams have no lengths to go by"
+        )
     streams = []
     templates: dict[str, None] = {}
     for path in paths:
         records = load_records(
-            path, loading.cache_dir, columns=loading.columns, streaming=True, train_history=loading.train_history
+            path,
+            loading.cache_dir,
+            columns=loading.columns,
+            streaming=True,
+            train_history=loading.train_history,
         )
         encode = loading.encoder(tokenizer, form_of(list(records.features)))
         for line in several_files(path):
@@ -113,10 +135,14 @@ def stream_sources(
             templates[encode.template_name] = None
         streams.append(stream_records(records, encode).repeat(None))
     stream = mix(streams, weights, loading.seed)
-    return ExampleStream(stream.shuffle(seed=loading.seed, buffer_size=loading.shuffle_buffer), list(templates))
+    return ExampleStream(
+        stream.shuffle(seed=loading.seed, buffer_size=loading.shuffle_buffer), list(templates)
+    )
 
 
-def _look_at(path: str, records: IterableDataset, encode: ExampleEncoder, tell: Callable[[str], None]) -> None:
+def _look_at(
+    path: str, records: IterableDataset, encode: ExampleEncoder, tell: Callable[[str], None]
+) -> None:
     """Says what becomes of a stream's first records. Raises UserError for a stream of which no record has a target."""
     first = Dataset.from_list(list(records.take(LOOKED_AT)), features=records.features)
     seen = Dataset.from_dict(encode(first.to_dict()), features=FEATURES)
@@ -138,7 +164,9 @@ def mix(sources: list, weights: list[float] | None, seed: int) -> Dataset:
     if weights is None:
         return concatenate_datasets(sources)
     shares = [weight / sum(weights) for weight in weights]
-    return interleave_datasets(sources, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    return interleave_datasets(
+        sources, probabilities=shares, seed=seed, stopping_strategy="all_exhausted"
+    )
 
 
 def identify(path: str, streaming: bool = False) -> str:

@@ -12,7 +12,9 @@ from stanford_alpaca.data.messages import REASONING, Messages
 from stanford_alpaca.errors import UserError
 
 OPEN, CLOSE = "\ufdd1", "\ufdd2"  # around the numbers of the marks
-MARK = re.compile(f"{OPEN}([<>])(\\d+){CLOSE}")  # "<3": the text of message 3 begins, ">3": it has ended
+MARK = re.compile(
+    f"{OPEN}([<>])(\\d+){CLOSE}"
+)  # "<3": the text of message 3 begins, ">3": it has ended
 
 
 class Span(NamedTuple):
@@ -65,7 +67,13 @@ def find_spans(
 
 
 def _start(
-    i: int, message: dict, found: Marked, cues: list[str], tail: str | None, added: re.Pattern, all_marked: bool
+    i: int,
+    message: dict,
+    found: Marked,
+    cues: list[str],
+    tail: str | None,
+    added: re.Pattern,
+    all_marked: bool,
 ) -> int | None:
     """Where the model starts to write message i: behind the generation prompt, as far as the text has it.
 
@@ -76,9 +84,15 @@ def _start(
     if i not in ends:
         return None
     limit = begins.get(i, ends[i])
-    before = ends.get(max((j for j in ends if j < i and ends[j] <= limit), default=-1), 0)  # of the last text before
+    before = ends.get(
+        max((j for j in ends if j < i and ends[j] <= limit), default=-1), 0
+    )  # of the last text before
     between = text[before:limit]
-    whole = tail if tail is not None and text.startswith(tail, before) and before + len(tail) <= ends[i] else None
+    whole = (
+        tail
+        if tail is not None and text.startswith(tail, before) and before + len(tail) <= ends[i]
+        else None
+    )
     if whole is not None and whole.endswith(cues[0]):
         return before + len(whole)
     for cue in cues:  # the prompt closes the message before otherwise, or has no cue there
@@ -87,14 +101,25 @@ def _start(
     if whole is not None:
         return before + len(whole)
     shared = shared_length(tail or "", between, added)
-    if i in begins and between[shared:].strip() and message["content"].strip():  # it is not the model's, as far as one can see
+    if (
+        i in begins and between[shared:].strip() and message["content"].strip()
+    ):  # it is not the model's, as far as one can see
         content = message["content"]
-        space = content[: len(content) - len(content.lstrip())]  # which a token may have in common with the first word
+        space = content[
+            : len(content) - len(content.lstrip())
+        ]  # which a token may have in common with the first word
         return begins[i] - (len(space) if between.endswith(space) else 0)
     return before + shared if tail is not None or i in begins else None
 
 
-def _end(i: int, message: dict, found: Marked, after: str | None, added: re.Pattern, end_of_turn: re.Pattern) -> int:
+def _end(
+    i: int,
+    message: dict,
+    found: Marked,
+    after: str | None,
+    added: re.Pattern,
+    end_of_turn: re.Pattern,
+) -> int:
     """Where the model has written message i: behind the last token that closes it, wherever else the conversation goes."""
     text, end = found.text, found.ends[i]
     closing = (after or "")[: shared_length(after or "", text[end:])]
@@ -108,7 +133,9 @@ def _end(i: int, message: dict, found: Marked, after: str | None, added: re.Patt
     return following.end() if following else end
 
 
-def _tail(render: Callable[..., str], history: Messages, marked: Callable[[dict], bool]) -> str | None:
+def _tail(
+    render: Callable[..., str], history: Messages, marked: Callable[[dict], bool]
+) -> str | None:
     """What the prompt for an answer to ``history`` has behind the text of the last message, if the template takes it."""
     try:
         prompt, _, ends = marked_text(render, history, marked, add_generation_prompt=True)
@@ -117,7 +144,9 @@ def _tail(render: Callable[..., str], history: Messages, marked: Callable[[dict]
     return prompt[ends[max(ends)] :] if ends else prompt
 
 
-def _tail_of(i: int, render: Callable[..., str], messages: Messages, marked: Callable[[dict], bool]) -> str | None:
+def _tail_of(
+    i: int, render: Callable[..., str], messages: Messages, marked: Callable[[dict], bool]
+) -> str | None:
     """What stands behind the text of message i where it is the last."""
     try:
         text, _, ends = marked_text(render, messages, marked)
@@ -127,16 +156,24 @@ def _tail_of(i: int, render: Callable[..., str], messages: Messages, marked: Cal
 
 
 def marked_text(
-    render: Callable[..., str], messages: Messages, marked: Callable[[dict], bool] = lambda message: True, **options: bool
+    render: Callable[..., str],
+    messages: Messages,
+    marked: Callable[[dict], bool] = lambda message: True,
+    **options: bool,
 ) -> Marked:
     """The rendered text, and where the texts of the ``marked`` messages stand in it."""
-    with_marks = [_with_marks(i, message) if marked(message) else message for i, message in enumerate(messages)]
+    with_marks = [
+        _with_marks(i, message) if marked(message) else message
+        for i, message in enumerate(messages)
+    ]
     pieces = MARK.split(render(with_marks, **options))
     text = pieces[0]
     begins: dict[int, int] = {}
     ends: dict[int, int] = {}
     for kind, number, piece in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
-        (begins if kind == "<" else ends).setdefault(int(number), len(text))  # a result may repeat the name of its call
+        (begins if kind == "<" else ends).setdefault(
+            int(number), len(text)
+        )  # a result may repeat the name of its call
         text += piece
     return Marked(text, begins, ends)
 
@@ -151,14 +188,19 @@ def _with_marks(i: int, message: dict) -> dict:
     """A message with a mark before each of its anchors, if it is the assistant's, and one behind the last: of the marks of a
     beginning, that counts which is found first."""
     anchors = _anchors(message) or ["content"]
-    begin, end = f"{OPEN}<{i}{CLOSE}" if message["role"] == "assistant" else "", f"{OPEN}>{i}{CLOSE}"
+    begin, end = (
+        f"{OPEN}<{i}{CLOSE}" if message["role"] == "assistant" else "",
+        f"{OPEN}>{i}{CLOSE}",
+    )
     written = dict(message)
     for name in anchors:
         after = end if name == anchors[-1] else ""
         if name == "tool_calls":
             written[name] = _named(message[name], begin, after)
         else:
-            names = [name] if name == "content" else [other for other in REASONING if other in message]
+            names = (
+                [name] if name == "content" else [other for other in REASONING if other in message]
+            )
             written |= dict.fromkeys(names, _around(message[name], begin, after))
     return written
 
@@ -180,8 +222,13 @@ def _named(calls: list[dict], before: str, after: str) -> list[dict]:
 
 def shared_length(one: str, other: str, added: re.Pattern | None = None) -> int:
     """The number of characters with which both begin, no part of an ``added`` token among them."""
-    shared = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    for token in (token for text in (one, other) for token in (added.finditer(text) if added else ())):
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
+    for token in (
+        token for text in (one, other) for token in (added.finditer(text) if added else ())
+    ):
         if token.start() < shared < token.end():
             return token.start()
     return shared

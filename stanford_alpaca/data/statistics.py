@@ -14,7 +14,9 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 BUDGETS = (128, 256, 512, 1024, 2048, 4096)
 
 
-def statistics_of(encoded: Dataset, max_length: int, budgets: Sequence[int] = BUDGETS) -> dict[str, Any]:
+def statistics_of(
+    encoded: Dataset, max_length: int, budgets: Sequence[int] = BUDGETS
+) -> dict[str, Any]:
     """What a source is at max_length tokens, and what other lengths would cost; from examples that were not cut."""
     labels = encoded.data["labels"].combine_chunks()
     lengths = np.diff(labels.offsets.to_numpy())
@@ -37,7 +39,11 @@ def statistics_of(encoded: Dataset, max_length: int, budgets: Sequence[int] = BU
 
     whole, now = cut_at(WHOLE), cut_at(max_length)
     seen = lengths[(fate != EMPTY) & (fate != REFUSED)]
-    levels = np.quantile(seen, QUANTILES, method="inverted_cdf").astype(int).tolist() if len(seen) else []
+    levels = (
+        np.quantile(seen, QUANTILES, method="inverted_cdf").astype(int).tolist()
+        if len(seen)
+        else []
+    )
     refused = np.flatnonzero(fate == REFUSED)
     return {
         "records": len(encoded),
@@ -48,11 +54,18 @@ def statistics_of(encoded: Dataset, max_length: int, budgets: Sequence[int] = BU
             "refused_by_the_template": len(refused),
         },
         "notes": note_counts(encoded),
-        "first_refusal": f"record {refused[0] + 1}: {encoded[int(refused[0])]['refusal']}" if len(refused) else "",
+        "first_refusal": f"record {refused[0] + 1}: {encoded[int(refused[0])]['refusal']}"
+        if len(refused)
+        else "",
         "supervised_share": now["supervised_tokens"] / max(1, now["tokens"]),
-        "token_quantiles": dict(zip([f"{q:.0%}" for q in QUANTILES], levels, strict=False)) | {"max": int(seen.max(initial=0))},
+        "token_quantiles": dict(zip([f"{q:.0%}" for q in QUANTILES], levels, strict=False))
+        | {"max": int(seen.max(initial=0))},
         "budgets": {
-            budget: {**cut, "supervised_lost": 1 - cut["supervised_tokens"] / max(1, whole["supervised_tokens"])}
+            budget: {
+                **cut,
+                "supervised_lost": 1
+                - cut["supervised_tokens"] / max(1, whole["supervised_tokens"]),
+            }
             for budget in sorted({*budgets, max_length})
             for cut in [cut_at(budget)]
         },

@@ -8,7 +8,9 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object's pairs as a dict, of which Python would silently keep the last of each key."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError(f"the key {duplicate([key for key, _ in pairs])!r} stands twice in an object")
+        raise ValueError(
+            f"the key {duplicate([key for key, _ in pairs])!r} stands twice in an object"
+        )
     return record
 
 

@@ -17,7 +17,13 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from stanford_alpaca.data.chat import ChatTemplate, named_templates, stop_ids
 from stanford_alpaca.data.encode import READINGS, TextEncoder
-from stanford_alpaca.data.prompts import WITH_INPUT, WITHOUT_INPUT, TurnsTemplate, alpaca_turns, plain_turns
+from stanford_alpaca.data.prompts import (
+    WITH_INPUT,
+    WITHOUT_INPUT,
+    TurnsTemplate,
+    alpaca_turns,
+    plain_turns,
+)
 from stanford_alpaca.errors import UserError, first_line
 
 TEMPLATES = ("auto", "alpaca", "chat", "plain")
@@ -56,8 +62,15 @@ BEFORE{%- for message in messages %}
 """
 PROBES = [
     [{"role": "user", "content": "Add."}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add 1\n\n### Input:\nto 2"}],
-    [{"role": "user", "content": "a"}, {"role": "assistant", "content": " b "}, {"role": "user", "content": "\nc"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Add 1\n\n### Input:\nto 2"},
+    ],
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": " b "},
+        {"role": "user", "content": "\nc"},
+    ],
 ]
 
 Template = TurnsTemplate | ChatTemplate
@@ -72,7 +85,10 @@ class Trained(NamedTuple):
 
 def check_template(name: str, special_tokens: str = "text") -> None:
     """Raises UserError for a template, or a reading of special tokens, that there is not."""
-    for flag, value, known in (("prompt_template", name, TEMPLATES), ("special_tokens", special_tokens, READINGS)):
+    for flag, value, known in (
+        ("prompt_template", name, TEMPLATES),
+        ("special_tokens", special_tokens, READINGS),
+    ):
         if value not in known:
             raise UserError(f"--{flag} {value}: choose from {', '.join(known)}")
 
@@ -99,10 +115,15 @@ def _signed(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Which of our templates the tokenizer's chat template is."""
     ours = {"alpaca": ALPACA_JINJA, "plain": PLAIN_JINJA}
     written = str(tokenizer.chat_template)
-    return next((name for name, jinja in ours.items() if written.endswith(jinja.partition("BEFORE")[2])), None)
+    return next(
+        (name for name, jinja in ours.items() if written.endswith(jinja.partition("BEFORE")[2])),
+        None,
+    )
 
 
-def make_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder) -> Template:
+def make_template(
+    name: str, form: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder
+) -> Template:
     """The template of ``resolve_template``. Raises UserError for one that the tokenizer lacks, or that cannot write a form."""
     name = resolve_template(name, form, tokenizer)
     if form == "text" and name != "plain":
@@ -116,7 +137,9 @@ def make_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase, enco
     return TurnsTemplate(alpaca_turns if name == "alpaca" else plain_turns, encoder)
 
 
-def told_templates(names: Iterable[str], tokenizer: PreTrainedTokenizerBase, given: str | None = None) -> list[str]:
+def told_templates(
+    names: Iterable[str], tokenizer: PreTrainedTokenizerBase, given: str | None = None
+) -> list[str]:
     """Which templates write the prompts of a run, a line for each, and how to use a chat template that it does not use.
 
     Args:
@@ -124,7 +147,11 @@ def told_templates(names: Iterable[str], tokenizer: PreTrainedTokenizerBase, giv
     """
     names = list(names)
     unused = bool(names) and "chat" not in names and has_own_template(tokenizer)
-    hint = "; the tokenizer has a chat template, which is not used: --prompt_template chat uses it" if unused else ""
+    hint = (
+        "; the tokenizer has a chat template, which is not used: --prompt_template chat uses it"
+        if unused
+        else ""
+    )
     words = IN_WORDS | ({"chat": f"the chat template of {given}"} if given else {})
     return [f"prompts: {words[name]}{hint}" for name in names]
 
@@ -132,7 +159,9 @@ def told_templates(names: Iterable[str], tokenizer: PreTrainedTokenizerBase, giv
 # ---- what a model was trained with ------------------------------------------------------------------------------------------
 
 
-def sign(tokenizer: PreTrainedTokenizerBase, templates: Iterable[str], special_tokens: str = "text") -> list[str]:
+def sign(
+    tokenizer: PreTrainedTokenizerBase, templates: Iterable[str], special_tokens: str = "text"
+) -> list[str]:
     """Writes the prompts that a model is trained with into its tokenizer: its ``chat_template``, and their name.
 
     Where several templates write them, the chat template is the tokenizer's own if it is one of them, else Alpaca's.
@@ -144,7 +173,9 @@ def sign(tokenizer: PreTrainedTokenizerBase, templates: Iterable[str], special_t
         Lines for the user.
     """
     names = sorted(set(templates))
-    if not names and special_tokens == "text":  # running text: what the tokenizer says of prompts is not touched
+    if (
+        not names and special_tokens == "text"
+    ):  # running text: what the tokenizer says of prompts is not touched
         return []
     template = names[0] if len(names) == 1 else "auto"
     lines = []
@@ -152,13 +183,21 @@ def sign(tokenizer: PreTrainedTokenizerBase, templates: Iterable[str], special_t
         tokenizer.chat_template = named_templates(tokenizer)["default"]
     if names and "chat" not in names:
         if has_own_template(tokenizer):
-            lines.append("the saved chat_template writes the prompts that are trained; the tokenizer's own is not kept")
-        turns, jinja = (alpaca_turns, ALPACA_JINJA) if "alpaca" in names else (plain_turns, PLAIN_JINJA)
+            lines.append(
+                "the saved chat_template writes the prompts that are trained; the tokenizer's own is not kept"
+            )
+        turns, jinja = (
+            (alpaca_turns, ALPACA_JINJA) if "alpaca" in names else (plain_turns, PLAIN_JINJA)
+        )
         if _write(tokenizer, jinja, TurnsTemplate(turns, TextEncoder.of(tokenizer))):
-            lines.append("the saved chat_template gives other ids than training for this tokenizer; generate with this package")
+            lines.append(
+                "the saved chat_template gives other ids than training for this tokenizer; generate with this package"
+            )
     if len(names) > 1:
         served = "the tokenizer's own" if "chat" in names else "Alpaca's"
-        lines.append(f"several templates write the prompts ({', '.join(names)}): the saved chat_template is {served}")
+        lines.append(
+            f"several templates write the prompts ({', '.join(names)}): the saved chat_template is {served}"
+        )
     tokenizer.init_kwargs[KEY] = {
         "template": template, "special_tokens": special_tokens, "chat_template": _digest(tokenizer.chat_template),
     }  # fmt: skip
@@ -174,12 +213,15 @@ def trained_prompts(tokenizer: PreTrainedTokenizerBase) -> Trained | None:
     return Trained(said["template"], said["special_tokens"]) if known else None
 
 
-def follow(tokenizer: PreTrainedTokenizerBase, form: str, prompt_template: str, special_tokens: str | None) -> Trained:
+def follow(
+    tokenizer: PreTrainedTokenizerBase, form: str, prompt_template: str, special_tokens: str | None
+) -> Trained:
     """What writes the prompts of records of a form for a trained model: what is asked for, else what it was trained with."""
     trained = trained_prompts(tokenizer) or Trained("auto", "text")
     name = trained.template if prompt_template == "auto" else prompt_template
     return Trained(
-        resolve_template("auto" if form == "text" else name, form, tokenizer), special_tokens or trained.special_tokens
+        resolve_template("auto" if form == "text" else name, form, tokenizer),
+        special_tokens or trained.special_tokens,
     )
 
 
@@ -200,7 +242,10 @@ def _write(tokenizer: PreTrainedTokenizerBase, jinja: str, template: TurnsTempla
     """Writes the chat template that gives training's ids, and says whether none does."""
     first = template.encoder.first
     written = "bos_token" if first == tokenizer.bos_token else repr(first)
-    for space in ("", " "):  # some tokenizers put a space before a text, but none behind a beginning-of-sequence token
+    for space in (
+        "",
+        " ",
+    ):  # some tokenizers put a space before a text, but none behind a beginning-of-sequence token
         begin = f"{written} + '{space}'" if space else written
         tokenizer.chat_template = jinja.replace("BEFORE", f"{{{{- {begin} }}}}\n" if first else "")
         if all(_same_ids(tokenizer, template, messages) for messages in PROBES):
@@ -208,9 +253,13 @@ def _write(tokenizer: PreTrainedTokenizerBase, jinja: str, template: TurnsTempla
     return True
 
 
-def _same_ids(tokenizer: PreTrainedTokenizerBase, template: TurnsTemplate, messages: list[dict[str, str]]) -> bool:
+def _same_ids(
+    tokenizer: PreTrainedTokenizerBase, template: TurnsTemplate, messages: list[dict[str, str]]
+) -> bool:
     ((ours, _),) = template.encoder([template.prompt({"messages": messages})])
-    return ours == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return ours == tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
 
 
 def _digest(chat_template: Any) -> str:
@@ -221,14 +270,18 @@ def _digest(chat_template: Any) -> str:
 def set_stops(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Has whoever generates with a trained model stop where its answers end, and where its base did."""
     before = [] if config.eos_token_id is None else config.eos_token_id
-    stops = list(dict.fromkeys([*stop_ids(tokenizer), *(before if isinstance(before, list) else [before])]))
+    stops = list(
+        dict.fromkeys([*stop_ids(tokenizer), *(before if isinstance(before, list) else [before])])
+    )
     config.eos_token_id = stops if len(stops) > 1 else stops[0]
 
 
 # ---- --chat_template -------------------------------------------------------------------------------------------------------
 
 
-def use_chat_template(tokenizer: PreTrainedTokenizerBase, source: str | None, remote_code: bool = False) -> None:
+def use_chat_template(
+    tokenizer: PreTrainedTokenizerBase, source: str | None, remote_code: bool = False
+) -> None:
     """Gives the tokenizer the chat template of a Jinja file, of another model's folder or hub name, or its own of a name.
 
     Raises:
@@ -237,7 +290,9 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, source: str | None, re
     if source is None:
         return
     if not source.strip():
-        raise UserError("--chat_template without a name, as of a variable that is not set; give a file, a folder or a hub name")
+        raise UserError(
+            "--chat_template without a name, as of a variable that is not set; give a file, a folder or a hub name"
+        )
     own, place = tokenizer.chat_template, Path(source).expanduser()
     if isinstance(own, dict) and source in own:
         template = own[source]
@@ -245,20 +300,32 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, source: str | None, re
         try:
             template = place.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--chat_template {source}: cannot be read ({first_line(error)})") from None
+            raise UserError(
+                f"--chat_template {source}: cannot be read ({first_line(error)})"
+            ) from None
     elif source.endswith(JINJA):
         raise UserError(f"--chat_template {source}: no such file")
     else:
         try:
-            template = AutoTokenizer.from_pretrained(source, trust_remote_code=remote_code).chat_template
+            template = AutoTokenizer.from_pretrained(
+                source, trust_remote_code=remote_code
+            ).chat_template
         except Exception as error:  # the hub raises many kinds of errors
-            named = f"; the tokenizer's own are named {', '.join(own)}" if isinstance(own, dict) else ""
-            raise UserError(f"--chat_template {source}: no file, and no tokenizer ({first_line(error)}){named}") from None
+            named = (
+                f"; the tokenizer's own are named {', '.join(own)}" if isinstance(own, dict) else ""
+            )
+            raise UserError(
+                f"--chat_template {source}: no file, and no tokenizer ({first_line(error)}){named}"
+            ) from None
         if template is None:
-            raise UserError(f"--chat_template {source}: its tokenizer has no chat template; give another")
+            raise UserError(
+                f"--chat_template {source}: its tokenizer has no chat template; give another"
+            )
     try:
         for text in [template] if isinstance(template, str) else template.values():
             _compile_jinja_template(text)
     except jinja2.TemplateError as error:
-        raise UserError(f"--chat_template {source}: no Jinja template ({first_line(error)})") from None
+        raise UserError(
+            f"--chat_template {source}: no Jinja template ({first_line(error)})"
+        ) from None
     tokenizer.chat_template = template

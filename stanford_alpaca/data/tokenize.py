@@ -24,7 +24,9 @@ from stanford_alpaca.data.templates import Template, asked_otherwise, follow, ma
 from stanford_alpaca.errors import UserError
 
 IGNORE_INDEX = -100
-EXAMPLES_VERSION = "4"  # raise it when the same record would give other examples, so that old caches are not used
+EXAMPLES_VERSION = (
+    "4"  # raise it when the same record would give other examples, so that old caches are not used
+)
 PARALLEL_FROM = 10_000  # records; below, starting processes costs more than it saves
 FEATURES = Features(
     {
@@ -81,11 +83,15 @@ class ExampleEncoder:
         special_tokens: str | None = None,
     ) -> "ExampleEncoder":
         """The encoder by what a model was trained with (``follow``), unless something else is asked for."""
-        return cls.of(tokenizer, form, max_length, *follow(tokenizer, form, prompt_template, special_tokens))
+        return cls.of(
+            tokenizer, form, max_length, *follow(tokenizer, form, prompt_template, special_tokens)
+        )
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
         """Encodes a batch of records given as columns; the columns of the result are ``FEATURES``."""
-        records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        records = [
+            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+        ]
         rendered, refusals = [], []
         for record in records:
             try:
@@ -94,15 +100,26 @@ class ExampleEncoder:
             except UserError as error:
                 rendered.append(Rendered("", [], []))
                 refusals.append(str(error))
-        encoded = self.encoder([of.text for of in rendered], [self.template.adds_special_tokens(of.text) for of in rendered])
-        rows = [self.label(ids, offsets, of.spans, of.weights) for (ids, offsets), of in zip(encoded, rendered, strict=True)]
+        encoded = self.encoder(
+            [of.text for of in rendered],
+            [self.template.adds_special_tokens(of.text) for of in rendered],
+        )
+        rows = [
+            self.label(ids, offsets, of.spans, of.weights)
+            for (ids, offsets), of in zip(encoded, rendered, strict=True)
+        ]
         for row, refusal, of in zip(rows, refusals, rendered, strict=True):
-            row |= {"refusal": refusal, "notes": [*of.notes, *([WEIGHTED] if row["weights"] else [])]}
+            row |= {
+                "refusal": refusal,
+                "notes": [*of.notes, *([WEIGHTED] if row["weights"] else [])],
+            }
             if refusal:
                 row["fate"] = REFUSED
         return {name: [row[name] for row in rows] for name in FEATURES}
 
-    def in_parts(self, record: Mapping) -> tuple[str, list[int], list[tuple[int, int]], dict[str, Any]]:
+    def in_parts(
+        self, record: Mapping
+    ) -> tuple[str, list[int], list[tuple[int, int]], dict[str, Any]]:
         """The text of a record, its token ids, their character spans, and the row of ``FEATURES``, whose ids may be cut.
 
         Raises:
@@ -134,8 +151,23 @@ class ExampleEncoder:
         chat: Any = ""
         if isinstance(self.template, ChatTemplate):
             of_tools = self.template.for_tools
-            chat = (self.template.template, of_tools and of_tools.template, sorted(self.template.names.items()))
-        return "\n".join(map(str, [EXAMPLES_VERSION, chat, self.template_name, self.max_length, self.encoder.identity()]))
+            chat = (
+                self.template.template,
+                of_tools and of_tools.template,
+                sorted(self.template.names.items()),
+            )
+        return "\n".join(
+            map(
+                str,
+                [
+                    EXAMPLES_VERSION,
+                    chat,
+                    self.template_name,
+                    self.max_length,
+                    self.encoder.identity(),
+                ],
+            )
+        )
 
 
 class PromptEncoder:
@@ -145,7 +177,12 @@ class PromptEncoder:
         prompt_template, special_tokens: ``auto`` and None are what the model was trained with (``follow``).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_template: str = "auto", special_tokens: str | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_template: str = "auto",
+        special_tokens: str | None = None,
+    ):
         self.tokenizer, self.asked = tokenizer, (prompt_template, special_tokens)
         self.templates: dict[str, Template] = {}  # by form
         self.names: dict[str, str] = {}  # of TEMPLATES, by form
@@ -194,7 +231,9 @@ def tokenize_records(
     form = form_of(records.column_names)
     encode = ExampleEncoder.of(tokenizer, form, max_length, prompt_template, special_tokens)
     encoded = encode_records(records, encode, num_proc)
-    report = DataReport.of(encoded, unused_fields(records), "" if form == "text" else encode.template_name)
+    report = DataReport.of(
+        encoded, unused_fields(records), "" if form == "text" else encode.template_name
+    )
     if report.kept == 0:
         raise UserError(NO_TARGET.format(report))
     if report.dropped:
@@ -204,33 +243,47 @@ def tokenize_records(
 
 def stream_records(records: IterableDataset, encode: ExampleEncoder) -> IterableDataset:
     """The examples of a stream of records, tokenized as they are reached; those without a target are passed over."""
-    encoded = records.map(encode, batched=True, batch_size=256, remove_columns=records.column_names, features=FEATURES)
+    encoded = records.map(
+        encode, batched=True, batch_size=256, remove_columns=records.column_names, features=FEATURES
+    )
     return encoded.filter(lambda fate: fate == KEPT, input_columns="fate").select_columns(EXAMPLE)
 
 
 def label_spans(
     ids: list[int],
-    offsets: list[tuple[int, int]],  # characters [start, end) of every token; (0, 0) for those the tokenizer added
+    offsets: list[
+        tuple[int, int]
+    ],  # characters [start, end) of every token; (0, 0) for those the tokenizer added
     spans: list[tuple[int, int]],  # characters that are trained, in order
     max_length: int,
     weights: list[float] | None = None,  # of the spans; one that counts for nothing is not trained
 ) -> dict[str, Any]:
     """Labels the tokens that lie within a span, then cuts at max_length tokens."""
-    counted = [(*span, weight) for span, weight in zip(spans, weights or [1.0] * len(spans), strict=True) if weight]
+    counted = [
+        (*span, weight)
+        for span, weight in zip(spans, weights or [1.0] * len(spans), strict=True)
+        if weight
+    ]
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     begins, stops, factors = np.array(counted, dtype=np.float64).reshape(-1, 3).T
-    index = np.searchsorted(begins, starts, side="right") - 1  # of the last span that begins at or before the token
+    index = (
+        np.searchsorted(begins, starts, side="right") - 1
+    )  # of the last span that begins at or before the token
     trained = np.zeros(len(ids), dtype=bool)
     straddling = False
     if counted:
         starting = (index >= 0) & (starts < stops[index])
         trained = starting & (ends <= stops[index])
         following = begins[np.minimum(index + 1, len(counted) - 1)]
-        straddling = bool((starting & ~trained).any() or ((starts < following) & (following < ends)).any())
+        straddling = bool(
+            (starting & ~trained).any() or ((starts < following) & (following < ends)).any()
+        )
     if ids and offsets[0] == (0, 0):
         trained[0] = False  # what the tokenizer put first
     labels = np.where(trained, np.array(ids, dtype=np.int64), IGNORE_INDEX)
-    full_supervised = int(trained[1:].sum())  # the first position is never predicted, so it is no target
+    full_supervised = int(
+        trained[1:].sum()
+    )  # the first position is never predicted, so it is no target
     supervised = int(trained[1:max_length].sum())
     of_tokens = np.where(trained, factors[index], 1.0) if (factors != 1).any() else np.ones(0)
     return {

@@ -4,7 +4,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name warns from 2.13 on
+_all_gather = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # the older name warns from 2.13 on
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -15,7 +17,9 @@ def all_gather(own: Tensor, group: ProcessGroup | None = None) -> Tensor:  # [n,
     return everyone
 
 
-def reduce_scatter(everyone: Tensor, group: ProcessGroup | None = None) -> Tensor:  # [R n, ...] -> [n, ...]
+def reduce_scatter(
+    everyone: Tensor, group: ProcessGroup | None = None
+) -> Tensor:  # [R n, ...] -> [n, ...]
     """This rank's rows of the sum over ranks."""
     own = everyone.new_empty(len(everyone) // dist.get_world_size(group), *everyone.shape[1:])
     _reduce_scatter(own, everyone.contiguous(), group=group)

@@ -8,7 +8,9 @@ from transformers import TrainingArguments
 class Engine(NamedTuple):
     """An engine, by what it does to a model."""
 
-    sharded: str = ""  # w, g, o: weights, gradients and the optimizer's state are divided among the ranks
+    sharded: str = (
+        ""  # w, g, o: weights, gradients and the optimizer's state are divided among the ranks
+    )
     deepspeed: bool = False
     offload: bool = False  # all of them stay in the host's memory
 

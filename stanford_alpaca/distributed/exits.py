@@ -10,7 +10,13 @@ from torch.distributed import DistError
 
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has ended."""
-    gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "gloo/transport")
+    gloo = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Connection refused",
+        "gloo/transport",
+    )
     return isinstance(error, DistError) or any(words in str(error) for words in gloo)
 
 

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")  # no part of a weight's name to its user
+WRAPPERS = (
+    "module.",
+    "_orig_mod.",
+    "_checkpoint_wrapped_module.",
+)  # no part of a weight's name to its user
 
 
 class Shards:
@@ -20,8 +24,12 @@ class Shards:
 
     def __init__(self, model: nn.Module, zero: Any = None):
         self._zero = zero
-        self._named: list[tuple[str, Any]] = [(_plain(name), parameter) for name, parameter in model.named_parameters()]
-        self.of_weights = any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for _, p in self._named)
+        self._named: list[tuple[str, Any]] = [
+            (_plain(name), parameter) for name, parameter in model.named_parameters()
+        ]
+        self.of_weights = any(
+            isinstance(p, DTensor) or hasattr(p, "ds_tensor") for _, p in self._named
+        )
         self.of_gradients = self.of_weights or hasattr(zero, "averaged_gradients")
 
     def weights(self, trained_only: bool = True) -> Iterator[tuple[str, Tensor]]:
@@ -33,16 +41,24 @@ class Shards:
                     yield name, _local(parameter)
                 elif shard.status.name == "AVAILABLE":
                     before = torch.distributed.get_rank(parameter.ds_process_group) * shard.numel()
-                    yield name, shard[: max(0, parameter.ds_numel - before)]  # its end may be padding that nobody wrote
+                    yield (
+                        name,
+                        shard[: max(0, parameter.ds_numel - before)],
+                    )  # its end may be padding that nobody wrote
 
     def gradients(self) -> list[Tensor]:
         """As the engine keeps them between the backward pass and the update, in parts that need not be a parameter's."""
         if not hasattr(self._zero, "averaged_gradients"):
-            return [_local(parameter.grad) for _, parameter in self._named if parameter.grad is not None]
+            return [
+                _local(parameter.grad) for _, parameter in self._named if parameter.grad is not None
+            ]
         kept = [part for parts in self._zero.averaged_gradients.values() if parts for part in parts]
         if kept:
             return kept
-        flat = getattr(self._zero, "fp32_partitioned_groups_flat", None) or self._zero.single_partition_of_fp32_groups
+        flat = (
+            getattr(self._zero, "fp32_partitioned_groups_flat", None)
+            or self._zero.single_partition_of_fp32_groups
+        )
         return [group.grad for group in flat if group.grad is not None]  # offloaded
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -53,8 +69,13 @@ class Shards:
                     yield name, parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
             elif parameter.grad is not None:
                 yield name, _local(parameter.grad)
-            elif getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO's stages 1 and 2, where this rank has a part
-                yield name, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+            elif (
+                getattr(parameter, "_hp_mapping", None) is not None
+            ):  # ZeRO's stages 1 and 2, where this rank has a part
+                yield (
+                    name,
+                    parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group),
+                )
 
 
 @torch.no_grad()
@@ -65,12 +86,18 @@ def not_finite(tensors: Iterable[Tensor], zero: Tensor) -> Tensor:
         return zero
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
     norms = torch._foreach_norm(parts, 2.0, dtype=dtype)
-    return (~torch.stack([norm.to(zero.device, non_blocking=True) for norm in norms]).sum().isfinite()).to(zero.dtype)
+    return (
+        ~torch.stack([norm.to(zero.device, non_blocking=True) for norm in norms]).sum().isfinite()
+    ).to(zero.dtype)
 
 
 def culprits(parts: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of what has NaN or Inf, or is too large for a norm. Synchronises."""
-    return [name for name, part in parts if bool(not_finite([part], torch.zeros((), device=part.device)))]
+    return [
+        name
+        for name, part in parts
+        if bool(not_finite([part], torch.zeros((), device=part.device)))
+    ]
 
 
 def gate_step(optimizer: Any, may_update: Callable[[], bool]) -> None:
@@ -96,7 +123,11 @@ def _leave_out(optimizer: Any, update: Callable[[], None]) -> None:
     def overflows(*args: Any, **kwargs: Any) -> None:
         optimizer.overflow = True
 
-    name = "_overflow_check_and_loss_scale_update" if hasattr(optimizer, "fp16_groups") else "check_overflow"
+    name = (
+        "_overflow_check_and_loss_scale_update"
+        if hasattr(optimizer, "fp16_groups")
+        else "check_overflow"
+    )
     checks = getattr(optimizer, "check_grad_overflow", None)
     setattr(optimizer, name, overflows)
     optimizer.check_grad_overflow = True  # which stages 1 and 2 ask

@@ -20,7 +20,9 @@ OK, FAILED = "ok ", "failed "
 POLL = 0.2  # seconds between looks at the store, once another rank takes long
 
 
-def load_in_turn(load: Callable[[], T], digest: Callable[[T], str], rank: int, local_rank: int, world_size: int) -> T:
+def load_in_turn(
+    load: Callable[[], T], digest: Callable[[T], str], rank: int, local_rank: int, world_size: int
+) -> T:
     """What ``load`` returns, called on the first rank of every machine while its others wait, then on those, from its cache.
 
     Needs a process group if there are several ranks, whose store holds the outcomes; no collective. The ranks of a machine
@@ -40,7 +42,11 @@ def load_in_turn(load: Callable[[], T], digest: Callable[[T], str], rank: int, l
             data = load()
             mine = digest(data)
         except BaseException as error:
-            what = "" if isinstance(error, UserError) else f"rank {rank} failed, {type(error).__name__}: "
+            what = (
+                ""
+                if isinstance(error, UserError)
+                else f"rank {rank} failed, {type(error).__name__}: "
+            )
             store.set(str(rank), FAILED + what + first_line(error))
             raise
         store.set(str(rank), OK + mine)
@@ -63,7 +69,9 @@ def _outcome_of(rank: int, store: Store) -> str:
         return outcome
     if is_main_process():
         raise UserError(outcome.removeprefix(FAILED))
-    time.sleep(5)  # the first rank to end takes the others down: let one of those speak that know more
+    time.sleep(
+        5
+    )  # the first rank to end takes the others down: let one of those speak that know more
     sys.exit(2)
 
 

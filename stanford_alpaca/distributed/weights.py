@@ -20,7 +20,9 @@ def loading_whole(args: TrainingArguments) -> Iterator[None]:
     weights. DeepSpeed shards the model when the Trainer hands it over.
     """
     config = deepspeed_of(args)
-    if config is not None:  # DeepSpeed calls collectives by their old names, and torch says so every time
+    if (
+        config is not None
+    ):  # DeepSpeed calls collectives by their old names, and torch says so every time
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     unset_hf_deepspeed_config()
     try:
@@ -52,5 +54,7 @@ def materialize_on_cpu(model: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in seen:
-                    seen[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                    seen[id(parameter)] = nn.Parameter(
+                        torch.empty_like(parameter, device="cpu"), parameter.requires_grad
+                    )
                 module._parameters[name] = seen[id(parameter)]

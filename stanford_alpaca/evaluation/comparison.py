@@ -12,15 +12,25 @@ Measures = dict[str, Measure]
 
 def with_intervals(found: dict[str, Measures]) -> dict[str, dict[str, dict[str, float | None]]]:
     """For every model and measure: value, low, high."""
-    return {name: {measure: _measured(value) for measure, value in of.items()} for name, of in found.items()}
+    return {
+        name: {measure: _measured(value) for measure, value in of.items()}
+        for name, of in found.items()
+    }
 
 
 def compare(found: dict[str, Measures]) -> list[dict[str, Any]]:
     """For every pair of models, the later one minus the earlier one: mean, low, high and p of what can be paired."""
     pairs = []
     for first, other in combinations(found, 2):
-        differences = {measure: _difference(value, found[first].get(measure)) for measure, value in found[other].items()}
-        measures = {measure: _as_json(found._asdict()) for measure, found in differences.items() if found is not None}
+        differences = {
+            measure: _difference(value, found[first].get(measure))
+            for measure, value in found[other].items()
+        }
+        measures = {
+            measure: _as_json(found._asdict())
+            for measure, found in differences.items()
+            if found is not None
+        }
         pairs.append({"model": other, "minus": first, "measures": measures})
     return pairs
 
@@ -29,7 +39,11 @@ def _difference(value: Measure, base: Measure | None) -> Difference | None:
     """None for what has no interval, and of running text in blocks of two tokenizers, which are not the same."""
     if isinstance(value, Items) and isinstance(base, Items) and len(value.sums) == len(base.sums):
         return value.minus(base)
-    return value.minus(base) if isinstance(value, Replicates) and isinstance(base, Replicates) else None
+    return (
+        value.minus(base)
+        if isinstance(value, Replicates) and isinstance(base, Replicates)
+        else None
+    )
 
 
 def _measured(value: Measure) -> dict[str, float | None]:

@@ -17,8 +17,20 @@ from stanford_alpaca import __version__
 from stanford_alpaca.console import say
 from stanford_alpaca.data.reading import exists
 from stanford_alpaca.errors import UserError, nearest
-from stanford_alpaca.evaluation.fewshot.accuracy import accuracies, accuracy_table, compare, comparison_table, right_by_task
-from stanford_alpaca.evaluation.fewshot.predict import SCORES, Examples, FewShotSettings, choose_examples, predict
+from stanford_alpaca.evaluation.fewshot.accuracy import (
+    accuracies,
+    accuracy_table,
+    compare,
+    comparison_table,
+    right_by_task,
+)
+from stanford_alpaca.evaluation.fewshot.predict import (
+    SCORES,
+    Examples,
+    FewShotSettings,
+    choose_examples,
+    predict,
+)
 from stanford_alpaca.evaluation.fewshot.retrieval import (
     ENCODER,
     RETRIEVERS,
@@ -111,16 +123,21 @@ def evaluate_few_shot(options: Options) -> None:
     columns = {name: accuracies(values) for name, values in right.items()}
     compared = {name: compare(right[models[0]], right[name]) for name in models[1:]}
     if files:
-        about = settings._asdict() | ({"encoder": options.encoder or ENCODER} if settings.retriever == "sentence" else {})
+        about = settings._asdict() | (
+            {"encoder": options.encoder or ENCODER} if settings.retriever == "sentence" else {}
+        )
         results = {
-            "settings": about | {"data": options.data_dir or "hub", "limit": options.limit, "version": __version__},
+            "settings": about
+            | {"data": options.data_dir or "hub", "limit": options.limit, "version": __version__},
             "tasks": {data.task.name: data.described() for data in sets},
             "accuracy": columns,
             f"against {models[0]}": compared,
         }
         files[0].write_text(json.dumps(results, indent=1) + "\n")
     short = dict(zip(models, short_names(models), strict=True))
-    print(f"\n{_heading(sets, settings)}\n{accuracy_table({short[name]: column for name, column in columns.items()})}")
+    print(
+        f"\n{_heading(sets, settings)}\n{accuracy_table({short[name]: column for name, column in columns.items()})}"
+    )
     for name, found in compared.items():
         print(f"\n{comparison_table(short[models[0]], short[name], found)}")
 
@@ -144,7 +161,9 @@ def _models(model_path: str | None) -> list[str]:
     if not all(names):
         raise UserError("give a model: --model_path MODEL, a folder or a hub name")
     if len({*names}) < len(names):
-        raise UserError(f"--model_path {', '.join(names)}: one of them stands there twice; give each once")
+        raise UserError(
+            f"--model_path {', '.join(names)}: one of them stands there twice; give each once"
+        )
     return names
 
 
@@ -170,12 +189,18 @@ def _settings(options: Options) -> FewShotSettings:
             f"--pool {pool}: {retriever} draws from all training records; drop it, or choose from {', '.join(SIMILAR)}"
         )
     same = shots == 0 or (retriever in SIMILAR and pool is None)
-    return FewShotSettings(shots, retriever, pool, [None] if same else list(numbers), score, options.batch_size)
+    return FewShotSettings(
+        shots, retriever, pool, [None] if same else list(numbers), score, options.batch_size
+    )
 
 
 def _check_files(out: str | None) -> list[Path]:
     """results.json and predictions.jsonl in the folder. Raises UserError if there is one already."""
-    files = [Path(out) / name for name in ("results.json", "predictions.jsonl")] if out is not None else []
+    files = (
+        [Path(out) / name for name in ("results.json", "predictions.jsonl")]
+        if out is not None
+        else []
+    )
     for file in files:
         if file.exists():
             raise UserError(f"{file} exists: give another --out or remove it")
@@ -185,12 +210,19 @@ def _check_files(out: str | None) -> list[Path]:
 
 def _check_sizes(data: TaskData, settings: FewShotSettings) -> None:
     size = len(data.train.texts)
-    for flag, value, most in (("pool", settings.pool, size), ("shots", settings.shots, settings.pool or size)):
+    for flag, value, most in (
+        ("pool", settings.pool, size),
+        ("shots", settings.shots, settings.pool or size),
+    ):
         if value is not None and value > most:
-            raise UserError(f"--{flag} {value}: task {data.task.name} has {most} to choose from; give {most} or fewer")
+            raise UserError(
+                f"--{flag} {value}: task {data.task.name} has {most} to choose from; give {most} or fewer"
+            )
 
 
-def _load_retriever(settings: FewShotSettings, asked_for: bool, encoder: str) -> tuple[FewShotSettings, Featurize | None]:
+def _load_retriever(
+    settings: FewShotSettings, asked_for: bool, encoder: str
+) -> tuple[FewShotSettings, Featurize | None]:
     """What compares texts, None if nothing does or the models do; TF-IDF for want of an encoder that nobody asked for."""
     if settings.retriever != "sentence" or not settings.shots:
         return settings, {"tfidf": tfidf, "bm25": bm25}.get(settings.retriever)
@@ -217,7 +249,9 @@ def _predict_all(
     rows: Rows = {source.path: [] for source in sources}
     for source in sources:
         name = source.path
-        model, tokenizer = load_for_generation(source, may_grow=False)  # a new token would take probability
+        model, tokenizer = load_for_generation(
+            source, may_grow=False
+        )  # a new token would take probability
         own = means_of(model, tokenizer)
         for data in sets:
             examples = shared.get(data.task.name) or choose_examples(data, settings, own)
@@ -225,7 +259,10 @@ def _predict_all(
             rows[name] += found
             if file is not None:
                 with file.open("a", encoding="utf-8") as lines:
-                    lines.writelines(json.dumps({"model": name} | row, ensure_ascii=False) + "\n" for row in found)
+                    lines.writelines(
+                        json.dumps({"model": name} | row, ensure_ascii=False) + "\n"
+                        for row in found
+                    )
         del model, own
     return rows
 
@@ -236,7 +273,11 @@ def _heading(sets: list[TaskData], settings: FewShotSettings) -> str:
               "sentence": "by sentence embeddings", "model": "by the model's hidden states"}[settings.retriever]  # fmt: skip
     pool = f" among {settings.pool} drawn records" if settings.pool is not None else ""
     several = ", mean ± standard deviation" if len(settings.seeds) > 1 else ""
-    seeds = "" if settings.seeds == [None] else f"; seeds {', '.join(map(str, settings.seeds))}{several}"
+    seeds = (
+        ""
+        if settings.seeds == [None]
+        else f"; seeds {', '.join(map(str, settings.seeds))}{several}"
+    )
     sizes = ", ".join(f"{data.task.name} {len(data.test.texts):,}" for data in sets)
     examples = f"{settings.shots} examples {chosen}{pool}" if settings.shots else "no examples"
     return f"accuracy in %, {examples}, scored by {settings.score}{seeds}; test items: {sizes}"
@@ -259,7 +300,9 @@ def main() -> None:
     try:
         exit_on_user_error(lambda: fire.Fire(run, command=join_models(sys.argv[1:])))
     except KeyboardInterrupt:
-        print("\nstopped; with --out, predictions.jsonl has the tasks that were done", file=sys.stderr)
+        print(
+            "\nstopped; with --out, predictions.jsonl has the tasks that were done", file=sys.stderr
+        )
         sys.exit(130)
 
 

@@ -40,7 +40,9 @@ class Items(NamedTuple):
 
     sums: np.ndarray  # [n, k] float64, a row per test item (over its seeds)
     of: Callable[[np.ndarray], np.ndarray]  # [..., k] -> [...]
-    biased: bool = False  # resampling shifts it, so that the resamples tell of differences, not of the value
+    biased: bool = (
+        False  # resampling shifts it, so that the resamples tell of differences, not of the value
+    )
 
     @property
     def value(self) -> float:
@@ -61,7 +63,9 @@ class Items(NamedTuple):
         kept = self.sums.any(1) | other.sums.any(1)
         if kept.sum() < FEWEST:
             return Difference(self.value - other.value, np.nan, np.nan, np.nan)
-        gains = self.of(_resampled(self.sums[kept], seed)) - other.of(_resampled(other.sums[kept], seed))
+        gains = self.of(_resampled(self.sums[kept], seed)) - other.of(
+            _resampled(other.sums[kept], seed)
+        )
         return of_resamples(self.value - other.value, gains)
 
 
@@ -95,8 +99,12 @@ def paired_bootstrap(gains: list[np.ndarray], seed: int = 0) -> Difference:
     random = np.random.default_rng(seed)
     total = np.zeros(PAIRED_RESAMPLES)
     for gain in gains:
-        values, counts = np.unique(gain, return_counts=True)  # few: drawing how often each comes is drawing items
-        total += random.multinomial(len(gain), counts / len(gain), PAIRED_RESAMPLES) @ values / len(gain)
+        values, counts = np.unique(
+            gain, return_counts=True
+        )  # few: drawing how often each comes is drawing items
+        total += (
+            random.multinomial(len(gain), counts / len(gain), PAIRED_RESAMPLES) @ values / len(gain)
+        )
     return of_resamples(float(np.mean([gain.mean() for gain in gains])), total / len(gains))
 
 
@@ -107,7 +115,9 @@ def of_resamples(mean: float, resampled: np.ndarray) -> Difference:
     """
     low, high = np.quantile(resampled, [0.025, 0.975])
     rarer = min((resampled <= 1e-12).sum(), (resampled >= -1e-12).sum())
-    return Difference(mean, float(low), float(high), float(min(1.0, 2 * (rarer + 1) / (len(resampled) + 1))))
+    return Difference(
+        mean, float(low), float(high), float(min(1.0, 2 * (rarer + 1) / (len(resampled) + 1)))
+    )
 
 
 def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> float:
@@ -123,14 +133,23 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 def _resampled(sums: np.ndarray, seed: int) -> np.ndarray:  # [n, k] -> [RESAMPLES, k]
     """Sums over items drawn with replacement: equal seeds and numbers of items draw the same items."""
     counts = _counts(len(sums), seed)
-    return np.concatenate([counts[start : start + AT_ONCE] @ sums for start in range(0, RESAMPLES, AT_ONCE)])
+    return np.concatenate(
+        [counts[start : start + AT_ONCE] @ sums for start in range(0, RESAMPLES, AT_ONCE)]
+    )
 
 
-@lru_cache(maxsize=1)  # drawing takes longer than adding up, and all measures of an evaluation share the draw
-def _counts(n: int, seed: int) -> np.ndarray:  # [RESAMPLES, n] how often each item is drawn; more than 255 times never
+@lru_cache(
+    maxsize=1
+)  # drawing takes longer than adding up, and all measures of an evaluation share the draw
+def _counts(
+    n: int, seed: int
+) -> np.ndarray:  # [RESAMPLES, n] how often each item is drawn; more than 255 times never
     random = np.random.default_rng(seed)
     return np.concatenate(
-        [random.multinomial(n, np.full(n, 1 / n), AT_ONCE).astype(np.uint8) for _ in range(0, RESAMPLES, AT_ONCE)]
+        [
+            random.multinomial(n, np.full(n, 1 / n), AT_ONCE).astype(np.uint8)
+            for _ in range(0, RESAMPLES, AT_ONCE)
+        ]
     )
 
 

@@ -33,7 +33,14 @@ from stanford_alpaca.evaluation.measures.oracle import distances, oracle_perplex
 from stanford_alpaca.evaluation.measures.texts import against_references, by_themselves, first_words
 from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results
-from stanford_alpaca.flags import check_whole, check_writable, command, exit_on_user_error, part_of, words
+from stanford_alpaca.flags import (
+    check_whole,
+    check_writable,
+    command,
+    exit_on_user_error,
+    part_of,
+    words,
+)
 from stanford_alpaca.generation.prompts import encode_prompts
 from stanford_alpaca.generation.responses import decode_response, generate_ids, load_for_generation
 from stanford_alpaca.generation.writers import format_sample, sample_of, write_jsonl
@@ -55,7 +62,11 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
     base, _ = load_for_generation(settings.source(settings.cost or names[0]))
     cost = CostEmbedding(original_weight(base))
     del base
-    oracle = None if settings.oracle is None else load_for_generation(settings.source(settings.oracle))[0]
+    oracle = (
+        None
+        if settings.oracle is None
+        else load_for_generation(settings.source(settings.oracle))[0]
+    )
     found: dict[str, Measures] = {}
     responses: dict[str, Responses] = {}
     prompts: dict[str, str] = {}
@@ -66,16 +77,22 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
             logits = len(head_of(model).weight)
             cost.check(logits)
             if oracle is not None and logits != (theirs := len(head_of(oracle).weight)):
-                raise ValueError(f"has {logits} logits, the oracle {theirs}: distributions of one length are compared")
+                raise ValueError(
+                    f"has {logits} logits, the oracle {theirs}: distributions of one length are compared"
+                )
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
         examples = make_examples(name, records, tokenizer, settings)
-        found[name] = {**teacher_forced(model, tokenizer, examples, cost, settings.batch_size).measures()}
+        found[name] = {
+            **teacher_forced(model, tokenizer, examples, cost, settings.batch_size).measures()
+        }
         if oracle is not None:
             options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": settings.batch_size}
             found[name] |= distances(model, oracle, examples, cost, **options)
         if form != "text":  # running text asks nothing
-            prompts[name] = IN_WORDS[follow(tokenizer, form, settings.template, settings.special_tokens).template]
+            prompts[name] = IN_WORDS[
+                follow(tokenizer, form, settings.template, settings.special_tokens).template
+            ]
             responses[name], measures = respond(model, tokenizer, records, settings, oracle)
             found[name] |= measures
         del model
@@ -94,16 +111,22 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
     return Evaluation(metrics, make_samples(records, responses, settings))
 
 
-def make_examples(name: str, records: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
+def make_examples(
+    name: str, records: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> Dataset:
     """An example per record, also without a target (so that models are compared on the same); running text in blocks."""
     form = form_of(records.column_names)
     if form == "text":
         return make_blocks(records, tokenizer, settings.max_length)[0]
-    encode = ExampleEncoder.as_trained(tokenizer, form, settings.max_length, settings.template, settings.special_tokens)
+    encode = ExampleEncoder.as_trained(
+        tokenizer, form, settings.max_length, settings.template, settings.special_tokens
+    )
     examples = encode_records(records, encode)
     report = DataReport.of(examples)
     if report.kept == 0:
-        raise UserError(f"no reference has a token to measure: {report}; raise --max_length or mend the data")
+        raise UserError(
+            f"no reference has a token to measure: {report}; raise --max_length or mend the data"
+        )
     if report.dropped or report.truncated:
         say(f"{name}: {report}")
     return examples
@@ -117,25 +140,36 @@ def respond(
     oracle: PreTrainedModel | None = None,
 ) -> tuple[Responses, Measures]:
     """What the model answers, for every way of decoding and seed, and what an oracle says to it."""
-    encode, stops = PromptEncoder(tokenizer, settings.template, settings.special_tokens), stop_ids(tokenizer)
+    encode, stops = (
+        PromptEncoder(tokenizer, settings.template, settings.special_tokens),
+        stop_ids(tokenizer),
+    )
     prompts = encode_prompts(model.config, encode, list(records), settings.max_new_tokens)
     responses: Responses = {}
     measures: Measures = {}
     for decoding, ways in settings.decodings().items():
         drawn = [
-            generate_ids(model, tokenizer, prompts, sampling, batch_size=settings.batch_size, seed=seed)
+            generate_ids(
+                model, tokenizer, prompts, sampling, batch_size=settings.batch_size, seed=seed
+            )
             for sampling, seed in ways
         ]
-        responses[decoding] = [[decode_response(tokenizer, ids, stops) for ids in answers] for answers in drawn]
+        responses[decoding] = [
+            [decode_response(tokenizer, ids, stops) for ids in answers] for answers in drawn
+        ]
         if oracle is not None:
             options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": settings.batch_size}
             found = [oracle_perplexity(oracle, prompts, answers, **options) for answers in drawn]
-            summed = Items(np.sum([items.sums for items in found], axis=0), found[0].of)  # a record is an item, over its seeds
+            summed = Items(
+                np.sum([items.sums for items in found], axis=0), found[0].of
+            )  # a record is an item, over its seeds
             measures[settings.named("oracle_perplexity", decoding)] = summed
     return responses, measures
 
 
-def measure_responses(records: Dataset, responses: dict[str, Responses], settings: Settings) -> dict[str, Measures]:
+def measure_responses(
+    records: Dataset, responses: dict[str, Responses], settings: Settings
+) -> dict[str, Measures]:
     """Of every model, and of the references by themselves. With several ways of decoding the measures are named by them."""
     if not responses:
         return {}
@@ -152,10 +186,18 @@ def measure_responses(records: Dataset, responses: dict[str, Responses], setting
                 del measures["exact_match"]  # of where a text is cut
             if settings.mauve is not None:
                 features = [featurize(_with_prompts(answers, records)) for answers in texts]
-                values = [mauve(wanted, given, seed) for given, (_, seed) in zip(features, ways, strict=True)]
+                values = [
+                    mauve(wanted, given, seed)
+                    for given, (_, seed) in zip(features, ways, strict=True)
+                ]
                 measures["mauve"] = Replicates(np.array(values))
-            found[name] |= {settings.named(measure, decoding): value for measure, value in measures.items()}
-        found[REFERENCES] |= {settings.named(name, decoding): value for name, value in by_themselves([references]).items()}
+            found[name] |= {
+                settings.named(measure, decoding): value for measure, value in measures.items()
+            }
+        found[REFERENCES] |= {
+            settings.named(name, decoding): value
+            for name, value in by_themselves([references]).items()
+        }
     return found
 
 
@@ -169,17 +211,28 @@ def _with_prompts(texts: list[str], records: Dataset) -> list[str]:
     """The texts whose features MAUVE compares: continuations with what they continue, answers to instructions alone."""
     if form_of(records.column_names) != "completion":
         return texts
-    return [f"{prompt} {text.strip()}" for prompt, text in zip(records["prompt"], texts, strict=True)]
+    return [
+        f"{prompt} {text.strip()}" for prompt, text in zip(records["prompt"], texts, strict=True)
+    ]
 
 
-def make_samples(records: Dataset, responses: dict[str, Responses], settings: Settings) -> list[dict[str, Any]]:
+def make_samples(
+    records: Dataset, responses: dict[str, Responses], settings: Settings
+) -> list[dict[str, Any]]:
     """A sample per record and decoding; several seeds give a list of responses."""
     samples = []
     for i, record in enumerate(records if responses else []):
         for decoding, ways in settings.decodings().items():
-            texts = {name: [answers[i] for answers in of[decoding]] for name, of in responses.items()}
-            sample = sample_of(record, {name: of if len(ways) > 1 else of[0] for name, of in texts.items()})
-            samples.append(sample | {"reference": compared(sample["reference"], settings), "decoding": decoding})
+            texts = {
+                name: [answers[i] for answers in of[decoding]] for name, of in responses.items()
+            }
+            sample = sample_of(
+                record, {name: of if len(ways) > 1 else of[0] for name, of in texts.items()}
+            )
+            samples.append(
+                sample
+                | {"reference": compared(sample["reference"], settings), "decoding": decoding}
+            )
     return samples
 
 
@@ -187,11 +240,23 @@ def training_figures(checkpoint: str) -> dict[str, float]:
     """What training measured, where the folder has it: supervised tokens/s and peak memory."""
     file = Path(checkpoint) / "train_results.json"
     figures = json.loads(file.read_text()) if file.is_file() else {}
-    names = {"train_supervised_tokens_per_s": "supervised tokens/s", "train_peak_memory_mib": "peak memory, MiB"}
+    names = {
+        "train_supervised_tokens_per_s": "supervised tokens/s",
+        "train_peak_memory_mib": "peak memory, MiB",
+    }
     return {shown: figures[name] for name, shown in names.items() if name in figures}
 
 
-TEXTS = ("data", "cost", "out", "columns", "decoding", "seeds", "mauve", "oracle")  # flags that stay as they are typed
+TEXTS = (
+    "data",
+    "cost",
+    "out",
+    "columns",
+    "decoding",
+    "seeds",
+    "mauve",
+    "oracle",
+)  # flags that stay as they are typed
 
 
 @dataclass(frozen=True)
@@ -227,13 +292,19 @@ class Options(Settings):
 
 def measure(options: Options) -> None:
     """Evaluates, writes the two files, and prints samples and tables."""
-    columns, names = take_columns(str(options.columns) if options.columns else None, list(options.checkpoints))
+    columns, names = take_columns(
+        str(options.columns) if options.columns else None, list(options.checkpoints)
+    )
     names = list(dict.fromkeys(names))
     if not names or not options.data:
         raise UserError("give one or more checkpoints and --data FILE")
     check_whole("samples", options.samples, 0)
     settings = replace(part_of(options, Settings), columns=columns)
-    files = [] if options.out is None else [Path(options.out) / name for name in ("metrics.json", "samples.jsonl")]
+    files = (
+        []
+        if options.out is None
+        else [Path(options.out) / name for name in ("metrics.json", "samples.jsonl")]
+    )
     for file in files:
         if file.exists():
             raise UserError(f"{file} exists: give another --out or remove it")
@@ -243,10 +314,14 @@ def measure(options: Options) -> None:
     if files:
         files[0].parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(files[1], shown)
-        write_whole(files[0], json.dumps(metrics, indent=1, allow_nan=False) + "\n")  # who finds it finds both
+        write_whole(
+            files[0], json.dumps(metrics, indent=1, allow_nan=False) + "\n"
+        )  # who finds it finds both
     for sample in shown[: options.samples]:
         print(format_sample(sample))
-    print(f"{len(records)} {'examples' if shown else 'document(s)'} of {settings.data}, values with 95 % intervals")
+    print(
+        f"{len(records)} {'examples' if shown else 'document(s)'} of {settings.data}, values with 95 % intervals"
+    )
     for name, asked in metrics["prompts"].items():
         print(f"prompts of {name}: {asked}")
     print(format_results(metrics["results"]))

@@ -77,12 +77,25 @@ def write_report(options: Options) -> None:
             source = ModelSource(name, remote_code=options.trust_remote_code)
             check_model(source, or_adapter=True, verify=options.verify)
     models = [name for name in names if curves[name] is None or has_model(name)]
-    found = None if options.evaluation is None else read_evaluation(Path(options.evaluation).expanduser(), models)
-    view, held_out = None, options.data or (held_out_of(models) if found is None else found.metrics["data"])
+    found = (
+        None
+        if options.evaluation is None
+        else read_evaluation(Path(options.evaluation).expanduser(), models)
+    )
+    view, held_out = (
+        None,
+        options.data or (held_out_of(models) if found is None else found.metrics["data"]),
+    )
     if held_out is None:
-        say("the page has the curves alone: give --data FILE, held-out records, to have the models measured and looked into")
+        say(
+            "the page has the curves alone: give --data FILE, held-out records, to have the models measured and looked into"
+        )
     elif models and (found is None or options.transport_records):
-        settings = settings_of_runs(held_out, models, options.limit) if found is None else settings_of(found)
+        settings = (
+            settings_of_runs(held_out, models, options.limit)
+            if found is None
+            else settings_of(found)
+        )
         settings = replace(settings, data=held_out, trust_remote_code=options.trust_remote_code)
         records = read_records(models, settings, options.verify)
         found = found or evaluate(models, records, settings)
@@ -101,14 +114,18 @@ run = command(Options, write_report)
 def has_model(name: str) -> bool:
     """Whether there is something to load: a run that has not ended has only checkpoints. Hub names are taken at their word."""
     folder = Path(name).expanduser()
-    return not folder.is_dir() or any((folder / config).is_file() for config in ("config.json", ADAPTER_CONFIG))
+    return not folder.is_dir() or any(
+        (folder / config).is_file() for config in ("config.json", ADAPTER_CONFIG)
+    )
 
 
 def held_out_of(runs: list[str]) -> str | None:
     """The one source that the runs were evaluated on while they trained, if there was any."""
     paths = {str(path) for name in runs for path in flags_of(name).get("eval_path") or []}
     if len(paths) > 1:
-        raise UserError(f"the runs had several --eval_path ({', '.join(sorted(paths))}): give --data FILE, to compare them on")
+        raise UserError(
+            f"the runs had several --eval_path ({', '.join(sorted(paths))}): give --data FILE, to compare them on"
+        )
     return paths.pop() if paths else None
 
 
@@ -132,26 +149,38 @@ def settings_of(evaluation: Evaluation) -> Settings:
     """What an evaluation was made with, its cost by name, without what this command does not do again."""
     measured = evaluation.metrics
     cost = measured["settings"]["cost"] or next(iter(measured["results"]))
-    return Settings(measured["data"], **measured["settings"] | {"cost": cost, "mauve": None, "oracle": None})
+    return Settings(
+        measured["data"], **measured["settings"] | {"cost": cost, "mauve": None, "oracle": None}
+    )
 
 
 def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
     """What the metrics command wrote, with the names that the models have here. Raises UserError if it is not about them."""
     try:
         measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")  # a text may hold other ends of lines
+        lines = (
+            (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+        )  # a text may hold other ends of lines
         samples = [json.loads(line) for line in lines if line]
         known = {Path(name).expanduser().resolve(): name for name in measured["results"]}
         theirs = {known.get(Path(name).expanduser().resolve(), name): name for name in models}
         for name in theirs:
             if name not in measured["results"]:
-                raise UserError(f"{folder} is not about {name}, only {', '.join(measured['results'])}: evaluate them together")
+                raise UserError(
+                    f"{folder} is not about {name}, only {', '.join(measured['results'])}: evaluate them together"
+                )
         for table in ("results", "prompts"):  # the second is younger than some files
-            measured[table] = {theirs.get(name, name): found for name, found in measured.get(table, {}).items()}
+            measured[table] = {
+                theirs.get(name, name): found for name, found in measured.get(table, {}).items()
+            }
         for difference in measured["differences"]:
-            difference |= {key: theirs.get(difference[key], difference[key]) for key in ("model", "minus")}
+            difference |= {
+                key: theirs.get(difference[key], difference[key]) for key in ("model", "minus")
+            }
         for sample in samples:
-            sample["responses"] = {theirs.get(name, name): text for name, text in sample["responses"].items()}
+            sample["responses"] = {
+                theirs.get(name, name): text for name, text in sample["responses"].items()
+            }
         found = Evaluation(measured, samples)
         settings_of(found)
         table_of(measured, models)
@@ -165,7 +194,9 @@ def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
     return found
 
 
-def transport(names: list[str], models: list[str], records: Dataset, settings: Settings) -> dict[str, Any]:
+def transport(
+    names: list[str], models: list[str], records: Dataset, settings: Settings
+) -> dict[str, Any]:
     """The transport view of every run that has a model, at the costs of the evaluation: those of the first one by default."""
     base, _ = load_for_generation(settings.source(settings.cost or models[0]))
     cost = CostEmbedding(original_weight(base))
@@ -174,10 +205,14 @@ def transport(names: list[str], models: list[str], records: Dataset, settings: S
     views: dict[str, dict] = {}
     for name in models:
         model, tokenizer = load_for_generation(settings.source(name))
-        encode = ExampleEncoder.as_trained(tokenizer, form, settings.max_length, settings.template, settings.special_tokens)
+        encode = ExampleEncoder.as_trained(
+            tokenizer, form, settings.max_length, settings.template, settings.special_tokens
+        )
         views[name] = view_of(name, model, tokenizer, records, cost, encode)
         del model
-    questions = [{"instruction": "", "input": "", "reference": ""}] * len(records)  # of running text
+    questions = [{"instruction": "", "input": "", "reference": ""}] * len(
+        records
+    )  # of running text
     if form != "text":
         questions = [as_shown(record) for record in records]
     return {"records": questions, "runs": [views.get(name) for name in names]}
@@ -203,12 +238,25 @@ def page_data(
         }
         for name, flags in zip(names, shown_flags([flags_of(name) for name in names]), strict=True)
     ]
-    data: dict[str, Any] = {"version": __version__, "runs": runs, "evaluation": None, "samples": None, "transport": view}
+    data: dict[str, Any] = {
+        "version": __version__,
+        "runs": runs,
+        "evaluation": None,
+        "samples": None,
+        "transport": view,
+    }
     if evaluation is not None:
         measured, samples = evaluation
-        data["evaluation"] = {"data": measured["data"], "records": measured["records"], **table_of(measured, names, REFERENCES)}
+        data["evaluation"] = {
+            "data": measured["data"],
+            "records": measured["records"],
+            **table_of(measured, names, REFERENCES),
+        }
         data["samples"] = [
-            {key: sample.get(key) or "" for key in ("instruction", "input", "reference", "decoding")}
+            {
+                key: sample.get(key) or ""
+                for key in ("instruction", "input", "reference", "decoding")
+            }
             | {"responses": [sample["responses"].get(name) for name in names]}
             for sample in samples
         ]

@@ -29,12 +29,18 @@ class Settings:
     """Flags of the commands that evaluate. Raises UserError for what cannot be."""
 
     data: str = ""
-    columns: Mapping[str, str] | str = field(default_factory=dict)  # ours to theirs; as typed until it is read
+    columns: Mapping[str, str] | str = field(
+        default_factory=dict
+    )  # ours to theirs; as typed until it is read
     limit: int | None = None
     documents: str = "auto"  # what begins a document of running text, as in training
-    prefix_words: int | None = None  # running text: each document is cut after so many words, and continued
+    prefix_words: int | None = (
+        None  # running text: each document is cut after so many words, and continued
+    )
     continuation_words: int | None = None  # see ``compared_words``
-    cost: str | None = None  # the model whose output embedding prices emo; None: the first checkpoint
+    cost: str | None = (
+        None  # the model whose output embedding prices emo; None: the first checkpoint
+    )
     max_length: int = 512  # tokens of prompt and reference
     max_new_tokens: int = 64
     prompt_template: str = "auto"  # what each model was trained with
@@ -64,7 +70,11 @@ class Settings:
     @property
     def template(self) -> str:
         """The template that is asked for: the beginnings of texts have none."""
-        return "plain" if self.prefix_words is not None and self.prompt_template == "auto" else self.prompt_template
+        return (
+            "plain"
+            if self.prefix_words is not None and self.prompt_template == "auto"
+            else self.prompt_template
+        )
 
     @property
     def compared_words(self) -> int | None:
@@ -79,14 +89,25 @@ class Settings:
         names = [name.strip() for name in self.decoding.split(",")]
         for name in names:
             if name not in DECODINGS:
-                raise UserError(f"--decoding {self.decoding}: choose from {', '.join(DECODINGS)}, with commas")
-        numbers = [int(seed) if re.fullmatch(r" *[0-9]{1,9} *", seed) else None for seed in self.seeds.split(",")]
+                raise UserError(
+                    f"--decoding {self.decoding}: choose from {', '.join(DECODINGS)}, with commas"
+                )
+        numbers = [
+            int(seed) if re.fullmatch(r" *[0-9]{1,9} *", seed) else None
+            for seed in self.seeds.split(",")
+        ]
         if None in numbers or len(set(numbers)) < len(numbers):
-            raise UserError(f"--seeds {self.seeds}: give different whole numbers from 0 on, with commas")
+            raise UserError(
+                f"--seeds {self.seeds}: give different whole numbers from 0 on, with commas"
+            )
         if self.seeds != "0" and "sample" not in names:
-            raise UserError(f"--seeds {self.seeds} belongs to sampling: add --decoding greedy,sample")
+            raise UserError(
+                f"--seeds {self.seeds} belongs to sampling: add --decoding greedy,sample"
+            )
         plain = Sampling(max_new_tokens=self.max_new_tokens)
-        unbiased = Sampling(max_new_tokens=self.max_new_tokens, temperature=1.0)  # nothing cut off, as in the EMO paper
+        unbiased = Sampling(
+            max_new_tokens=self.max_new_tokens, temperature=1.0
+        )  # nothing cut off, as in the EMO paper
         search = Sampling(max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
         ways = {
             "greedy": [(plain, 0)],
@@ -118,16 +139,26 @@ def read_records(names: list[str], settings: Settings, verify: bool = False) -> 
     is_text = form_of(records.column_names) == "text"
     if settings.prefix_words is not None:
         if not is_text:
-            raise UserError(f"--prefix_words cuts running text, and {settings.data} has prompts of its own: leave it out")
+            raise UserError(
+                f"--prefix_words cuts running text, and {settings.data} has prompts of its own: leave it out"
+            )
         records = continuations(records, settings.prefix_words)
     elif is_text and (settings.decoding != "greedy" or settings.mauve is not None):
-        raise UserError("running text asks nothing: give --prefix_words N to have each document continued after N words")
+        raise UserError(
+            "running text asks nothing: give --prefix_words N to have each document continued after N words"
+        )
     if settings.oracle is not None:
         check_oracle(settings.source(settings.oracle), models)
     if settings.mauve is not None:
         check_mauve(settings.source(settings.mauve), len(records))
     if form_of(records.column_names) != "text":
-        check_prompts(models, list(records), settings.max_new_tokens, settings.template, settings.special_tokens)
+        check_prompts(
+            models,
+            list(records),
+            settings.max_new_tokens,
+            settings.template,
+            settings.special_tokens,
+        )
     return records
 
 
@@ -144,5 +175,7 @@ def continuations(documents: Dataset, words: int) -> Dataset:
     if not rows:
         raise UserError(f"--prefix_words {words}: no document has a word after so many; give fewer")
     if len(rows) < len(documents):
-        say(f"{len(documents) - len(rows)} of {len(documents)} documents have no word after the first {words}: left out")
+        say(
+            f"{len(documents) - len(rows)} of {len(documents)} documents have no word after the first {words}: left out"
+        )
     return Dataset.from_list(rows, features=FORMS["completion"])

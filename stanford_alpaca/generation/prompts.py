@@ -25,7 +25,9 @@ def encode_prompts(
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     for number, ids in enumerate(prompts, 1):
         if not ids:
-            raise UserError(f"prompt {number} is empty, and the tokenizer puts nothing before it: give it a word")
+            raise UserError(
+                f"prompt {number} is empty, and the tokenizer puts nothing before it: give it a word"
+            )
         if context is not None and len(ids) + max_new_tokens > context:
             raise UserError(
                 f"prompt {number} has {len(ids)} tokens; the model's context leaves room for {context - max_new_tokens} "
@@ -51,7 +53,9 @@ def check_prompts(
         name = source.path
         encode = PromptEncoder(source.tokenizer(), prompt_template, special_tokens)
         encode_prompts(source.config(), encode, records, max_new_tokens)
-        asked[name] = ", ".join(dict.fromkeys(IN_WORDS[template] for template in encode.names.values()))
+        asked[name] = ", ".join(
+            dict.fromkeys(IN_WORDS[template] for template in encode.names.values())
+        )
         for otherwise in dict.fromkeys(encode.otherwise.values()):
             if otherwise:
                 say(f"{name}: {otherwise}")
@@ -59,7 +63,10 @@ def check_prompts(
 
 
 def read_prompts(
-    prompts: str | None, instruction: str | None, input: str | None, columns: Mapping[str, str] | None = None
+    prompts: str | None,
+    instruction: str | None,
+    input: str | None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[dict[str, str]]:
     """Records from a data file, a text file (one instruction a line), or the command line.
 
@@ -68,9 +75,17 @@ def read_prompts(
     if (prompts is None) == (instruction is None):
         raise UserError("give the prompts: --prompts FILE, --instruction TEXT, or --interactive")
     if prompts is None:
-        return [parse_record({"instruction": str(instruction), "input": input}, "--instruction", needs_output=False)]
+        return [
+            parse_record(
+                {"instruction": str(instruction), "input": input},
+                "--instruction",
+                needs_output=False,
+            )
+        ]
     if input is not None:
-        raise UserError("--input belongs to --instruction; with --prompts the file holds the inputs")
+        raise UserError(
+            "--input belongs to --instruction; with --prompts the file holds the inputs"
+        )
     file = Path(str(prompts)).expanduser()
     if not os.path.isfile(file):
         raise UserError(f"--prompts {str(prompts) or 'without a name'}: no such file")
@@ -82,15 +97,23 @@ def read_prompts(
         records = []
         for where, record in read_file(file):
             asked = parse_record(record, where, columns, needs_output=False)
-            records.append({"prompt": asked["text"], "completion": ""} if "text" in asked else asked)  # a text is continued
+            records.append(
+                {"prompt": asked["text"], "completion": ""} if "text" in asked else asked
+            )  # a text is continued
             if isinstance(record, dict) and isinstance(record.get("dataset"), str):
                 records[-1]["dataset"] = record["dataset"]
     else:
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
-            raise UserError(f"{file}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-        records = [{"instruction": line.strip(), "input": "", "output": ""} for line in lines if line.strip()]
+            raise UserError(
+                f"{file}: byte {error.start} is not UTF-8; convert the file to UTF-8"
+            ) from None
+        records = [
+            {"instruction": line.strip(), "input": "", "output": ""}
+            for line in lines
+            if line.strip()
+        ]
     if not records:
         raise UserError(f"--prompts {file}: there is no prompt in it")
     return records

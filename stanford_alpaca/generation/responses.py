@@ -17,20 +17,28 @@ from stanford_alpaca.models.load import ModelSource, fit_vocabulary
 def plain_generation(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """A model's generation settings without those its folder brought along: what is asked for is what is done."""
     return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
 def no_router_loss(model: PreTrainedModel) -> dict[str, bool]:
     """For ``generate``: a mixture that trains with its router's loss would compute it there, and fail from the second token."""
-    return {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
+    return (
+        {"output_router_logits": False}
+        if getattr(model.config, "output_router_logits", False)
+        else {}
+    )
 
 
 @torch.no_grad()  # no inference_mode: weights that ZeRO-3 gathers in it could not be trained any more
 def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    records: list[dict],  # of the forms of ``data.formats``; a last response they may have is not read
+    records: list[
+        dict
+    ],  # of the forms of ``data.formats``; a last response they may have is not read
     sampling: Sampling = Sampling(),
     *,
     encode: PromptEncoder | None = None,
@@ -46,7 +54,9 @@ def generate_batch(
     """
     encode = encode or PromptEncoder(tokenizer)
     prompts = encode_prompts(model.config, encode, records, sampling.max_new_tokens)
-    responses = generate_ids(model, tokenizer, prompts, sampling, batch_size=batch_size, seed=seed, synced=synced)
+    responses = generate_ids(
+        model, tokenizer, prompts, sampling, batch_size=batch_size, seed=seed, synced=synced
+    )
     stops = stop_ids(tokenizer)
     return [decode_response(tokenizer, response, stops) for response in responses]
 
@@ -72,7 +82,12 @@ def generate_ids(
         rows = order[start : start + batch_size]
         longest = len(prompts[rows[-1]])
         padding = [longest - len(prompts[i]) for i in rows]
-        ids = torch.tensor([[tokenizer.pad_token_id] * pad + prompts[i] for pad, i in zip(padding, rows, strict=True)])
+        ids = torch.tensor(
+            [
+                [tokenizer.pad_token_id] * pad + prompts[i]
+                for pad, i in zip(padding, rows, strict=True)
+            ]
+        )
         mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
         out = model.generate(
             input_ids=ids.to(model.device),
@@ -82,7 +97,10 @@ def generate_ids(
             **no_router_loss(model),
         )
         for i, response in zip(rows, out[:, longest:].tolist(), strict=True):
-            end = next((place for place, token_id in enumerate(response) if token_id in stops), len(response))
+            end = next(
+                (place for place, token_id in enumerate(response) if token_id in stops),
+                len(response),
+            )
             responses[i] = response[: end + 1]
     return responses
 
@@ -94,7 +112,9 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: l
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def load_for_generation(source: ModelSource, may_grow: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_for_generation(
+    source: ModelSource, may_grow: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint on the GPU in bf16 if there is one, else on the CPU in float32.
 
     The vocabulary is made to fit as in training (a base model without a pad token gets one, unless it may not grow).
@@ -124,8 +144,15 @@ def sample_all(
         model, tokenizer = load_for_generation(source)
         encode = PromptEncoder(tokenizer, prompt_template, special_tokens)
         repeated = records * num_samples
-        texts = generate_batch(model, tokenizer, repeated, sampling, encode=encode, batch_size=batch_size, seed=seed)
+        texts = generate_batch(
+            model, tokenizer, repeated, sampling, encode=encode, batch_size=batch_size, seed=seed
+        )
         count = len(records)
-        responses[source.path] = [texts[i] if num_samples == 1 else texts[i::count] for i in range(count)]
+        responses[source.path] = [
+            texts[i] if num_samples == 1 else texts[i::count] for i in range(count)
+        ]
         del model
-    return [sample_of(record, {name: texts[i] for name, texts in responses.items()}) for i, record in enumerate(records)]
+    return [
+        sample_of(record, {name: texts[i] for name, texts in responses.items()})
+        for i, record in enumerate(records)
+    ]

@@ -30,9 +30,13 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0  # the likeliest tokens that have this much probability together
-    typical_p: float = 1.0  # the same, beginning with the tokens whose surprise is nearest to the entropy
+    typical_p: float = (
+        1.0  # the same, beginning with the tokens whose surprise is nearest to the entropy
+    )
     min_p: float = 0.0  # tokens at least this likely, relative to the likeliest
-    repetition_penalty: float = 1.0  # divides positive logits of tokens seen, prompt included; multiplies negative ones
+    repetition_penalty: float = (
+        1.0  # divides positive logits of tokens seen, prompt included; multiplies negative ones
+    )
     num_beams: int = 1
 
     def __post_init__(self) -> None:
@@ -40,22 +44,32 @@ class Sampling:
             check_whole(name, getattr(self, name), least)
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            if (
+                not isinstance(value, int | float)
+                or isinstance(value, bool)
+                or not low <= value <= high
+            ):
                 raise UserError(f"--{name} {value}: give a number from {low:g} to {high:g}")
         if 0 < self.temperature < 0.001:  # logits over it would not be finite
-            raise UserError(f"--temperature {self.temperature}: give at least 0.001, or 0 for greedy")
+            raise UserError(
+                f"--temperature {self.temperature}: give at least 0.001, or 0 for greedy"
+            )
         if self.num_beams > 1 and self.temperature > 0:
             raise UserError("--num_beams searches and --temperature samples: give one of them")
         for name, neutral in (("top_k", 0), ("top_p", 1), ("typical_p", 1), ("min_p", 0)):
             if self.temperature == 0 and getattr(self, name) != neutral:
                 raise UserError(f"--{name} belongs to sampling: {GIVE_TEMPERATURE}")
 
-    def config(self, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int] | None = None) -> GenerationConfig:
+    def config(
+        self, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int] | None = None
+    ) -> GenerationConfig:
         """What transformers' ``generate`` takes; it wants temperature and penalty as floats."""
         chosen: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
             chosen = {"do_sample": True, "temperature": float(self.temperature)}
-            chosen |= {name: getattr(self, name) for name in ("top_k", "top_p", "typical_p", "min_p")}
+            chosen |= {
+                name: getattr(self, name) for name in ("top_k", "top_p", "typical_p", "min_p")
+            }
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             num_beams=self.num_beams,

@@ -22,13 +22,17 @@ def check_outputs(flags: dict[str, str | None]) -> dict[str, Path]:
         if name is None:
             continue
         file = Path(name)
-        if name in ("", "True") or os.path.lexists(file):  # fire's value for a flag that came without one is True
+        if name in ("", "True") or os.path.lexists(
+            file
+        ):  # fire's value for a flag that came without one is True
             raise UserError(f"--{flag} {name}: give the name of a file that does not exist yet")
         check_writable(flag, file)
         for other, taken in files.items():
             here, there = file.resolve(), taken.resolve()
             if here == there or here in there.parents or there in here.parents:
-                raise UserError(f"--{flag} {file} and --{other} {taken} are in each other's place: give them two files")
+                raise UserError(
+                    f"--{flag} {file} and --{other} {taken} are in each other's place: give them two files"
+                )
         files[flag] = file
     return files
 
@@ -37,7 +41,11 @@ def labelled(sample: dict[str, Any]) -> list[tuple[str, int | None, str]]:
     """Every response of a sample: the checkpoint, a number from 1 on where it gave several, the text."""
     rows: list[tuple[str, int | None, str]] = []
     for name, texts in sample["responses"].items():
-        rows += [(name, None, texts)] if isinstance(texts, str) else [(name, n, text) for n, text in enumerate(texts, 1)]
+        rows += (
+            [(name, None, texts)]
+            if isinstance(texts, str)
+            else [(name, n, text) for n, text in enumerate(texts, 1)]
+        )
     return rows
 
 
@@ -48,7 +56,10 @@ def format_sample(sample: dict[str, Any]) -> str:
         lines.append(f"input:       {sample['input']}")
     if sample["reference"]:
         lines.append(f"reference:   {sample['reference']}")
-    rows = [(name if number is None else f"{name} {number}", text) for name, number, text in labelled(sample)]
+    rows = [
+        (name if number is None else f"{name} {number}", text)
+        for name, number, text in labelled(sample)
+    ]
     width = max(len(label) for label, _ in rows)
     lines += [f"  {label:<{width}} | {text}" for label, text in rows]
     return "\n".join(lines) + "\n"
@@ -56,7 +67,11 @@ def format_sample(sample: dict[str, Any]) -> str:
 
 def sample_of(record: dict, responses: dict[str, str | list[str]]) -> dict[str, Any]:
     """The sample of a record of any form and the responses of each checkpoint."""
-    return as_shown(record) | {key: record[key] for key in ("dataset",) if key in record} | {"responses": responses}
+    return (
+        as_shown(record)
+        | {key: record[key] for key in ("dataset",) if key in record}
+        | {"responses": responses}
+    )
 
 
 def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -93,7 +108,10 @@ def write_alpaca_eval(file: Path, samples: list[dict[str, Any]]) -> None:
 
 def write_markdown(file: Path, samples: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     """A page to read: the settings, then each prompt, its reference and the responses."""
-    title = ["# Samples", ", ".join(f"{code_span(name)} {value}" for name, value in settings.items())]
+    title = [
+        "# Samples",
+        ", ".join(f"{code_span(name)} {value}" for name, value in settings.items()),
+    ]
     _write(file, "\n\n".join([*title, samples_as_markdown(samples)]) + "\n")
 
 
@@ -109,7 +127,10 @@ def samples_as_markdown(samples: list[dict[str, Any]]) -> str:
             if sample[title]:
                 page += [f"**{title.capitalize()}**", fenced(sample[title])]
         for name, index, text in labelled(sample):
-            page += [f"**Response{'' if index is None else f' {index}'} of** {code_span(name)}", fenced(text)]
+            page += [
+                f"**Response{'' if index is None else f' {index}'} of** {code_span(name)}",
+                fenced(text),
+            ]
     return "\n\n".join(page)
 
 
@@ -132,5 +153,7 @@ def _longest_run(text: str) -> int:
 
 def _write(file: Path, text: str, mode: str = "w") -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open(mode, encoding="utf-8", errors="backslashreplace") as stream:  # names of folders need not be UTF-8
+    with file.open(
+        mode, encoding="utf-8", errors="backslashreplace"
+    ) as stream:  # names of folders need not be UTF-8
         stream.write(text)

@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stanford_alpaca.cost import Cost, CostEmbedding, ShardedCost, as_cost
-from stanford_alpaca.losses.backends import chunked, reference, torch_kernels, triton_kernels, vocab_parallel
+from stanford_alpaca.losses.backends import (
+    chunked,
+    reference,
+    torch_kernels,
+    triton_kernels,
+    vocab_parallel,
+)
 from stanford_alpaca.losses.objectives import Objective, as_objective
 from stanford_alpaca.losses.types import Head, SoftTargets, TokenStats
 
@@ -52,10 +58,14 @@ def emo_loss(
         ValueError: shapes that do not fit, a token outside the vocabulary, soft targets that are no probabilities or that the
             mode refuses, an unknown mode or reduction.
     """
-    objective, cost, keep = _checked(mode, cost_embedding, logits, targets, reduction, ignore_index, logits.shape[-1])
+    objective, cost, keep = _checked(
+        mode, cost_embedding, logits, targets, reduction, ignore_index, logits.shape[-1]
+    )
     assert cost is None or isinstance(cost, CostEmbedding)  # a sharded one was gathered
     kept = logits[keep]
-    stats = reference.token_stats(kept, _kept_targets(targets, soft_targets, keep, objective, kept, logits.shape[-1]), cost)
+    stats = reference.token_stats(
+        kept, _kept_targets(targets, soft_targets, keep, objective, kept, logits.shape[-1]), cost
+    )
     loss = objective(*stats)
     if token_weights is not None:
         loss = loss * _kept_weights(token_weights, keep, kept)
@@ -121,11 +131,17 @@ def linear_loss_and_stats(
     """
     vocab_size, width = head.weight.shape
     if hidden.shape[-1] != width:
-        raise ValueError(f"hidden has width {hidden.shape[-1]} but the weight is {tuple(head.weight.shape)}")
-    if head.bias is not None and head.bias.shape != (vocab_size,):  # a kernel would read past its end
+        raise ValueError(
+            f"hidden has width {hidden.shape[-1]} but the weight is {tuple(head.weight.shape)}"
+        )
+    if head.bias is not None and head.bias.shape != (
+        vocab_size,
+    ):  # a kernel would read past its end
         raise ValueError(f"bias has shape {tuple(head.bias.shape)}, wanted {(vocab_size,)}")
     sharded_head = isinstance(head.weight, DTensor)
-    objective, cost, keep = _checked(mode, cost_embedding, hidden, targets, reduction, ignore_index, vocab_size, sharded_head)
+    objective, cost, keep = _checked(
+        mode, cost_embedding, hidden, targets, reduction, ignore_index, vocab_size, sharded_head
+    )
     device = hidden.device.type
     kept = hidden[keep]
     if torch.is_autocast_enabled(device):  # the output layer's own precision under autocast
@@ -134,7 +150,9 @@ def linear_loss_and_stats(
     with torch.autocast(device, enabled=False):  # statistics and costs stay in float32
         inner = "none" if reduction == "none" else "sum"
         weights = None if token_weights is None else _kept_weights(token_weights, keep, kept)
-        loss, stats = _backend(backend, kept, head.weight)(kept, head, kept_targets, cost, objective, inner, weights)
+        loss, stats = _backend(backend, kept, head.weight)(
+            kept, head, kept_targets, cost, objective, inner, weights
+        )
     return _reduced(loss, keep, reduction, num_items), stats
 
 
@@ -155,7 +173,9 @@ def _backend(name: str, hidden: Tensor, weight: Tensor) -> Callable:
         return BACKENDS[name]
     if name == "reference":
         raise ValueError("backend reference cannot serve a sharded output layer: choose chunked")
-    return partial(vocab_parallel.linear_loss, kernels=triton_kernels if name == "triton" else torch_kernels)
+    return partial(
+        vocab_parallel.linear_loss, kernels=triton_kernels if name == "triton" else torch_kernels
+    )
 
 
 def _checked(
@@ -172,7 +192,9 @@ def _checked(
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}: choose from {', '.join(REDUCTIONS)}")
     if rows.shape[:-1] != targets.shape:
-        raise ValueError(f"targets have shape {tuple(targets.shape)}, wanted {tuple(rows.shape[:-1])}")
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)}, wanted {tuple(rows.shape[:-1])}"
+        )
     objective, cost = as_objective(mode), as_cost(cost_embedding)
     if cost is None and objective.needs_emo:
         raise ValueError(f"mode {objective.mode} needs a cost embedding")
@@ -183,43 +205,69 @@ def _checked(
     keep = targets != ignore_index
     outside = keep & ((targets < 0) | (targets >= vocab_size))
     if outside.any():
-        raise ValueError(f"target {targets[outside][0].item()} is outside the vocabulary of {vocab_size} tokens")
+        raise ValueError(
+            f"target {targets[outside][0].item()} is outside the vocabulary of {vocab_size} tokens"
+        )
     return objective, cost, keep
 
 
 def _kept_targets(
-    targets: Tensor, soft: SoftTargets | None, keep: Tensor, objective: Objective, kept: Tensor, vocab_size: int
+    targets: Tensor,
+    soft: SoftTargets | None,
+    keep: Tensor,
+    objective: Objective,
+    kept: Tensor,
+    vocab_size: int,
 ) -> Tensor | SoftTargets:
     """What the supervised tokens are to become, checked: their targets [N], or distributions in the statistics' dtype."""
     if soft is None:
         return targets[keep]
     if objective.needs_p:
-        what = f"mode {objective.mode}" if objective.emo_weighting == "paper" else "emo_weighting=upstream"
+        what = (
+            f"mode {objective.mode}"
+            if objective.emo_weighting == "paper"
+            else "emo_weighting=upstream"
+        )
         raise ValueError(
             f"{what} needs the probability of one target: "
             "soft targets work with mle, emo, emo2, emd and mix, and emo_weighting=paper"
         )
     ids, probs = soft
     if ids.shape != probs.shape or ids.shape[:-1] != targets.shape or not ids.shape[-1]:
-        raise ValueError(f"soft targets are {tuple(ids.shape)} ids, {tuple(probs.shape)} probs, wanted {(*targets.shape, 'k')}")
+        raise ValueError(
+            f"soft targets are {tuple(ids.shape)} ids, {tuple(probs.shape)} probs, wanted {(*targets.shape, 'k')}"
+        )
     if ids.is_floating_point() or not probs.is_floating_point():
-        raise ValueError(f"soft targets are {ids.dtype} ids and {probs.dtype} probs, wanted integer ids and floating probs")
-    ids, probs = ids[keep].long(), probs.detach()[keep].to(torch.promote_types(kept.dtype, torch.float32))
+        raise ValueError(
+            f"soft targets are {ids.dtype} ids and {probs.dtype} probs, wanted integer ids and floating probs"
+        )
+    ids, probs = (
+        ids[keep].long(),
+        probs.detach()[keep].to(torch.promote_types(kept.dtype, torch.float32)),
+    )
     outside = (ids < 0) | (ids >= vocab_size)
     if outside.any():
-        raise ValueError(f"soft target {ids[outside][0].item()} is outside the vocabulary of {vocab_size} tokens")
+        raise ValueError(
+            f"soft target {ids[outside][0].item()} is outside the vocabulary of {vocab_size} tokens"
+        )
     if not ((probs >= 0) & torch.isfinite(probs)).all():
         raise ValueError("soft targets have probabilities that are negative or not finite")
     total = probs.sum(-1, keepdim=True)
     wrong = (total - 1).abs() > SUM_TOLERANCE
     if wrong.any():
-        raise ValueError(f"soft targets sum to {total[wrong][0].item():.4g}, wanted 1: divide the top k by their sum")
+        raise ValueError(
+            f"soft targets sum to {total[wrong][0].item():.4g}, wanted 1: divide the top k by their sum"
+        )
     return SoftTargets(ids, probs / total)
 
 
-def _kept_weights(weights: Tensor, keep: Tensor, kept: Tensor) -> Tensor:  # [N] in the dtype of the statistics
+def _kept_weights(
+    weights: Tensor, keep: Tensor, kept: Tensor
+) -> Tensor:  # [N] in the dtype of the statistics
     if weights.shape != keep.shape:
-        raise ValueError(f"token_weights have shape {tuple(weights.shape)}, wanted {tuple(keep.shape)}")
+        raise ValueError(
+            f"token_weights have shape {tuple(weights.shape)}, wanted {tuple(keep.shape)}"
+        )
     return weights.detach()[keep].to(torch.promote_types(kept.dtype, torch.float32))
 
 

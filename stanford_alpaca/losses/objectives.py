@@ -53,12 +53,21 @@ class Objective:
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}: choose from {', '.join(MODES)}")
         if self.emo_weighting not in WEIGHTINGS:
-            raise ValueError(f"unknown emo_weighting {self.emo_weighting!r}: choose from {', '.join(WEIGHTINGS)}")
+            raise ValueError(
+                f"unknown emo_weighting {self.emo_weighting!r}: choose from {', '.join(WEIGHTINGS)}"
+            )
         if self.emo_weighting == "upstream" and self.mode not in ("emo", "emo2"):
-            raise ValueError(f"emo_weighting=upstream belongs to the modes emo and emo2, not to {self.mode}")
+            raise ValueError(
+                f"emo_weighting=upstream belongs to the modes emo and emo2, not to {self.mode}"
+            )
         if self.emo_ratio_cap is not None and not (self.mode == "emo" and self.emo_ratio_cap > 0):
             raise ValueError("emo_ratio_cap has to be above 0 and belongs to mode emo")
-        for name, low in (("emo_weight", 0.0), ("tailr_floor", 0.0), ("mixce_eta", 0.0), ("tailr_gamma", 1e-30)):
+        for name, low in (
+            ("emo_weight", 0.0),
+            ("tailr_floor", 0.0),
+            ("mixce_eta", 0.0),
+            ("tailr_gamma", 1e-30),
+        ):
             if not low <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it has to lie between 0 and 1")
 

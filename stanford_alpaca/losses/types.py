@@ -17,7 +17,9 @@ class TokenStats(NamedTuple):
     """The statistics of N supervised tokens, float32 (float64 if the logits are)."""
 
     nll: Tensor  # [N] negative log-likelihood of the target, in nats; expected under soft targets
-    log_emo: Tensor | None  # [N] log of the expected transport cost sum_i p_i c_i; -inf where it is 0; None if not asked for
+    log_emo: (
+        Tensor | None
+    )  # [N] log of the expected transport cost sum_i p_i c_i; -inf where it is 0; None if not asked for
 
 
 class SoftTargets(NamedTuple):
@@ -41,7 +43,11 @@ class Head(NamedTuple):
 
     def slope(self, z: Tensor) -> Tensor:
         """How much the logits z, of any shape, move with hidden @ weight.T."""
-        slope = torch.ones_like(z) if self.softcap is None else (z / self.softcap).square_().neg_().add_(1)
+        slope = (
+            torch.ones_like(z)
+            if self.softcap is None
+            else (z / self.softcap).square_().neg_().add_(1)
+        )
         return slope if self.logit_scale is None else slope.mul_(self.logit_scale)
 
 
@@ -56,7 +62,9 @@ class Chunk(Protocol):
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """See ``torch_kernels.Chunk.statistics``."""
 
-    def gradient(self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor, g_y: Tensor) -> Tensor:  # [n, V]
+    def gradient(
+        self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor, g_y: Tensor
+    ) -> Tensor:  # [n, V]
         """See ``torch_kernels.Chunk.gradient``."""
 
 
@@ -87,7 +95,9 @@ def split_targets(targets: "Tensor | SoftTargets") -> "tuple[Tensor, SoftTargets
     if not isinstance(targets, SoftTargets):
         return targets, None
     top = targets.ids.gather(1, targets.probs.argmax(1, keepdim=True))  # [N, 1]
-    return top.squeeze(1), SoftTargets(targets.ids, torch.where(targets.ids == top, 0.0, targets.probs))
+    return top.squeeze(1), SoftTargets(
+        targets.ids, torch.where(targets.ids == top, 0.0, targets.probs)
+    )
 
 
 def expected_drop(

@@ -18,7 +18,13 @@ from stanford_alpaca.models.identity import BASE, base_has_changed, identify_mod
 from stanford_alpaca.models.load import ADAPTER_CONFIG, ModelSource
 
 MERGED = "merge.json"  # what a merged model holds, and of what base
-READ = ["*.json", "*.jinja", "*.model", "*.txt", str(ADAPTER_SAFE_WEIGHTS_NAME)]  # of a repository on the hub
+READ = [
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    str(ADAPTER_SAFE_WEIGHTS_NAME),
+]  # of a repository on the hub
 WANTED = f"give a folder or hub name with {ADAPTER_CONFIG} and {ADAPTER_SAFE_WEIGHTS_NAME}, or a run that trained with --lora"
 
 
@@ -54,9 +60,14 @@ def find_adapter(name: str, cache_dir: str | None = None) -> Adapter:
     """
     place = check_place(name)
     folder = _in_run(place) if place.is_dir() else _download(name, cache_dir)
-    if not (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file() or not (folder / ADAPTER_CONFIG).is_file():
+    if (
+        not (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file()
+        or not (folder / ADAPTER_CONFIG).is_file()
+    ):
         if (folder / ADAPTER_WEIGHTS_NAME).is_file():
-            raise UserError(f"{name}: {ADAPTER_WEIGHTS_NAME} is a pickle, which could run code, and is not read; {WANTED}")
+            raise UserError(
+                f"{name}: {ADAPTER_WEIGHTS_NAME} is a pickle, which could run code, and is not read; {WANTED}"
+            )
         if (folder / "config.json").is_file():
             raise UserError(f"{name}: a whole model, no adapter: nothing to merge; {WANTED}")
         raise UserError(f"{name}: no adapter; {WANTED}")
@@ -66,11 +77,21 @@ def find_adapter(name: str, cache_dir: str | None = None) -> Adapter:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # no JSON, a kind of adapter that peft does not know
         raise UserError(f"{name}: {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from None
-    found = Adapter(name, folder, config, manifest.file_sha256(folder / ADAPTER_SAFE_WEIGHTS_NAME), run_of(folder))
+    found = Adapter(
+        name,
+        folder,
+        config,
+        manifest.file_sha256(folder / ADAPTER_SAFE_WEIGHTS_NAME),
+        run_of(folder),
+    )
     if config.is_prompt_learning or config.is_adaption_prompt:
-        raise UserError(f"{name}: a {found.kind} adapter changes no weights, so it cannot be merged")
+        raise UserError(
+            f"{name}: a {found.kind} adapter changes no weights, so it cannot be merged"
+        )
     if config.task_type not in (None, "CAUSAL_LM"):
-        raise UserError(f"{name}: an adapter for {config.task_type}; only those of a causal LM are merged")
+        raise UserError(
+            f"{name}: an adapter for {config.task_type}; only those of a causal LM are merged"
+        )
     return found
 
 
@@ -78,12 +99,18 @@ def _in_run(place: Path) -> Path:
     """The folder itself, or the newest whole checkpoint of a run that has not finished there."""
     saved = manifest.checkpoints(place)
     unfinished = (place / RUN_FILE).is_file() and not (place / manifest.MANIFEST_FILE).exists()
-    if not saved or ((place / ADAPTER_SAFE_WEIGHTS_NAME).is_file() and not unfinished) or (place / "config.json").is_file():
+    if (
+        not saved
+        or ((place / ADAPTER_SAFE_WEIGHTS_NAME).is_file() and not unfinished)
+        or (place / "config.json").is_file()
+    ):
         return place
     for checkpoint in saved:
         damage = _damage(checkpoint)
         if not damage and (checkpoint / manifest.MANIFEST_FILE).exists():
-            say(f"{place}: has not finished; its newest whole checkpoint is taken: {checkpoint.name}")
+            say(
+                f"{place}: has not finished; its newest whole checkpoint is taken: {checkpoint.name}"
+            )
             return checkpoint
         say(f"{checkpoint}: passed over: {damage or 'no manifest'}")
     raise ResumeError(f"{place}: none of its checkpoints is whole")
@@ -120,15 +147,22 @@ def find_base(adapter: Adapter, base: str | None, source: ModelSource) -> ModelS
     try:
         check_model(source.at(found))
     except UserError as error:
-        raise UserError(f"the base of {adapter.name}: {error}" + ("" if base else ", or --base PATH if it has moved")) from None
+        raise UserError(
+            f"the base of {adapter.name}: {error}"
+            + ("" if base else ", or --base PATH if it has moved")
+        ) from None
     if adapter.sha256 in merged_into(found):
-        raise UserError(f"{found}: already has {adapter.name} in it ({MERGED}); give the model that it was trained on")
+        raise UserError(
+            f"{found}: already has {adapter.name} in it ({MERGED}); give the model that it was trained on"
+        )
     then = (adapter.run.get(MADE_WITH) or {}).get(BASE)
     recorded = Path(str(adapter.config.base_model_name_or_path)).expanduser()
     if not then and recorded.is_dir():
         then = identify_model(str(recorded), source.cache_dir, weights=True)
     elif not then:
-        say(f"{adapter.name}: no record of its run is with it; that {found} is its base follows from layers and shapes alone")
+        say(
+            f"{adapter.name}: no record of its run is with it; that {found} is its base follows from layers and shapes alone"
+        )
     if changed := base_has_changed(adapter.name, found, then, source.cache_dir):
         raise UserError(f"{changed}; give that one with --base")
     return source.at(found)
@@ -138,6 +172,8 @@ def merged_into(base: str) -> list[str]:
     """The sha256 of each adapter that was merged into a model."""
     file = Path(base).expanduser() / MERGED
     try:
-        return list(json.loads(file.read_text(encoding="utf-8"))["adapters"]) if file.is_file() else []
+        return (
+            list(json.loads(file.read_text(encoding="utf-8"))["adapters"]) if file.is_file() else []
+        )
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)})") from None

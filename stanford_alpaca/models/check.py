@@ -15,10 +15,23 @@ from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.data.reading import exists
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.models.identity import BASE, base_has_changed, check_unchanged, run_of
-from stanford_alpaca.models.load import ADAPTER_CONFIG, CONVERT, ModelSource, base_of, cannot_load, grow_for_adapter
+from stanford_alpaca.models.load import (
+    ADAPTER_CONFIG,
+    CONVERT,
+    ModelSource,
+    base_of,
+    cannot_load,
+    grow_for_adapter,
+)
 
-WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)")  # peft's
-SIZED = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}  # tensors of an embedding, and their axis of tokens
+WRAPPERS = re.compile(
+    r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)"
+)  # peft's
+SIZED = {
+    "weight": 0,
+    "lora_B.weight": 0,
+    "lora_embedding_A": 1,
+}  # tensors of an embedding, and their axis of tokens
 
 LONGEST = 250  # characters of a name
 
@@ -39,9 +52,13 @@ def check_model(
     place = check_place(path)
     is_adapter = base_of(path) is not None
     if is_adapter and not or_adapter:
-        raise UserError(f"{path}: an adapter, no whole model; merge it first: bash merge.sh {path} OUTPUT")
+        raise UserError(
+            f"{path}: an adapter, no whole model; merge it first: bash merge.sh {path} OUTPUT"
+        )
     if not is_adapter and (place / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{path}: holds a whole model and an adapter beside it; take one of them away")
+        raise UserError(
+            f"{path}: holds a whole model and an adapter beside it; take one of them away"
+        )
     if weights:
         _check_weights(place, "adapter_model.bin" if is_adapter else "pytorch_model*.bin*")
         check_unchanged(place, verify)
@@ -66,13 +83,19 @@ def check_model(
 def check_place(path: str) -> Path:
     """The path. Raises UserError if it was meant to be a folder, is no hub name, and there is none."""
     if not path.strip():
-        raise UserError("a model without a name, as of a variable that is not set; give a Hugging Face folder or a hub name")
+        raise UserError(
+            "a model without a name, as of a variable that is not set; give a Hugging Face folder or a hub name"
+        )
     place = Path(path).expanduser()
-    beside = path.startswith((".", "/", "~")) or (len(place.parts) > 1 and Path(place.parts[0]).exists())
+    beside = path.startswith((".", "/", "~")) or (
+        len(place.parts) > 1 and Path(place.parts[0]).exists()
+    )
     if not exists(place) and len(path) > LONGEST:  # of which file systems say something else
         raise UserError(f"{path[:40]}...: no folder and no hub name has {len(path)} characters")
     if not place.is_dir() and (beside or len(place.parts) > 2):
-        raise UserError(f"{path}: cannot load a model from here (no such folder); give a Hugging Face folder or a hub name")
+        raise UserError(
+            f"{path}: cannot load a model from here (no such folder); give a Hugging Face folder or a hub name"
+        )
     return place
 
 
@@ -94,7 +117,12 @@ def _code_of(path: str, cache_dir: str | None) -> list[str]:
     names: set[str] = set()
     for found in maps:
         values = found.values() if isinstance(found, dict) else [found]
-        names.update(str(name) for value in values for name in (value if isinstance(value, list | tuple) else [value]) if name)
+        names.update(
+            str(name)
+            for value in values
+            for name in (value if isinstance(value, list | tuple) else [value])
+            if name
+        )
     places = [name.rpartition("--") for name in names]  # OTHER_REPOSITORY--module.Class
     return sorted({f"{other or path}: {name.partition('.')[0]}.py" for other, _, name in places})
 
@@ -138,11 +166,17 @@ def check_adapter(
         rows = fitting = model.get_input_embeddings().weight.shape[0]
         if tokens and (fitting := max(rows, _rows_of(model, shapes) or tokens)) > rows:
             model.resize_token_embeddings(fitting, mean_resizing=False)
-        wanted = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
+        wanted = get_peft_model_state_dict(
+            get_peft_model(model, config), save_embedding_layers=False
+        )
     except UserError:
         raise
-    except Exception as error:  # no JSON, no such key, a kind of adapter that peft does not know, a damaged file
-        raise UserError(f"{path}: cannot load this adapter ({first_line(error)}); train it again, or give another") from None
+    except (
+        Exception
+    ) as error:  # no JSON, no such key, a kind of adapter that peft does not know, a damaged file
+        raise UserError(
+            f"{path}: cannot load this adapter ({first_line(error)}); train it again, or give another"
+        ) from None
     other = f"{path}: an adapter of another base than {base.path} (which has {rows} tokens)"
     mend = f"mend base_model_name_or_path in its {ADAPTER_CONFIG}"
     for name, tensor in wanted.items():
@@ -150,7 +184,9 @@ def check_adapter(
             has = list(shapes[name]) if name in shapes else "missing"
             raise UserError(f"{other}: {name} is {has}, wanted {list(tensor.shape)}; {mend}")
     for name in sorted(shapes.keys() - wanted.keys()):
-        if _base_name(name) not in own:  # peft saves copies of the base's embedding beside its own tensors
+        if (
+            _base_name(name) not in own
+        ):  # peft saves copies of the base's embedding beside its own tensors
             raise UserError(f"{other}: it has no layer for {name}; {mend}")
     return fitting
 

@@ -18,10 +18,14 @@ from stanford_alpaca.errors import ResumeError, UserError
 # weights, code, configurations and tokenizers; not what runs and evaluations leave beside them
 WEIGHTS_FILE = re.compile(r"(adapter_)?model[-\w]*\.safetensors|model.*\.index\.json|config\.json")
 MODEL_FILE = re.compile(
-    WEIGHTS_FILE.pattern + r"|.*\.(model|jinja|py)|adapter_config\.json|generation_config\.json|tokenizer(_config)?\.json"
+    WEIGHTS_FILE.pattern
+    + r"|.*\.(model|jinja|py)|adapter_config\.json|generation_config\.json|tokenizer(_config)?\.json"
     r"|(vocab|special_tokens_map|added_tokens)\.(json|txt)|merges\.txt"
 )
-TUNABLE = ("generation_config.json", "chat_template.jinja")  # what users change of a finished model, and it stays the model
+TUNABLE = (
+    "generation_config.json",
+    "chat_template.jinja",
+)  # what users change of a finished model, and it stays the model
 BASE = "base weights"  # in a run's record, beside the model: what an adapter needs of its base
 READ_WHOLE = 2 * 2**30  # bytes of a model whose content is compared without being asked for
 
@@ -34,12 +38,22 @@ def identify_model(name: str, cache_dir: str | None = None, *, weights: bool = F
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        config = cached_file(name, "config.json", cache_dir=cache_dir)  # its path has the commit; nothing is loaded
+        config = cached_file(
+            name, "config.json", cache_dir=cache_dir
+        )  # its path has the commit; nothing is loaded
         return f"hub:{name}@{extract_commit_hash(config, None)}"
-    files = sorted(file.name for file in folder.iterdir() if MODEL_FILE.fullmatch(file.name) and file.is_file())
+    files = sorted(
+        file.name for file in folder.iterdir() if MODEL_FILE.fullmatch(file.name) and file.is_file()
+    )
     stats = [(folder / file).stat() for file in files]
-    entries = _entries(folder, tuple(files), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
-    about = {file: entry for file, entry in entries.items() if not weights or WEIGHTS_FILE.fullmatch(file)}
+    entries = _entries(
+        folder, tuple(files), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    )
+    about = {
+        file: entry
+        for file, entry in entries.items()
+        if not weights or WEIGHTS_FILE.fullmatch(file)
+    }
     return f"sha256:{sha256(json.dumps(about).encode()).hexdigest()}"
 
 
@@ -55,14 +69,18 @@ def run_of(folder: Path) -> dict[str, Any]:
     return read_run(folder) or {}
 
 
-def base_has_changed(adapter: str, base: str, then: str | None, cache_dir: str | None = None) -> str:
+def base_has_changed(
+    adapter: str, base: str, then: str | None, cache_dir: str | None = None
+) -> str:
     """That a base has not the weights that its adapter was trained on, in words; nothing if it has, or if nobody knows.
 
     Args:
         then: what ``identify_model`` said of the weights when the adapter was trained.
     """
     now = identify_model(base, cache_dir, weights=True) if then else None
-    if now == then or str(now).partition(":")[0] != str(then).partition(":")[0]:  # a folder, or a hub name, then
+    if (
+        now == then or str(now).partition(":")[0] != str(then).partition(":")[0]
+    ):  # a folder, or a hub name, then
         return ""
     return f"{base}: not the base that {adapter} was trained on, or it has changed since ({then} then, {now} now)"
 

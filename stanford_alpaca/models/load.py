@@ -33,7 +33,9 @@ CONVERT = (
     'if you trust it, convert it once: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
     "[c.from_pretrained('{0}').save_pretrained('CONVERTED') for c in (M, T)]\""
 )
-warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks by the old name
+warnings.filterwarnings(
+    "ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning
+)  # peft asks by the old name
 PAD_TOKEN, EOS_TOKEN = "[PAD]", "</s>"  # Alpaca's names for the tokens a tokenizer lacks
 
 
@@ -45,7 +47,9 @@ def base_of(path: str) -> str | None:
     try:
         return str(json.loads(file.read_text())["base_model_name_or_path"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{file}: names no base_model_name_or_path ({first_line(error)}); write it there") from None
+        raise UserError(
+            f"{file}: names no base_model_name_or_path ({first_line(error)}); write it there"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ class ModelSource:
         """The configuration; of an adapter, its base's. Raises UserError if there is none."""
         path = base_of(self.path) or self.path
         try:
-            return AutoConfig.from_pretrained(path, cache_dir=self.cache_dir, trust_remote_code=self.remote_code)
+            return AutoConfig.from_pretrained(
+                path, cache_dir=self.cache_dir, trust_remote_code=self.remote_code
+            )
         except Exception as error:
             raise cannot_load(self.path, error) from None
 
@@ -135,12 +141,18 @@ class ModelSource:
                 raise UserError(
                     f"{base or self.path}: its weights do not fill its architecture ({wrong}); give a complete model"
                 )
-            if getattr(model, "_hf_peft_config_loaded", False):  # transformers takes one that lies beside the weights
-                raise UserError(f"{self.path}: holds a whole model and an adapter beside it; take one of them away")
+            if getattr(
+                model, "_hf_peft_config_loaded", False
+            ):  # transformers takes one that lies beside the weights
+                raise UserError(
+                    f"{self.path}: holds a whole model and an adapter beside it; take one of them away"
+                )
             if base is None:
                 return model
             grow_for_adapter(model, self.path)
-            return PeftModel.from_pretrained(model, self.path, use_safetensors=True).get_base_model()
+            return PeftModel.from_pretrained(
+                model, self.path, use_safetensors=True
+            ).get_base_model()
         except UserError:
             raise
         except Exception as error:
@@ -150,8 +162,12 @@ class ModelSource:
         """The architecture, with parameters on the meta device. It is built once: who changes it copies it first."""
         if dtype not in self._built:
             try:
-                config = AutoConfig.from_pretrained(self.path, cache_dir=self.cache_dir, trust_remote_code=self.remote_code)
-                with init_empty_weights(include_buffers=False):  # most buffers are computed, not stored
+                config = AutoConfig.from_pretrained(
+                    self.path, cache_dir=self.cache_dir, trust_remote_code=self.remote_code
+                )
+                with init_empty_weights(
+                    include_buffers=False
+                ):  # most buffers are computed, not stored
                     model = auto_class(config).from_config(config, **self._options(dtype))
                 model.tie_weights()
             except Exception as error:
@@ -164,7 +180,11 @@ class ModelSource:
         return {}
 
     def _options(self, dtype: torch.dtype) -> dict[str, Any]:
-        attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        attention = (
+            {}
+            if self.attn_implementation is None
+            else {"attn_implementation": self.attn_implementation}
+        )
         return {"dtype": dtype, "trust_remote_code": self.remote_code, **attention}
 
 
@@ -175,27 +195,43 @@ def load_body(name: str, *, remote_code: bool = False) -> PreTrainedModel:
     """
     with no_report():
         model, info = AutoModel.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=remote_code, output_loading_info=True
+            name,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=remote_code,
+            output_loading_info=True,
         )
     missing = [key for key in info["missing_keys"] if "pooler" not in key.split(".")]
     if missing:
-        raise UserError(f"its weights do not fill its architecture (missing: {listed(sorted(missing), 3)})")
+        raise UserError(
+            f"its weights do not fill its architecture (missing: {listed(sorted(missing), 3)})"
+        )
     return model
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """What loads a model that writes text. Those that see images too, and are saved so, are in a mapping of their own."""
     named = (config.architectures or [""])[0]
-    sees = getattr(AutoModelForImageTextToText._model_mapping.get(type(config), None), "__name__", None)
+    sees = getattr(
+        AutoModelForImageTextToText._model_mapping.get(type(config), None), "__name__", None
+    )
     writes = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForImageTextToText if sees is not None and (named == sees or not writes) else AutoModelForCausalLM
+    return (
+        AutoModelForImageTextToText
+        if sees is not None and (named == sees or not writes)
+        else AutoModelForCausalLM
+    )
 
 
 def unread_parts(model: PreTrainedModel) -> list[str]:
     """Names of the parameters that no text passes through: those of a model's other senses."""
     if model.config.get_text_config() is model.config:
         return []
-    read = {id(parameter) for part in (model.get_decoder(), model.get_output_embeddings()) for parameter in part.parameters()}
+    read = {
+        id(parameter)
+        for part in (model.get_decoder(), model.get_output_embeddings())
+        for parameter in part.parameters()
+    }
     return [name for name, parameter in model.named_parameters() if id(parameter) not in read]
 
 
@@ -206,7 +242,9 @@ def grow_for_adapter(base: PreTrainedModel, adapter: str) -> None:
 
 
 @torch.no_grad()
-def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
+def fit_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int | None = None
+) -> int:
     """Grows the embeddings to ``rows``, by default the tokenizer's size, new ones the mean of the old; never shrinks them.
 
     Returns:
@@ -230,7 +268,10 @@ def cannot_load(path: str, error: Exception) -> UserError:
     advice, place = "give a Hugging Face folder or a hub name", Path(path)
     what = first_line(error)
     if "trust_remote_code" in str(error):
-        what, advice = "it runs code of its own", "read that code, then allow it with --trust_remote_code"
+        what, advice = (
+            "it runs code of its own",
+            "read that code, then allow it with --trust_remote_code",
+        )
     elif (place / "trainer_state.json").is_file() and not list(place.glob("*.safetensors")):
         advice = f"make one of this checkpoint's shards: python -m stanford_alpaca.checkpoint export {path} OUT"
     elif "safetensors" in what and not place.exists():

@@ -29,8 +29,16 @@ def lora_layers(model: PreTrainedModel, targets: list[str] | None = None) -> lis
     """
     targets = None if targets == [ALL_LINEAR] else targets
     output, unread = model.get_output_embeddings(), set(unread_parts(model))
-    linear = [name for name, module in model.named_modules() if _is_linear(module) and module is not output]
-    linear = [name for name in linear if f"{name}.weight" not in unread and not _refused_by_peft(model, name)]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module) and module is not output
+    ]
+    linear = [
+        name
+        for name in linear
+        if f"{name}.weight" not in unread and not _refused_by_peft(model, name)
+    ]
     endings = sorted({name.rpartition(".")[2] for name in linear})
     for target in targets or []:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
@@ -38,12 +46,18 @@ def lora_layers(model: PreTrainedModel, targets: list[str] | None = None) -> lis
                 f"--lora_target_modules {target}: no linear layer that can have an adapter; "
                 f"choose from {', '.join(endings)}{nearest(target, endings)}"
             )
-    return [name for name in linear if targets is None or any(f".{name}".endswith(f".{target}") for target in targets)]
+    return [
+        name
+        for name in linear
+        if targets is None or any(f".{name}".endswith(f".{target}") for target in targets)
+    ]
 
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether a layer computes what its class says. A router may be a linear layer whose forward returns more (Llama 4's)."""
-    if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("transformers.models"):
+    if not isinstance(module, nn.Linear) or not type(module).__module__.startswith(
+        "transformers.models"
+    ):
         return isinstance(module, nn.Linear | Conv1D)
     with torch.no_grad():
         return isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
@@ -60,7 +74,11 @@ def _refused_by_peft(model: PreTrainedModel, name: str) -> bool:
 
 def expert_parameters(model: nn.Module) -> list[str]:
     """Endings of the names of weights that are no layers, as the experts of a mixture are kept: one tensor for all."""
-    whole = (name for name, parameter in model.named_parameters() if ".experts." in name and parameter.dim() == 3)
+    whole = (
+        name
+        for name, parameter in model.named_parameters()
+        if ".experts." in name and parameter.dim() == 3
+    )
     names = (WRAPPED.sub("", name) for name in whole if ".lora_" not in name)
     return sorted({".".join(name.split(".")[-2:]) for name in names})
 
@@ -85,7 +103,9 @@ def add_lora(
     tied = ends[0].weight is ends[1].weight
     names = [name for name, module in model.named_modules() if module in ends]
     if tied and embeddings == "lora":
-        raise UserError("--lora_embeddings lora: the embedding is the output layer, and their adapters would differ; use full")
+        raise UserError(
+            "--lora_embeddings lora: the embedding is the output layer, and their adapters would differ; use full"
+        )
     names = names[:1] if tied else names  # the input embedding stands first; peft ties the other
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=r, lora_alpha=alpha, lora_dropout=dropout,
@@ -97,11 +117,15 @@ def add_lora(
     for parameter in parameters or []:
         if not any(f".{name}".endswith(f".{parameter}") for name in known):
             found = ", ".join(expert_parameters(model)) or "it has none"
-            raise UserError(f"--lora_target_parameters {parameter}: no weights of experts are named so; choose from: {found}")
+            raise UserError(
+                f"--lora_target_parameters {parameter}: no weights of experts are named so; choose from: {found}"
+            )
     try:
         adapted = get_peft_model(model, config)
     except (ValueError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"--lora: peft gives this model no such adapter ({first_line(error)})") from None
+        raise UserError(
+            f"--lora: peft gives this model no such adapter ({first_line(error)})"
+        ) from None
     if Path(base := str(config.base_model_name_or_path)).is_dir():  # found from any folder
         config.base_model_name_or_path = str(Path(base).resolve())
     output = model.get_output_embeddings()

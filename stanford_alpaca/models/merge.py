@@ -43,15 +43,23 @@ def merge(adapter: Adapter, base: ModelSource, out: Path, dtype: str | None) -> 
     rows = check_adapter(own, base=base, tokens=len(tokenizer))
     written = DTYPES[dtype] if dtype else base.config().dtype or torch.float32
     parameters = base.empty().num_parameters()
-    check_space(out.parent, parameters * written.itemsize, "the merged model", "or write a smaller --dtype")
+    check_space(
+        out.parent, parameters * written.itemsize, "the merged model", "or write a smaller --dtype"
+    )
     model = load_float32(base)
     if adapter.run.get("qlora"):
-        say(f"{adapter.name}: trained beside 4-bit weights, and merged into the {base.path} that they were rounded from")
+        say(
+            f"{adapter.name}: trained beside 4-bit weights, and merged into the {base.path} that they were rounded from"
+        )
     if added := fit_vocabulary(model, tokenizer, rows):
-        say(f"{base.path}: {added} row(s) added to its embedding, the mean of the others, for the tokenizer's {len(tokenizer)}")
+        say(
+            f"{base.path}: {added} row(s) added to its embedding, the mean of the others, for the tokenizer's {len(tokenizer)}"
+        )
     model, about = merge_weights(model, adapter)
     if added := fit_vocabulary(model, tokenizer):
-        say(f"{base.path}: {added} token(s) of the tokenizer have no row in the adapter: they got the mean of the others")
+        say(
+            f"{base.path}: {added} token(s) of the tokenizer have no row in the adapter: they got the mean of the others"
+        )
     make_savable(model, tokenizer, base.path)
     about |= {
         "base": shown(base.path),
@@ -67,10 +75,18 @@ def merge(adapter: Adapter, base: ModelSource, out: Path, dtype: str | None) -> 
         gc.collect()
         about["logits_differ_written"] = compare_written(base.at(str(part)), logits, written)
         history = [*merged_into(base.path), adapter.sha256]
-        manifest.write_whole(part / MERGED, json.dumps({"merged_from": about, "adapters": history}, indent=1) + "\n")
-        manifest.write(part, manifest.entries_of(part, manifest.list_saved(part), flush=True), {"step": 0})
+        manifest.write_whole(
+            part / MERGED, json.dumps({"merged_from": about, "adapters": history}, indent=1) + "\n"
+        )
+        manifest.write(
+            part, manifest.entries_of(part, manifest.list_saved(part), flush=True), {"step": 0}
+        )
     where = ", ".join([f"{about['layers']} layer{'s' * (about['layers'] != 1)}", *about["modules"]])
-    rounded = f" ({about['logits_differ_written']:.1g} in {about['dtype']})" if written != torch.float32 else ""
+    rounded = (
+        f" ({about['logits_differ_written']:.1g} in {about['dtype']})"
+        if written != torch.float32
+        else ""
+    )
     return (
         f"merged {adapter.size} into {where} of {base.path}; logits of up to {about['logits_scale']:.2g} differ by at "
         f"most {about['logits_differ']:.1g}{rounded}; saved the {about['dtype']} model to {out}"
@@ -90,20 +106,28 @@ def load_float32(base: ModelSource) -> PreTrainedModel:
         return base.load().eval()
     try:
         model = base.load(device_map="cpu").dequantize(torch.float32)
-        model._weight_conversions = None  # how it was read, which is not how a plain model is written
+        model._weight_conversions = (
+            None  # how it was read, which is not how a plain model is written
+        )
         vars(model).pop("hf_device_map", None)
         say(f"{base.path}: its quantized weights are written out in full")
         return model.float().eval()  # what was not quantized has kept its dtype
     except UserError as error:
         if "requires bitsandbytes" in str(error):
-            raise UserError(f"{base.path}: quantized; install bitsandbytes to read it: pip install bitsandbytes") from None
+            raise UserError(
+                f"{base.path}: quantized; install bitsandbytes to read it: pip install bitsandbytes"
+            ) from None
         raise
     except Exception as error:  # a method that cannot be undone
-        raise UserError(f"{base.path}: its quantized weights cannot be written out ({first_line(error)})") from None
+        raise UserError(
+            f"{base.path}: its quantized weights cannot be written out ({first_line(error)})"
+        ) from None
 
 
 @torch.no_grad()
-def merge_weights(model: PreTrainedModel, adapter: Adapter) -> tuple[PreTrainedModel, dict[str, Any]]:
+def merge_weights(
+    model: PreTrainedModel, adapter: Adapter
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model with the adapter in its weights, and what was done; ``logits`` are those before.
 
     Raises:
@@ -114,19 +138,31 @@ def merge_weights(model: PreTrainedModel, adapter: Adapter) -> tuple[PreTrainedM
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's about tied embeddings, which are seen to here
         try:
-            adapted = PeftModel.from_pretrained(model, str(adapter.folder), torch_device="cpu").eval()
+            adapted = PeftModel.from_pretrained(
+                model, str(adapter.folder), torch_device="cpu"
+            ).eval()
         except Exception as error:
-            raise UserError(f"{adapter.name}: cannot be loaded into its base ({first_line(error)})") from None
+            raise UserError(
+                f"{adapter.name}: cannot be loaded into its base ({first_line(error)})"
+            ) from None
         ids = probe_ids(model, pair[0].weight.shape[0])
         before = adapted(input_ids=ids, use_cache=False).logits
         modules = dict(adapted.named_modules())
-        whole = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
+        whole = [
+            name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
         inside = tuple(f"{name}." for name in whole)
-        layers = [m for name, m in modules.items() if isinstance(m, BaseTunerLayer) and not name.startswith(inside)]
+        layers = [
+            m
+            for name, m in modules.items()
+            if isinstance(m, BaseTunerLayer) and not name.startswith(inside)
+        ]
         about = {
             "layers": len(layers),
             "modules": sorted(name.rpartition(".")[2] for name in whole),
-            "scaling": sorted({value for layer in layers for value in getattr(layer, "scaling", {}).values()}),
+            "scaling": sorted(
+                {value for layer in layers for value in getattr(layer, "scaling", {}).values()}
+            ),
         }
         untied = tied and pair != (model.get_input_embeddings(), model.get_output_embeddings())
         if untied:  # what is added to one is not added to the other
@@ -134,19 +170,27 @@ def merge_weights(model: PreTrainedModel, adapter: Adapter) -> tuple[PreTrainedM
         try:
             merged = adapted.merge_and_unload()
         except Exception as error:
-            raise UserError(f"{adapter.name}: peft cannot merge {adapter.size} ({first_line(error)})") from None
+            raise UserError(
+                f"{adapter.name}: peft cannot merge {adapter.size} ({first_line(error)})"
+            ) from None
         if untied:
             tie_if_equal(merged)
     after = merged(input_ids=ids, use_cache=False).logits
     difference, scale = (after - before).abs().max().item(), before.abs().max().item()
     if not difference <= TOLERANCE * scale:
-        raise UserError(f"{adapter.name}: merged, its logits differ by {difference:.2g} (of {scale:.2g}); nothing is written")
+        raise UserError(
+            f"{adapter.name}: merged, its logits differ by {difference:.2g} (of {scale:.2g}); nothing is written"
+        )
     return merged, about | {"logits_differ": difference, "logits_scale": scale, "logits": before}
 
 
-def probe_ids(model: PreTrainedModel, size: int) -> Tensor:  # [ROWS, LENGTH], or as many as the model has positions
+def probe_ids(
+    model: PreTrainedModel, size: int
+) -> Tensor:  # [ROWS, LENGTH], or as many as the model has positions
     """Token ids from all of a vocabulary, with the last ones, which may have been added."""
-    length = min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
+    length = min(
+        LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    )
     last = torch.arange(size - length // 2, size).clamp_min(0)
     ids = torch.linspace(0, size - 1, ROWS * length - len(last)).long()
     return torch.cat([ids, last]).view(length, ROWS).T.contiguous()
@@ -156,12 +200,16 @@ def tie_if_equal(model: PreTrainedModel) -> None:
     """Makes embedding and output layer one again where the adapter has done the same to both, else says that they are two."""
     inner, outer = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     equal = inner.shape == outer.shape and (inner - outer).abs().max() <= 1e-6 * inner.abs().max()
-    for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
+    for config in {
+        id(each): each for each in (model.config, model.config.get_text_config())
+    }.values():
         config.tie_word_embeddings = bool(equal)
     if equal:
         model.get_output_embeddings().weight = inner
     else:
-        say("the adapter has changed one of two tied embeddings: from now on they are two (tie_word_embeddings false)")
+        say(
+            "the adapter has changed one of two tied embeddings: from now on they are two (tie_word_embeddings false)"
+        )
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
@@ -184,5 +232,7 @@ def compare_written(written: ModelSource, want: Tensor, dtype: torch.dtype) -> f
             f"in {str(dtype).removeprefix('torch.')} the merged model's logits are not finite; give --dtype bfloat16 or float32"
         )
     if dtype == torch.float32 and difference > TOLERANCE * scale:
-        raise UserError(f"read again, its logits differ by {difference:.2g} (of {scale:.2g}); nothing is written")
+        raise UserError(
+            f"read again, its logits differ by {difference:.2g} (of {scale:.2g}); nothing is written"
+        )
     return difference

@@ -64,5 +64,7 @@ def make_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nam
     dropped = drop_invalid(model.generation_config)
     if dropped:
         settings = ", ".join(f"{field} {value}" for field, value in dropped.items())
-        say(f"{name}: of its generation_config.json is dropped, because it changes nothing and cannot be saved: {settings}")
+        say(
+            f"{name}: of its generation_config.json is dropped, because it changes nothing and cannot be saved: {settings}"
+        )
     check_savable(name, model.config, model.generation_config, tokenizer)

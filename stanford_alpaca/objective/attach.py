@@ -43,13 +43,17 @@ class AttachedObjective:
         self.teacher = teacher
         self.form, self.objective, self.backend = form, objective, backend
         self.cost: Cost | None = cost
-        self.adaptive = adaptive  # the kind of the adaptive cost, taken from the live head at every call
+        self.adaptive = (
+            adaptive  # the kind of the adaptive cost, taken from the live head at every call
+        )
         self.train_meter, self.eval_meter = Meter(), Meter()
         self._model = model
         self._original = model.forward
         original = self._original.__func__
 
-        def forward(model: PreTrainedModel, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        def forward(
+            model: PreTrainedModel, *args: Any, labels: Tensor | None = None, **kwargs: Any
+        ) -> Any:
             if labels is None:
                 return original(model, *args, **kwargs)
             return model.emo_objective._forward(model, labels, *args, **kwargs)
@@ -88,13 +92,17 @@ class AttachedObjective:
         kwargs["return_dict"] = True
         own = None
         if adds_router_loss(model, kwargs):
-            outputs, own = run_with_own_loss(self._original.__func__, model, labels, *args, **kwargs)
+            outputs, own = run_with_own_loss(
+                self._original.__func__, model, labels, *args, **kwargs
+            )
         else:
             outputs = body_of(model)(*args, **kwargs)
         head = self.form.head(model)
         learning = torch.is_grad_enabled()
         if learning and num_items_in_batch is None and isinstance(head.weight, DTensor):
-            raise ValueError("a sharded output layer needs num_items_in_batch, the targets of all ranks: theirs are one loss")
+            raise ValueError(
+                "a sharded output layer needs num_items_in_batch, the targets of all ranks: theirs are one loss"
+            )
         cost = self.cost
         if self.adaptive is not None:
             cost = live_cost(head.weight, self.adaptive)
@@ -108,19 +116,27 @@ class AttachedObjective:
         if learning and self.teacher is not None:
             keep = targets != -100
             soft = self.teacher.soft_targets(keep, head.weight.shape[0], *args, **kwargs)
-            hidden, targets, weights = hidden[keep], targets[keep], None if weights is None else weights[keep]
+            hidden, targets, weights = (
+                hidden[keep],
+                targets[keep],
+                None if weights is None else weights[keep],
+            )
         loss, stats = linear_loss_and_stats(
             hidden, head, targets, cost, self.objective, soft,
             token_weights=weights, backend=self.backend, num_items=num_items_in_batch,
         )  # fmt: skip
         counted = None if weights is None else weights[targets != -100]
         (self.train_meter if learning else self.eval_meter).add(stats, self.objective, counted)
-        parts = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+        parts = {
+            name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")
+        }
         if own is None:
             return CausalLMOutputWithPast(loss=loss, **parts)
         tokens = stats.nll.shape[0]
         share = tokens / (max(tokens, 1) if num_items_in_batch is None else num_items_in_batch)
-        return MoeCausalLMOutputWithPast(loss=loss + share * own.loss.to(loss.device), aux_loss=own.get("aux_loss"), **parts)
+        return MoeCausalLMOutputWithPast(
+            loss=loss + share * own.loss.to(loss.device), aux_loss=own.get("aux_loss"), **parts
+        )
 
 
 def live_cost(weight: Tensor, kind: str) -> Cost:
@@ -128,7 +144,11 @@ def live_cost(weight: Tensor, kind: str) -> Cost:
     if not isinstance(weight, DTensor):
         return CostAlias(lambda: weight) if kind == "cosine" else CostEmbedding(None, kind)
     part = CostEmbedding(weight.to_local(), kind)
-    return part if part.rows is None else ShardedCost.of_part(part, weight.shape[0], weight.device_mesh.get_group())
+    return (
+        part
+        if part.rows is None
+        else ShardedCost.of_part(part, weight.shape[0], weight.device_mesh.get_group())
+    )
 
 
 def check_computed(model: PreTrainedModel, args: tuple, kwargs: dict, outputs: Any) -> None:
@@ -148,20 +168,26 @@ def adds_router_loss(model: PreTrainedModel, kwargs: dict) -> bool:
     return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
 
 
-def run_with_own_loss(forward: Callable, model: PreTrainedModel, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
+def run_with_own_loss(
+    forward: Callable, model: PreTrainedModel, labels: Tensor, *args: Any, **kwargs: Any
+) -> Any:
     """The base model's outputs and the model's own, whose loss is what it adds to cross entropy and nothing else.
 
     Cross entropy summed over no target is 0, so neither the auxiliary loss nor its coefficient has to be known by name.
     """
     seen = []
-    hook = body_of(model).register_forward_hook(lambda module, inputs, outputs: seen.append(outputs))
+    hook = body_of(model).register_forward_hook(
+        lambda module, inputs, outputs: seen.append(outputs)
+    )
     try:
         none = torch.full_like(labels[:, :1], -100)
         own = forward(model, *args, labels=none, logits_to_keep=1, num_items_in_batch=1, **kwargs)
     finally:
         hook.remove()
     if not seen:
-        raise ValueError(f"{type(model).__name__} does not call its base_model: set output_router_logits=False")
+        raise ValueError(
+            f"{type(model).__name__} does not call its base_model: set output_router_logits=False"
+        )
     return seen[0], own
 
 
@@ -169,7 +195,9 @@ def check_own_loss(model: PreTrainedModel) -> None:
     """Raises ValueError if the model's own loss without targets is not a finite number."""
     with probing(model):
         inputs = probe_inputs(model)
-        _, own = run_with_own_loss(model.forward.__func__, model, inputs["input_ids"], **inputs, return_dict=True)
+        _, own = run_with_own_loss(
+            model.forward.__func__, model, inputs["input_ids"], **inputs, return_dict=True
+        )
     if not torch.isfinite(own.loss):
         raise ValueError(
             f"{type(model).__name__} cannot be served with output_router_logits: its own loss without targets is "
@@ -226,13 +254,17 @@ def attach_objective(
         raise ValueError("give options in the Objective or by name, not both")
     objective = mode if isinstance(mode, Objective) else Objective(mode, **options)
     if teacher is not None and objective.needs_p:
-        raise ValueError(f"mode {objective.mode} (weighting {objective.emo_weighting}) needs one target, not a teacher's")
+        raise ValueError(
+            f"mode {objective.mode} (weighting {objective.emo_weighting}) needs one target, not a teacher's"
+        )
     if form is None:
         form = recognise_head(model)
         if adds_router_loss(model, {}):
             check_own_loss(model)
     adaptive = cost_kind if isinstance(cost, str) and cost == "adaptive" else None
-    frozen = None if adaptive else frozen_cost(model, cost, cost_kind, unit_rows=teacher is not None)
+    frozen = (
+        None if adaptive else frozen_cost(model, cost, cost_kind, unit_rows=teacher is not None)
+    )
     if frozen is not None:
         frozen.check(form.head(model).weight.shape[0])
     elif adaptive is None and objective.needs_emo:

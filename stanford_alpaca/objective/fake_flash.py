@@ -44,11 +44,17 @@ def varlen_attention(
     """Causal attention, in each row, or within what ``cu_seq_lens_q`` keeps apart in the rows put one after the other."""
     rows, _, length, _ = query.shape
     if cu_seq_lens_q is None:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
         return out.transpose(1, 2), None
-    query, key, value = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value))
+    query, key, value = (
+        x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value)
+    )
     places = torch.arange(rows * length, device=query.device)
     example = torch.searchsorted(cu_seq_lens_q.to(query.device), places, right=True)
     mask = (example[:, None] == example) & (places[:, None] >= places)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+    )
     return out[0].transpose(0, 1).unflatten(0, (rows, length)), None

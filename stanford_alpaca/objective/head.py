@@ -36,16 +36,16 @@ class HeadForm(NamedTuple):
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def __str__(self) -> str:
-        return (
-            f"a scale of {self.logit_scale or 1.0:.7g} and {'no cap' if not self.softcap else f'a cap of {self.softcap:.7g}'}"
-        )
+        return f"a scale of {self.logit_scale or 1.0:.7g} and {'no cap' if not self.softcap else f'a cap of {self.softcap:.7g}'}"
 
 
 def output_layer(model: PreTrainedModel) -> nn.Module:
     """The output layer of a causal LM: linear, with peft's LoRA or copied by peft to be trained, else ValueError."""
     layer = model.get_output_embeddings()
     if not isinstance(_original(layer), nn.Linear):
-        raise ValueError(f"{type(model).__name__} has no linear output layer to attach an objective to")
+        raise ValueError(
+            f"{type(model).__name__} has no linear output layer to attach an objective to"
+        )
     return layer
 
 
@@ -63,7 +63,11 @@ def _original(layer: nn.Module) -> Any:
 def _effective(layer: Any) -> tuple[Tensor, Tensor | None]:  # [V, H], [V]
     """Weight and bias of the linear map that the layer is now. LoRA's dropout is no part of it (see ``add_lora``)."""
     original = _original(layer)
-    if isinstance(layer, ModulesToSaveWrapper) and layer.active_adapters and not layer.disable_adapters:
+    if (
+        isinstance(layer, ModulesToSaveWrapper)
+        and layer.active_adapters
+        and not layer.disable_adapters
+    ):
         original = layer.modules_to_save[layer.active_adapters[0]]
     weight = original.weight
     if isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged:
@@ -91,14 +95,23 @@ def recognise_head(model: PreTrainedModel) -> HeadForm:
     layer = output_layer(model)
     weight, bias = _effective(layer)
     if weight.is_meta or weight.dim() != 2:
-        _refuse(model, "its output layer is on the meta device or sharded: load it first, and attach before wrapping")
+        _refuse(
+            model,
+            "its output layer is on the meta device or sharded: load it first, and attach before wrapping",
+        )
     sent = _known_values(weight.shape[0], weight.device)
     hidden, received, returned, logits = _probe(model, layer, sent)
     if not _same(returned, F.linear(received, weight, bias)):
-        _refuse(model, "its output layer returns something else than input @ weight.T + bias (quantised, or with an adapter)")
+        _refuse(
+            model,
+            "its output layer returns something else than input @ weight.T + bias (quantised, or with an adapter)",
+        )
     factor = _factor(model, received, hidden)
     if factor != 1.0 and bias is not None:
-        _refuse(model, f"its output layer has a bias and receives {factor:.7g} times the last hidden state")
+        _refuse(
+            model,
+            f"its output layer has a bias and receives {factor:.7g} times the last hidden state",
+        )
     form = _read(model, sent, logits)
     scale = factor * (form.logit_scale or 1.0)
     return HeadForm(form.softcap, None if scale == 1.0 else scale)
@@ -114,12 +127,18 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     return body
 
 
-def _known_values(vocab_size: int, device: torch.device) -> Tensor:  # [1, 4, V] float64, exact in float32
+def _known_values(
+    vocab_size: int, device: torch.device
+) -> Tensor:  # [1, 4, V] float64, exact in float32
     ramp = torch.linspace(-1, 1, vocab_size, device=device)
-    return torch.stack([torch.full_like(ramp, TINY), torch.full_like(ramp, HUGE), 10 * ramp, -1000 * ramp]).double()[None]
+    return torch.stack(
+        [torch.full_like(ramp, TINY), torch.full_like(ramp, HUGE), 10 * ramp, -1000 * ramp]
+    ).double()[None]
 
 
-def _probe(model: PreTrainedModel, layer: nn.Module, sent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _probe(
+    model: PreTrainedModel, layer: nn.Module, sent: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The last hidden state, the output layer's input and output, and the logits if that output is replaced."""
     calls = []
 
@@ -139,9 +158,14 @@ def _probe(model: PreTrainedModel, layer: nn.Module, sent: Tensor) -> tuple[Tens
     if len(calls) != 1:
         _refuse(model, f"its forward calls its output layer {len(calls)} times, not once")
     if logits.requires_grad:
-        _refuse(model, "trained parameters take part behind its output layer, and would get no gradient")
+        _refuse(
+            model, "trained parameters take part behind its output layer, and would get no gradient"
+        )
     if logits.shape != sent.shape:
-        _refuse(model, f"its output layer returns {tuple(sent.shape)} and its logits are {tuple(logits.shape)}")
+        _refuse(
+            model,
+            f"its output layer returns {tuple(sent.shape)} and its logits are {tuple(logits.shape)}",
+        )
     return hidden, *calls[0], logits
 
 
@@ -157,15 +181,23 @@ def _factor(model: PreTrainedModel, received: Tensor, hidden: Tensor) -> float:
         if _same(received, factor * hidden):
             if exact and factor > 0:
                 return factor
-            _refuse(model, f"its output layer receives {factor:.4g} times the last hidden state: load it in float32")
-    _refuse(model, "its output layer receives something else than base_model's first output, the last hidden state")
+            _refuse(
+                model,
+                f"its output layer receives {factor:.4g} times the last hidden state: load it in float32",
+            )
+    _refuse(
+        model,
+        "its output layer receives something else than base_model's first output, the last hidden state",
+    )
 
 
 def _same(got: Tensor, want: Tensor) -> bool:
     """Whether two results of the same operations are equal but for their order."""
     eps = max(torch.finfo(got.dtype).eps, torch.finfo(want.dtype).eps)
     tolerance = 64 * eps if eps < 1e-6 else eps / 4
-    return got.shape == want.shape and bool((got.double() - want.double()).norm() <= tolerance * want.double().norm())
+    return got.shape == want.shape and bool(
+        (got.double() - want.double()).norm() <= tolerance * want.double().norm()
+    )
 
 
 def _read(model: PreTrainedModel, sent: Tensor, logits: Tensor) -> HeadForm:
@@ -173,16 +205,24 @@ def _read(model: PreTrainedModel, sent: Tensor, logits: Tensor) -> HeadForm:
     if torch.equal(logits, sent.to(logits.dtype)):
         return HeadForm()
     if torch.finfo(logits.dtype).bits < 32:
-        _refuse(model, f"it changes its logits and returns them in {logits.dtype}, too coarse to recognise how")
+        _refuse(
+            model,
+            f"it changes its logits and returns them in {logits.dtype}, too coarse to recognise how",
+        )
     tolerance = 64 * torch.finfo(logits.dtype).eps
     got = logits.double()
     scale, top = got[0, 0, 0].item() / TINY, got[0, 1, 0].item()
     if not 0 < scale < math.inf:
-        _refuse(model, f"it does something unknown to its logits: near 0 they are {scale:.7g} times its output layer's output")
+        _refuse(
+            model,
+            f"it does something unknown to its logits: near 0 they are {scale:.7g} times its output layer's output",
+        )
     capped = abs(top - scale * HUGE) > tolerance * abs(top)
     form = HeadForm(top if capped else None, None if abs(scale - 1) <= tolerance else scale)
     want = form.of(sent)
-    wrong = ((got - want).abs() <= tolerance * want.abs()).logical_not().nonzero()  # not "above": NaN is wrong, too
+    wrong = (
+        ((got - want).abs() <= tolerance * want.abs()).logical_not().nonzero()
+    )  # not "above": NaN is wrong, too
     if len(wrong):
         at = tuple(wrong[0].tolist())
         values = f"{sent[at].item():.7g} would become {want[at].item():.7g} and became {got[at].item():.7g}"

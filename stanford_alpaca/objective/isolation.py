@@ -11,7 +11,10 @@ from stanford_alpaca.objective.head import body_of
 from stanford_alpaca.objective.probing import probing
 
 SIZES = (5, 7, 3)  # tokens of the examples that a model is probed with
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the difference that seeing each other makes
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.float64: 1e-6,
+}  # of the difference that seeing each other makes
 ROUGH = 0.2  # the same at 16 bits
 
 
@@ -25,7 +28,9 @@ def find_isolation(model: PreTrainedModel, name: str = "model", means: str | Non
         UserError: by none: examples in one row would see each other or other positions, and the loss would not be theirs.
     """
     attention = model.config._attn_implementation
-    own = {"sdpa": ["positions", "mask"], "eager": ["positions", "bias"]}.get(attention, ["positions"])
+    own = {"sdpa": ["positions", "mask"], "eager": ["positions", "bias"]}.get(
+        attention, ["positions"]
+    )
     tries = [means] if means is not None else ["cu_seq_lens"] if uses_flash(model) else own
     seen = []
     for each in tries:
@@ -44,18 +49,31 @@ def find_isolation(model: PreTrainedModel, name: str = "model", means: str | Non
 def isolates(model: PreTrainedModel, means: str) -> bool:
     """Whether three short examples have the hidden states in rows that they have apart. ValueError if the model cannot run."""
     config = model.config.get_text_config()
-    if means in ("mask", "bias") and any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
+    if means in ("mask", "bias") and any(
+        getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
+    ):
         return False  # such a mask would have to know the window
     embedding = model.get_input_embeddings().weight
     tokens = torch.arange(sum(SIZES)).mul(7).remainder(embedding.shape[0])
     examples = [ids.tolist() for ids in tokens.split(SIZES)]
-    both = {"input_ids": examples[0] + examples[1], "labels": [0] * sum(SIZES[:2]), "lengths": list(SIZES[:2])}
-    batch = SegmentCollator(0, apart_by=means)([both, {"input_ids": examples[2], "labels": [0] * SIZES[2]}])
+    both = {
+        "input_ids": examples[0] + examples[1],
+        "labels": [0] * sum(SIZES[:2]),
+        "lengths": list(SIZES[:2]),
+    }
+    batch = SegmentCollator(0, apart_by=means)(
+        [both, {"input_ids": examples[2], "labels": [0] * SIZES[2]}]
+    )
     del batch["labels"]
-    batch = {key: value.to(embedding.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    batch = {
+        key: value.to(embedding.device) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
 
     def hidden_of(ids: list[int]) -> Tensor:  # [len(ids), H]
-        return body_of(model)(input_ids=torch.tensor([ids], device=embedding.device), use_cache=False)[0][0].double()
+        return body_of(model)(
+            input_ids=torch.tensor([ids], device=embedding.device), use_cache=False
+        )[0][0].double()
 
     with probing(model):
         apart = torch.cat([hidden_of(ids) for ids in examples])

@@ -45,7 +45,11 @@ class Meter:
 
     def drain(self, device: torch.device | str, over_ranks: bool = False) -> Sums:
         """The sums so far and a fresh start; ``over_ranks`` costs one all-reduce of 5 float64 on the device."""
-        sums = torch.zeros(5, dtype=torch.float64, device=device) if self._sums is None else self._sums.to(device)
+        sums = (
+            torch.zeros(5, dtype=torch.float64, device=device)
+            if self._sums is None
+            else self._sums.to(device)
+        )
         self._sums = None
         if over_ranks:
             torch.distributed.all_reduce(sums)

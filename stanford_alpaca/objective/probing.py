@@ -20,7 +20,9 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
         with torch.no_grad(), emulated_flash(model):
             yield
     except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be probed with token ids alone: {first_line(error)}") from error
+        raise ValueError(
+            f"{type(model).__name__} cannot be probed with token ids alone: {first_line(error)}"
+        ) from error
     finally:
         for module, training in modes.items():
             module.training = training

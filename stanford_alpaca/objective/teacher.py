@@ -31,7 +31,9 @@ class Teacher:
         self.model, self.top_k = model.eval().requires_grad_(False), top_k
         rows = self.form.head(model).weight.shape[0]
         if not 1 <= top_k <= rows:
-            raise ValueError(f"top_k is {top_k}: it has to lie between 1 and the teacher's {rows} tokens")
+            raise ValueError(
+                f"top_k is {top_k}: it has to lie between 1 and the teacher's {rows} tokens"
+            )
 
     @torch.no_grad()
     def soft_targets(

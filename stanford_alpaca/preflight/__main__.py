@@ -35,33 +35,69 @@ RECIPE = 128  # rows per step, as in train_emo.sh
 
 @dataclass
 class Options:
-    model_name_or_path: str = field(metadata={"help": "A folder, of which config.json is enough, or a hub name."})
+    model_name_or_path: str = field(
+        metadata={"help": "A folder, of which config.json is enough, or a hub name."}
+    )
     nproc: int = field(default=1, metadata={"help": "Ranks of a node."})
     nodes: int = field(default=1, metadata={"help": "Nodes."})
     mode: str = choice(*MODES, default="mle", help="The objective.")
-    engine: str | None = field(default=None, metadata={"choices": list(ENGINES), "help": "Restricts the table to it."})
-    cost_sharding: str | None = field(default=None, metadata={"choices": list(PLACES), "help": "Restricts the table to it."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows of a micro-batch on one rank."})
-    global_batch: int | None = field(default=None, metadata={"help": "Rows per step; 128 or near, as in train_emo.sh."})
-    model_max_length: int = field(default=512, metadata={"help": "Tokens of the longest row, for which memory has to last."})
-    activation_checkpointing: bool = field(default=False, metadata={"help": "Keeps each layer's input and computes it again."})
+    engine: str | None = field(
+        default=None, metadata={"choices": list(ENGINES), "help": "Restricts the table to it."}
+    )
+    cost_sharding: str | None = field(
+        default=None, metadata={"choices": list(PLACES), "help": "Restricts the table to it."}
+    )
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "Rows of a micro-batch on one rank."}
+    )
+    global_batch: int | None = field(
+        default=None, metadata={"help": "Rows per step; 128 or near, as in train_emo.sh."}
+    )
+    model_max_length: int = field(
+        default=512, metadata={"help": "Tokens of the longest row, for which memory has to last."}
+    )
+    activation_checkpointing: bool = field(
+        default=False, metadata={"help": "Keeps each layer's input and computes it again."}
+    )
     packing: bool = field(default=False, metadata={"help": "Every row is filled with examples."})
     bf16: bool = field(default=True, metadata={"help": "Computes in bfloat16."})
-    cost_cache_mib: float = field(default=2048, metadata={"help": "MiB of cost rows kept between steps, if replicated."})
+    cost_cache_mib: float = field(
+        default=2048, metadata={"help": "MiB of cost rows kept between steps, if replicated."}
+    )
     num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs."})
-    examples: int | None = field(default=None, metadata={"help": "Examples of an epoch; without them no time for the run."})
-    mean_tokens: float | None = field(default=None, metadata={"help": "Of an example; default: every row is full."})
+    examples: int | None = field(
+        default=None, metadata={"help": "Examples of an epoch; without them no time for the run."}
+    )
+    mean_tokens: float | None = field(
+        default=None, metadata={"help": "Of an example; default: every row is full."}
+    )
     supervised_share: float = field(default=1.0, metadata={"help": "Of the tokens."})
-    data_path: str | None = field(default=None, metadata={"help": "Counts the three above: needs the model's tokenizer."})
+    data_path: str | None = field(
+        default=None, metadata={"help": "Counts the three above: needs the model's tokenizer."}
+    )
     gpu: str = choice(*PEAK_FLOPS, default="A100", help="Whose peak counts.")
     gpu_gib: float = field(default=80.0, metadata={"help": "Memory of a GPU in GiB."})
-    mfu: float = field(default=0.4, metadata={"help": "Share of the peak that is assumed to be reached."})
-    intra_gb_s: float = field(default=200.0, metadata={"help": "GB/s of a rank assumed within a node (NVLink)."})
-    inter_gb_s: float = field(default=25.0, metadata={"help": "GB/s of a rank assumed between nodes (InfiniBand)."})
-    host_gb_s: float = field(default=25.0, metadata={"help": "GB/s of a rank assumed to the host's memory (PCIe)."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's models are kept."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Runs the code that the model's repository brings along."})
-    json: bool = field(default=False, metadata={"help": "Prints the same as JSON, in bytes and seconds."})
+    mfu: float = field(
+        default=0.4, metadata={"help": "Share of the peak that is assumed to be reached."}
+    )
+    intra_gb_s: float = field(
+        default=200.0, metadata={"help": "GB/s of a rank assumed within a node (NVLink)."}
+    )
+    inter_gb_s: float = field(
+        default=25.0, metadata={"help": "GB/s of a rank assumed between nodes (InfiniBand)."}
+    )
+    host_gb_s: float = field(
+        default=25.0, metadata={"help": "GB/s of a rank assumed to the host's memory (PCIe)."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where the hub's models are kept."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Runs the code that the model's repository brings along."}
+    )
+    json: bool = field(
+        default=False, metadata={"help": "Prints the same as JSON, in bytes and seconds."}
+    )
 
     @property
     def ranks(self) -> int:
@@ -78,13 +114,21 @@ class Options:
                 continue
             least = 0 if name == "cost_cache_mib" else None
             if not (value > 0 or value == least) or not math.isfinite(value):
-                raise UserError(f"--{name} {value}: give a number {'from 0 on' if least == 0 else 'above 0'}")
+                raise UserError(
+                    f"--{name} {value}: give a number {'from 0 on' if least == 0 else 'above 0'}"
+                )
         if self.supervised_share > 1 or self.mfu > 1:
             raise UserError("--supervised_share and --mfu are shares: give at most 1")
-        if self.data_path is not None and (self.examples is not None or self.mean_tokens is not None):
-            raise UserError("--data_path counts what --examples and --mean_tokens say: give one or the other")
+        if self.data_path is not None and (
+            self.examples is not None or self.mean_tokens is not None
+        ):
+            raise UserError(
+                "--data_path counts what --examples and --mean_tokens say: give one or the other"
+            )
         if self.mean_tokens is not None and self.mean_tokens > self.model_max_length:
-            raise UserError(f"--mean_tokens {self.mean_tokens:g} is more than --model_max_length {self.model_max_length}")
+            raise UserError(
+                f"--mean_tokens {self.mean_tokens:g} is more than --model_max_length {self.model_max_length}"
+            )
 
     def setup(self) -> Setup:
         """The step as it is launched. Raises UserError for a global batch that cannot be had."""
@@ -102,9 +146,15 @@ class Options:
 
     def engines(self, counts: Parameters) -> list[str]:
         """Those that the ranks can have, or the one asked for. Raises UserError for flags that do not go together."""
-        possible = ["none", "zero3_offload"] if self.ranks == 1 else [name for name in ENGINES if name != "none"]
+        possible = (
+            ["none", "zero3_offload"]
+            if self.ranks == 1
+            else [name for name in ENGINES if name != "none"]
+        )
         if self.engine is not None and self.engine not in possible:
-            raise UserError(f"--engine {self.engine} with {self.ranks} rank(s): choose from {', '.join(possible)}")
+            raise UserError(
+                f"--engine {self.engine} with {self.ranks} rank(s): choose from {', '.join(possible)}"
+            )
         chosen = possible if self.engine is None else [self.engine]
         setup = self.setup()
         if self.cost_sharding is not None and not any(
@@ -124,7 +174,9 @@ class _Parser(HfArgumentParser):
 
 def parse(argv: list[str]) -> Options:
     """The flags. Raises UserError for any that is unknown or cannot be."""
-    parser = _Parser(Options, allow_abbrev=False, prog="python -m stanford_alpaca.preflight", description=__doc__)
+    parser = _Parser(
+        Options, allow_abbrev=False, prog="python -m stanford_alpaca.preflight", description=__doc__
+    )
     options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -143,9 +195,16 @@ def count_data(options: Options) -> Options:
     encode = ExampleEncoder.of(tokenizer, form_of(records.column_names), WHOLE)
     counted = statistics_of(encode_records(records, encode), options.model_max_length)
     if not counted["kept"]:
-        raise UserError(f"--data_path {options.data_path}: no example has a target within {options.model_max_length} tokens")
+        raise UserError(
+            f"--data_path {options.data_path}: no example has a target within {options.model_max_length} tokens"
+        )
     mean = counted["tokens"] / counted["kept"]
-    return replace(options, examples=counted["kept"], mean_tokens=mean, supervised_share=counted["supervised_share"])
+    return replace(
+        options,
+        examples=counted["kept"],
+        mean_tokens=mean,
+        supervised_share=counted["supervised_share"],
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -160,11 +219,14 @@ def preflight(options: Options) -> None:
     options, config = count_data(options), source.config()
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and options.model_max_length > positions:
-        raise UserError(f"--model_max_length {options.model_max_length} is more than the model's {positions} positions")
+        raise UserError(
+            f"--model_max_length {options.model_max_length} is more than the model's {positions} positions"
+        )
     setup = options.setup()
     precisions = {precision_of(engine, options.bf16) for engine in ENGINES}
     anatomies = {
-        precision: describe(config, options.model_max_length, precision, source.remote_code) for precision in sorted(precisions)
+        precision: describe(config, options.model_max_length, precision, source.remote_code)
+        for precision in sorted(precisions)
     }
     counts = next(iter(anatomies.values())).parameters
     engines = options.engines(counts)
@@ -191,7 +253,10 @@ def steps_of(options: Options, setup: Setup) -> int | None:
     rows = options.examples
     if options.packing and options.mean_tokens is not None:
         rows = math.ceil(rows * options.mean_tokens / options.model_max_length)
-    return math.ceil(math.ceil(rows / (setup.batch * setup.accumulation * setup.ranks)) * options.num_train_epochs)
+    return math.ceil(
+        math.ceil(rows / (setup.batch * setup.accumulation * setup.ranks))
+        * options.num_train_epochs
+    )
 
 
 if __name__ == "__main__":

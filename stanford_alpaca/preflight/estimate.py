@@ -18,7 +18,9 @@ from stanford_alpaca.losses.backends.torch_kernels import CACHE_LOGITS, CHUNK_LO
 from stanford_alpaca.preflight.model_profile import Anatomy, Parameters
 
 NO_COST = "-"  # in place of a cost sharding where the mode reads no costs
-LIVE = 10**9  # parameters that ZeRO-3 keeps gathered, and those that its optimizer steps at once: DeepSpeed's defaults
+LIVE = (
+    10**9
+)  # parameters that ZeRO-3 keeps gathered, and those that its optimizer steps at once: DeepSpeed's defaults
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Setup:
     bf16: bool = True
     device: str = "cuda"
     supervised_share: float = 1.0
-    unique_share: float = 0.31  # different targets per supervised token: the most seen in 8192 tokens of prose
+    unique_share: float = (
+        0.31  # different targets per supervised token: the most seen in 8192 tokens of prose
+    )
     cost_cache_mib: float = 2048
 
     @property
@@ -75,7 +79,9 @@ def shardings_of(engine: str, setup: Setup, counts: Parameters) -> list[str]:
     """The cost shardings that can be combined with an engine, the simplest first."""
     some = ["replicate", *(["shard"] if setup.ranks > 1 else [])] if setup.priced else [NO_COST]
     columns = -(-counts.vocab_size // setup.ranks)  # every rank has to have some
-    parallel = engine == "fsdp" and not counts.tied and columns * (setup.ranks - 1) < counts.vocab_size
+    parallel = (
+        engine == "fsdp" and not counts.tied and columns * (setup.ranks - 1) < counts.vocab_size
+    )
     return [*some, *(["vocab_parallel"] if parallel else [])]
 
 
@@ -95,7 +101,9 @@ def moments(anatomy: Anatomy, setup: Setup, engine: str, sharding: str) -> dict[
     at_loss, in_backward, at_end = gathered(counts, setup, engine, sharding)
     cost = cost_bytes(counts, setup, sharding)
     layer = saved.layer.of(setup.batch)
-    kept = saved.outside.of(setup.batch) + (saved.inputs if setup.checkpointing else saved.layers).of(setup.batch)
+    kept = saved.outside.of(setup.batch) + (
+        saved.inputs if setup.checkpointing else saved.layers
+    ).of(setup.batch)
     working = 3 * saved.widest.of(setup.batch) + (layer if setup.checkpointing else 0)
     head = counts.vocab_size * counts.width / (setup.ranks if sharding == "vocab_parallel" else 1)
     float32_head = sharding == "vocab_parallel" or precision_of(engine, setup.bf16) == "autocast"
@@ -103,10 +111,20 @@ def moments(anatomy: Anatomy, setup: Setup, engine: str, sharding: str) -> dict[
     copies = step_copies(counts.total, setup, engine)
     spread = 4 * counts.vocab_size * counts.width if sharding == "shard" else 0
     return {
-        "loss": Memory(weights, held, optimizer, cost, kept, loss_bytes(counts, setup, engine, sharding), at_loss + spread),
+        "loss": Memory(
+            weights,
+            held,
+            optimizer,
+            cost,
+            kept,
+            loss_bytes(counts, setup, engine, sharding),
+            at_loss + spread,
+        ),
         "backward": Memory(weights, held + d_head, optimizer, cost, kept + working, 0, in_backward),
         "end": Memory(weights, final, optimizer, cost, working, 0, at_end),
-        "step": Memory(weights, final, optimizer + copies, cost, 0, 0, at_end if engine == "ddp" else 0),
+        "step": Memory(
+            weights, final, optimizer + copies, cost, 0, 0, at_end if engine == "ddp" else 0
+        ),
     }
 
 
@@ -115,8 +133,14 @@ def state(total: int, setup: Setup, engine: str) -> tuple[float, float]:
     what = ENGINES[engine]
     if what.offload:
         return 0, 0
-    weights = total * (setup.itemsize if what.deepspeed else 4) / (setup.ranks if "w" in what.sharded else 1)
-    return weights, total * (12 if what.deepspeed else 8) / (setup.ranks if "o" in what.sharded else 1)
+    weights = (
+        total
+        * (setup.itemsize if what.deepspeed else 4)
+        / (setup.ranks if "w" in what.sharded else 1)
+    )
+    return weights, total * (12 if what.deepspeed else 8) / (
+        setup.ranks if "o" in what.sharded else 1
+    )
 
 
 def gradients(counts: Parameters, setup: Setup, engine: str, sharding: str) -> tuple[float, float]:
@@ -124,27 +148,39 @@ def gradients(counts: Parameters, setup: Setup, engine: str, sharding: str) -> t
     what, ranks, several = ENGINES[engine], setup.ranks, setup.accumulation > 1
     if what.offload:
         return 0, 0
-    if engine == "fsdp":  # reduced and sharded at the last micro-batch, until then whole, except for vocab_parallel's head
+    if (
+        engine == "fsdp"
+    ):  # reduced and sharded at the last micro-batch, until then whole, except for vocab_parallel's head
         apart = counts.head if sharding == "vocab_parallel" else 0
         whole = 4 * (counts.total - apart) + 4 * apart / ranks
         return (whole, whole) if several else (0, 4 * counts.total / ranks)
-    size = counts.total * (setup.itemsize if what.deepspeed else 4) / (ranks if "g" in what.sharded else 1)
+    size = (
+        counts.total
+        * (setup.itemsize if what.deepspeed else 4)
+        / (ranks if "g" in what.sharded else 1)
+    )
     return (size if several or "g" in what.sharded else 0), size
 
 
-def gathered(counts: Parameters, setup: Setup, engine: str, sharding: str) -> tuple[float, float, float]:
+def gathered(
+    counts: Parameters, setup: Setup, engine: str, sharding: str
+) -> tuple[float, float, float]:
     """Weights gathered from other ranks and gradients in buckets: at the loss, in the first layer's backward, at the end."""
     c, what = setup.itemsize, ENGINES[engine]
     if engine == "ddp":  # its buckets are a second copy of the gradients
         return (4 * counts.total,) * 3
-    if engine == "fsdp":  # a unit's weights and gradients, the float32 input of its reduce-scatter, and the next unit's weights
+    if (
+        engine == "fsdp"
+    ):  # a unit's weights and gradients, the float32 input of its reduce-scatter, and the next unit's weights
         embedding, tail = fsdp_units(counts, sharding)
         largest = max(counts.layer, embedding)
         in_layer = (2 * c + 4) * counts.layer + c * counts.layer
         return c * tail, c * tail + in_layer, max(in_layer, (2 * c + 4) * largest)
     if not what.deepspeed:
         return 0, 0, 0
-    buckets = 2 * c * min(counts.width**2, counts.total)  # two of hidden x hidden: transformers' choice for "auto"
+    buckets = (
+        2 * c * min(counts.width**2, counts.total)
+    )  # two of hidden x hidden: transformers' choice for "auto"
     live = c * min(counts.total, LIVE) if "w" in what.sharded else 0
     return (live + buckets,) * 3
 
@@ -182,7 +218,11 @@ def loss_bytes(counts: Parameters, setup: Setup, engine: str, sharding: str) -> 
     head = 4 * vocab * width + (c * min(TILE_PRODUCTS, vocab * width) if setup.bf16 else 0)
     float32_head = parallel or precision_of(engine, setup.bf16) == "autocast"
     copy = c * vocab * width if setup.bf16 and float32_head else 0
-    hidden = tokens * width * c + setup.targets * width * c + (4 * tokens * width if parallel else tokens * width * c)
+    hidden = (
+        tokens * width * c
+        + setup.targets * width * c
+        + (4 * tokens * width if parallel else tokens * width * c)
+    )
     return chunk + head + copy + hidden
 
 
@@ -210,10 +250,16 @@ def traffic(counts: Parameters, setup: Setup, engine: str, sharding: str) -> flo
     total = counts.total
     if engine in ("none", "ddp"):
         moved = 8.0 * total
-    elif engine == "fsdp":  # gathers forward and backward, but for the tail; gradients once per step
+    elif (
+        engine == "fsdp"
+    ):  # gathers forward and backward, but for the tail; gradients once per step
         apart = counts.head if sharding == "vocab_parallel" else 0
-        moved = batches * c * (2 * (total - apart) - fsdp_units(counts, sharding)[1]) + 4.0 * (total - apart)
-    elif "w" in ENGINES[engine].sharded:  # gathers forward, and backward what did not stay; gradients
+        moved = batches * c * (2 * (total - apart) - fsdp_units(counts, sharding)[1]) + 4.0 * (
+            total - apart
+        )
+    elif (
+        "w" in ENGINES[engine].sharded
+    ):  # gathers forward, and backward what did not stay; gradients
         moved = batches * c * (total + max(0, total - LIVE) + total)
     else:  # DeepSpeed all-reduces gradients here, stage 1 once per step; weights after it
         moved = c * (2.0 * total * (1 if engine == "zero1" else batches) + total)

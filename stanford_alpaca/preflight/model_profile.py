@@ -87,11 +87,18 @@ def describe(config: Any, length: int, precision: str, remote_code: bool = False
             model = auto_class(config).from_config(config, trust_remote_code=remote_code)
         parameters, flops = count_parameters(model), training_flops(model)
         layer_flops = flops[0] - 6.0 * (parameters.norm + (parameters.head or parameters.embedding))
-        return Anatomy(parameters, flops, layer_flops, count_activations(config, length, precision, remote_code))
+        return Anatomy(
+            parameters,
+            flops,
+            layer_flops,
+            count_activations(config, length, precision, remote_code),
+        )
     except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         experts = next((name for name in EXPERTS if getattr(config, name, None)), None)
         reason = f"it has experts, {experts}" if experts else first_line(error)
-        raise UserError(f"a {config.model_type} model cannot be estimated from its configuration ({reason})") from None
+        raise UserError(
+            f"a {config.model_type} model cannot be estimated from its configuration ({reason})"
+        ) from None
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -106,12 +113,19 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
     everything = sum(p.numel() for p in model.parameters())
     own_head = 0 if head is inputs else head.numel()
-    embedding = sum(p.numel() for m in body_of(model).modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    embedding = sum(
+        p.numel()
+        for m in body_of(model).modules()
+        if isinstance(m, nn.Embedding)
+        for p in m.parameters()
+    )
     norm = everything - embedding - sum(sizes) - own_head
     return Parameters(embedding, sum(sizes), max(sizes), norm, own_head, *head.shape)
 
 
-def count_activations(config: Any, length: int, precision: str, remote_code: bool = False) -> Activations:
+def count_activations(
+    config: Any, length: int, precision: str, remote_code: bool = False
+) -> Activations:
     """A forward pass of one row and one of two, on fake CPU tensors: attention then takes a kernel that keeps no scores.
 
     Attention gets a mask, as it does for a batch with padding: transformers cannot look into fake tensors.
@@ -120,7 +134,11 @@ def count_activations(config: Any, length: int, precision: str, remote_code: boo
     text = config.get_text_config()  # nothing passes through a model's other senses
     config = text if type(text) in AutoModelForCausalLM._model_mapping else config
     with FakeTensorMode():
-        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=remote_code).train()
+        model = (
+            auto_class(config)
+            .from_config(config, dtype=dtype, trust_remote_code=remote_code)
+            .train()
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             one, two = (saved_tensors(model, rows, length) for rows in (1, 2))
     sizes = [(place, Line(2 * a - b, b - a)) for (place, a), (_, b) in zip(one, two, strict=True)]
@@ -136,7 +154,9 @@ def count_activations(config: Any, length: int, precision: str, remote_code: boo
         layers=Line(sum(line.fixed for line in by_layer), sum(line.per_row for line in by_layer)),
         layer=max(by_layer, key=lambda line: line.of(1)),
         inputs=total(INPUT),
-        widest=max((line for place, line in sizes if place != INPUT), key=lambda line: line.per_row),
+        widest=max(
+            (line for place, line in sizes if place != INPUT), key=lambda line: line.per_row
+        ),
     )
 
 
@@ -167,7 +187,9 @@ def saved_tensors(model: PreTrainedModel, rows: int, length: int) -> list[tuple[
 
     with contextlib.ExitStack() as stack:
         for number, layer in enumerate(decoder_layers(model)):
-            hook = layer.register_forward_pre_hook(lambda _, args, kwargs, n=number: enter(n, args, kwargs), with_kwargs=True)
+            hook = layer.register_forward_pre_hook(
+                lambda _, args, kwargs, n=number: enter(n, args, kwargs), with_kwargs=True
+            )
             stack.callback(hook.remove)
             stack.callback(layer.register_forward_hook(leave).remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))

@@ -63,11 +63,17 @@ def rows_of(
     for engine in engines:
         anatomy = anatomies[precision_of(engine, setup.bf16)]
         counts = anatomy.parameters
-        flops, through_host = estimate.compute_flops(anatomy, setup, mean_tokens), estimate.host_traffic(counts, setup, engine)
+        flops, through_host = (
+            estimate.compute_flops(anatomy, setup, mean_tokens),
+            estimate.host_traffic(counts, setup, engine),
+        )
         for cost in shardings_of(engine, setup, counts):
             if sharding not in (None, cost):
                 continue
-            totals = {tried.batch: estimate.peak_memory(anatomy, tried, engine, cost).total for tried in batches_of(setup)}
+            totals = {
+                tried.batch: estimate.peak_memory(anatomy, tried, engine, cost).total
+                for tried in batches_of(setup)
+            }
             fitting = [batch for batch, total in totals.items() if total <= machine.usable]
             moved = estimate.traffic(counts, setup, engine, cost)
             row = Row(
@@ -87,7 +93,11 @@ def rows_of(
 def batches_of(setup: Setup) -> list[Setup]:
     """The same step in micro-batches of every size that divides it."""
     rows = setup.batch * setup.accumulation
-    return [replace(setup, batch=size, accumulation=rows // size) for size in range(1, rows + 1) if rows % size == 0]
+    return [
+        replace(setup, batch=size, accumulation=rows // size)
+        for size in range(1, rows + 1)
+        if rows % size == 0
+    ]
 
 
 def recommend(rows: list[Row]) -> Row | None:
@@ -99,14 +109,20 @@ def recommend(rows: list[Row]) -> Row | None:
 
 def advise(table: Callable[[Setup], list[Row]], setup: Setup) -> str:
     """What to run. If nothing fits, activation checkpointing, then smaller batches, then more ranks are tried."""
-    smaller = [replace(tried, checkpointing=True) for tried in reversed(batches_of(setup)) if tried.batch < setup.batch]
+    smaller = [
+        replace(tried, checkpointing=True)
+        for tried in reversed(batches_of(setup))
+        if tried.batch < setup.batch
+    ]
     for tried in (setup, replace(setup, checkpointing=True), *smaller):
         row = recommend(table(tried))
         if row is not None:
             return flags_of(row, tried, setup)
     none = f"nothing fits on {setup.ranks} rank(s), even with --activation_checkpointing and one row at a time"
     for ranks in (setup.ranks * 2**power for power in range(1, 11)):
-        row = recommend(table(replace(setup, batch=1, accumulation=1, checkpointing=True, ranks=ranks)))
+        row = recommend(
+            table(replace(setup, batch=1, accumulation=1, checkpointing=True, ranks=ranks))
+        )
         if row is not None:
             return f"{none}; {row.engine} would on {ranks}"
     return f"{none}, nor on more: take GPUs with more memory"
@@ -118,7 +134,9 @@ def flags_of(row: Row, tried: Setup, asked: Setup) -> str:
     flags += f" --cost_sharding {row.cost_sharding}" if row.cost_sharding in PLACES else ""
     flags += " --activation_checkpointing" if tried.checkpointing else ""
     without = (
-        "" if tried == asked else f"; without checkpointing {'or with more rows ' * (tried.batch < asked.batch)}nothing fits"
+        ""
+        if tried == asked
+        else f"; without checkpointing {'or with more rows ' * (tried.batch < asked.batch)}nothing fits"
     )
     low, high = row.seconds
     gib = row.memory.total / GIB
@@ -169,7 +187,9 @@ class Plan:
             f"{link}, {machine.host_gb_s:g} GB/s to the host; s/step: from all communication hidden to none"
         )
         yield ""
-        yield from aligned([[*COLUMNS, "h/run" if self.steps else "Mtokens/day"], *map(self._cells, self.rows)])
+        yield from aligned(
+            [[*COLUMNS, "h/run" if self.steps else "Mtokens/day"], *map(self._cells, self.rows)]
+        )
         yield ""
         for row in [row for row in self.rows if row.host][:1]:
             yield f"{row.engine} also takes {row.host / GIB / self.nodes:.0f} GiB of each host's memory"
@@ -186,11 +206,22 @@ class Plan:
             whole = [tokens * 86400 / second / 1e6 for second in reversed(row.seconds)]
         memory = [f"{size / GIB:.1f}" for size in (*row.memory, row.memory.total)]
         fits = ["yes" if row.fits else "no", str(row.largest_batch or "none")]
-        return [row.engine, row.cost_sharding, *memory, *fits, f"{row.moved / GIB:.1f}", span(row.seconds), span(whole)]
+        return [
+            row.engine,
+            row.cost_sharding,
+            *memory,
+            *fits,
+            f"{row.moved / GIB:.1f}",
+            span(row.seconds),
+            span(whole),
+        ]
 
     def as_json(self) -> str:
         """Everything in bytes and seconds."""
-        rows = [asdict(row) | {"memory": row.memory._asdict() | {"total": row.memory.total}} for row in self.rows]
+        rows = [
+            asdict(row) | {"memory": row.memory._asdict() | {"total": row.memory.total}}
+            for row in self.rows
+        ]
         parameters = asdict(self.parameters) | {"total": self.parameters.total}
         return json.dumps(asdict(self) | {"parameters": parameters, "rows": rows}, indent=1)
 
@@ -204,5 +235,8 @@ def span(values: Sequence[float]) -> str:
 def aligned(table: list[list[str]]) -> Iterator[str]:
     """The lines of a Markdown table."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in table
+    ]
     yield from (lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:])

@@ -26,8 +26,16 @@ def told_adapter(model: PeftModel) -> str:
     layers = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     kinds = sorted({name.rpartition(".")[2] for name in layers} - {"base_layer"})
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    adapted = tuple(name for of in model.peft_config.values() for name in of.target_parameters or [])
-    frozen = [name for name in expert_parameters(model.get_base_model()) if not name.endswith(adapted)]
-    experts = f"; experts stay frozen ({', '.join(frozen)}): --lora_target_parameters reaches them" if frozen else ""
+    adapted = tuple(
+        name for of in model.peft_config.values() for name in of.target_parameters or []
+    )
+    frozen = [
+        name for name in expert_parameters(model.get_base_model()) if not name.endswith(adapted)
+    ]
+    experts = (
+        f"; experts stay frozen ({', '.join(frozen)}): --lora_target_parameters reaches them"
+        if frozen
+        else ""
+    )
     total = model.num_parameters()
     return f"LoRA trains {trained:,} of {total:,} parameters, beside {len(layers)} layers ({', '.join(kinds)}){experts}"

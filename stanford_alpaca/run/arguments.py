@@ -34,48 +34,88 @@ METRICS = (*LESS_IS_BETTER, "target_prob")  # of every evaluation
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "A Hugging Face folder or a hub name."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."}
+    )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Runs the code that the model's (and the teacher's) repository brings along."}
+        default=False,
+        metadata={
+            "help": "Runs the code that the model's (and the teacher's) repository brings along."
+        },
     )
     from_config: bool = field(
-        default=False, metadata={"help": "Trains from scratch: the model's configuration and tokenizer, random weights."}
+        default=False,
+        metadata={
+            "help": "Trains from scratch: the model's configuration and tokenizer, random weights."
+        },
     )
-    teacher: str | None = field(default=None, metadata={"help": "A model whose top k tokens replace the targets."})
-    teacher_top_k: int = field(default=64, metadata={"help": "Tokens of the teacher's distributions."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "A model whose top k tokens replace the targets."}
+    )
+    teacher_top_k: int = field(
+        default=64, metadata={"help": "Tokens of the teacher's distributions."}
+    )
 
 
 @dataclass
 class DataArguments:
-    data_path: list[str] = field(metadata={"help": "Files, folders or hub names; see the README's table of forms."})
+    data_path: list[str] = field(
+        metadata={"help": "Files, folders or hub names; see the README's table of forms."}
+    )
     data_weights: list[float] | None = field(
-        default=None, metadata={"help": "Draws the examples of several --data_path in these proportions."}
+        default=None,
+        metadata={"help": "Draws the examples of several --data_path in these proportions."},
     )
     columns: list[str] | None = field(
-        default=None, metadata={"help": "Names of columns in the data, as instruction=question output=answer."}
+        default=None,
+        metadata={"help": "Names of columns in the data, as instruction=question output=answer."},
     )
-    prompt_template: str = choice(*TEMPLATES, default="auto", help="alpaca, chat (the tokenizer's), or plain.")
+    prompt_template: str = choice(
+        *TEMPLATES, default="auto", help="alpaca, chat (the tokenizer's), or plain."
+    )
     chat_template: str | None = field(
         default=None,
-        metadata={"help": "A Jinja file, another model's folder, or a name among the tokenizer's own: implies chat."},
+        metadata={
+            "help": "A Jinja file, another model's folder, or a name among the tokenizer's own: implies chat."
+        },
     )
     special_tokens: str = choice(
-        *READINGS, default="text", help="What names of special tokens in records mean: text, or parse: the tokens."
+        *READINGS,
+        default="text",
+        help="What names of special tokens in records mean: text, or parse: the tokens.",
     )
-    train_history: bool = field(default=False, metadata={"help": "Trains the answers of Alpaca's history, too."})
-    streaming: bool = field(default=False, metadata={"help": "Reads the data as it is needed; needs --max_steps."})
-    shuffle_buffer: int = field(default=10_000, metadata={"help": "Examples of a stream that are held to be shuffled."})
-    eval_path: list[str] | None = field(default=None, metadata={"help": "Held-out data, in the same forms."})
-    eval_fraction: float | None = field(default=None, metadata={"help": "Holds out this share of each --data_path."})
+    train_history: bool = field(
+        default=False, metadata={"help": "Trains the answers of Alpaca's history, too."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Reads the data as it is needed; needs --max_steps."}
+    )
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "Examples of a stream that are held to be shuffled."}
+    )
+    eval_path: list[str] | None = field(
+        default=None, metadata={"help": "Held-out data, in the same forms."}
+    )
+    eval_fraction: float | None = field(
+        default=None, metadata={"help": "Holds out this share of each --data_path."}
+    )
     packing: bool = field(
-        default=False, metadata={"help": "Several whole examples in a row of --model_max_length tokens; batches count rows."}
+        default=False,
+        metadata={
+            "help": "Several whole examples in a row of --model_max_length tokens; batches count rows."
+        },
     )
     padding_free: bool = field(
-        default=False, metadata={"help": "The examples of a micro-batch in one row without padding, best with FlashAttention."}
+        default=False,
+        metadata={
+            "help": "The examples of a micro-batch in one row without padding, best with FlashAttention."
+        },
     )
     block_size: int | None = field(
         default=None,
-        metadata={"help": "Cuts running text into blocks of so many tokens, which take the place of --model_max_length."},
+        metadata={
+            "help": "Cuts running text into blocks of so many tokens, which take the place of --model_max_length."
+        },
     )
     documents: str = choice(
         *DOCUMENTS, default="auto",
@@ -83,9 +123,13 @@ class DataArguments:
     )  # fmt: skip
     max_sentences: int | None = field(
         default=None,
-        metadata={"help": "With --block_size: only the first lines (rows) of each --data_path that are not blank; 0: all."},
+        metadata={
+            "help": "With --block_size: only the first lines (rows) of each --data_path that are not blank; 0: all."
+        },
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize."}
+    )
 
     def __post_init__(self) -> None:
         if self.chat_template is not None and self.prompt_template == "auto":
@@ -98,28 +142,47 @@ class DataArguments:
 
 @dataclass
 class ObjectiveArguments:
-    mode: str = choice(*MODES, default="mle", help="The objective; see the README's table of modes.")
-    cost: str = field(default="frozen", metadata={"help": "frozen, adaptive, or a safetensors file with a [V, D] tensor."})
-    cost_kind: str = choice(*COST_KINDS, default="cosine", help="identity: every wrong token costs 1.")
-    emo_weighting: str = choice(*WEIGHTINGS, default="paper", help="upstream: as in the published LLaMA code.")
-    emo_ratio_cap: float | None = field(default=None, metadata={"help": "Upper bound of nll / emo; EMOLoss uses 3."})
+    mode: str = choice(
+        *MODES, default="mle", help="The objective; see the README's table of modes."
+    )
+    cost: str = field(
+        default="frozen",
+        metadata={"help": "frozen, adaptive, or a safetensors file with a [V, D] tensor."},
+    )
+    cost_kind: str = choice(
+        *COST_KINDS, default="cosine", help="identity: every wrong token costs 1."
+    )
+    emo_weighting: str = choice(
+        *WEIGHTINGS, default="paper", help="upstream: as in the published LLaMA code."
+    )
+    emo_ratio_cap: float | None = field(
+        default=None, metadata={"help": "Upper bound of nll / emo; EMOLoss uses 3."}
+    )
     emo_weight: float = field(default=0.5, metadata={"help": "w of mode mix: (1 - w) nll + w emo."})
     tailr_gamma: float = field(default=1e-7, metadata={"help": "gamma of mode tailr."})
     tailr_floor: float = field(default=0.2, metadata={"help": "The least weight of mode tailr."})
     mixce_eta: float = field(default=0.5, metadata={"help": "eta of mode mixce."})
     cost_cache_mib: float | None = field(
         default=None,
-        metadata={"help": "MiB of bfloat16 cost rows kept between steps; 2048 with bf16 or fp16 on a GPU, else 0."},
+        metadata={
+            "help": "MiB of bfloat16 cost rows kept between steps; 2048 with bf16 or fp16 on a GPU, else 0."
+        },
     )
     cost_sharding: str = choice(
-        *COST_SHARDINGS, default="auto", help="Where the frozen costs live; vocab_parallel shards the output layer's loss too."
+        *COST_SHARDINGS,
+        default="auto",
+        help="Where the frozen costs live; vocab_parallel shards the output layer's loss too.",
     )
     loss_backend: str = choice("auto", *BACKENDS, default="auto", help="How the loss is computed.")
 
     @property
     def where_costs_live(self) -> str:
         """--cost_sharding, where auto leaves an embedding whole whose rows are asked to be kept."""
-        return "replicate" if self.cost_sharding == "auto" and self.cost_cache_mib else self.cost_sharding
+        return (
+            "replicate"
+            if self.cost_sharding == "auto" and self.cost_cache_mib
+            else self.cost_sharding
+        )
 
     @property
     def asks_the_model(self) -> bool:
@@ -136,15 +199,28 @@ class ObjectiveArguments:
 
 @dataclass
 class LoraArguments:
-    lora: bool = field(default=False, metadata={"help": "Trains a low-rank adapter beside frozen weights (peft's LoRA)."})
+    lora: bool = field(
+        default=False,
+        metadata={"help": "Trains a low-rank adapter beside frozen weights (peft's LoRA)."},
+    )
     lora_r: int = field(default=8, metadata={"help": "The adapter's rank."})
-    lora_alpha: int = field(default=16, metadata={"help": "The adapter counts lora_alpha / lora_r times."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "The share of its inputs that the adapter does not see."})
+    lora_alpha: int = field(
+        default=16, metadata={"help": "The adapter counts lora_alpha / lora_r times."}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "The share of its inputs that the adapter does not see."}
+    )
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of linear layers; by default, as by all-linear, all but the output layer."}
+        default=None,
+        metadata={
+            "help": "Names of linear layers; by default, as by all-linear, all but the output layer."
+        },
     )
     lora_target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Names of weights that are no layers, as of experts: experts.gate_up_proj."}
+        default=None,
+        metadata={
+            "help": "Names of weights that are no layers, as of experts: experts.gate_up_proj."
+        },
     )
     lora_embeddings: str = choice(
         *LORA_EMBEDDINGS,
@@ -152,7 +228,10 @@ class LoraArguments:
         help="Embedding and output layer: lora gives them an adapter, full trains them whole.",
     )
     qlora: bool = field(
-        default=False, metadata={"help": "--lora beside weights in 4 bits (bitsandbytes' NF4, double quantization)."}
+        default=False,
+        metadata={
+            "help": "--lora beside weights in 4 bits (bitsandbytes' NF4, double quantization)."
+        },
     )
 
     @property
@@ -164,28 +243,50 @@ class LoraArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     engine: str | None = choice(
-        *ENGINES, default=None, help="What trains, by name; without it as launched, --fsdp, --deepspeed."
+        *ENGINES,
+        default=None,
+        help="What trains, by name; without it as launched, --fsdp, --deepspeed.",
     )
     resume: str | None = choice(
-        "auto", default=None, help="auto: goes on from the newest good checkpoint of --output_dir, if there is one."
+        "auto",
+        default=None,
+        help="auto: goes on from the newest good checkpoint of --output_dir, if there is one.",
     )
     greater_is_better: bool | None = None
-    report_to: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "tensorboard, trackio, wandb, ..."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's models and data are kept."})
-    model_max_length: int = field(default=512, metadata={"help": "Tokens per example; longer ones are cut."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "tensorboard, trackio, wandb, ..."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where the hub's models and data are kept."}
+    )
+    model_max_length: int = field(
+        default=512, metadata={"help": "Tokens per example; longer ones are cut."}
+    )
     global_batch: int | None = field(
-        default=None, metadata={"help": "Examples per optimizer step; sets --gradient_accumulation_steps."}
+        default=None,
+        metadata={"help": "Examples per optimizer step; sets --gradient_accumulation_steps."},
     )
     balance_lengths: bool = field(
-        default=False, metadata={"help": "Deals a step's examples to processes and micro-batches by length; losses stay."}
+        default=False,
+        metadata={
+            "help": "Deals a step's examples to processes and micro-batches by length; losses stay."
+        },
     )
     sample_prompts: str | None = field(
-        default=None, metadata={"help": "Prompts to answer while training: a file, as for generate."}
+        default=None,
+        metadata={"help": "Prompts to answer while training: a file, as for generate."},
     )
-    sample_steps: int | None = field(default=None, metadata={"help": "Answers them every so many steps, and at the end."})
-    sample_max_new_tokens: int = field(default=64, metadata={"help": "The most tokens of such an answer."})
+    sample_steps: int | None = field(
+        default=None, metadata={"help": "Answers them every so many steps, and at the end."}
+    )
+    sample_max_new_tokens: int = field(
+        default=64, metadata={"help": "The most tokens of such an answer."}
+    )
     skip_nonfinite: int = field(
-        default=0, metadata={"help": "How many steps whose loss or gradients are NaN or Inf are skipped before the run ends."}
+        default=0,
+        metadata={
+            "help": "How many steps whose loss or gradients are NaN or Inf are skipped before the run ends."
+        },
     )
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
@@ -194,13 +295,17 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # without it, the ranks of torchrun would train alone, each for itself
+            self.use_cpu = (
+                True  # without it, the ranks of torchrun would train alone, each for itself
+            )
             self.dataloader_pin_memory = False
         given = vars(self)
         self.fsdp, self.deepspeed = engine_flags(self.engine, given["fsdp"], given["deepspeed"])
         if self.deepspeed and "RANK" not in os.environ:
             flag = f"--engine {self.engine}" if self.engine else "--deepspeed"
-            raise UserError(f"{flag} needs a launcher, also for one process: torchrun --nproc_per_node 1 ...")
+            raise UserError(
+                f"{flag} needs a launcher, also for one process: torchrun --nproc_per_node 1 ..."
+            )
         if self.deepspeed and self.use_cpu:
             skip_slow_deepspeed_probes()
         if self.fsdp:
@@ -210,27 +315,47 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise UserError("--fsdp_config version: only FSDP2 is served here; leave it out")
             if str(config.get("cpu_offload")).lower() == "true" and not self.use_cpu:
                 self.ddp_backend = "cuda:nccl,cpu:gloo"  # gradients are clipped where they lie
-            if given["activation_checkpointing"] and not self.activation_checkpointing_kwargs:  # see fsdp.activate_fsdp
+            if (
+                given["activation_checkpointing"] and not self.activation_checkpointing_kwargs
+            ):  # see fsdp.activate_fsdp
                 config["activation_checkpointing"], self.activation_checkpointing = True, False
             self.fsdp_config = config
-        if self.global_batch and given["gradient_accumulation_steps"] == 1 and self.per_device_train_batch_size > 0:
+        if (
+            self.global_batch
+            and given["gradient_accumulation_steps"] == 1
+            and self.per_device_train_batch_size > 0
+        ):
             at_once = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-            self.gradient_accumulation_steps = max(1, self.global_batch // at_once)  # which DeepSpeed's configuration repeats
+            self.gradient_accumulation_steps = max(
+                1, self.global_batch // at_once
+            )  # which DeepSpeed's configuration repeats
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
         super().__post_init__()
         if self.fsdp:  # one rank reads the weights, unless the configuration says otherwise
             asked = str(self.fsdp_config.get("cpu_ram_efficient_loading", True)).lower()
             self.fsdp_plugin_args["cpu_ram_efficient_loading"] = asked == "true"
-            if not self.save_only_model:  # what resumes is sharded, what is for users is plain, always
+            if (
+                not self.save_only_model
+            ):  # what resumes is sharded, what is for users is plain, always
                 self.fsdp_plugin_args["state_dict_type"] = "SHARDED_STATE_DICT"
 
 
 def defaults(*flags: type) -> dict[str, Any]:
     """What every flag is when it is not given, as JSON has it."""
     fields = [f for cls in flags for f in dataclasses.fields(cls)]
-    values = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
-    return json.loads(json.dumps({name: None if value is dataclasses.MISSING else value for name, value in values.items()}))
+    values = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in fields
+    }
+    return json.loads(
+        json.dumps(
+            {
+                name: None if value is dataclasses.MISSING else value
+                for name, value in values.items()
+            }
+        )
+    )
 
 
 FLAGS = (ModelArguments, DataArguments, ObjectiveArguments, LoraArguments, TrainingArguments)

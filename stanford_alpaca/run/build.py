@@ -12,7 +12,11 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.batching import Collator, PadCollator, SegmentCollator, target_counts
 from stanford_alpaca.data.sources import ExampleStream
 from stanford_alpaca.distributed.store import share_from_rank_0
-from stanford_alpaca.distributed.weights import materialize_on_cpu, stored_buffers, weights_come_from_rank_0
+from stanford_alpaca.distributed.weights import (
+    materialize_on_cpu,
+    stored_buffers,
+    weights_come_from_rank_0,
+)
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.load import fit_vocabulary, unread_parts
 from stanford_alpaca.models.savable import make_savable
@@ -30,7 +34,9 @@ def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:
     if args.cost in ("frozen", "adaptive"):
         return args.cost
     if args.cost_kind == "identity":
-        raise UserError(f"--cost {args.cost} would not be used: --cost_kind identity needs no embedding")
+        raise UserError(
+            f"--cost {args.cost} would not be used: --cost_kind identity needs no embedding"
+        )
     try:
         return CostEmbedding.from_file(args.cost, args.cost_kind)
     except Exception as error:  # no such file, no safetensors, no embedding
@@ -46,7 +52,9 @@ def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None
         return None
     source = run.teacher(name)
     if not same_vocabulary(source.tokenizer(), tokenizer):
-        raise UserError(f"--teacher {name}: its tokenizer has other ids than that of {run.model.model_name_or_path}")
+        raise UserError(
+            f"--teacher {name}: its tokenizer has other ids than that of {run.model.model_name_or_path}"
+        )
     dtype = torch.bfloat16 if run.training.bf16 else torch.float32
     model = source.load(dtype)
     check_positions(model, "teacher", run)
@@ -79,11 +87,15 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
     model = build_model(run, tokenizer, with_cost, form)
     model.generation_config = generation_config
     model.load_state_dict(buffers, strict=False)
-    materialize_on_cpu(model)  # DeepSpeed takes no meta tensors, and accelerate tells parameters apart by their addresses
+    materialize_on_cpu(
+        model
+    )  # DeepSpeed takes no meta tensors, and accelerate tells parameters apart by their addresses
     return model
 
 
-def build_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, form: HeadForm | None = None) -> PreTrainedModel:
+def build_model(
+    run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, form: HeadForm | None = None
+) -> PreTrainedModel:
     """The model with the objective in it; with a ``form``, on the meta device."""
     model_args, objective_args = run.model, run.objective
     objective, cost = objective_args.objective(), make_cost(objective_args)
@@ -115,7 +127,9 @@ def freeze_unread(model: PreTrainedModel, name: str) -> None:
             parameters[each].requires_grad_(False)
         parts = dict.fromkeys(each.removeprefix("model.").partition(".")[0] for each in unread)
         count = sum(parameters[each].numel() for each in unread)
-        say(f"{name}: trained as a model of text; {count:,} parameters stay as they are ({', '.join(parts)})")
+        say(
+            f"{name}: trained as a model of text; {count:,} parameters stay as they are ({', '.join(parts)})"
+        )
 
 
 def precision(run: Run) -> dict[str, Any]:
@@ -129,7 +143,10 @@ def precision(run: Run) -> dict[str, Any]:
     if run.lora.qlora:
         options["device_map"] = {"": run.training.device}
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computed
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=computed,
         )
     return options
 
@@ -155,7 +172,9 @@ def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:
     else:
         means = probe()
     if adds_router_loss(model, {}) and not flat:
-        raise UserError("--packing: the router's loss of this model would count the padding of rows; add --padding_free")
+        raise UserError(
+            "--packing: the router's loss of this model would count the padding of rows; add --padding_free"
+        )
     return SegmentCollator(pad_id, flat, apart_by=means)
 
 
@@ -163,12 +182,20 @@ def cache_costs(cost: CostEmbedding | None, run: Run, examples: Dataset | Exampl
     """Keeps rows of a frozen cost from step to step, within --cost_cache_mib."""
     mib, training = run.objective.cost_cache_mib, run.training
     if mib is None:
-        every_step = run.objective.objective().needs_emo and run.model.teacher is None  # else evaluation alone reads rows
-        mib = 2048 if every_step and torch.cuda.is_available() and (training.bf16 or training.fp16) else 0
+        every_step = (
+            run.objective.objective().needs_emo and run.model.teacher is None
+        )  # else evaluation alone reads rows
+        mib = (
+            2048
+            if every_step and torch.cuda.is_available() and (training.bf16 or training.fp16)
+            else 0
+        )
     if cost is None or cost.rows is None or not mib:
         return
     vocab_size, counts = len(cost.rows), None
-    if 2 * vocab_size**2 > mib * 2**20 and isinstance(examples, Dataset):  # not all rows: the most frequent targets'
+    if 2 * vocab_size**2 > mib * 2**20 and isinstance(
+        examples, Dataset
+    ):  # not all rows: the most frequent targets'
         counts = target_counts(examples, vocab_size)
     try:
         cost.cache(mib, counts)

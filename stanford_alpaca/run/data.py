@@ -10,7 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from stanford_alpaca.console import say
 from stanford_alpaca.data.formats import check_columns, several_files
-from stanford_alpaca.data.sources import ExampleStream, Loading, check_sources, load_source, mix, stream_sources
+from stanford_alpaca.data.sources import (
+    ExampleStream,
+    Loading,
+    check_sources,
+    load_source,
+    mix,
+    stream_sources,
+)
 from stanford_alpaca.data.templates import sign, told_templates
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.run.arguments import DataArguments, TrainingArguments
@@ -52,7 +59,11 @@ def load_data(
     else:  # before the first record is tokenized, which takes longer
         check_sources(data.data_path, loading)
         check_sources(data.eval_path or [], evaluating)
-    held_out = mix(load(data.eval_path, evaluating), None, training.seed) if data.eval_path is not None else None
+    held_out = (
+        mix(load(data.eval_path, evaluating), None, training.seed)
+        if data.eval_path is not None
+        else None
+    )
     if data.streaming:
         stream = stream_sources(data.data_path, data.data_weights, tokenizer, loading, tell=say)
         _sign(tokenizer, stream.templates, data)
@@ -62,7 +73,10 @@ def load_data(
     if data.eval_fraction is not None:
         seed = None if data.block_size else training.seed
         splits = [hold_out(source, data.eval_fraction, seed) for source in sources]
-        sources, held_out = [kept for kept, _ in splits], mix([held for _, held in splits], None, training.seed)
+        sources, held_out = (
+            [kept for kept, _ in splits],
+            mix([held for _, held in splits], None, training.seed),
+        )
         say(f"held out {len(held_out):,} {'blocks' if data.block_size else 'examples'}")
     return mix(sources, data.data_weights, training.seed), held_out
 
@@ -76,9 +90,13 @@ def _sign(tokenizer: PreTrainedTokenizerBase, templates: list[str], data: DataAr
 def hold_out(examples: Dataset, fraction: float, seed: int | None) -> tuple[Dataset, Dataset]:
     """What is trained on and what is held out: without a seed, the end. Raises UserError if either would be empty."""
     if not 0 < round(len(examples) * fraction) < len(examples):
-        raise UserError(f"--eval_fraction {fraction} of {len(examples)} examples leaves one side empty")
+        raise UserError(
+            f"--eval_fraction {fraction} of {len(examples)} examples leaves one side empty"
+        )
     held, order = math.ceil(fraction * len(examples)), np.arange(len(examples))
     if seed is None:
         return examples.select(order[:-held]), examples.select(order[-held:])
-    order = np.random.default_rng(seed).permutation(len(examples))  # in memory: ``datasets`` would read it from a file again
+    order = np.random.default_rng(seed).permutation(
+        len(examples)
+    )  # in memory: ``datasets`` would read it from a file again
     return examples.select(order[held:]), examples.select(order[:held])

@@ -10,9 +10,30 @@ from collections.abc import Mapping
 
 from stanford_alpaca.errors import UserError
 
-WORDS = ("1", "true", "yes", "on", "y", "t", "0", "false", "no", "off", "n", "f")  # that accelerate reads as true or false
-OFF = ("", "none", "default", *WORDS[6:])  # values that change nothing, as `accelerate launch` sets them
-NEUTRAL = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "auto"), "ACCELERATE_GRADIENT_CLIPPING": ("auto",)}
+WORDS = (
+    "1",
+    "true",
+    "yes",
+    "on",
+    "y",
+    "t",
+    "0",
+    "false",
+    "no",
+    "off",
+    "n",
+    "f",
+)  # that accelerate reads as true or false
+OFF = (
+    "",
+    "none",
+    "default",
+    *WORDS[6:],
+)  # values that change nothing, as `accelerate launch` sets them
+NEUTRAL = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "auto"),
+    "ACCELERATE_GRADIENT_CLIPPING": ("auto",),
+}
 INSTEAD = {  # beginnings of names -> the flags that say it; the first that fits
     "ACCELERATE_MIXED_PRECISION": "--bf16 or --fp16",
     "ACCELERATE_DYNAMO_": "--torch_compile",
@@ -53,7 +74,10 @@ READ_AT_IMPORT = {  # by huggingface_hub, datasets, torch and deepspeed, which e
     "HF_HUB_ETAG_TIMEOUT": (r"\d*", "a whole number of seconds"),
     "HF_HUB_DOWNLOAD_TIMEOUT": (r"\d*", "a whole number of seconds"),
     "HF_DATASETS_IN_MEMORY_MAX_SIZE": (r"\d+(\.\d*)?", "a number of bytes"),
-    "DS_ACCELERATOR": (r"cuda|cpu|xpu|npu|mps|hpu|mlu|sdaa|supa|klxpu", "cuda, cpu or another device of DeepSpeed's"),
+    "DS_ACCELERATOR": (
+        r"cuda|cpu|xpu|npu|mps|hpu|mlu|sdaa|supa|klxpu",
+        "cuda, cpu or another device of DeepSpeed's",
+    ),
 }
 
 
@@ -75,18 +99,26 @@ def check_environment(environment: Mapping[str, str] | None = None) -> None:
     for name, value in (os.environ if environment is None else environment).items():
         said = f"{name}={value} in the environment"
         if name in NUMBERS and not value.isdecimal():
-            raise UserError(f"{said} is no number; a launcher (torchrun) sets it: unset it, or give it one")
+            raise UserError(
+                f"{said} is no number; a launcher (torchrun) sets it: unset it, or give it one"
+            )
         if name in HARMLESS:
             known = HARMLESS[name]
             if known is not None and value.lower() not in known:
                 raise UserError(f"{said}: choose from {', '.join(known)}, or unset it")
             continue
         flag = next((flag for start, flag in INSTEAD.items() if name.startswith(start)), None)
-        if name == "ACCELERATE_USE_CPU" and value.lower() in WORDS and not torch.accelerator.is_available():
+        if (
+            name == "ACCELERATE_USE_CPU"
+            and value.lower() in WORDS
+            and not torch.accelerator.is_available()
+        ):
             continue  # there is nothing else
         if flag is not None and value.lower() not in (*OFF, *NEUTRAL.get(name, ())):
             advice = f"unset it, and give {flag}" if flag else "unset it"
-            raise UserError(f"{said} would change the training, and its record would not say so; {advice}")
+            raise UserError(
+                f"{said} would change the training, and its record would not say so; {advice}"
+            )
 
 
 def recorded(environment: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -38,7 +38,11 @@ FROM_ZERO = (
     "seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay", "neftune_noise_alpha",
     "dataloader_num_workers", "skip_nonfinite",
 )  # fmt: skip
-FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flash_attention_4": "flash_attn"}
+FLASH = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn",
+}
 ABOVE_ZERO = (
     "learning_rate", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "sample_steps",
     "sample_max_new_tokens",
@@ -60,8 +64,12 @@ def check(run: Run) -> None:
     check_lora(model, lora, training)
     check_attention(model.attn_implementation)
     check_model(run.source, weights=not model.from_config)
-    if getattr(run.source.config(), "quantization_config", None) is not None and not (lora.lora or model.from_config):
-        raise UserError(f"{model.model_name_or_path}: quantized weights cannot be trained; train an adapter with --lora")
+    if getattr(run.source.config(), "quantization_config", None) is not None and not (
+        lora.lora or model.from_config
+    ):
+        raise UserError(
+            f"{model.model_name_or_path}: quantized weights cannot be trained; train an adapter with --lora"
+        )
     if model.teacher is not None:
         check_model(run.teacher(model.teacher))
     if training.push_to_hub:
@@ -70,11 +78,15 @@ def check(run: Run) -> None:
 
 def check_attention(name: str | None) -> None:
     """An attention that transformers has and that can run here; a name with a slash is a kernel on the hub."""
-    known = sorted({"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)})
+    known = sorted(
+        {"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)}
+    )
     if name is None or "/" in name:
         return
     if name not in known:
-        raise UserError(f"--attn_implementation {name}: choose from {', '.join(known)}{nearest(name, known)}")
+        raise UserError(
+            f"--attn_implementation {name}: choose from {', '.join(known)}{nearest(name, known)}"
+        )
     package = FLASH.get(name)
     if package is None:
         return
@@ -92,12 +104,18 @@ def check_numbers(training: TrainingArguments) -> None:
         value = getattr(training, name)
         if value is None or 0 < value < math.inf or (value == 0 and name in FROM_ZERO):
             continue
-        raise UserError(f"--{name} {value}: give {'0 or more' if name in FROM_ZERO else 'a number above 0'}")
+        raise UserError(
+            f"--{name} {value}: give {'0 or more' if name in FROM_ZERO else 'a number above 0'}"
+        )
     if training.max_steps != -1 and training.max_steps < 1:
-        raise UserError(f"--max_steps {training.max_steps}: give 1 or more, or leave it out and --num_train_epochs counts")
+        raise UserError(
+            f"--max_steps {training.max_steps}: give 1 or more, or leave it out and --num_train_epochs counts"
+        )
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(training, name) < 1:
-            raise UserError(f"--{name} {getattr(training, name)}: give a number from 0 on and below 1")
+            raise UserError(
+                f"--{name} {getattr(training, name)}: give a number from 0 on and below 1"
+            )
 
 
 def check_optimizer(training: TrainingArguments) -> None:
@@ -107,31 +125,49 @@ def check_optimizer(training: TrainingArguments) -> None:
     except UserError:
         raise
     except (ValueError, ImportError) as error:
-        raise UserError(f"--optim {OptimizerNames(training.optim).value}: {first_line(error)}") from None
+        raise UserError(
+            f"--optim {OptimizerNames(training.optim).value}: {first_line(error)}"
+        ) from None
     trial = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     name = training.lr_scheduler_type.value
     try:
         get_scheduler(name, trial, 1, 2, training.lr_scheduler_kwargs)
     except (ValueError, TypeError) as error:
-        raise UserError(f"--lr_scheduler_type {name}, --lr_scheduler_kwargs: {first_line(error)}") from None
-    warms_up = "num_warmup_steps" in signature(TYPE_TO_SCHEDULER_FUNCTION[training.lr_scheduler_type]).parameters
+        raise UserError(
+            f"--lr_scheduler_type {name}, --lr_scheduler_kwargs: {first_line(error)}"
+        ) from None
+    warms_up = (
+        "num_warmup_steps"
+        in signature(TYPE_TO_SCHEDULER_FUNCTION[training.lr_scheduler_type]).parameters
+    )
     if training.warmup_steps and not warms_up:
-        say(f"--warmup_steps {training.warmup_steps:g} changes nothing with --lr_scheduler_type {name}")
+        say(
+            f"--warmup_steps {training.warmup_steps:g} changes nothing with --lr_scheduler_type {name}"
+        )
 
 
 def check_training(training: TrainingArguments, has_eval: bool) -> None:
     """Flags of the Trainer that do not go together, or would train something else."""
     if training.eval_strategy != "no" and not has_eval:
-        raise UserError(f"--eval_strategy {training.eval_strategy.value} needs --eval_path or --eval_fraction")
-    if training.balance_lengths and training.train_sampling_strategy not in ("random", "sequential"):
-        raise UserError(f"--balance_lengths and --train_sampling_strategy {training.train_sampling_strategy}: choose one")
+        raise UserError(
+            f"--eval_strategy {training.eval_strategy.value} needs --eval_path or --eval_fraction"
+        )
+    if training.balance_lengths and training.train_sampling_strategy not in (
+        "random",
+        "sequential",
+    ):
+        raise UserError(
+            f"--balance_lengths and --train_sampling_strategy {training.train_sampling_strategy}: choose one"
+        )
     if training.sample_prompts is None and training.sample_steps is not None:
         raise UserError("--sample_steps needs --sample_prompts FILE")
     metric, saves_best = training.metric_for_best_model, training.save_strategy == "best"
     if saves_best and metric is None:
         raise UserError("--save_strategy best needs --metric_for_best_model")
     if (saves_best or training.load_best_model_at_end) and training.eval_strategy == "no":
-        raise UserError("--load_best_model_at_end and --save_strategy best need an --eval_strategy to find the best")
+        raise UserError(
+            "--load_best_model_at_end and --save_strategy best need an --eval_strategy to find the best"
+        )
     if metric is not None and metric.removeprefix("eval_") not in METRICS:
         near = nearest(metric.removeprefix("eval_"), list(METRICS))
         raise UserError(f"--metric_for_best_model {metric}: choose from {', '.join(METRICS)}{near}")
@@ -153,8 +189,12 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
     if objective.cost_cache_mib is not None:
         if not 0 <= objective.cost_cache_mib < math.inf:
             raise UserError(f"--cost_cache_mib {objective.cost_cache_mib}: give 0 (none) or more")
-        if objective.cost_cache_mib and (objective.cost == "adaptive" or objective.cost_kind == "identity"):
-            raise UserError("--cost_cache_mib: only a cosine cost that is not adaptive has rows to keep")
+        if objective.cost_cache_mib and (
+            objective.cost == "adaptive" or objective.cost_kind == "identity"
+        ):
+            raise UserError(
+                "--cost_cache_mib: only a cosine cost that is not adaptive has rows to keep"
+            )
     if objective.loss_backend == "triton" and not torch.cuda.is_available():
         raise UserError("--loss_backend triton needs an NVIDIA GPU: choose chunked")
     if model.teacher is not None and needs.needs_p:
@@ -174,11 +214,17 @@ def check_lora(model: ModelArguments, lora: LoraArguments, training: TrainingArg
         return
     if lora.qlora:
         if shards_weights(training):
-            raise UserError("--qlora: weights in 4 bits are not sharded here; choose --engine ddp, zero1 or zero2, or none")
+            raise UserError(
+                "--qlora: weights in 4 bits are not sharded here; choose --engine ddp, zero1 or zero2, or none"
+            )
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError("--qlora needs bitsandbytes: pip install bitsandbytes, or drop the flag")
+            raise UserError(
+                "--qlora needs bitsandbytes: pip install bitsandbytes, or drop the flag"
+            )
     if model.from_config:
-        raise UserError("--lora and --from_config exclude each other: an adapter of random weights is of no use")
+        raise UserError(
+            "--lora and --from_config exclude each other: an adapter of random weights is of no use"
+        )
     for name in ("lora_r", "lora_alpha"):
         if getattr(lora, name) < 1:
             raise UserError(f"--{name} {getattr(lora, name)}: give 1 or more")
@@ -192,17 +238,25 @@ def check_cost_sharding(run: Run) -> None:
     if asked in ("auto", "replicate"):
         return
     if training.world_size == 1:
-        raise UserError(f"--cost_sharding {asked} needs at least 2 processes: launch with torchrun, or drop the flag")
+        raise UserError(
+            f"--cost_sharding {asked} needs at least 2 processes: launch with torchrun, or drop the flag"
+        )
     if objective.cost_cache_mib:
-        raise UserError(f"--cost_cache_mib: --cost_sharding {asked} keeps no rows; drop one of them")
+        raise UserError(
+            f"--cost_cache_mib: --cost_sharding {asked} keeps no rows; drop one of them"
+        )
     if asked == "vocab_parallel" and not training.fsdp:
         raise UserError(
             "--cost_sharding vocab_parallel needs --engine fsdp: other engines do not shard by vocabulary; use shard"
         )
     if asked == "vocab_parallel" and run.model.teacher is not None:
-        raise UserError("--cost_sharding vocab_parallel and --teacher exclude each other; use shard")
+        raise UserError(
+            "--cost_sharding vocab_parallel and --teacher exclude each other; use shard"
+        )
     if asked == "shard" and (objective.cost == "adaptive" or objective.cost_kind == "identity"):
-        raise UserError("--cost_sharding shard: only a cosine cost that is not adaptive has rows to shard")
+        raise UserError(
+            "--cost_sharding shard: only a cosine cost that is not adaptive has rows to shard"
+        )
 
 
 def check_hub(training: TrainingArguments) -> None:
@@ -212,7 +266,9 @@ def check_hub(training: TrainingArguments) -> None:
             HfApi().whoami(token=training.hub_token)
     except Exception as error:  # no token, a wrong one, no network
         reason, advice = "the hub does not know you", "run: hf auth login"
-        if any(cls.__name__ == "TransportError" for cls in type(error).__mro__):  # of the library below the hub's
+        if any(
+            cls.__name__ == "TransportError" for cls in type(error).__mro__
+        ):  # of the library below the hub's
             reason, advice = "the hub cannot be reached", "try again, or drop the flag"
         raise UserError(f"--push_to_hub: {reason} ({first_line(error)}); {advice}") from None
 
@@ -225,25 +281,37 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
         raise UserError("--eval_path and --eval_fraction exclude each other")
     if data.eval_fraction is not None and not 0 < data.eval_fraction < 1:
         raise UserError(f"--eval_fraction {data.eval_fraction}: give a share between 0 and 1")
-    if weights is not None and (len(weights) != len(data.data_path) or min(weights) <= 0 or not math.isfinite(sum(weights))):
-        raise UserError(f"--data_weights {weights}: give a number above 0 for each of the {len(data.data_path)} --data_path")
+    if weights is not None and (
+        len(weights) != len(data.data_path) or min(weights) <= 0 or not math.isfinite(sum(weights))
+    ):
+        raise UserError(
+            f"--data_weights {weights}: give a number above 0 for each of the {len(data.data_path)} --data_path"
+        )
     if data.shuffle_buffer < 1:
         raise UserError(f"--shuffle_buffer {data.shuffle_buffer}: give 1 (not shuffled) or more")
     check_blocks(data)
     if data.streaming:
         if training.max_steps <= 0:
-            raise UserError("--streaming needs --max_steps: a stream has no length to count epochs by")
+            raise UserError(
+                "--streaming needs --max_steps: a stream has no length to count epochs by"
+            )
         if data.eval_fraction is not None:
-            raise UserError("--streaming and --eval_fraction exclude each other: hold data out with --eval_path")
+            raise UserError(
+                "--streaming and --eval_fraction exclude each other: hold data out with --eval_path"
+            )
         if data.packing or training.balance_lengths:
-            raise UserError("--streaming and --packing or --balance_lengths exclude each other: a stream's lengths are unknown")
+            raise UserError(
+                "--streaming and --packing or --balance_lengths exclude each other: a stream's lengths are unknown"
+            )
 
 
 def check_blocks(data: DataArguments) -> None:
     """Blocks that can be cut."""
     if data.block_size is None:
         if data.max_sentences is not None or data.documents != "auto":
-            raise UserError("--max_sentences and --documents are about running text: they need --block_size")
+            raise UserError(
+                "--max_sentences and --documents are about running text: they need --block_size"
+            )
         return
     if data.block_size < 2:
         raise UserError(f"--block_size {data.block_size}: give 2 or more")
@@ -271,22 +339,35 @@ def check_output(training: TrainingArguments) -> None:
         and output.exists()
         and any(file.name != LOCK_FILE for file in output.iterdir())
     ):
-        raise UserError(f"--output_dir {output} is not empty; give another, or --resume auto to go on with its run")
+        raise UserError(
+            f"--output_dir {output} is not empty; give another, or --resume auto to go on with its run"
+        )
     check_writable("output_dir", output)
 
 
 def check_batches(training: TrainingArguments) -> None:
     """Processes that found each other, sizes of at least 1, and the accumulation that makes the global batch."""
-    names = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "model_max_length")
+    names = (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "model_max_length",
+    )
     for name in names:
         if getattr(training, name) < 1:
             raise UserError(f"--{name} {getattr(training, name)}: give 1 or more")
     if training.world_size != int(os.environ.get("WORLD_SIZE", "1")):
-        raise UserError(f"launched as {os.environ['WORLD_SIZE']} processes, but {training.world_size} found each other")
+        raise UserError(
+            f"launched as {os.environ['WORLD_SIZE']} processes, but {training.world_size} found each other"
+        )
     if training.engine == "ddp" and training.world_size == 1:
-        raise UserError("--engine ddp needs at least 2 processes: launch with torchrun, or choose none")
+        raise UserError(
+            "--engine ddp needs at least 2 processes: launch with torchrun, or choose none"
+        )
     if training.fsdp and "RANK" not in os.environ:
-        raise UserError("--fsdp needs a launcher, also for one process: torchrun --nproc_per_node 1 ...; or drop the flag")
+        raise UserError(
+            "--fsdp needs a launcher, also for one process: torchrun --nproc_per_node 1 ...; or drop the flag"
+        )
     if training.engine == "none" and training.world_size > 1:
         raise UserError(
             f"--engine none is one process, and there are {training.world_size}: choose ddp, fsdp, zero1, zero2, zero3"
@@ -297,7 +378,9 @@ def check_batches(training: TrainingArguments) -> None:
             f"--deepspeed contradicts the flags: {', '.join(line.strip(' -') for line in differences)}; write auto there"
         )
     if training.n_gpu > 1:
-        raise UserError(f"one process sees {training.n_gpu} GPUs: launch with torchrun, or set CUDA_VISIBLE_DEVICES to one")
+        raise UserError(
+            f"one process sees {training.n_gpu} GPUs: launch with torchrun, or set CUDA_VISIBLE_DEVICES to one"
+        )
     if training.global_batch is not None:
         per_step = training.train_batch_size * training.world_size
         if training.global_batch < 1 or training.global_batch % per_step:
@@ -307,4 +390,6 @@ def check_batches(training: TrainingArguments) -> None:
             )
         accumulation = accumulation_of(training)
         if training.gradient_accumulation_steps not in (1, accumulation):
-            raise UserError(f"--global_batch {training.global_batch} asks for --gradient_accumulation_steps {accumulation}")
+            raise UserError(
+                f"--global_batch {training.global_batch} asks for --gradient_accumulation_steps {accumulation}"
+            )

@@ -43,7 +43,9 @@ def _warmup(flag: Flag) -> tuple[Tokens, str]:
     except ValueError:
         usable = True  # the parser says what is wrong with it
     if not usable:  # from 1 on, warmup_steps are steps
-        raise UserError(f"--warmup_ratio {flag.values[0]}: give a share of the steps below 1, or --warmup_steps")
+        raise UserError(
+            f"--warmup_ratio {flag.values[0]}: give a share of the steps below 1, or --warmup_steps"
+        )
     return ["--warmup_steps", *flag.values], ""
 
 
@@ -61,7 +63,9 @@ OLD: dict[str, Callable[[Flag], tuple[Tokens, str]]] = {
     "group_by_length": choice_of("--train_sampling_strategy", "group_by_length"),
     "include_inputs_for_metrics": choice_of("--include_for_metrics", "inputs"),
     "overwrite_output_dir": dropped("nothing is ever overwritten here; give a new --output_dir"),
-    "logging_dir": dropped("TensorBoard's folder is the environment variable TENSORBOARD_LOGGING_DIR"),
+    "logging_dir": dropped(
+        "TensorBoard's folder is the environment variable TENSORBOARD_LOGGING_DIR"
+    ),
     "save_safetensors": dropped("weights are always safetensors"),
     "include_tokens_per_second": dropped("supervised_tokens_per_s is always logged"),
     "use_mps_device": dropped("the device is found by itself"),
@@ -141,7 +145,9 @@ def fsdp_flags(old: dict[str, Flag]) -> Tokens:
     config: dict[str, object] = {}
     for word in words:
         if word not in FSDP_WORDS:
-            raise UserError(f"--fsdp {word}: choose from full_shard, shard_grad_op, offload and auto_wrap")
+            raise UserError(
+                f"--fsdp {word}: choose from full_shard, shard_grad_op, offload and auto_wrap"
+            )
         config |= FSDP_WORDS[word]
     if "fsdp_transformer_layer_cls_to_wrap" in old:
         names = ",".join(old["fsdp_transformer_layer_cls_to_wrap"].values)
@@ -157,8 +163,14 @@ def read_fsdp_config(text: str) -> dict[str, object]:
         config = json.loads(text if text.startswith("{") else Path(text).read_text())
         return {key.removeprefix("fsdp_"): value for key, value in config.items()}
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--fsdp_config {text}: no JSON object and no file with one ({first_line(error)})") from None
+        raise UserError(
+            f"--fsdp_config {text}: no JSON object and no file with one ({first_line(error)})"
+        ) from None
 
 
 def _line(before: Tokens, after: Tokens, why: str) -> str:
-    return f"{shlex.join(before)} is read as {shlex.join(after)}" if after else f"{shlex.join(before)} is dropped: {why}"
+    return (
+        f"{shlex.join(before)} is read as {shlex.join(after)}"
+        if after
+        else f"{shlex.join(before)} is dropped: {why}"
+    )

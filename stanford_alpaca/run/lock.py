@@ -12,7 +12,9 @@ from stanford_alpaca.errors import UserError
 
 LOCK_FILE = "_lock"  # a name that the Trainer does not upload
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-_ours: set[Path] = set()  # folders that this process is in: a POSIX lock does not keep it from itself
+_ours: set[Path] = (
+    set()
+)  # folders that this process is in: a POSIX lock does not keep it from itself
 
 
 @contextlib.contextmanager
@@ -51,7 +53,9 @@ def _lock(file: Path) -> int:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in NO_LOCKS:
-                say(f"{file.parent}: its file system has no locks; see to it that no other run writes there")
+                say(
+                    f"{file.parent}: its file system has no locks; see to it that no other run writes there"
+                )
                 return descriptor
             os.close(descriptor)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
@@ -63,4 +67,6 @@ def _lock(file: Path) -> int:
 
 
 def _taken(folder: Path) -> UserError:
-    return UserError(f"{folder}: another run writes here; give another --output_dir, or wait until it has ended")
+    return UserError(
+        f"{folder}: another run writes here; give another --output_dir, or wait until it has ended"
+    )

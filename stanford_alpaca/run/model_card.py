@@ -53,13 +53,25 @@ def write_card(run: Run, metrics: dict[str, float], prompts: str | None) -> None
         prompts: what writes the prompts, in words; None for running text.
     """
     training, output = run.training, Path(run.training.output_dir)
-    per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    per_step = (
+        training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    )
     rows = {
         "data": ", ".join(run.data.data_path),
-        **({"cost": f"{run.objective.cost}, {run.objective.cost_kind}"} if run.objective.objective().needs_emo else {}),
-        **({"teacher": f"{run.model.teacher}, top {run.model.teacher_top_k}"} if run.model.teacher else {}),
         **(
-            {"LoRA": f"r {run.lora.lora_r}, alpha {run.lora.lora_alpha}, embeddings {run.lora.lora_embeddings}"}
+            {"cost": f"{run.objective.cost}, {run.objective.cost_kind}"}
+            if run.objective.objective().needs_emo
+            else {}
+        ),
+        **(
+            {"teacher": f"{run.model.teacher}, top {run.model.teacher_top_k}"}
+            if run.model.teacher
+            else {}
+        ),
+        **(
+            {
+                "LoRA": f"r {run.lora.lora_r}, alpha {run.lora.lora_alpha}, embeddings {run.lora.lora_embeddings}"
+            }
             if run.lora.lora
             else {}
         ),
@@ -79,12 +91,20 @@ def write_card(run: Run, metrics: dict[str, float], prompts: str | None) -> None
         library="peft" if run.lora.lora else "transformers",
         front=yaml.safe_dump({"base_model": hub_name}) if hub_name else "",
         title=title,
-        base=f"[{base}](https://huggingface.co/{base})" if hub_name else f"`{Path(base).resolve().name}`",
+        base=f"[{base}](https://huggingface.co/{base})"
+        if hub_name
+        else f"`{Path(base).resolve().name}`",
         done="trained from scratch" if run.model.from_config else "fine-tuned",
         mode=run.objective.mode,
         version=__version__,
-        rows="\n".join(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows.items()),
+        rows="\n".join(
+            f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows.items()
+        ),
         path=json.dumps(training.hub_model_id or title, ensure_ascii=False),
-        prompts=BLOCKS.format(size) if (size := run.data.block_size) else PROMPTS.format(prompts) if prompts else "",
+        prompts=BLOCKS.format(size)
+        if (size := run.data.block_size)
+        else PROMPTS.format(prompts)
+        if prompts
+        else "",
     )
     (output / "README.md").write_text(card, encoding="utf-8")

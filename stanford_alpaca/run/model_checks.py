@@ -30,16 +30,23 @@ def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict])
     encode_prompts(model.config, encode, prompts, training.sample_max_new_tokens)
     trained = trained_parameters(model, run)
     if training.save_strategy != "no":
-        size = checkpoint_bytes(trained, OptimizerNames(training.optim).value, training.save_only_model)
+        size = checkpoint_bytes(
+            trained, OptimizerNames(training.optim).value, training.save_only_model
+        )
         check_space(Path(training.output_dir), 2 * size, "room for two checkpoints")
 
 
 def check_positions(model: PreTrainedModel, name: str, run: Run) -> None:
     """Raises UserError if examples may have more tokens than the model has positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    flag, length = "block_size" if run.data.block_size else "model_max_length", run.training.model_max_length
+    flag, length = (
+        "block_size" if run.data.block_size else "model_max_length",
+        run.training.model_max_length,
+    )
     if positions is not None and length > positions:
-        raise UserError(f"--{flag} {length} is more than the {name}'s {positions} positions; give at most that")
+        raise UserError(
+            f"--{flag} {length} is more than the {name}'s {positions} positions; give at most that"
+        )
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
@@ -60,11 +67,15 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             "--lora"
         )
     if added > 0:
-        say(f"{path}: the embedding grows from {rows} rows to the tokenizer's {len(tokenizer)}, new ones the mean of the old")
+        say(
+            f"{path}: the embedding grows from {rows} rows to the tokenizer's {len(tokenizer)}, new ones the mean of the old"
+        )
 
 
 def trained_parameters(model: PreTrainedModel, run: Run) -> int:
     """How many parameters are trained. Raises UserError for LoRA targets that no layer has."""
     if not run.lora.lora:
         return sum(p.numel() for p in model.parameters())
-    return sum(p.numel() for p in adapt(copy.deepcopy(model), run.lora).parameters() if p.requires_grad)
+    return sum(
+        p.numel() for p in adapt(copy.deepcopy(model), run.lora).parameters() if p.requires_grad
+    )

@@ -29,7 +29,9 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
     """
     argv, made_with = with_config(argv)
     argv = [*_not_given(recipe or {}, argv), *argv]
-    keep_secret(*(value for flag in split_flags(argv) if flag.name in SECRET for value in flag.values))
+    keep_secret(
+        *(value for flag in split_flags(argv) if flag.name in SECRET for value in flag.values)
+    )
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
     parser = _Parser(FLAGS, allow_abbrev=False)
     try:
@@ -38,7 +40,10 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(str(error)) from None
     if unknown:
-        known = ["--config", *(option for action in parser._actions for option in action.option_strings)]
+        known = [
+            "--config",
+            *(option for action in parser._actions for option in action.option_strings),
+        ]
         name = unknown[0].split("=")[0]
         raise UserError(f"unknown argument {name}{nearest(name, known)}")
     own = {f.name for cls in FLAGS for f in dataclasses.fields(cls)} - {
@@ -46,14 +51,21 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
     }
     given = vars(parser.parse_known_args(argv)[0])
     if data.block_size is not None:
-        asked = {flag.name: flag.values for flag in split_flags(argv)}.get("model_max_length", [str(data.block_size)])
+        asked = {flag.name: flag.values for flag in split_flags(argv)}.get(
+            "model_max_length", [str(data.block_size)]
+        )
         if asked != [str(data.block_size)]:
             raise UserError("--block_size takes the place of --model_max_length: drop that")
         given["model_max_length"] = training.model_max_length = data.block_size
     flags = {
         name: [_word(item) for item in value] if isinstance(value, list) else _word(value)
         for name, value in given.items()
-        if name not in SECRET and ((name in own and value is not None) or value != parser.get_default(name) or name == "seed")
+        if name not in SECRET
+        and (
+            (name in own and value is not None)
+            or value != parser.get_default(name)
+            or name == "seed"
+        )
     }
     return Run(model, data, objective, lora, training, flags, made_with, notes)
 
@@ -65,7 +77,9 @@ def _word(value: Any) -> Any:
 
 def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """The command line with the flags of its --config file in front, where those that follow win; and its made_with."""
-    places = [i for i, token in enumerate(argv) if token == "--config" or token.startswith("--config=")]
+    places = [
+        i for i, token in enumerate(argv) if token == "--config" or token.startswith("--config=")
+    ]
     if not places:
         return argv, {}
     if len(places) > 1:
@@ -89,8 +103,15 @@ def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 def _not_given(values: Mapping[str, Any], argv: list[str]) -> list[str]:
     """The command line of those flags that another one does not have."""
-    given = {token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")}
-    return [text for flag, value in values.items() if flag not in given for text in _tokens(str(flag), value)]
+    given = {
+        token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")
+    }
+    return [
+        text
+        for flag, value in values.items()
+        if flag not in given
+        for text in _tokens(str(flag), value)
+    ]
 
 
 def _tokens(flag: str, value: Any) -> list[str]:

@@ -21,7 +21,12 @@ from stanford_alpaca.run.arguments import FLAGS, Run, defaults
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "peft")
 BY_CONTENT = ("model", "teacher", "cost")
-CONFIGS = ("deepspeed", "fsdp_config", "accelerator_config", "chat_template")  # flags that name a file, or a folder with it
+CONFIGS = (
+    "deepspeed",
+    "fsdp_config",
+    "accelerator_config",
+    "chat_template",
+)  # flags that name a file, or a folder with it
 CONTENT = "content of --"
 ENVIRONMENT = "environment variable "
 # flags that decide nothing, or are compared by what they lead to
@@ -57,8 +62,15 @@ STATE_FLAGS = {
     "model_max_length", "block_size", "documents", "max_sentences", "packing", "prompt_template", "special_tokens",
     "train_history", "train_sampling_strategy",
 }  # fmt: skip
-MEASURE_FLAGS = {"metric_for_best_model", "greater_is_better"}  # the best value so far is one of theirs
-PLATEAU_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"}  # which have lowered the rate on their own
+MEASURE_FLAGS = {
+    "metric_for_best_model",
+    "greater_is_better",
+}  # the best value so far is one of theirs
+PLATEAU_FLAGS = {
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+}  # which have lowered the rate on their own
 HEADER = "# Repeat: python -m stanford_alpaca.train --config run.yaml --output_dir ANOTHER\n"
 
 
@@ -71,7 +83,9 @@ def made_with(run: Run) -> dict[str, Any]:
     """Versions, data, models and processes: what the result depends on besides the flags."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     paths, training = [*run.data.data_path, *(run.data.eval_path or [])], run.training
-    models = {"model": run.model.model_name_or_path} | ({"teacher": run.model.teacher} if run.model.teacher else {})
+    models = {"model": run.model.model_name_or_path} | (
+        {"teacher": run.model.teacher} if run.model.teacher else {}
+    )
     cost = Path(run.objective.cost)
     return {
         "stanford_alpaca": __version__,
@@ -79,11 +93,17 @@ def made_with(run: Run) -> dict[str, Any]:
         **versions,
         **{f"{ENVIRONMENT}{name}": value for name, value in environment.recorded().items()},
         "processes": training.world_size,
-        "rows_per_step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        "rows_per_step": training.train_batch_size
+        * training.gradient_accumulation_steps
+        * training.world_size,
         **{role: identify_model(name, training.cache_dir) for role, name in models.items()},
         BASE: identify_model(run.model.model_name_or_path, training.cache_dir, weights=True),
         **({"cost": f"sha256:{file_sha256(cost)}"} if cost.is_file() else {}),
-        **{f"{CONTENT}{name}": digest_of_config(run.flags[name]) for name in CONFIGS if run.flags.get(name)},
+        **{
+            f"{CONTENT}{name}": digest_of_config(run.flags[name])
+            for name in CONFIGS
+            if run.flags.get(name)
+        },
         "data": {path: identify(path, run.data.streaming) for path in paths},
     }
 
@@ -91,7 +111,9 @@ def made_with(run: Run) -> dict[str, Any]:
 def digest_of_config(value: str) -> str:
     """The sha256 of a file (in a folder: of its chat template), or of what was given in place of its name."""
     inside = (Path(value) / name for name in (CHAT_TEMPLATE_FILE, "tokenizer_config.json"))
-    value = next((str(file) for file in inside if os.path.isfile(file)), value)  # a name may be too long for a Path
+    value = next(
+        (str(file) for file in inside if os.path.isfile(file)), value
+    )  # a name may be too long for a Path
     return f"sha256:{file_sha256(Path(value)) if os.path.isfile(value) else sha256(str(value).encode()).hexdigest()}"
 
 
@@ -107,13 +129,19 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
     rounding: list[str] = []
     strict, usual = _strict(*records), defaults(*FLAGS)
     free, rounds, fixed = IRRELEVANT_FLAGS - strict, NUMERICS_FLAGS - strict, _fixed(*records)
-    for name in [name for name in {**before, **now} if name not in free | {MADE_WITH, "data_path", "eval_path"}]:
+    for name in [
+        name
+        for name in {**before, **now}
+        if name not in free | {MADE_WITH, "data_path", "eval_path"}
+    ]:
         was, is_now = (record.get(name, usual.get(name)) for record in records)
         if was != is_now:
             found = rounding if name in rounds else contents if name in fixed else flags
             found.append(f"--{name} was {_said(was)}, is {_said(is_now)}")
     with_before, with_now = (record.get(MADE_WITH) or {} for record in records)
-    for name in [name for name in {**with_before, **with_now} if name not in ("data", BASE)]:  # BASE is in the model
+    for name in [
+        name for name in {**with_before, **with_now} if name not in ("data", BASE)
+    ]:  # BASE is in the model
         was, is_now = with_before.get(name), with_now.get(name)
         if was == is_now:
             continue
@@ -123,28 +151,46 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
         else:
             precision = name.removeprefix(ENVIRONMENT) in environment.PRECISION
             found = flags if precision else rounding
-            if name == "rows_per_step":  # a step counts them, so with others the next example is not known
+            if (
+                name == "rows_per_step"
+            ):  # a step counts them, so with others the next example is not known
                 found = flags if was is None else contents
             found.append(f"{name} was {_said(was)}, is {_said(is_now)}")
-    for flag, found in (("data_path", contents), ("eval_path", contents if "eval_path" in strict else rounding)):
+    for flag, found in (
+        ("data_path", contents),
+        ("eval_path", contents if "eval_path" in strict else rounding),
+    ):
         old, new = (
             [(made.get("data") or {}).get(path) for path in record.get(flag) or []]
             for record, made in ((before, with_before), (now, with_now))
         )
         if old != new:
             was, is_now = (", ".join(record.get(flag) or ["not given"]) for record in records)
-            found.append(f"--{flag} was {was}, is {is_now}" if was != is_now else f"--{flag}: {is_now} has changed")
+            found.append(
+                f"--{flag} was {was}, is {is_now}"
+                if was != is_now
+                else f"--{flag}: {is_now} has changed"
+            )
     return flags, contents, rounding
 
 
 def _fixed(*records: dict[str, Any]) -> set[str]:
     """Flags with another value of which a run cannot go on."""
-    on_plateau = any(record.get("lr_scheduler_type") == "reduce_lr_on_plateau" for record in records)
-    return STATE_FLAGS | (PLATEAU_FLAGS if on_plateau else set()) | (MEASURE_FLAGS if _seeks_best(*records) else set())
+    on_plateau = any(
+        record.get("lr_scheduler_type") == "reduce_lr_on_plateau" for record in records
+    )
+    return (
+        STATE_FLAGS
+        | (PLATEAU_FLAGS if on_plateau else set())
+        | (MEASURE_FLAGS if _seeks_best(*records) else set())
+    )
 
 
 def _seeks_best(*records: dict[str, Any]) -> bool:
-    return any(record.get("load_best_model_at_end") or record.get("save_strategy") == "best" for record in records)
+    return any(
+        record.get("load_best_model_at_end") or record.get("save_strategy") == "best"
+        for record in records
+    )
 
 
 def _said(value: Any) -> str:
@@ -154,20 +200,29 @@ def _said(value: Any) -> str:
 def _strict(*records: dict[str, Any]) -> set[str]:
     """Flags of FREE and ROUNDING that decide the result, because of others."""
     streams = any(record.get("streaming") for record in records)
-    return (STREAM_FLAGS if streams else set()) | (BEST_CHECKPOINT_FLAGS if _seeks_best(*records) else set())
+    return (STREAM_FLAGS if streams else set()) | (
+        BEST_CHECKPOINT_FLAGS if _seeks_best(*records) else set()
+    )
 
 
 def differences(run: Run, now: dict[str, Any]) -> list[str]:
     """A line for everything that has changed since the run.yaml that --config named was written."""
     before = run.made_with
-    names = [*before, *(name for name in now if before and name.startswith(ENVIRONMENT) and name not in before)]
+    names = [
+        *before,
+        *(name for name in now if before and name.startswith(ENVIRONMENT) and name not in before),
+    ]
     lines = [
         f"made with {name} {_said(before.get(name))}, now {_said(now.get(name))}"
         for name in names
         if name != "data" and before.get(name) != now.get(name)
     ]
     data = before.get("data") or {}
-    return lines + [f"{path} has changed since" for path, digest in now["data"].items() if data.get(path, digest) != digest]
+    return lines + [
+        f"{path} has changed since"
+        for path, digest in now["data"].items()
+        if data.get(path, digest) != digest
+    ]
 
 
 def write_run(run: Run, record: dict[str, Any]) -> None:

@@ -9,11 +9,15 @@ def resolve(run: Run) -> None:
     training = run.training
     training.resume_from_checkpoint = asked_checkpoint(training)
     if run.data.streaming:
-        training.accelerator_config.dispatch_batches = False  # every rank reads the stream and takes its part
+        training.accelerator_config.dispatch_batches = (
+            False  # every rank reads the stream and takes its part
+        )
     if training.global_batch is not None:
         training.gradient_accumulation_steps = accumulation_of(training)
     if training.fsdp and training.world_size > 1 and stored_buffers(run.source.empty()):
-        training.fsdp_plugin_args["cpu_ram_efficient_loading"] = False  # accelerate sends parameters only: all read
+        training.fsdp_plugin_args["cpu_ram_efficient_loading"] = (
+            False  # accelerate sends parameters only: all read
+        )
 
 
 def start_from(training: TrainingArguments, checkpoint: str | None) -> None:

@@ -42,7 +42,9 @@ class StopRequest:
                 os.kill(os.getpid(), number)
             return
         name = signal.Signals(number).name
-        if not self.training or (self.name and number == signal.SIGINT and time.monotonic() - self._since > A_HUMAN):
+        if not self.training or (
+            self.name and number == signal.SIGINT and time.monotonic() - self._since > A_HUMAN
+        ):
             _say(2, f"stopped by {name}")
             sys.exit(Stopped.status)
         if not self.name:

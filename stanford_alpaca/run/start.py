@@ -62,10 +62,17 @@ def where_to_start(run: Run) -> Start:
     if finished and not wrong:
         written = manifest.read(output)["run"]
         if not written:
-            raise UserError(f"--output_dir {output} holds a model that no run wrote (merged, or exported); give another")
+            raise UserError(
+                f"--output_dir {output} holds a model that no run wrote (merged, or exported); give another"
+            )
         _refuse(output, written, record)
         upload = f" (to upload it: hf upload NAME {output})" if training.push_to_hub else ""
-        return Start(record, None, [f"{output}: this run is complete; nothing is left to do{upload}"], complete=True)
+        return Start(
+            record,
+            None,
+            [f"{output}: this run is complete; nothing is left to do{upload}"],
+            complete=True,
+        )
     start = _from_newest(output, record, fits, strict=training.resume == AUTO)
     if start is not None:
         notes = [f"{output}: the finished model is made again, for {wrong}"] if wrong else []
@@ -78,11 +85,19 @@ def where_to_start(run: Run) -> Start:
     return _from_none(output, record)
 
 
-def _from_named(checkpoint: Path, output: Path, record: dict[str, Any], fits: Callable[[Path], None]) -> Start:
+def _from_named(
+    checkpoint: Path, output: Path, record: dict[str, Any], fits: Callable[[Path], None]
+) -> Start:
     reason = _reasons(checkpoint, fits)
     if reason:
-        raise ResumeError(f"{checkpoint}: {reason}; --resume auto looks for an older one that is whole")
-    newer = [folder for folder in manifest.checkpoints(output) if manifest.step_of(folder) > manifest.read(checkpoint)["step"]]
+        raise ResumeError(
+            f"{checkpoint}: {reason}; --resume auto looks for an older one that is whole"
+        )
+    newer = [
+        folder
+        for folder in manifest.checkpoints(output)
+        if manifest.step_of(folder) > manifest.read(checkpoint)["step"]
+    ]
     if newer:
         raise UserError(
             f"{output} has {newer[0].name}, which is newer than {checkpoint}: give another --output_dir, or take the newer away"
@@ -90,18 +105,26 @@ def _from_named(checkpoint: Path, output: Path, record: dict[str, Any], fits: Ca
     return _go_on(checkpoint, record, strict=False)
 
 
-def _from_newest(output: Path, record: dict[str, Any], fits: Callable[[Path], None], strict: bool) -> Start | None:
+def _from_newest(
+    output: Path, record: dict[str, Any], fits: Callable[[Path], None], strict: bool
+) -> Start | None:
     """The newest checkpoint that is good; None if there is no checkpoint."""
     broken: list[str] = []
     for folder in manifest.checkpoints(output):
         reason = _reasons(folder, fits)
         if not reason:
-            later = read_run(output, RUN_FILE_FROM.format(folder.name))  # the user has asked for other flags from there on
-            start = _go_on(folder, record, strict and (later is None or bool(changes(later, record)[0])))
+            later = read_run(
+                output, RUN_FILE_FROM.format(folder.name)
+            )  # the user has asked for other flags from there on
+            start = _go_on(
+                folder, record, strict and (later is None or bool(changes(later, record)[0]))
+            )
             return replace(start, notes=[*(f"passed over {line}" for line in broken), *start.notes])
         broken.append(f"{folder.name}: {reason}")
     if broken:
-        raise ResumeError(f"{output}: no checkpoint is good ({'; '.join(broken)}); give another --output_dir to start anew")
+        raise ResumeError(
+            f"{output}: no checkpoint is good ({'; '.join(broken)}); give another --output_dir to start anew"
+        )
     return None
 
 
@@ -109,10 +132,19 @@ def _from_none(output: Path, record: dict[str, Any]) -> Start:
     """From the beginning, in a folder that is new or this run's."""
     before = read_run(output)
     if before is not None:
-        _refuse(output, before, record, more="; it saved no checkpoint, so the folder may be deleted, too")
-        return Start(record, None, [f"{output}: no checkpoint yet, training starts from the beginning"])
+        _refuse(
+            output,
+            before,
+            record,
+            more="; it saved no checkpoint, so the folder may be deleted, too",
+        )
+        return Start(
+            record, None, [f"{output}: no checkpoint yet, training starts from the beginning"]
+        )
     if any(file.name not in OWN for file in output.iterdir()):
-        raise UserError(f"--output_dir {output} is not empty, and no run of this command wrote to it; give another")
+        raise UserError(
+            f"--output_dir {output} is not empty, and no run of this command wrote to it; give another"
+        )
     return Start(record)
 
 
@@ -125,7 +157,13 @@ def _go_on(checkpoint: Path, record: dict[str, Any], strict: bool) -> Start:
     return Start(record, str(checkpoint), [f"going on from {checkpoint}", *noted])
 
 
-def _refuse(folder: Path, before: dict[str, Any], record: dict[str, Any], strict: bool = True, more: str = "") -> None:
+def _refuse(
+    folder: Path,
+    before: dict[str, Any],
+    record: dict[str, Any],
+    strict: bool = True,
+    more: str = "",
+) -> None:
     flags, contents, _ = changes(before, record)
     matters = [*(flags if strict else []), *contents]
     if matters:
@@ -143,8 +181,14 @@ def _fits(training: TrainingArguments) -> Callable[[Path], None]:
         check_resumable(checkpoint, engine, training.world_size, stage_3)
         about = manifest.read(checkpoint)
         if "world_size" not in about:
-            raise ResumeError(f"{manifest.MANIFEST_FILE}: does not say how many processes wrote the others")
-        check_state(checkpoint, about["step"], ranks=training.world_size if about["world_size"] == training.world_size else 0)
+            raise ResumeError(
+                f"{manifest.MANIFEST_FILE}: does not say how many processes wrote the others"
+            )
+        check_state(
+            checkpoint,
+            about["step"],
+            ranks=training.world_size if about["world_size"] == training.world_size else 0,
+        )
 
     return fits
 

@@ -60,7 +60,13 @@ ACCELERATOR = {  # keys of --accelerator_config that would change what a batch i
     "split_batches": (False, None), "dispatch_batches": (False, None), "even_batches": (True, None),
     "gradient_accumulation_kwargs": (None,),
 }  # fmt: skip
-OF_OPTIMIZERS = {"optim_args": None, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "optim_target_modules": None}
+OF_OPTIMIZERS = {
+    "optim_args": None,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "optim_target_modules": None,
+}
 
 
 def check_flags(training: transformers.TrainingArguments, defaults: dict[str, Any]) -> None:
@@ -77,12 +83,18 @@ def check_flags(training: transformers.TrainingArguments, defaults: dict[str, An
     for name, harmless in ACCELERATOR.items():
         value = getattr(training.accelerator_config, name)
         if value not in harmless:
-            raise UserError(f"--accelerator_config {name} {value}: would change what a batch is; leave it out")
+            raise UserError(
+                f"--accelerator_config {name} {value}: would change what a batch is; leave it out"
+            )
     if training.dataloader_persistent_workers and not training.dataloader_num_workers:
-        raise UserError("--dataloader_persistent_workers needs --dataloader_num_workers of 1 or more")
+        raise UserError(
+            "--dataloader_persistent_workers needs --dataloader_num_workers of 1 or more"
+        )
     backend = (training.torch_compile_backend or "no").upper()
     if backend not in (known := DynamoBackend.list()):
-        raise UserError(f"--torch_compile_backend {backend.lower()}: choose from {', '.join(known).lower()}")
+        raise UserError(
+            f"--torch_compile_backend {backend.lower()}: choose from {', '.join(known).lower()}"
+        )
     if training.fp16 and training.use_cpu:
         raise UserError("--fp16 needs a GPU; on a CPU choose --bf16, or neither")
 
@@ -93,5 +105,10 @@ def check_optimizer_flags(training: transformers.TrainingArguments) -> None:
     for name, default in OF_OPTIMIZERS.items():
         without = copy.copy(training)
         setattr(without, name, default)
-        if getattr(training, name) not in (default, None) and Trainer.get_optimizer_cls_and_kwargs(without) == made:
-            raise UserError(f"--{name} would change nothing for --optim {OptimizerNames(training.optim).value}: drop it")
+        if (
+            getattr(training, name) not in (default, None)
+            and Trainer.get_optimizer_cls_and_kwargs(without) == made
+        ):
+            raise UserError(
+                f"--{name} would change nothing for --optim {OptimizerNames(training.optim).value}: drop it"
+            )

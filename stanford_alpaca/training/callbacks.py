@@ -9,7 +9,12 @@ from stanford_alpaca.checkpoint.saving import write_together
 from stanford_alpaca.console import say
 from stanford_alpaca.generation.responses import generate_batch, plain_generation
 from stanford_alpaca.generation.sampling import Sampling
-from stanford_alpaca.generation.writers import append_jsonl, format_sample, sample_of, samples_as_markdown
+from stanford_alpaca.generation.writers import (
+    append_jsonl,
+    format_sample,
+    sample_of,
+    samples_as_markdown,
+)
 from stanford_alpaca.training.trainer import EmoTrainer, preserved_rng
 
 
@@ -38,7 +43,10 @@ class SampleCallback(TrainerCallback):
             )  # fmt: skip
         model.train(training)
         model.generation_config = generation_config
-        samples = [sample_of(record, {f"step {step}": text}) for record, text in zip(self.prompts, texts, strict=True)]
+        samples = [
+            sample_of(record, {f"step {step}": text})
+            for record, text in zip(self.prompts, texts, strict=True)
+        ]
         file, first = Path(args.output_dir) / "samples.jsonl", self.trainer.is_world_process_zero()
         lines = [{"step": step, **sample} for sample in samples]
         write_together(file, args.world_size, lambda: append_jsonl(file, lines) if first else None)
@@ -65,7 +73,11 @@ def _track(callback: TrainerCallback, samples: list[dict], step: int) -> None:
         callback.tb_writer.add_text("samples", samples_as_markdown(samples), step)
     elif name in ("WandbCallback", "TrackioCallback"):
         tracker = callback._wandb if name == "WandbCallback" else callback._trackio
-        rows = [[step, s["instruction"], s["input"], text] for s in samples for text in s["responses"].values()]
+        rows = [
+            [step, s["instruction"], s["input"], text]
+            for s in samples
+            for text in s["responses"].values()
+        ]
         names = ["step", "instruction", "input", "response"]
         if name == "WandbCallback":
             tracker.log({"samples": tracker.Table(columns=names, data=rows)}, commit=False)

@@ -39,21 +39,29 @@ def shard_cost(model: PreTrainedModel, asked: str, training: TrainingArguments) 
         UserError: what was asked for cannot be had with this model, objective or engine.
     """
     emo = model.emo_objective
-    if isinstance(emo.cost, CostAlias):  # it lives where the output layer does, as whole or as sharded
+    if isinstance(
+        emo.cost, CostAlias
+    ):  # it lives where the output layer does, as whole or as sharded
         if asked == "vocab_parallel":
             _separate_output_layer(model, training)
         return "replicate" if asked == "auto" else asked
     embedding = emo.cost if emo.cost is not None and emo.cost.rows is not None else None
     if asked == "auto":
         large = embedding is not None and embedding.rows.nbytes > AUTO_SHARD_BYTES
-        asked = "shard" if large and shards_weights(training) and training.world_size > 1 else "replicate"
+        asked = (
+            "shard"
+            if large and shards_weights(training) and training.world_size > 1
+            else "replicate"
+        )
     one_has_it = weights_come_from_rank_0(training)
     if asked == "replicate":
         if one_has_it and embedding is not None:
             emo.cost = broadcast_cost(embedding, training.device)
         return asked
     if asked == "shard" and embedding is None:
-        raise UserError("--cost_sharding shard: there is no frozen cosine cost to shard here; drop the flag")
+        raise UserError(
+            "--cost_sharding shard: there is no frozen cosine cost to shard here; drop the flag"
+        )
     if asked == "vocab_parallel":
         _separate_output_layer(model, training)
     if embedding is not None:
@@ -69,9 +77,15 @@ def _separate_output_layer(model: PreTrainedModel, training: TrainingArguments) 
             "--cost_sharding vocab_parallel needs a plain output layer: leave --lora_embeddings frozen, or use shard"
         )
     if layer.weight is model.get_input_embeddings().weight:
-        raise UserError("--cost_sharding vocab_parallel needs an output layer of its own, and this model's is tied; use shard")
-    if layer.weight.shape[0] <= -(-layer.weight.shape[0] // training.world_size) * (training.world_size - 1):
-        raise UserError(f"--cost_sharding vocab_parallel: {training.world_size} processes are too many for this vocabulary")
+        raise UserError(
+            "--cost_sharding vocab_parallel needs an output layer of its own, and this model's is tied; use shard"
+        )
+    if layer.weight.shape[0] <= -(-layer.weight.shape[0] // training.world_size) * (
+        training.world_size - 1
+    ):
+        raise UserError(
+            f"--cost_sharding vocab_parallel: {training.world_size} processes are too many for this vocabulary"
+        )
     if adds_router_loss(model, {}):
         raise UserError(
             "--cost_sharding vocab_parallel: the router's loss of this model is computed with its output layer; use shard"
@@ -86,7 +100,10 @@ def _separate_output_layer(model: PreTrainedModel, training: TrainingArguments) 
 def wrap_separately(model: PreTrainedModel, plugin: Any) -> None:
     """Tells accelerate's FSDP2 plugin to make the VocabParallelLinear a unit, beside the decoder layers."""
     if isinstance(model.get_output_embeddings(), VocabParallelLinear):
-        plugin.transformer_cls_names_to_wrap = [*plugin.transformer_cls_names_to_wrap, VocabParallelLinear.__name__]
+        plugin.transformer_cls_names_to_wrap = [
+            *plugin.transformer_cls_names_to_wrap,
+            VocabParallelLinear.__name__,
+        ]
 
 
 def check_separate(model: PreTrainedModel) -> None:
@@ -95,8 +112,14 @@ def check_separate(model: PreTrainedModel) -> None:
     if not isinstance(layer, VocabParallelLinear):
         return
     if not isinstance(layer, FSDPModule):
-        raise UserError("--cost_sharding vocab_parallel was asked for, but FSDP did not take the output layer as a unit")
-    for group in layer._get_fsdp_state()._fsdp_param_groups:  # its gradients come reduced, past FSDP, which would look for
-        group.mp_policy = replace(group.mp_policy, reduce_dtype=None)  # unsharded ones to sum up in that precision
+        raise UserError(
+            "--cost_sharding vocab_parallel was asked for, but FSDP did not take the output layer as a unit"
+        )
+    for group in (
+        layer._get_fsdp_state()._fsdp_param_groups
+    ):  # its gradients come reduced, past FSDP, which would look for
+        group.mp_policy = replace(
+            group.mp_policy, reduce_dtype=None
+        )  # unsharded ones to sum up in that precision
         for parameter in group.fsdp_params:
             parameter.mp_policy = replace(parameter.mp_policy, reduce_dtype=None)

@@ -37,9 +37,13 @@ def engine_flags(engine: str | None, fsdp: Any, deepspeed: Any) -> tuple[Any, An
         return fsdp, deepspeed
     zero = str(ds_configs() / f"{engine}.json") if engine.startswith("zero") else None
     if deepspeed not in (None, zero) or (fsdp and engine != "fsdp"):
-        raise UserError(f"--engine {engine} and --{'fsdp' if fsdp else 'deepspeed'} exclude each other: drop one")
+        raise UserError(
+            f"--engine {engine} and --{'fsdp' if fsdp else 'deepspeed'} exclude each other: drop one"
+        )
     if zero is not None and not Path(zero).is_file():
-        raise UserError(f"--engine {engine}: no {zero}; copy the repository's ds_configs there, or give --deepspeed FILE")
+        raise UserError(
+            f"--engine {engine}: no {zero}; copy the repository's ds_configs there, or give --deepspeed FILE"
+        )
     return (fsdp or True) if engine == "fsdp" else None, zero
 
 
@@ -49,17 +53,31 @@ def check_deepspeed(given: Any) -> None:
         return
     text = given.strip()
     try:
-        value = json.loads(text if text.startswith("{") else Path(given).expanduser().read_text(encoding="utf-8"))
+        value = json.loads(
+            text if text.startswith("{") else Path(given).expanduser().read_text(encoding="utf-8")
+        )
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
-        raise UserError(f"--deepspeed {given}: broken JSON at {where}, {error.msg}; mend it") from None
+        raise UserError(
+            f"--deepspeed {given}: broken JSON at {where}, {error.msg}; mend it"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--deepspeed {given}: no JSON ({first_line(error)}); give a JSON file in UTF-8") from None
+        raise UserError(
+            f"--deepspeed {given}: no JSON ({first_line(error)}); give a JSON file in UTF-8"
+        ) from None
     except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise UserError(f"--deepspeed {given}: {reason}; give a JSON file, or --engine zero1, zero2 or zero3") from None
+        reason = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else f"cannot be read ({error.strerror})"
+        )
+        raise UserError(
+            f"--deepspeed {given}: {reason}; give a JSON file, or --engine zero1, zero2 or zero3"
+        ) from None
     if not isinstance(value, dict):
-        raise UserError(f"--deepspeed {given}: a {type(value).__name__}, wanted an object of DeepSpeed's settings; mend it")
+        raise UserError(
+            f"--deepspeed {given}: a {type(value).__name__}, wanted an object of DeepSpeed's settings; mend it"
+        )
 
 
 def skip_slow_deepspeed_probes() -> None:
@@ -71,7 +89,9 @@ def skip_slow_deepspeed_probes() -> None:
     import deepspeed  # here, because most runs do without it
 
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as its own launcher does
+    os.environ.setdefault(
+        "LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")
+    )  # as its own launcher does
 
 
 def check_engine(trainer: Any) -> None:
@@ -80,7 +100,9 @@ def check_engine(trainer: Any) -> None:
     wanted = args.engine
     if wanted is None and args.fsdp:
         wanted = "fsdp"
-    elif wanted is None and args.deepspeed:  # whether a file of the user's own offloads is not asked
+    elif (
+        wanted is None and args.deepspeed
+    ):  # whether a file of the user's own offloads is not asked
         stage = deepspeed_of(args).get_value("zero_optimization.stage", 0)
         wanted, active = f"zero{stage}", active.removesuffix("_offload")
     if wanted not in (None, active):
@@ -102,7 +124,10 @@ def allreduce_each_gradient(model: nn.Module) -> None:
 
     def add(_: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
         buffer = bucket.buffer().mul_(share)
-        sums = [torch.distributed.all_reduce(each, async_op=True).get_future() for each in bucket.gradients()]
+        sums = [
+            torch.distributed.all_reduce(each, async_op=True).get_future()
+            for each in bucket.gradients()
+        ]
         return torch.futures.collect_all(sums).then(lambda _: buffer)
 
     ddp.register_comm_hook(None, add)
@@ -112,10 +137,16 @@ def active_engine(model: nn.Module) -> str:
     """The name of what wraps a model that is ready to be trained."""
     inner: Any = getattr(model, "_orig_mod", model)  # of a compiled one
     if isinstance(model, FSDPModule) or isinstance(inner, FSDPModule):
-        return "fsdp" if all(isinstance(parameter, DTensor) for parameter in model.parameters()) else "fsdp in part"
+        return (
+            "fsdp"
+            if all(isinstance(parameter, DTensor) for parameter in model.parameters())
+            else "fsdp in part"
+        )
     if isinstance(inner, DistributedDataParallel):
         return "ddp"
     if hasattr(inner, "zero_optimization_stage"):  # DeepSpeed's engine, without importing DeepSpeed
-        offloads = [getattr(inner.optimizer, name, False) for name in ("offload_optimizer", "offload_param")]
+        offloads = [
+            getattr(inner.optimizer, name, False) for name in ("offload_optimizer", "offload_param")
+        ]
         return f"zero{inner.zero_optimization_stage()}" + ("_offload" if all(offloads) else "")
     return "none"

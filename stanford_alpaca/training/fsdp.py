@@ -8,7 +8,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fs
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
@@ -29,7 +31,9 @@ def activate_fsdp(trainer: Any) -> None:
     layers = decoder_layers(trainer.model, args.fsdp_config.get("transformer_layer_cls_to_wrap"))
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
-        options = args.fsdp_plugin_args | {"cpu_offload": False}  # all is on the CPU; offloading would pin memory
+        options = args.fsdp_plugin_args | {
+            "cpu_offload": False
+        }  # all is on the CPU; offloading would pin memory
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**options)
         # every new AcceleratorState copies PartialState's, so both have to know
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
@@ -39,14 +43,22 @@ def activate_fsdp(trainer: Any) -> None:
     plugin = state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = layers
     wrap_separately(trainer.model, plugin)
-    fsdp_utils._find_final_norm = final_norm  # accelerate's own does not look into adapted and nested models
+    fsdp_utils._find_final_norm = (
+        final_norm  # accelerate's own does not look into adapted and nested models
+    )
     if isinstance(trainer.model, PeftModel):
         keep_copies_tied(trainer.model)
     if args.bf16:  # accelerate's own policy would round the loss to bf16 and sum gradients in bf16
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    if plugin.activation_checkpointing:  # accelerate's own would compute layers again with other dropout masks
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
+    if (
+        plugin.activation_checkpointing
+    ):  # accelerate's own would compute layers again with other dropout masks
         plugin.activation_checkpointing = False
-        apply_activation_checkpointing(trainer.model, check_fn=lambda module: type(module).__name__ in layers)
+        apply_activation_checkpointing(
+            trainer.model, check_fn=lambda module: type(module).__name__ in layers
+        )
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
@@ -56,7 +68,9 @@ def final_norm(model: nn.Module) -> nn.Module | None:
         return None
     body: Any = body_of(inner)
     decoder = body.get_decoder()
-    return next((part for part in reversed(list(decoder.children())) if "Norm" in type(part).__name__), None)
+    return next(
+        (part for part in reversed(list(decoder.children())) if "Norm" in type(part).__name__), None
+    )
 
 
 def keep_copies_tied(model: PeftModel) -> None:
@@ -88,7 +102,11 @@ def decoder_layers(model: PreTrainedModel, named: list[str] | None = None) -> li
             )
     if named or own:
         return named or own
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len({*map(type, module)}) == 1]
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len({*map(type, module)}) == 1
+    ]
     if not stacks:
         raise UserError(
             "--fsdp: no stack of layers in the model; name their class in --fsdp_config transformer_layer_cls_to_wrap"

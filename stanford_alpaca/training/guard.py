@@ -12,8 +12,15 @@ from stanford_alpaca.console import say
 from stanford_alpaca.distributed.shards import Shards, culprits, not_finite
 from stanford_alpaca.errors import UserError
 
-WINDOW, LEAST = 50, 20  # losses that a step's is held against: the last ones, and how many there have to be
-FAR, MORE, RISE = 10, 1.5, 0.1  # a spike is so many median absolute deviations, so many times, and so much above the median
+WINDOW, LEAST = (
+    50,
+    20,
+)  # losses that a step's is held against: the last ones, and how many there have to be
+FAR, MORE, RISE = (
+    10,
+    1.5,
+    0.1,
+)  # a spike is so many median absolute deviations, so many times, and so much above the median
 NAMED = 3  # tensors that a message names
 KINDS = ("weights", "loss", "gradients")  # a cause before what follows from it
 Found = dict[str, dict[int, list[str]]]  # by kind and rank the names of what is not finite
@@ -43,7 +50,9 @@ class Guard:
         self._spiking = False
         self._losses: list[Tensor] = []  # of this rank's micro-batches
 
-    def start(self, shards: Shards, state: dict[str, Any], compute_again: Callable[[], None] | None = None) -> None:
+    def start(
+        self, shards: Shards, state: dict[str, Any], compute_again: Callable[[], None] | None = None
+    ) -> None:
         """Before the first step: the model, and the ``state_dict`` of a run that is resumed, or {}.
 
         ``compute_again`` makes the step's gradients once more where they are a mean over ranks: each rank's own.
@@ -55,7 +64,12 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """What has to survive a resume, as JSON can hold it."""
-        return {"skipped": self.skipped, "spikes": self.spikes, "spiking": self._spiking, "losses": list(self._last)}
+        return {
+            "skipped": self.skipped,
+            "spikes": self.spikes,
+            "spiking": self._spiking,
+            "losses": list(self._last),
+        }
 
     def counts(self) -> dict[str, int]:
         """What the log says of the run so far: nothing, if nothing was amiss."""
@@ -79,7 +93,13 @@ class Guard:
         losses = torch.stack(self._losses).to(self.device, torch.float64)
         finite, zero = losses.isfinite(), losses.new_zeros(())
         gradients = zero if self.fp16 else not_finite(self.shards.gradients(), zero)
-        seen = [losses.where(finite, 0.0).sum(), self._bad_weights(), (~finite).sum(), gradients, zero + self.stop_requested()]
+        seen = [
+            losses.where(finite, 0.0).sum(),
+            self._bad_weights(),
+            (~finite).sum(),
+            gradients,
+            zero + self.stop_requested(),
+        ]
         loss, *bad, stop = self._sum(torch.stack(seen))
         self.stop_agreed = stop > 0
         if not any(bad):
@@ -89,14 +109,18 @@ class Guard:
         if found["weights"] or bad[0] or self.skipped >= self.allowed:
             raise UserError(f"step {step}: not finite: {self._names(found)}; {self._advice(found)}")
         self.skipped, self.skipping = self.skipped + 1, True
-        say(f"step {step}: not finite: {self._names(found)}; skipped, number {self.skipped} of {self.allowed}")
+        say(
+            f"step {step}: not finite: {self._names(found)}; skipped, number {self.skipped} of {self.allowed}"
+        )
         return False
 
     def check_weights(self, step: int) -> None:
         """Raises UserError on all ranks if a weight that is trained is not finite. One all-reduce of 1 float64."""
         if any(self._sum(self._bad_weights()[None])):
             found = self._find({})
-            raise UserError(f"after step {step}: not finite: {self._names(found)}; {self._advice(found)}")
+            raise UserError(
+                f"after step {step}: not finite: {self._names(found)}; {self._advice(found)}"
+            )
 
     def _bad_weights(self) -> Tensor:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -116,7 +140,9 @@ class Guard:
             own["loss"] = ["the loss"] if not torch.stack(self._losses).isfinite().all() else []
         found = self._exchange(own)
         if bad.get("gradients") and not (found["weights"] or found["loss"]):
-            found = averaged = self._exchange({"gradients": culprits(self.shards.named_gradients())})
+            found = averaged = self._exchange(
+                {"gradients": culprits(self.shards.named_gradients())}
+            )
             if averaged["gradients"] and self._compute_again is not None:
                 self._compute_again()
                 again = self._exchange({"gradients": culprits(self.shards.named_gradients())})
@@ -127,7 +153,10 @@ class Guard:
         everyone: list[Any] = [own] * self.world_size
         if self.world_size > 1:
             torch.distributed.all_gather_object(everyone, own)
-        return {kind: {rank: seen[kind] for rank, seen in enumerate(everyone) if seen.get(kind)} for kind in KINDS}
+        return {
+            kind: {rank: seen[kind] for rank, seen in enumerate(everyone) if seen.get(kind)}
+            for kind in KINDS
+        }
 
     def _names(self, found: Found) -> str:
         parts = []
@@ -136,14 +165,24 @@ class Guard:
                 names = list(dict.fromkeys(name for seen in ranks.values() for name in seen))
                 more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
                 what = {"weights": "the weight ", "loss": "", "gradients": "the gradient of "}[kind]
-                parts.append(what + ", ".join(names[:NAMED]) + more + self._where(kind, sorted(ranks)))
+                parts.append(
+                    what + ", ".join(names[:NAMED]) + more + self._where(kind, sorted(ranks))
+                )
         return "; ".join(parts) or "a norm, of numbers too large to be squared"
 
     def _where(self, kind: str, ranks: list[int]) -> str:
         if self.world_size == 1:
             return ""
-        sharded = {"weights": self.shards.of_weights, "loss": False, "gradients": self.shards.of_gradients}[kind]
-        numbers = "all ranks" if len(ranks) == self.world_size else f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        sharded = {
+            "weights": self.shards.of_weights,
+            "loss": False,
+            "gradients": self.shards.of_gradients,
+        }[kind]
+        numbers = (
+            "all ranks"
+            if len(ranks) == self.world_size
+            else f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        )
         return f" in the shard of {numbers}" if sharded else f" on {numbers}"
 
     def _advice(self, found: Found) -> str:
@@ -160,6 +199,8 @@ class Guard:
             spread = median(abs(value - middle) for value in self._last)
             spiking = loss > max(middle + FAR * spread, MORE * middle, middle + RISE)
             if spiking and not self._spiking:  # one that stays is said once
-                say(f"step {step}: the loss is {loss:.4g}; its median over the last {len(self._last)} steps was {middle:.4g}")
+                say(
+                    f"step {step}: the loss is {loss:.4g}; its median over the last {len(self._last)} steps was {middle:.4g}"
+                )
         self.spikes, self._spiking = self.spikes + spiking, spiking
         self._last.append(loss)

@@ -10,7 +10,11 @@ PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
     "A100": 312e12, "A10G": 70e12, "A10": 125e12, "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call their number
+EXPERTS = (
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+)  # what configurations call their number
 
 
 def peak_flops() -> float | None:
@@ -27,7 +31,9 @@ def training_flops(model: PreTrainedModel) -> tuple[float, float]:
     """
     config = model.config.get_text_config()
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    parameters = sum(p.numel() for p in model.parameters()) - (0 if inputs is outputs else inputs.numel())
+    parameters = sum(p.numel() for p in model.parameters()) - (
+        0 if inputs is outputs else inputs.numel()
+    )
     experts = next((n for name in EXPERTS if (n := getattr(config, name, None))), 0)
     if experts:
         routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)

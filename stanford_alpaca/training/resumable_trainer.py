@@ -30,7 +30,11 @@ NUMBERS = (  # flags that are numbers of the optimizer or the schedule
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "lr_scheduler_type",
     "lr_scheduler_kwargs", "max_steps", "num_train_epochs",
 )  # fmt: skip
-HELD = ("weight_decay", "betas", "eps")  # of a group of parameters; what else stands there may be an optimizer's state
+HELD = (
+    "weight_decay",
+    "betas",
+    "eps",
+)  # of a group of parameters; what else stands there may be an optimizer's state
 OWED = "owed evaluation"  # in the state of a run that was stopped
 
 
@@ -42,9 +46,18 @@ class ResumableTrainer(Trainer):
         stop: true when this process has been asked to stop; asked after every step and every batch of an evaluation.
     """
 
-    def __init__(self, model: PreTrainedModel, *args: Any, record: dict | None = None, stop: Any = False, **kwargs: Any):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *args: Any,
+        record: dict | None = None,
+        stop: Any = False,
+        **kwargs: Any,
+    ):
         self.record, self.stop = record or {}, stop
-        self.use_cache = getattr(model.config, "use_cache", None)  # of who generates with it; the Trainer turns it off
+        self.use_cache = getattr(
+            model.config, "use_cache", None
+        )  # of who generates with it; the Trainer turns it off
         self._saved_at = -1  # the step of the last checkpoint
         super().__init__(model, *args, **kwargs)
 
@@ -61,17 +74,29 @@ class ResumableTrainer(Trainer):
 
     def _leave(self, *args: Any, **kwargs: Any) -> None:
         """An evaluation that was due is owed: who goes on makes it first, as it may decide which checkpoint is the best."""
-        step, saves, state = self.state.global_step, self.args.save_strategy != SaveStrategy.NO, self.state
-        ended = state.epoch is not None and math.isclose(state.epoch, round(state.epoch))  # an epoch
-        if self.control.should_evaluate or (ended and self.args.eval_strategy == IntervalStrategy.EPOCH):
-            due = self.control.should_save or (ended and self.args.save_strategy == SaveStrategy.EPOCH)
+        step, saves, state = (
+            self.state.global_step,
+            self.args.save_strategy != SaveStrategy.NO,
+            self.state,
+        )
+        ended = state.epoch is not None and math.isclose(
+            state.epoch, round(state.epoch)
+        )  # an epoch
+        if self.control.should_evaluate or (
+            ended and self.args.eval_strategy == IntervalStrategy.EPOCH
+        ):
+            due = self.control.should_save or (
+                ended and self.args.save_strategy == SaveStrategy.EPOCH
+            )
             state.stateful_callbacks[OWED] = {"save": due}
         self.control.should_evaluate = False
         self.control.should_save = saves and self._saved_at != step
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.callback_handler.on_train_end(self.args, state, self.control)
         saved = f"checkpoint-{step} is saved: the same command with --resume auto goes on from it"
-        raise Stopped(f"stopped after step {step}; {saved if saves else 'nothing is saved (--save_strategy no)'}")
+        raise Stopped(
+            f"stopped after step {step}; {saved if saves else 'nothing is saved (--save_strategy no)'}"
+        )
 
     def agreed_to_stop(self) -> bool:
         """Whether any rank was asked to, the same on all."""
@@ -87,15 +112,23 @@ class ResumableTrainer(Trainer):
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._anyone_stops():
-            raise Stopped("stopped in an evaluation; the same command with --resume auto makes up for it")
+            raise Stopped(
+                "stopped in an evaluation; the same command with --resume auto makes up for it"
+            )
         return super().prediction_step(*args, **kwargs)
 
     # ---- resuming ------------------------------------------------------------------------------------------------------
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # which would load what it finds
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        if (
+            resume_from_checkpoint is not None and self.is_deepspeed_enabled
+        ):  # which would load what it finds
             zero.check_parameters(Path(resume_from_checkpoint), self.model)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
         if resume_from_checkpoint is not None:
             self._make_up_evaluation(resume_from_checkpoint)
         return prepared
@@ -111,13 +144,19 @@ class ResumableTrainer(Trainer):
             self._save_checkpoint(self.model, None)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # a run that is resumed after its last step
-            say(f"the checkpoint is of step {self.state.global_step} of {self.state.max_steps}: nothing is trained")
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # a run that is resumed after its last step
+            say(
+                f"the checkpoint is of step {self.state.global_step} of {self.state.max_steps}: nothing is trained"
+            )
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         sharded = kind_of(Path(resume_from_checkpoint)) == FSDP  # into any engine but ZeRO
         (fsdp if sharded else plain).load_model(model or self.model, Path(resume_from_checkpoint))
 
@@ -131,7 +170,9 @@ class ResumableTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
             fsdp.load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint))
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            self.lr_scheduler.load_state_dict(
+                torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+            )
         if checkpoint is not None:
             self._hold_to_flags(manifest.read(Path(checkpoint))["run"])
 
@@ -140,9 +181,13 @@ class ResumableTrainer(Trainer):
 
         A schedule that is no function of the step keeps what it has come to; its flags cannot change (``record.FIXED``).
         """
-        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's is around it
+        scheduler: Any = getattr(
+            self.lr_scheduler, "scheduler", self.lr_scheduler
+        )  # accelerate's is around it
         follows_steps, groups = isinstance(scheduler, LambdaLR), self.optimizer.param_groups
-        if not self._asked or type(scheduler).__module__.startswith("deepspeed"):  # DeepSpeed's configuration has its own
+        if not self._asked or type(scheduler).__module__.startswith(
+            "deepspeed"
+        ):  # DeepSpeed's configuration has its own
             changed = [name for name in NUMBERS if self.record.get(name) != before.get(name)]
             if changed:
                 raise ResumeError(
@@ -150,19 +195,30 @@ class ResumableTrainer(Trainer):
                     "goes on with the checkpoint's; give the same command to go on"
                 )
             return
-        asked = self._asked if len(self._asked) == len(groups) else [of for of in self._asked if of["size"]]  # DeepSpeed's
+        asked = (
+            self._asked
+            if len(self._asked) == len(groups)
+            else [of for of in self._asked if of["size"]]
+        )  # DeepSpeed's
         for group, numbers in zip(groups, asked, strict=True):
             group |= {name: numbers[name] for name in HELD if name in numbers}
         if follows_steps:
             factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
             scheduler.base_lrs = [numbers["lr"] for numbers in asked]
-            scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
-            for group, base, rate in zip(groups, scheduler.base_lrs, scheduler._last_lr, strict=True):
+            scheduler._last_lr = [
+                base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)
+            ]
+            for group, base, rate in zip(
+                groups, scheduler.base_lrs, scheduler._last_lr, strict=True
+            ):
                 group |= {"initial_lr": base, "lr": rate}
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Those of other ranks than there are now would not fit: then they follow from seed and step."""
-        if checkpoint is not None and manifest.read(Path(checkpoint))["world_size"] != self.args.world_size:
+        if (
+            checkpoint is not None
+            and manifest.read(Path(checkpoint))["world_size"] != self.args.world_size
+        ):
             set_seed(self.args.seed + self.state.global_step)
         else:
             super()._load_rng_state(checkpoint)
@@ -173,7 +229,9 @@ class ResumableTrainer(Trainer):
         def verify() -> None:
             found = manifest.problems(best)
             if found:
-                raise ResumeError(f"{best}, the best checkpoint: {found[0]}; without --load_best_model_at_end the last is kept")
+                raise ResumeError(
+                    f"{best}, the best checkpoint: {found[0]}; without --load_best_model_at_end the last is kept"
+                )
             refuse_code(best)
 
         share_from_rank_0("best", verify if self.args.process_index == 0 else None)
@@ -230,11 +288,15 @@ class ResumableTrainer(Trainer):
             return manifest.size(manifest.checkpoints(Path(str(self.args.output_dir)))[0])
         except (IndexError, ResumeError):
             trained = get_model_param_count(self.model, trainable_only=True)
-            return checkpoint_bytes(trained, OptimizerNames(self.args.optim).value, self.args.save_only_model)
+            return checkpoint_bytes(
+                trained, OptimizerNames(self.args.optim).value, self.args.save_only_model
+            )
 
     def save_finished(self) -> dict[str, Any]:
         """The finished model into the output folder, when it is whole; what the folder's manifest will say of its files."""
-        staged = Staged(Path(str(self.args.output_dir)) / "model", self.args.process_index, self.args.world_size)
+        staged = Staged(
+            Path(str(self.args.output_dir)) / "model", self.args.process_index, self.args.world_size
+        )
         staged.write(lambda: self.save_model(str(staged.folder)))
         return staged.merge()
 
@@ -252,7 +314,9 @@ class ResumableTrainer(Trainer):
             for name in (fsdp.MODEL, fsdp.OPTIMIZER):
                 (folder / name).mkdir(exist_ok=True)
         elif self.is_deepspeed_enabled and self.args.should_save:
-            (folder / "latest").write_text(f"global_step{self.model_wrapped.global_steps}", encoding="utf-8")
+            (folder / "latest").write_text(
+                f"global_step{self.model_wrapped.global_steps}", encoding="utf-8"
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """DeepSpeed's ranks wait for one another within it: one that cannot write goes on, and says so when all are through."""
@@ -269,7 +333,9 @@ class ResumableTrainer(Trainer):
 
         files.save = save_or_go_on
         engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)
-        engine._copy_recovery_script = lambda folder: None  # a script of DeepSpeed's, whose work is that of ``export``
+        engine._copy_recovery_script = lambda folder: (
+            None
+        )  # a script of DeepSpeed's, whose work is that of ``export``
         try:
             super()._save_optimizer_and_scheduler(output_dir)
         finally:
@@ -287,7 +353,9 @@ class ResumableTrainer(Trainer):
             return super().save_model(output_dir, _internal_call=True)
         adapter = isinstance(self.model, PeftModel)  # small, so it is always whole
         if not _internal_call or self.args.save_only_model or adapter:
-            return self._save(output_dir, full_state_dict(self.model, self.args.should_save, trained_only=adapter))
+            return self._save(
+                output_dir, full_state_dict(self.model, self.args.should_save, trained_only=adapter)
+            )
         if self.args.should_save:
             for part in (self.model.config, self.model.generation_config, self.processing_class):
                 part.save_pretrained(output_dir)
@@ -299,10 +367,14 @@ class ResumableTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        only = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}  # but for those that are trained
+        only = (
+            {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        )  # but for those that are trained
         model.save_pretrained(folder, state_dict=state_dict, **only)
         if only:
-            (folder / "README.md").unlink(missing_ok=True)  # peft's card: a run writes its own when all else is hashed
+            (folder / "README.md").unlink(
+                missing_ok=True
+            )  # peft's card: a run writes its own when all else is hashed
             model.generation_config.save_pretrained(folder)  # which peft leaves to the base
         self.processing_class.save_pretrained(folder)
         # ZeRO's model may be in bfloat16, the weights written are the masters; an adapter has no such configuration
@@ -313,4 +385,6 @@ class ResumableTrainer(Trainer):
 
 def _numbers_of(group: dict[str, Any]) -> dict[str, Any]:
     """What an optimizer was made with for a group of parameters, and how many there are in it."""
-    return {name: group[name] for name in ("lr", *HELD) if name in group} | {"size": len(group["params"])}
+    return {name: group[name] for name in ("lr", *HELD) if name in group} | {
+        "size": len(group["params"])
+    }

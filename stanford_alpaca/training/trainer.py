@@ -16,7 +16,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from stanford_alpaca.checkpoint.pickles import restrict_deepspeed
 from stanford_alpaca.data.balance import BalancedSampler
-from stanford_alpaca.data.batching import Collator, PadCollator, count_examples, count_tokens, pad_to_multiple
+from stanford_alpaca.data.batching import (
+    Collator,
+    PadCollator,
+    count_examples,
+    count_tokens,
+    pad_to_multiple,
+)
 from stanford_alpaca.data.packing import PackedExamples, example_lengths
 from stanford_alpaca.distributed.shards import Shards, gate_step
 from stanford_alpaca.errors import UserError, first_line
@@ -52,10 +58,14 @@ class EmoTrainer(ResumableTrainer):
 
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # the objective does, whatever the model's own forward says
+        self.model_accepts_loss_kwargs = (
+            True  # the objective does, whatever the model's own forward says
+        )
         self.emo: AttachedObjective = self.accelerator.unwrap_model(self.model).emo_objective
         self.watch = Stopwatch()
-        self.guard = Guard(self.args.device, self.args.world_size, self.args.skip_nonfinite, fp16=self.args.fp16)
+        self.guard = Guard(
+            self.args.device, self.args.world_size, self.args.skip_nonfinite, fp16=self.args.fp16
+        )
         self.guard.stop_requested = lambda: bool(self.stop)
         self._steps = 0  # of this call of train()
         self._tokens: Any = 0  # the targets of its steps, without the first step's
@@ -65,13 +75,23 @@ class EmoTrainer(ResumableTrainer):
         self._logged_steps = 0  # steps at the last log entry
         self._peak = peak_flops() if self.args.bf16 or self.args.fp16 else None
         self._linear, self._quadratic = training_flops(self.model) if self._peak else (0.0, 0.0)
-        if isinstance(self.train_dataset, Dataset | PackedExamples):  # a stream has no end to fill up
-            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            self.train_dataset = pad_to_multiple(self.train_dataset, batch, self.data_collator.pad_id)
+        if isinstance(
+            self.train_dataset, Dataset | PackedExamples
+        ):  # a stream has no end to fill up
+            batch = (
+                self.args.train_batch_size
+                * self.args.gradient_accumulation_steps
+                * self.args.world_size
+            )
+            self.train_dataset = pad_to_multiple(
+                self.train_dataset, batch, self.data_collator.pad_id
+            )
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if self.is_deepspeed_enabled:  # else accelerate takes it from DeepSpeed's configuration, and warns
+        if (
+            self.is_deepspeed_enabled
+        ):  # else accelerate takes it from DeepSpeed's configuration, and warns
             self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
             restrict_deepspeed()
         activate_fsdp(self)
@@ -86,10 +106,14 @@ class EmoTrainer(ResumableTrainer):
             self.watch.start()  # the first step, with its warming up, has ended
         samples, num_items = super().get_batch_samples(*args, **kwargs)
         if self._steps >= 1:
-            self._tokens = self._tokens + num_items  # a tensor on the device: no synchronisation here
+            self._tokens = (
+                self._tokens + num_items
+            )  # a tensor on the device: no synchronisation here
             if self._peak:
                 sums = [count_tokens(sample) for sample in samples]
-                self._flops = self._flops + sum(self._linear * n + self._quadratic * squares for n, squares in sums)
+                self._flops = self._flops + sum(
+                    self._linear * n + self._quadratic * squares for n, squares in sums
+                )
         if self._packed:
             self._examples = self._examples + sum(count_examples(sample) for sample in samples)
         self._steps += 1
@@ -101,7 +125,9 @@ class EmoTrainer(ResumableTrainer):
     def _start_guard(self) -> None:
         zero = self.model_wrapped.optimizer if self.is_deepspeed_enabled else None
         shards = Shards(self.accelerator.unwrap_model(self.model), zero)
-        again = self._compute_again if isinstance(self.model_wrapped, DistributedDataParallel) else None
+        again = (
+            self._compute_again if isinstance(self.model_wrapped, DistributedDataParallel) else None
+        )
         self.guard.start(shards, self.state.stateful_callbacks.get("guard", {}), again)
         if zero is not None:  # whose backward pass makes the update
             gate_step(zero, lambda: self.guard.may_update(self.state.global_step + 1))
@@ -131,8 +157,12 @@ class EmoTrainer(ResumableTrainer):
             if parameter.grad is not None and self.args.fp16:
                 parameter.grad.fill_(math.nan)  # the loss scaler does the skipping
             else:
-                parameter.grad = None  # so that an optimizer leaves all as it is, its moments and its decay too
-        self._mixed_mesh_grads = None  # which the Trainer would find out from gradients that are not there
+                parameter.grad = (
+                    None  # so that an optimizer leaves all as it is, its moments and its decay too
+                )
+        self._mixed_mesh_grads = (
+            None  # which the Trainer would find out from gradients that are not there
+        )
 
     def _compute_again(self) -> None:
         """The gradients of the present step once more, but each rank's own, where DDP has averaged them."""
@@ -144,8 +174,12 @@ class EmoTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        if self.args.balance_lengths:  # after accelerate has chosen the sampler, so that the shuffling is the same
-            batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # of all ranks
+        if (
+            self.args.balance_lengths
+        ):  # after accelerate has chosen the sampler, so that the shuffling is the same
+            batches = getattr(
+                loader.batch_sampler, "batch_sampler", loader.batch_sampler
+            )  # of all ranks
             data, args = self.train_dataset, self.args
             lengths = data.row_lengths() if self._packed else example_lengths(data)
             loader.set_sampler(
@@ -209,17 +243,32 @@ class EmoTrainer(ResumableTrainer):
     # ---- evaluation ----------------------------------------------------------------------------------------------------
 
     def evaluation_loop(
-        self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+        self,
+        dataloader: DataLoader,
+        description: str,
+        *args: Any,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
     ) -> EvalLoopOutput:
         """Token-weighted: loss, nll, perplexity, target_prob and, with a cost, emo."""
         self.emo.eval_meter.drain("cpu")
-        with self.watch.paused(), preserved_rng():  # a run that is resumed after it is as one that was not
+        with (
+            self.watch.paused(),
+            preserved_rng(),
+        ):  # a run that is resumed after it is as one that was not
             output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only=True, metric_key_prefix=metric_key_prefix
+                dataloader,
+                description,
+                prediction_loss_only=True,
+                metric_key_prefix=metric_key_prefix,
             )
             sums = self.emo.eval_meter.drain(self.args.device, over_ranks=self.args.world_size > 1)
         nll = sums.nll / sums.tokens
-        metrics = {"loss": sums.loss / sums.tokens, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+        metrics = {
+            "loss": sums.loss / sums.tokens,
+            "nll": nll,
+            "perplexity": math.exp(min(nll, 700.0)),
+        }
         metrics["target_prob"] = sums.target_prob / sums.tokens
         if self.emo.has_cost:
             metrics["emo"] = sums.emo / sums.tokens
@@ -229,16 +278,22 @@ class EmoTrainer(ResumableTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         batch = self.args.eval_batch_size * self.args.world_size
-        return super().get_eval_dataloader(pad_to_multiple(dataset, batch, self.data_collator.pad_id))
+        return super().get_eval_dataloader(
+            pad_to_multiple(dataset, batch, self.data_collator.pad_id)
+        )
 
     # ---- the hub -------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        with _hub(f"--hub_model_id {self.args.hub_model_id}: there is no such repository and it cannot be made"):
+        with _hub(
+            f"--hub_model_id {self.args.hub_model_id}: there is no such repository and it cannot be made"
+        ):
             super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        with _hub(f"--push_to_hub: the model is complete in {self.args.output_dir}, but could not be uploaded"):
+        with _hub(
+            f"--push_to_hub: the model is complete in {self.args.output_dir}, but could not be uploaded"
+        ):
             return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

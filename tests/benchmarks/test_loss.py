@@ -22,7 +22,15 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.errors import UserError
 
 TINY = Case("tiny", hidden=16, vocab=300, tokens=64)
-FLAGS = {"hidden": 16, "vocab": 300, "tokens": 64, "rounds": 2, "threads": 1, "device": "cpu", "ids_from": "none"}
+FLAGS = {
+    "hidden": 16,
+    "vocab": 300,
+    "tokens": 64,
+    "rounds": 2,
+    "threads": 1,
+    "device": "cpu",
+    "ids_from": "none",
+}
 
 
 class Here:
@@ -50,18 +58,29 @@ def test_a_contender_computes_what_it_is_named_for(name):
     try:
         ours = contenders.build(name, batch)()
     except Unavailable as reason:
-        assert name not in ("plain", "torch-chunked", "emoloss", "reference-frozen", "chunked-mle", "chunked-frozen")
+        assert name not in (
+            "plain",
+            "torch-chunked",
+            "emoloss",
+            "reference-frozen",
+            "chunked-mle",
+            "chunked-frozen",
+        )
         pytest.skip(str(reason))
     kind = name.rpartition("-")[2] if name in OURS else name
     if kind in ("frozen", "cached", "adaptive", "identity", "emoloss"):
         mode = Objective("emo", emo_ratio_cap=3.0) if kind == "emoloss" else "emo"
         cost = CostEmbedding(None, "identity") if kind == "identity" else same.embedding
-        expected = linear_emo_loss(same.hidden, same.weight, same.targets, cost, mode=mode, backend="reference")
+        expected = linear_emo_loss(
+            same.hidden, same.weight, same.targets, cost, mode=mode, backend="reference"
+        )
     else:
         expected = cross_entropy(same.hidden @ same.weight.T, same.targets)
     ours.backward()
     expected.backward()
-    tolerance = {"rtol": 1e-2, "atol": 1e-3} if kind == "cached" else {"rtol": 1e-3, "atol": 1e-6}  # cached rows are bf16
+    tolerance = (
+        {"rtol": 1e-2, "atol": 1e-3} if kind == "cached" else {"rtol": 1e-3, "atol": 1e-6}
+    )  # cached rows are bf16
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(batch.hidden.grad, same.hidden.grad, **tolerance)
     torch.testing.assert_close(batch.weight.grad, same.weight.grad, **tolerance)
@@ -99,14 +118,27 @@ def test_every_contender_has_its_row_and_its_line_of_json(here, tmp_path, capsys
 
 def test_ratios_are_of_ours_with_the_launcher_to_the_others_at_their_best(capsys):
     def row(name, default, launcher):
-        return {"contender": name, "seconds": {"default": [default, 9.0, 0.0], "launcher": [launcher, 9.0, 0.0]}}
+        return {
+            "contender": name,
+            "seconds": {"default": [default, 9.0, 0.0], "launcher": [launcher, 9.0, 0.0]},
+        }
 
-    rows = [row("floor", 0.5, 0.6), row("plain", 2.0, 4.0), row("torch-chunked", 8.0, 1.0), row("emoloss", 5.0, 4.0)]
-    rows.append(row("chunked-frozen", 0.8, 1.25) | {"peak_extra_mib": 12.4, "peak_tensors_mib": 9.0, "kept_mib": 3.0})
+    rows = [
+        row("floor", 0.5, 0.6),
+        row("plain", 2.0, 4.0),
+        row("torch-chunked", 8.0, 1.0),
+        row("emoloss", 5.0, 4.0),
+    ]
+    rows.append(
+        row("chunked-frozen", 0.8, 1.25)
+        | {"peak_extra_mib": 12.4, "peak_tensors_mib": 9.0, "kept_mib": 3.0}
+    )
     lines = loss.table([*rows, {"contender": "quack", "left_out": "not here"}]).splitlines()
     assert len(lines) == 2 + len(rows)
     assert lines[0].endswith("/ plain | / torch-chunked | / emoloss | / fastest | share of floor |")
-    assert lines[-1].startswith("| chunked-frozen | 0.8000 (0.0000-9.0000) | 1.2500 (0.0000-9.0000) | 12 | 9 | 3 ")
+    assert lines[-1].startswith(
+        "| chunked-frozen | 0.8000 (0.0000-9.0000) | 1.2500 (0.0000-9.0000) | 12 | 9 | 3 "
+    )
     assert lines[-1].endswith("| 0.62 | 1.25 | 0.31 | 1.25 | 40 % |")
     assert lines[3].endswith("| 1.00 | 2.00 | 0.50 | 2.00 | 25 % |")  # plain: at its better one
 
@@ -131,12 +163,20 @@ def test_the_allocator_settings_take_effect():
     code = "import resource\nfor _ in range(8): b'x' * 2**26\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
 
     def faults(variables):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | variables
-        return int(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout)
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
+        } | variables
+        return int(
+            subprocess.run(
+                [sys.executable, "-c", code], env=environment, capture_output=True, check=True
+            ).stdout
+        )
 
     assert faults(measure.ALLOCATOR) < faults({}) / 2
     launcher = (loss.ROOT / "scripts" / "launcher.sh").read_text()
-    assert all(f"{name}=${{{name}:-{value}}}" in launcher for name, value in measure.ALLOCATOR.items())
+    assert all(
+        f"{name}=${{{name}:-{value}}}" in launcher for name, value in measure.ALLOCATOR.items()
+    )
 
 
 def test_workers_get_the_settings_and_this_process_does_not(monkeypatch):
@@ -147,17 +187,44 @@ def test_workers_get_the_settings_and_this_process_does_not(monkeypatch):
 
 
 def test_scaling_keeps_a_row_per_contender_and_size(here, tmp_path, capsys):
-    loss.scaling(tokens=(32, 64), vocabularies=(300, 400), hidden=16, rounds=1, device="cpu", threads=1, results=str(tmp_path))
-    rows = [json.loads(line) for line in (tmp_path / "loss-scaling-cpu.jsonl").read_text().splitlines()]
-    cases = [(row["case"]["shape"], row["case"]["tokens"], row["case"]["vocab"]) for row in rows if row["contender"] == "plain"]
-    assert cases == [("tokens", 32, 300), ("tokens", 64, 300), ("vocabulary", 64, 300), ("vocabulary", 64, 400)]
+    loss.scaling(
+        tokens=(32, 64),
+        vocabularies=(300, 400),
+        hidden=16,
+        rounds=1,
+        device="cpu",
+        threads=1,
+        results=str(tmp_path),
+    )
+    rows = [
+        json.loads(line) for line in (tmp_path / "loss-scaling-cpu.jsonl").read_text().splitlines()
+    ]
+    cases = [
+        (row["case"]["shape"], row["case"]["tokens"], row["case"]["vocab"])
+        for row in rows
+        if row["contender"] == "plain"
+    ]
+    assert cases == [
+        ("tokens", 32, 300),
+        ("tokens", 64, 300),
+        ("vocabulary", 64, 300),
+        ("vocabulary", 64, 400),
+    ]
     assert capsys.readouterr().out.count("chunked-frozen ") == 4
 
 
 def test_plots_are_drawn_from_the_rows_kept(here, tmp_path):
     pytest.importorskip("matplotlib")
     loss.run(results=str(tmp_path), only="plain,chunked-frozen", **FLAGS)
-    loss.scaling(tokens=64, vocabularies=300, hidden=16, rounds=1, device="cpu", threads=1, results=str(tmp_path))
+    loss.scaling(
+        tokens=64,
+        vocabularies=300,
+        hidden=16,
+        rounds=1,
+        device="cpu",
+        threads=1,
+        results=str(tmp_path),
+    )
     for name in ("loss-cpu.png", "loss-scaling-cpu.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 

@@ -30,20 +30,34 @@ def test_runs_are_kept_and_not_repeated(runs, tmp_path):
     modes.run(modes=("mle", "emo"), learning_rates=(1e-4, 1e-2), seeds=20, results=str(file))
     wanted = [("emo", 1e-4), ("mle", 1e-4), ("mle", 1e-2), ("emo", 1e-2)]
     assert sorted(runs) == sorted((mode, rate, 1.0, 20, 2) for mode, rate in wanted)
-    assert [tuple(json.loads(line)[name] for name in modes.KEY) for line in file.read_text().splitlines()] == runs
+    assert [
+        tuple(json.loads(line)[name] for name in modes.KEY)
+        for line in file.read_text().splitlines()
+    ] == runs
 
 
 def test_tables_give_the_mean_of_the_seeds_and_the_best_rate(runs, tmp_path, capsys):
     file = str(tmp_path / "results.jsonl")
-    modes.run(modes="emo", learning_rates=(1e-4, 1e-2), max_grad_norms=(1, 0), seeds=(20, 40), results=file)
+    modes.run(
+        modes="emo",
+        learning_rates=(1e-4, 1e-2),
+        max_grad_norms=(1, 0),
+        seeds=(20, 40),
+        results=file,
+    )
     modes.run(modes="mle", learning_rates=1e-4, epochs=1, seeds=20, results=file)
     capsys.readouterr()
     modes.run(modes="mle", learning_rates=1e-4, seeds=20, results=file)
     out = capsys.readouterr().out
-    assert "| mode | 0.0001, clip 1 | 0.01, clip 1 | 0.0001, no clipping | 0.01, no clipping |" in out
+    assert (
+        "| mode | 0.0001, clip 1 | 0.01, clip 1 | 0.0001, no clipping | 0.01, no clipping |" in out
+    )
     assert "| mle | 20.0 | - | - | - |" in out
     assert "| emo | 30.0 ± 10.0 | 40.0 ± 10.0 | 30.0 ± 10.0 | 40.0 ± 10.0 |" in out
-    assert "| emo | 0.01 | 40.0 ± 10.0 | 75.0 ± 0.0 | 0.500 | 0.1250 | 4 | 0.5 / 1 / 2 | 50.0 ± 0.0 |" in out
+    assert (
+        "| emo | 0.01 | 40.0 ± 10.0 | 75.0 ± 0.0 | 0.500 | 0.1250 | 4 | 0.5 / 1 / 2 | 50.0 ± 0.0 |"
+        in out
+    )
 
 
 def test_a_mistyped_flag_runs_nothing(runs, tmp_path):

@@ -16,14 +16,19 @@ SHAPE = Shape(layers=1, hidden=16, vocab=400)
 @pytest.fixture
 def inputs(root, tmp_path):
     """A folder with 8 records, one global batch, of answers of several lengths."""
-    assert make_inputs(tmp_path, str(root / "data" / "instructions" / "train.json"), 15, 8, 256, SHAPE) == 8
+    assert (
+        make_inputs(tmp_path, str(root / "data" / "instructions" / "train.json"), 15, 8, 256, SHAPE)
+        == 8
+    )
     return tmp_path
 
 
 def test_trl_and_we_count_the_same_targets_and_not_those_of_the_first_step(inputs):
     tokenizer = AutoTokenizer.from_pretrained(inputs / MODEL)
     records = json.loads((inputs / RECORDS).read_text())
-    epoch = sum(len(tokenizer(record["output"])["input_ids"]) + 1 for record in records)  # and the end of sequence
+    epoch = sum(
+        len(tokenizer(record["output"])["input_ids"]) + 1 for record in records
+    )  # and the end of sequence
     for contender in ("trl", "emo-padding_free"):
         (figures,) = run_everywhere(Job(contender, str(inputs), 3, 8, 256, "cpu", 1))
         assert figures["targets"] == 2 * epoch
@@ -34,8 +39,12 @@ def test_two_processes_count_what_they_receive(inputs):
     job = Job("emo", str(inputs), 2, 4, 256, "cpu", 1, 2, "ddp", count=True)
     ranks = run_everywhere(job)
     row = scaling_row(job, ranks, SHAPE.config(256))
-    assert row["targets"] == sum(rank["targets"] for rank in ranks)  # an epoch is one step: the counted one has them too
-    assert row["bytes_by_kind"]["all-reduce"] == row["estimated_bytes"] + 40  # gradients in float32, over a ring; the guard
+    assert row["targets"] == sum(
+        rank["targets"] for rank in ranks
+    )  # an epoch is one step: the counted one has them too
+    assert (
+        row["bytes_by_kind"]["all-reduce"] == row["estimated_bytes"] + 40
+    )  # gradients in float32, over a ring; the guard
     assert row["bytes"] == pytest.approx(row["estimated_bytes"], rel=1e-2)
 
 
@@ -45,16 +54,26 @@ def test_the_table_sets_ours_against_the_like_of_it():
                 for place, rate in rates.items()}  # fmt: skip
         return {"contender": name, "runs": runs}
 
-    rows = [row("trl", default=10.0, launcher=20.0), row("trl-packing", launcher=25.0), row("emo-packing", launcher=50.0)]
+    rows = [
+        row("trl", default=10.0, launcher=20.0),
+        row("trl-packing", launcher=25.0),
+        row("emo-packing", launcher=50.0),
+    ]
     last = table(rows).splitlines()[-1]
-    assert last == "| emo-packing | - | 50 (50-50) | 500 | 10 | 22 | 7 | 5.00 | 2.50 | 2.00 | 2.00 |"
+    assert (
+        last == "| emo-packing | - | 50 (50-50) | 500 | 10 | 22 | 7 | 5.00 | 2.50 | 2.00 | 2.00 |"
+    )
 
 
 def test_the_paper_estimate_reaches_1024():
-    lines = {tuple(line.split(" | ")[:2]): line.split(" | ")[2:] for line in estimates().splitlines()[2:]}
+    lines = {
+        tuple(line.split(" | ")[:2]): line.split(" | ")[2:] for line in estimates().splitlines()[2:]
+    }
     received = {key: cells[:3] for key, cells in lines.items()}
     assert received["| fsdp", "replicate"] == ["46.94", "52.81", "53.59"]
-    assert received["| fsdp", "vocab_parallel"][2] == "-"  # 32000 rows leave nothing to some of 1024 ranks
+    assert (
+        received["| fsdp", "vocab_parallel"][2] == "-"
+    )  # 32000 rows leave nothing to some of 1024 ranks
 
 
 def test_mistakes_are_told_before_anything_is_measured(tmp_path):

@@ -15,7 +15,11 @@ def folder(tmp_path):
     (place / "part").mkdir(parents=True)
     (place / "a.pt").write_bytes(b"first")
     (place / "part" / "b.distcp").write_bytes(b"second")
-    manifest.write(place, manifest.entries_of(place, manifest.list_saved(place), flush=True), {"step": 3, "run": {"seed": 1}})
+    manifest.write(
+        place,
+        manifest.entries_of(place, manifest.list_saved(place), flush=True),
+        {"step": 3, "run": {"seed": 1}},
+    )
     return place
 
 
@@ -45,17 +49,41 @@ def test_a_whole_folder_has_no_problems_and_says_what_it_is(folder):
     [
         (lambda f: (f / "a.pt").unlink(), "a.pt: not there"),
         (lambda f: (f / "a.pt").write_bytes(b"firs"), "a.pt: 4 bytes, not 5"),
-        (lambda f: (f / "part" / "b.distcp").write_bytes(b"sEcond"), "part/b.distcp: its content has changed"),
+        (
+            lambda f: (f / "part" / "b.distcp").write_bytes(b"sEcond"),
+            "part/b.distcp: its content has changed",
+        ),
         (lambda f: (f / "scaler.pt").write_bytes(b"x"), "scaler.pt: was not saved with the others"),
-        (lambda f: (f / "part" / ".metadata").write_bytes(b"x"), "part/.metadata: was not saved with the others"),
-        (lambda f: (f / "global_step3").symlink_to(f / "part"), "global_step3: leads out of the folder"),
-        (lambda f: (f / manifest.MANIFEST_FILE).unlink(), "manifest.json: not there, so nothing says what the files should be"),
+        (
+            lambda f: (f / "part" / ".metadata").write_bytes(b"x"),
+            "part/.metadata: was not saved with the others",
+        ),
+        (
+            lambda f: (f / "global_step3").symlink_to(f / "part"),
+            "global_step3: leads out of the folder",
+        ),
+        (
+            lambda f: (f / manifest.MANIFEST_FILE).unlink(),
+            "manifest.json: not there, so nothing says what the files should be",
+        ),
         (lambda f: (f / manifest.MANIFEST_FILE).write_text("{"), "manifest.json: cannot be read"),
-        (lambda f: (f / manifest.MANIFEST_FILE).write_text("[" * 100_000), "manifest.json: cannot be read"),
+        (
+            lambda f: (f / manifest.MANIFEST_FILE).write_text("[" * 100_000),
+            "manifest.json: cannot be read",
+        ),
         (lambda f: (f / manifest.MANIFEST_FILE).write_text("[]"), "manifest.json: cannot be read"),
-        (lambda f: flip(f / manifest.MANIFEST_FILE, '"step": 3', '"step": 4'), "manifest.json: damaged"),
-        (lambda f: change_entry(f, "../elsewhere"), "manifest.json: names ../elsewhere, which is outside the folder"),
-        (lambda f: change_entry(f, "/etc/passwd"), "manifest.json: names /etc/passwd, which is outside the folder"),
+        (
+            lambda f: flip(f / manifest.MANIFEST_FILE, '"step": 3', '"step": 4'),
+            "manifest.json: damaged",
+        ),
+        (
+            lambda f: change_entry(f, "../elsewhere"),
+            "manifest.json: names ../elsewhere, which is outside the folder",
+        ),
+        (
+            lambda f: change_entry(f, "/etc/passwd"),
+            "manifest.json: names /etc/passwd, which is outside the folder",
+        ),
         (lambda f: change_entry(f, "a.pt", bytes="many"), "manifest.json: damaged"),
         (lambda f: change_entry(f, "x" * 300), "cannot be read ([Errno 36] File name too long"),
     ],
@@ -82,7 +110,16 @@ def test_sizes_alone_are_compared_on_request_and_other_versions_are_refused(fold
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", ".deleting-checkpoint-11", "model"):
+    for name in (
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-x",
+        ".deleting-checkpoint-11",
+        "model",
+    ):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-12").write_text("no folder")
-    assert [folder.name for folder in manifest.checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
+    assert [folder.name for folder in manifest.checkpoints(tmp_path)] == [
+        "checkpoint-10",
+        "checkpoint-9",
+    ]

@@ -36,9 +36,16 @@ def test_a_folder_appears_when_it_is_whole_and_replaces_what_was_there(tmp_path)
     assert (target / "a.txt").read_text() == "new" and os.listdir(tmp_path) == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("name", ["remove", "flush_folders"])  # killed before the old one goes, and when it has gone
-def test_a_checkpoint_that_is_replaced_is_there_whenever_the_run_is_killed(tmp_path, monkeypatch, name):
-    target, module = save(tmp_path / "checkpoint-2", "old"), saving if name == "remove" else manifest
+@pytest.mark.parametrize(
+    "name", ["remove", "flush_folders"]
+)  # killed before the old one goes, and when it has gone
+def test_a_checkpoint_that_is_replaced_is_there_whenever_the_run_is_killed(
+    tmp_path, monkeypatch, name
+):
+    target, module = (
+        save(tmp_path / "checkpoint-2", "old"),
+        saving if name == "remove" else manifest,
+    )
     act = getattr(module, name)
 
     def killed(folder):
@@ -50,7 +57,9 @@ def test_a_checkpoint_that_is_replaced_is_there_whenever_the_run_is_killed(tmp_p
     with pytest.raises(KeyboardInterrupt):
         save(target)
     recover(tmp_path)
-    assert manifest.problems(target) == [] and (target / "a.txt").read_text() == ("new" if name == "remove" else "old")
+    assert manifest.problems(target) == [] and (target / "a.txt").read_text() == (
+        "new" if name == "remove" else "old"
+    )
 
 
 def full(*args):
@@ -70,7 +79,8 @@ def test_what_the_disk_refuses_is_one_line_and_leaves_what_was_saved(tmp_path, w
     good = save(tmp_path / "checkpoint-1")
     staged = Staged(tmp_path / "checkpoint-2", 0, 1)
     with pytest.raises(
-        UserError, match=rf"checkpoint-2: cannot be saved \(.*{reason}.*nothing that was saved before has changed"
+        UserError,
+        match=rf"checkpoint-2: cannot be saved \(.*{reason}.*nothing that was saved before has changed",
     ):
         staged.write(write)
     assert manifest.problems(good) == [] and not (tmp_path / "checkpoint-2").exists()
@@ -136,7 +146,9 @@ def test_the_limit_never_deletes_the_one_just_saved(tmp_path, limit, best, broke
         save(tmp_path / f"checkpoint-{step}")
         if step in broken:
             (tmp_path / f"checkpoint-{step}" / "a.txt").unlink()
-    keep_newest(tmp_path / f"checkpoint-{saved}", limit, best and str(tmp_path / f"checkpoint-{best}"))
+    keep_newest(
+        tmp_path / f"checkpoint-{saved}", limit, best and str(tmp_path / f"checkpoint-{best}")
+    )
     assert sorted(map(manifest.step_of, manifest.checkpoints(tmp_path))) == kept
 
 
@@ -149,23 +161,35 @@ def test_finished_files_are_merged_and_the_old_manifest_goes_first(tmp_path):
     staged.write(lambda: (staged.folder / "templates" / "b.txt").write_text("x"))
     files = staged.merge()
     assert list(files) == ["a.txt", "templates/b.txt"]
-    assert sorted(os.listdir(tmp_path)) == ["a.txt", "run.yaml", "templates"] and (tmp_path / "templates" / "b.txt").exists()
+    assert (
+        sorted(os.listdir(tmp_path)) == ["a.txt", "run.yaml", "templates"]
+        and (tmp_path / "templates" / "b.txt").exists()
+    )
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_said(tmp_path, monkeypatch, capsys):
     save(tmp_path / "checkpoint-1"), save(tmp_path / "checkpoint-2")
     monkeypatch.setattr(Path, "replace", full)
     keep_newest(tmp_path / "checkpoint-2", 1, None)
-    assert "an old checkpoint cannot be deleted ([Errno 28] No space left on device)" in capsys.readouterr().out
+    assert (
+        "an old checkpoint cannot be deleted ([Errno 28] No space left on device)"
+        in capsys.readouterr().out
+    )
 
 
 def train_on_a_full_disk(argv, ranks_and_names):
     """What the run says that cannot make a file or folder of these names, each on its rank."""
 
     def refuse(event, args):
-        saving = event in ("open", "os.mkdir") and torch.distributed.is_initialized() and f"{os.sep}out{os.sep}" in str(args[0])
+        saving = (
+            event in ("open", "os.mkdir")
+            and torch.distributed.is_initialized()
+            and f"{os.sep}out{os.sep}" in str(args[0])
+        )
         if saving and (torch.distributed.get_rank(), Path(str(args[0])).name) in ranks_and_names:
-            raise RuntimeError("No space left on device")  # mkdir overlooks an OSError where another rank was faster
+            raise RuntimeError(
+                "No space left on device"
+            )  # mkdir overlooks an OSError where another rank was faster
 
     sys.addaudithook(refuse)
     try:
@@ -176,7 +200,11 @@ def train_on_a_full_disk(argv, ranks_and_names):
 
 @pytest.mark.parametrize(
     ("engine", "refused"),
-    [("fsdp", [(1, "optimizer_0")]), ("zero2", [(0, "latest"), (0, "zero_to_fp32.py")]), ("ddp", [(0, "README.md")])],
+    [
+        ("fsdp", [(1, "optimizer_0")]),
+        ("zero2", [(0, "latest"), (0, "zero_to_fp32.py")]),
+        ("ddp", [(0, "README.md")]),
+    ],
 )
 def test_no_rank_waits_for_one_whose_disk_is_full(arguments, monkeypatch, engine, refused):
     monkeypatch.setattr("tests.ranks.TIMEOUT", 240.0)
@@ -185,10 +213,14 @@ def test_no_rank_waits_for_one_whose_disk_is_full(arguments, monkeypatch, engine
     assert one == other and f"No space left on device on rank {refused[0][0]}" in one
 
 
-@pytest.mark.parametrize("name", ["train.write_run", "callbacks.append_jsonl", "train.manifest.write"])
+@pytest.mark.parametrize(
+    "name", ["train.write_run", "callbacks.append_jsonl", "train.manifest.write"]
+)
 def test_a_full_disk_is_a_line_also_beside_checkpoints(arguments, monkeypatch, tmp_path, name):
     monkeypatch.setattr(f"stanford_alpaca.{name}", full)
     (tmp_path / "prompts.json").write_text('[{"instruction": "Say hello."}]')
     sampled = {"sample_prompts": tmp_path / "prompts.json", "sample_max_new_tokens": 1}
-    with pytest.raises(UserError, match=r"out.*: cannot be saved \(.*No space left on device\).*make room"):
+    with pytest.raises(
+        UserError, match=r"out.*: cannot be saved \(.*No space left on device\).*make room"
+    ):
         train(arguments(max_steps=1, mode="mle", **sampled))

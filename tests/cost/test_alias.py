@@ -9,8 +9,13 @@ from stanford_alpaca.cost import embedding as module
 TARGETS = torch.tensor([3, 0, 3, 5])
 
 
-def awkward(dtype: torch.dtype) -> torch.Tensor:  # [11, 6] rows of all lengths, equal ones, a row of zeros
-    weight = torch.randn(11, 6, dtype=torch.float64) * torch.logspace(-4, 3, 11, dtype=torch.float64)[:, None]
+def awkward(
+    dtype: torch.dtype,
+) -> torch.Tensor:  # [11, 6] rows of all lengths, equal ones, a row of zeros
+    weight = (
+        torch.randn(11, 6, dtype=torch.float64)
+        * torch.logspace(-4, 3, 11, dtype=torch.float64)[:, None]
+    )
     weight[7], weight[5] = 2 * weight[3], 0
     return weight.to(dtype)
 
@@ -25,8 +30,13 @@ def test_costs_are_those_of_a_copy(dtype, monkeypatch):
     assert costs.dtype == copy.costs(TARGETS, 11).dtype
     torch.testing.assert_close(costs, copy.costs(TARGETS, 11), rtol=0, atol=5e-7)
     assert costs[0, 3] == 0 and costs[0, 7] == 0 and (costs[3, :5] == 1).all() and costs[3, 5] == 0
-    rest = (torch.tensor([[1, 5], [2, 5], [4, 4], [0, 1]]), torch.tensor([[0.2, 0.1]] * 4, dtype=costs.dtype))
-    torch.testing.assert_close(alias.costs(TARGETS, 11, rest), copy.costs(TARGETS, 11, rest), rtol=0, atol=1e-6)
+    rest = (
+        torch.tensor([[1, 5], [2, 5], [4, 4], [0, 1]]),
+        torch.tensor([[0.2, 0.1]] * 4, dtype=costs.dtype),
+    )
+    torch.testing.assert_close(
+        alias.costs(TARGETS, 11, rest), copy.costs(TARGETS, 11, rest), rtol=0, atol=1e-6
+    )
 
 
 def test_nothing_is_copied_and_a_weight_that_moves_is_followed():
@@ -49,5 +59,8 @@ def test_rows_are_kept_between_calls_as_those_of_a_copy():
     first = alias.unique_rows(TARGETS)
     assert alias.unique_rows(TARGETS).table.data_ptr() == first.table.data_ptr()
     torch.testing.assert_close(
-        alias.costs(TARGETS, 11), CostEmbedding(weight).cache(mib=1).costs(TARGETS, 11), rtol=0, atol=2**-7
+        alias.costs(TARGETS, 11),
+        CostEmbedding(weight).cache(mib=1).costs(TARGETS, 11),
+        rtol=0,
+        atol=2**-7,
     )

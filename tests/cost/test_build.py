@@ -74,7 +74,14 @@ def rows_of(path):
 
 
 def test_text_gives_a_file_that_says_what_it_is(base, tmp_path, capsys):
-    build("records.json", text="story.txt", tokenizer=base, out="new/cost.safetensors", width=16, vocab_size=2050)
+    build(
+        "records.json",
+        text="story.txt",
+        tokenizer=base,
+        out="new/cost.safetensors",
+        width=16,
+        vocab_size=2050,
+    )
     rows, metadata = rows_of("new/cost.safetensors")
     assert rows.shape == (2050, 16) and rows.dtype == np.float32
     assert metadata["source"] == "story.txt records.json" and metadata["tokenizer"] == base
@@ -82,7 +89,9 @@ def test_text_gives_a_file_that_says_what_it_is(base, tmp_path, capsys):
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     texts = [text for name in ("story.txt", "records.json") for text in documents(tmp_path / name)]
-    ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    ids = [
+        token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]
+    ]
     assert rows[sorted(set(ids))].any(axis=1).all() and rows.any(axis=1).sum() == len(set(ids))
 
     out = capsys.readouterr().out
@@ -108,9 +117,15 @@ def test_chunks_change_nothing_and_special_text_stays_text(base, story, monkeypa
 
 
 def test_the_unknown_token_has_no_row(story):
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "is": 2, "a": 3, "word": 4, "for": 5}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel(
+            {"<unk>": 0, "</s>": 1, "is": 2, "a": 3, "word": 4, "for": 5}, unk_token="<unk>"
+        )
+    )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>"
+    )
     rows, order, _ = from_text([story], tokenizer, 6, TextSettings(width=1, window=1))
     assert not rows[:2].any() and rows[2:].any() and sorted(order) == [2, 3, 4, 5]
 
@@ -118,7 +133,10 @@ def test_the_unknown_token_has_no_row(story):
 def test_rare_tokens_get_zeros(base):
     build(text="story.txt", tokenizer=base, out="all.safetensors", width=8)
     build(text="story.txt", tokenizer=base, out="some.safetensors", width=8, min_count=20)
-    every, some = rows_of("all.safetensors")[0].any(axis=1), rows_of("some.safetensors")[0].any(axis=1)
+    every, some = (
+        rows_of("all.safetensors")[0].any(axis=1),
+        rows_of("some.safetensors")[0].any(axis=1),
+    )
     assert 8 < some.sum() < every.sum() and not (some & ~every).any()
 
 
@@ -144,7 +162,10 @@ def test_a_head_is_copied_with_its_padding(base, make_model, tmp_path, capsys):
     rows, metadata = rows_of("more.safetensors")
     assert np.array_equal(rows[:2060], want) and not rows[2060:].any()
     assert metadata["source"] == "padded" and metadata["method"] == "output embedding"
-    assert "2,060 rows of tokens with the same text" in capsys.readouterr().out.split("more.safetensors")[1]
+    assert (
+        "2,060 rows of tokens with the same text"
+        in capsys.readouterr().out.split("more.safetensors")[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,12 +184,18 @@ def test_a_head_is_copied_with_its_padding(base, make_model, tmp_path, capsys):
         ({"text": "surrogate.json"}, "lone surrogate"),
         ({"text": "story.txt", "width": 2048}, "--width 2048: give less than the 2048 tokens"),
         ({"text": "story.txt", "width": 0}, "--width 0"),
-        ({"text": "story.txt", "vocab_size": 2000}, "--vocab_size 2000: the tokenizer has 2048 tokens"),
+        (
+            {"text": "story.txt", "vocab_size": 2000},
+            "--vocab_size 2000: the tokenizer has 2048 tokens",
+        ),
         ({"text": "story.txt", "vocab_size": "big"}, "--vocab_size big"),
         ({"text": "story.txt", "tokenizer": None}, "--text needs --tokenizer"),
         ({"text": "story.txt", "tokenizer": "./nowhere"}, "nowhere: cannot load"),
         ({"text": "story.txt", "out": None}, "--out None"),
-        ({"text": "story.txt", "out": "short.txt"}, "--out short.txt: give the name of a file that does not exist"),
+        (
+            {"text": "story.txt", "out": "short.txt"},
+            "--out short.txt: give the name of a file that does not exist",
+        ),
         ({"text": "story.txt", "out": "short.txt/cost"}, "short.txt is a file"),
         ({"head": "./nowhere"}, "nowhere: cannot load a model"),
         ({"head": "x", "window": 3}, "--window, .* belong to --text"),
@@ -183,7 +210,18 @@ def test_bad_arguments(base, tmp_path, flags, message):
 
 
 def test_the_command_line(base, tmp_path, monkeypatch, capsys):
-    command = ["cost", "build", "--tokenizer", base, "--out", "c.safetensors", "--width", "8", "--text", "story.txt"]
+    command = [
+        "cost",
+        "build",
+        "--tokenizer",
+        base,
+        "--out",
+        "c.safetensors",
+        "--width",
+        "8",
+        "--text",
+        "story.txt",
+    ]
     for argv, message in (
         ([*command, "none.txt"], "--text none.txt: no such file"),
         ([*command, "--windo", "3"], "unknown argument --windo; did you mean --window?"),
@@ -202,7 +240,9 @@ def test_the_command_line(base, tmp_path, monkeypatch, capsys):
 def test_the_loss_imports_nothing_that_builds(root):
     code = "import sys, stanford_alpaca.cost; print(sorted(n for n in sys.modules if n.startswith('stanford_alpaca.') and "
     code += "n.split('.')[1] in ('cost', 'data', 'model')))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout.replace("'", chr(34))) == [
         "stanford_alpaca.cost", *(f"stanford_alpaca.cost.{name}" for name in ("alias", "cache", "embedding", "sharded"))
     ]  # fmt: skip

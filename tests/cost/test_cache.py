@@ -20,13 +20,18 @@ def embedding():
 def computed(cost, monkeypatch):
     """The tokens whose rows the cost computes from now on, in a list."""
     seen, compute = [], cost._compute
-    monkeypatch.setattr(cost, "_compute", lambda tokens: seen.extend(tokens.tolist()) or compute(tokens))
+    monkeypatch.setattr(
+        cost, "_compute", lambda tokens: seen.extend(tokens.tolist()) or compute(tokens)
+    )
     return seen
 
 
 def test_every_cost_is_within_a_256th_and_zeros_stay_zero(embedding):
     tokens = torch.arange(V)
-    exact, kept = (cost.costs(tokens, V) for cost in (CostEmbedding(embedding), CostEmbedding(embedding).cache(1)))
+    exact, kept = (
+        cost.costs(tokens, V)
+        for cost in (CostEmbedding(embedding), CostEmbedding(embedding).cache(1))
+    )
     assert (kept - exact).abs().max() > 0  # they are rounded
     assert ((kept - exact).abs() <= exact / 256).all()
     assert kept[3, 4] == 0 and (kept.diagonal() == 0).all()
@@ -38,13 +43,20 @@ def test_emo_is_within_a_256th_and_so_is_the_gradient_of_its_term(embedding, bac
 
     def run(cost, mode):
         z = (hidden @ weight.T).requires_grad_()
-        loss = linear_emo_loss(z, torch.eye(V), targets, cost, mode=mode, reduction="none", backend=backend)
+        loss = linear_emo_loss(
+            z, torch.eye(V), targets, cost, mode=mode, reduction="none", backend=backend
+        )
         return loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
 
-    exact, kept = (run(cost, "emd")[0] for cost in (CostEmbedding(embedding), CostEmbedding(embedding).cache(1)))
+    exact, kept = (
+        run(cost, "emd")[0]
+        for cost in (CostEmbedding(embedding), CostEmbedding(embedding).cache(1))
+    )
     assert ((kept - exact).abs() <= exact / 255).all()
     nll, _ = run(None, "mle")
-    (_, exact), (_, kept) = (run(cost, "emo") for cost in (CostEmbedding(embedding), CostEmbedding(embedding).cache(1)))
+    (_, exact), (_, kept) = (
+        run(cost, "emo") for cost in (CostEmbedding(embedding), CostEmbedding(embedding).cache(1))
+    )
     # half of nll (pi - p), where pi is known within a factor of (1 + 1/256) / (1 - 1/256)
     assert ((kept - exact).abs().sum(1) <= 0.5 * nll / 127).all()
 
@@ -70,7 +82,9 @@ def test_costs_do_not_depend_on_what_came_before_nor_on_the_room(embedding):
         assert torch.equal(costs[0], other)
 
 
-def test_without_room_for_all_the_most_frequent_targets_are_kept_else_the_first(embedding, monkeypatch):
+def test_without_room_for_all_the_most_frequent_targets_are_kept_else_the_first(
+    embedding, monkeypatch
+):
     counts = torch.zeros(V, dtype=torch.long)
     counts[[30, 20, 10]] = torch.tensor([5, 7, 6])
     for given, kept in ((counts, {30, 20, 10}), (None, {0, 1, 2})):
@@ -90,7 +104,10 @@ def test_rows_that_are_kept_while_evaluating_serve_training(embedding):
 
 def test_no_budget_means_exact_costs(embedding):
     tokens = torch.arange(V)
-    assert torch.equal(CostEmbedding(embedding).cache(1).cache(0).costs(tokens, V), CostEmbedding(embedding).costs(tokens, V))
+    assert torch.equal(
+        CostEmbedding(embedding).cache(1).cache(0).costs(tokens, V),
+        CostEmbedding(embedding).costs(tokens, V),
+    )
     assert CostEmbedding(None, "identity").cache(1).costs(tokens, V).sum() == V * V - V
 
 
@@ -115,7 +132,9 @@ def test_another_device_begins_anew(embedding):
 def test_costs_are_exact_products_where_others_are_asked_to_be_fast(embedding, monkeypatch):
     products, addmm, during = torch.backends.mkldnn.matmul, torch.addmm, []
     asked = products.fp32_precision
-    monkeypatch.setattr(torch, "addmm", lambda *a, **k: during.append(products.fp32_precision) or addmm(*a, **k))
+    monkeypatch.setattr(
+        torch, "addmm", lambda *a, **k: during.append(products.fp32_precision) or addmm(*a, **k)
+    )
     products.fp32_precision = "bf16"  # on a GPU: --tf32
     try:
         CostEmbedding(embedding).costs(torch.tensor([1]), V)

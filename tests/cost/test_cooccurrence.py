@@ -31,7 +31,9 @@ def naive_pmi(pairs, shift):
         contexts[context] += weight
     smooth = {context: weight**0.75 for context, weight in contexts.items()}
     pmi = {
-        (word, context): math.log(weight / total / (words[word] / total * smooth[context] / sum(smooth.values())) / shift)
+        (word, context): math.log(
+            weight / total / (words[word] / total * smooth[context] / sum(smooth.values())) / shift
+        )
         for (word, context), weight in pairs.items()
     }
     return {pair: value for pair, value in pmi.items() if value > 0}
@@ -39,10 +41,15 @@ def naive_pmi(pairs, shift):
 
 def as_dict(matrix):
     table = matrix.tocoo()
-    return {(int(row), int(column)): value for row, column, value in zip(*table.coords, table.data, strict=True)}
+    return {
+        (int(row), int(column)): value
+        for row, column, value in zip(*table.coords, table.data, strict=True)
+    }
 
 
-@pytest.mark.parametrize("chunks", [[DOCUMENTS], [DOCUMENTS[:2], DOCUMENTS[2:]], [[d] for d in DOCUMENTS]])
+@pytest.mark.parametrize(
+    "chunks", [[DOCUMENTS], [DOCUMENTS[:2], DOCUMENTS[2:]], [[d] for d in DOCUMENTS]]
+)
 @pytest.mark.parametrize("window", [1, 3, 9])
 def test_counts_and_mutual_information_equal_dictionaries(chunks, window):
     pairs, counts = count_pairs(chunks, 7, window)

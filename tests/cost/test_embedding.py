@@ -20,7 +20,9 @@ from stanford_alpaca.cost import CostEmbedding
 )
 def test_a_file_without_an_embedding_is_refused(tmp_path, rows, message):
     save_file({"cost": torch.eye(3)}, tmp_path / "cost.safetensors")
-    assert CostEmbedding.from_file(tmp_path / "cost.safetensors").costs(torch.tensor([1]), 3).tolist() == [[1, 0, 1]]
+    assert CostEmbedding.from_file(tmp_path / "cost.safetensors").costs(
+        torch.tensor([1]), 3
+    ).tolist() == [[1, 0, 1]]
     save_file({"cost": rows}, tmp_path / "cost.safetensors")
     with pytest.raises(ValueError, match=message):
         CostEmbedding.from_file(tmp_path / "cost.safetensors")

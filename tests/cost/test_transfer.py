@@ -10,13 +10,18 @@ from stanford_alpaca.cost.transfer import Matches, transfer_rows
 LETTERS = ["c", "a", "t", "h", "e", "s", "x"]
 
 
-def bpe(start: list[str], merges: list[tuple[str, str]], kind: str = "bytes", **special: str) -> PreTrainedTokenizerFast:
+def bpe(
+    start: list[str], merges: list[tuple[str, str]], kind: str = "bytes", **special: str
+) -> PreTrainedTokenizerFast:
     """A tokenizer with these first tokens, then what the merges make. ``kind``: spaces as Ġ (bytes) or as ▁ (metaspace)."""
     tokens = [*start, *(a + b for a, b in merges)]
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=special.get("unk_token")))
     if kind == "bytes":
-        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        backend.pre_tokenizer, backend.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
     else:
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
@@ -25,7 +30,13 @@ def bpe(start: list[str], merges: list[tuple[str, str]], kind: str = "bytes", **
 @pytest.fixture
 def source():
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "t")]
-    return bpe(["<s>", "</s>", "<unk>", "Ġ", "Ċ", *LETTERS], merges, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return bpe(
+        ["<s>", "</s>", "<unk>", "Ġ", "Ċ", *LETTERS],
+        merges,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
 
 
 @pytest.fixture
@@ -43,9 +54,22 @@ def test_the_same_tokenizer_gives_the_head(source, head):
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])
 def test_another_tokenizer_gives_same_texts_means_and_roles(source, head, kind):
     space = "Ġ" if kind == "bytes" else "▁"
-    merges = [("t", "h"), ("th", "e"), (space, "the"), ("c", "a"), ("ca", "t"), (space, "cat"), ("t", "e")]
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        (space, "the"),
+        ("c", "a"),
+        ("ca", "t"),
+        (space, "cat"),
+        ("t", "e"),
+    ]
     target = bpe(
-        ["[END]", "[GO]", "[FILL]", space, *LETTERS, "z"], merges, kind, eos_token="[END]", bos_token="[GO]", pad_token="[FILL]"
+        ["[END]", "[GO]", "[FILL]", space, *LETTERS, "z"],
+        merges,
+        kind,
+        eos_token="[END]",
+        bos_token="[GO]",
+        pad_token="[FILL]",
     )
     target.add_tokens([AddedToken("<|x|>", special=True)])
     rows, matches = transfer_rows(head, source, target, len(target) + 1)
@@ -56,12 +80,18 @@ def test_another_tokenizer_gives_same_texts_means_and_roles(source, head, kind):
         assert np.array_equal(row[name], own[name]), name
     assert np.array_equal(row[space], own["Ġ"])
     assert np.array_equal(row[f"{space}the"], own["Ġthe"])
-    np.testing.assert_array_equal(row["cat"], (own["c"] + own["at"]) / 2)  # the source merges a t, not c a
+    np.testing.assert_array_equal(
+        row["cat"], (own["c"] + own["at"]) / 2
+    )  # the source merges a t, not c a
     np.testing.assert_array_equal(row[f"{space}cat"], (own["Ġ"] + own["c"] + own["at"]) / 3)
     np.testing.assert_array_equal(row["ca"], (own["c"] + own["a"]) / 2)
     np.testing.assert_array_equal(row["te"], (own["t"] + own["e"]) / 2)
     assert np.array_equal(row["[END]"], own["</s>"]) and np.array_equal(row["[GO]"], own["<s>"])
-    for name in ("[FILL]", "z", "<|x|>"):  # no such role, unknown to the source, special without a role
+    for name in (
+        "[FILL]",
+        "z",
+        "<|x|>",
+    ):  # no such role, unknown to the source, special without a role
         assert not row[name].any(), name
     assert not rows[-1].any()
     assert matches == Matches(exact=11, averaged=4, special=2, zero=4)
@@ -77,7 +107,11 @@ def test_a_token_of_several_roles_goes_by_the_first_that_the_source_has(source, 
 def test_a_source_that_puts_a_space_first_splits_as_within_text():
     merges = [("▁", "t"), ("a", "t"), ("▁", "c")]
     source = bpe(["</s>", "▁", "\n", *LETTERS], merges, "metaspace", eos_token="</s>")
-    target = bpe(["</s>", "Ġ", *LETTERS], [("t", "e"), ("c", "a"), ("ca", "t"), ("Ġ", "cat")], eos_token="</s>")
+    target = bpe(
+        ["</s>", "Ġ", *LETTERS],
+        [("t", "e"), ("c", "a"), ("ca", "t"), ("Ġ", "cat")],
+        eos_token="</s>",
+    )
     head = np.eye(len(source), dtype=np.float32)
     rows, matches = transfer_rows(head, source, target, len(target))
     row = {name: rows[token] for name, token in target.get_vocab().items()}

@@ -26,8 +26,15 @@ def balanced(padded: bool, epoch: int = 0) -> BalancedSampler:
 
 def dealt(make, epoch: int) -> np.ndarray:
     """[steps, accumulation, ranks, batch] indices as accelerate deals them out; each rank has a sampler of its own."""
-    shards = [BatchSamplerShard(BatchSampler(make(epoch), BATCH, False), RANKS, rank) for rank in range(RANKS)]
-    return np.stack([np.array(list(shard)) for shard in shards]).transpose(1, 0, 2).reshape(-1, ACCUMULATION, RANKS, BATCH)
+    shards = [
+        BatchSamplerShard(BatchSampler(make(epoch), BATCH, False), RANKS, rank)
+        for rank in range(RANKS)
+    ]
+    return (
+        np.stack([np.array(list(shard)) for shard in shards])
+        .transpose(1, 0, 2)
+        .reshape(-1, ACCUMULATION, RANKS, BATCH)
+    )
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -41,7 +48,10 @@ def test_steps_keep_their_examples_in_every_epoch(padded):
 
 
 def test_tokens_of_ranks_and_micro_batches_are_nearly_equal_without_padding():
-    plain, ours = LENGTHS[dealt(shuffled, 0)].sum(-1), LENGTHS[dealt(lambda e: balanced(False, e), 0)].sum(-1)
+    plain, ours = (
+        LENGTHS[dealt(shuffled, 0)].sum(-1),
+        LENGTHS[dealt(lambda e: balanced(False, e), 0)].sum(-1),
+    )
     for sums in (lambda x: x, lambda x: x.sum(1)):  # of micro-batches, of ranks in a step
         assert np.ptp(sums(ours), axis=-1).max() < 0.2 * np.ptp(sums(plain), axis=-1).max()
     assert np.ptp(ours.sum(1), axis=-1).max() <= 0.02 * ours.sum(1).mean()
@@ -49,7 +59,9 @@ def test_tokens_of_ranks_and_micro_batches_are_nearly_equal_without_padding():
 
 def test_with_padding_micro_batches_have_similar_lengths_and_ranks_the_same_to_do():
     plain, ours = dealt(shuffled, 0), dealt(lambda e: balanced(True, e), 0)
-    cost = [LENGTHS[order].max(-1) * BATCH for order in (plain, ours)]  # padded tokens [steps, accumulation, ranks]
+    cost = [
+        LENGTHS[order].max(-1) * BATCH for order in (plain, ours)
+    ]  # padded tokens [steps, accumulation, ranks]
     assert cost[1].sum() < 0.7 * cost[0].sum()
     assert np.ptp(cost[1].sum(1), axis=-1).max() < 0.2 * np.ptp(cost[0].sum(1), axis=-1).max()
 
@@ -57,6 +69,11 @@ def test_with_padding_micro_batches_have_similar_lengths_and_ranks_the_same_to_d
 def test_orders_by_hand():
     lengths = np.array([1, 8, 2, 7, 3, 6, 4, 5])
     # pairs of equal sums 9: the longest with the shortest
-    assert lengths[balanced_order(lengths, 2, 2, padded=False)].reshape(4, 2).sum(1).tolist() == [9, 9, 9, 9]
+    assert lengths[balanced_order(lengths, 2, 2, padded=False)].reshape(4, 2).sum(1).tolist() == [
+        9,
+        9,
+        9,
+        9,
+    ]
     # neighbours together; the rank that had the longest first has the shortest then
     assert lengths[balanced_order(lengths, 2, 2, padded=True)].tolist() == [8, 7, 6, 5, 2, 1, 4, 3]

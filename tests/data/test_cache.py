@@ -51,18 +51,26 @@ def examples(tmp_path, tokenizer):
     return tokenize_records(records, tokenizer, 64)[0]
 
 
-@pytest.mark.parametrize("damage", [zero_the_second_half, zero_the_beginning, cut, flip, Path.unlink])
+@pytest.mark.parametrize(
+    "damage", [zero_the_second_half, zero_the_beginning, cut, flip, Path.unlink]
+)
 @pytest.mark.parametrize("table", ["generator-*.arrow", "tokenized-*.arrow"])
 def test_a_damaged_table_is_made_again(tmp_path, tokenizer, capsys, damage, table):
     (tmp_path / "data.json").write_text(json.dumps(RECORDS))
     wanted = examples(tmp_path, tokenizer)[:]
     (file,) = (tmp_path / "cache").rglob(table)
     capsys.readouterr()
-    assert examples(tmp_path, tokenizer)[:] == wanted and "made again" not in capsys.readouterr().out
+    assert (
+        examples(tmp_path, tokenizer)[:] == wanted and "made again" not in capsys.readouterr().out
+    )
     damage(file)
     assert examples(tmp_path, tokenizer)[:] == wanted
-    assert "a cached table is not what was written there; it is made again" in capsys.readouterr().out
-    assert examples(tmp_path, tokenizer)[:] == wanted and "made again" not in capsys.readouterr().out
+    assert (
+        "a cached table is not what was written there; it is made again" in capsys.readouterr().out
+    )
+    assert (
+        examples(tmp_path, tokenizer)[:] == wanted and "made again" not in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("table", ["generator-*.arrow", "tokenized-*.arrow"])
@@ -81,7 +89,10 @@ def test_processes_that_start_together_make_a_table_once(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(RECORDS))
     code = "import sys; from stanford_alpaca.data.formats import load_records; print(len(load_records(*sys.argv[1:])))"
     command = [sys.executable, "-c", code, str(tmp_path / "data.json"), str(tmp_path / "cache")]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     assert [process.communicate()[0].splitlines() for process in started] == [["3000"], ["3000"]]
 
 
@@ -98,7 +109,10 @@ def test_a_saved_set_that_ends_early_is_refused(tmp_path):
     Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved")
     (file,) = (tmp_path / "saved").glob("*.arrow")
     zero_the_second_half(file)
-    with pytest.raises(UserError, match=r"broken Arrow, it ends after [\d,]+ records, before the file does; save it again"):
+    with pytest.raises(
+        UserError,
+        match=r"broken Arrow, it ends after [\d,]+ records, before the file does; save it again",
+    ):
         load_records(tmp_path / "saved", str(tmp_path / "cache"))
 
 
@@ -114,8 +128,13 @@ def test_a_file_in_the_place_of_the_cache_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize("writer", ["datasets.arrow_writer.ArrowWriter.finalize", "pathlib.Path.mkdir", "pathlib.Path.replace"])
-def test_a_disk_that_cannot_be_written_is_one_line(tmp_path, tokenizer, monkeypatch, number, writer):
+@pytest.mark.parametrize(
+    "writer",
+    ["datasets.arrow_writer.ArrowWriter.finalize", "pathlib.Path.mkdir", "pathlib.Path.replace"],
+)
+def test_a_disk_that_cannot_be_written_is_one_line(
+    tmp_path, tokenizer, monkeypatch, number, writer
+):
     (tmp_path / "data.json").write_text(json.dumps(RECORDS[:3]))
     records = load_records(tmp_path / "data.json", str(tmp_path / "other"))
 
@@ -126,7 +145,9 @@ def test_a_disk_that_cannot_be_written_is_one_line(tmp_path, tokenizer, monkeypa
     with pytest.raises(UserError, match=r"the cache of data cannot be used .*cannot be written"):
         load_records(tmp_path / "data.json", str(tmp_path / "cache"))
     if writer != "pathlib.Path.mkdir":
-        with pytest.raises(UserError, match=r"the cache of data cannot be used .*cannot be written"):
+        with pytest.raises(
+            UserError, match=r"the cache of data cannot be used .*cannot be written"
+        ):
             tokenize_records(records, tokenizer, 64)
 
 

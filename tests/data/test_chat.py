@@ -34,9 +34,26 @@ TEMPLATES = {
 {%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}""",
 }
 CONVERSATIONS = [
-    [("user", "What is big?"), ("assistant", "Large."), ("user", "And small?"), ("assistant", "Little, or tiny.")],
-    [("user", "  Padded \n"), ("assistant", " The answer  \n"), ("user", "\nAgain"), ("assistant", "\n\n1. One\n2. Two\n")],
-    [("user", "a"), ("assistant", "b"), ("user", "a"), ("assistant", "b"), ("user", "a"), ("assistant", "a b")],
+    [
+        ("user", "What is big?"),
+        ("assistant", "Large."),
+        ("user", "And small?"),
+        ("assistant", "Little, or tiny."),
+    ],
+    [
+        ("user", "  Padded \n"),
+        ("assistant", " The answer  \n"),
+        ("user", "\nAgain"),
+        ("assistant", "\n\n1. One\n2. Two\n"),
+    ],
+    [
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "a"),
+        ("assistant", "a b"),
+    ],
     [("user", "Ünïcode 漢字 ☃"), ("assistant", "漢字 🎉")],
 ]
 SYSTEM = ("system", "Answer briefly.")
@@ -73,12 +90,17 @@ def turn_by_turn(tokenizer, conversation):
     """Every turn rendered and tokenized by transformers: what a longer conversation adds after the generation prompt."""
 
     def ids(messages, prompt):
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True)["input_ids"]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True)[
+            "input_ids"
+        ]
 
     messages = messages_of(conversation)
     whole = ids(messages, False)
     labels = [IGNORE_INDEX] * len(whole)
-    ends = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|im_end|>", "<end_of_turn>"])}
+    ends = {
+        tokenizer.eos_token_id,
+        *tokenizer.convert_tokens_to_ids(["<|im_end|>", "<end_of_turn>"]),
+    }
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -101,11 +123,16 @@ def test_masks_equal_a_rendering_turn_by_turn(with_template, name, system):
         ids, labels = turn_by_turn(tokenizer, conversation)
         assert row["input_ids"] == ids
         assert row["labels"] == labels
-        assert row["fate"] == KEPT and row["supervised"] == sum(label != IGNORE_INDEX for label in labels)
+        assert row["fate"] == KEPT and row["supervised"] == sum(
+            label != IGNORE_INDEX for label in labels
+        )
         assert row["input_ids"].count(tokenizer.bos_token_id) == ids.count(tokenizer.bos_token_id)
         answers = sum(role == "assistant" for role, _ in conversation)
         ends = [tokenizer.eos_token, "<|im_end|>", "<end_of_turn>"]
-        assert sum(label in tokenizer.convert_tokens_to_ids(ends) for label in row["labels"]) == answers
+        assert (
+            sum(label in tokenizer.convert_tokens_to_ids(ends) for label in row["labels"])
+            == answers
+        )
 
 
 def trained_texts(tokenizer, row):
@@ -146,7 +173,15 @@ def test_a_thought_that_is_dropped_from_the_history(with_template):
 {{- '<|im_start|>' + message['role'] + '\\n' + content + '<|im_end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
     )
-    row = example(tokenizer, [("user", "a"), ("assistant", "<think>\nhm\n</think>\n\nb"), ("user", "c"), ("assistant", "d")])
+    row = example(
+        tokenizer,
+        [
+            ("user", "a"),
+            ("assistant", "<think>\nhm\n</think>\n\nb"),
+            ("user", "c"),
+            ("assistant", "d"),
+        ],
+    )
     assert trained_texts(tokenizer, row) == ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]
     row = example(tokenizer, [("user", "a"), ("assistant", "<think>\nhm\n</think>\n\nb")])
     assert trained_texts(tokenizer, row) == ["<think>\nhm\n</think>\n\nb<|im_end|>"]
@@ -165,7 +200,11 @@ def test_special_token_text_in_messages_stays_text(with_template):
     tokenizer = with_template(TEMPLATES["chatml"])
     plain = example(tokenizer, [("user", "a"), ("assistant", "b")])
     tricky = example(
-        tokenizer, [("user", "<|im_end|>\n<|im_start|>assistant\nno</s>"), ("assistant", "b<|im_end|>c\ufdd0\uffff</s>")]
+        tokenizer,
+        [
+            ("user", "<|im_end|>\n<|im_start|>assistant\nno</s>"),
+            ("assistant", "b<|im_end|>c\ufdd0\uffff</s>"),
+        ],
     )
     for name in ("<|im_start|>", "<|im_end|>", "</s>"):
         number = tokenizer.convert_tokens_to_ids(name)
@@ -176,21 +215,34 @@ def test_special_token_text_in_messages_stays_text(with_template):
 
 def test_what_becomes_of_odd_conversations(with_template):
     tokenizer = with_template(TEMPLATES["inst"])
-    assert example(tokenizer, [("user", "a"), ("assistant", "b"), ("user", "waits")])["supervised"] == 3  # " b", " ", </s>
+    assert (
+        example(tokenizer, [("user", "a"), ("assistant", "b"), ("user", "waits")])["supervised"]
+        == 3
+    )  # " b", " ", </s>
     assert example(tokenizer, [("user", "a")])["fate"] == EMPTY
     assert example(tokenizer, [("user", "a"), ("assistant", "")])["fate"] == EMPTY
-    assert example(tokenizer, [("user", "word " * 50), ("assistant", "b")], max_length=20)["fate"] == FILLED
+    assert (
+        example(tokenizer, [("user", "word " * 50), ("assistant", "b")], max_length=20)["fate"]
+        == FILLED
+    )
     row = example(tokenizer, [("user", "a"), ("user", "b"), ("assistant", "c")])
     assert row["fate"] == REFUSED and "Roles must alternate!" in row["refusal"]
-    first_only = example(tokenizer, [("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")])
+    first_only = example(
+        tokenizer, [("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")]
+    )
     assert trained_texts(tokenizer, first_only) == [" c </s>"]
 
 
-def test_alpacas_template_serves_conversations_and_the_chat_template_serves_alpaca_records(with_template, base):
+def test_alpacas_template_serves_conversations_and_the_chat_template_serves_alpaca_records(
+    with_template, base
+):
     tokenizer = with_template(TEMPLATES["chatml"])
     encode = ExampleEncoder.of(tokenizer, "chat", 512, "alpaca")
     (ids,) = encode({"messages": [messages_of([SYSTEM, *CONVERSATIONS[0]])]})["input_ids"]
-    row = {name: column[0] for name, column in encode({"messages": [messages_of([SYSTEM, *CONVERSATIONS[0]])]}).items()}
+    row = {
+        name: column[0]
+        for name, column in encode({"messages": [messages_of([SYSTEM, *CONVERSATIONS[0]])]}).items()
+    }
     assert tokenizer.decode(ids) == (
         "<s>Answer briefly.\n\n### Instruction:\nWhat is big?\n\n### Response:Large.</s>"
         "\n\n### Instruction:\nAnd small?\n\n### Response:Little, or tiny.</s>"
@@ -212,4 +264,8 @@ def test_generation_is_prompted_with_what_training_masked(with_template, name):
     ((ids, _),) = TextEncoder.of(tokenizer)([prompt], add_special_tokens=False)
     masked = [i for i, label in enumerate(row["labels"]) if label == IGNORE_INDEX]
     last = max(i for i in range(len(ids)))
-    assert row["input_ids"][: len(ids)] == ids and last in masked and row["labels"][len(ids)] != IGNORE_INDEX
+    assert (
+        row["input_ids"][: len(ids)] == ids
+        and last in masked
+        and row["labels"][len(ids)] != IGNORE_INDEX
+    )

@@ -33,14 +33,22 @@ SYSTEM_LAST = loop(
 )  # fmt: skip
 ASKS_IN_LOOP = (
     "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}<|system|>{{ messages[0].content if "
-    "messages[0].role == 'system' }}<|end|>{% for m in rest %}{{ " + TURN + " }}{% if loop.last and add_generation_prompt %}"
+    "messages[0].role == 'system' }}<|end|>{% for m in rest %}{{ "
+    + TURN
+    + " }}{% if loop.last and add_generation_prompt %}"
     "<|assistant|>{% endif %}{% endfor %}"
 )
 NO_END = loop("{{ '<|' + m.role + '|>' + m.content }}")
-LOOKS = loop("{% set t = '!' if m.content.endswith('</r>') else '' %}{{ '<|' + m.role + '|>' + t + m.content + '<|end|>' }}")
+LOOKS = loop(
+    "{% set t = '!' if m.content.endswith('</r>') else '' %}{{ '<|' + m.role + '|>' + t + m.content + '<|end|>' }}"
+)
 HABITS = [  # template, turns (u: user, a: assistant, s: system), what is trained
     (THINKS, "a:one u:b a:two", ["one<|end|>", "<think></think>two<|end|>"]),
-    (THINKS, "u:b a:one a:two u:c a:three", ["one<|end|>", "two<|end|>", "<think></think>three<|end|>"]),
+    (
+        THINKS,
+        "u:b a:one a:two u:c a:three",
+        ["one<|end|>", "two<|end|>", "<think></think>three<|end|>"],
+    ),
     (ASKS_FOR_THOUGHT, "u:a a:<b>one u:c a:<think>two", ["<b>one<|end|>", "two<|end|>"]),
     (ASKS_FOR_THOUGHT, "a:<b>one u:c a:<th", ["<b>one<|end|>", "<th<|end|>"]),
     (LAST_DIFFERS, "u:a a:one a:two u:c a:three", ["one<|end|>", "two<|end|>", "three<|end|>"]),
@@ -78,9 +86,16 @@ def test_what_the_assistant_writes(tokenizer, template, turns, trained):
     assert row["fate"] == KEPT and trained_texts(tokenizer, row["labels"]) == trained
     ids = tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
     assert row["input_ids"] == ids + [tokenizer.eos_token_id] * (template == NO_END)
-    assert stop_ids(tokenizer) == [tokenizer.eos_token_id] + [tokenizer.convert_tokens_to_ids("<|end|>")] * (template != NO_END)
+    assert stop_ids(tokenizer) == [tokenizer.eos_token_id] + [
+        tokenizer.convert_tokens_to_ids("<|end|>")
+    ] * (template != NO_END)
     (prompt,) = PromptEncoder(tokenizer)([{"messages": messages}])
-    assert prompt == tokenizer.apply_chat_template(messages[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert (
+        prompt
+        == tokenizer.apply_chat_template(messages[:-1], tokenize=True, add_generation_prompt=True)[
+            "input_ids"
+        ]
+    )
 
 
 def test_a_system_prompt_that_the_template_leaves_out_is_kept_and_never_the_assistants(tokenizer):
@@ -88,24 +103,35 @@ def test_a_system_prompt_that_the_template_leaves_out_is_kept_and_never_the_assi
     row = encoded(tokenizer, messages_of("s:Brief. u:a a:one"))
     assert tokenizer.decode(row["input_ids"]) == "<|user|>Brief.\n\na<|end|><|assistant|>one<|end|>"
     row = encoded(tokenizer, messages_of("s:Brief. a:one u:b a:two"))
-    assert tokenizer.decode(row["input_ids"]).startswith("<|user|>Brief.<|end|><|assistant|>one<|end|>")
+    assert tokenizer.decode(row["input_ids"]).startswith(
+        "<|user|>Brief.<|end|><|assistant|>one<|end|>"
+    )
     assert trained_texts(tokenizer, row["labels"]) == ["one<|end|>", "two<|end|>"]
 
 
 @pytest.mark.parametrize("names", [["<x", "x>"], ["<x>", "<x>y", ">y"]])
 def test_special_tokens_that_overlap_stay_text(tokenizer, names):
-    tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": names}, replace_extra_special_tokens=False
+    )
     tokenizer.chat_template = loop("{{ m.content + '<|end|>' }}")
-    row = encoded(tokenizer, [{"role": "user", "content": "<x>y"}, {"role": "assistant", "content": "<x>y"}])
+    row = encoded(
+        tokenizer, [{"role": "user", "content": "<x>y"}, {"role": "assistant", "content": "<x>y"}]
+    )
     assert set(row["input_ids"]).isdisjoint(tokenizer.convert_tokens_to_ids(names))
     assert tokenizer.decode(row["input_ids"]) == "<x>y<|end|><x>y<|end|>"
 
 
 def test_a_special_token_within_the_merges_of_others(tokenizer):
     """A longer piece of the vocabulary is made of the special one."""
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in _state(tokenizer)["model"]["merges"]]
+    merges = [
+        pair.split(" ") if isinstance(pair, str) else pair
+        for pair in _state(tokenizer)["model"]["merges"]
+    ]
     inner = next(first for first, _ in merges if ["".join(pair) for pair in merges].count(first))
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(inner, special=True, normalized=False)]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken(inner, special=True, normalized=False)]}
+    )
     ((ids, _),) = TextEncoder.of(tokenizer)([f"{inner} text"])
     assert tokenizer.decode(ids, skip_special_tokens=True) == f"{inner} text"
     assert tokenizer.convert_tokens_to_ids(inner) not in ids
@@ -114,10 +140,14 @@ def test_a_special_token_within_the_merges_of_others(tokenizer):
 @pytest.mark.parametrize("option", ["single_word", "normalized", "lstrip", "rstrip"])
 def test_a_special_token_that_is_written_is_found(tokenizer, option):
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|Im|>", special=True, **{option: True})]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|Im|>", special=True, **{option: True})]}
+    )
     encoder = TextEncoder.of(tokenizer)
     ((ids, _),) = encoder([encoder.with_specials("word<|Im|>word")])
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|Im|>")) == 1 and SPECIAL not in tokenizer.decode(ids)
+    assert ids.count(
+        tokenizer.convert_tokens_to_ids("<|Im|>")
+    ) == 1 and SPECIAL not in tokenizer.decode(ids)
 
 
 def _state(tokenizer):

@@ -8,7 +8,18 @@ import pytest
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.errors import UserError
 
-WIKITEXT = ["", " = First = ", "", " one ", " = = Part = = ", " two ", "", " = Second = ", " three ", ""]
+WIKITEXT = [
+    "",
+    " = First = ",
+    "",
+    " one ",
+    " = = Part = = ",
+    " two ",
+    "",
+    " = Second = ",
+    " three ",
+    "",
+]
 
 
 def texts(path, tmp_path, **options):
@@ -27,7 +38,9 @@ def texts(path, tmp_path, **options):
 def test_the_rules_on_lines_and_on_rows(tmp_path, rule, want):
     (tmp_path / "a.txt").write_text("\n".join(WIKITEXT))
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress("\n".join(WIKITEXT).encode()))
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{row}\n"}) for row in WIKITEXT))  # as the hub has them
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"{row}\n"}) for row in WIKITEXT)
+    )  # as the hub has them
     for name in ("a.txt", "a.txt.gz"):
         assert texts(tmp_path / name, tmp_path, documents=rule) == want
     rows = texts(tmp_path / "a.jsonl", tmp_path, documents=rule)
@@ -39,8 +52,13 @@ def test_auto_without_titles_a_text_file_is_a_document_and_a_row_is_one(tmp_path
     (tmp_path / "texts" / "a.txt").write_text("one\n\ntwo\n")
     (tmp_path / "texts" / "b.txt").write_text("\n\n three\n")
     assert texts(tmp_path / "texts", tmp_path) == ["one\n\ntwo", " three"]
-    (tmp_path / "texts" / "c.jsonl").write_text('{"text": "four\\n"}\n{"text": " "}\n{"text": "five"}\n')
-    assert texts(tmp_path / "texts", tmp_path, documents="auto") == ["four\n", "five"]  # text beside data is about them
+    (tmp_path / "texts" / "c.jsonl").write_text(
+        '{"text": "four\\n"}\n{"text": " "}\n{"text": "five"}\n'
+    )
+    assert texts(tmp_path / "texts", tmp_path, documents="auto") == [
+        "four\n",
+        "five",
+    ]  # text beside data is about them
     assert texts(tmp_path / "texts", tmp_path) == ["four\n", " ", "five"]
 
 

@@ -12,8 +12,18 @@ from stanford_alpaca.data import fetch, formats
 from stanford_alpaca.errors import UserError
 
 ROWS = [
-    {"instruction": "Give three tips.", "input": "", "output": "1. Eat “well”.", "text": "Below is ..."},
-    {"instruction": "Odd one out?", "input": "Twitter, Telegram", "output": "Telegram", "text": "Below is ..."},
+    {
+        "instruction": "Give three tips.",
+        "input": "",
+        "output": "1. Eat “well”.",
+        "text": "Below is ...",
+    },
+    {
+        "instruction": "Odd one out?",
+        "input": "Twitter, Telegram",
+        "output": "Telegram",
+        "text": "Below is ...",
+    },
 ]
 
 
@@ -43,7 +53,9 @@ def test_a_set_is_written_in_alpacas_form(hub, capsys, name, hub_name, file):
     assert hub == [(hub_name, "train")]
     want = [{column: row[column] for column in ("instruction", "input", "output")} for row in ROWS]
     assert json.loads(Path(file).read_text()) == want
-    assert list(formats.load_records(file, "cache")) == [row | {"system": "", "more": ""} for row in want]  # training reads it
+    assert list(formats.load_records(file, "cache")) == [
+        row | {"system": "", "more": ""} for row in want
+    ]  # training reads it
     printed = capsys.readouterr().out
     assert hub_name in printed and "CC BY-NC 4.0" in printed and "2 records" in printed
     assert f"sha256 {sha256(Path(file).read_bytes()).hexdigest()}" in printed
@@ -51,9 +63,9 @@ def test_a_set_is_written_in_alpacas_form(hub, capsys, name, hub_name, file):
     with pytest.raises(UserError, match="does not exist yet"):
         fetch.run(name)
     fetch.run(name, out="other/place.json")
-    assert sorted(str(path) for path in Path().rglob("*") if path.is_file() and "cache" not in path.parts) == sorted(
-        [file, "other/place.json"]
-    )
+    assert sorted(
+        str(path) for path in Path().rglob("*") if path.is_file() and "cache" not in path.parts
+    ) == sorted([file, "other/place.json"])
 
 
 @pytest.mark.parametrize(
@@ -68,7 +80,9 @@ def test_a_set_is_written_in_alpacas_form(hub, capsys, name, hub_name, file):
         (["alpaca"], "tatsu-lab/alpaca: no such file, and the hub did not give it"),
     ],
 )
-def test_what_goes_wrong_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, capfd, arguments, message):
+def test_what_goes_wrong_is_one_line_and_nothing_is_written(
+    tmp_path, monkeypatch, capfd, arguments, message
+):
     (tmp_path / "file").write_text("kept")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fetch", *arguments])

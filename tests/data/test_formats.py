@@ -30,7 +30,10 @@ def plain(records):
         return row
 
     return [
-        without({**row, **({"messages": [*map(without, row["messages"])]} if "messages" in row else {})}) for row in records
+        without(
+            {**row, **({"messages": [*map(without, row["messages"])]} if "messages" in row else {})}
+        )
+        for row in records
     ]
 
 
@@ -73,21 +76,37 @@ def test_missing_files_and_folders(tmp_path):
         load_records("nobody/nothing-here")
 
 
-MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+MESSAGES = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+]
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 
 @pytest.mark.parametrize(
     ("record", "row"),
     [
-        ({"instruction": "a", "output": "b", "system": "s"}, {"instruction": "a", "input": "", "output": "b", "system": "s"}),
+        (
+            {"instruction": "a", "output": "b", "system": "s"},
+            {"instruction": "a", "input": "", "output": "b", "system": "s"},
+        ),
         ({"prompt": "a", "completion": "b", "id": 1}, {"prompt": "a", "completion": "b"}),
         ({"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, {"messages": MESSAGES}),
         ({"messages": MESSAGES}, {"messages": MESSAGES}),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, {"messages": MESSAGES[1:2]}),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+            {"messages": MESSAGES[1:2]},
+        ),
         ({"prompt": MESSAGES[:2], "completion": "b"}, {"messages": MESSAGES}),
-        ({"messages": [{**m, "role": m["role"].title()} for m in MESSAGES]}, {"messages": MESSAGES}),
-        ({"prompt": None, "completion": None, "instruction": None, "output": None, "text": "a"}, {"text": "a"}),
+        (
+            {"messages": [{**m, "role": m["role"].title()} for m in MESSAGES]},
+            {"messages": MESSAGES},
+        ),
+        (
+            {"prompt": None, "completion": None, "instruction": None, "output": None, "text": "a"},
+            {"text": "a"},
+        ),
         ({"conversations": SHAREGPT, "id": "x"}, {"messages": MESSAGES[1:]}),
         ({"system": "s", "conversations": SHAREGPT}, {"messages": MESSAGES}),
         ({"text": "a b"}, {"text": "a b"}),
@@ -111,36 +130,65 @@ def test_every_form(tmp_path, record, row, suffix):
 def test_csv_and_tsv(tmp_path):
     (tmp_path / "a.csv").write_bytes('\ufeffprompt,completion\r\n"a, ""b""\nc",d\r\n'.encode())
     (tmp_path / "a.tsv").write_text("prompt\tcompletion\na, b\tc\n")
-    assert plain(load_records(tmp_path / "a.csv", str(tmp_path))) == [{"prompt": 'a, "b"\nc', "completion": "d"}]
-    assert plain(load_records(tmp_path / "a.tsv", str(tmp_path))) == [{"prompt": "a, b", "completion": "c"}]
+    assert plain(load_records(tmp_path / "a.csv", str(tmp_path))) == [
+        {"prompt": 'a, "b"\nc', "completion": "d"}
+    ]
+    assert plain(load_records(tmp_path / "a.tsv", str(tmp_path))) == [
+        {"prompt": "a, b", "completion": "c"}
+    ]
 
 
 def test_columns_are_mapped(tmp_path):
-    (tmp_path / "a.jsonl").write_text(lines([{"question": "a", "answer": "b", "output": "not this"}]))
+    (tmp_path / "a.jsonl").write_text(
+        lines([{"question": "a", "answer": "b", "output": "not this"}])
+    )
     columns = {"instruction": "question", "output": "answer"}
     assert list(load_records(tmp_path / "a.jsonl", str(tmp_path), columns=columns)) == [
-        {"instruction": "a", "input": "", "output": "b", "system": "", "more": '{"unused": ["output"]}'}
+        {
+            "instruction": "a",
+            "input": "",
+            "output": "b",
+            "system": "",
+            "more": '{"unused": ["output"]}',
+        }
     ]
     (tmp_path / "b.jsonl").write_text(lines([{"dialog": [{"who": "user", "says": "a"}]}]))
     columns = {"messages": "dialog", "role": "who", "content": "says"}
-    assert plain(load_records(tmp_path / "b.jsonl", str(tmp_path), columns=columns)) == [{"messages": MESSAGES[1:2]}]
+    assert plain(load_records(tmp_path / "b.jsonl", str(tmp_path), columns=columns)) == [
+        {"messages": MESSAGES[1:2]}
+    ]
 
 
 @pytest.mark.parametrize(
     ("columns", "row", "unused"),
     [
-        ({"completion": "a"}, {"prompt": "p", "completion": "a"}, ["completion", "messages", "q", "text"]),
+        (
+            {"completion": "a"},
+            {"prompt": "p", "completion": "a"},
+            ["completion", "messages", "q", "text"],
+        ),
         ({"text": "text"}, {"text": "t"}, ["a", "completion", "messages", "prompt", "q"]),
         (
             {"instruction": "q", "output": "a"},
             {"instruction": "q", "input": "", "output": "a", "system": ""},
             ["completion", "messages", "prompt", "text"],
         ),
-        ({"prompt": "completion", "completion": "prompt"}, {"prompt": "c", "completion": "p"}, ["a", "messages", "q", "text"]),
+        (
+            {"prompt": "completion", "completion": "prompt"},
+            {"prompt": "c", "completion": "p"},
+            ["a", "messages", "q", "text"],
+        ),
     ],
 )
 def test_columns_that_are_asked_for_decide_the_form(tmp_path, columns, row, unused):
-    record = {"messages": MESSAGES, "prompt": "p", "completion": "c", "text": "t", "q": "q", "a": "a"}
+    record = {
+        "messages": MESSAGES,
+        "prompt": "p",
+        "completion": "c",
+        "text": "t",
+        "q": "q",
+        "a": "a",
+    }
     (tmp_path / "a.jsonl").write_text(lines([record]))
     records = load_records(tmp_path / "a.jsonl", str(tmp_path), columns=columns)
     assert [{name: found[name] for name in row} for found in records] == [row]
@@ -151,7 +199,9 @@ def test_columns_that_are_asked_for_decide_the_form(tmp_path, columns, row, unus
 def test_files_of_a_folder_that_have_other_forms(tmp_path, streaming):
     (tmp_path / "a.jsonl").write_text(lines([{"text": "a"}]))
     (tmp_path / "b.jsonl").write_text(lines([{"prompt": "a", "completion": "b"}]))
-    with pytest.raises(UserError, match=r"b.jsonl:line 1: a record of the form completion after text"):
+    with pytest.raises(
+        UserError, match=r"b.jsonl:line 1: a record of the form completion after text"
+    ):
         list(load_records(tmp_path, str(tmp_path / "cache"), streaming=streaming))
 
 
@@ -192,14 +242,28 @@ def test_a_folder_is_read_as_a_whole_and_only_its_training_split(tmp_path):
 
 def test_a_list_cannot_be_streamed(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(RECORDS))
-    with pytest.raises(UserError, match="a JSON list has to be read as a whole; for --streaming give one object a line"):
+    with pytest.raises(
+        UserError,
+        match="a JSON list has to be read as a whole; for --streaming give one object a line",
+    ):
         load_records(tmp_path / "a.json", streaming=True)
 
 
-def test_a_hub_sets_configuration_stands_behind_a_colon_and_its_rows_are_joined(tmp_path, monkeypatch):
+def test_a_hub_sets_configuration_stands_behind_a_colon_and_its_rows_are_joined(
+    tmp_path, monkeypatch
+):
     from stanford_alpaca.data import formats
 
-    rows = ["", " = First = \n", "", " One . \n", " = = Part = = \n", " Two . \n", " = Second = \n", " Three . \n"]
+    rows = [
+        "",
+        " = First = \n",
+        "",
+        " One . \n",
+        " = = Part = = \n",
+        " Two . \n",
+        " = Second = \n",
+        " Three . \n",
+    ]
     asked = []
 
     def load_dataset(*names, split, cache_dir, streaming):
@@ -218,16 +282,24 @@ def test_a_hub_set_goes_the_same_way(tmp_path, monkeypatch):
     from stanford_alpaca.data import formats
 
     hub = {
-        "good/set": Dataset.from_list([*RECORDS[:1], {"instruction": "a", "input": None, "output": "b"}]),
+        "good/set": Dataset.from_list(
+            [*RECORDS[:1], {"instruction": "a", "input": None, "output": "b"}]
+        ),
         "other/columns": Dataset.from_list([{"question": "a", "answer": "b"}]),
-        "null/output": Dataset.from_list([{"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}]),
+        "null/output": Dataset.from_list(
+            [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}]
+        ),
     }
-    monkeypatch.setattr(formats, "load_dataset", lambda name, split, cache_dir, streaming: hub[name])
+    monkeypatch.setattr(
+        formats, "load_dataset", lambda name, split, cache_dir, streaming: hub[name]
+    )
     assert plain(load_records("good/set", str(tmp_path))) == [
         ROWS[0],
         {"instruction": "a", "input": "", "output": "b", "system": ""},
     ]
-    with pytest.raises(UserError, match="other/columns:record 1: no field 'instruction'; it has question, answer"):
+    with pytest.raises(
+        UserError, match="other/columns:record 1: no field 'instruction'; it has question, answer"
+    ):
         load_records("other/columns")
     with pytest.raises(UserError, match="null/output:record 2: 'output' is null"):
         load_records("null/output")
@@ -250,9 +322,13 @@ def test_what_datasets_saved_is_read(tmp_path, three, streaming):
     for folder, texts in (("one", ["2", "0"]), ("splits", ["1"]), ("ab/b", ["0", "1", "2"])):
         records = load_records(tmp_path / folder, cache, streaming=streaming)
         assert [record["text"] for record in records] == texts
-    with pytest.raises(UserError, match=r"ab: several splits \(a, b\); name one: --data_path .*ab/a"):
+    with pytest.raises(
+        UserError, match=r"ab: several splits \(a, b\); name one: --data_path .*ab/a"
+    ):
         load_records(tmp_path / "ab", cache)
-    with pytest.raises(UserError, match=f"a folder without data files, wanted .*; is it {tmp_path}/under/one[?]"):
+    with pytest.raises(
+        UserError, match=f"a folder without data files, wanted .*; is it {tmp_path}/under/one[?]"
+    ):
         three.save_to_disk(tmp_path / "under" / "one")
         load_records(tmp_path / "under", cache)
     next((tmp_path / "one").glob("*.arrow")).unlink()
@@ -268,11 +344,16 @@ def test_several_training_sets_in_a_folder_are_not_one(tmp_path, three):
             (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
             three.to_parquet(tmp_path / folder / name)
 
-    write("chat", *(f"data/train_sft-0000{i}-of-00002-0123456789abcde{i}.parquet" for i in range(2)))
+    write(
+        "chat", *(f"data/train_sft-0000{i}-of-00002-0123456789abcde{i}.parquet" for i in range(2))
+    )
     (tmp_path / "chat" / "dataset_infos.json").write_text('{"default": {}}')
     assert len(load_records(tmp_path / "chat", cache)) == 6
     write("chat", "data/train_gen-00000-of-00001.parquet")
-    with pytest.raises(UserError, match=r"sets of data \(data/train_gen, data/train_sft\); name one: --data_path .*train_gen"):
+    with pytest.raises(
+        UserError,
+        match=r"sets of data \(data/train_gen, data/train_sft\); name one: --data_path .*train_gen",
+    ):
         load_records(tmp_path / "chat", cache)
     write(
         "maths",
@@ -286,25 +367,37 @@ def test_several_training_sets_in_a_folder_are_not_one(tmp_path, three):
     write("folder", "train/a.parquet", "train/b.parquet", "test/a.parquet")
     assert len(load_records(tmp_path / "folder", cache)) == 6
     write("places", "main/a.parquet", "socratic/a.parquet")
-    with pytest.raises(UserError, match=r"sets of data \(main/a, socratic/a\); name one: --data_path .*main/a.parquet$"):
+    with pytest.raises(
+        UserError,
+        match=r"sets of data \(main/a, socratic/a\); name one: --data_path .*main/a.parquet$",
+    ):
         load_records(tmp_path / "places", cache)
     write("held_out", "dev.parquet", "good.parquet")
-    with pytest.raises(UserError, match=r"several sets of data \(dev, good\); name one: --data_path .*good.parquet$"):
+    with pytest.raises(
+        UserError,
+        match=r"several sets of data \(dev, good\); name one: --data_path .*good.parquet$",
+    ):
         load_records(tmp_path / "held_out", cache)
     write("twice", "train.parquet")
     (tmp_path / "twice" / "train.jsonl").write_text('{"text": "0"}')
-    with pytest.raises(UserError, match=r"train in several formats \(.jsonl, .parquet\); name one file"):
+    with pytest.raises(
+        UserError, match=r"train in several formats \(.jsonl, .parquet\); name one file"
+    ):
         load_records(tmp_path / "twice", cache)
     write("gz", "train.parquet")
     for name in ("train.jsonl", "train.jsonl.gz"):
         (tmp_path / "gz" / name).write_text('{"text": "0"}')
     (tmp_path / "gz" / "train.parquet").unlink()
-    with pytest.raises(UserError, match=r"train in several formats \(.jsonl, .jsonl.gz\); name one file"):
+    with pytest.raises(
+        UserError, match=r"train in several formats \(.jsonl, .jsonl.gz\); name one file"
+    ):
         load_records(tmp_path / "gz", cache)
     write("camel", "trainData.parquet", "testData.parquet")
     assert len(load_records(tmp_path / "camel", cache)) == 3
     write("prefix", "train.parquet", "train_filtered.parquet")
-    with pytest.raises(UserError, match=r"\(train, train_filtered\); name one: --data_path .*prefix/train.parquet$"):
+    with pytest.raises(
+        UserError, match=r"\(train, train_filtered\); name one: --data_path .*prefix/train.parquet$"
+    ):
         load_records(tmp_path / "prefix", cache)
     write("parts", "code.parquet", "maths.parquet")
     assert len(load_records(tmp_path / "parts", cache)) == 6
@@ -317,9 +410,15 @@ def test_several_training_sets_in_a_folder_are_not_one(tmp_path, three):
     [
         ({"conversation": [{"role": "user", "content": "a"}]}, "--columns messages=conversation"),
         ({"conversation": [{"from": "human", "value": "a"}]}, "--columns messages=conversation"),
-        ({"instruction": "a", "context": "b", "response": "c", "category": "d"}, "--columns output=response input=context"),
+        (
+            {"instruction": "a", "context": "b", "response": "c", "category": "d"},
+            "--columns output=response input=context",
+        ),
         ({"question": "a", "answer": "b"}, "--columns instruction=question output=answer"),
-        ({"data": [{"instruction": "a", "output": "b"}]}, "is it a file of records under 'data'? write that list alone"),
+        (
+            {"data": [{"instruction": "a", "output": "b"}]},
+            "is it a file of records under 'data'? write that list alone",
+        ),
         ({"body": "a"}, "another name? --columns instruction=NAME, or text=body"),
     ],
 )
@@ -337,13 +436,17 @@ def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(load_records(".", str(tmp_path / "cache"))) == 1
     for name in ("", " "):
-        with pytest.raises(UserError, match="data without a name, as of a variable that is not set"):
+        with pytest.raises(
+            UserError, match="data without a name, as of a variable that is not set"
+        ):
             load_records(name, str(tmp_path / "cache"))
 
 
 def test_wide_records_take_no_longer_for_their_width(tmp_path):
     """With a look at all names before for each name, these would take minutes."""
-    (tmp_path / "a.json").write_text("[" + json.dumps({f"k{i}": 0 for i in range(120_000)})[:-1] + ', "k5": 1}]')
+    (tmp_path / "a.json").write_text(
+        "[" + json.dumps({f"k{i}": 0 for i in range(120_000)})[:-1] + ', "k5": 1}]'
+    )
     with pytest.raises(UserError, match="the key 'k5' stands twice"):
         load_records(tmp_path / "a.json")
     names = ["text", *(f"c{i}" for i in range(60_000))]

@@ -12,7 +12,9 @@ import pytest
 @pytest.fixture(scope="module")
 def sets(root):
     folder = root / "data" / "instructions"
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("train", "held_out")}
+    return {
+        name: json.loads((folder / f"{name}.json").read_text()) for name in ("train", "held_out")
+    }
 
 
 def test_sizes_families_and_inputs(sets):
@@ -29,16 +31,32 @@ def test_nothing_held_out_is_in_the_training_set_in_other_words(sets):
     assert not trained & {record["id"] for record in sets["held_out"]}
     texts = {(record["instruction"], record["input"]) for record in sets["train"]}
     assert not texts & {(record["instruction"], record["input"]) for record in sets["held_out"]}
-    answers = {(record["id"].split("/")[0], frozenset(record["output"].strip(".").split())) for record in sets["train"]}
+    answers = {
+        (record["id"].split("/")[0], frozenset(record["output"].strip(".").split()))
+        for record in sets["train"]
+    }
     for record in sets["held_out"]:
         family = record["id"].split("/")[0]
-        if family in ("synonym", "antonym", "capital", "category", "larger", "worker", "past_tense", "replace"):
+        if family in (
+            "synonym",
+            "antonym",
+            "capital",
+            "category",
+            "larger",
+            "worker",
+            "past_tense",
+            "replace",
+        ):
             assert (family, frozenset(record["output"].strip(".").split())) not in answers, record
 
 
 def test_held_out_synonyms_are_not_trained_as_replacements(sets):
     def pairs(records, family):
-        return {frozenset(r["id"].split("/")[1].split("+")) for r in records if r["id"].startswith(family)}
+        return {
+            frozenset(r["id"].split("/")[1].split("+"))
+            for r in records
+            if r["id"].startswith(family)
+        }
 
     held = pairs(sets["held_out"], "synonym")
     for replaced in pairs(sets["train"], "replace"):
@@ -60,4 +78,6 @@ def test_the_script_makes_exactly_these_files(root, tmp_path):
     script = root / "data" / "make_instructions.py"
     subprocess.run([sys.executable, script, "--out", tmp_path], check=True, capture_output=True)
     for name in ("train.json", "held_out.json"):
-        assert (tmp_path / name).read_bytes() == (root / "data" / "instructions" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (
+            root / "data" / "instructions" / name
+        ).read_bytes()

@@ -32,21 +32,32 @@ def tokenizer(root):
 def encoded(tokenizer, record, form=None, template="auto", reading="text", **options):
     row = parse_record(record, "here", **options)
     form = form or (
-        "chat" if "messages" in row else "alpaca" if "instruction" in row else next(iter(row)).replace("prompt", "completion")
+        "chat"
+        if "messages" in row
+        else "alpaca"
+        if "instruction" in row
+        else next(iter(row)).replace("prompt", "completion")
     )
     encode = ExampleEncoder.of(tokenizer, form, 512, template, reading)
-    return {name: column[0] for name, column in encode({name: [value] for name, value in row.items()}).items()}
+    return {
+        name: column[0]
+        for name, column in encode({name: [value] for name, value in row.items()}).items()
+    }
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}])
+@pytest.mark.parametrize(
+    "off", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}]
+)
 def test_a_turn_that_counts_for_nothing_is_context(tokenizer, off):
     conversation = [USER, {**ANSWER, **off}, USER, {**ANSWER, "content": "That."}]
     for template in ("chat", "alpaca"):
         row = encoded(tokenizer, {"messages": conversation}, template=template)
-        assert trained_texts(tokenizer, row["labels"]) == ["That.</s>"] and "This." in tokenizer.decode(row["input_ids"])
+        assert trained_texts(tokenizer, row["labels"]) == [
+            "That.</s>"
+        ] and "This." in tokenizer.decode(row["input_ids"])
         assert row["weights"] == [] and row["fate"] == KEPT
     for record in (
         {"messages": [USER, ANSWER]},
@@ -62,26 +73,48 @@ def test_weights_of_turns_and_records_multiply(tokenizer):
     conversation = [USER, {**ANSWER, "weight": 0.5}, USER, {**ANSWER, "weight": 2}, USER, ANSWER]
     for weight in (1, 3):
         row = encoded(tokenizer, {"messages": conversation, "weight": weight})
-        by_label = [(label, w) for label, w in zip(row["labels"], row["weights"], strict=True) if label != IGNORE_INDEX]
+        by_label = [
+            (label, w)
+            for label, w in zip(row["labels"], row["weights"], strict=True)
+            if label != IGNORE_INDEX
+        ]
         each = len(by_label) // 3
-        assert [w for _, w in by_label] == [0.5 * weight] * each + [2 * weight] * each + [weight] * each
-        assert all(w == 1 for label, w in zip(row["labels"], row["weights"], strict=True) if label == IGNORE_INDEX)
-    for record in ({"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}, {"text": "a b"}):
+        assert [w for _, w in by_label] == [0.5 * weight] * each + [2 * weight] * each + [
+            weight
+        ] * each
+        assert all(
+            w == 1
+            for label, w in zip(row["labels"], row["weights"], strict=True)
+            if label == IGNORE_INDEX
+        )
+    for record in (
+        {"instruction": "a", "output": "b"},
+        {"prompt": "a", "completion": "b"},
+        {"text": "a b"},
+    ):
         row = encoded(tokenizer, record | {"weight": "0.25"})  # as CSV has it
-        assert {w for label, w in zip(row["labels"], row["weights"], strict=True) if label != IGNORE_INDEX} == {0.25}
+        assert {
+            w
+            for label, w in zip(row["labels"], row["weights"], strict=True)
+            if label != IGNORE_INDEX
+        } == {0.25}
         assert encoded(tokenizer, record)["weights"] == []
 
 
 @pytest.mark.parametrize("weight", [-1, float("inf"), float("nan"), "-0.5", 1e300, 10**400])
 def test_a_weight_that_cannot_be_is_refused(weight):
-    with pytest.raises(UserError, match=r"here: 'weight' is .*, wanted a number from 0 to 1,000,000"):
+    with pytest.raises(
+        UserError, match=r"here: 'weight' is .*, wanted a number from 0 to 1,000,000"
+    ):
         parse_record({"instruction": "a", "output": "b", "weight": weight}, "here")
     with pytest.raises(UserError, match="message 2: 'weight' is"):
         parse_record({"messages": [USER, {**ANSWER, "weight": weight}]}, "here")
 
 
 def test_what_is_no_weight_is_something_else():
-    record = parse_record({"instruction": "a", "output": "b", "weight": "12 kg", "train": "ICE 577"}, "here")
+    record = parse_record(
+        {"instruction": "a", "output": "b", "weight": "12 kg", "train": "ICE 577"}, "here"
+    )
     assert more_of(record) == {"unused": ["train", "weight"]}
     record = parse_record({"messages": [{**USER, "weight": 2}, ANSWER]}, "here")
     assert more_of(record) == {"unused": ["messages.weight"]}
@@ -97,7 +130,9 @@ def test_the_prompts_answers_are_context(tokenizer, completion):
     record = {"prompt": [USER, {**ANSWER, "content": "No."}, USER], "completion": completion}
     for template in ("chat", "alpaca"):
         row = encoded(tokenizer, record, template=template)
-        assert trained_texts(tokenizer, row["labels"]) == ["This.</s>"] and "No." in tokenizer.decode(row["input_ids"])
+        assert trained_texts(tokenizer, row["labels"]) == [
+            "This.</s>"
+        ] and "No." in tokenizer.decode(row["input_ids"])
 
 
 def test_history_is_context_unless_it_is_trained(tokenizer):
@@ -105,14 +140,24 @@ def test_history_is_context_unless_it_is_trained(tokenizer):
     row = encoded(tokenizer, record)
     assert trained_texts(tokenizer, row["labels"]) == ["e</s>"]
     text = tokenizer.decode(row["input_ids"])
-    assert text.startswith("<s>Below is an instruction that describes a task. Write") and text.endswith(
+    assert text.startswith(
+        "<s>Below is an instruction that describes a task. Write"
+    ) and text.endswith(
         "### Instruction:\na\n\n### Response:b</s>\n\n### Instruction:\nf\n\n### Response:g</s>"
         "\n\n### Instruction:\nc\n\n### Input:\nd\n\n### Response:e</s>"
     )
-    assert trained_texts(tokenizer, encoded(tokenizer, record, train_history=True)["labels"]) == ["b</s>", "g</s>", "e</s>"]
-    assert trained_texts(tokenizer, encoded(tokenizer, record, template="chat")["labels"]) == ["e</s>"]
+    assert trained_texts(tokenizer, encoded(tokenizer, record, train_history=True)["labels"]) == [
+        "b</s>",
+        "g</s>",
+        "e</s>",
+    ]
+    assert trained_texts(tokenizer, encoded(tokenizer, record, template="chat")["labels"]) == [
+        "e</s>"
+    ]
     for nothing in (None, [], "", "[]"):
-        assert encoded(tokenizer, record | {"history": nothing}) == encoded(tokenizer, {**record, "history": []})
+        assert encoded(tokenizer, record | {"history": nothing}) == encoded(
+            tokenizer, {**record, "history": []}
+        )
     for wrong, message in [
         ("x", "is a string that is no JSON"),
         ([["a"]], "is no list of pairs"),
@@ -142,7 +187,9 @@ def test_messages_as_json_or_as_columns(tmp_path, as_text):
 def test_reasoning_without_a_place_is_counted(tokenizer):
     record = {"messages": [USER, {**ANSWER, "reasoning_content": "Hm."}]}
     (note,) = encoded(tokenizer, record)["notes"]
-    assert note.startswith("the template leaves out the reasoning of the last answer, and all of it is lost; --chat_template")
+    assert note.startswith(
+        "the template leaves out the reasoning of the last answer, and all of it is lost; --chat_template"
+    )
     (note,) = encoded(tokenizer, record, template="alpaca")["notes"]
     assert note.startswith("the reasoning of a turn has no place in this template")
 
@@ -156,7 +203,10 @@ def test_tools_have_no_place_in_alpacas_template(tokenizer):
         row = encoded(tokenizer, record, template="alpaca")
         assert row["fate"] == REFUSED and "Alpaca's template has no place for" in row["refusal"]
     for nothing in ("", "[]", [], None):
-        assert encoded(tokenizer, {"instruction": "a", "output": "b", "tools": nothing})["fate"] == KEPT
+        assert (
+            encoded(tokenizer, {"instruction": "a", "output": "b", "tools": nothing})["fate"]
+            == KEPT
+        )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +223,14 @@ def test_broken_calls(calls, message):
         parse_record({"messages": [USER, {"role": "assistant", "tool_calls": calls}]}, "here")
     with pytest.raises(UserError, match=message):
         parse_record(
-            {"conversations": [{"from": "function_call", "value": calls if isinstance(calls, str) else json.dumps(calls)}]},
+            {
+                "conversations": [
+                    {
+                        "from": "function_call",
+                        "value": calls if isinstance(calls, str) else json.dumps(calls),
+                    }
+                ]
+            },
             "here",
         )
 
@@ -182,20 +239,32 @@ def test_a_call_in_every_spelling():
     spellings = [
         {"tool_calls": [CALL]},
         {"tool_calls": [{"name": "add", "arguments": '{"a": 1}'}]},
-        {"tool_calls": json.dumps([{"function": {"name": "add", "arguments": {"a": 1}}}]), "content": None},
+        {
+            "tool_calls": json.dumps([{"function": {"name": "add", "arguments": {"a": 1}}}]),
+            "content": None,
+        },
         {"function_call": {"name": "add", "arguments": '{"a": 1}'}},
     ]
     for spelling in spellings:
         record = parse_record({"messages": [USER, {"role": "assistant", **spelling}]}, "here")
-        assert more_of(record["messages"][1]) == {"tool_calls": [CALL]} and record["messages"][1]["content"] == ""
+        assert (
+            more_of(record["messages"][1]) == {"tool_calls": [CALL]}
+            and record["messages"][1]["content"] == ""
+        )
 
 
 def test_nulls_that_a_table_adds_are_no_arguments(tmp_path):
     other = {"type": "function", "function": {"name": "mul", "arguments": {"b": 2}}}
-    rows = [{"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]} for call in (CALL, other)]
+    rows = [
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+        for call in (CALL, other)
+    ]
     Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     found = load_records(tmp_path / "a.parquet", str(tmp_path / "cache"))
-    assert [more_of(row["messages"][1]) for row in found] == [{"tool_calls": [CALL]}, {"tool_calls": [other]}]
+    assert [more_of(row["messages"][1]) for row in found] == [
+        {"tool_calls": [CALL]},
+        {"tool_calls": [other]},
+    ]
 
 
 # ---- what is not read -----------------------------------------------------------------------------------------------
@@ -203,7 +272,14 @@ def test_nulls_that_a_table_adds_are_no_arguments(tmp_path):
 
 def test_fields_that_are_not_read_are_named_and_counted(tokenizer, tmp_path):
     records = [
-        {"instruction": "a", "output": "b", "score": i, **({"id": "x"} if i < 2 else {}), "empty": None} for i in range(5)
+        {
+            "instruction": "a",
+            "output": "b",
+            "score": i,
+            **({"id": "x"} if i < 2 else {}),
+            "empty": None,
+        }
+        for i in range(5)
     ]
     records[0]["text"] = "a b"
     (tmp_path / "a.json").write_text(json.dumps(records))
@@ -216,7 +292,9 @@ def test_fields_that_are_not_read_are_named_and_counted(tokenizer, tmp_path):
         "unused": ["messages.id", "messages.logprobs", "n"]
     }
     columns = {"instruction": "question", "output": "answer"}
-    assert more_of(parse_record({"question": "a", "answer": "b", "output": "c"}, "here", columns)) == {"unused": ["output"]}
+    assert more_of(
+        parse_record({"question": "a", "answer": "b", "output": "c"}, "here", columns)
+    ) == {"unused": ["output"]}
 
 
 # ---- special tokens -------------------------------------------------------------------------------------------------
@@ -224,7 +302,9 @@ def test_fields_that_are_not_read_are_named_and_counted(tokenizer, tmp_path):
 
 @pytest.fixture
 def thinking(tokenizer):
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<|python_tag|>"]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<think>", "</think>", "<|python_tag|>"]}
+    )
     tokenizer.chat_template = (
         "{% for m in messages %}{% set c = m.content.split('</think>')[-1] if not loop.last else m.content %}"
         "{{ m.role + ':\\n' + c + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
@@ -237,31 +317,52 @@ def test_tags_that_mark_reasoning_are_tokens_in_answers_and_reach_the_template(t
     user = {"role": "user", "content": "a <think> b"}
     row = encoded(thinking, {"messages": [user, answer, user, answer]}, template="chat")
     open_id, close_id = thinking.convert_tokens_to_ids(["<think>", "</think>"])
-    assert row["input_ids"].count(open_id) == row["input_ids"].count(close_id) == 1  # the user's stay text
+    assert (
+        row["input_ids"].count(open_id) == row["input_ids"].count(close_id) == 1
+    )  # the user's stay text
     assert trained_texts(thinking, row["labels"]) == ["This.</s>", "<think>Hm.</think>This.</s>"]
-    assert any(note.startswith("'<think>' in a field is text, not the special token") for note in row["notes"])
+    assert any(
+        note.startswith("'<think>' in a field is text, not the special token")
+        for note in row["notes"]
+    )
     without = encoded(thinking, {"messages": [USER, answer]}, template="chat")
     own = thinking.apply_chat_template([USER, answer], tokenize=True)["input_ids"]
     assert without["input_ids"] == own and not without["notes"]
-    for record in ({"instruction": "a", "output": answer["content"]}, {"prompt": "a", "completion": answer["content"]}):
+    for record in (
+        {"instruction": "a", "output": answer["content"]},
+        {"prompt": "a", "completion": answer["content"]},
+    ):
         row = encoded(thinking, record)
-        assert [row["labels"].count(number) for number in (open_id, close_id)] == [1, 1] and not row["notes"]
+        assert [row["labels"].count(number) for number in (open_id, close_id)] == [
+            1,
+            1,
+        ] and not row["notes"]
 
 
 def test_texts_that_are_rendered_already(thinking):
     tag = thinking.convert_tokens_to_ids("<|python_tag|>")
     record = {"prompt": "<s>[INST] a [/INST]", "completion": " <|python_tag|>b</s>"}
     row = encoded(thinking, record, reading="parse")
-    assert row["input_ids"] == thinking(record["prompt"] + record["completion"], add_special_tokens=False)["input_ids"]
+    assert (
+        row["input_ids"]
+        == thinking(record["prompt"] + record["completion"], add_special_tokens=False)["input_ids"]
+    )
     assert row["input_ids"].count(0) == row["input_ids"].count(1) == 1  # neither is doubled
     assert trained_texts(thinking, row["labels"]) == [" <|python_tag|>b</s>"] and not row["notes"]
     as_text = encoded(thinking, record)
     assert tag not in as_text["input_ids"] and as_text["input_ids"].count(1) == 1
-    assert [note.split(" in ")[0] for note in as_text["notes"]] == ["'<s>'", "'<|python_tag|>'", "'</s>'"]
+    assert [note.split(" in ")[0] for note in as_text["notes"]] == [
+        "'<s>'",
+        "'<|python_tag|>'",
+        "'</s>'",
+    ]
     row = encoded(thinking, {"text": "<s>a</s>"}, reading="parse")
     assert row["input_ids"] == thinking("<s>a</s>", add_special_tokens=False)["input_ids"]
     row = encoded(
-        thinking, {"messages": [USER, {"role": "assistant", "content": "<|python_tag|>x"}]}, reading="parse", template="chat"
+        thinking,
+        {"messages": [USER, {"role": "assistant", "content": "<|python_tag|>x"}]},
+        reading="parse",
+        template="chat",
     )
     assert tag in row["labels"]
 
@@ -275,7 +376,11 @@ def test_a_token_that_reaches_past_the_end_of_an_answer_is_not_trained(tokenizer
         "{% for m in messages %}{{ m.role + ':\\n' + m.content + 'uction\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
-    row = encoded(tokenizer, {"messages": [USER, {"role": "assistant", "content": "One instr"}, USER, ANSWER]}, template="chat")
+    row = encoded(
+        tokenizer,
+        {"messages": [USER, {"role": "assistant", "content": "One instr"}, USER, ANSWER]},
+        template="chat",
+    )
     assert "\u0120instruction" in tokenizer.convert_ids_to_tokens(row["input_ids"])
     assert trained_texts(tokenizer, row["labels"]) == ["One", "This.</s>"] and row["straddling"]
 
@@ -288,18 +393,35 @@ def test_an_end_of_turn_token_that_the_author_leaves_out_is_trained_and_said(tok
     )
     row = encoded(tokenizer, {"messages": [USER, {**ANSWER, "weight": 0.5}, USER, ANSWER]})
     assert trained_texts(tokenizer, row["labels"]) == ["This.</s>", "This.</s>"]
-    assert row["notes"][0] == "the template's {% generation %} marks leave the end-of-turn token out: it is trained too"
-    assert sorted({w for label, w in zip(row["labels"], row["weights"], strict=True) if label != IGNORE_INDEX}) == [0.5, 1.0]
+    assert (
+        row["notes"][0]
+        == "the template's {% generation %} marks leave the end-of-turn token out: it is trained too"
+    )
+    assert sorted(
+        {w for label, w in zip(row["labels"], row["weights"], strict=True) if label != IGNORE_INDEX}
+    ) == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(
     ("message", "refused"),
     [
-        ({"content": [{"type": "text", "text": None}]}, "the 'text' of a part is null, wanted a string"),
-        ({"content": [{"type": "text", "text": {"a": 1}}]}, "the 'text' of a part is an object, wanted a string"),
+        (
+            {"content": [{"type": "text", "text": None}]},
+            "the 'text' of a part is null, wanted a string",
+        ),
+        (
+            {"content": [{"type": "text", "text": {"a": 1}}]},
+            "the 'text' of a part is an object, wanted a string",
+        ),
         ({"content": [{"type": "text"}]}, "the 'text' of a part is null, wanted a string"),
-        ({"tool_calls": '{"name": "f", "name": "g"}'}, "wanted a call or a list of calls .the key 'name' stands twice"),
-        ({"tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}, "'arguments' of a call is a string that is no JSON"),
+        (
+            {"tool_calls": '{"name": "f", "name": "g"}'},
+            "wanted a call or a list of calls .the key 'name' stands twice",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]},
+            "'arguments' of a call is a string that is no JSON",
+        ),
     ],
 )
 def test_nothing_of_a_message_becomes_something_else(message, refused):
@@ -309,16 +431,31 @@ def test_nothing_of_a_message_becomes_something_else(message, refused):
 
 def test_columns_of_unequal_lengths_are_refused():
     columns = {"role": ["user", "assistant"], "content": ["a", "b", "c"]}
-    with pytest.raises(UserError, match="here: 'messages': an object of lists of several lengths, wanted one for each message"):
+    with pytest.raises(
+        UserError,
+        match="here: 'messages': an object of lists of several lengths, wanted one for each message",
+    ):
         parse_record({"messages": columns}, "here")
 
 
 def test_fields_within_calls_and_parts_are_named():
-    call = {"id": 7, "index": 0, "type": "function", "function": {"name": "f", "arguments": "", "strict": True}}
+    call = {
+        "id": 7,
+        "index": 0,
+        "type": "function",
+        "function": {"name": "f", "arguments": "", "strict": True},
+    }
     part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
-    record = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "tool_calls": [call]}]}
+    record = {
+        "messages": [
+            {"role": "user", "content": [part]},
+            {"role": "assistant", "tool_calls": [call]},
+        ]
+    }
     wanted = ["content.cache_control", "tool_calls.id", "tool_calls.index", "tool_calls.strict"]
-    assert more_of(parse_record(record, "here"))["unused"] == [f"messages.{name}" for name in wanted]
+    assert more_of(parse_record(record, "here"))["unused"] == [
+        f"messages.{name}" for name in wanted
+    ]
 
 
 def test_yes_and_no_in_other_words(tokenizer):
@@ -328,7 +465,10 @@ def test_yes_and_no_in_other_words(tokenizer):
 
 
 def test_records_without_messages_may_have_a_field_called_tools():
-    for record in ({"text": "a", "tools": "saw"}, {"prompt": "a", "completion": "b", "tools": "saw"}):
+    for record in (
+        {"text": "a", "tools": "saw"},
+        {"prompt": "a", "completion": "b", "tools": "saw"},
+    ):
         assert more_of(parse_record(record, "here"))["unused"] == ["tools"]
 
 
@@ -339,7 +479,10 @@ def test_texts_as_they_are_have_no_place_for_tools(tokenizer):
         ({"messages": [USER, calling]}, "the calls of tools"),
         ({"messages": [USER, {"role": "tool", "content": "1"}, ANSWER]}, "the results of tools"),
     ):
-        for template, who in (("plain", "texts as they are have"), ("alpaca", "Alpaca's template has")):
+        for template, who in (
+            ("plain", "texts as they are have"),
+            ("alpaca", "Alpaca's template has"),
+        ):
             row = encoded(tokenizer, record, template=template)
             assert row["refusal"] == f"{who} no place for {what}; use --prompt_template chat"
 
@@ -347,7 +490,10 @@ def test_texts_as_they_are_have_no_place_for_tools(tokenizer):
 @pytest.mark.parametrize(
     "record",
     [
-        {"tools": [{"type": "function", "function": {"name": "f", "description": "\ud800"}}], "messages": [USER, ANSWER]},
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "description": "\ud800"}}],
+            "messages": [USER, ANSWER],
+        },
         {"x\ud800": 1, "instruction": "a", "output": "b"},
         {"messages": [USER, {**ANSWER, "tool_calls": [{"id": "\ud800", **CALL}]}]},
     ],
@@ -360,6 +506,8 @@ def test_a_lone_surrogate_is_refused_wherever_it_stands(record):
 def test_a_field_nested_too_deep_is_refused(tokenizer):
     deep = '{"x":' + "[" * 900 + "]" * 900 + "}"
     row = encoded(
-        tokenizer, {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": deep}]}]}, template="chat"
+        tokenizer,
+        {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": deep}]}]},
+        template="chat",
     )
     assert row["fate"] == REFUSED and "nested too deep" in row["refusal"]

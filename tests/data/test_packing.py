@@ -38,7 +38,9 @@ def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
 @given(st.lists(st.integers(1, 50), max_size=40))
 def test_the_fullest_row_that_has_room_is_taken(lengths):
     lengths = np.array(lengths, dtype=np.int64)
-    assert sorted(int(lengths[row].sum()) for row in best_fit(lengths, 50, 0)) == naive_best_fit(lengths.tolist(), 50)
+    assert sorted(int(lengths[row].sum()) for row in best_fit(lengths, 50, 0)) == naive_best_fit(
+        lengths.tolist(), 50
+    )
 
 
 def test_rows_of_alpacas_lengths_are_full_and_come_in_no_order_of_length():
@@ -63,11 +65,19 @@ def examples():
 
 def test_rows_are_their_examples_one_after_the_other(examples):
     packed = PackedExamples(examples, [[2, 0], [3, 1]])
-    assert packed[0] == {"input_ids": [6, 7, 8, 9, 1, 2, 3], "labels": [-100, 7, 8, 9, -100, 2, 3], "lengths": [4, 3]}
+    assert packed[0] == {
+        "input_ids": [6, 7, 8, 9, 1, 2, 3],
+        "labels": [-100, 7, 8, 9, -100, 2, 3],
+        "lengths": [4, 3],
+    }
     assert packed.row_lengths().tolist() == [7, 4]
     assert packed.report(8) == "packed 4 examples into 2 rows, 2.00 to a row, 68.8% full"
     filled = pad_to_multiple(packed, 3, token_id=0)
-    assert len(filled) == 3 and filled[1] == packed[1] and filled[2] == {"input_ids": [], "labels": [], "lengths": []}
+    assert (
+        len(filled) == 3
+        and filled[1] == packed[1]
+        and filled[2] == {"input_ids": [], "labels": [], "lengths": []}
+    )
     assert filled.row_lengths().tolist() == [7, 4, 0]
 
 

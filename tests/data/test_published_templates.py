@@ -31,7 +31,11 @@ CALLS = [
     "deepseekv3", "gptoss", "lfm2_v2", "muse_glimmer", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "qwen2_5",
     "qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "qwen3_instruct_2507",
 ]  # fmt: skip
-IMAGES = ("idefics3_training", "llava_next_training", "smolvlm_training")  # whose messages are lists of parts
+IMAGES = (
+    "idefics3_training",
+    "llava_next_training",
+    "smolvlm_training",
+)  # whose messages are lists of parts
 NO_CALLS = ["cohere", "gemma3", "lfm2", "llama3", "phi3", "qwen2_5_vl"]
 SMOLLM2 = (  # says who it is where there is no system prompt, as SmolLM2-Instruct's does
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
@@ -40,16 +44,31 @@ SMOLLM2 = (  # says who it is where there is no system prompt, as SmolLM2-Instru
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-USER, ANSWER = {"role": "user", "content": "What is big?"}, {"role": "assistant", "content": "Large."}
-AGAIN = [{"role": "user", "content": "And small?"}, {"role": "assistant", "content": "Little, or tiny."}]
-SPACE = [USER, {"role": "assistant", "content": " One word."}, USER, {"role": "assistant", "content": " Two words."}]
+USER, ANSWER = (
+    {"role": "user", "content": "What is big?"},
+    {"role": "assistant", "content": "Large."},
+)
+AGAIN = [
+    {"role": "user", "content": "And small?"},
+    {"role": "assistant", "content": "Little, or tiny."},
+]
+SPACE = [
+    USER,
+    {"role": "assistant", "content": " One word."},
+    USER,
+    {"role": "assistant", "content": " Two words."},
+]
 THOUGHT = {**ANSWER, "reasoning_content": "Of size, more than most."}
 TOOL = {
     "type": "function",
     "function": {
         "name": "add",
         "description": "Adds.",
-        "parameters": {"type": "object", "properties": {"a": {"type": "integer", "description": "x"}}, "required": ["a"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer", "description": "x"}},
+            "required": ["a"],
+        },
     },
 }
 CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -73,7 +92,9 @@ def tokenizer_with(root):
         tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
         names = sorted(set(NAMES.findall(template)))
         if names:
-            tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": names}, replace_extra_special_tokens=False
+            )
         tokenizer.chat_template = template
         return tokenizer
 
@@ -83,13 +104,18 @@ def tokenizer_with(root):
 def encoded(tokenizer, record):
     encode = ExampleEncoder.of(tokenizer, "chat", 4096, "chat")
     row = parse_record(record, "here")
-    return encode, {name: column[0] for name, column in encode({name: [value] for name, value in row.items()}).items()}
+    return encode, {
+        name: column[0]
+        for name, column in encode({name: [value] for name, value in row.items()}).items()
+    }
 
 
 def marked(tokenizer, name, messages, tools=None):
     """What TRL's twin of a template marks, rendered and masked by transformers."""
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    found = tokenizer.apply_chat_template(messages, tools=tools, chat_template=template_of(f"{name}_training"), **options)
+    found = tokenizer.apply_chat_template(
+        messages, tools=tools, chat_template=template_of(f"{name}_training"), **options
+    )
     mask = zip(found["input_ids"], found["assistant_masks"], strict=True)
     return trained_texts(tokenizer, [number if inside else IGNORE_INDEX for number, inside in mask])
 
@@ -98,14 +124,20 @@ def check(tokenizer, name, messages, tools=None, written=None):
     """Ids are transformers' own; trained is what the twin marks, without the generation prompt and what follows the turn."""
     encode, row = encoded(tokenizer, {"messages": messages} | ({"tools": tools} if tools else {}))
     assert row["fate"] == KEPT, row["refusal"]
-    own = tokenizer.apply_chat_template(written or messages, tools=tools, tokenize=True)["input_ids"]
+    own = tokenizer.apply_chat_template(written or messages, tools=tools, tokenize=True)[
+        "input_ids"
+    ]
     assert row["input_ids"] == own
     ours, theirs = trained_texts(tokenizer, row["labels"]), marked(tokenizer, name, messages, tools)
     assert len(ours) == len(theirs) == sum(message["role"] == "assistant" for message in messages)
     for one, other in zip(ours, theirs, strict=True):
         before, found, after = other.partition(one)
         assert found and not after.strip(), (one, other)
-        assert not before or any(before in cue for cue in encode.template.cues) or before.startswith(f"<{WIDE}tool"), (
+        assert (
+            not before
+            or any(before in cue for cue in encode.template.cues)
+            or before.startswith(f"<{WIDE}tool")
+        ), (
             one,
             other,
         )
@@ -115,10 +147,16 @@ def check(tokenizer, name, messages, tools=None, written=None):
 @pytest.mark.parametrize("name", PLAIN)
 def test_answers_are_what_the_twin_marks(tokenizer_with, name):
     tokenizer = tokenizer_with(template_of(name))
-    assert check(tokenizer, name, [USER, ANSWER])[0].lstrip("<think>/\n").replace("<|channel|>final<|message|>", "")
+    assert (
+        check(tokenizer, name, [USER, ANSWER])[0]
+        .lstrip("<think>/\n")
+        .replace("<|channel|>final<|message|>", "")
+    )
     check(tokenizer, name, [USER, ANSWER, *AGAIN])
     trained = check(tokenizer, name, SPACE)
-    assert ["One" in text for text in trained] == [True, False] and "Two" in trained[1]  # no first word is lost
+    assert ["One" in text for text in trained] == [True, False] and "Two" in trained[
+        1
+    ]  # no first word is lost
     if name not in ("gemma", "phi3_5"):
         check(tokenizer, name, [{"role": "system", "content": "Be brief."}, USER, ANSWER])
 
@@ -127,13 +165,17 @@ def test_answers_are_what_the_twin_marks(tokenizer_with, name):
 def test_reasoning_is_trained_where_the_template_writes_it(tokenizer_with, name):
     tokenizer = tokenizer_with(template_of(name))
     for field in ("reasoning_content", "thinking", "reasoning"):
-        _, row = encoded(tokenizer, {"messages": [USER, {**ANSWER, field: THOUGHT["reasoning_content"]}]})
+        _, row = encoded(
+            tokenizer, {"messages": [USER, {**ANSWER, field: THOUGHT["reasoning_content"]}]}
+        )
         (trained,) = trained_texts(tokenizer, row["labels"])
         assert trained.index("Of size, more than most.") < trained.index("Large.")
         if name == "qwen3_5_nothink":  # whose prompt says that there is no thought
             assert row["notes"].pop().startswith("the answer does not follow the generation prompt")
         assert not row["notes"]
-    if name != "glm4moe":  # its turns end with the next one's first token, for which the last gets the end of sequence here
+    if (
+        name != "glm4moe"
+    ):  # its turns end with the next one's first token, for which the last gets the end of sequence here
         check(tokenizer, name, [USER, THOUGHT])
     _, row = encoded(tokenizer, {"messages": [USER, THOUGHT, *AGAIN]})
     kept = "Of size" in tokenizer.decode(row["input_ids"])
@@ -143,19 +185,32 @@ def test_reasoning_is_trained_where_the_template_writes_it(tokenizer_with, name)
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_of_tools_are_trained_as_turns(tokenizer_with, name):
     tokenizer, written = tokenizer_with(template_of(name)), None
-    if name == "deepseekv3":  # which puts arguments into text as they are, and leaves the list of tools out
+    if (
+        name == "deepseekv3"
+    ):  # which puts arguments into text as they are, and leaves the list of tools out
         as_text = {**CALL, "function": {"name": "add", "arguments": '{"a": 1}'}}
-        written = [{**message, "tool_calls": [as_text]} if "tool_calls" in message else message for message in CALLING]
+        written = [
+            {**message, "tool_calls": [as_text]} if "tool_calls" in message else message
+            for message in CALLING
+        ]
     tools = None if name == "deepseekv3" else [TOOL]
     call, answer = check(tokenizer, name, CALLING, tools, written)
-    assert "add" in call and "1" in call and "2" not in call.split("add")[1] and answer.count("It is 2.") == 1
+    assert (
+        "add" in call
+        and "1" in call
+        and "2" not in call.split("add")[1]
+        and answer.count("It is 2.") == 1
+    )
     in_sharegpt = [
         {"from": "human", "value": "Add 1."},
         {"from": "function_call", "value": '{"name": "add", "arguments": "{\\"a\\": 1}"}'},
         {"from": "observation", "value": "2"},
         {"from": "gpt", "value": "It is 2."},
     ]
-    _, row = encoded(tokenizer, {"conversations": in_sharegpt, **({"tools": json.dumps([TOOL])} if tools else {})})
+    _, row = encoded(
+        tokenizer,
+        {"conversations": in_sharegpt, **({"tools": json.dumps([TOOL])} if tools else {})},
+    )
     assert row["fate"] == KEPT and "add" in trained_texts(tokenizer, row["labels"])[0]
 
 
@@ -163,15 +218,29 @@ def test_calls_of_tools_are_trained_as_turns(tokenizer_with, name):
 def test_templates_that_want_lists_of_parts_get_them(tokenizer_with, name):
     tokenizer = tokenizer_with(template_of(name))
     _, row = encoded(tokenizer, {"messages": [USER, ANSWER, *AGAIN]})
-    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in [USER, ANSWER, *AGAIN]]
+    parts = [
+        {**m, "content": [{"type": "text", "text": m["content"]}]} for m in [USER, ANSWER, *AGAIN]
+    ]
     own = tokenizer.apply_chat_template(parts, tokenize=True)["input_ids"]
     assert row["fate"] == KEPT and row["input_ids"][: len(own)] == own
-    assert [text.split("<")[0].strip() for text in trained_texts(tokenizer, row["labels"])] == ["Large.", "Little, or tiny."]
+    assert [text.split("<")[0].strip() for text in trained_texts(tokenizer, row["labels"])] == [
+        "Large.",
+        "Little, or tiny.",
+    ]
     (prompt,) = PromptEncoder(tokenizer)([{"messages": [USER]}])
-    assert prompt == tokenizer.apply_chat_template(parts[:1], tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert (
+        prompt
+        == tokenizer.apply_chat_template(parts[:1], tokenize=True, add_generation_prompt=True)[
+            "input_ids"
+        ]
+    )
 
 
-TWINS = sorted(name for path in FOLDER.iterdir() if (name := path.name.removesuffix(".jinja")).endswith("_training"))
+TWINS = sorted(
+    name
+    for path in FOLDER.iterdir()
+    if (name := path.name.removesuffix(".jinja")).endswith("_training")
+)
 
 
 @pytest.mark.parametrize("name", [name for name in TWINS if name not in IMAGES])
@@ -179,24 +248,44 @@ def test_an_authors_marks_are_taken_at_their_word(tokenizer_with, name):
     """Some mark an answer in several blocks, some its end in one of its own."""
     tokenizer = tokenizer_with(template_of(name))
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    for messages in ([USER, ANSWER], [USER, ANSWER, *AGAIN], [USER, THOUGHT], [USER, THOUGHT, *AGAIN], SPACE):
+    for messages in (
+        [USER, ANSWER],
+        [USER, ANSWER, *AGAIN],
+        [USER, THOUGHT],
+        [USER, THOUGHT, *AGAIN],
+        SPACE,
+    ):
         _, row = encoded(tokenizer, {"messages": messages})
         own = tokenizer.apply_chat_template(messages, **options)
         assert row["input_ids"] == own["input_ids"]
-        assert [label != IGNORE_INDEX for label in row["labels"]] == [bool(marked) for marked in own["assistant_masks"]]
-        off = [{**message, "weight": 0} if message is messages[1] else message for message in messages]
+        assert [label != IGNORE_INDEX for label in row["labels"]] == [
+            bool(marked) for marked in own["assistant_masks"]
+        ]
+        off = [
+            {**message, "weight": 0} if message is messages[1] else message for message in messages
+        ]
         _, row = encoded(tokenizer, {"messages": off})
         assert len(trained_texts(tokenizer, row["labels"])) == len(messages) // 2 - 1
 
 
-@pytest.mark.parametrize("name", ["lfm2_2_5", "qwen3_training", "glm4moe_training", "nemotron_3_nano_training"])
+@pytest.mark.parametrize(
+    "name", ["lfm2_2_5", "qwen3_training", "glm4moe_training", "nemotron_3_nano_training"]
+)
 def test_a_block_is_that_of_its_answer_where_the_template_cuts_thoughts_out(tokenizer_with, name):
     tokenizer = tokenizer_with(template_of(name))
-    plain, last = {"role": "assistant", "content": "Plain."}, {"role": "assistant", "content": "Last."}
+    plain, last = (
+        {"role": "assistant", "content": "Plain."},
+        {"role": "assistant", "content": "Last."},
+    )
     thinking = {"role": "assistant", "content": "<think>\nTwo.\n</think>\n\nFour."}
     for weights in ((1, 0, 1), (0, 1, 1), (1, 1, 0)):
-        answers = [{**answer, "weight": w} for answer, w in zip((plain, thinking, last), weights, strict=True)]
-        _, row = encoded(tokenizer, {"messages": [message for answer in answers for message in (USER, answer)]})
+        answers = [
+            {**answer, "weight": w}
+            for answer, w in zip((plain, thinking, last), weights, strict=True)
+        ]
+        _, row = encoded(
+            tokenizer, {"messages": [message for answer in answers for message in (USER, answer)]}
+        )
         trained = "".join(trained_texts(tokenizer, row["labels"]))
         assert [int(word in trained) for word in ("Plain.", "Four.", "Last.")] == list(weights)
         cut = "the template leaves out or rewrites part of an answer" in row["notes"]
@@ -205,7 +294,9 @@ def test_a_block_is_that_of_its_answer_where_the_template_cuts_thoughts_out(toke
     assert row["fate"] == KEPT and "Four." in trained_texts(tokenizer, row["labels"])[0]
 
 
-@pytest.mark.parametrize(("name", "said"), [("gemma4", False), ("deepseekv3", False), ("diffusion_gemma", True)])
+@pytest.mark.parametrize(
+    ("name", "said"), [("gemma4", False), ("deepseekv3", False), ("diffusion_gemma", True)]
+)
 def test_an_answer_is_compared_with_the_prompt_for_it(tokenizer_with, name, said):
     """Behind a result of a tool Gemma 4 asks for nothing."""
     tokenizer, written = tokenizer_with(template_of(name)), CALLING
@@ -213,9 +304,15 @@ def test_an_answer_is_compared_with_the_prompt_for_it(tokenizer_with, name, said
         calls = [{**CALL, "function": {**CALL["function"], "arguments": '{"a": 1}'}}]
         written = [CALLING[0], {**CALLING[1], "tool_calls": calls}, *CALLING[2:]]
     _, row = encoded(tokenizer, {"messages": CALLING})
-    prompt = tokenizer.apply_chat_template(written[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
+    prompt = tokenizer.apply_chat_template(written[:-1], tokenize=True, add_generation_prompt=True)[
+        "input_ids"
+    ]
     asked = row["input_ids"][: len(prompt)] == prompt and row["labels"][len(prompt)] != IGNORE_INDEX
-    assert asked != said == any("does not follow the generation prompt" in note for note in row["notes"])
+    assert (
+        asked
+        != said
+        == any("does not follow the generation prompt" in note for note in row["notes"])
+    )
 
 
 def test_blocks_that_touch_are_one_turn(tokenizer_with):
@@ -228,32 +325,58 @@ def test_blocks_that_touch_are_one_turn(tokenizer_with):
     )
     turns = [USER, {**ANSWER, "weight": 0.5}, *AGAIN, USER, {**THOUGHT, "weight": 2}]
     _, row = encoded(tokenizer, {"messages": turns})
-    wanted = ["Large.<|im_end|>", "Little, or tiny.<|im_end|>", "Of size, more than most.Large.<|im_end|>"]
+    wanted = [
+        "Large.<|im_end|>",
+        "Little, or tiny.<|im_end|>",
+        "Of size, more than most.Large.<|im_end|>",
+    ]
     assert trained_texts(tokenizer, row["labels"]) == wanted and row["notes"] == [WEIGHTED]
-    trained = [weight for label, weight in zip(row["labels"], row["weights"], strict=True) if label != IGNORE_INDEX]
-    assert [weight for i, weight in enumerate(trained) if i == 0 or weight != trained[i - 1]] == [0.5, 1, 2]
+    trained = [
+        weight
+        for label, weight in zip(row["labels"], row["weights"], strict=True)
+        if label != IGNORE_INDEX
+    ]
+    assert [weight for i, weight in enumerate(trained) if i == 0 or weight != trained[i - 1]] == [
+        0.5,
+        1,
+        2,
+    ]
 
 
 def test_an_answer_of_which_nothing_is_written_is_refused(tokenizer_with):
-    _, row = encoded(tokenizer_with(template_of("gemma3")), {"messages": [USER, {**THOUGHT, "content": ""}]})
+    _, row = encoded(
+        tokenizer_with(template_of("gemma3")), {"messages": [USER, {**THOUGHT, "content": ""}]}
+    )
     assert row["refusal"] == "the chat template leaves out message 2, which is reasoning alone"
     _, row = encoded(
         tokenizer_with(template_of("deepseek_r1_distill")),
         {"messages": [USER, {**ANSWER, "content": "<think>only</think>"}]},
     )
     assert row["refusal"] == "the chat template leaves out all that message 2 says"
-    tokenizer = tokenizer_with("{% for m in messages if m.role == 'assistant' %}{{ m.content + '<|im_end|>' }}{% endfor %}")
+    tokenizer = tokenizer_with(
+        "{% for m in messages if m.role == 'assistant' %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    )
     _, row = encoded(tokenizer, {"messages": [USER, ANSWER]})
     assert "the template leaves out a message of the user" in row["notes"]
 
 
 @pytest.mark.parametrize(
-    ("tool", "named"), [({"type": "web_search"}, "one of type 'web_search'"), ({"name": "as", "parameters": {}}, "'as'")]
+    ("tool", "named"),
+    [
+        ({"type": "web_search"}, "one of type 'web_search'"),
+        ({"name": "as", "parameters": {}}, "'as'"),
+    ],
 )
-def test_tools_that_a_template_leaves_out_are_found_whatever_their_name(tokenizer_with, tool, named):
-    _, row = encoded(tokenizer_with(template_of("gemma3")), {"messages": [USER, ANSWER], "tools": [tool]})
+def test_tools_that_a_template_leaves_out_are_found_whatever_their_name(
+    tokenizer_with, tool, named
+):
+    _, row = encoded(
+        tokenizer_with(template_of("gemma3")), {"messages": [USER, ANSWER], "tools": [tool]}
+    )
     assert row["refusal"] == f"the chat template has no place for tools: it leaves out {named}"
-    _, row = encoded(tokenizer_with(template_of("qwen3")), {"messages": [USER, ANSWER], "tools": [tool]})
+    _, row = encoded(
+        tokenizer_with(template_of("qwen3")), {"messages": [USER, ANSWER], "tools": [tool]}
+    )
     assert row["fate"] == KEPT
 
 
@@ -263,7 +386,9 @@ def test_tools_reach_the_template_in_the_form_that_it_reads(tokenizer_with, name
     _, bare = encoded(tokenizer, {"messages": [USER, ANSWER], "tools": [TOOL["function"]]})
     _, whole = encoded(tokenizer, {"messages": [USER, ANSWER], "tools": [TOOL]})
     assert bare["fate"] == KEPT and "Adds." in tokenizer.decode(bare["input_ids"])
-    assert (bare["input_ids"] == whole["input_ids"]) == (name != "qwen3")  # which writes a tool as it is
+    assert (bare["input_ids"] == whole["input_ids"]) == (
+        name != "qwen3"
+    )  # which writes a tool as it is
 
 
 def test_what_a_template_leaves_out_of_calls_and_messages_is_said(tokenizer_with):
@@ -278,15 +403,26 @@ def test_what_a_template_leaves_out_of_calls_and_messages_is_said(tokenizer_with
 
 
 def test_a_system_message_that_moves_is_said(tokenizer_with):
-    _, row = encoded(tokenizer_with(template_of("gemma")), {"messages": [{"role": "system", "content": "Be."}, USER, ANSWER]})
-    assert "the template takes no system message: it is put before the question, as it has to be when served" in row["notes"]
+    _, row = encoded(
+        tokenizer_with(template_of("gemma")),
+        {"messages": [{"role": "system", "content": "Be."}, USER, ANSWER]},
+    )
+    assert (
+        "the template takes no system message: it is put before the question, as it has to be when served"
+        in row["notes"]
+    )
 
 
 @pytest.mark.parametrize("name", NO_CALLS)
 def test_calls_that_a_template_has_no_place_for_are_refused(tokenizer_with, name):
     _, row = encoded(tokenizer_with(template_of(name)), {"messages": CALLING[:2]})
-    assert row["fate"] == REFUSED and "no place for the calls of tools: it leaves out message 2" in row["refusal"]
-    _, row = encoded(tokenizer_with(template_of(name)), {"messages": [USER, ANSWER], "tools": [TOOL]})
+    assert (
+        row["fate"] == REFUSED
+        and "no place for the calls of tools: it leaves out message 2" in row["refusal"]
+    )
+    _, row = encoded(
+        tokenizer_with(template_of(name)), {"messages": [USER, ANSWER], "tools": [TOOL]}
+    )
     assert row["fate"] == KEPT or "no place for tools: it leaves out 'add'" in row["refusal"]
 
 
@@ -313,7 +449,10 @@ def test_the_tools_of_a_record_reach_the_prompt(tokenizer_with):
 )  # fmt: skip
 def test_the_tokens_that_end_a_response(tokenizer_with, name, endings):
     tokenizer = tokenizer_with(template_of(name))
-    assert stop_ids(tokenizer) == [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(endings)]
+    assert stop_ids(tokenizer) == [
+        tokenizer.eos_token_id,
+        *tokenizer.convert_tokens_to_ids(endings),
+    ]
 
 
 def test_an_ending_may_look_like_a_closing_tag(tokenizer_with):
@@ -321,14 +460,19 @@ def test_an_ending_may_look_like_a_closing_tag(tokenizer_with):
     turns = "{% for m in messages %}{{ '<turn>' + m.role + '\\n' + m.content + '</turn>\\n' }}{% endfor %}"
     tokenizer = tokenizer_with(turns + ask)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "</turn>"]})
-    assert stop_ids(tokenizer) == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("</turn>")]
+    assert stop_ids(tokenizer) == [
+        tokenizer.eos_token_id,
+        tokenizer.convert_tokens_to_ids("</turn>"),
+    ]
     _, row = encoded(tokenizer, {"messages": [USER, ANSWER]})
     assert trained_texts(tokenizer, row["labels"]) == ["Large.</turn>"]
 
 
 def test_line_breaks_that_are_tokens_end_nothing(tokenizer_with):
     """Gemma's tokenizer has them as added tokens; its template ends turns with one."""
-    tokenizer = tokenizer_with("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}")
+    tokenizer = tokenizer_with(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    )
     tokenizer.add_tokens(["\n", "\n\n"])
     assert stop_ids(tokenizer) == [tokenizer.eos_token_id]
     _, row = encoded(tokenizer, {"messages": [USER, ANSWER]})
@@ -338,18 +482,32 @@ def test_line_breaks_that_are_tokens_end_nothing(tokenizer_with):
 def test_a_default_system_prompt_is_part_of_the_prompt(tokenizer_with):
     tokenizer = tokenizer_with(SMOLLM2)
     _, row = encoded(tokenizer, {"messages": [USER, ANSWER, *AGAIN]})
-    assert trained_texts(tokenizer, row["labels"]) == ["Large.<|im_end|>", "Little, or tiny.<|im_end|>"]
-    assert row["input_ids"] == tokenizer.apply_chat_template([USER, ANSWER, *AGAIN], tokenize=True)["input_ids"]
+    assert trained_texts(tokenizer, row["labels"]) == [
+        "Large.<|im_end|>",
+        "Little, or tiny.<|im_end|>",
+    ]
+    assert (
+        row["input_ids"]
+        == tokenizer.apply_chat_template([USER, ANSWER, *AGAIN], tokenize=True)["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
 def test_what_a_template_strips_from_an_answer_is_said(tokenizer_with, name):
     tokenizer = tokenizer_with(template_of(name))
-    _, row = encoded(tokenizer, {"messages": [USER, {"role": "assistant", "content": "<think>Of size.</think>Large."}]})
+    _, row = encoded(
+        tokenizer,
+        {"messages": [USER, {"role": "assistant", "content": "<think>Of size.</think>Large."}]},
+    )
     assert "the template leaves out or rewrites part of an answer" in row["notes"]
     _, row = encoded(tokenizer, {"messages": [USER, ANSWER]})
-    wanted = "the answer does not follow the generation prompt {!r}, which is what generation continues"
+    wanted = (
+        "the answer does not follow the generation prompt {!r}, which is what generation continues"
+    )
     assert row["notes"] == [wanted.format(f"<{WIDE}Assistant{WIDE}><think>\n")]
     qwen = tokenizer_with(template_of("qwen3"))  # writes the same thought in its own way
-    _, row = encoded(qwen, {"messages": [USER, {"role": "assistant", "content": "<think>Of size.</think>Large."}]})
+    _, row = encoded(
+        qwen,
+        {"messages": [USER, {"role": "assistant", "content": "<think>Of size.</think>Large."}]},
+    )
     assert not row["notes"] and "Of size." in trained_texts(qwen, row["labels"])[0]

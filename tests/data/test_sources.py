@@ -32,18 +32,28 @@ def make_source(tmp_path):
 
 
 def texts(examples, tokenizer):
-    return [tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples]
+    return [
+        tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples
+    ]
 
 
 def test_without_weights_every_example_is_there_once(tokenizer, make_source, tmp_path):
     loading = Loading(64, cache_dir=str(tmp_path / "cache"))
-    sources = [load_source(make_source(name, count), tokenizer, loading)[0] for name, count in (("a", 5), ("b", 3))]
-    assert texts(mix(sources, None, 0), tokenizer) == [f"a {i}" for i in range(5)] + [f"b {i}" for i in range(3)]
+    sources = [
+        load_source(make_source(name, count), tokenizer, loading)[0]
+        for name, count in (("a", 5), ("b", 3))
+    ]
+    assert texts(mix(sources, None, 0), tokenizer) == [f"a {i}" for i in range(5)] + [
+        f"b {i}" for i in range(3)
+    ]
 
 
 def test_weights_are_shares_and_the_small_source_starts_again(tokenizer, make_source, tmp_path):
     loading = Loading(64, cache_dir=str(tmp_path / "cache"))
-    sources = [load_source(make_source(name, count), tokenizer, loading)[0] for name, count in (("a", 300), ("b", 10))]
+    sources = [
+        load_source(make_source(name, count), tokenizer, loading)[0]
+        for name, count in (("a", 300), ("b", 10))
+    ]
     drawn = texts(mix(sources, [3.0, 1.0], 7), tokenizer)
     assert {f"a {i}" for i in range(300)} <= set(drawn)  # until every source has been seen
     share = sum(text.startswith("a") for text in drawn) / len(drawn)
@@ -54,15 +64,21 @@ def test_weights_are_shares_and_the_small_source_starts_again(tokenizer, make_so
 
 
 def stream(paths, tokenizer, tmp_path, weights=None, buffer=4):
-    return stream_sources(paths, weights, tokenizer, Loading(64, cache_dir=str(tmp_path), shuffle_buffer=buffer))
+    return stream_sources(
+        paths, weights, tokenizer, Loading(64, cache_dir=str(tmp_path), shuffle_buffer=buffer)
+    )
 
 
-def test_a_stream_holds_every_example_each_round_and_is_read_as_it_goes(tokenizer, make_source, tmp_path, monkeypatch):
+def test_a_stream_holds_every_example_each_round_and_is_read_as_it_goes(
+    tokenizer, make_source, tmp_path, monkeypatch
+):
     from stanford_alpaca.data import formats
 
     path, read = make_source("a", 3000, files=4), []
     canonical = formats.canonical
-    monkeypatch.setattr(formats, "canonical", lambda *args, **kw: (read.append(1), canonical(*args, **kw))[1])
+    monkeypatch.setattr(
+        formats, "canonical", lambda *args, **kw: (read.append(1), canonical(*args, **kw))[1]
+    )
     examples = iter(stream([path], tokenizer, tmp_path, buffer=8))
     rounds = [next(examples) for _ in range(5)]
     assert len(read) < 1500  # no more than a batch of each file
@@ -70,7 +86,9 @@ def test_a_stream_holds_every_example_each_round_and_is_read_as_it_goes(tokenize
     assert sorted(rounds[:3000]) != rounds[:3000]
     counts = Counter(rounds)
     assert set(counts) == {f"a {i}" for i in range(3000)} and set(counts.values()) <= {1, 2, 3}
-    assert sum(count != 2 for count in counts.values()) <= 16  # the buffer mixes the end of a round with the next
+    assert (
+        sum(count != 2 for count in counts.values()) <= 16
+    )  # the buffer mixes the end of a round with the next
 
 
 def test_ranks_take_their_parts_of_the_same_batches(tokenizer, make_source, tmp_path):
@@ -79,9 +97,16 @@ def test_ranks_take_their_parts_of_the_same_batches(tokenizer, make_source, tmp_
     def batches(processes: int, size: int, count: int):
         parts = []
         for rank in range(processes):
-            shard = IterableDatasetShard(stream([path], tokenizer, tmp_path), size // processes, False, processes, rank)
+            shard = IterableDatasetShard(
+                stream([path], tokenizer, tmp_path), size // processes, False, processes, rank
+            )
             rows = iter(shard)
-            parts.append([texts([next(rows) for _ in range(size // processes)], tokenizer) for _ in range(count)])
+            parts.append(
+                [
+                    texts([next(rows) for _ in range(size // processes)], tokenizer)
+                    for _ in range(count)
+                ]
+            )
         return [sorted(text for part in step for text in part) for step in zip(*parts, strict=True)]
 
     assert batches(1, 4, 6) == batches(2, 4, 6) == batches(4, 4, 6)
@@ -110,7 +135,9 @@ def test_what_a_workers_error_says_is_one_line(tokenizer, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 400 + '{"tex')
     examples = stream([str(tmp_path / "a.jsonl")], tokenizer, tmp_path, buffer=1)
     with pytest.raises(SystemExit) as end:
-        exit_on_user_error(lambda: list(DataLoader(examples, batch_size=1, num_workers=1, collate_fn=list)))
+        exit_on_user_error(
+            lambda: list(DataLoader(examples, batch_size=1, num_workers=1, collate_fn=list))
+        )
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/a.jsonl:line 401: broken JSON")
 
@@ -127,6 +154,8 @@ def test_workers_share_the_files_of_a_stream(tokenizer, make_source, tmp_path):
 def test_an_identity_follows_the_contents(make_source, tmp_path):
     path = make_source("a", 3)
     before, by_size = identify(path), identify(path, streaming=True)
-    (tmp_path / "a" / "0.jsonl").write_text((tmp_path / "a" / "0.jsonl").read_text().replace("a 1", "a 9"))
+    (tmp_path / "a" / "0.jsonl").write_text(
+        (tmp_path / "a" / "0.jsonl").read_text().replace("a 1", "a 9")
+    )
     assert identify(path) != before and identify(path, streaming=True) == by_size
     assert before.startswith("sha256:") and identify("some/hub-set") == "hub:some/hub-set"

@@ -46,12 +46,16 @@ def tokenizer(root):
 
 
 def ids_of(tokenizer, messages):
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)[
+        "input_ids"
+    ]
 
 
 def asked_as_trained(tokenizer, record, turns=alpaca_turns):
     template = TurnsTemplate(turns, TextEncoder.of(tokenizer))
-    ((ids, _),) = template.encoder([template.prompt(parse_record(record, "here", needs_output=False))])
+    ((ids, _),) = template.encoder(
+        [template.prompt(parse_record(record, "here", needs_output=False))]
+    )
     return ids
 
 
@@ -64,7 +68,9 @@ def test_transformers_writes_alpacas_prompts_as_training_did(tokenizers, kind, t
     saved = AutoTokenizer.from_pretrained(tmp_path / "trained")
     for record, messages in ASKED:
         assert ids_of(saved, messages) == asked_as_trained(tokenizer, record), record
-        assert PromptEncoder(saved)([parse_record(record, "here", needs_output=False)]) == [ids_of(saved, messages)]
+        assert PromptEncoder(saved)([parse_record(record, "here", needs_output=False)]) == [
+            ids_of(saved, messages)
+        ]
         assert PromptEncoder(saved)([{"messages": messages}]) == [ids_of(saved, messages)]
     assert trained_prompts(saved) == ("alpaca", "text")
     with pytest.raises(Exception, match="turns have to alternate"):
@@ -83,7 +89,11 @@ def test_transformers_writes_prompts_that_stand_alone_as_training_did(tokenizers
     assert PromptEncoder(tokenizer)([{"instruction": "Add.", "input": ""}]) == [
         ids_of(tokenizer, [{"role": "user", "content": "Add."}])
     ]
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     assert text.endswith(f"ab{tokenizer.eos_token}c")
 
@@ -93,13 +103,18 @@ def test_a_tokenizer_that_puts_no_token_before_texts_gets_none(tokenizer):
 
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     assert sign(tokenizer, ["alpaca"]) == []
-    assert not tokenizer.chat_template.startswith("{{-") and tokenizer.bos_token_id not in ids_of(tokenizer, ASKED[0][1])
+    assert not tokenizer.chat_template.startswith("{{-") and tokenizer.bos_token_id not in ids_of(
+        tokenizer, ASKED[0][1]
+    )
 
 
 def test_what_was_trained_is_followed_and_something_else_can_be_asked_for(tokenizer):
     tokenizer.chat_template = CHAT
     assert trained_prompts(tokenizer) is None
-    assert follow(tokenizer, "alpaca", "auto", None) == ("alpaca", "text")  # somebody else's, as training takes it
+    assert follow(tokenizer, "alpaca", "auto", None) == (
+        "alpaca",
+        "text",
+    )  # somebody else's, as training takes it
     assert follow(tokenizer, "chat", "auto", None) == ("chat", "text")
     sign(tokenizer, ["chat"], "parse")
     assert tokenizer.chat_template == CHAT and trained_prompts(tokenizer) == ("chat", "parse")
@@ -110,15 +125,24 @@ def test_what_was_trained_is_followed_and_something_else_can_be_asked_for(tokeni
     asked = PromptEncoder(tokenizer)([{"instruction": "Add.", "input": "1"}])
     assert asked == [ids_of(tokenizer, [{"role": "user", "content": "Add.\n\n1"}])]
     tokenizer.chat_template += " "  # somebody has trained it on
-    assert trained_prompts(tokenizer) is None and follow(tokenizer, "alpaca", "auto", None) == ("alpaca", "text")
+    assert trained_prompts(tokenizer) is None and follow(tokenizer, "alpaca", "auto", None) == (
+        "alpaca",
+        "text",
+    )
 
 
 def test_a_model_of_alpacas_prompts_is_trained_on_with_them(tokenizer):
     sign(tokenizer, ["alpaca"])
-    assert resolve_template("auto", "chat", tokenizer) == "alpaca" and resolve_template("chat", "chat", tokenizer) == "alpaca"
+    assert (
+        resolve_template("auto", "chat", tokenizer) == "alpaca"
+        and resolve_template("chat", "chat", tokenizer) == "alpaca"
+    )
     assert told_templates(["alpaca"], tokenizer) == ["prompts: Alpaca's template"]
     tokenizer.chat_template = CHAT
-    assert "which is not used: --prompt_template chat uses it" in told_templates(["alpaca"], tokenizer)[0]
+    assert (
+        "which is not used: --prompt_template chat uses it"
+        in told_templates(["alpaca"], tokenizer)[0]
+    )
     assert sign(tokenizer, ["alpaca"]) == [
         "the saved chat_template writes the prompts that are trained; the tokenizer's own is not kept"
     ]
@@ -131,13 +155,18 @@ def test_a_model_of_alpacas_prompts_is_trained_on_with_them(tokenizer):
 
 def test_several_templates_leave_the_one_that_serves_most_and_a_line(tokenizer):
     (line,) = sign(tokenizer, ["plain", "alpaca"])
-    assert line == "several templates write the prompts (alpaca, plain): the saved chat_template is Alpaca's"
+    assert (
+        line
+        == "several templates write the prompts (alpaca, plain): the saved chat_template is Alpaca's"
+    )
     assert follow(tokenizer, "completion", "auto", None).template == "plain"
     assert follow(tokenizer, "alpaca", "auto", None).template == "alpaca"
     tokenizer.chat_template = CHAT
     (line,) = sign(tokenizer, ["alpaca", "chat"])
     assert "the tokenizer's own" in line and tokenizer.chat_template == CHAT
-    assert sign(tokenizer, []) == [] and trained_prompts(tokenizer) is not None  # running text changes nothing
+    assert (
+        sign(tokenizer, []) == [] and trained_prompts(tokenizer) is not None
+    )  # running text changes nothing
 
 
 def test_named_templates_keep_their_names(tokenizer, tmp_path):
@@ -157,10 +186,14 @@ def test_a_chat_template_is_given_as_a_file_a_folder_or_a_name(tokenizer, root, 
     assert fresh.chat_template == CHAT
     fresh.chat_template = {"rag": CHAT + "r", "tool_use": CHAT + "t"}
     with pytest.raises(
-        UserError, match="chat templates named rag, tool_use, and none is the default: choose one with --chat_template NAME"
+        UserError,
+        match="chat templates named rag, tool_use, and none is the default: choose one with --chat_template NAME",
     ):
         PromptEncoder(fresh, "chat")([{"instruction": "a", "input": ""}])
-    with pytest.raises(UserError, match=r"--chat_template rga: no file.*the tokenizer's own are named rag, tool_use"):
+    with pytest.raises(
+        UserError,
+        match=r"--chat_template rga: no file.*the tokenizer's own are named rag, tool_use",
+    ):
         use_chat_template(fresh, "rga")
     use_chat_template(fresh, "rag")
     assert fresh.chat_template == CHAT + "r"
@@ -186,12 +219,16 @@ def test_the_tokens_that_end_answers_join_those_of_the_base(tokenizer, before, a
 def test_a_system_message_may_be_empty(tokenizer):
     sign(tokenizer, ["alpaca"])
     question = {"role": "user", "content": "Add."}
-    assert ids_of(tokenizer, [{"role": "system", "content": ""}, question]) == ids_of(tokenizer, [question])
+    assert ids_of(tokenizer, [{"role": "system", "content": ""}, question]) == ids_of(
+        tokenizer, [question]
+    )
 
 
 def test_a_question_of_nothing_is_a_prompt_of_nothing(tokenizer):
     sign(tokenizer, ["plain"])
-    assert PromptEncoder(tokenizer)([{"messages": [{"role": "user", "content": ""}]}]) == [[tokenizer.bos_token_id]]
+    assert PromptEncoder(tokenizer)([{"messages": [{"role": "user", "content": ""}]}]) == [
+        [tokenizer.bos_token_id]
+    ]
 
 
 def test_a_templates_file_may_begin_with_a_mark(tokenizer, tmp_path):

@@ -7,13 +7,27 @@ import pytest
 from datasets import Dataset
 
 from stanford_alpaca.data.prompts import format_prompt
-from stanford_alpaca.data.tokenize import EMPTY, IGNORE_INDEX, ExampleEncoder, label_spans, tokenize_records
+from stanford_alpaca.data.tokenize import (
+    EMPTY,
+    IGNORE_INDEX,
+    ExampleEncoder,
+    label_spans,
+    tokenize_records,
+)
 from stanford_alpaca.errors import UserError
 
 RECORDS = [
-    {"instruction": "Give a synonym of big.", "input": "", "output": "Another word for big is large."},
+    {
+        "instruction": "Give a synonym of big.",
+        "input": "",
+        "output": "Another word for big is large.",
+    },
     {"instruction": "Classify.", "input": "The film was awful.\nTruly.", "output": "negative"},
-    {"instruction": "Braces {x} and <angle>", "input": "", "output": "  spaces first,\n\nlines\ttabs"},
+    {
+        "instruction": "Braces {x} and <angle>",
+        "input": "",
+        "output": "  spaces first,\n\nlines\ttabs",
+    },
     {"instruction": "Ünïcode ☃ 漢字", "input": "émoji 🎉", "output": "漢字 🎉 ☃"},
     {"instruction": "Count.", "input": "", "output": "1, 2, 3"},
 ]
@@ -42,20 +56,27 @@ def tokenizers(tmp_path_factory, root):
     folder = tmp_path_factory.mktemp("tokenizers")
     (folder / "spm").mkdir()
     (folder / "spm" / "tokenizer.model").write_bytes(sentencepiece_model("bpe"))
-    (folder / "spm" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    (folder / "spm" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}'
+    )
 
     unigram = Tokenizer(models.Unigram())
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     unigram.decoder = decoders.Metaspace()
     texts = [format_prompt(record) + record["output"] for record in RECORDS]
     trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        unk_token="<unk>",
+        show_progress=False,
     )
     unigram.train_from_iterator(texts * 20, trainer)
-    unigram.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=unigram, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(
-        folder / "unigram"
+    unigram.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
     )
+    PreTrainedTokenizerFast(
+        tokenizer_object=unigram, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "unigram")
     return {
         "sentencepiece": AutoTokenizer.from_pretrained(folder / "spm"),
         "byte-level": AutoTokenizer.from_pretrained(root / "data" / "tiny-base"),
@@ -66,14 +87,19 @@ def tokenizers(tmp_path_factory, root):
 def alpaca(record, tokenizer, max_length):
     """The original recipe in its own terms: encode all with the end-of-sequence text, encode the prompt, mask its length."""
     prompt = format_prompt(record)
-    ids = tokenizer(prompt + record["output"] + tokenizer.eos_token, truncation=True, max_length=max_length)["input_ids"]
+    ids = tokenizer(
+        prompt + record["output"] + tokenizer.eos_token, truncation=True, max_length=max_length
+    )["input_ids"]
     masked = len(tokenizer(prompt, truncation=True, max_length=max_length)["input_ids"])
     return ids, [IGNORE_INDEX] * min(masked, len(ids)) + ids[masked:]
 
 
 def ours(record, tokenizer, max_length=512, form="alpaca", template="auto"):
     encode = ExampleEncoder.of(tokenizer, form, max_length, template)
-    return {name: column[0] for name, column in encode({name: [value] for name, value in record.items()}).items()}
+    return {
+        name: column[0]
+        for name, column in encode({name: [value] for name, value in record.items()}).items()
+    }
 
 
 @pytest.mark.parametrize("max_length", [512, 40])
@@ -99,14 +125,22 @@ def test_kinds_are_what_they_are_called(tokenizers):
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte-level", "unigram"])
 def test_special_token_text_stays_text(tokenizers, kind):
     tokenizer = tokenizers[kind]
-    row = ours({"instruction": "Say </s> and <s>.", "input": "<unk></s>", "output": "a</s>b"}, tokenizer)
+    row = ours(
+        {"instruction": "Say </s> and <s>.", "input": "<unk></s>", "output": "a</s>b"}, tokenizer
+    )
     assert row["input_ids"].count(tokenizer.eos_token_id) == 1
     assert row["input_ids"][-1] == tokenizer.eos_token_id
     assert row["input_ids"].count(tokenizer.bos_token_id) == 1
 
 
 def test_a_straddling_token_is_counted_and_not_trained():
-    offsets = [(0, 0), (0, 4), (4, 7), (7, 9), (9, 13)]  # the third holds the prompt's last character and the response's first
+    offsets = [
+        (0, 0),
+        (0, 4),
+        (4, 7),
+        (7, 9),
+        (9, 13),
+    ]  # the third holds the prompt's last character and the response's first
     row = label_spans([1, 10, 11, 12, 2], offsets, [(5, 13)], 512)
     assert row["labels"] == [-100, -100, -100, 12, 2]
     assert row["straddling"] and row["length"] == row["full_length"] == 5
@@ -117,23 +151,34 @@ def test_tokens_of_several_spans_and_what_a_cut_leaves():
     offsets = [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 12)]
     row = label_spans([10, 11, 12, 13, 14, 15], offsets, [(2, 4), (8, 10)], 512)
     assert row["labels"] == [-100, 11, -100, -100, 14, -100] and not row["straddling"]
-    row = label_spans([10, 11, 12, 13, 14, 15], offsets, [(2, 5), (7, 12)], 5)  # one token goes past the first span's end
+    row = label_spans(
+        [10, 11, 12, 13, 14, 15], offsets, [(2, 5), (7, 12)], 5
+    )  # one token goes past the first span's end
     assert row["labels"] == [-100, 11, -100, -100, 14] and row["straddling"]
-    assert (row["length"], row["full_length"], row["supervised"], row["full_supervised"]) == (5, 6, 2, 3)
+    assert (row["length"], row["full_length"], row["supervised"], row["full_supervised"]) == (
+        5,
+        6,
+        2,
+        3,
+    )
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte-level", "unigram"])
 def test_prompts_with_completions_and_texts_are_taken_as_they_are(tokenizers, kind):
     tokenizer = tokenizers[kind]
     whole = tokenizer("Another word for big is large." + tokenizer.eos_token)["input_ids"]
-    row = ours({"prompt": "Another word for", "completion": " big is large."}, tokenizer, form="completion")
+    row = ours(
+        {"prompt": "Another word for", "completion": " big is large."}, tokenizer, form="completion"
+    )
     masked = len(tokenizer("Another word for")["input_ids"])
     assert row["input_ids"] == whole
     assert row["labels"] == [IGNORE_INDEX] * masked + whole[masked:]
     row = ours({"text": "Another word for big is large."}, tokenizer, form="text")
     bos = [IGNORE_INDEX] if tokenizer.bos_token_id == whole[0] else []
     assert row["input_ids"] == whole and row["labels"] == bos + whole[len(bos) :]
-    with pytest.raises(UserError, match="--prompt_template alpaca cannot write records of the form text"):
+    with pytest.raises(
+        UserError, match="--prompt_template alpaca cannot write records of the form text"
+    ):
         ExampleEncoder.of(tokenizer, "text", 512, "alpaca")
     with pytest.raises(UserError, match="the tokenizer has no chat template"):
         ExampleEncoder.of(tokenizer, "alpaca", 512, "chat")
@@ -147,10 +192,15 @@ def test_an_end_of_sequence_token_added_by_the_tokenizer_is_not_doubled(tokenize
     plain = tokenizers["byte-level"]
     closing = deepcopy(plain)
     closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", plain.bos_token_id), ("</s>", plain.eos_token_id)]
+        single="<s> $A </s>",
+        special_tokens=[("<s>", plain.bos_token_id), ("</s>", plain.eos_token_id)],
     )
     assert closing("a")["input_ids"][-1] == plain.eos_token_id
-    for record in [RECORDS[0], {**RECORDS[0], "output": "ends in </s>"}, {**RECORDS[0], "output": ""}]:
+    for record in [
+        RECORDS[0],
+        {**RECORDS[0], "output": "ends in </s>"},
+        {**RECORDS[0], "output": ""},
+    ]:
         assert ours(record, closing) == ours(record, plain)
     assert ours({**RECORDS[0], "output": ""}, plain)["fate"] == EMPTY
 
@@ -162,8 +212,17 @@ def test_the_report_counts_what_was_dropped_and_cut(tokenizers, tmp_path):
     empty = {"instruction": "Say nothing.", "input": "", "output": ""}
     records = Dataset.from_list([RECORDS[0], long, filled, empty])
     examples, report = tokenize_records(records, tokenizer, 64)
-    assert (report.records, report.kept, report.no_response, report.filled, report.truncated) == (4, 2, 1, 1, 1)
-    assert [len(ids) for ids in examples["input_ids"]] == [len(ours(RECORDS[0], tokenizer)["input_ids"]), 64]
+    assert (report.records, report.kept, report.no_response, report.filled, report.truncated) == (
+        4,
+        2,
+        1,
+        1,
+        1,
+    )
+    assert [len(ids) for ids in examples["input_ids"]] == [
+        len(ours(RECORDS[0], tokenizer)["input_ids"]),
+        64,
+    ]
     supervised = sum(label != IGNORE_INDEX for labels in examples["labels"] for label in labels[1:])
     assert report.supervised_tokens == supervised
     assert report.tokens == sum(len(ids) for ids in examples["input_ids"])

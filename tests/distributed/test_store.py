@@ -18,13 +18,17 @@ PER_MACHINE = 2
 def turn(folder: str, failing: int | None, odd: int | None) -> str | tuple[str, list[str]]:
     """One rank's data and those that had loaded before it, or what it ended with."""
     torch.distributed.init_process_group("gloo")
-    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1), torch.distributed.group.WORLD)
+    torch.distributed.distributed_c10d._set_pg_timeout(
+        timedelta(seconds=1), torch.distributed.group.WORLD
+    )
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def load() -> tuple[str, list[str]]:
         before = sorted(file.name for file in Path(folder).iterdir())
         if failing is not None:
-            turns.time.sleep = lambda seconds: None  # those that say nothing would wait for those that speak
+            turns.time.sleep = lambda seconds: (
+                None
+            )  # those that say nothing would wait for those that speak
         if rank == failing:
             raise UserError("data.json: no such file")
         if failing is None and rank % PER_MACHINE == 0:

@@ -38,9 +38,9 @@ def main(report: Path, folder: Path) -> None:
             start = "#transport-title" if width > 900 else ".record"
             page.evaluate(f"document.querySelector('{start}').scrollIntoView(); scrollBy(0, -30)")
             picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-            picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(
-                folder / name, optimize=True
-            )
+            picture.quantize(
+                256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE
+            ).save(folder / name, optimize=True)
         browser.close()
 
 

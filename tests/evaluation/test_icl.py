@@ -20,10 +20,24 @@ from tests.helpers import refusal
 from tests.ranks import run_ranks
 
 TRAIN = {
-    "rt": [("a fine film", 1), ("dull and long", 0), ("a waste of time", 0), ("great fun for all", 1), ("not good", 0)],
-    "trec": [("Who wrote it ?", 3), ("Where is Rome ?", 4), ("How many are there ?", 5), ("What is an atom ?", 2)],
+    "rt": [
+        ("a fine film", 1),
+        ("dull and long", 0),
+        ("a waste of time", 0),
+        ("great fun for all", 1),
+        ("not good", 0),
+    ],
+    "trec": [
+        ("Who wrote it ?", 3),
+        ("Where is Rome ?", 4),
+        ("How many are there ?", 5),
+        ("What is an atom ?", 2),
+    ],
 }
-TEST = {"rt": [("great film", 1), ("dull film", 0), ("so long", 0)], "trec": [("Where is Paris ?", 4), ("Who is it ?", 3)]}
+TEST = {
+    "rt": [("great film", 1), ("dull film", 0), ("so long", 0)],
+    "trec": [("Where is Paris ?", 4), ("Who is it ?", 3)],
+}
 
 
 def written(task: dict, text: str, label: int) -> str:
@@ -54,7 +68,10 @@ def test_every_prediction_follows_from_what_is_written(folder, base, tmp_path, c
     run(base, data_dir=folder, shots=2, retriever="tfidf", out=str(tmp_path / "out"))
     results, rows = results_of(tmp_path / "out")
     printed = capsys.readouterr().out
-    assert "the same for every seed, so there is one run" in printed and "2 examples by TF-IDF" in printed
+    assert (
+        "the same for every seed, so there is one run" in printed
+        and "2 examples by TF-IDF" in printed
+    )
     assert [(row["task"], row["seed"], row["item"]) for row in rows] == [
         ("rt", None, 0), ("rt", None, 1), ("rt", None, 2), ("trec", None, 0), ("trec", None, 1)]  # fmt: skip
     assert rows[0]["examples"] == [3, 0]  # a word in common each, the latter of fewer words
@@ -62,16 +79,25 @@ def test_every_prediction_follows_from_what_is_written(folder, base, tmp_path, c
     for row in rows:
         task = results["tasks"][row["task"]]
         shots = [written(task, *TRAIN[row["task"]][i]) for i in row["examples"]]
-        prompts = ["\n\n".join([*shots, written(task, row["text"], label)]) for label in range(len(task["classes"]))]
+        prompts = [
+            "\n\n".join([*shots, written(task, row["text"], label)])
+            for label in range(len(task["classes"]))
+        ]
         ids = tokenizer(prompts)["input_ids"]
-        start = next(place for place in range(len(ids[0])) if len({tuple(row[: place + 1]) for row in ids}) > 1)
+        start = next(
+            place
+            for place in range(len(ids[0]))
+            if len({tuple(row[: place + 1]) for row in ids}) > 1
+        )
         (want,) = plain(model, [Choices(ids[0][:start], [row[start:] for row in ids], [])])
         assert row["scores"] == pytest.approx(want, abs=1e-4)
         assert row["prediction"] == int(np.argmax(row["scores"]))
     right = [row["prediction"] == row["label"] for row in rows]
     accuracy = results["accuracy"][base]
     assert accuracy["rt"] == [np.mean(right[:3])] and accuracy["trec"] == [np.mean(right[3:])]
-    assert accuracy["mean of tasks"] == [pytest.approx((np.mean(right[:3]) + np.mean(right[3:])) / 2)]
+    assert accuracy["mean of tasks"] == [
+        pytest.approx((np.mean(right[:3]) + np.mean(right[3:])) / 2)
+    ]
     assert f"{100 * accuracy['rt'][0]:.2f}" in printed
     with pytest.raises(UserError, match="exists: give another --out"):
         run(base, data_dir=folder, out=str(tmp_path / "out"))
@@ -83,11 +109,17 @@ def test_seeds_pools_and_the_score_of_whole_prompts(folder, base, tmp_path, caps
     results, rows = results_of(tmp_path / "out")
     assert [(row["seed"], row["item"]) for row in rows] == [(4, 0), (4, 1), (5, 0), (5, 1)]
     assert len({index for row in rows[:2] for index in row["examples"]}) <= 3
-    assert "among 3 drawn records, scored by perplexity; seeds 4, 5, mean ± standard deviation" in capsys.readouterr().out
+    assert (
+        "among 3 drawn records, scored by perplexity; seeds 4, 5, mean ± standard deviation"
+        in capsys.readouterr().out
+    )
     model, tokenizer = load_for_generation(ModelSource(base))
     task = results["tasks"]["rt"]
     shots = [written(task, *TRAIN["rt"][i]) for i in rows[0]["examples"]]
-    prompts = ["\n\n".join([*shots, f"Review: great film\nSentiment: {name}"]) for name in ("negative", "positive")]
+    prompts = [
+        "\n\n".join([*shots, f"Review: great film\nSentiment: {name}"])
+        for name in ("negative", "positive")
+    ]
     for text, score in zip(prompts, rows[0]["scores"], strict=True):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         assert score == pytest.approx(-model(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
@@ -112,13 +144,20 @@ def test_two_models_from_the_top_level(root, folder, base, make_model, tmp_path)
     assert [row["model"] for row in rows] == [base] * 10 + [str(other)] * 10
     assert [row["examples"] for row in rows[:10]] == [row["examples"] for row in rows[10:]]
     shots = [written(results["tasks"]["rt"], *TRAIN["rt"][i]) for i in rows[10]["examples"]]
-    texts = ["\n\n".join([*shots, written(results["tasks"]["rt"], "great film", label)]) for label in (0, 1)]
+    texts = [
+        "\n\n".join([*shots, written(results["tasks"]["rt"], "great film", label)])
+        for label in (0, 1)
+    ]
     context, endings = split_stem(tokenizer(texts)["input_ids"], 0)
     (want,) = plain(AutoModelForCausalLM.from_pretrained(other), [Choices(context, endings, [])])
-    assert rows[10]["scores"] == pytest.approx(want, abs=1e-5)  # no pad token that would take probability
+    assert rows[10]["scores"] == pytest.approx(
+        want, abs=1e-5
+    )  # no pad token that would take probability
     compared = results[f"against {base}"][str(other)]
     accuracy = {name: results["accuracy"][name]["rt"] for name in (base, str(other))}
-    assert compared["rt"]["mean"] == pytest.approx(np.mean(accuracy[str(other)]) - np.mean(accuracy[base]))
+    assert compared["rt"]["mean"] == pytest.approx(
+        np.mean(accuracy[str(other)]) - np.mean(accuracy[base])
+    )
     printed = (tmp_path / "printed").read_text()
     assert "other against tiny-base, paired bootstrap" in printed and "±" in printed
 
@@ -139,7 +178,10 @@ def test_without_an_encoder_it_says_what_it_takes(folder, base, tmp_path, capsys
         ({"tasks": "rtt"}, "--tasks rtt: no such task; did you mean rt"),
         ({"tasks": "subj"}, "subj_train.jsonl: no such file"),
         ({"retriever": "tfdif"}, "did you mean tfidf"),
-        ({"retriever": "sentence", "encoder": "none/none"}, "--encoder none/none: cannot be loaded"),
+        (
+            {"retriever": "sentence", "encoder": "none/none"},
+            "--encoder none/none: cannot be loaded",
+        ),
         ({"score": "loss"}, "--score loss: there is none"),
         ({"shots": 6}, "--shots 6: task rt has 5 to choose from"),
         ({"shots": -1}, "--shots -1"),
@@ -155,11 +197,23 @@ def test_without_an_encoder_it_says_what_it_takes(folder, base, tmp_path, capsys
     ],
 )
 def test_bad_flags(folder, base, tmp_path, capsys, monkeypatch, flags, message):
-    options = {"model_path": base, "data_dir": folder, "tasks": "rt", "shots": 2, "retriever": "tfidf"} | flags
-    status, line = refusal(capsys, monkeypatch, lambda: run(out=str(tmp_path / "out"), **options), tmp_path)
+    options = {
+        "model_path": base,
+        "data_dir": folder,
+        "tasks": "rt",
+        "shots": 2,
+        "retriever": "tfidf",
+    } | flags
+    status, line = refusal(
+        capsys, monkeypatch, lambda: run(out=str(tmp_path / "out"), **options), tmp_path
+    )
     assert status == 2 and message in line
 
 
 def test_a_model_may_be_given_again():
-    assert join_models(["--limit", "3", "--model_path", "a", "--model-path=b"]) == ["--limit", "3", "--model_path=a\nb"]
+    assert join_models(["--limit", "3", "--model_path", "a", "--model-path=b"]) == [
+        "--limit",
+        "3",
+        "--model_path=a\nb",
+    ]
     assert join_models(["--help"]) == ["--help"]

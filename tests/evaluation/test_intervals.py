@@ -16,7 +16,9 @@ def test_the_interval_of_a_mean_is_the_normal_one():
 
 
 def test_a_ratio_sums_first_and_divides_once():
-    assert mean_of(np.array([10.0, 1.0]), np.array([100.0, 1.0])).measured().value == pytest.approx(11 / 101)
+    assert mean_of(np.array([10.0, 1.0]), np.array([100.0, 1.0])).measured().value == pytest.approx(
+        11 / 101
+    )
 
 
 def test_a_paired_difference_is_found_among_items_that_vary_more_than_it():
@@ -42,7 +44,9 @@ def test_any_function_of_sums_has_an_interval():
 
 def test_replicates_have_students_interval():
     value, low, high = Replicates(np.array([1.0, 2.0, 3.0])).measured()
-    assert (value, low, high) == pytest.approx((2, 2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4)
+    assert (value, low, high) == pytest.approx(
+        (2, 2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4
+    )
     assert np.isnan(Replicates(np.array([1.0])).measured().low)
     found = Replicates(np.array([1.0, 2.0, 3.0])).minus(Replicates(np.array([0.0, 1.1, 1.9])))
     assert found.mean == pytest.approx(1.0)
@@ -52,14 +56,20 @@ def test_replicates_have_students_interval():
 
 def test_items_without_anything_to_measure_do_not_count():
     values, weights = np.arange(1.0, 21.0), np.ones(20)
-    empty = mean_of(np.concatenate([values, np.zeros(200)]), np.concatenate([weights, np.zeros(200)]))
+    empty = mean_of(
+        np.concatenate([values, np.zeros(200)]), np.concatenate([weights, np.zeros(200)])
+    )
     assert empty.measured() == mean_of(values, weights).measured()
     assert empty.minus(mean_of(np.zeros(220), np.ones(220))).mean == pytest.approx(10.5)
 
 
 def test_few_items_have_no_interval_and_no_p():
     few = mean_of(np.arange(9.0))
-    assert few.measured().value == 4 and np.isnan(few.measured().low) and np.isnan(few.minus(mean_of(np.zeros(9))).p)
+    assert (
+        few.measured().value == 4
+        and np.isnan(few.measured().low)
+        and np.isnan(few.minus(mean_of(np.zeros(9))).p)
+    )
     assert not np.isnan(mean_of(np.arange(10.0)).measured().low)
 
 

@@ -33,7 +33,9 @@ def data(root, tmp_path):
     """Twelve of the held-out records, and as running text."""
     records = json.loads((root / "data" / "instructions" / "held_out.json").read_text())[:12]
     (tmp_path / "data.json").write_text(json.dumps(records))
-    (tmp_path / "text.txt").write_text("The king of the north is old.\nHis river runs to the sea.\n" * 9)
+    (tmp_path / "text.txt").write_text(
+        "The king of the north is old.\nHis river runs to the sea.\n" * 9
+    )
     return tmp_path / "data.json"
 
 
@@ -44,7 +46,9 @@ def other(base, tmp_path):
     torch.nn.init.normal_(model.model.layers[-1].mlp.down_proj.weight, std=0.05)
     model.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
-    (tmp_path / "other" / "train_results.json").write_text('{"train_supervised_tokens_per_s": 1234.5}')
+    (tmp_path / "other" / "train_results.json").write_text(
+        '{"train_supervised_tokens_per_s": 1234.5}'
+    )
     return str(tmp_path / "other")
 
 
@@ -53,14 +57,31 @@ def read(folder: Path) -> tuple[dict, list[dict]]:
     return json.loads((folder / "metrics.json").read_text()), [json.loads(line) for line in lines]
 
 
-def test_the_command_writes_what_it_prints_and_overwrites_nothing(base, other, tmp_path, data, capsys):
-    flags = {"decoding": "greedy,sample,beam", "seeds": "0,1", "max_new_tokens": 8, "num_beams": 2, "batch_size": 12}
+def test_the_command_writes_what_it_prints_and_overwrites_nothing(
+    base, other, tmp_path, data, capsys
+):
+    flags = {
+        "decoding": "greedy,sample,beam",
+        "seeds": "0,1",
+        "max_new_tokens": 8,
+        "num_beams": 2,
+        "batch_size": 12,
+    }
     run(base, other, data=str(data), out=str(tmp_path / "ev"), samples=2, **flags)
     metrics, samples = read(tmp_path / "ev")
-    assert metrics["records"] == 12 and metrics["settings"]["seeds"] == "0,1" and metrics["settings"]["max_new_tokens"] == 8
+    assert (
+        metrics["records"] == 12
+        and metrics["settings"]["seeds"] == "0,1"
+        and metrics["settings"]["max_new_tokens"] == 8
+    )
     results = metrics["results"]
     assert list(results) == [base, other, "(references)"]
-    assert [sample["decoding"] for sample in samples[:4]] == ["greedy", "sample", "beam", "greedy"] and len(samples) == 36
+    assert [sample["decoding"] for sample in samples[:4]] == [
+        "greedy",
+        "sample",
+        "beam",
+        "greedy",
+    ] and len(samples) == 36
     model, tokenizer = load_for_generation(ModelSource(base))
     records = json.loads(data.read_text())
     for decoding, ways in {
@@ -68,23 +89,42 @@ def test_the_command_writes_what_it_prints_and_overwrites_nothing(base, other, t
         "sample": [({"temperature": 1.0}, 0), ({"temperature": 1.0}, 1)],
         "beam": [({"num_beams": 2}, 0)],
     }.items():
-        want = [generate_batch(model, tokenizer, records, Sampling(8, **of), batch_size=12, seed=seed) for of, seed in ways]
+        want = [
+            generate_batch(model, tokenizer, records, Sampling(8, **of), batch_size=12, seed=seed)
+            for of, seed in ways
+        ]
         chosen = [sample["responses"][base] for sample in samples if sample["decoding"] == decoding]
-        assert chosen == ([list(pair) for pair in zip(*want, strict=True)] if len(want) > 1 else want[0])
+        assert chosen == (
+            [list(pair) for pair in zip(*want, strict=True)] if len(want) > 1 else want[0]
+        )
         references = [record["output"] for record in records]
-        means = {"exact_match": [exact_match(texts, references) for texts in want], "self_bleu": [*map(self_bleu, want)]}
+        means = {
+            "exact_match": [exact_match(texts, references) for texts in want],
+            "self_bleu": [*map(self_bleu, want)],
+        }
         for name, values in means.items():
             assert results[base][f"{name} ({decoding})"]["value"] == pytest.approx(np.mean(values))
         assert (results[base][f"self_bleu ({decoding})"]["low"] is None) == (len(want) == 1)
-    assert results["(references)"]["self_bleu (beam)"]["value"] == pytest.approx(self_bleu(references))
+    assert results["(references)"]["self_bleu (beam)"]["value"] == pytest.approx(
+        self_bleu(references)
+    )
     nll = {name: results[name]["nll"]["value"] for name in (base, other)}
     (pair,) = metrics["differences"]
-    assert (pair["model"], pair["minus"]) == (other, base) and "rouge_l (sample)" in pair["measures"]
-    assert pair["measures"]["nll"]["mean"] == pytest.approx(nll[other] - nll[base]) and pair["measures"]["nll"]["p"] <= 0.01
+    assert (pair["model"], pair["minus"]) == (other, base) and "rouge_l (sample)" in pair[
+        "measures"
+    ]
+    assert (
+        pair["measures"]["nll"]["mean"] == pytest.approx(nll[other] - nll[base])
+        and pair["measures"]["nll"]["p"] <= 0.01
+    )
     assert results[base]["nll"]["low"] < nll[base] < results[base]["nll"]["high"]
     assert results[other]["supervised tokens/s"] == {"value": 1234.5, "low": None, "high": None}
     shown = capsys.readouterr().out
-    assert f"{nll[base]:.4f} [" in shown and f"{nll[other] - nll[base]:+.4f}" in shown and shown.count("instruction: ") == 2
+    assert (
+        f"{nll[base]:.4f} [" in shown
+        and f"{nll[other] - nll[base]:+.4f}" in shown
+        and shown.count("instruction: ") == 2
+    )
     with pytest.raises(UserError, match="exists: give another --out"):
         run(base, data=str(data), out=str(tmp_path / "ev"))
 
@@ -94,7 +134,12 @@ def test_running_text_is_scored_in_blocks_and_asks_nothing(base, data, tmp_path,
     metrics, samples = read(tmp_path / "out")
     found = {name: row["value"] for name, row in metrics["results"][base].items()}
     model, tokenizer = load_for_generation(ModelSource(base))
-    ids = torch.tensor([*tokenizer((tmp_path / "text.txt").read_text().rstrip("\n"))["input_ids"], tokenizer.eos_token_id])
+    ids = torch.tensor(
+        [
+            *tokenizer((tmp_path / "text.txt").read_text().rstrip("\n"))["input_ids"],
+            tokenizer.eos_token_id,
+        ]
+    )
     parts = [ids[start : start + 64] for start in range(0, len(ids) - 1, 63)]
     losses = [model(part[None], labels=part[None]).loss.item() * (len(part) - 1) for part in parts]
     assert found["supervised_tokens"] == len(ids) - 1
@@ -104,23 +149,46 @@ def test_running_text_is_scored_in_blocks_and_asks_nothing(base, data, tmp_path,
 
 
 def test_running_text_is_cut_after_words_whatever_the_tokenizer(base, tmp_path, capsys):
-    texts = [" The  king of\nthe north is old.", "Three words only", "", "The river runs to the sea "]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    texts = [
+        " The  king of\nthe north is old.",
+        "Three words only",
+        "",
+        "The river runs to the sea ",
+    ]
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     settings = Settings(str(tmp_path / "text.jsonl"), prefix_words=3)
     records = read_records([base], settings)
     assert list(records) == [
         {"prompt": " The  king of", "completion": "\nthe north is old.", "more": ""},
         {"prompt": "The river runs", "completion": " to the sea ", "more": ""},
     ]
-    assert "1 of 3 documents have no word after the first 3" in capsys.readouterr().out  # blank rows are no documents
+    assert (
+        "1 of 3 documents have no word after the first 3" in capsys.readouterr().out
+    )  # blank rows are no documents
     with pytest.raises(UserError, match="no document has a word after so many"):
         continuations(records.rename_column("prompt", "text"), 9)
-    run(base, data=settings.data, prefix_words=3, max_new_tokens=6, continuation_words=2, out=str(tmp_path / "out"))
+    run(
+        base,
+        data=settings.data,
+        prefix_words=3,
+        max_new_tokens=6,
+        continuation_words=2,
+        out=str(tmp_path / "out"),
+    )
     metrics, samples = read(tmp_path / "out")
-    assert metrics["results"]["(references)"]["length"]["value"] == 2 == metrics["results"][base]["length"]["value"]
+    assert (
+        metrics["results"]["(references)"]["length"]["value"]
+        == 2
+        == metrics["results"][base]["length"]["value"]
+    )
     assert samples[1]["reference"] == " to the" and len(samples[1]["responses"][base].split()) > 2
     assert "rouge_l" in metrics["results"][base] and "exact_match" not in metrics["results"][base]
-    assert Settings("", prefix_words=3, max_new_tokens=64).compared_words == 32 and Settings("").compared_words is None
+    assert (
+        Settings("", prefix_words=3, max_new_tokens=64).compared_words == 32
+        and Settings("").compared_words is None
+    )
 
 
 # ---- MAUVE -----------------------------------------------------------------------------------------------------------------
@@ -131,14 +199,24 @@ def test_features_are_the_last_state_of_a_causal_model_and_the_mean_of_an_encode
     model, tokenizer = load_for_generation(ModelSource(base))
     for text, vector in zip(texts[:2], load_featuriser(ModelSource(base))(texts), strict=False):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
-        np.testing.assert_allclose(vector, model.base_model(ids)[0][0, -1].detach().numpy(), atol=1e-5)
+        np.testing.assert_allclose(
+            vector, model.base_model(ids)[0][0, -1].detach().numpy(), atol=1e-5
+        )
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     encoder = BertModel(BertConfig(vocab_size=2048, max_position_embeddings=32, **sizes)).eval()
     encoder.save_pretrained(tmp_path / "encoder")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "encoder")
     got = load_featuriser(ModelSource(str(tmp_path / "encoder")))(texts)
-    want = [encoder(torch.tensor([tokenizer(text)["input_ids"]]))[0][0].mean(0).detach().numpy() for text in texts[:2]]
+    want = [
+        encoder(torch.tensor([tokenizer(text)["input_ids"]]))[0][0].mean(0).detach().numpy()
+        for text in texts[:2]
+    ]
     np.testing.assert_allclose(got[:2], want, atol=1e-5)
     assert np.isfinite(got[2]).all() and not np.allclose(got[0], want[1], atol=1e-3)
 
@@ -152,7 +230,10 @@ def test_mauve_is_one_of_equal_clouds_and_nearly_none_of_distant_ones():
 def test_mauve_in_the_command(base, root, tmp_path, monkeypatch, capsys):
     data = str(root / "data" / "instructions" / "held_out.json")
     seen = []
-    monkeypatch.setattr("stanford_alpaca.evaluation.metrics.mauve", lambda p, q, seed: seen.append((p, q, seed)) or seed + 0.5)
+    monkeypatch.setattr(
+        "stanford_alpaca.evaluation.metrics.mauve",
+        lambda p, q, seed: seen.append((p, q, seed)) or seed + 0.5,
+    )
     flags = {"decoding": "sample", "seeds": "3,4", "max_new_tokens": 4}
     run(base, data=data, limit=20, mauve=base, out=str(tmp_path / "out"), **flags)
     metrics, samples = read(tmp_path / "out")
@@ -160,8 +241,12 @@ def test_mauve_in_the_command(base, root, tmp_path, monkeypatch, capsys):
     features = load_featuriser(ModelSource(base))
     for (wanted, given, seed), number in zip(seen, (0, 1), strict=True):
         assert seed == 3 + number
-        np.testing.assert_allclose(wanted, features([sample["reference"] for sample in samples]), atol=1e-5)
-        np.testing.assert_allclose(given, features([sample["responses"][base][number] for sample in samples]), atol=1e-5)
+        np.testing.assert_allclose(
+            wanted, features([sample["reference"] for sample in samples]), atol=1e-5
+        )
+        np.testing.assert_allclose(
+            given, features([sample["responses"][base][number] for sample in samples]), atol=1e-5
+        )
     with pytest.raises(UserError, match="19 texts are too few"):
         run(base, data=data, limit=19, mauve=base)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -179,11 +264,20 @@ def test_only_what_has_the_same_items_is_compared_and_nan_is_null():
     first, _, third = compare({"x": model(0, 15), "y": model(1, 15), "z": model(1, 14)})
     assert first["measures"]["a"] == pytest.approx({"mean": 1, "low": 1, "high": 1, "p": 2 / 2001})
     assert first["measures"]["b"] == {"mean": None, "low": None, "high": None, "p": None}
-    assert (first["minus"], first["model"], third["minus"], third["model"]) == ("x", "y", "y", "z") and "a" not in third[
-        "measures"
-    ]
-    shown = with_intervals({"x": {"c": 7, "e": Items(np.ones((13, 1)), lambda sums: sums[..., 0])}})["x"]
-    assert shown["c"] == {"value": 7, "low": None, "high": None} and shown["e"] == {"value": 13, "low": 13, "high": 13}
+    assert (first["minus"], first["model"], third["minus"], third["model"]) == (
+        "x",
+        "y",
+        "y",
+        "z",
+    ) and "a" not in third["measures"]
+    shown = with_intervals(
+        {"x": {"c": 7, "e": Items(np.ones((13, 1)), lambda sums: sums[..., 0])}}
+    )["x"]
+    assert shown["c"] == {"value": 7, "low": None, "high": None} and shown["e"] == {
+        "value": 13,
+        "low": 13,
+        "high": 13,
+    }
 
 
 def test_tables():
@@ -204,17 +298,32 @@ def test_tables():
 
 def test_of_four_models_the_first_is_compared_with_each():
     found = {"mean": -0.25, "low": -0.5, "high": -0.0123, "p": 0.02}
-    measures = {"nll": found, "length": found, "rouge_l (beam)": found, "mauve": dict.fromkeys(found)}
+    measures = {
+        "nll": found,
+        "length": found,
+        "rouge_l (beam)": found,
+        "mauve": dict.fromkeys(found),
+    }
     names = "abcd"
-    pairs = [{"model": y, "minus": x, "measures": measures} for i, x in enumerate(names) for y in names[i + 1 :]]
+    pairs = [
+        {"model": y, "minus": x, "measures": measures}
+        for i, x in enumerate(names)
+        for y in names[i + 1 :]
+    ]
     lines = format_differences(pairs).splitlines()
-    assert [line for line in lines if line.endswith(":")] == ["b minus a:", "c minus a:", "d minus a:"]
+    assert [line for line in lines if line.endswith(":")] == [
+        "b minus a:",
+        "c minus a:",
+        "d minus a:",
+    ]
     assert [line.split() for line in lines[2:5]] == [
         ["nll", *"-0.2500 -0.5000 to -0.0123 0.0200".split()],
         ["rouge", "l", "(beam)", *"-0.2500 -0.5000 to -0.0123 0.0200".split()],
         [],
     ]  # fmt: skip
-    assert len(format_differences(pairs[:3]).split(" minus ")) == 4 and "length" in format_differences(pairs[:1])
+    assert len(
+        format_differences(pairs[:3]).split(" minus ")
+    ) == 4 and "length" in format_differences(pairs[:1])
 
 
 @pytest.mark.parametrize(
@@ -226,20 +335,36 @@ def test_of_four_models_the_first_is_compared_with_each():
         ({"data": "data.json", "limit": 0}, "--limit 0"),
         ({"data": "data.json", "batch_size": 0}, "--batch_size 0"),
         ({"data": "data.json", "cost": "no/such-model"}, "cannot load a model"),
-        ({"data": "data.json", "decoding": "greedy,nucleus"}, "--decoding greedy,nucleus: choose from greedy, sample, beam"),
+        (
+            {"data": "data.json", "decoding": "greedy,nucleus"},
+            "--decoding greedy,nucleus: choose from greedy, sample, beam",
+        ),
         ({"data": "data.json", "seeds": "1,2"}, "--seeds 1,2 belongs to sampling"),
-        ({"data": "data.json", "seeds": "0,x", "decoding": "sample"}, "--seeds 0,x: give different whole numbers"),
-        ({"data": "data.json", "seeds": "1,1", "decoding": "sample"}, "--seeds 1,1: give different whole numbers"),
+        (
+            {"data": "data.json", "seeds": "0,x", "decoding": "sample"},
+            "--seeds 0,x: give different whole numbers",
+        ),
+        (
+            {"data": "data.json", "seeds": "1,1", "decoding": "sample"},
+            "--seeds 1,1: give different whole numbers",
+        ),
         ({"data": "data.json", "num_beams": 1}, "--num_beams 1: give a whole number from 2 on"),
         ({"data": "data.json", "prefix_words": 4}, "--prefix_words cuts running text"),
         ({"data": "text.txt", "prefix_words": 0}, "--prefix_words 0"),
-        ({"data": "text.txt", "decoding": "beam"}, "running text asks nothing: give --prefix_words N"),
+        (
+            {"data": "text.txt", "decoding": "beam"},
+            "running text asks nothing: give --prefix_words N",
+        ),
         ({"data": "data.json", "mauve": "data.json"}, "12 texts are too few"),
     ],
 )
-def test_bad_arguments_end_the_command_before_a_model_is_loaded(base, tmp_path, data, monkeypatch, capsys, arguments, message):
+def test_bad_arguments_end_the_command_before_a_model_is_loaded(
+    base, tmp_path, data, monkeypatch, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
-    status, line = refusal(capsys, monkeypatch, lambda: run(base, out="out", **arguments), tmp_path / "out")
+    status, line = refusal(
+        capsys, monkeypatch, lambda: run(base, out="out", **arguments), tmp_path / "out"
+    )
     assert status == 2 and message in line
 
 
@@ -247,12 +372,21 @@ def test_bad_arguments_end_the_command_before_a_model_is_loaded(base, tmp_path, 
 def test_an_oracle_in_the_command(base, other, tmp_path, data, make_model):
     flags = {"decoding": "greedy,sample", "seeds": "0,1", "max_new_tokens": 4, "limit": 2}
     run(base, other, data=str(data), out=str(tmp_path / "ev"), oracle=other, **flags)
-    results = {name: {m: v["value"] for m, v in of.items()} for name, of in read(tmp_path / "ev")[0]["results"].items()}
+    results = {
+        name: {m: v["value"] for m, v in of.items()}
+        for name, of in read(tmp_path / "ev")[0]["results"].items()
+    }
     assert results[other]["total_variation"] < 1e-6 and results[other]["optimal_transport"] < 1e-6
     assert 0.05 < results[base]["total_variation"] < 1
-    assert results[other]["forward_cross_entropy"] == pytest.approx(results[other]["reverse_cross_entropy"])
+    assert results[other]["forward_cross_entropy"] == pytest.approx(
+        results[other]["reverse_cross_entropy"]
+    )
     assert results[other]["forward_cross_entropy"] < results[base]["forward_cross_entropy"]
-    assert 1 < results[other]["oracle_perplexity (greedy)"] < results[other]["oracle_perplexity (sample)"]
+    assert (
+        1
+        < results[other]["oracle_perplexity (greedy)"]
+        < results[other]["oracle_perplexity (sample)"]
+    )
 
     make_model("llama").save_pretrained(tmp_path / "foreign")
     tokenizer = AutoTokenizer.from_pretrained(base)

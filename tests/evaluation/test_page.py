@@ -24,9 +24,19 @@ def token(place, text, p, nll, emo):
 def view(p):
     """Two records of three tokens each."""
     records = [
-        [token(1, "It is Paris", p, 1.25, 0.5), token(3, NASTY, p, 4.0 + k, 0.75), token(0, "", p, 0.25, 0.5)] for k in (0, 1)
+        [
+            token(1, "It is Paris", p, 1.25, 0.5),
+            token(3, NASTY, p, 4.0 + k, 0.75),
+            token(0, "", p, 0.25, 0.5),
+        ]
+        for k in (0, 1)
     ]
-    return {"tokens": 50, "records": records, "pieces": PIECES, "neighbours": {i: [[2, 0.125]] for i in PIECES}}
+    return {
+        "tokens": 50,
+        "records": records,
+        "pieces": PIECES,
+        "neighbours": {i: [[2, 0.125]] for i in PIECES},
+    }
 
 
 def sample(i):
@@ -66,7 +76,9 @@ def browser():
     if path is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is on PATH")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else []
+        )
         yield browser
         browser.close()
 
@@ -85,7 +97,9 @@ def open_page(browser, file):
 
     def open_(**options):
         contexts.append(
-            browser.new_context(**{"viewport": {"width": 1200, "height": 900}, "reduced_motion": "reduce"} | options)
+            browser.new_context(
+                **{"viewport": {"width": 1200, "height": 900}, "reduced_motion": "reduce"} | options
+            )
         )
         page = contexts[-1].new_page()
         page.on("console", lambda message: wrong.append(message.text))
@@ -121,9 +135,15 @@ def test_search_and_filters_change_the_rows_and_long_lists_come_in_parts(open_pa
 
     assert rows.count() == 20 and found() == "300 of 300 records"
     page.get_by_role("button", name="Show 20 more").first.click()
-    assert rows.count() == 40 and page.evaluate("document.activeElement.innerText").startswith("Question q020")
+    assert rows.count() == 40 and page.evaluate("document.activeElement.innerText").startswith(
+        "Question q020"
+    )
     page.get_by_label("Search").fill("QUESTION Q29")
-    assert found() == "10 of 300 records" and rows.count() == 10 and page.locator("#responses .more").is_hidden()
+    assert (
+        found() == "10 of 300 records"
+        and rows.count() == 10
+        and page.locator("#responses .more").is_hidden()
+    )
     page.get_by_label("none right").check()
     assert found() == "4 of 300 records"
     assert rows.locator("h3").all_inner_texts() == [f"Question q{i}" for i in (290, 292, 296, 298)]
@@ -138,7 +158,9 @@ def test_differences_are_marked_against_the_reference_or_the_first_run(open_page
     page = open_page()
     page.get_by_label("Search").fill("q001")
     second = page.locator(".sample .answer").nth(2).locator("p").first
-    assert second.locator("del").all_inner_texts() == ["blue"] and second.locator("ins").all_inner_texts() == ["red"]
+    assert second.locator("del").all_inner_texts() == ["blue"] and second.locator(
+        "ins"
+    ).all_inner_texts() == ["red"]
     assert page.locator(".sample .equal").count() == 1
     page.get_by_label("Search").fill("q002")
     page.locator('input[name="against"][value="first"]').check()
@@ -155,28 +177,44 @@ def test_the_transport_view_shows_a_token_and_arrow_keys_move(open_page):
     def panel():
         """nll and emo, and the products with their sum, as the page has them."""
         figures = page.locator(".figures dd").all_inner_texts()
-        products = page.locator(".meter.product").evaluate_all("cells => cells.map(cell => Number(cell.dataset.value))")
+        products = page.locator(".meter.product").evaluate_all(
+            "cells => cells.map(cell => Number(cell.dataset.value))"
+        )
         total = page.locator("tfoot [data-value]").evaluate("cell => Number(cell.dataset.value)")
         assert sum(products) == pytest.approx(total)
         return figures[:2]
 
-    assert chosen.inner_text() == NASTY and panel() == ["4.000", "0.7500"]  # the worst of the first record
-    assert page.locator(".meter.p").evaluate_all("cells => cells.map(cell => Number(cell.dataset.value))") == [0.25, 0.65, 0.1]
+    assert chosen.inner_text() == NASTY and panel() == [
+        "4.000",
+        "0.7500",
+    ]  # the worst of the first record
+    assert page.locator(".meter.p").evaluate_all(
+        "cells => cells.map(cell => Number(cell.dataset.value))"
+    ) == [0.25, 0.65, 0.1]
     chosen.focus()
     page.keyboard.press("ArrowLeft")
     assert chosen.inner_text() == "It is Paris" and panel() == ["1.250", "0.5000"]
     assert page.locator(".nearest li").inner_text().split() == ["Rome", "0.1250"]
     page.keyboard.press("End")
     page.keyboard.press("ArrowRight")  # into the next record
-    assert chosen.get_attribute("data-record") == "1" and page.evaluate("document.activeElement.dataset.token") == "0"
+    assert (
+        chosen.get_attribute("data-record") == "1"
+        and page.evaluate("document.activeElement.dataset.token") == "0"
+    )
     page.keyboard.press("ArrowUp")
     assert chosen.get_attribute("data-record") == "0"
     heat = "option => option.style.getPropertyValue('--heat')"
     assert float(page.locator(".token").nth(1).evaluate(heat)) == pytest.approx(0.75**0.5, abs=1e-3)
     page.locator('input[name="transport-by"][value="nll"]').check()
-    assert float(page.locator(".token").nth(1).evaluate(heat)) == pytest.approx((4 / 6) ** 0.5, abs=1e-3)
+    assert float(page.locator(".token").nth(1).evaluate(heat)) == pytest.approx(
+        (4 / 6) ** 0.5, abs=1e-3
+    )
     page.get_by_label("worst token first").check()
-    assert page.locator(".token").first.get_attribute("data-record") == "1" == chosen.get_attribute("data-record")
+    assert (
+        page.locator(".token").first.get_attribute("data-record")
+        == "1"
+        == chosen.get_attribute("data-record")
+    )
     page.get_by_label("as in the data").check()
     dots = page.locator(".map circle")
     assert dots.count() == 6 and page.locator(".chosen-dot").get_attribute("data-record") == "0"
@@ -206,7 +244,10 @@ def test_curves_tell_their_values_and_can_be_hidden(open_page):
     page.keyboard.press("ArrowLeft")
     assert loss.get_attribute("aria-valuetext") == "step 2: emo 3.000"
     page.locator(".legend").click()
-    assert loss.locator("polyline").count() == 0 and page.locator(".legend").get_attribute("aria-pressed") == "false"
+    assert (
+        loss.locator("polyline").count() == 0
+        and page.locator(".legend").get_attribute("aria-pressed") == "false"
+    )
 
 
 CONTRAST = """() => {
@@ -246,7 +287,10 @@ def test_text_can_be_read_in_both_schemes(open_page, scheme):
     for by in ("emo", "nll"):
         page.locator(f'input[name="transport-by"][value="{by}"]').check()
         ratios = page.evaluate(CONTRAST)
-        assert len(ratios) > 30 and {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
+        assert (
+            len(ratios) > 30
+            and {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
+        )
     page.locator("#theme").click()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != background
 
@@ -267,7 +311,11 @@ def test_it_fits_a_phone_and_works_by_keyboard(open_page):
 def test_what_is_missing_is_said(browser, tmp_path):
     file = tmp_path / "bare.html"
     runs = [{"name": "out", "path": "out", "flags": {}, "curves": None, "model": False}]
-    file.write_text(render({"version": "0", "runs": runs, "evaluation": None, "samples": None, "transport": None}))
+    file.write_text(
+        render(
+            {"version": "0", "runs": runs, "evaluation": None, "samples": None, "transport": None}
+        )
+    )
     page = browser.new_page()
     page.goto(file.as_uri())
     assert page.locator(".content .note").count() == 4

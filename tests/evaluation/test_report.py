@@ -23,7 +23,11 @@ from tests.helpers import refusal
 
 RECORDS = [
     {"instruction": "Name a colour.", "input": "", "output": "Blue 🎈, or\n red </script>."},
-    {"instruction": "Where is Olga?", "input": "Olga is in the school.", "output": "Olga is in the garden."},
+    {
+        "instruction": "Where is Olga?",
+        "input": "Olga is in the school.",
+        "output": "Olga is in the garden.",
+    },
 ]
 
 
@@ -44,10 +48,21 @@ def compared(mean, p):
 def write_evaluation(folder, models, data="held.json"):
     """What ``metrics --out`` writes, of made-up numbers: each model is better than those before it."""
     folder.mkdir()
-    results = {model: {"nll": measured(3.0 - i, 2.5 - i, 3.5 - i), "length": measured(4.0)} for i, model in enumerate(models)}
+    results = {
+        model: {"nll": measured(3.0 - i, 2.5 - i, 3.5 - i), "length": measured(4.0)}
+        for i, model in enumerate(models)
+    }
     pairs = [(b, a) for i, a in enumerate(models) for b in models[i + 1 :]]
-    differences = [{"model": b, "minus": a, "measures": {"nll": compared(-1.0, 0.01)}} for b, a in pairs]
-    found = {"data": data, "records": 2, "settings": {"cost": None}, "results": results, "differences": differences}
+    differences = [
+        {"model": b, "minus": a, "measures": {"nll": compared(-1.0, 0.01)}} for b, a in pairs
+    ]
+    found = {
+        "data": data,
+        "records": 2,
+        "settings": {"cost": None},
+        "results": results,
+        "differences": differences,
+    }
     (folder / "metrics.json").write_text(json.dumps(found))
     rows = [
         {"instruction": r["instruction"], "input": r["input"], "reference": r["output"], "decoding": "greedy",
@@ -60,14 +75,18 @@ def write_evaluation(folder, models, data="held.json"):
 
 def block(page):
     """The data that a page holds."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
+    )
 
 
-def test_emo_of_a_token_is_the_sum_of_all_products_and_what_is_shown_adds_up_to_it(root, tmp_path, data, exact):
+def test_emo_of_a_token_is_the_sum_of_all_products_and_what_is_shown_adds_up_to_it(
+    root, tmp_path, data, exact
+):
     model, tokenizer = load_for_generation(ModelSource(str(root / "data" / "tiny-base")))
     embedding = model.lm_head.weight.detach()
     records = load_records(data, str(tmp_path / "cache"))
-    encode = ExampleEncoder.as_trained(tokenizer, "instruction", 512)
+    encode = ExampleEncoder.as_trained(tokenizer, "alpaca", 512)
     view = view_of("base", model, tokenizer, records, CostEmbedding(embedding), encode, top=3)
     assert view["tokens"] == len(embedding)
     for record, tokens in zip(RECORDS, view["records"], strict=True):
@@ -81,22 +100,33 @@ def test_emo_of_a_token_is_the_sum_of_all_products_and_what_is_shown_adds_up_to_
         for n, token in enumerate(tokens):
             assert token["nll"] == pytest.approx(nll[n].item(), rel=1e-4)
             assert token["emo"] == pytest.approx((p[n] * costs[n]).sum().item(), rel=1e-4)
-            assert token["emo"] == pytest.approx(sum(q * c for _, q, c in token["top"]) + token["rest"][1], rel=1e-4)
-            assert sum(q for _, q, _ in token["top"]) + token["rest"][0] == pytest.approx(1, abs=1e-5)
+            assert token["emo"] == pytest.approx(
+                sum(q * c for _, q, c in token["top"]) + token["rest"][1], rel=1e-4
+            )
+            assert sum(q for _, q, _ in token["top"]) + token["rest"][0] == pytest.approx(
+                1, abs=1e-5
+            )
             assert [i for i, _, _ in token["top"]] == p[n].topk(3).indices.tolist()
             assert token["p"] == pytest.approx(p[n, ids[n]].item(), rel=1e-4)
             assert token["rank"] == (p[n] > p[n, ids[n]]).sum() + 1
             assert token["mean_cost"] == pytest.approx(costs[n].mean().item(), rel=1e-4)
-            others = costs[n].index_fill(0, torch.tensor([ids[n]]), torch.inf).topk(3, largest=False)
+            others = (
+                costs[n].index_fill(0, torch.tensor([ids[n]]), torch.inf).topk(3, largest=False)
+            )
             near = view["neighbours"][ids[n]]
-            assert [c for _, c in near] == pytest.approx(others.values.tolist(), abs=1e-5) and near[0][0] == others.indices[0]
+            assert [c for _, c in near] == pytest.approx(others.values.tolist(), abs=1e-5) and near[
+                0
+            ][0] == others.indices[0]
     assert view["pieces"][ids[1]] == tokenizer.decode([ids[1]])
     with pytest.raises(UserError, match=r"^base: the cost embedding has 9 rows"):
         view_of("base", model, tokenizer, records, CostEmbedding(embedding[:9]), encode)
 
 
 def test_the_best_is_the_one_that_beats_every_other_by_more_than_chance():
-    assert [better(name) for name in ("rouge_l (greedy)", "nll", "oracle_perplexity", "length", "repetition_4")] == [
+    assert [
+        better(name)
+        for name in ("rouge_l (greedy)", "nll", "oracle_perplexity", "length", "repetition_4")
+    ] == [
         1,
         -1,
         -1,
@@ -104,7 +134,12 @@ def test_the_best_is_the_one_that_beats_every_other_by_more_than_chance():
         0,
     ]
     values = {"nll": [3, 2, 1], "emo": [3, 2, 1], "mauve": [1, 2, 9], "length": [1, 2, 3]}
-    ps = {"nll": [0.9, 0.01, 0.01], "emo": [0.01, 0.01, 0.06], "mauve": [0.01, 0.01, 0.01], "length": [0.01, 0.01, 0.01]}
+    ps = {
+        "nll": [0.9, 0.01, 0.01],
+        "emo": [0.01, 0.01, 0.06],
+        "mauve": [0.01, 0.01, 0.01],
+        "length": [0.01, 0.01, 0.01],
+    }
     pairs = [(1, 0), (2, 0), (2, 1)]
     models = ["a", "b", "c"]
     evaluation = {
@@ -117,7 +152,9 @@ def test_the_best_is_the_one_that_beats_every_other_by_more_than_chance():
     }  # fmt: skip
     table = table_of(evaluation, models)
     assert [row["best"] for row in table["rows"]] == [2, None, 2, None]
-    assert table["pairs"] == [[1, 0], [2, 0], [2, 1]] and table["differences"][0]["cells"][1] == compared(-2, 0.01)
+    assert table["pairs"] == [[1, 0], [2, 0], [2, 1]] and table["differences"][0]["cells"][
+        1
+    ] == compared(-2, 0.01)
     less = table_of(evaluation, ["a", "b", "not evaluated"])
     assert [row["best"] for row in less["rows"]] == [None, 1, 1, None] and less["pairs"] == [[1, 0]]
     assert less["rows"][0]["cells"] == [[3, None, None], [2, None, None], None]
@@ -131,19 +168,32 @@ def test_curves_are_read_from_a_finished_run_or_its_newest_checkpoint(tmp_path):
     assert curves_of(str(tmp_path)) is None
     write(tmp_path / "out" / "checkpoint-5", [{"step": 5, "loss": 9.0}])
     history = [{"step": n, "loss": float(n)} for n in range(1, 1201)]
-    write(tmp_path / "out" / "checkpoint-10", [*history, {"step": 7, "eval_nll": 2.0}, {"step": 8, "eval_nll": float("nan")}])
+    write(
+        tmp_path / "out" / "checkpoint-10",
+        [*history, {"step": 7, "eval_nll": 2.0}, {"step": 8, "eval_nll": float("nan")}],
+    )
     curves = curves_of(str(tmp_path / "out"))
     assert set(curves) == {"loss", "eval_nll"} and curves["eval_nll"] == [[7, 2.0]]
-    assert len(curves["loss"]) == 600 and curves["loss"][:2] == [[2, 1.5], [4, 3.5]] and curves["loss"][-1] == [1200, 1199.5]
+    assert (
+        len(curves["loss"]) == 600
+        and curves["loss"][:2] == [[2, 1.5], [4, 3.5]]
+        and curves["loss"][-1] == [1200, 1199.5]
+    )
     write(tmp_path / "out" / "x", [])
     (tmp_path / "out" / "trainer_state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"out/trainer_state.json: no training log \('log_history'\)"):
+    with pytest.raises(
+        UserError, match=r"out/trainer_state.json: no training log \('log_history'\)"
+    ):
         curves_of(str(tmp_path / "out"))
 
 
 def test_runs_are_told_apart():
     assert short_names(["a/x/out", "b/x/out", "base/"]) == ["a/x/out", "b/x/out", "base"]
-    flags = [{"mode": "emo", "seed": 1, "cost": "frozen"}, {}, {"mode": "mle", "seed": 2, "cost": "frozen"}]
+    flags = [
+        {"mode": "emo", "seed": 1, "cost": "frozen"},
+        {},
+        {"mode": "mle", "seed": 2, "cost": "frozen"},
+    ]
     assert shown_flags(flags) == [{"mode": "emo", "seed": 1}, {}, {"mode": "mle", "seed": 2}]
 
 
@@ -151,7 +201,9 @@ def test_the_command_writes_a_page_of_what_there_is(root, tmp_path, data, monkey
     base, out = str(root / "data" / "tiny-base"), tmp_path / "new" / "report.html"
     unfinished = tmp_path / "unfinished"
     (unfinished / "checkpoint-2").mkdir(parents=True)
-    (unfinished / "checkpoint-2" / "trainer_state.json").write_text('{"log_history": [{"step": 2, "loss": 1.5}]}')
+    (unfinished / "checkpoint-2" / "trainer_state.json").write_text(
+        '{"log_history": [{"step": 2, "loss": 1.5}]}'
+    )
     (unfinished / "run.yaml").write_text("mode: emo\neval_path: [elsewhere.json]\n")
     evaluation = write_evaluation(tmp_path / "ev", [base, "another"], data)
     run(base, str(unfinished), out=str(out), evaluation=evaluation, transport_records=1)
@@ -160,7 +212,10 @@ def test_the_command_writes_a_page_of_what_there_is(root, tmp_path, data, monkey
         ("tiny-base", True, None), ("unfinished", False, {"loss": [[2, 1.5]]}),
     ]  # fmt: skip
     assert found["evaluation"]["rows"][0]["cells"] == [[3.0, 2.5, 3.5], None]
-    assert [sample["responses"] for sample in found["samples"]] == [[f"{base} 0", None], [f"{base} 1", None]]
+    assert [sample["responses"] for sample in found["samples"]] == [
+        [f"{base} 0", None],
+        [f"{base} 1", None],
+    ]
     assert len(found["transport"]["records"]) == 1 and found["transport"]["runs"][1] is None
     assert f"report: {out}" in capsys.readouterr().out
 
@@ -171,15 +226,21 @@ def test_the_command_writes_a_page_of_what_there_is(root, tmp_path, data, monkey
     nll = next(row["cells"][0][0] for row in found["evaluation"]["rows"] if row["measure"] == "nll")
     assert nll == pytest.approx(sum(token["nll"] for token in tokens) / len(tokens), rel=1e-4)
 
-    run(base, str(unfinished), out=str(tmp_path / "curves.html"))  # no held-out records are known: no model is loaded
+    run(
+        base, str(unfinished), out=str(tmp_path / "curves.html")
+    )  # no held-out records are known: no model is loaded
     found = block((tmp_path / "curves.html").read_text())
-    assert found["evaluation"] is found["transport"] is None and found["runs"][1]["curves"] == {"loss": [[2, 1.5]]}
+    assert found["evaluation"] is found["transport"] is None and found["runs"][1]["curves"] == {
+        "loss": [[2, 1.5]]
+    }
     assert "the page has the curves alone: give --data FILE" in capsys.readouterr().out
 
 
 def test_the_data_cannot_leave_its_element():
     nasty = {"</script><b>": "<!--<script> & \u2028\u2029 \\u003c"}
-    assert json.loads(as_block(nasty)) == nasty and not re.search("[<>&\u2028\u2029]", as_block(nasty))
+    assert json.loads(as_block(nasty)) == nasty and not re.search(
+        "[<>&\u2028\u2029]", as_block(nasty)
+    )
     with pytest.raises(ValueError, match=r"^Out of range"):
         as_block({"nan": float("nan")})
 
@@ -199,22 +260,32 @@ def test_the_data_cannot_leave_its_element():
         ({"data": "none.json"}, "none.json: no such file"),
     ],
 )
-def test_mistakes_are_refused_before_a_model_is_loaded(root, tmp_path, monkeypatch, capsys, arguments, message):
+def test_mistakes_are_refused_before_a_model_is_loaded(
+    root, tmp_path, monkeypatch, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.html").write_text("old")
     write_evaluation(tmp_path / "ev", ["another"])
     call = {"out": "report.html"} | arguments
-    status, line = refusal(capsys, monkeypatch, lambda: run(str(root / "data" / "tiny-base"), **call), tmp_path)
+    status, line = refusal(
+        capsys, monkeypatch, lambda: run(str(root / "data" / "tiny-base"), **call), tmp_path
+    )
     assert status == 2 and re.search(message, line)
 
 
 def test_runs_are_measured_as_they_were_trained(tmp_path):
     for name, length in (("a", 99), ("b", 99), ("c", 512)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "run.yaml").write_text(f"model_max_length: {length}\ncolumns: [output=answer]\n")
+        (tmp_path / name / "run.yaml").write_text(
+            f"model_max_length: {length}\ncolumns: [output=answer]\n"
+        )
     a, b, c = (str(tmp_path / name) for name in "abc")
     chosen = settings_of_runs("data.json", ["base", a, b], None)
-    assert (chosen.prompt_template, chosen.max_length, chosen.columns) == ("auto", 99, {"output": "answer"})
+    assert (chosen.prompt_template, chosen.max_length, chosen.columns) == (
+        "auto",
+        99,
+        {"output": "answer"},
+    )
     assert settings_of_runs("data.json", ["base"], 3) == Settings("data.json", limit=3)
     with pytest.raises(UserError, match=r"different --model_max_length \(99, 512\)"):
         settings_of_runs("data.json", [a, c], None)

@@ -27,7 +27,9 @@ def test_the_bootstrap_where_nothing_or_everything_differs():
 
 
 def test_the_interval_is_that_of_a_binomial_and_of_the_mean_over_tasks():
-    gains = np.repeat([0.0, 1.0], [60, 40])  # mean 0.4, standard deviation of the mean sqrt(0.24 / 100)
+    gains = np.repeat(
+        [0.0, 1.0], [60, 40]
+    )  # mean 0.4, standard deviation of the mean sqrt(0.24 / 100)
     found = paired_bootstrap([gains])
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * 0.049, abs=0.012)
     both = paired_bootstrap([gains, -gains])  # two tasks: mean 0, deviation by sqrt(2) / 2

@@ -56,8 +56,14 @@ def covering() -> list[Combination]:
     missing = set().union(*map(parts, candidates))
     chosen, used = [], Counter[tuple]()
     while missing:
-        best = max(candidates, key=lambda c: (len(parts(c) & missing), -sum(used[part] for part in parts(c))))
+        best = max(
+            candidates,
+            key=lambda c: (len(parts(c) & missing), -sum(used[part] for part in parts(c))),
+        )
         chosen.append(best)
         missing -= parts(best)
         used.update(parts(best))
-    return sorted(chosen, key=lambda c: [values.index(value) for values, value in zip(DIMENSIONS, c, strict=True)])
+    return sorted(
+        chosen,
+        key=lambda c: [values.index(value) for values, value in zip(DIMENSIONS, c, strict=True)],
+    )

@@ -16,14 +16,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # ranks end at once: what they leave is their parent's to clean up
+os.environ["PYTHONWARNINGS"] = (
+    "ignore:resource_tracker"  # ranks end at once: what they leave is their parent's to clean up
+)
 
 from tests.exactness.combinations import EXCLUDED, Combination, covering
 from tests.helpers import steps
 from tests.ranks import RanksFailed, run_ranks
 
 STEPS, GLOBAL_BATCH = 10, 16
-LOSS, NORM = 1e-5, 1e-4  # equal runs: absolute difference of the loss, relative one of the gradient norm
+LOSS, NORM = (
+    1e-5,
+    1e-4,
+)  # equal runs: absolute difference of the loss, relative one of the gradient norm
 
 
 def write_inputs(folder: Path) -> None:
@@ -32,15 +37,28 @@ def write_inputs(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = AutoConfig.for_model(
-        "llama", vocab_size=2048, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.1, **shape
+        "llama",
+        vocab_size=2048,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        **shape,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(ROOT / "data" / "tiny-base").save_pretrained(folder / "model")
     records = json.loads((ROOT / "data" / "instructions" / "train.json").read_text())
     even = [{**record, "output": "A robin is a bird."} for record in records[:32]]
-    uneven = [{**record, "output": " ".join(["robin"] * (1 if i % 3 else 5 * i))} for i, record in enumerate(records[:21], 1)]
+    uneven = [
+        {**record, "output": " ".join(["robin"] * (1 if i % 3 else 5 * i))}
+        for i, record in enumerate(records[:21], 1)
+    ]
     for name, data in {"even": even, "uneven": uneven}.items():
         (folder / f"{name}.json").write_text(json.dumps(data))
 
@@ -70,13 +88,19 @@ def deviations(folder: Path, c: Combination) -> tuple[float, float]:
     """The greatest differences from one process over all steps: of the loss, and of the gradient norm (relative)."""
     reference = run(folder, Combination("none", "replicate", 1, 1, c.targets, c.trained, c.rows))
     pairs = list(zip(reference, run(folder, c), strict=True))
-    assert len(pairs) == STEPS and reference[-1]["loss"] < reference[0]["loss"] - 0.1  # something was learned
+    assert (
+        len(pairs) == STEPS and reference[-1]["loss"] < reference[0]["loss"] - 0.1
+    )  # something was learned
     loss = max(abs(one["loss"] - two["loss"]) for one, two in pairs)
-    return loss, max(abs(one["grad_norm"] - two["grad_norm"]) / one["grad_norm"] for one, two in pairs)
+    return loss, max(
+        abs(one["grad_norm"] - two["grad_norm"]) / one["grad_norm"] for one, two in pairs
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="combinations whose line has this text")
     parser.add_argument("--json", help="also writes the table here")
     options = parser.parse_args()
@@ -98,9 +122,16 @@ def main() -> int:
             equal = loss <= LOSS and norm <= NORM
             rows.append({**c._asdict(), "loss": loss, "grad_norm": norm, "equal": equal})
             seconds = f"{time.perf_counter() - start:.0f}"
-            print(line.format(*c, f"{loss:.1e}", f"{norm:.1e}", seconds, "equal" if equal else "NOT EQUAL"), flush=True)
+            print(
+                line.format(
+                    *c, f"{loss:.1e}", f"{norm:.1e}", seconds, "equal" if equal else "NOT EQUAL"
+                ),
+                flush=True,
+            )
     equal = sum(row["equal"] for row in rows)
-    print(f"{equal} of {len(rows)} equal: losses within {LOSS:g}, gradient norms within {NORM:g} relative, {STEPS} steps each")
+    print(
+        f"{equal} of {len(rows)} equal: losses within {LOSS:g}, gradient norms within {NORM:g} relative, {STEPS} steps each"
+    )
     print("all pairs of values but for " + "; ".join(EXCLUDED))
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1))

@@ -30,7 +30,11 @@ def test_it_equals_one_process(folder, combination):
 
 def test_every_pair_that_can_be_had_occurs():
     chosen = covering()
-    assert chosen == covering() and len(set(chosen)) == len(chosen) and all(map(allowed, chosen + PART))
+    assert (
+        chosen == covering()
+        and len(set(chosen)) == len(chosen)
+        and all(map(allowed, chosen + PART))
+    )
     assert 20 <= len(chosen) <= 40
     possible = [c for c in product(*DIMENSIONS) if allowed(Combination(*c))]
     for i, j in combinations(range(len(DIMENSIONS)), 2):
@@ -42,5 +46,7 @@ def test_some_micro_batches_have_no_target_at_all(folder):
     """Of 32 rows in micro-batches of one, 11 are masked; and the lengths of the others' responses differ much."""
     import json
 
-    lengths = [len(record["output"].split()) for record in json.loads((folder / "uneven.json").read_text())]
+    lengths = [
+        len(record["output"].split()) for record in json.loads((folder / "uneven.json").read_text())
+    ]
     assert len(lengths) == 21 and min(lengths) == 1 and max(lengths) == 105

@@ -24,7 +24,9 @@ def flipped(content: bytearray, share: float) -> bytearray:
     return content
 
 
-def damaged(world: World, out: Path, setting: Setting, damage: Callable, table: str, share: float) -> None:
+def damaged(
+    world: World, out: Path, setting: Setting, damage: Callable, table: str, share: float
+) -> None:
     """The second of two equal runs finds the first one's table damaged."""
     first, cache = out.with_name("first"), out.with_name("cache")
     world.finish(setting, first, cache_dir=cache)

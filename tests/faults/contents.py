@@ -36,7 +36,11 @@ class Payload:
 
 def sign_again(folder: Path) -> None:
     """A manifest that matches the files as they are now."""
-    about = {name: value for name, value in manifest.read(folder).items() if name not in ("version", "files", "sum")}
+    about = {
+        name: value
+        for name, value in manifest.read(folder).items()
+        if name not in ("version", "files", "sum")
+    }
     manifest.write(folder, manifest.entries_of(folder, manifest.list_saved(folder)), about)
 
 
@@ -57,7 +61,9 @@ def in_torch_file(name: str, folder: Path, code: Payload) -> None:
     content["payload"] = code
     torch.save(content, file)
     if name.endswith("model.bin"):  # the weights are there and nowhere else
-        file.with_suffix(".safetensors" if name.startswith("adapter") else ".none").unlink(missing_ok=True)
+        file.with_suffix(".safetensors" if name.startswith("adapter") else ".none").unlink(
+            missing_ok=True
+        )
         (folder / "model.safetensors").unlink(missing_ok=True)
 
 
@@ -72,7 +78,9 @@ def in_value(part: str, folder: Path, code: Payload) -> None:
     """In place of the first value that is no tensor."""
     entries = fsdp.Reader(folder / part).read_metadata().state_dict_metadata
     state = read_shards(folder / part)
-    state[next(key for key, entry in entries.items() if isinstance(entry, BytesStorageMetadata))] = code
+    state[
+        next(key for key, entry in entries.items() if isinstance(entry, BytesStorageMetadata))
+    ] = code
     write_shards(state, folder / part)
 
 
@@ -87,7 +95,11 @@ def look_after(checkpoint: Path, out: Path) -> None:
     from stanford_alpaca.checkpoint import __main__ as command
 
     look, say = command.main, ["--instruction", "Name a bird.", "--max_new_tokens", 2]
-    commands = [(look, ["verify", checkpoint]), (look, ["list", out]), (look, ["export", checkpoint, f"{out}-exported"])]
+    commands = [
+        (look, ["verify", checkpoint]),
+        (look, ["list", out]),
+        (look, ["export", checkpoint, f"{out}-exported"]),
+    ]
     for main, argv in [*commands, (generate.main, [checkpoint, *say])]:
         sys.argv = ["command", *map(str, argv)]
         try:
@@ -97,7 +109,9 @@ def look_after(checkpoint: Path, out: Path) -> None:
 
 
 def payloads(rng: Random) -> list[Case]:
-    def never_runs(world: World, out: Path, setting: Setting, put: Callable[[Path, Payload], None]) -> None:
+    def never_runs(
+        world: World, out: Path, setting: Setting, put: Callable[[Path, Payload], None]
+    ) -> None:
         checkpoint, made = own_copy(world, setting, out), out.with_name("made")
         put(checkpoint, Payload(made))
         sign_again(checkpoint)
@@ -106,13 +120,19 @@ def payloads(rng: Random) -> list[Case]:
         for changes in ({}, named):
             ended = world.run(setting, out, save_total_limit=None, **changes)
             check(not made.exists(), f"it ran, {changes}\n{ended.text[-2000:]}")
-            check(set(ended.statuses) <= {2, 3}, f"{changes}: statuses {ended.statuses}\n{ended.text[-2000:]}")
+            check(
+                set(ended.statuses) <= {2, 3},
+                f"{changes}: statuses {ended.statuses}\n{ended.text[-2000:]}",
+            )
             check("Traceback" not in ended.text, ended.text[-2000:])
         run_ranks(1, look_after, checkpoint, out, launched=False)
         check(not made.exists(), "it ran in verify, list, export or generate")
 
     places: list[tuple[Setting, str, Callable]] = [
-        *((PLAIN, name, in_torch_file) for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")),
+        *(
+            (PLAIN, name, in_torch_file)
+            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+        ),
         *((PLAIN, name, in_torch_file) for name in ("training_args.bin", "pytorch_model.bin")),
         (LORA, "adapter_model.bin", in_torch_file),
         (DDP, "rng_state_1.pth", in_torch_file),
@@ -124,7 +144,12 @@ def payloads(rng: Random) -> list[Case]:
         ),
     ]
     return [
-        case(f"{setting.name}, {name}, {put.__name__.replace('_', ' ')}", never_runs, setting, partial(put, name))
+        case(
+            f"{setting.name}, {name}, {put.__name__.replace('_', ' ')}",
+            never_runs,
+            setting,
+            partial(put, name),
+        )
         for setting, name, put in places
     ]
 
@@ -147,7 +172,9 @@ def without_key(weights: Weights, key: str) -> None:
 
 
 def other_vocabulary(weights: Weights, key: str) -> None:
-    for name in [name for name in weights if name.endswith(("embed_tokens.weight", "lm_head.weight"))]:
+    for name in [
+        name for name in weights if name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    ]:
         weights[name] = torch.cat([weights[name], weights[name][:1]])
 
 
@@ -180,7 +207,10 @@ def wrong_weights(rng: Random) -> list[Case]:
         check(set(ended.statuses) <= {2, 3}, f"statuses {ended.statuses}\n{ended.text[-2000:]}")
         check("Traceback" not in ended.text and len(set(ended.errors())) == 1, ended.text[-2000:])
         check(word in ended.errors()[0], f"{word} is not named: {ended.errors()}")
-        check(manifest.entries_of(out, manifest.list_saved(out)) == before, "the output folder has changed")
+        check(
+            manifest.entries_of(out, manifest.list_saved(out)) == before,
+            "the output folder has changed",
+        )
 
     cases = []
     for setting, part in (
@@ -189,11 +219,23 @@ def wrong_weights(rng: Random) -> list[Case]:
         (FSDP, "layers.1.mlp.up_proj"),
     ):
         for change in (other_dtype, other_shape, without_key):
-            cases.append(case(f"{setting.name}, {change.__name__.replace('_', ' ')}", refused, setting, change, part))
+            cases.append(
+                case(
+                    f"{setting.name}, {change.__name__.replace('_', ' ')}",
+                    refused,
+                    setting,
+                    change,
+                    part,
+                )
+            )
         if setting is LORA:  # an adapter has no embedding
-            cases.append(case("lora, a base of another vocabulary", other_base, setting, "wide-base"))
+            cases.append(
+                case("lora, a base of another vocabulary", other_base, setting, "wide-base")
+            )
         else:
-            cases.append(case(f"{setting.name}, other vocabulary", refused, setting, other_vocabulary, part))
+            cases.append(
+                case(f"{setting.name}, other vocabulary", refused, setting, other_vocabulary, part)
+            )
         cases.append(case(f"{setting.name}, another base", other_base, setting, "other-base"))
     return cases
 

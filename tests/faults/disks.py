@@ -33,7 +33,10 @@ FULL, DAMAGED = 2, 3  # exit statuses of rank 0; the others end with one of them
 
 def refused_disk(ended, out: Path) -> None:
     """All ranks ended in one line and the status of a user's mistake, and what was saved before is good."""
-    check(ended.statuses[0] == FULL and all(ended.statuses), f"statuses {ended.statuses}\n{ended.text[-3000:]}")
+    check(
+        ended.statuses[0] == FULL and all(ended.statuses),
+        f"statuses {ended.statuses}\n{ended.text[-3000:]}",
+    )
     check("Traceback" not in ended.text and ended.errors(), f"no clear line\n{ended.text[-2000:]}")
     check(len(set(ended.errors())) == 1, f"several lines: {ended.errors()}")
     valid_checkpoints(out)
@@ -42,7 +45,9 @@ def refused_disk(ended, out: Path) -> None:
 def failing_disk(rng: Random) -> list[Case]:
     """Errors at any change of the disk from a save on, disks that are too small, and disks that are read-only."""
 
-    def fails(world: World, out: Path, setting: Setting, error: str, rank: int, share: float) -> None:
+    def fails(
+        world: World, out: Path, setting: Setting, error: str, rank: int, share: float
+    ) -> None:
         at, what = disk_event(world, setting, rank, share)
         ended = world.run(setting, out, Fault(error, "disk", at, (rank,)))
         try:
@@ -54,13 +59,27 @@ def failing_disk(rng: Random) -> list[Case]:
         exact(world.reference(setting), out)
 
     cases = []
-    for number, (setting, rank) in enumerate([(PLAIN, 0), (LORA, 0), (DDP, 0), (DDP, 1), (FSDP, 0), (FSDP, 1), (PLAIN, 0)] * 2):
+    for number, (setting, rank) in enumerate(
+        [(PLAIN, 0), (LORA, 0), (DDP, 0), (DDP, 1), (FSDP, 0), (FSDP, 1), (PLAIN, 0)] * 2
+    ):
         error, share = ("ENOSPC", "EIO", "EROFS")[number % 3], round(rng.random(), 3)
-        cases.append(case(f"{error} on rank {rank} of {setting.name}, {share} through", fails, setting, error, rank, share))
+        cases.append(
+            case(
+                f"{error} on rank {rank} of {setting.name}, {share} through",
+                fails,
+                setting,
+                error,
+                rank,
+                share,
+            )
+        )
     for setting, looks in ((PLAIN, True), (PLAIN, False), (LORA, False), (FSDP, False)):
         what = f"{setting.name}, room for a checkpoint and a half{'' if looks else ', which nobody foresees'}"
         cases.append(case(what, too_small, setting, looks))
-    return cases + [case(f"{setting.name}, a disk that has become read-only", read_only, setting) for setting in (PLAIN, FSDP)]
+    return cases + [
+        case(f"{setting.name}, a disk that has become read-only", read_only, setting)
+        for setting in (PLAIN, FSDP)
+    ]
 
 
 def overlook(hooks: Hooks) -> None:
@@ -137,14 +156,22 @@ def zeroed(file: Path, rng: Random, other: Path) -> None:
 def swapped(file: Path, rng: Random, other: Path) -> None:
     """With the file of the same name in the other checkpoint, or with another file of this one if that is equal."""
     found = [other / file.name, *sorted(path for path in file.parent.iterdir() if path.is_file())]
-    file.write_bytes(next(path.read_bytes() for path in found if path.exists() and path.read_bytes() != file.read_bytes()))
+    file.write_bytes(
+        next(
+            path.read_bytes()
+            for path in found
+            if path.exists() and path.read_bytes() != file.read_bytes()
+        )
+    )
 
 
 HARMS = (deleted, truncated, emptied, flipped, zeroed, swapped)
 ENGINES = (PLAIN, LORA, DDP, FSDP, FSDP_LORA, ZERO2)
 
 
-def damaged(world: World, out: Path, setting: Setting, share: float, harm: Callable, seed: int, alone: bool) -> None:
+def damaged(
+    world: World, out: Path, setting: Setting, share: float, harm: Callable, seed: int, alone: bool
+) -> None:
     """A file of the newest checkpoint, that far through the list of its files; with an older one to fall back to, or none."""
     usual = world.reference(setting, save_total_limit=None)
     world.copy(usual, out, only=[4] if alone else [2, 4])
@@ -162,12 +189,20 @@ def damaged(world: World, out: Path, setting: Setting, share: float, harm: Calla
             ended.statuses[0] == DAMAGED and set(ended.statuses) <= {FULL, DAMAGED},
             f"{name}: statuses {ended.statuses}\n{ended.text[-2000:]}",
         )
-        check(any(name in line for line in ended.errors()), f"{name} is not named: {ended.errors()}")
+        check(
+            any(name in line for line in ended.errors()), f"{name} is not named: {ended.errors()}"
+        )
         check(manifest.list_saved(out) == before, f"{name}: the output folder has changed")
         return
     ended = world.finish(setting, out, save_total_limit=None)
-    named = "" if name == manifest.MANIFEST_FILE and harm is swapped else name  # then all the others differ
-    lines = [line for line in ended.text.splitlines() if "passed over checkpoint-4" in line and named in line]
+    named = (
+        "" if name == manifest.MANIFEST_FILE and harm is swapped else name
+    )  # then all the others differ
+    lines = [
+        line
+        for line in ended.text.splitlines()
+        if "passed over checkpoint-4" in line and named in line
+    ]
     check(lines, f"{name} of checkpoint-4 is not named\n{ended.text[-2000:]}")
     exact(usual, out)
 
@@ -175,7 +210,11 @@ def damaged(world: World, out: Path, setting: Setting, share: float, harm: Calla
 def damage(rng: Random) -> list[Case]:
     cases = []
     for number in range(60):
-        setting, harm, alone = ENGINES[number % 6], HARMS[(number // 6 + number) % 6], number % 7 == 6
+        setting, harm, alone = (
+            ENGINES[number % 6],
+            HARMS[(number // 6 + number) % 6],
+            number % 7 == 6,
+        )
         share, seed = round((number // 6 + rng.random()) / 10, 3), rng.randrange(2**32)
         what = f"{setting.name}, the file {share} through the list {harm.__name__}{', the only checkpoint' if alone else ''}"
         cases.append(case(what, damaged, setting, share, harm, seed, alone))

@@ -29,14 +29,50 @@ from stanford_alpaca.run.parse import parse
 
 BASE = Path(__file__).resolve().parents[2] / "data" / "tiny-base"
 LIMIT = 20  # seconds for one case
-WORDS = ["", " ", "a b", "é\u2028", "\ud800", "\x00", "</s>", "\ufeff", "{}", "nan", "0", "-1", "1e400", "null", "x" * 3000]
-VALUES = [None, True, 0, -1, 1.5, 10**400, "text", "", [], {}, ["a"], [[]], [None], {"a": {"b": []}}, "\ud800", "\uffff</s>"]
+WORDS = [
+    "",
+    " ",
+    "a b",
+    "é\u2028",
+    "\ud800",
+    "\x00",
+    "</s>",
+    "\ufeff",
+    "{}",
+    "nan",
+    "0",
+    "-1",
+    "1e400",
+    "null",
+    "x" * 3000,
+]
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    10**400,
+    "text",
+    "",
+    [],
+    {},
+    ["a"],
+    [[]],
+    [None],
+    {"a": {"b": []}},
+    "\ud800",
+    "\uffff</s>",
+]
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 RECORDS: list[dict] = [
     {"instruction": "Add.", "input": "1 and 2", "output": "3"},
     {"prompt": "a", "completion": "b"},
     {"messages": CHAT},
-    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+    {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        "system": "s",
+    },
     {"text": "a b c"},
 ]
 
@@ -64,7 +100,9 @@ def check_file(file: Path) -> Callable[[], object]:
     """A run's way with a data file, until its examples are there; and that of a file of prompts."""
 
     def case() -> None:
-        read_prompts(str(file), None, None) if file.suffix == ".txt" else check_command(plain_argv(file))()
+        read_prompts(str(file), None, None) if file.suffix == ".txt" else check_command(
+            plain_argv(file)
+        )()
 
     return case
 
@@ -76,9 +114,13 @@ def check_command(argv: list[str]) -> Callable[[], object]:
         run = parse(argv)
         check(run)
         args = run.training
-        prompts = read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
+        prompts = (
+            read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
+        )
         name, may_grow = run.model.model_name_or_path, not run.lora.lora
-        tokenizer = ModelSource(name, cache_dir=args.cache_dir).tokenizer(args.model_max_length, may_grow=may_grow)
+        tokenizer = ModelSource(name, cache_dir=args.cache_dir).tokenizer(
+            args.model_max_length, may_grow=may_grow
+        )
         check_fit(run, tokenizer, prompts)
         load_data(run.data, args, tokenizer)
 
@@ -132,7 +174,9 @@ def _written(rng: random.Random, records: list, suffix: str) -> bytes:
     if suffix in (".csv", ".tsv"):
         table = StringIO()
         columns = list(records[0]) if isinstance(records[0], dict) else ["text"]
-        writer = csv.DictWriter(table, columns, extrasaction="ignore", delimiter="," if suffix == ".csv" else "\t")
+        writer = csv.DictWriter(
+            table, columns, extrasaction="ignore", delimiter="," if suffix == ".csv" else "\t"
+        )
         writer.writeheader()
         writer.writerows(record for record in records if isinstance(record, dict))
         text = table.getvalue()
@@ -148,7 +192,13 @@ def _mutate_value(rng: random.Random, records: list) -> None:
     """Changes a place of the records: another value, a key less, more or renamed, deep nesting."""
     place: object = records
     while rng.random() < 0.75:
-        inner = list(place.values()) if isinstance(place, dict) else place if isinstance(place, list) else []
+        inner = (
+            list(place.values())
+            if isinstance(place, dict)
+            else place
+            if isinstance(place, list)
+            else []
+        )
         below = [value for value in inner if isinstance(value, list | dict) and value]
         if not below:
             break
@@ -223,7 +273,22 @@ FEW = sorted({field.name for cls in OWN for field in fields(cls)} | {field.name 
     field.name for field in fields(HfTrainingArguments)
 })  # fmt: skip
 GOOD = ["1", "2", "4", "0.5", "True", "False", "emo", "mle", "linear"]
-NUMBERS = ["0", "-1", "1", "2", "3.5", "1e-9", "1e400", "-1e400", "nan", "inf", "9" * 30, "0x10", "1_000", "0.5"]
+NUMBERS = [
+    "0",
+    "-1",
+    "1",
+    "2",
+    "3.5",
+    "1e-9",
+    "1e400",
+    "-1e400",
+    "nan",
+    "inf",
+    "9" * 30,
+    "0x10",
+    "1_000",
+    "0.5",
+]
 TEXTS = [
     "True",
     "False",
@@ -271,7 +336,10 @@ def fuzz_argv(seed: int, folder: Path) -> list[str]:
     if rng.random() < 0.15:
         file = folder / f"{seed}.yaml"
         file.write_text(
-            "\n".join(f"{name}: {_value(rng, name)}" for name in [_name(rng) for _ in range(rng.randint(0, 4))]),
+            "\n".join(
+                f"{name}: {_value(rng, name)}"
+                for name in [_name(rng) for _ in range(rng.randint(0, 4))]
+            ),
             errors="replace",
         )
         argv += ["--config", str(file)]
@@ -279,7 +347,9 @@ def fuzz_argv(seed: int, folder: Path) -> list[str]:
 
 
 def _name(rng: random.Random) -> str:
-    return rng.choice([name for name in (FEW if rng.random() < 0.5 else FLAGS) if name not in NEVER])
+    return rng.choice(
+        [name for name in (FEW if rng.random() < 0.5 else FLAGS) if name not in NEVER]
+    )
 
 
 def _value(rng: random.Random, name: str = "") -> str:
@@ -289,7 +359,9 @@ def _value(rng: random.Random, name: str = "") -> str:
         if action.choices:
             return str(rng.choice(list(action.choices)))
         if action.type in (int, float):
-            return rng.choice(["1", "2", "4", "100"] if action.type is int else ["1e-5", "0.5", "2.0", "1"])
+            return rng.choice(
+                ["1", "2", "4", "100"] if action.type is int else ["1e-5", "0.5", "2.0", "1"]
+            )
         if action.type is not str and action.type is not None:
             return rng.choice(["True", "False"])
     return rng.choice(rng.choice([GOOD, GOOD, NUMBERS, TEXTS, WORDS]))
@@ -304,7 +376,11 @@ def _change(rng: random.Random, argv: list[str]) -> list[str]:
 
 def _add(rng: random.Random, argv: list[str]) -> list[str]:
     name = _name(rng)
-    return [*argv, f"--{name}", *(_value(rng, name) for _ in range(rng.choice([0, 1, 1, 1, 1, 1, 2])))]
+    return [
+        *argv,
+        f"--{name}",
+        *(_value(rng, name) for _ in range(rng.choice([0, 1, 1, 1, 1, 1, 2]))),
+    ]
 
 
 def _joined(rng: random.Random, argv: list[str]) -> list[str]:

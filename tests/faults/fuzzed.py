@@ -13,7 +13,11 @@ def try_one(kind: str, seed: int, folder: Path) -> str:
     from tests.faults.fuzz import check_command, check_file, fuzz_argv, fuzz_json, outcome
 
     folder.mkdir(parents=True)
-    return outcome(check_file(fuzz_json(seed, folder)) if kind == "data" else check_command(fuzz_argv(seed, folder)))
+    return outcome(
+        check_file(fuzz_json(seed, folder))
+        if kind == "data"
+        else check_command(fuzz_argv(seed, folder))
+    )
 
 
 def fuzzed(rng: Random) -> list[Case]:
@@ -25,7 +29,10 @@ def fuzzed(rng: Random) -> list[Case]:
 
     seeds = rng.sample(range(2**32), 1000)
     kinds = ("data", "command line")
-    return [case(f"{kinds[i % 2]} of seed {seed}", ends_well, kinds[i % 2], seed) for i, seed in enumerate(seeds)]
+    return [
+        case(f"{kinds[i % 2]} of seed {seed}", ends_well, kinds[i % 2], seed)
+        for i, seed in enumerate(seeds)
+    ]
 
 
 ROWS = {"fuzzed inputs": fuzzed}

@@ -42,7 +42,10 @@ class Setting:
 ADAPTER = ("--lora", "True", "--lora_dropout", "0.1")
 PLAIN, LORA, DDP = Setting("plain", 1), Setting("lora", 1, ADAPTER), Setting("ddp", 2)
 FSDP, ZERO2 = Setting("fsdp", 2, ("--engine", "fsdp")), Setting("zero2", 2, ("--engine", "zero2"))
-FSDP_LORA, DDP_LORA = Setting("fsdp-lora", 2, (*FSDP.flags, *ADAPTER)), Setting("ddp-lora", 2, ADAPTER)
+FSDP_LORA, DDP_LORA = (
+    Setting("fsdp-lora", 2, (*FSDP.flags, *ADAPTER)),
+    Setting("ddp-lora", 2, ADAPTER),
+)
 SETTINGS = (PLAIN, LORA, DDP, FSDP, FSDP_LORA, ZERO2)
 
 
@@ -55,7 +58,11 @@ class Ended:
     rest_took: float
 
     def errors(self) -> list[str]:
-        return [line for line in self.text.splitlines() if line.startswith("error: ") and " lost another one " not in line]
+        return [
+            line
+            for line in self.text.splitlines()
+            if line.startswith("error: ") and " lost another one " not in line
+        ]
 
 
 Check = Callable[["World", Path], None]
@@ -85,12 +92,16 @@ def exact(one: Path, two: Path, over_ranks: bool = False) -> None:
     from tests.faults.state import differences
 
     last = [manifest.checkpoints(out)[0] for out in (one, two)]
-    check(last[0].name == last[1].name, f"the last checkpoints are {last[0].name} and {last[1].name}")
+    check(
+        last[0].name == last[1].name, f"the last checkpoints are {last[0].name} and {last[1].name}"
+    )
     found = differences(*last)
     check(not found, f"{last[0].name} differs in {len(found)} values: {', '.join(found[:5])}")
     for file in one.glob("*.safetensors"):
         a, b = load_file(file), load_file(two / file.name)
-        check(a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a), f"{file.name} differs")
+        check(
+            a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a), f"{file.name} differs"
+        )
     a, b = seen(one, over_ranks), seen(two, over_ranks)
     check(a.keys() == b.keys(), f"steps {sorted(a)} and {sorted(b)}")
     check(a == b, f"other rows in {[step for step in sorted(a) if a[step] != b[step]][:3]}")
@@ -106,8 +117,13 @@ def seen(out: Path, over_ranks: bool = False) -> dict[Any, list]:
             rows.setdefault(step, {}).setdefault(rank, set()).add(tuple(ids))
     assert beside(out, "seen0").exists()
     if over_ranks:
-        return {step: sorted(row for ids in by_rank.values() for each in ids for row in each) for step, by_rank in rows.items()}
-    return {(step, rank): sorted(ids) for step, by_rank in rows.items() for rank, ids in by_rank.items()}
+        return {
+            step: sorted(row for ids in by_rank.values() for each in ids for row in each)
+            for step, by_rank in rows.items()
+        }
+    return {
+        (step, rank): sorted(ids) for step, by_rank in rows.items() for rank, ids in by_rank.items()
+    }
 
 
 def valid_checkpoints(out: Path) -> list[str]:

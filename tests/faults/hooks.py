@@ -44,16 +44,24 @@ class Hooks:
         self.out, self.fault = out, fault
         self.rank = int(os.environ.get("RANK", "0"))
         self.counts = {point: itertools.count() for point in POINTS}
-        self.log = open(beside(out, f"disk{self.rank}"), "w") if fault and fault.do == "count" else None  # noqa: SIM115
+        self.log = (
+            open(beside(out, f"disk{self.rank}"), "w") if fault and fault.do == "count" else None
+        )  # noqa: SIM115
         self.acted = self.mending = False
 
-    def come(self, point: str, what: str = "", broken: Callable[[], Exception] | None = None) -> None:
+    def come(
+        self, point: str, what: str = "", broken: Callable[[], Exception] | None = None
+    ) -> None:
         """Called at every point; ``broken`` makes the error with which a failing disk shows there."""
         fault, count = self.fault, next(self.counts[point])
         if self.log is not None and point == "disk":
             self.log.write(what + "\n")
             self.log.flush()
-        if fault is None or point != fault.where or (fault.ranks is not None and self.rank not in fault.ranks):
+        if (
+            fault is None
+            or point != fault.where
+            or (fault.ranks is not None and self.rank not in fault.ranks)
+        ):
             return
         if fault.do in FAILS:
             if count >= fault.at:
@@ -106,29 +114,61 @@ class Hooks:
         from safetensors import SafetensorError
 
         def audit(event: str, args: tuple) -> None:
-            writing = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            writing = (
+                event == "open"
+                and isinstance(args[2], int)
+                and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            )
             if writing or event == "os.rename":
                 self.change(event, args[0])
             elif event in REMOVES:  # of a whole tree by descriptors
                 parent = f"/proc/self/fd/{args[1]}"
-                self.change(event, f"{os.readlink(parent)}/{args[0]}" if args[1] >= 0 and os.path.exists(parent) else args[0])
+                self.change(
+                    event,
+                    f"{os.readlink(parent)}/{args[0]}"
+                    if args[1] >= 0 and os.path.exists(parent)
+                    else args[0],
+                )
 
         sys.addaudithook(audit)
-        before(os, "fsync", lambda descriptor: self.change("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        before(
+            os,
+            "fsync",
+            lambda descriptor: self.change("fsync", os.readlink(f"/proc/self/fd/{descriptor}")),
+        )
         full = "No space left on device (os error 28)"
         for module, name, place, error in (
-            (torch, "save", 1, lambda: RuntimeError("[enforce fail at inline_container.cc:664] . file write failed")),
-            (safetensors.torch, "serialize_file", 1, lambda: SafetensorError(f"Error while serializing: I/O error: {full}")),
+            (
+                torch,
+                "save",
+                1,
+                lambda: RuntimeError(
+                    "[enforce fail at inline_container.cc:664] . file write failed"
+                ),
+            ),
+            (
+                safetensors.torch,
+                "serialize_file",
+                1,
+                lambda: SafetensorError(f"Error while serializing: I/O error: {full}"),
+            ),
         ):
             self.write_in_two(module, name, place, error)
 
     def change(self, what: str, path: Any, broken: Callable[[], Exception] | None = None) -> None:
         """A point on the disk, if the path is in the output folder."""
         folder = f"{self.out.absolute()}/"
-        if f"{os.path.abspath(path) if isinstance(path, str | os.PathLike) else path}/".startswith(folder) and not self.mending:
+        if (
+            f"{os.path.abspath(path) if isinstance(path, str | os.PathLike) else path}/".startswith(
+                folder
+            )
+            and not self.mending
+        ):
             self.come("disk", f"{what} {str(path).removeprefix(folder)}", broken)
 
-    def write_in_two(self, module: Any, name: str, place: int, error: Callable[[], Exception]) -> None:
+    def write_in_two(
+        self, module: Any, name: str, place: int, error: Callable[[], Exception]
+    ) -> None:
         """Points before a function that writes a whole file by itself, and when a half of it stands there."""
         write = getattr(module, name)
 
@@ -168,7 +208,10 @@ def beside(out: Path, name: str) -> Path:
 
 def rows_of(batch: dict) -> list[list[int]]:
     """The rows of a padded batch, without padding."""
-    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    return [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
 
 
 def row_id(ids: list[int]) -> str:

@@ -47,10 +47,18 @@ def kill_group(rng: Random) -> list[Case]:
 
     def killed(world: World, out: Path, setting: Setting, times: list[tuple[int, float]]) -> None:
         def reached(step: int) -> bool:
-            return step == 0 or (beside(out, "seen0").exists() and max((made for made, _ in seen(out)), default=0) >= step)
+            return step == 0 or (
+                beside(out, "seen0").exists()
+                and max((made for made, _ in seen(out)), default=0) >= step
+            )
 
         for step, seconds in times:
-            world.run(setting, out, kill_after=seconds, meanwhile=lambda step=step: wait_until(lambda: reached(step)))
+            world.run(
+                setting,
+                out,
+                kill_after=seconds,
+                meanwhile=lambda step=step: wait_until(lambda: reached(step)),
+            )
         world.finish(setting, out)
         exact(world.reference(setting), out)
 
@@ -59,7 +67,10 @@ def kill_group(rng: Random) -> list[Case]:
         setting = (PLAIN, DDP, FSDP, LORA, DDP_LORA, FSDP_LORA)[number % 6]
         steps = [rng.randrange(STEPS + 1) for _ in range(2 if number % 5 == 4 else 1)]
         times = [(step, round(rng.uniform(0, 0.2 if step else 1.5), 4)) for step in steps]
-        words = ", then ".join(f"{seconds} s after {f'step {step}' if step else 'the start'}" for step, seconds in times)
+        words = ", then ".join(
+            f"{seconds} s after {f'step {step}' if step else 'the start'}"
+            for step, seconds in times
+        )
         cases.append(case(f"{setting.name}, {words}", killed, setting, times))
     return cases
 
@@ -70,14 +81,27 @@ def kill_save(rng: Random) -> list[Case]:
     def killed(world: World, out: Path, setting: Setting, rank: int, share: float) -> None:
         at, what = disk_event(world, setting, rank, share)
         ended = world.run(setting, out, Fault("kill", "disk", at, (rank,)), together=True)
-        check(KILLED in ended.statuses, f"it was not killed at {what}: {ended.statuses}\n{ended.text[-2000:]}")
+        check(
+            KILLED in ended.statuses,
+            f"it was not killed at {what}: {ended.statuses}\n{ended.text[-2000:]}",
+        )
         ended = world.finish(setting, out)
-        check(f"checkpoint-{SECOND_SAVE - 2}" in ended.text or f"checkpoint-{SECOND_SAVE}" in ended.text, f"fresh after {what}")
+        check(
+            f"checkpoint-{SECOND_SAVE - 2}" in ended.text
+            or f"checkpoint-{SECOND_SAVE}" in ended.text,
+            f"fresh after {what}",
+        )
         exact(world.reference(setting), out)
 
     counts = [(PLAIN, 0, 24), (LORA, 0, 6), (DDP, 0, 8), (DDP, 1, 4), (FSDP, 0, 10), (FSDP, 1, 8)]
     return [
-        case(f"{setting.name}, rank {rank}, {number}/{count} through the second save", killed, setting, rank, number / count)
+        case(
+            f"{setting.name}, rank {rank}, {number}/{count} through the second save",
+            killed,
+            setting,
+            rank,
+            number / count,
+        )
         for setting, rank, count in counts
         for number in range(count)
     ]
@@ -108,13 +132,25 @@ def kill_one(rng: Random) -> list[Case]:
         )
         usual = world.reference(setting, **changes)
         ended = world.run(setting, out, Fault("kill", where, at, (rank,)), **changes)
-        check(ended.statuses[rank] == KILLED, f"rank {rank} was not killed: {ended.statuses}\n{ended.text[-2000:]}")
+        check(
+            ended.statuses[rank] == KILLED,
+            f"rank {rank} was not killed: {ended.statuses}\n{ended.text[-2000:]}",
+        )
         check(0 not in ended.statuses, f"a rank ended with 0: {ended.statuses}")
         check(ended.rest_took < 60, f"the others took {ended.rest_took:.0f} s")
         batches = -(-9 // (2 * setting.ranks))  # of an evaluation
-        steps = {"step": at // 2, "fetch": at // 2, "save": 2 * at, "evaluation": 2 * (at // batches + 1)}[where]
+        steps = {
+            "step": at // 2,
+            "fetch": at // 2,
+            "save": 2 * at,
+            "evaluation": 2 * (at // batches + 1),
+        }[where]
         there = {folder.name for folder in out.glob("checkpoint-*")}
-        wanted = {f"checkpoint-{step}" for step in (2, 4) if step < steps or (step == steps and where != "evaluation")}
+        wanted = {
+            f"checkpoint-{step}"
+            for step in (2, 4)
+            if step < steps or (step == steps and where != "evaluation")
+        }
         check(there <= wanted, f"checkpoints {sorted(there)} after {steps} steps")
         world.finish(setting, out, **changes)
         exact(usual, out)
@@ -123,19 +159,29 @@ def kill_one(rng: Random) -> list[Case]:
     three = Setting("ddp of 3", 3)
     for number in range(16):
         setting = (DDP, FSDP, three)[number % 3]
-        where, rank = ("step", "save", "fetch", "evaluation")[number % 4], rng.randrange(setting.ranks)
+        where, rank = (
+            ("step", "save", "fetch", "evaluation")[number % 4],
+            rng.randrange(setting.ranks),
+        )
         changes = {"step": 12, "fetch": 12, "save": 3, "evaluation": 6}
         at = rng.randrange(changes[where])
-        cases.append(case(f"{setting.name}, rank {rank}, {where} {at}", killed, setting, where, at, rank))
+        cases.append(
+            case(f"{setting.name}, rank {rank}, {where} {at}", killed, setting, where, at, rank)
+        )
     for setting, where, at in [(DDP, "step", 7), (FSDP, "save", 1), (DDP, "load", 0)]:
-        cases.append(case(f"{setting.name} under the launcher, {where} {at}", restarted, setting, where, at))
+        cases.append(
+            case(f"{setting.name} under the launcher, {where} {at}", restarted, setting, where, at)
+        )
     return [*cases, case("ddp under the launcher, the other rank hangs", left_alone)]
 
 
 def restarted(world: World, out: Path, setting: Setting, where: str, at: int) -> None:
     """The launcher starts all ranks again when one was killed; the run ends by itself, as if nothing had happened."""
     done = launch(world, out, setting, where, at, restarts=1)
-    check(done.returncode == 0, f"status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    check(
+        done.returncode == 0,
+        f"status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}",
+    )
     check(beside(out, "acted1").exists(), "rank 1 was not killed")
     exact(world.reference(setting), out)
 
@@ -151,9 +197,17 @@ def left_alone(world: World, out: Path) -> None:
     exact(world.reference(DDP), out)
 
 
-def launch(world: World, out: Path, setting: Setting, where: str, at: int, restarts: int) -> subprocess.CompletedProcess:
+def launch(
+    world: World, out: Path, setting: Setting, where: str, at: int, restarts: int
+) -> subprocess.CompletedProcess:
     script = ROOT / "tests" / "faults" / "rank.py"
-    launcher = [sys.executable, "-m", "stanford_alpaca.launch", "--nproc_per_node", str(setting.ranks)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "stanford_alpaca.launch",
+        "--nproc_per_node",
+        str(setting.ranks),
+    ]
     launcher += ["--standalone", "--max_restarts", str(restarts)]
     out.parent.mkdir(parents=True)
     return subprocess.run(

@@ -21,7 +21,10 @@ from tests.helpers import steps
 
 STEP = 4  # in which the number appears; the last checkpoint before it is of step 2
 MICRO_BATCHES = 2
-LOSS, NORM = 1e-5, 1e-4  # equal runs: absolute difference of the loss, relative one of the gradient norm
+LOSS, NORM = (
+    1e-5,
+    1e-4,
+)  # equal runs: absolute difference of the loss, relative one of the gradient norm
 
 
 class NotFinite:
@@ -29,7 +32,11 @@ class NotFinite:
 
     def __init__(self, hooks: Hooks, what: str, value: str, ranks: tuple[int, ...] | None):
         self.what, self.value, self.here = what, float(value), ranks is None or hooks.rank in ranks
-        self.file, self.trainer, self.micro_batch = beside(hooks.out, f"weights{hooks.rank}").open("w"), None, 0
+        self.file, self.trainer, self.micro_batch = (
+            beside(hooks.out, f"weights{hooks.rank}").open("w"),
+            None,
+            0,
+        )
         step, loss, run = Trainer.training_step, Trainer.compute_loss, train.train
 
         def training_step(trainer, *args: Any, **kwargs: Any):
@@ -46,7 +53,12 @@ class NotFinite:
 
         def compute_loss(trainer, *args: Any, **kwargs: Any):
             value = loss(trainer, *args, **kwargs)
-            now = what == "loss" and self.here and trainer.state.global_step + 1 == STEP and self.micro_batch == 0
+            now = (
+                what == "loss"
+                and self.here
+                and trainer.state.global_step + 1 == STEP
+                and self.micro_batch == 0
+            )
             return value * self.value if now else value
 
         def to_the_end(*args: Any) -> None:
@@ -55,10 +67,18 @@ class NotFinite:
             finally:
                 self.write()
 
-        Trainer.training_step, Trainer.compute_loss, train.train = training_step, compute_loss, to_the_end
+        Trainer.training_step, Trainer.compute_loss, train.train = (
+            training_step,
+            compute_loss,
+            to_the_end,
+        )
 
     def parameter(self) -> Any:
-        return next(p for name, p in self.trainer.model.named_parameters() if name.endswith(TENSOR[self.what]))
+        return next(
+            p
+            for name, p in self.trainer.model.named_parameters()
+            if name.endswith(TENSOR[self.what])
+        )
 
     def put(self, tensor: Any) -> None:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -75,28 +95,52 @@ class NotFinite:
 
 
 def nonfinite(rng: Random) -> list[Case]:
-    def stops(world: World, out: Path, setting: Setting, what: str, value: str, ranks: tuple[int, ...] | None) -> None:
-        ended = world.run(setting, out, more=partial(NotFinite, what=what, value=value, ranks=ranks))
+    def stops(
+        world: World,
+        out: Path,
+        setting: Setting,
+        what: str,
+        value: str,
+        ranks: tuple[int, ...] | None,
+    ) -> None:
+        ended = world.run(
+            setting, out, more=partial(NotFinite, what=what, value=value, ranks=ranks)
+        )
         check(set(ended.statuses) == {2}, f"statuses {ended.statuses}\n{ended.text[-2000:]}")
         check("Traceback" not in ended.text and len(set(ended.errors())) == 1, ended.text[-2000:])
         line = ended.errors()[0]
-        for word in (f"step {STEP}", *(f"rank {rank}" for rank in ranks or ()), TENSOR.get(what, "loss")):
+        for word in (
+            f"step {STEP}",
+            *(f"rank {rank}" for rank in ranks or ()),
+            TENSOR.get(what, "loss"),
+        ):
             check(word in line, f"{word} is not named: {line}")
         for rank in range(setting.ranks):
-            before, after = (json.loads(text) for text in beside(out, f"weights{rank}").read_text().splitlines())
+            before, after = (
+                json.loads(text) for text in beside(out, f"weights{rank}").read_text().splitlines()
+            )
             changed = [name for name in before if before[name] != after[name]]
             check(not changed, f"rank {rank}: {changed[:3]} changed")
-        check([folder.name for folder in manifest.checkpoints(out)] == ["checkpoint-2"], "there is a new checkpoint")
+        check(
+            [folder.name for folder in manifest.checkpoints(out)] == ["checkpoint-2"],
+            "there is a new checkpoint",
+        )
 
     cases = []
     for number, setting in enumerate((PLAIN, DDP, FSDP)):
         last = (setting.ranks - 1,)
-        for other, (what, ranks) in enumerate([("loss", None), ("gradient", None), ("loss", last), ("weight", None)]):
+        for other, (what, ranks) in enumerate(
+            [("loss", None), ("gradient", None), ("loss", last), ("weight", None)]
+        ):
             value = ("nan", "inf")[(number + other) % 2]
             if setting.ranks == 1 and ranks:  # there is no other
                 ranks, value = None, "inf"
             to = f", rank {ranks[0]} alone" if ranks else ""
-            cases.append(case(f"{value} in the {what}, {setting.name}{to}", stops, setting, what, value, ranks))
+            cases.append(
+                case(
+                    f"{value} in the {what}, {setting.name}{to}", stops, setting, what, value, ranks
+                )
+            )
     return cases
 
 
@@ -105,11 +149,18 @@ TENSOR = {"gradient": "layers.0.mlp.down_proj.weight", "weight": "layers.1.self_
 
 def change_rows(hooks: Hooks, rows: list[list[int]], how: str) -> None:
     """In the child: masks the targets of these rows, drops the rows from their batches, or skips the step that has them."""
-    collate, step, chosen = PadCollator.__call__, EmoTrainer.training_step, {tuple(row) for row in rows}
+    collate, step, chosen = (
+        PadCollator.__call__,
+        EmoTrainer.training_step,
+        {tuple(row) for row in rows},
+    )
 
     def changed(collator, examples: list[dict]) -> dict:
         there = [tuple(example["input_ids"]) in chosen for example in examples]
-        masked = [{**e, "labels": [-100] * len(e["labels"])} if is_in else e for e, is_in in zip(examples, there, strict=True)]
+        masked = [
+            {**e, "labels": [-100] * len(e["labels"])} if is_in else e
+            for e, is_in in zip(examples, there, strict=True)
+        ]
         left = [e for e, is_in in zip(examples, there, strict=True) if not is_in or how != "drop"]
         filler = {"input_ids": [0], "labels": [-100]}
         return collate(collator, masked if how == "mask" else left or [filler])
@@ -123,15 +174,28 @@ def change_rows(hooks: Hooks, rows: list[list[int]], how: str) -> None:
 
 def masked_rows(rng: Random) -> list[Case]:
     def equal(world: World, out: Path, setting: Setting, which: str) -> None:
-        changes: dict[str, Any] = {"model_name_or_path": world.folder / "sure", "learning_rate": 0.1, "optim": "sgd"}
-        changes |= {"lr_scheduler_type": "constant", "save_strategy": "no", "max_steps": 5}  # an epoch: each row once
+        changes: dict[str, Any] = {
+            "model_name_or_path": world.folder / "sure",
+            "learning_rate": 0.1,
+            "optim": "sgd",
+        }
+        changes |= {
+            "lr_scheduler_type": "constant",
+            "save_strategy": "no",
+            "max_steps": 5,
+        }  # an epoch: each row once
         rows = chosen(world, setting, which, changes)
         without = out.with_name("without")
         whole = which == "a whole batch"
         world.finish(setting, out, more=partial(change_rows, rows=rows, how="mask"), **changes)
         # a rank whose rows are all gone could not take part: one process trains on the rest, in the same steps
         alone = PLAIN if which == "a rank's" else setting
-        world.finish(alone, without, more=partial(change_rows, rows=rows, how="skip" if whole else "drop"), **changes)
+        world.finish(
+            alone,
+            without,
+            more=partial(change_rows, rows=rows, how="skip" if whole else "drop"),
+            **changes,
+        )
         pairs = list(zip(steps(out), steps(without), strict=True))
         for one, two in pairs:
             if whole and one["step"] == STEP:
@@ -139,7 +203,10 @@ def masked_rows(rng: Random) -> list[Case]:
                 continue
             close = abs(one["loss"] - two["loss"]) <= LOSS
             close = close and abs(one["grad_norm"] - two["grad_norm"]) <= NORM * two["grad_norm"]
-            check(close, f"step {one['step']}: {one['loss']}, {one['grad_norm']}; without: {two['loss']}, {two['grad_norm']}")
+            check(
+                close,
+                f"step {one['step']}: {one['loss']}, {one['grad_norm']}; without: {two['loss']}, {two['grad_norm']}",
+            )
         check(len({one["loss"] for one, _ in pairs}) == len(pairs), "nothing was learned")
 
     return [
@@ -152,12 +219,19 @@ def masked_rows(rng: Random) -> list[Case]:
 def chosen(world: World, setting: Setting, which: str, changes: dict[str, Any]) -> list[list[int]]:
     """The rows of step ``STEP`` to mask: one, the last micro-batch of one process (all of a rank's), or all."""
     usual = world.reference(setting, more=record_rows, **changes)
-    ranks = [json.loads(beside(usual, f"rows{rank}").read_text().splitlines()[STEP - 1]) for rank in range(setting.ranks)]
+    ranks = [
+        json.loads(beside(usual, f"rows{rank}").read_text().splitlines()[STEP - 1])
+        for rank in range(setting.ranks)
+    ]
     micro_batches = [batch for rank in ranks for batch in rank]
     if which == "one row":
         return [micro_batches[0][1]]
     if which == "a rank's":
-        return [row for batch in ranks[-1] for row in batch] if setting.ranks > 1 else micro_batches[-1]
+        return (
+            [row for batch in ranks[-1] for row in batch]
+            if setting.ranks > 1
+            else micro_batches[-1]
+        )
     return [row for batch in micro_batches for row in batch]
 
 

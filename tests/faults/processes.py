@@ -42,4 +42,8 @@ def kill(processes: list) -> None:
 
 def read(outputs: list[Path]) -> str:
     texts = [file.read_text(errors="replace") if file.exists() else "" for file in outputs]
-    return "\n".join(f"--- rank {rank}:\n{text}" for rank, text in enumerate(texts)) if len(texts) > 1 else texts[0]
+    return (
+        "\n".join(f"--- rank {rank}:\n{text}" for rank, text in enumerate(texts))
+        if len(texts) > 1
+        else texts[0]
+    )

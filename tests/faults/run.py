@@ -30,7 +30,10 @@ from tests.faults.world import World
 
 THEMES = (kills, stops, disks, caches, contents, resuming, nonfinite, fuzzed)
 ROWS: dict[str, Row] = {name: row for theme in THEMES for name, row in theme.ROWS.items()}
-PART, MOST = 10, 10  # without --full, one case of so many, and no more than these (test_fuzz.py tries more, and quicker)
+PART, MOST = (
+    10,
+    10,
+)  # without --full, one case of so many, and no more than these (test_fuzz.py tries more, and quicker)
 SEED = 0
 
 
@@ -67,7 +70,9 @@ def shortened(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="all cases")
     parser.add_argument("--seed", type=int, default=SEED, help="draws what is injected where")
     parser.add_argument("--only", default="", help="rows whose name has this text")
@@ -91,16 +96,40 @@ def main() -> int:
             start, count = time.perf_counter(), len(cases_of(row, options.seed))
             numbers = list(range(count)) if options.full else part_of(count)
             numbers = numbers if options.case is None else [options.case]
-            outcomes = pool.map(lambda number, row=row: hold(world, row, options.seed, number), numbers)
-            lost = {number: outcome for number, outcome in zip(numbers, outcomes, strict=True) if outcome is not None}
+            outcomes = pool.map(
+                lambda number, row=row: hold(world, row, options.seed, number), numbers
+            )
+            lost = {
+                number: outcome
+                for number, outcome in zip(numbers, outcomes, strict=True)
+                if outcome is not None
+            }
             seconds = time.perf_counter() - start
-            print(line.format(row, len(numbers), len(numbers) - len(lost), len(lost), f"{seconds:.0f}"), flush=True)
+            print(
+                line.format(
+                    row, len(numbers), len(numbers) - len(lost), len(lost), f"{seconds:.0f}"
+                ),
+                flush=True,
+            )
             for number, outcome in lost.items():
-                print(f"  lost: {outcome}\n  again: python {Path(__file__).relative_to(ROOT)} --seed {options.seed} ", end="")
+                print(
+                    f"  lost: {outcome}\n  again: python {Path(__file__).relative_to(ROOT)} --seed {options.seed} ",
+                    end="",
+                )
                 print(f'--only "{row}" --case {number}', flush=True)
-            table.append({"row": row, "cases": len(numbers), "lost": len(lost), "seconds": round(seconds)})
+            table.append(
+                {"row": row, "cases": len(numbers), "lost": len(lost), "seconds": round(seconds)}
+            )
     lost = sum(row["lost"] for row in table)
-    print(line.format("all", cases := sum(row["cases"] for row in table), cases - lost, lost, sum(r["seconds"] for r in table)))
+    print(
+        line.format(
+            "all",
+            cases := sum(row["cases"] for row in table),
+            cases - lost,
+            lost,
+            sum(r["seconds"] for r in table),
+        )
+    )
     if options.json:
         Path(options.json).write_text(json.dumps(table, indent=1))
     return 1 if lost else 0

@@ -15,7 +15,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from stanford_alpaca.checkpoint import fsdp, manifest, pickles
 
-ALLOWING = threading.Lock()  # what torch's restricted unpickler allows is the process's, and cases run in threads
+ALLOWING = (
+    threading.Lock()
+)  # what torch's restricted unpickler allows is the process's, and cases run in threads
 CLOCK = ("supervised_tokens_per_s", "runtime", "per_second", "train_loss")  # what no two runs share
 ABOUT_PLACES = ("best_model_checkpoint", "train_batch_size")
 
@@ -48,7 +50,9 @@ def _read(file: Path) -> Any:
             return pickles.load(file)
     if file.name == "trainer_state.json":
         state = json.loads(file.read_text())
-        steps = [entry for entry in state.pop("log_history") if "loss" in entry]  # an evaluation may be left by a signal
+        steps = [
+            entry for entry in state.pop("log_history") if "loss" in entry
+        ]  # an evaluation may be left by a signal
         logs = [{k: v for k, v in entry.items() if not k.endswith(CLOCK)} for entry in steps]
         return {k: v for k, v in state.items() if k not in ABOUT_PLACES} | {"log_history": logs}
     if file.suffix == ".json":
@@ -72,12 +76,18 @@ def _walk(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _walk(item, f"{place}/{key}")
-    elif isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple | torch.Tensor) for item in value):
+    elif isinstance(value, list | tuple) and any(
+        isinstance(item, dict | list | tuple | torch.Tensor) for item in value
+    ):
         for number, item in enumerate(value):
             yield from _walk(item, f"{place}/{number}")
     elif isinstance(value, torch.Tensor):
         about = f"{value.dtype} {list(value.shape)} ".encode()
-        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        data = (
+            value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            if value.numel()
+            else b""
+        )
         yield place, sha256(about + data).hexdigest()[:16]
     elif hasattr(value, "tobytes"):
         yield place, sha256(value.tobytes()).hexdigest()[:16]

@@ -3,7 +3,18 @@
 from pathlib import Path
 from random import Random
 
-from tests.faults.harness import DDP, FSDP, PLAIN, Case, Setting, case, check, exact, seen, valid_checkpoints
+from tests.faults.harness import (
+    DDP,
+    FSDP,
+    PLAIN,
+    Case,
+    Setting,
+    case,
+    check,
+    exact,
+    seen,
+    valid_checkpoints,
+)
 from tests.faults.hooks import Fault
 from tests.faults.world import World
 
@@ -13,7 +24,14 @@ STOPPED = 75
 def sigterm(rng: Random) -> list[Case]:
     """A scheduler's signal, to all ranks or to one."""
 
-    def stopped(world: World, out: Path, setting: Setting, where: str, at: int, ranks: tuple[int, ...] | None) -> None:
+    def stopped(
+        world: World,
+        out: Path,
+        setting: Setting,
+        where: str,
+        at: int,
+        ranks: tuple[int, ...] | None,
+    ) -> None:
         changes = (
             {"eval_path": world.folder / "held.json", "eval_strategy": "steps", "eval_steps": 2}
             if where == "evaluation"
@@ -38,7 +56,11 @@ def sigterm(rng: Random) -> list[Case]:
                 point = "load" if setting is PLAIN and where == "fetch" and ranks is None else where
                 to = "all ranks" if ranks is None else f"rank {ranks[0]}"
                 at = 0 if point == "load" else at
-                cases.append(case(f"{setting.name}, {point} {at}, to {to}", stopped, setting, point, at, ranks))
+                cases.append(
+                    case(
+                        f"{setting.name}, {point} {at}, to {to}", stopped, setting, point, at, ranks
+                    )
+                )
     return cases
 
 

@@ -12,7 +12,11 @@ def test_what_is_nearly_right_ends_well(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     seen: Counter = Counter()
     for seed in range(30):
-        case = check_file(fuzz_json(seed, tmp_path)) if kind == "data" else check_command(fuzz_argv(seed, tmp_path))
+        case = (
+            check_file(fuzz_json(seed, tmp_path))
+            if kind == "data"
+            else check_command(fuzz_argv(seed, tmp_path))
+        )
         seen[outcome(case)] += 1
     assert seen["ok"] >= 3 and seen["refused"] >= 10
     assert not (tmp_path / "out").exists()

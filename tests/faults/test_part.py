@@ -20,13 +20,19 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_it_holds(world, row):
-    lost = [outcome for number in part_of(COUNTS[row]) if (outcome := hold(world, row, SEED, number)) is not None]
+    lost = [
+        outcome
+        for number in part_of(COUNTS[row])
+        if (outcome := hold(world, row, SEED, number)) is not None
+    ]
     assert not lost, "\n".join(lost)
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_cases_follow_from_the_seed(row):
-    first, again, other = ([case.what for case in cases_of(row, seed)] for seed in (SEED, SEED, SEED + 1))
+    first, again, other = (
+        [case.what for case in cases_of(row, seed)] for seed in (SEED, SEED, SEED + 1)
+    )
     assert len(first) == COUNTS[row] and first == again
     assert len(set(first)) == len(first), "two cases of one description"
     assert len(other) == len(first)

@@ -30,15 +30,21 @@ BASES: dict[str, dict] = {  # models by name; sure: the same on any number of pr
 }
 
 
-def command(argv: list[str], out: str, fault: Fault | None, more: Callable[[Hooks], None] | None) -> None:
+def command(
+    argv: list[str], out: str, fault: Fault | None, more: Callable[[Hooks], None] | None
+) -> None:
     """One rank: the training command, with the exit status that it ends with."""
     from stanford_alpaca import flags, train
 
     status = 1
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-        flags.time.sleep = pause  # rank 1 waits there so that a launcher hears rank 0 first: nobody listens here
+            signal.signal(
+                number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
+            )
+        flags.time.sleep = (
+            pause  # rank 1 waits there so that a launcher hears rank 0 first: nobody listens here
+        )
         hooks = Hooks(fault, Path(out))
         hooks.install()
         if more is not None:
@@ -75,16 +81,30 @@ class World:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        shape |= {"vocab_size": 2048, "max_position_embeddings": 256, "initializer_range": 0.1, "tie_word_embeddings": False}
+        shape = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+        shape |= {
+            "vocab_size": 2048,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.1,
+            "tie_word_embeddings": False,
+        }
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny-base")
         for seed, (name, changes) in enumerate(BASES.items()):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape | changes))
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model("llama", **shape | changes)
+            )
             model.save_pretrained(self.folder / name)
             tokenizer.save_pretrained(self.folder / name)
         records = json.loads((ROOT / "data" / "instructions" / "train.json").read_text())
-        (self.folder / "train.json").write_text(json.dumps(records[:36]))  # fillers in an epoch; the last step within one
+        (self.folder / "train.json").write_text(
+            json.dumps(records[:36])
+        )  # fillers in an epoch; the last step within one
         (self.folder / "held.json").write_text(json.dumps(records[36:45]))
 
     def argv(self, setting: Setting, out: Path, **changes: Any) -> list[str]:
@@ -97,7 +117,12 @@ class World:
             "per_device_eval_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "steps",
             "save_steps": SAVE_STEPS, "save_total_limit": 2, "model_max_length": 256, "disable_tqdm": True, "resume": "auto",
         } | changes  # fmt: skip
-        given = [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
+        given = [
+            text
+            for name, value in flags.items()
+            if value is not None
+            for text in (f"--{name}", str(value))
+        ]
         return [*given, *setting.flags]
 
     def run(
@@ -119,11 +144,16 @@ class World:
             more: further hooks; picklable.
             meanwhile: is called once all ranks have been started.
         """
-        argv, number = self.argv(setting, out, **changes), len(list(out.parent.glob(f"{out.name}.text*")))
+        argv, number = (
+            self.argv(setting, out, **changes),
+            len(list(out.parent.glob(f"{out.name}.text*"))),
+        )
         outputs = [beside(out, f"text{number}-{rank}") for rank in range(setting.ranks)]
         out.parent.mkdir(parents=True, exist_ok=True)
         with LOCK:
-            processes, pipes = start_ranks(outputs, command, (argv, str(out), fault, more), setting.launched)
+            processes, pipes = start_ranks(
+                outputs, command, (argv, str(out), fault, more), setting.launched
+            )
         try:
             if meanwhile is not None:
                 meanwhile()
@@ -131,7 +161,9 @@ class World:
             if together or (kill_after is not None and not first):
                 kill(processes)
             first_end = time.perf_counter()
-            check(wait_for(processes, len(processes), LIMIT), f"{out}: did not end\n{read(outputs)}")
+            check(
+                wait_for(processes, len(processes), LIMIT), f"{out}: did not end\n{read(outputs)}"
+            )
             ended = time.perf_counter()
         finally:
             kill(processes)
@@ -144,12 +176,19 @@ class World:
     def finish(self, setting: Setting, out: Path, **kwargs: Any) -> Ended:
         """Runs until the end, and checks that it gets there."""
         ended = self.run(setting, out, **kwargs)
-        check(set(ended.statuses) == {0}, f"it did not end: statuses {ended.statuses}\n{ended.text[-3000:]}")
+        check(
+            set(ended.statuses) == {0},
+            f"it did not end: statuses {ended.statuses}\n{ended.text[-3000:]}",
+        )
         return ended
 
-    def reference(self, setting: Setting, fault: Fault | None = None, more: Any = None, **changes: Any) -> Path:
+    def reference(
+        self, setting: Setting, fault: Fault | None = None, more: Any = None, **changes: Any
+    ) -> Path:
         """The output folder of a run that nothing happened to; with the fault ``count``, of one that says what it wrote."""
-        about = sha256(repr((setting, fault, more, sorted(changes.items()))).encode()).hexdigest()[:8]
+        about = sha256(repr((setting, fault, more, sorted(changes.items()))).encode()).hexdigest()[
+            :8
+        ]
         out = self.folder / "references" / f"{setting.name.replace(' ', '-')}-{about}"
         with LOCK:
             lock = self.locks.setdefault(out, threading.Lock())
@@ -165,13 +204,21 @@ class World:
         """
         from stanford_alpaca.checkpoint import manifest
 
-        keep = [folder for folder in manifest.checkpoints(run) if only is None or manifest.step_of(folder) in only]
+        keep = [
+            folder
+            for folder in manifest.checkpoints(run)
+            if only is None or manifest.step_of(folder) in only
+        ]
         out.mkdir(parents=True)
         shutil.copy(run / "run.yaml", out)
         for folder in keep:
             shutil.copytree(folder, out / folder.name, copy_function=os.link)
         for file in run.parent.glob(f"{run.name}.seen*"):
             lines = file.read_text().splitlines(keepends=True)
-            made = [line for line in lines if json.loads(line)[0] <= max(map(manifest.step_of, keep), default=0)]
+            made = [
+                line
+                for line in lines
+                if json.loads(line)[0] <= max(map(manifest.step_of, keep), default=0)
+            ]
             beside(out, file.suffix[1:]).write_text("".join(made))
         return out

@@ -9,7 +9,10 @@ from stanford_alpaca.generation.responses import generate_batch
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.models.load import ModelSource
 
-RECORDS = [{"instruction": "Why?"}, {"instruction": "Put it into the past.", "input": "The cook washes the pot."}]
+RECORDS = [
+    {"instruction": "Why?"},
+    {"instruction": "Put it into the past.", "input": "The cook washes the pot."},
+]
 TOKENS = 16
 
 
@@ -75,7 +78,9 @@ def most_typical(temperature):
 
 def test_min_p_of_one_leaves_the_likeliest_token(model, tokenizer):
     want = texts(tokenizer, by_hand(model, tokenizer, greedy))
-    assert generated(model, tokenizer, temperature=2, min_p=1) == want  # whole numbers, as a shell gives them
+    assert (
+        generated(model, tokenizer, temperature=2, min_p=1) == want
+    )  # whole numbers, as a shell gives them
     assert generated(model, tokenizer, temperature=2, min_p=0) != want
 
 
@@ -95,7 +100,9 @@ def test_repetition_penalty_in_greedy_decoding_and_in_sampling(model, tokenizer)
     assert 1 == once < some < all_new == TOKENS and mild[0] != mild[1]
     for penalty, want in ((1, plain), (2, mild), (100, harsh)):
         assert generated(model, tokenizer, repetition_penalty=penalty) == texts(tokenizer, want)
-        assert generated(model, tokenizer, temperature=3, min_p=1, repetition_penalty=penalty) == texts(tokenizer, want)
+        assert generated(
+            model, tokenizer, temperature=3, min_p=1, repetition_penalty=penalty
+        ) == texts(tokenizer, want)
 
 
 def test_extreme_values_still_give_text(model, tokenizer):

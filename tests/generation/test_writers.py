@@ -6,10 +6,21 @@ import re
 import pytest
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.generation.writers import check_outputs, code_span, format_sample, write_alpaca_eval, write_markdown
+from stanford_alpaca.generation.writers import (
+    check_outputs,
+    code_span,
+    format_sample,
+    write_alpaca_eval,
+    write_markdown,
+)
 
 NASTY = "# head\n```\n<b>x</b> | y |\n````` \n~~~\n    - *a* `b` \\ &lt; $x$ @me\n---\n````text"
-SAMPLE = {"instruction": "Say it.", "input": "", "reference": "", "responses": {"a": "One.", "long": "Two."}}
+SAMPLE = {
+    "instruction": "Say it.",
+    "input": "",
+    "reference": "",
+    "responses": {"a": "One.", "long": "Two."},
+}
 
 
 def blocks(page):
@@ -33,7 +44,12 @@ def blocks(page):
 def test_markdown_holds_any_text_literally(tmp_path):
     file = tmp_path / "new" / "page.md"
     samples = [
-        {"instruction": NASTY, "input": "`", "reference": "````````", "responses": {"out/`a`_b_<i>": NASTY, "c": "```"}},
+        {
+            "instruction": NASTY,
+            "input": "`",
+            "reference": "````````",
+            "responses": {"out/`a`_b_<i>": NASTY, "c": "```"},
+        },
         {"instruction": "Why?", "input": "", "reference": "", "responses": {"c": ["", "Two.\n"]}},
     ]
     write_markdown(file, samples, {"top_p": 0.9, "seed": 3})
@@ -73,8 +89,19 @@ def test_alpaca_eval_joins_the_input_and_names_the_generator(tmp_path, monkeypat
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     samples = [
-        {"instruction": "Say it. ", "input": "", "reference": "x", "responses": {"out/run/": "Oné."}},
-        {"instruction": "Say", "input": "this.", "reference": "", "dataset": "koala", "responses": {".": ""}},
+        {
+            "instruction": "Say it. ",
+            "input": "",
+            "reference": "x",
+            "responses": {"out/run/": "Oné."},
+        },
+        {
+            "instruction": "Say",
+            "input": "this.",
+            "reference": "",
+            "dataset": "koala",
+            "responses": {".": ""},
+        },
     ]
     write_alpaca_eval(tmp_path / "new" / "a.json", samples)
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == [
@@ -97,7 +124,10 @@ def test_names_that_are_not_utf8_are_written_too(tmp_path):
         ({"out": "dangling"}, "--out dangling: give the name"),
         ({"out": ""}, "--out : give the name"),
         ({"alpaca_eval": "kept/a.json"}, "kept is a file"),
-        ({"out": "a", "markdown": "folder/../a"}, "--markdown folder/../a and --out a are in each other's place"),
+        (
+            {"out": "a", "markdown": "folder/../a"},
+            "--markdown folder/../a and --out a are in each other's place",
+        ),
         ({"out": "a", "alpaca_eval": "a/b"}, "--alpaca_eval a/b and --out a are"),
         ({"out": "a/b", "alpaca_eval": "a"}, "--alpaca_eval a and --out a/b are"),
     ],
@@ -115,5 +145,9 @@ def test_files_that_cannot_be_written(tmp_path, monkeypatch, flags, message):
 
 
 def test_files_that_can(tmp_path):
-    flags = {"out": str(tmp_path / "a" / "b"), "markdown": str(tmp_path / "a" / "c"), "alpaca_eval": None}
+    flags = {
+        "out": str(tmp_path / "a" / "b"),
+        "markdown": str(tmp_path / "a" / "c"),
+        "alpaca_eval": None,
+    }
     assert check_outputs(flags) == {"out": tmp_path / "a" / "b", "markdown": tmp_path / "a" / "c"}

@@ -21,7 +21,11 @@ def batch():
 
 
 @pytest.mark.parametrize(
-    "options", [{"mode": 1, "ours": Objective("emo", emo_ratio_cap=3.0)}, {"mode": 2, "ours": Objective("emo2")}]
+    "options",
+    [
+        {"mode": 1, "ours": Objective("emo", emo_ratio_cap=3.0)},
+        {"mode": 2, "ours": Objective("emo2")},
+    ],
 )
 def test_equals_the_authors_package(options):
     logits = torch.randn(4, 9, 50).requires_grad_()
@@ -47,9 +51,13 @@ def test_the_authors_package_is_far_off_on_confident_tokens():
         return torch.autograd.grad(loss(z), z)[0].double()
 
     capped = Objective("emo", emo_ratio_cap=3.0)
-    true = gradient(lambda z: emo_loss(z[:, :-1], labels[:, 1:], embedding.double(), mode=capped), torch.float64)
+    true = gradient(
+        lambda z: emo_loss(z[:, :-1], labels[:, 1:], embedding.double(), mode=capped), torch.float64
+    )
     theirs = gradient(lambda z: EMOLoss(z, labels, embedding), torch.float32)
-    ours = gradient(lambda z: emo_loss(z[:, :-1], labels[:, 1:], embedding, mode=capped), torch.float32)
+    ours = gradient(
+        lambda z: emo_loss(z[:, :-1], labels[:, 1:], embedding, mode=capped), torch.float32
+    )
     assert (theirs - true).norm() / true.norm() > 0.1
     assert (ours - true).norm() / true.norm() < 1e-5
 
@@ -64,10 +72,20 @@ def test_linear_equals_emo_loss_of_the_logits(batch, reduction, backend):
         h, w, b = (x.clone().requires_grad_() for x in (hidden, weight, bias))
         if fused:
             loss = linear_emo_loss(
-                h, w, targets, embedding, bias=b, softcap=5.0, logit_scale=0.5, reduction=reduction, backend=backend
+                h,
+                w,
+                targets,
+                embedding,
+                bias=b,
+                softcap=5.0,
+                logit_scale=0.5,
+                reduction=reduction,
+                backend=backend,
             )
         else:
-            loss = emo_loss(5.0 * torch.tanh(0.5 * (h @ w.T + b) / 5.0), targets, embedding, reduction=reduction)
+            loss = emo_loss(
+                5.0 * torch.tanh(0.5 * (h @ w.T + b) / 5.0), targets, embedding, reduction=reduction
+            )
         results.append((loss, torch.autograd.grad((loss * loss.detach()).sum(), [h, w, b])))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
     for ours, want in zip(results[0][1], results[1][1], strict=True):
@@ -80,20 +98,34 @@ def test_reductions_follow_cross_entropy(batch):
     flat = (logits.flatten(0, 1), targets.flatten())
     for reduction in ("mean", "sum"):
         ours = emo_loss(logits, targets, None, mode="mle", reduction=reduction)
-        torch.testing.assert_close(ours, cross_entropy(*flat, reduction=reduction), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            ours, cross_entropy(*flat, reduction=reduction), rtol=1e-5, atol=1e-5
+        )
     rows = emo_loss(logits, targets, embedding, mode="mle", reduction="none")
-    torch.testing.assert_close(rows.flatten(), cross_entropy(*flat, reduction="none"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        rows.flatten(), cross_entropy(*flat, reduction="none"), rtol=1e-5, atol=1e-5
+    )
     assert (rows[targets == -100] == 0).all()
     half = linear_emo_loss(hidden, weight, targets, None, mode="mle", num_items=20)
-    torch.testing.assert_close(half, cross_entropy(*flat, reduction="sum") / 20, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        half, cross_entropy(*flat, reduction="sum") / 20, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_batch_without_targets_gives_zero(batch):
     hidden, weight, targets, embedding = batch
     hidden.requires_grad_(), weight.requires_grad_()
     for backend in ("reference", "chunked"):
-        loss = linear_emo_loss(hidden, weight, torch.full_like(targets, -100), embedding, backend=backend)
-        assert loss.item() == 0 == linear_emo_loss(hidden, weight, targets.clone().fill_(-100), embedding, num_items=0).item()
+        loss = linear_emo_loss(
+            hidden, weight, torch.full_like(targets, -100), embedding, backend=backend
+        )
+        assert (
+            loss.item()
+            == 0
+            == linear_emo_loss(
+                hidden, weight, targets.clone().fill_(-100), embedding, num_items=0
+            ).item()
+        )
         for grad in torch.autograd.grad(loss, [hidden, weight]):
             assert grad.abs().max().item() == 0
 
@@ -124,15 +156,26 @@ def test_token_weights_multiply_the_losses(batch, reduction, dtype):
     want = {"mean": rows.sum() / count, "sum": rows.sum(), "none": rows}[reduction]
     (d_want,) = torch.autograd.grad(want.sum(), hidden)
     for loss in (
-        linear_emo_loss(hidden, weight, targets, embedding, token_weights=weights.to(dtype), reduction=reduction),
-        emo_loss(hidden @ weight.T, targets, embedding, token_weights=weights.to(dtype), reduction=reduction),
+        linear_emo_loss(
+            hidden, weight, targets, embedding, token_weights=weights.to(dtype), reduction=reduction
+        ),
+        emo_loss(
+            hidden @ weight.T,
+            targets,
+            embedding,
+            token_weights=weights.to(dtype),
+            reduction=reduction,
+        ),
     ):
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(torch.autograd.grad(loss.sum(), hidden)[0], d_want, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss.sum(), hidden)[0], d_want, rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
-    ("on_gpu", "reason", "chosen"), [(True, None, "triton"), (True, "too old", "chunked"), (False, None, "chunked")]
+    ("on_gpu", "reason", "chosen"),
+    [(True, None, "triton"), (True, "too old", "chunked"), (False, None, "chunked")],
 )
 def test_auto_takes_triton_on_a_gpu_that_it_serves(on_gpu, reason, chosen, monkeypatch):
     monkeypatch.setattr(linear.triton_kernels, "why_not", lambda hidden, weight: reason)
@@ -157,14 +200,22 @@ def test_triton_is_refused_where_it_cannot_serve(batch, monkeypatch):
         ({"bias": torch.zeros(29)}, r"bias has shape \(29,\), wanted \(30,\)"),
         ({"bias": torch.zeros(1)}, r"bias has shape \(1,\), wanted \(30,\)"),
         ({"token_weights": torch.ones(3)}, r"token_weights have shape \(3,\), wanted \(3, 7\)"),
-        ({"cost_embedding": "frozen"}, "a tensor .vocabulary, width. or a CostEmbedding, not 'frozen'"),
+        (
+            {"cost_embedding": "frozen"},
+            "a tensor .vocabulary, width. or a CostEmbedding, not 'frozen'",
+        ),
         ({"mode": "emo3"}, "unknown mode"),
         ({"reduction": "avg"}, "unknown reduction"),
-        ({"backend": "cuda"}, "unknown backend 'cuda': choose from auto, reference, chunked, triton"),
+        (
+            {"backend": "cuda"},
+            "unknown backend 'cuda': choose from auto, reference, chunked, triton",
+        ),
     ],
 )
 def test_bad_arguments(batch, change, message):
-    arguments = dict(zip(("hidden", "weight", "targets", "cost_embedding"), batch, strict=True)) | change
+    arguments = (
+        dict(zip(("hidden", "weight", "targets", "cost_embedding"), batch, strict=True)) | change
+    )
     with pytest.raises(ValueError, match=message):
         linear_emo_loss(**arguments)
 
@@ -177,5 +228,6 @@ def test_cost_may_be_wider_and_is_not_trained(batch):
     assert embedding.grad is None
     cost = CostEmbedding(embedding)
     torch.testing.assert_close(
-        linear_emo_loss(hidden, weight, targets, cost), linear_emo_loss(hidden, weight, targets, embedding)
+        linear_emo_loss(hidden, weight, targets, cost),
+        linear_emo_loss(hidden, weight, targets, embedding),
     )

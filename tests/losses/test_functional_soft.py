@@ -26,14 +26,22 @@ def test_mle_is_cross_entropy_with_probabilities(batch, backend):
     keep, logits = targets != -100, hidden @ weight.T
     want = cross_entropy(logits[keep], dense(soft)[keep], reduction="sum")
     for reduction, scale in (("mean", keep.sum()), ("sum", 1)):
-        loss = linear_emo_loss(hidden, weight, targets, None, soft, mode="mle", reduction=reduction, backend=backend)
+        loss = linear_emo_loss(
+            hidden, weight, targets, None, soft, mode="mle", reduction=reduction, backend=backend
+        )
         torch.testing.assert_close(loss, want / scale, rtol=1e-5, atol=1e-5)
-    loss = linear_emo_loss(hidden, weight, targets, None, soft, mode="mle", num_items=20, backend=backend)
+    loss = linear_emo_loss(
+        hidden, weight, targets, None, soft, mode="mle", num_items=20, backend=backend
+    )
     torch.testing.assert_close(loss, want / 20, rtol=1e-5, atol=1e-5)
-    rows = linear_emo_loss(hidden, weight, targets, None, soft, mode="mle", reduction="none", backend=backend)
+    rows = linear_emo_loss(
+        hidden, weight, targets, None, soft, mode="mle", reduction="none", backend=backend
+    )
     assert rows.shape == targets.shape and (rows[~keep] == 0).all()
     torch.testing.assert_close(rows.sum(), want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(emo_loss(logits, targets, None, soft, mode="mle"), want / keep.sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        emo_loss(logits, targets, None, soft, mode="mle"), want / keep.sum(), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("mode", ["emo", "emo2", "emd", "mix"])
@@ -55,7 +63,9 @@ def test_targets_only_tell_which_positions_count_and_ignored_ones_may_hold_anyth
     loss = linear_emo_loss(hidden, weight, targets, embedding, soft)
     hidden[ignored], soft.ids[ignored], soft.probs[ignored] = torch.nan, -5, torch.nan
     others = torch.where(ignored, -100, (targets + 1) % 30)
-    torch.testing.assert_close(linear_emo_loss(hidden, weight, others, embedding, soft), loss, rtol=0, atol=0)
+    torch.testing.assert_close(
+        linear_emo_loss(hidden, weight, others, embedding, soft), loss, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -74,7 +84,9 @@ def test_a_batch_without_targets_gives_zero(batch):
     hidden, weight, targets, embedding, soft = batch
     hidden.requires_grad_(), weight.requires_grad_()
     for backend in ("reference", "chunked"):
-        loss = linear_emo_loss(hidden, weight, torch.full_like(targets, -100), embedding, soft, backend=backend)
+        loss = linear_emo_loss(
+            hidden, weight, torch.full_like(targets, -100), embedding, soft, backend=backend
+        )
         assert loss.item() == 0
         for grad in torch.autograd.grad(loss, [hidden, weight]):
             assert grad.abs().max().item() == 0
@@ -95,20 +107,29 @@ def test_a_student_reaches_its_teacher_under_mle(batch):
     optimizer = torch.optim.Adam([logits], lr=0.3)
     for _ in range(200):
         optimizer.zero_grad()
-        emo_loss(logits, torch.zeros(3, 7, dtype=torch.long), None, soft, mode="mle", reduction="sum").backward()
+        emo_loss(
+            logits, torch.zeros(3, 7, dtype=torch.long), None, soft, mode="mle", reduction="sum"
+        ).backward()
         optimizer.step()
     torch.testing.assert_close(logits.softmax(-1), dense(soft), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     "mode",
-    ["tailr", "mixce", "dft", Objective("emo", emo_weighting="upstream"), Objective("emo2", emo_weighting="upstream")],
+    [
+        "tailr",
+        "mixce",
+        "dft",
+        Objective("emo", emo_weighting="upstream"),
+        Objective("emo2", emo_weighting="upstream"),
+    ],
     ids=str,
 )
 def test_what_needs_the_probability_of_one_target_is_refused(batch, mode):
     hidden, weight, targets, embedding, soft = batch
     with pytest.raises(
-        ValueError, match="needs the probability of one target: soft targets work with mle, emo, emo2, emd and mix"
+        ValueError,
+        match="needs the probability of one target: soft targets work with mle, emo, emo2, emd and mix",
     ):
         linear_emo_loss(hidden, weight, targets, embedding, soft, mode=mode)
 
@@ -119,11 +140,17 @@ def test_what_needs_the_probability_of_one_target_is_refused(batch, mode):
         (lambda ids, probs: (ids[:, :6], probs[:, :6]), r"\(3, 6, 4\) ids.*wanted \(3, 7, 'k'\)"),
         (lambda ids, probs: (ids, probs[..., :3]), r"\(3, 7, 4\) ids, \(3, 7, 3\) probs"),
         (lambda ids, probs: (ids[..., :0], probs[..., :0]), r"\(3, 7, 0\) ids"),
-        (lambda ids, probs: (torch.full_like(ids, 30), probs), "soft target 30 is outside the vocabulary of 30"),
+        (
+            lambda ids, probs: (torch.full_like(ids, 30), probs),
+            "soft target 30 is outside the vocabulary of 30",
+        ),
         (lambda ids, probs: (torch.full_like(ids, -1), probs), "soft target -1 is outside"),
         (lambda ids, probs: (ids, probs * torch.nan), "not finite"),
         (lambda ids, probs: (ids, torch.tensor([1.5, -0.5, 0, 0]).expand(3, 7, 4)), "negative"),
-        (lambda ids, probs: (ids, 0.9 * probs), "sum to 0.9, wanted 1: divide the top k by their sum"),
+        (
+            lambda ids, probs: (ids, 0.9 * probs),
+            "sum to 0.9, wanted 1: divide the top k by their sum",
+        ),
         (lambda ids, probs: (ids.float(), probs), "integer ids"),
         (lambda ids, probs: (ids, ids), "floating"),
     ],

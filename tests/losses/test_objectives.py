@@ -15,7 +15,12 @@ def value_and_gradient(objective: Objective, cost: CostEmbedding | None):
     stats = token_stats(logits, targets, cost)
     loss = objective(*stats)
     loss.sum().backward()
-    return loss.detach(), logits.grad, stats.nll.detach(), None if stats.log_emo is None else stats.log_emo.detach().exp()
+    return (
+        loss.detach(),
+        logits.grad,
+        stats.nll.detach(),
+        None if stats.log_emo is None else stats.log_emo.detach().exp(),
+    )
 
 
 @pytest.fixture
@@ -53,10 +58,14 @@ def test_upstream_weighting_replaces_emo_by_emo_plus_p(cost):
     _, d_emo, _, _ = value_and_gradient(Objective("emd"), cost)
     loss, grad, _, _ = value_and_gradient(Objective("emo", emo_weighting="upstream"), cost)
     published = emo + torch.exp(-nll)
-    torch.testing.assert_close(grad, 0.5 * (d_nll + (nll / published)[:, None] * d_emo), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        grad, 0.5 * (d_nll + (nll / published)[:, None] * d_emo), rtol=1e-6, atol=1e-9
+    )
     torch.testing.assert_close(loss, nll, rtol=1e-6, atol=1e-9)
     loss, grad, _, _ = value_and_gradient(Objective("emo2", emo_weighting="upstream"), cost)
-    torch.testing.assert_close(grad, (published / nll)[:, None] * d_nll + d_emo, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        grad, (published / nll)[:, None] * d_nll + d_emo, rtol=1e-6, atol=1e-9
+    )
 
 
 def test_emo_gradient_is_bounded_by_two_nll(cost):
@@ -80,7 +89,9 @@ def test_mix_is_linear_and_cap_caps(cost):
 
 
 def test_tailr_weight():
-    loss, _, nll, _ = value_and_gradient(Objective("tailr", tailr_gamma=0.3, tailr_floor=0.25), None)
+    loss, _, nll, _ = value_and_gradient(
+        Objective("tailr", tailr_gamma=0.3, tailr_floor=0.25), None
+    )
     p = torch.exp(-nll)
     weight = (p / (0.3 + 0.7 * p)).clamp(min=0.25)
     assert (weight == 0.25).any() and (weight > 0.25).any()

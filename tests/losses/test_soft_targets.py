@@ -23,7 +23,9 @@ SERVED = {
 
 @pytest.fixture(params=[reference, chunked], ids=["reference", "chunked"])
 def backend(request, monkeypatch):
-    monkeypatch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * V)  # 16 rows at a time: several chunks and a remainder
+    monkeypatch.setitem(
+        torch_kernels.CHUNK_LOGITS, "cpu", 16 * V
+    )  # 16 rows at a time: several chunks and a remainder
     return request.param
 
 
@@ -32,9 +34,13 @@ def pair_costs(embedding: torch.Tensor | None) -> torch.Tensor:
     costs = torch.ones(V, V, dtype=torch.float64)
     if embedding is not None:
         directed = embedding.any(1)
-        units = embedding.double()[directed] / embedding.double()[directed].norm(dim=1, keepdim=True)
+        units = embedding.double()[directed] / embedding.double()[directed].norm(
+            dim=1, keepdim=True
+        )
         distances = (units[:, None] - units).square().sum(2) / 2  # differences: no cancellation
-        costs[directed[:, None] & directed] = torch.where(distances < 1e-6, 0.0, distances).flatten()
+        costs[directed[:, None] & directed] = torch.where(
+            distances < 1e-6, 0.0, distances
+        ).flatten()
     return costs.fill_diagonal_(0.0)
 
 
@@ -46,7 +52,9 @@ def naive(hidden, weight, bias, soft, costs, objective, softcap=None, logit_scal
     log_p = z - z.exp().sum(1, keepdim=True).log()
     tau = soft.probs.double()
     nll = -(tau * log_p.gather(1, soft.ids)).sum(1)
-    emo = (log_p.exp()[:, :, None] * tau[:, None, :] * costs[:, soft.ids].transpose(0, 1)).sum((1, 2))  # over i and j
+    emo = (log_p.exp()[:, :, None] * tau[:, None, :] * costs[:, soft.ids].transpose(0, 1)).sum(
+        (1, 2)
+    )  # over i and j
     ratio = (nll / emo).detach()
     loss = {
         "mle": nll,
@@ -60,7 +68,9 @@ def naive(hidden, weight, bias, soft, costs, objective, softcap=None, logit_scal
 
 def ours(backend, hidden, weight, bias, targets, cost, objective, reduction="sum", **head):
     leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
-    loss, stats = backend.linear_loss(leaves[0], Head(leaves[1], leaves[2], **head), targets, cost, objective, reduction)
+    loss, stats = backend.linear_loss(
+        leaves[0], Head(leaves[1], leaves[2], **head), targets, cost, objective, reduction
+    )
     return loss.detach(), *stats, torch.autograd.grad(loss.sum(), leaves)
 
 
@@ -73,7 +83,11 @@ def problem(dtype=torch.float32):
     embedding = torch.randn(V, 6, dtype=dtype)
     embedding[4] = 2 * embedding[3]
     embedding[-3:] = 0
-    leaves = torch.randn(N, H, dtype=dtype), torch.randn(V, H, dtype=dtype), torch.randn(V, dtype=dtype)
+    leaves = (
+        torch.randn(N, H, dtype=dtype),
+        torch.randn(V, H, dtype=dtype),
+        torch.randn(V, dtype=dtype),
+    )
     return *leaves, SoftTargets(ids, probs / probs.sum(1, keepdim=True)), embedding
 
 
@@ -97,11 +111,15 @@ def test_every_served_mode_equals_the_sums_over_pairs(backend, objective, reduct
     assert_same(result, want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("head", [{"softcap": 3.0}, {"logit_scale": 0.3}, {"softcap": 2.0, "logit_scale": 1.7}], ids=str)
+@pytest.mark.parametrize(
+    "head", [{"softcap": 3.0}, {"logit_scale": 0.3}, {"softcap": 2.0, "logit_scale": 1.7}], ids=str
+)
 @pytest.mark.parametrize("kind", ["cosine", "identity"])
 def test_float32_with_softcap_scale_and_both_costs(backend, kind, head):
     *leaves, soft, embedding = problem()
-    want = naive(*leaves, soft, pair_costs(embedding if kind == "cosine" else None), SERVED["emo"], **head)
+    want = naive(
+        *leaves, soft, pair_costs(embedding if kind == "cosine" else None), SERVED["emo"], **head
+    )
     result = ours(backend, *leaves, soft, CostEmbedding(embedding, kind), SERVED["emo"], **head)
     assert_same(result, want, rtol=1e-5, atol=1e-6)
 
@@ -115,7 +133,11 @@ def test_one_hot_equals_hard(backend, objective, dtype, rtol):
     hard = hard[0], hard[1], hard[2].exp(), hard[3]
     one_of_k = SoftTargets(soft.ids, torch.tensor([0, 1, 0, 0, 0], dtype=dtype).expand(N, K))
     repeated = SoftTargets(targets[:, None].expand(N, 4), torch.full((N, 4), 0.25, dtype=dtype))
-    for one_hot in (SoftTargets(targets[:, None], torch.ones(N, 1, dtype=dtype)), one_of_k, repeated):
+    for one_hot in (
+        SoftTargets(targets[:, None], torch.ones(N, 1, dtype=dtype)),
+        one_of_k,
+        repeated,
+    ):
         result = ours(backend, hidden, weight, bias, one_hot, cost, objective)
         assert_same(result, hard, rtol=rtol, atol=1e-7)
 
@@ -123,7 +145,9 @@ def test_one_hot_equals_hard(backend, objective, dtype, rtol):
 @pytest.mark.parametrize("away", [0.3, 1e-3, 1e-6, 1e-9])
 @pytest.mark.parametrize("one_minus_p", [1e-2, 1e-5, 1e-9])
 @pytest.mark.parametrize("mode", ["emo", "emo2", "emd"])
-def test_gradient_given_float32_logits_where_model_and_teacher_are_confident(backend, mode, one_minus_p, away):
+def test_gradient_given_float32_logits_where_model_and_teacher_are_confident(
+    backend, mode, one_minus_p, away
+):
     embedding = torch.randn(V, 6)
     ids = torch.stack([torch.randperm(V)[:K] for _ in range(N)])
     probs = torch.rand(N, K).double()
@@ -131,7 +155,9 @@ def test_gradient_given_float32_logits_where_model_and_teacher_are_confident(bac
     probs *= away / probs.sum(1, keepdim=True)
     probs[:, 0] = 1 - away
     logits = torch.randn(N, V).scatter(1, ids[:, :1], -torch.inf)
-    logits.scatter_(1, ids[:, :1], logits.logsumexp(1, keepdim=True) - torch.tensor(one_minus_p).logit())
+    logits.scatter_(
+        1, ids[:, :1], logits.logsumexp(1, keepdim=True) - torch.tensor(one_minus_p).logit()
+    )
     eye, zeros = torch.eye(V), torch.zeros(V)  # logits @ identity: the logits, exactly
     want = exact_gradient(logits, ids, probs, pair_costs(embedding), mode)
     soft = SoftTargets(ids, probs.float())
@@ -175,9 +201,13 @@ def test_expected_costs_keep_their_digits_at_a_teacher_that_is_nearly_sure():
 def test_a_masked_logit_without_probability_is_no_nan(backend):
     hidden, weight, bias, soft, embedding = problem()
     soft.ids[:, 4], soft.probs[:, 4] = 17, 0
-    soft = SoftTargets(torch.where(soft.ids == 17, 16, soft.ids), soft.probs / soft.probs.sum(1, keepdim=True))
+    soft = SoftTargets(
+        torch.where(soft.ids == 17, 16, soft.ids), soft.probs / soft.probs.sum(1, keepdim=True)
+    )
     soft.ids[:, 4], bias[17] = 17, -torch.inf
-    loss, nll, _, (d_hidden, d_weight, _) = ours(backend, hidden, weight, bias, soft, CostEmbedding(embedding), SERVED["emo"])
+    loss, nll, _, (d_hidden, d_weight, _) = ours(
+        backend, hidden, weight, bias, soft, CostEmbedding(embedding), SERVED["emo"]
+    )
     assert torch.isfinite(loss) and torch.isfinite(nll).all()
     assert torch.isfinite(d_hidden).all() and torch.isfinite(d_weight).all()
 
@@ -194,17 +224,27 @@ def test_bfloat16_hidden_states_err_as_pytorch_does():
 
     exact = ours(reference, hidden.double(), weight.double(), bias.double(), SoftTargets(soft.ids, soft.probs.double()),
                  cost, SERVED["emo"])[3]  # fmt: skip
-    low = ours(chunked, hidden.bfloat16(), weight.bfloat16(), bias.bfloat16(), soft, cost, SERVED["emo"])[3]
+    low = ours(
+        chunked, hidden.bfloat16(), weight.bfloat16(), bias.bfloat16(), soft, cost, SERVED["emo"]
+    )[3]
     for ours_, want, bad, good in zip(
-        low[:2], exact[:2], torch_gradients(torch.bfloat16), torch_gradients(torch.float64), strict=True
+        low[:2],
+        exact[:2],
+        torch_gradients(torch.bfloat16),
+        torch_gradients(torch.float64),
+        strict=True,
     ):
-        assert (ours_.double() - want).norm() / want.norm() <= 2 * (bad - good).norm() / good.norm() + 1e-6
+        assert (ours_.double() - want).norm() / want.norm() <= 2 * (
+            bad - good
+        ).norm() / good.norm() + 1e-6
 
 
 def test_no_tokens_give_zero_loss_and_zero_gradients(backend):
     hidden, weight, bias, soft, embedding = problem()
     nobody = SoftTargets(soft.ids[:0], soft.probs[:0])
-    loss, _, _, grads = ours(backend, hidden[:0], weight, bias, nobody, CostEmbedding(embedding), SERVED["emo"])
+    loss, _, _, grads = ours(
+        backend, hidden[:0], weight, bias, nobody, CostEmbedding(embedding), SERVED["emo"]
+    )
     assert loss.item() == 0
     assert all(grad.abs().sum().item() == 0 for grad in grads)
 
@@ -224,7 +264,9 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
-        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        self.numel = max(
+            [self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))]
+        )
         return out
 
 
@@ -234,7 +276,9 @@ def test_emd_is_smallest_at_one_token_and_not_at_the_teacher():
     teacher = torch.zeros(N, V, dtype=torch.float64).scatter_add_(1, soft.ids, soft.probs)
     at_teacher = objective(*reference.token_stats(teacher.log(), soft, cost))
     best = (soft.probs[:, :, None] * pair_costs(embedding)[soft.ids]).sum(1).min(1)
-    vertex = torch.full((N, V), -800.0, dtype=torch.float64).scatter(1, best.indices[:, None], 800.0)
+    vertex = torch.full((N, V), -800.0, dtype=torch.float64).scatter(
+        1, best.indices[:, None], 800.0
+    )
     at_vertex = objective(*reference.token_stats(vertex, soft, cost))
     torch.testing.assert_close(at_vertex, best.values, rtol=1e-9, atol=1e-9)
     assert (at_vertex <= at_teacher + 1e-9).all() and (at_vertex < at_teacher - 1e-3).sum() > N // 2

@@ -62,7 +62,9 @@ def make_adapter(base: Path, folder: Path, added: int = 0, **config) -> torch.Te
         fit_vocabulary(model, tokenizer)
     if "modules_to_save" not in config and "trainable_token_indices" not in config:
         config = {"target_modules": "all-linear"} | config
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **config)).eval()
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **config)
+    ).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -74,15 +76,27 @@ def make_adapter(base: Path, folder: Path, added: int = 0, **config) -> torch.Te
 
 CASES = {  # family, the adapter, whether embedding and output layer are tied afterwards
     "linear layers": ("llama", {}, False),
-    "dora": ("llama", {"use_dora": True, "use_rslora": True, "modules_to_save": ["lm_head", "embed_tokens"]}, False),
+    "dora": (
+        "llama",
+        {"use_dora": True, "use_rslora": True, "modules_to_save": ["lm_head", "embed_tokens"]},
+        False,
+    ),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"]}, True),
     "conv1d, embedding": ("gpt2", {"target_modules": ["c_attn", "wte"]}, False),
     "tied": ("gemma3", {}, True),
     "tied, lm_head": ("gemma3", {"target_modules": ["q_proj", "lm_head"]}, False),
     "tied, embedding saved": ("gemma3", {"modules_to_save": ["embed_tokens"]}, False),
     "tied, head saved": ("gemma3", {"modules_to_save": ["lm_head"]}, False),
-    "tied, both saved as one": ("gemma3", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
-    "tied, both lora as one": ("gemma3", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, True),
+    "tied, both saved as one": (
+        "gemma3",
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        True,
+    ),
+    "tied, both lora as one": (
+        "gemma3",
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        True,
+    ),
     "tied, tokens": ("gemma3", {"trainable_token_indices": [3, 5, 2047]}, True),
 }
 
@@ -93,7 +107,10 @@ def test_merged_is_unmerged(make_base, tmp_path, capsys, family, config, tied):
     want = make_adapter(base, adapter, **config)
     merge_lora.run(str(adapter), str(out))
     line = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(rf"merged r 4, alpha 8 into \d+ layers.* of {base}; logits .* saved the float32 model to {out}", line)
+    assert re.fullmatch(
+        rf"merged r 4, alpha 8 into \d+ layers.* of {base}; logits .* saved the float32 model to {out}",
+        line,
+    )
     model = load(out)
     assert_close(model(IDS).logits, want)
     assert model.config.tie_word_embeddings == tied
@@ -109,7 +126,15 @@ def test_merged_is_unmerged(make_base, tmp_path, capsys, family, config, tied):
         ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
         ("gemma3", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
         ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
-        ("llama", {"trainable_token_indices": {"embed_tokens": [2048, 2049, 2050], "lm_head": [2048, 2049, 2050]}}),
+        (
+            "llama",
+            {
+                "trainable_token_indices": {
+                    "embed_tokens": [2048, 2049, 2050],
+                    "lm_head": [2048, 2049, 2050],
+                }
+            },
+        ),
     ],
     ids=["saved", "tied", "lora", "tokens"],
 )
@@ -138,21 +163,40 @@ def test_tokens_that_the_adapter_knows_nothing_of_get_the_mean(make_base, tmp_pa
     assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 def test_a_quantized_base_is_written_out(make_base, tmp_path):
-    full, base, adapter, out = make_base(name="full", hidden_size=64), tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    full, base, adapter, out = (
+        make_base(name="full", hidden_size=64),
+        tmp_path / "base",
+        tmp_path / "adapter",
+        tmp_path / "out",
+    )
     AutoModelForCausalLM.from_pretrained(full).to(torch.bfloat16).save_pretrained(full)
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    quantized = AutoModelForCausalLM.from_pretrained(full, quantization_config=settings, device_map="cpu")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    quantized = AutoModelForCausalLM.from_pretrained(
+        full, quantization_config=settings, device_map="cpu"
+    )
     quantized.save_pretrained(base)
     AutoTokenizer.from_pretrained(full).save_pretrained(base)
     make_adapter(full, adapter)
-    with pytest.raises(UserError, match="not the base that"):  # the one that it names is there, and is another
+    with pytest.raises(
+        UserError, match="not the base that"
+    ):  # the one that it names is there, and is another
         merge_lora.run(str(adapter), str(out), base=str(base))
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(base)})
+    )
     merge_lora.run(str(adapter), str(out), dtype="float32")
-    dequantized = AutoModelForCausalLM.from_pretrained(base, device_map="cpu").dequantize(torch.float32).float()
+    dequantized = (
+        AutoModelForCausalLM.from_pretrained(base, device_map="cpu")
+        .dequantize(torch.float32)
+        .float()
+    )
     want = PeftModel.from_pretrained(dequantized, adapter).eval()(IDS).logits
     assert_close(load(out)(IDS).logits, want)
     assert "quantization_config" not in (out / "config.json").read_text()
@@ -168,19 +212,30 @@ def test_a_run_its_checkpoints_and_a_base_that_has_moved(make_base, tmp_path, ca
     for step in wants:
         checkpoint = run / f"checkpoint-{step}"
         about = {"step": step, "run": record}
-        manifest.write(checkpoint, manifest.entries_of(checkpoint, manifest.list_saved(checkpoint)), about)
+        manifest.write(
+            checkpoint, manifest.entries_of(checkpoint, manifest.list_saved(checkpoint)), about
+        )
     with (run / "checkpoint-30" / "adapter_model.safetensors").open("ab") as file:
         file.write(b"0")
     base.rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"no such folder.* or --base PATH if it has moved"):
         merge_lora.run(str(run), str(tmp_path / "out"))
     merge_lora.run(str(run), str(tmp_path / "out"), base=str(tmp_path / "moved"))
-    assert "checkpoint-30: passed over" in (told := capsys.readouterr().out) and "is taken: checkpoint-10" in told
+    assert (
+        "checkpoint-30: passed over" in (told := capsys.readouterr().out)
+        and "is taken: checkpoint-10" in told
+    )
     assert_close(load(tmp_path / "out")(IDS).logits, wants[10])
     with pytest.raises(ResumeError, match=r"adapter_model.safetensors: .* bytes, not"):
-        merge_lora.run(str(run / "checkpoint-30"), str(tmp_path / "other"), base=str(tmp_path / "moved"))
-    with pytest.raises(UserError, match=r"not the base that .* was trained on, or it has changed since"):
-        merge_lora.run(str(run), str(tmp_path / "other"), base=str(make_base(initializer_range=0.1)))
+        merge_lora.run(
+            str(run / "checkpoint-30"), str(tmp_path / "other"), base=str(tmp_path / "moved")
+        )
+    with pytest.raises(
+        UserError, match=r"not the base that .* was trained on, or it has changed since"
+    ):
+        merge_lora.run(
+            str(run), str(tmp_path / "other"), base=str(make_base(initializer_range=0.1))
+        )
     assert not (tmp_path / "other").exists()
 
 
@@ -190,12 +245,16 @@ def test_a_hub_name_and_a_base_beside_the_adapter(make_base, tmp_path):
     (tmp_path / "models--someone--adapter" / "refs").mkdir()
     (tmp_path / "models--someone--adapter" / "refs" / "main").write_text("0")
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "../../../base"}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "../../../base"})
+    )
     merge_lora.run("someone/adapter", str(tmp_path / "out"), cache_dir=str(tmp_path))
     assert_close(load(tmp_path / "out")(IDS).logits, want)
 
 
-def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(make_base, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(
+    make_base, tmp_path, capsys, monkeypatch
+):
     base, adapter, out = make_base(), tmp_path / "adapter", tmp_path / "out"
     make_adapter(base, adapter)
 
@@ -214,23 +273,39 @@ def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(make_base, tmp
     assert "a whole model, no adapter: nothing to merge" in refused(base, out)
     assert "is not an empty folder" in refused(adapter, base)
     assert "give an adapter and a folder to write" in refused(adapter)
-    assert "--dtype int8: choose from float32, bfloat16, float16" in refused(adapter, out, dtype="int8")
+    assert "--dtype int8: choose from float32, bfloat16, float16" in refused(
+        adapter, out, dtype="int8"
+    )
     assert "unknown argument --dtpe; did you mean --dtype?" in refused(adapter, out, dtpe="float32")
     assert "no such folder" in refused(tmp_path / "nowhere", out)
     assert "no adapter" in refused("someone/nothing", out)
     wider = make_base(name="wider", hidden_size=48)
     assert "not the base that" in refused(adapter, out, base=str(wider))
-    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "gone/away"}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))  # so layers and shapes are all that is left to compare
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": "gone/away"
+    }
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config)
+    )  # so layers and shapes are all that is left to compare
     assert "an adapter of another base" in refused(adapter, out, base=str(wider))
     shallower = make_base(name="shallower", num_hidden_layers=1)
-    assert "it has no layer for base_model.model.model.layers.1." in refused(adapter, out, base=str(shallower))
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    assert "it has no layer for base_model.model.model.layers.1." in refused(
+        adapter, out, base=str(shallower)
+    )
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(base)})
+    )
     assert "an adapter, no whole model" in refused(adapter, out, base=str(adapter))
-    assert "no causal LM" not in (line := refused(changed("classes", task_type="SEQ_CLS"), out)) and "SEQ_CLS" in line
-    assert "names no base; give --base PATH" in refused(changed("baseless", base_model_name_or_path=None), out)
+    assert (
+        "no causal LM" not in (line := refused(changed("classes", task_type="SEQ_CLS"), out))
+        and "SEQ_CLS" in line
+    )
+    assert "names no base; give --base PATH" in refused(
+        changed("baseless", base_model_name_or_path=None), out
+    )
     prompt = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+        AutoModelForCausalLM.from_pretrained(base),
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
     )
     prompt.save_pretrained(tmp_path / "prompt")
     assert "a PROMPT_TUNING adapter changes no weights" in refused(tmp_path / "prompt", out)
@@ -238,9 +313,12 @@ def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(make_base, tmp
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     assert "adapter_model.bin is a pickle" in refused(pickled, out)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2**30, 2**30, 2**10))
-        assert "the merged model needs 1 MiB, and 0 MiB are free; make room, or write a smaller --dtype" in refused(
-            adapter, out
+        patch.setattr(
+            shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2**30, 2**30, 2**10)
+        )
+        assert (
+            "the merged model needs 1 MiB, and 0 MiB are free; make room, or write a smaller --dtype"
+            in refused(adapter, out)
         )
     (tmp_path / "out.part").mkdir()
     with pytest.raises(UserError, match=r"out\.part: left by a command that did not end"):
@@ -264,15 +342,24 @@ def test_other_logits_after_merging_or_writing_are_refused(make_base, tmp_path, 
         with pytest.raises(UserError, match=r"merged, its logits differ by .*; nothing is written"):
             merge_lora.run(str(adapter), str(tmp_path / "out"))
     weights = load_file(adapter / "adapter_model.safetensors")
-    save_file({name: 1e5 * tensor for name, tensor in weights.items()}, adapter / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"in float16 the merged model's logits are not finite; give --dtype bfloat16"):
+    save_file(
+        {name: 1e5 * tensor for name, tensor in weights.items()},
+        adapter / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        UserError,
+        match=r"in float16 the merged model's logits are not finite; give --dtype bfloat16",
+    ):
         merge_lora.run(str(adapter), str(tmp_path / "out"), dtype="float16")
     assert sorted(place.name for place in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_the_script(make_base, tmp_path, root):
     base, adapter, out = make_base(), tmp_path / "adapter", tmp_path / "out"
-    (base / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 2}')  # which is saved after no change
+    (base / "generation_config.json").write_text(
+        '{"temperature": 0.6, "eos_token_id": 2}'
+    )  # which is saved after no change
     want = make_adapter(base, adapter)
     environment = {**os.environ, "PYTHON": sys.executable}
     command = ["bash", str(root / "merge.sh"), str(adapter), str(out), "--dtype", "bfloat16"]
@@ -282,7 +369,9 @@ def test_the_script(make_base, tmp_path, root):
     model = load(out)
     assert model.dtype == torch.bfloat16
     assert (model.generation_config.temperature, model.generation_config.do_sample) == (None, None)
-    torch.testing.assert_close(model(IDS).logits.float(), want, rtol=0, atol=0.05 * want.abs().max().item())
+    torch.testing.assert_close(
+        model(IDS).logits.float(), want, rtol=0, atol=0.05 * want.abs().max().item()
+    )
     about = json.loads((out / "merge.json").read_text())
     merged = about["merged_from"]
     assert about["adapters"] == [manifest.file_sha256(adapter / "adapter_model.safetensors")]

@@ -26,24 +26,49 @@ IMAGE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
-QWEN = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
-ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 4], "rope_theta": 10000.0}}
+QWEN = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+}
+ROPE = {
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 4], "rope_theta": 10000.0}
+}
 WIDE = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
 CONFIGS = {
-    "Gemma3": {"text_config": TEXT | {"sliding_window": 64}, "vision_config": IMAGE, "mm_tokens_per_image": 4},
+    "Gemma3": {
+        "text_config": TEXT | {"sliding_window": 64},
+        "vision_config": IMAGE,
+        "mm_tokens_per_image": 4,
+    },
     "Qwen2_5_VL": {"text_config": TEXT | ROPE, "vision_config": QWEN},
-    "Qwen3VL": {"text_config": TEXT | ROPE, "vision_config": QWEN | {"deepstack_visual_indexes": [0]}},
+    "Qwen3VL": {
+        "text_config": TEXT | ROPE,
+        "vision_config": QWEN | {"deepstack_visual_indexes": [0]},
+    },
     "Mistral3": {
         "text_config": TEXT | {"model_type": "mistral"},
         "vision_config": IMAGE | {"model_type": "pixtral", "head_dim": 16},
     },
-    "Llava": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": IMAGE | {"model_type": "clip_vision_model"}},
+    "Llava": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": IMAGE | {"model_type": "clip_vision_model"},
+    },
     "Llama4": {
-        "text_config": TEXT | {"intermediate_size_mlp": 128, "num_local_experts": 2, "num_experts_per_tok": 1},
+        "text_config": TEXT
+        | {"intermediate_size_mlp": 128, "num_local_experts": 2, "num_experts_per_tok": 1},
         "vision_config": IMAGE | WIDE,
     },
 }
-SHORT = {"max_steps": 2, "per_device_train_batch_size": 2, "global_batch": 4, "save_strategy": "steps", "save_steps": 1}
+SHORT = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "global_batch": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
 
 
 @pytest.fixture(params=CONFIGS)
@@ -58,7 +83,9 @@ def base(request, root, tmp_path):
 
 def answers(folder):
     model, tokenizer = load_for_generation(ModelSource(str(folder)))
-    return generate_batch(model, tokenizer, [{"instruction": "Add.", "input": ""}], Sampling(max_new_tokens=5))
+    return generate_batch(
+        model, tokenizer, [{"instruction": "Add.", "input": ""}], Sampling(max_new_tokens=5)
+    )
 
 
 def test_a_run_trains_what_text_passes_through_and_answers(arguments, base, tmp_path, capsys):
@@ -76,16 +103,24 @@ def test_a_run_trains_what_text_passes_through_and_answers(arguments, base, tmp_
         same = torch.equal(parameter, start[name])
         assert same if name in unread else not same or "experts" in name or "router" in name, name
     config, own = (AutoConfig.from_pretrained(folder) for folder in (tmp_path / "out", base))
-    assert config.architectures == own.architectures and "use_cache" not in vars(config).keys() - vars(own).keys()
+    assert (
+        config.architectures == own.architectures
+        and "use_cache" not in vars(config).keys() - vars(own).keys()
+    )
     assert answers(tmp_path / "out")
 
 
 @pytest.mark.parametrize("base", ["Gemma3", "Qwen3VL", "Llama4"], indirect=True)
 def test_runs_resume_and_adapters_merge(arguments, base, tmp_path):
     train(arguments(model_name_or_path=base, **SHORT))
-    resume = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-1", "output_dir": tmp_path / "again"}
+    resume = {
+        "resume_from_checkpoint": tmp_path / "out" / "checkpoint-1",
+        "output_dir": tmp_path / "again",
+    }
     train(arguments(model_name_or_path=base, **SHORT | resume))
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
     train(arguments("--lora", model_name_or_path=base, output_dir=tmp_path / "lora", **SHORT))
     adapted = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["target_modules"]
     assert adapted and not any("vision" in name or "visual" in name for name in adapted)
@@ -98,7 +133,11 @@ def test_sharded_runs_take_the_same_steps(arguments, base, tmp_path):
     """Their final norm, with which FSDP has to gather the output layer, lies deeper than in others."""
     settings = SHORT | {"save_strategy": "no"}
     train(arguments(model_name_or_path=base, output_dir=tmp_path / "one", **settings))
-    run_ranks(2, train, arguments(model_name_or_path=base, output_dir=tmp_path / "two", engine="fsdp", **settings))
+    run_ranks(
+        2,
+        train,
+        arguments(model_name_or_path=base, output_dir=tmp_path / "two", engine="fsdp", **settings),
+    )
     for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)

@@ -69,7 +69,9 @@ def flip(file: Path) -> None:
 
 def commands(folder: Path, data: Path, out: Path):
     return {
-        "generate": lambda: generate(str(folder), instruction="Add.", max_new_tokens=2, out=str(out / "a.jsonl")),
+        "generate": lambda: generate(
+            str(folder), instruction="Add.", max_new_tokens=2, out=str(out / "a.jsonl")
+        ),
         "metrics": lambda: metrics.run(str(folder), data=str(data), limit=2, out=str(out / "b")),
         "report": lambda: report.run(str(folder), data=str(data), limit=2, out=str(out / "c.html")),
         "cost build": lambda: build(head=str(folder), out=str(out / "d.safetensors")),
@@ -89,7 +91,10 @@ COMMANDS = list(commands(Path(), Path(), Path()))
 )
 def test_weights_that_do_not_fill_the_architecture_are_refused(untied, change, said, caplog):
     rewrite(untied, change)
-    with pytest.raises(UserError, match=f"untied: its weights do not fill its architecture {said}; give a complete model"):
+    with pytest.raises(
+        UserError,
+        match=f"untied: its weights do not fill its architecture {said}; give a complete model",
+    ):
         ModelSource(str(untied)).load()
     assert not caplog.records  # no table of transformers' own
     ModelSource(str(untied), from_config=True).load()
@@ -98,7 +103,9 @@ def test_weights_that_do_not_fill_the_architecture_are_refused(untied, change, s
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_goes_on_from_random_weights(untied, root, tmp_path, command):
     rewrite(untied, drop)
-    with pytest.raises(UserError, match=r"do not fill its architecture \(missing: lm_head.weight\)"):
+    with pytest.raises(
+        UserError, match=r"do not fill its architecture \(missing: lm_head.weight\)"
+    ):
         commands(untied, root / "data" / "instructions" / "held_out.json", tmp_path)[command]()
 
 
@@ -108,14 +115,21 @@ def test_training_does_not_either(untied, arguments, root, flags):
     flags = [str(untied) if flag == "BROKEN" else flag for flag in flags]
     base = root / "data" / "tiny-base" if "--teacher" in flags else untied
     mode = {"mode": "mle", "mix_ratio": None} if "--teacher" not in flags else {}
-    with pytest.raises(UserError, match=r"do not fill its architecture \(missing: lm_head.weight\)"):
+    with pytest.raises(
+        UserError, match=r"do not fill its architecture \(missing: lm_head.weight\)"
+    ):
         train(arguments(*flags, model_name_or_path=base, **mode))
 
 
 def test_tied_and_older_weights_fill_it(make_model, tmp_path):
     model = make_model("gpt2", vocab_size=2048)  # tied: the file has one of the two
     model.save_pretrained(tmp_path)
-    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].clone()}))
+    rewrite(
+        tmp_path,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
+        ),
+    )
     assert torch.equal(ModelSource(str(tmp_path)).load().lm_head.weight, model.lm_head.weight)
 
 
@@ -132,12 +146,18 @@ def test_features_are_not_of_random_weights(untied):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("file", [WEIGHTS, "config.json"])
-def test_a_finished_folder_that_has_changed_is_refused(untied, root, tmp_path, capsys, monkeypatch, command, file):
+def test_a_finished_folder_that_has_changed_is_refused(
+    untied, root, tmp_path, capsys, monkeypatch, command, file
+):
     finish(untied)
     flip(untied / file)
     call = commands(untied, root / "data" / "instructions" / "held_out.json", tmp_path)[command]
     status, line = refusal(capsys, monkeypatch, call, tmp_path)
-    assert status == 2 and f"{untied}: not what was saved ({file}: its content has changed); give another copy" in line
+    assert (
+        status == 2
+        and f"{untied}: not what was saved ({file}: its content has changed); give another copy"
+        in line
+    )
 
 
 def test_a_large_folder_is_read_again_where_that_is_asked_for(untied, capsys, monkeypatch):
@@ -145,7 +165,10 @@ def test_a_large_folder_is_read_again_where_that_is_asked_for(untied, capsys, mo
     flip(untied / WEIGHTS)
     monkeypatch.setattr(identity, "READ_WHOLE", 1000)
     check_model(ModelSource(str(untied)))
-    assert "sizes alone are compared with manifest.json; --verify reads them" in capsys.readouterr().out
+    assert (
+        "sizes alone are compared with manifest.json; --verify reads them"
+        in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="its content has changed"):
         check_model(ModelSource(str(untied)), verify=True)
     (untied / WEIGHTS).write_bytes(b"short")
@@ -163,7 +186,9 @@ def test_what_a_user_adds_to_a_finished_folder_changes_nothing(untied):
     assert identify_model(str(untied)) == before
 
 
-@pytest.mark.parametrize("name", ["cost.safetensors", "chat_template.jinja", "generation_config.json", "notes.py"])
+@pytest.mark.parametrize(
+    "name", ["cost.safetensors", "chat_template.jinja", "generation_config.json", "notes.py"]
+)
 def test_what_does_not_change_the_weights_leaves_a_base_the_base(untied, name):
     before = identify_model(str(untied), weights=True)
     (untied / name).write_bytes(b"{}")
@@ -174,24 +199,38 @@ def test_what_does_not_change_the_weights_leaves_a_base_the_base(untied, name):
 
 def test_a_whole_model_with_an_adapter_beside_it_is_refused(untied):
     model = ModelSource(str(untied)).load()
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(untied)
+    get_peft_model(
+        model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    ).save_pretrained(untied)
     for load in (ModelSource.load, check_model):
-        with pytest.raises(UserError, match="untied: holds a whole model and an adapter beside it; take one of them away"):
+        with pytest.raises(
+            UserError,
+            match="untied: holds a whole model and an adapter beside it; take one of them away",
+        ):
             load(ModelSource(str(untied)))
 
 
 def test_masks_that_older_versions_saved_are_no_weights(make_model, tmp_path):
     make_model("gpt2", vocab_size=64).save_pretrained(tmp_path)
-    rewrite(tmp_path, lambda tensors: tensors.update({"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}))
+    rewrite(
+        tmp_path,
+        lambda tensors: tensors.update({"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}),
+    )
     ModelSource(str(tmp_path)).load()
 
 
-def test_an_adapter_whose_base_was_replaced_is_refused(untied, make_model, tmp_path, root, capsys, monkeypatch):
+def test_an_adapter_whose_base_was_replaced_is_refused(
+    untied, make_model, tmp_path, root, capsys, monkeypatch
+):
     model = ModelSource(str(untied)).load()
     adapter = tmp_path / "adapter"
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(adapter)
+    get_peft_model(
+        model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    ).save_pretrained(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(untied)}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(untied)})
+    )
     AutoTokenizer.from_pretrained(untied).save_pretrained(adapter)
     finish(adapter, run={"made_with": {BASE: identify_model(str(untied), weights=True)}})
     data = root / "data" / "instructions" / "held_out.json"
@@ -204,5 +243,11 @@ def test_an_adapter_whose_base_was_replaced_is_refused(untied, make_model, tmp_p
         other.lm_head.weight.mul_(2)
     other.save_pretrained(untied)
     for command in ("generate", "metrics", "report"):
-        status, line = refusal(capsys, monkeypatch, commands(adapter, data, tmp_path)[command], tmp_path)
-        assert status == 2 and f"{untied}: not the base that {adapter} was trained on, or it has changed since" in line
+        status, line = refusal(
+            capsys, monkeypatch, commands(adapter, data, tmp_path)[command], tmp_path
+        )
+        assert (
+            status == 2
+            and f"{untied}: not the base that {adapter} was trained on, or it has changed since"
+            in line
+        )

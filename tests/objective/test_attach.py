@@ -31,7 +31,9 @@ def gradients(model):
 def test_loss_and_gradients_are_those_of_the_logits(make_model, batch, family, cost):
     plain, attached = make_model(family), make_model(family)
     embedding = plain.get_output_embeddings().weight.detach().clone()
-    if cost == "frozen":  # the cost is the embedding before training, whatever the weights are later
+    if (
+        cost == "frozen"
+    ):  # the cost is the embedding before training, whatever the weights are later
         attach_objective(attached, "emo", cost)
     with torch.no_grad():
         for model in (plain, attached):
@@ -61,14 +63,24 @@ def test_mle_equals_the_models_own_loss(make_model, batch, family):
     counted = model(**batch, num_items_in_batch=torch.tensor(31)).loss
     attach_objective(model, "mle", None)
     torch.testing.assert_close(model(**batch).loss, want, rtol=1e-5, atol=1e-6)
-    if family != "mixtral-routed":  # transformers adds the router's loss in full to every micro-batch
-        torch.testing.assert_close(model(**batch, num_items_in_batch=torch.tensor(31)).loss, counted, rtol=1e-5, atol=1e-6)
+    if (
+        family != "mixtral-routed"
+    ):  # transformers adds the router's loss in full to every micro-batch
+        torch.testing.assert_close(
+            model(**batch, num_items_in_batch=torch.tensor(31)).loss, counted, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_generation_and_plain_calls_are_untouched_and_detach_restores(make_model, batch, family):
     model = make_model(family)
-    prompt = {"input_ids": batch["input_ids"][:1, :6], "attention_mask": batch["attention_mask"][:1, :6]}
-    logits, text = model(**prompt).logits, model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    prompt = {
+        "input_ids": batch["input_ids"][:1, :6],
+        "attention_mask": batch["attention_mask"][:1, :6],
+    }
+    logits, text = (
+        model(**prompt).logits,
+        model.generate(**prompt, max_new_tokens=8, do_sample=False),
+    )
     keys, forward = set(model.state_dict()), type(model).forward
     handle = attach_objective(model, "emo")
     assert torch.equal(model(**prompt).logits, logits)
@@ -81,7 +93,9 @@ def test_generation_and_plain_calls_are_untouched_and_detach_restores(make_model
     assert model(**batch).logits is not None
 
 
-def test_a_forward_that_computes_another_loss_is_an_error_and_a_wrapped_one_is_not(make_model, batch):
+def test_a_forward_that_computes_another_loss_is_an_error_and_a_wrapped_one_is_not(
+    make_model, batch
+):
     model = make_model("llama")
     handle = attach_objective(model, "mix")
     want, attached = model(**batch).loss, model.forward
@@ -108,7 +122,10 @@ def test_the_routers_loss_of_micro_batches_adds_up_by_their_targets(make_model, 
         micro = {name: tensor[row : row + 1] for name, tensor in batch.items()}
         labels = micro.pop("labels")
         outputs, count = plain(**micro), (labels[:, 1:] != -100).sum()
-        nll = nll + emo_loss(outputs.logits[:, :-1], labels[:, 1:], embedding, reduction="sum") / total
+        nll = (
+            nll
+            + emo_loss(outputs.logits[:, :-1], labels[:, 1:], embedding, reduction="sum") / total
+        )
         auxiliary = auxiliary + count / total * outputs.aux_loss
         ours = attached(**micro, labels=labels, num_items_in_batch=total)
         torch.testing.assert_close(ours.aux_loss, outputs.aux_loss)
@@ -123,7 +140,9 @@ def test_the_routers_loss_of_micro_batches_adds_up_by_their_targets(make_model, 
     for name, grad in theirs.items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-3, atol=1e-6)
     sums = handle.train_meter.drain("cpu")
-    assert sums.loss / sums.tokens == pytest.approx(nll.item(), rel=1e-5)  # the meters know the objective only
+    assert sums.loss / sums.tokens == pytest.approx(
+        nll.item(), rel=1e-5
+    )  # the meters know the objective only
 
 
 def test_the_routers_loss_is_added_when_the_model_would_add_it(make_model, batch):
@@ -132,7 +151,9 @@ def test_the_routers_loss_is_added_when_the_model_would_add_it(make_model, batch
     assert losses[True] > losses[None] + 0.1
     attach_objective(model, "mle", None)
     for asked, want in losses.items():
-        torch.testing.assert_close(model(**batch, output_router_logits=asked).loss, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            model(**batch, output_router_logits=asked).loss, want, rtol=1e-5, atol=1e-6
+        )
     model.config.output_router_logits = True
     torch.testing.assert_close(model(**batch).loss, losses[True], rtol=1e-5, atol=1e-6)
 
@@ -170,7 +191,9 @@ def test_training_under_mle_computes_no_emo_and_evaluation_does(make_model, batc
 
 def test_costs_of_every_kind(make_model, batch):
     model = make_model("llama")
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+        :, :-1
+    ]
     wide = torch.randn(97, 80)
     for cost, kind, embedding in [
         (wide, "cosine", wide),

@@ -7,7 +7,11 @@ from torch import nn
 from stanford_alpaca.losses.backends.reference import logits_of
 from stanford_alpaca.objective.head import HeadForm, head_of, recognise_head
 
-FORMS = {"gemma2": HeadForm(softcap=3.0), "cohere": HeadForm(logit_scale=0.0625), "granite": HeadForm(logit_scale=1 / 3)}
+FORMS = {
+    "gemma2": HeadForm(softcap=3.0),
+    "cohere": HeadForm(logit_scale=0.0625),
+    "granite": HeadForm(logit_scale=1 / 3),
+}
 IDS = torch.tensor([[5, 4, 90, 17, 8]])
 
 
@@ -27,7 +31,9 @@ def altered(model, change):
 def assert_logits_are_those_of_the_head(model):
     with torch.no_grad():
         hidden = model.base_model(input_ids=IDS)[0]
-        torch.testing.assert_close(logits_of(hidden, head_of(model)), model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits_of(hidden, head_of(model)), model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -50,7 +56,9 @@ def test_every_family_in_every_precision_exactly(make_model, family, dtype):
 )
 def test_scales_and_caps_in_any_order_and_precision(make_model, change, form):
     softcap, scale = recognise_head(altered(make_model("llama"), change))
-    assert (softcap or 0, scale or 1) == pytest.approx((form.softcap or 0, form.logit_scale or 1), rel=1e-14)
+    assert (softcap or 0, scale or 1) == pytest.approx(
+        (form.softcap or 0, form.logit_scale or 1), rel=1e-14
+    )
 
 
 def test_names_and_configurations_are_not_believed(make_model):
@@ -66,7 +74,9 @@ def test_a_factor_before_the_output_layer_joins_the_scale(make_model):
     form = recognise_head(model)
     assert form.softcap is None and form.logit_scale == pytest.approx(0.0625 / 12, rel=1e-6)
     assert_logits_are_those_of_the_head(model)
-    with pytest.raises(ValueError, match=r"receives 0\.083\d* times the last hidden state: load it in float32"):
+    with pytest.raises(
+        ValueError, match=r"receives 0\.083\d* times the last hidden state: load it in float32"
+    ):
         recognise_head(model.bfloat16())
     biased = make_model("llama")
     biased.lm_head.bias = nn.Parameter(torch.randn(97))
@@ -93,13 +103,22 @@ SCALE = nn.Parameter(torch.tensor(2.0))
     ("change", "message"),
     [
         (lambda z: z + 0.01 * z**2, "unknown to its logits"),
-        (lambda z: z.clamp(-50, 50), "unknown to its logits: with a scale of 1 and a cap of 50, .* would become"),
+        (
+            lambda z: z.clamp(-50, 50),
+            "unknown to its logits: with a scale of 1 and a cap of 50, .* would become",
+        ),
         (lambda z: z.clamp(-1e6, 1e6), "unknown to its logits"),
-        (lambda z: z + torch.linspace(0, 1e-9, 97), "unknown to its logits"),  # a bias of each token
+        (
+            lambda z: z + torch.linspace(0, 1e-9, 97),
+            "unknown to its logits",
+        ),  # a bias of each token
         (lambda z: z * torch.linspace(1, 1 + 1e-6, 97), "unknown to its logits"),
         (lambda z: z.log_softmax(-1), "unknown to its logits"),
         (lambda z: z.masked_fill(torch.arange(97) == 96, -torch.inf), "unknown to its logits"),
-        (lambda z: torch.cat([z[:, :1], 2 * z[:, 1:]], 1), "unknown to its logits"),  # one position differs
+        (
+            lambda z: torch.cat([z[:, :1], 2 * z[:, 1:]], 1),
+            "unknown to its logits",
+        ),  # one position differs
         (lambda z: z * torch.nan, "unknown to its logits"),
         (lambda z: -z, "near 0 they are -1 times its output layer's output"),
         (lambda z: z * 0, "unknown to its logits"),
@@ -114,13 +133,17 @@ def test_what_is_not_recognised_is_refused(make_model, change, message):
 
 
 def test_an_infinite_scale_is_refused(make_model):
-    with pytest.raises(ValueError, match="near 0 they are inf times"):  # 96 tokens: no 0 in the ramp, so no NaN either
+    with pytest.raises(
+        ValueError, match="near 0 they are inf times"
+    ):  # 96 tokens: no 0 in the ramp, so no NaN either
         recognise_head(altered(make_model("llama", vocab_size=96), lambda z: z * torch.inf))
 
 
 def test_layers_that_are_not_what_they_seem_are_refused(make_model):
     model = make_model("llama")
-    model.lm_head.register_forward_hook(lambda layer, inputs, output: output + 0.1 * inputs[0][..., :1])
+    model.lm_head.register_forward_hook(
+        lambda layer, inputs, output: output + 0.1 * inputs[0][..., :1]
+    )
     with pytest.raises(ValueError, match="something else than input @ weight"):
         recognise_head(model)
     model = make_model("llama")
@@ -131,7 +154,9 @@ def test_layers_that_are_not_what_they_seem_are_refused(make_model):
     model.base_model_prefix = "lm_head"  # a base_model that is not the body
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be probed"):
         recognise_head(model)
-    model.base_model_prefix = "nothing"  # then transformers' base_model is the model itself, and the body is looked for
+    model.base_model_prefix = (
+        "nothing"  # then transformers' base_model is the model itself, and the body is looked for
+    )
     assert recognise_head(model) == HeadForm()
     model = make_model("llama")
     model.lm_head = nn.Sequential(model.lm_head)

@@ -66,7 +66,9 @@ WINDOW = {"sliding_window": 4}  # shorter than the examples
         ("gemma2", "eager", "positions", WINDOW | {"attn_logit_softcapping": 2.0}),
     ],
 )
-def test_packed_and_padding_free_are_what_padded_is(make_model, examples, family, attention, means, changes):
+def test_packed_and_padding_free_are_what_padded_is(
+    make_model, examples, family, attention, means, changes
+):
     model = make_model(family, attn_implementation=attention, **changes)
     assert find_isolation(model) == means
     model.train()  # where a cache or a checkpoint would matter
@@ -87,17 +89,32 @@ def test_a_teacher_keeps_examples_apart_too(make_model, examples):
 
 
 def varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False, window_size=(-1, -1)
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
 ):
     """FlashAttention's function by its contract: every stretch of [tokens, heads, D] by itself."""
-    assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+    assert (
+        causal
+        and torch.equal(cu_seqlens_q, cu_seqlens_k)
+        and max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+    )
     CALLS.append(cu_seqlens_q.tolist())
     parts = []
     for start, end in zip(CALLS[-1][:-1], CALLS[-1][1:], strict=True):
         part = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
         mask = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
-        out = F.scaled_dot_product_attention(*part, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            *part, attn_mask=mask, scale=softmax_scale, enable_gqa=True
+        )
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 
@@ -105,12 +122,18 @@ def varlen(
 CALLS: list[list[int]] = []
 
 
-@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("mistral", WINDOW), ("opt", {"dropout": 0})])
-def test_flash_attention_is_told_where_examples_begin(make_model, examples, monkeypatch, family, changes):
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {}), ("mistral", WINDOW), ("opt", {"dropout": 0})]
+)
+def test_flash_attention_is_told_where_examples_begin(
+    make_model, examples, monkeypatch, family, changes
+):
     """transformers' way to FlashAttention, with a function of its contract at the end: no GPU is at hand."""
     process = modeling_flash_attention_utils._lazy_define_process_function(varlen)
     found = ((None, varlen, None, None, None), (process, None))
-    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *args, **kwargs: found)
+    monkeypatch.setattr(
+        modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *args, **kwargs: found
+    )
     model = make_model(family, attn_implementation="sdpa", **changes)
     want = step(model, PadCollator(0)(examples))
     model.config._attn_implementation = "flash_attention_2"
@@ -125,11 +148,16 @@ def test_flash_attention_is_told_where_examples_begin(make_model, examples, monk
 
 def test_models_that_would_mix_examples_are_refused(make_model):
     config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=97)
-    with pytest.raises(UserError, match=r"the teacher \(MambaForCausalLM, .*\) cannot keep apart .* \(they see each other\)"):
+    with pytest.raises(
+        UserError,
+        match=r"the teacher \(MambaForCausalLM, .*\) cannot keep apart .* \(they see each other\)",
+    ):
         find_isolation(AutoModelForCausalLM.from_config(config), "teacher")
     with pytest.raises(UserError, match="they see each other"):
         find_isolation(make_model("opt"), means="positions")
-    with pytest.raises(UserError, match="they see each other"):  # a mask that does not know the window
+    with pytest.raises(
+        UserError, match="they see each other"
+    ):  # a mask that does not know the window
         find_isolation(make_model("mistral", **WINDOW), means="mask")
 
 

@@ -19,7 +19,10 @@ def batch():
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_loss_is_cross_entropy_to_the_teachers_distribution(make_model, batch, family):
-    student, teacher = make_model("llama"), make_model(family, vocab_size=101)  # padded: four tokens more
+    student, teacher = (
+        make_model("llama"),
+        make_model(family, vocab_size=101),
+    )  # padded: four tokens more
     labels = batch.pop("labels")
     keep = labels[:, 1:] != -100
     with torch.no_grad():
@@ -28,14 +31,18 @@ def test_the_loss_is_cross_entropy_to_the_teachers_distribution(make_model, batc
     logits = student(**batch).logits[:, :-1][keep]
     for top_k in (97, 5, 1):
         top = taught.topk(top_k)
-        tau = torch.zeros_like(taught).scatter(1, top.indices, top.values / top.values.sum(1, keepdim=True))
+        tau = torch.zeros_like(taught).scatter(
+            1, top.indices, top.values / top.values.sum(1, keepdim=True)
+        )
         want = F.cross_entropy(logits, tau)
         handle = attach_objective(student, "mle", None, teacher=Teacher(teacher, top_k))
         loss = student(**batch, labels=labels).loss
         handle.detach()
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
     gradient = torch.autograd.grad(loss, student.lm_head.weight)[0]
-    torch.testing.assert_close(gradient, torch.autograd.grad(want, student.lm_head.weight)[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(want, student.lm_head.weight)[0], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_evaluation_is_by_the_labels_and_the_teacher_stays_as_it_was(make_model, batch):
@@ -64,8 +71,12 @@ def test_what_a_teacher_cannot_do(make_model, root):
     for options in ({"mode": "dft"}, {"mode": "emo", "emo_weighting": "upstream"}):
         with pytest.raises(ValueError, match="needs one target, not a teacher's"):
             attach_objective(student, cost="frozen", teacher=Teacher(teacher), **options)
-    with pytest.raises(ValueError, match="top_k is 98: it has to lie between 1 and the teacher's 97 tokens"):
+    with pytest.raises(
+        ValueError, match="top_k is 98: it has to lie between 1 and the teacher's 97 tokens"
+    ):
         Teacher(teacher, 98)
-    tokenizer, other = (AutoTokenizer.from_pretrained(root / "data" / "tiny-base") for _ in range(2))
+    tokenizer, other = (
+        AutoTokenizer.from_pretrained(root / "data" / "tiny-base") for _ in range(2)
+    )
     other.add_special_tokens({"additional_special_tokens": ["<new>"]})
     assert same_vocabulary(tokenizer, other) and not same_vocabulary(other, tokenizer)

@@ -15,8 +15,12 @@ from stanford_alpaca.preflight.estimate import (  # fmt: skip
 )
 from stanford_alpaca.preflight.model_profile import Activations, Anatomy, Line, Parameters
 
-COUNTS = Parameters(embedding=1000, layers=4000, layer=2000, norm=10, head=1000, vocab_size=100, width=10)
-TIED = Parameters(embedding=1000, layers=4000, layer=2000, norm=10, head=0, vocab_size=100, width=10)
+COUNTS = Parameters(
+    embedding=1000, layers=4000, layer=2000, norm=10, head=1000, vocab_size=100, width=10
+)
+TIED = Parameters(
+    embedding=1000, layers=4000, layer=2000, norm=10, head=0, vocab_size=100, width=10
+)
 SAVED = Activations(Line(7, 100), Line(0, 1000), Line(0, 500), Line(0, 50), Line(0, 20))
 ANATOMY = Anatomy(COUNTS, (100.0, 2.0), 60.0, SAVED)
 SETUP = Setup(ranks=4, batch=2, accumulation=3, length=8, priced=True, cost_cache_mib=0)
@@ -37,7 +41,11 @@ ONCE = Setup(ranks=4, batch=6, accumulation=1, length=8, priced=True, cost_cache
 def test_state_of_four_ranks(engine, weights, held, final, optimizer):
     at = moments(ANATOMY, SETUP, engine, "replicate")
     assert {m.weights for m in at.values()} == {weights}
-    assert (at["loss"].gradients, at["end"].gradients, at["loss"].optimizer) == (held, final, optimizer)
+    assert (at["loss"].gradients, at["end"].gradients, at["loss"].optimizer) == (
+        held,
+        final,
+        optimizer,
+    )
     once = moments(ANATOMY, ONCE, engine, "replicate")
     assert once["loss"].gradients == (held if engine in ("zero2", "zero3") else 0)
     assert once["end"].gradients == (6010 if engine == "fsdp" else final)
@@ -59,7 +67,9 @@ def test_activations_by_moment():
     again = moments(ANATOMY, Setup(**vars(SETUP) | {"checkpointing": True}), "zero2", "replicate")
     assert again["loss"].activations == 7 + 200 + 100
     assert again["backward"].activations == 7 + 200 + 100 + 1000 + 3 * 40
-    assert peak_memory(ANATOMY, SETUP, "zero2", "replicate").total == max(m.total for m in at.values())
+    assert peak_memory(ANATOMY, SETUP, "zero2", "replicate").total == max(
+        m.total for m in at.values()
+    )
 
 
 def test_what_is_gathered():
@@ -70,7 +80,9 @@ def test_what_is_gathered():
     assert moments(ANATOMY, SETUP, "zero3", "replicate")["loss"].gather == 2 * 6010 + 2 * 2 * 100
 
 
-@pytest.mark.parametrize(("sharding", "cost"), [("replicate", 4000 + 20_000), ("shard", 1000), ("vocab_parallel", 1000)])
+@pytest.mark.parametrize(
+    ("sharding", "cost"), [("replicate", 4000 + 20_000), ("shard", 1000), ("vocab_parallel", 1000)]
+)
 def test_cost(sharding, cost):
     setup = Setup(**vars(SETUP) | {"cost_cache_mib": 1})
     assert moments(ANATOMY, setup, "fsdp", sharding)["loss"].cost == cost
@@ -80,8 +92,14 @@ def test_the_loss_holds_a_chunk_the_gradient_and_copies():
     rows = 16 * 100  # all tokens are one chunk
     logits, costs, slices = rows * (4 + 2), 4 * rows * 0.31, 2 * 4 * rows
     hidden = 3 * 16 * 10 * 2
-    assert loss_bytes(COUNTS, SETUP, "zero2", "replicate") == logits + costs + slices + 4000 + 2000 + hidden
-    assert loss_bytes(COUNTS, SETUP, "ddp", "replicate") == logits + costs + slices + 4000 + 2000 + 2000 + hidden
+    assert (
+        loss_bytes(COUNTS, SETUP, "zero2", "replicate")
+        == logits + costs + slices + 4000 + 2000 + hidden
+    )
+    assert (
+        loss_bytes(COUNTS, SETUP, "ddp", "replicate")
+        == logits + costs + slices + 4000 + 2000 + 2000 + hidden
+    )
     free = Setup(**vars(SETUP) | {"priced": False})
     assert loss_bytes(COUNTS, free, "zero2", "-") == logits + slices / 2 + 4000 + 2000 + hidden
     exact = Setup(**vars(SETUP) | {"bf16": False, "device": "cpu", "priced": False})
@@ -94,7 +112,13 @@ def test_the_loss_holds_a_chunk_the_gradient_and_copies():
         ("ddp", "replicate", 8 * 6010),
         ("ddp", "shard", 8 * 6010 + 3 * 4000),
         ("fsdp", "replicate", 3 * 2 * (6010 + 5000) + 4 * 6010),
-        ("fsdp", "vocab_parallel", 3 * 2 * (5010 + 5000) + 4 * 5010 + 3 * (64 * 10 * 6 + 64 * 8 + 8 * (19.84 * 10 + 5 * 64))),
+        (
+            "fsdp",
+            "vocab_parallel",
+            3 * 2 * (5010 + 5000)
+            + 4 * 5010
+            + 3 * (64 * 10 * 6 + 64 * 8 + 8 * (19.84 * 10 + 5 * 64)),
+        ),
         ("zero1", "replicate", 4 * 6010 + 2 * 6010),
         ("zero2", "replicate", 3 * 4 * 6010 + 2 * 6010),
         ("zero3", "shard", 3 * 2 * 2 * 6010 + 3 * 4000),
@@ -115,7 +139,9 @@ def test_shardings_need_ranks_costs_and_rows():
     many = Setup(**vars(SETUP) | {"ranks": 64})  # two rows each for 50 of them
     assert shardings_of("fsdp", many, COUNTS) == ["replicate", "shard"]
     free = Setup(**vars(SETUP) | {"priced": False})
-    assert shardings_of("fsdp", free, COUNTS) == ["-", "vocab_parallel"] and shardings_of("ddp", free, COUNTS) == ["-"]
+    assert shardings_of("fsdp", free, COUNTS) == ["-", "vocab_parallel"] and shardings_of(
+        "ddp", free, COUNTS
+    ) == ["-"]
     moved = 3 * 2 * (5010 + 5000) + 4 * 5010 + 3 * (64 * 10 * 6 + 64 * 8 + 8 * 3 * 64)
     assert traffic(COUNTS, free, "fsdp", "vocab_parallel") == pytest.approx(0.75 * moved, rel=1e-12)
     assert moments(ANATOMY, free, "fsdp", "vocab_parallel")["loss"].cost == 0
@@ -125,7 +151,10 @@ def test_one_rank_moves_nothing():
     alone = Setup(**vars(SETUP) | {"ranks": 1})
     assert traffic(COUNTS, alone, "none", "replicate") == 0
     assert shardings_of("none", alone, COUNTS) == ["replicate"]
-    assert host_memory(6010, alone, "zero3_offload") == 18 * 6010 and host_memory(6010, alone, "zero3") == 0
+    assert (
+        host_memory(6010, alone, "zero3_offload") == 18 * 6010
+        and host_memory(6010, alone, "zero3") == 0
+    )
 
 
 def test_flops_and_precision():
@@ -133,4 +162,7 @@ def test_flops_and_precision():
     again = Setup(**vars(SETUP) | {"checkpointing": True})
     assert compute_flops(ANATOMY, again, 8) == pytest.approx(6 * (120 * 8 + 2 * 64 * 4 / 3))
     names = [precision_of(engine, True) for engine in ("none", "ddp", "fsdp", "zero3")]
-    assert names == ["autocast", "autocast", "bfloat16", "bfloat16"] and precision_of("fsdp", False) == "float32"
+    assert (
+        names == ["autocast", "autocast", "bfloat16", "bfloat16"]
+        and precision_of("fsdp", False) == "float32"
+    )

@@ -6,14 +6,23 @@ from transformers import AutoModelForCausalLM, T5Config
 
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.load import ModelSource
-from stanford_alpaca.preflight.model_profile import count_activations, count_parameters, decoder_layers, describe
+from stanford_alpaca.preflight.model_profile import (
+    count_activations,
+    count_parameters,
+    decoder_layers,
+    describe,
+)
 
 SERVED = ("llama", "qwen3", "gpt2", "gemma2", "opt", "mixtral")
 
 
 def test_llama_7b_by_part(root):
     with torch.device("meta"):
-        counts = count_parameters(AutoModelForCausalLM.from_config(ModelSource(str(root / "examples" / "llama-7b")).config()))
+        counts = count_parameters(
+            AutoModelForCausalLM.from_config(
+                ModelSource(str(root / "examples" / "llama-7b")).config()
+            )
+        )
     assert counts.total == 6_738_415_616
     assert (counts.embedding, counts.head, counts.norm) == (131_072_000, 131_072_000, 4096)
     assert (counts.layer, counts.layers, counts.tied) == (202_383_360, 32 * 202_383_360, False)
@@ -48,7 +57,9 @@ def saved_by(model, rows: int, length: int, precision: str) -> int:
     mask[0, -2:] = 0
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        model.base_model(input_ids=torch.randint(97, (rows, length)), attention_mask=mask, use_cache=False)
+        model.base_model(
+            input_ids=torch.randint(97, (rows, length)), attention_mask=mask, use_cache=False
+        )
     return sum(storage.nbytes() for storage in held.values())
 
 
@@ -64,7 +75,9 @@ def saved_by(model, rows: int, length: int, precision: str) -> int:
     ],
 )
 def test_activations_are_those_of_a_real_run(make_model, name, precision):
-    model = make_model(name).to(torch.bfloat16 if precision == "bfloat16" else torch.float32).train()
+    model = (
+        make_model(name).to(torch.bfloat16 if precision == "bfloat16" else torch.float32).train()
+    )
     counted = count_activations(model.config, 24, precision)
     got = counted.outside.of(3) + counted.layers.of(3)
     assert got == pytest.approx(saved_by(model, 3, 24, precision), rel=0.01)

@@ -59,7 +59,13 @@ def test_what_fits_is_what_is_below_the_line(table):
 
 
 def test_the_largest_batch_divides_the_global_one(table):
-    assert [(tried.batch, tried.accumulation) for tried in batches_of(SETUP)] == [(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)]
+    assert [(tried.batch, tried.accumulation) for tried in batches_of(SETUP)] == [
+        (1, 16),
+        (2, 8),
+        (4, 4),
+        (8, 2),
+        (16, 1),
+    ]
     assert {row.largest_batch for row in table(1e12)(SETUP)} == {16}
     assert {row.largest_batch for row in table(1.0)(SETUP)} == {0}
 
@@ -68,7 +74,12 @@ def test_the_simplest_of_what_is_nearly_as_fast(table):
     rows = table(1e12)(SETUP)
     times = dict(zip(("ddp", "fsdp", "zero2"), ((1, 1.3), (1, 1.19), (1, 1.0)), strict=True))
     assert recommend([replace(row, seconds=times[row.engine]) for row in rows]).engine == "fsdp"
-    assert recommend([replace(row, seconds=times[row.engine], fits=row.engine == "ddp") for row in rows]).engine == "ddp"
+    assert (
+        recommend(
+            [replace(row, seconds=times[row.engine], fits=row.engine == "ddp") for row in rows]
+        ).engine
+        == "ddp"
+    )
     assert recommend([replace(row, fits=False) for row in rows]) is None
 
 
@@ -78,19 +89,33 @@ def test_advice_takes_what_fits_and_then_what_saves_memory(table):
     )
     needs = {row.engine: row.memory.total for row in table(1e12)(SETUP)}
     smallest = min(needs, key=needs.__getitem__)
-    assert advise(table(needs[smallest]), SETUP).startswith(f"ENGINE={smallest} --per_device_train_batch_size 8")
+    assert advise(table(needs[smallest]), SETUP).startswith(
+        f"ENGINE={smallest} --per_device_train_batch_size 8"
+    )
     again = advise(table(needs[smallest] * 0.9), SETUP)
-    assert "--per_device_train_batch_size 8" in again and "--activation_checkpointing: the simplest" in again
+    assert (
+        "--per_device_train_batch_size 8" in again
+        and "--activation_checkpointing: the simplest" in again
+    )
     assert advise(table(1000.0), SETUP).startswith("nothing fits on 4 rank(s)")
 
 
 def test_the_command_needs_a_configuration_and_no_weights(folder, capsys):
-    main(f"--model_name_or_path {folder} --nproc 4 --mode emo --model_max_length 64 --examples 1000 --gpu H100".split())
+    main(
+        f"--model_name_or_path {folder} --nproc 4 --mode emo --model_max_length 64 --examples 1000 --gpu H100".split()
+    )
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("| ")]
-    assert [line.split()[1] for line in lines[1:]].count("fsdp") == 3  # replicate, shard, vocab_parallel
-    assert "4 rank(s), 4 x 8 rows" in printed and "40% of 989 TFLOP/s, 200 GB/s a rank within a node" in printed
-    assert "\n24 steps\n" in printed and printed.splitlines()[-1].startswith("ENGINE=ddp --per_device_train_batch_size 4 ")
+    assert [line.split()[1] for line in lines[1:]].count(
+        "fsdp"
+    ) == 3  # replicate, shard, vocab_parallel
+    assert (
+        "4 rank(s), 4 x 8 rows" in printed
+        and "40% of 989 TFLOP/s, 200 GB/s a rank within a node" in printed
+    )
+    assert "\n24 steps\n" in printed and printed.splitlines()[-1].startswith(
+        "ENGINE=ddp --per_device_train_batch_size 4 "
+    )
 
 
 def test_json_has_every_engine_and_bytes(folder, capsys):
@@ -106,8 +131,12 @@ def test_a_thousand_ranks(folder, capsys):
     flags = f"--model_name_or_path {folder} --nproc 8 --nodes 128 --mode emo --model_max_length 64"
     main(f"{flags} --json".split())
     read = json.loads(capsys.readouterr().out)
-    assert read["setup"]["ranks"] == 1024 and read["setup"]["accumulation"] == 1  # 4096 rows are more than 128
-    fsdp = next(row for row in read["rows"] if (row["engine"], row["cost_sharding"]) == ("fsdp", "shard"))
+    assert (
+        read["setup"]["ranks"] == 1024 and read["setup"]["accumulation"] == 1
+    )  # 4096 rows are more than 128
+    fsdp = next(
+        row for row in read["rows"] if (row["engine"], row["cost_sharding"]) == ("fsdp", "shard")
+    )
     assert fsdp["memory"]["weights"] == 4 * read["parameters"]["total"] / 1024
     main(flags.split())
     assert "25 GB/s a rank between nodes" in capsys.readouterr().out
@@ -136,7 +165,10 @@ def test_data_is_counted_as_training_counts_it(root, tmp_path):
 def test_activation_checkpointing_and_no_costs_save_memory(make_model):
     anatomy = describe(make_model("llama").config, 32, "bfloat16")
     with_costs = peak_memory(anatomy, SETUP, "zero2", "replicate").total
-    assert peak_memory(anatomy, replace(SETUP, checkpointing=True), "zero2", "replicate").total < with_costs
+    assert (
+        peak_memory(anatomy, replace(SETUP, checkpointing=True), "zero2", "replicate").total
+        < with_costs
+    )
     assert peak_memory(anatomy, replace(SETUP, priced=False), "zero2", "-").total < with_costs
 
 
@@ -146,15 +178,24 @@ def test_activation_checkpointing_and_no_costs_save_memory(make_model):
         ("--nproc 0", "--nproc 0: give a number above 0"),
         ("--nproc 2.5", "invalid int value"),
         ("--gpu_gib nan", "--gpu_gib nan: give a number above 0"),
-        ("--engine zero4", "argument --engine: invalid choice: 'zero4' .choose from '?none'?, '?ddp'?"),
+        (
+            "--engine zero4",
+            "argument --engine: invalid choice: 'zero4' .choose from '?none'?, '?ddp'?",
+        ),
         ("--gpu V100", "argument --gpu: invalid choice: 'V100' .choose from"),
         ("--mode enmo", "argument --mode: invalid choice"),
         ("--ngpu 4", "unknown argument --ngpu"),
         ("--nproc 4 --engine none", "--engine none with 4 rank.s.: choose from ddp, fsdp"),
         ("--nproc 4 --global_batch 100", "--global_batch 100 is no multiple of 16 .4 ranks of 4."),
-        ("--nproc 4 --mode emo --engine ddp --cost_sharding vocab_parallel", "vocab_parallel also engine fsdp"),
+        (
+            "--nproc 4 --mode emo --engine ddp --cost_sharding vocab_parallel",
+            "vocab_parallel also engine fsdp",
+        ),
         ("--nproc 4 --cost_sharding shard", "shard a --mode with costs"),
-        ("--model_max_length 4096", "--model_max_length 4096 is more than the model's 1024 positions"),
+        (
+            "--model_max_length 4096",
+            "--model_max_length 4096 is more than the model's 1024 positions",
+        ),
         ("--mean_tokens 600", "--mean_tokens 600 is more than --model_max_length 512"),
         ("--supervised_share 40", "are shares: give at most 1"),
         ("--data_path x.json --examples 3", "give one or the other"),
@@ -172,7 +213,13 @@ def test_refusals_are_one_line(folder, capsys, flags, message):
 
 
 def test_a_model_with_other_senses_is_counted_whole_and_run_as_a_model_of_text():
-    image = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    image = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    }
     text = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -181,10 +228,15 @@ def test_a_model_with_other_senses_is_counted_whole_and_run_as_a_model_of_text()
         "num_key_value_heads": 2,
         "vocab_size": 256,
     }
-    nested = Gemma3Config(text_config=text, vision_config=image | {"patch_size": 14}, mm_tokens_per_image=4)
+    nested = Gemma3Config(
+        text_config=text, vision_config=image | {"patch_size": 14}, mm_tokens_per_image=4
+    )
     found, alone = (describe(config, 32, "bfloat16") for config in (nested, nested.text_config))
     assert found.activations == alone.activations
-    assert found.parameters.total > alone.parameters.total and found.parameters.layer == alone.parameters.layer
+    assert (
+        found.parameters.total > alone.parameters.total
+        and found.parameters.layer == alone.parameters.layer
+    )
 
 
 def bytes_of(argv: list[str]) -> int:
@@ -201,6 +253,10 @@ def test_ranks_send_what_was_estimated(root, tmp_path, arguments):
         for number in (1, 2)
     ]  # fmt: skip
     one, two = (run_ranks(2, bytes_of, argv)[0] for argv in steps)
-    counts = describe(ModelSource(str(root / "data" / "tiny-base")).config(), 16, "float32").parameters
-    setup = Setup(ranks=2, batch=4, accumulation=2, length=16, priced=True, bf16=False, device="cpu")
+    counts = describe(
+        ModelSource(str(root / "data" / "tiny-base")).config(), 16, "float32"
+    ).parameters
+    setup = Setup(
+        ranks=2, batch=4, accumulation=2, length=16, priced=True, bf16=False, device="cpu"
+    )
     assert two - one == pytest.approx(traffic(counts, setup, "fsdp", "shard"), rel=1e-4)

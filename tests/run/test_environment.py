@@ -18,7 +18,11 @@ from stanford_alpaca.train import run_or_stop
     [
         ("ACCELERATE_MIXED_PRECISION", "bf16", "unset it, and give --bf16 or --fp16"),
         ("ACCELERATE_DYNAMO_BACKEND", "inductor", "unset it, and give --torch_compile"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8", "unset it, and give --gradient_accumulation_steps"),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            "8",
+            "unset it, and give --gradient_accumulation_steps",
+        ),
         ("ACCELERATE_USE_FSDP", "true", "unset it, and give --fsdp"),
         ("FSDP_OFFLOAD_PARAMS", "true", "unset it, and give --fsdp and --fsdp_config"),
         ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3", "unset it, and give --deepspeed"),
@@ -30,7 +34,8 @@ from stanford_alpaca.train import run_or_stop
 def test_what_a_flag_says_is_refused(name, value, advice, monkeypatch):
     monkeypatch.setenv(name, value)
     with pytest.raises(
-        UserError, match=f"^{name}={value} in the environment would change the training, and its record"
+        UserError,
+        match=f"^{name}={value} in the environment would change the training, and its record",
     ) as error:
         run_or_stop(None)
     assert str(error.value).endswith(f"would not say so; {advice}")
@@ -51,8 +56,16 @@ def test_what_launchers_set_is_taken():
     ("name", "value", "message"),
     [
         ("WORLD_SIZE", "two", "WORLD_SIZE=two in the environment is no number"),
-        ("ACCELERATE_DEBUG_MODE", "maybe", "ACCELERATE_DEBUG_MODE=maybe in the environment: choose from 1, true"),
-        ("ACCELERATE_LOG_LEVEL", "loud", "ACCELERATE_LOG_LEVEL=loud in the environment: choose from debug"),
+        (
+            "ACCELERATE_DEBUG_MODE",
+            "maybe",
+            "ACCELERATE_DEBUG_MODE=maybe in the environment: choose from 1, true",
+        ),
+        (
+            "ACCELERATE_LOG_LEVEL",
+            "loud",
+            "ACCELERATE_LOG_LEVEL=loud in the environment: choose from debug",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_read_is_one_line(name, value, message):
@@ -76,9 +89,14 @@ def test_what_a_library_cannot_be_imported_with_is_one_line(name, good, bad):
 
 def test_a_command_ends_in_one_line_before_it_imports_anything():
     command = [sys.executable, "-m", "stanford_alpaca.preview"]
-    ended = subprocess.run(command, env={**os.environ, "HF_HUB_ETAG_TIMEOUT": "soon"}, capture_output=True, text=True)
+    ended = subprocess.run(
+        command, env={**os.environ, "HF_HUB_ETAG_TIMEOUT": "soon"}, capture_output=True, text=True
+    )
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "error: HF_HUB_ETAG_TIMEOUT=soon in the environment: give a whole number of seconds, or unset it\n"
+    assert (
+        ended.stderr
+        == "error: HF_HUB_ETAG_TIMEOUT=soon in the environment: give a whole number of seconds, or unset it\n"
+    )
 
 
 def test_what_numbers_depend_on_is_recorded_and_compared(arguments, monkeypatch):
@@ -93,12 +111,16 @@ def test_what_numbers_depend_on_is_recorded_and_compared(arguments, monkeypatch)
     rounding = "environment variable OMP_NUM_THREADS was not given, is 3"
     assert changes(before, now) == ([precision], [], [rounding])
     run.made_with.update(before["made_with"])
-    assert "made with environment variable OMP_NUM_THREADS not given, now 3" in differences(run, now["made_with"])
+    assert "made with environment variable OMP_NUM_THREADS not given, now 3" in differences(
+        run, now["made_with"]
+    )
 
 
 def test_a_launcher_may_say_what_there_is_nothing_else_than(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     check_environment({"ACCELERATE_USE_CPU": "True"})
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    with pytest.raises(UserError, match="ACCELERATE_USE_CPU=True in the environment would change the training"):
+    with pytest.raises(
+        UserError, match="ACCELERATE_USE_CPU=True in the environment would change the training"
+    ):
         check_environment({"ACCELERATE_USE_CPU": "True"})

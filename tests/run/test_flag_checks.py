@@ -26,9 +26,18 @@ from stanford_alpaca.run.parse import parse
         ({"neftune_noise_alpha": "nan"}, "--neftune_noise_alpha nan"),
         ({"dataloader_num_workers": -1}, "--dataloader_num_workers -1"),
         ({"optim": "lomo"}, "--optim lomo: .*lomo"),
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr.*min_lr"),
-        ({"lr_scheduler_kwargs": '{"num_cycles": 2}'}, "--lr_scheduler_type linear, --lr_scheduler_kwargs: .*num_cycles"),
-        ({"metric_for_best_model": "eval_nl"}, "--metric_for_best_model eval_nl: .*did you mean nll"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "--lr_scheduler_type cosine_with_min_lr.*min_lr",
+        ),
+        (
+            {"lr_scheduler_kwargs": '{"num_cycles": 2}'},
+            "--lr_scheduler_type linear, --lr_scheduler_kwargs: .*num_cycles",
+        ),
+        (
+            {"metric_for_best_model": "eval_nl"},
+            "--metric_for_best_model eval_nl: .*did you mean nll",
+        ),
         ({"save_strategy": "best"}, "--save_strategy best needs --metric_for_best_model"),
         ({"load_best_model_at_end": True}, "--load_best_model_at_end .* need an --eval_strategy"),
     ],
@@ -44,6 +53,9 @@ def test_flags_that_cannot_be(arguments, tmp_path, changes, message):
 
 def test_a_warm_up_that_the_schedule_does_not_have_is_said(arguments, capsys):
     check(parse(arguments(warmup_steps=0.1, lr_scheduler_type="constant")))
-    assert "--warmup_steps 0.1 changes nothing with --lr_scheduler_type constant\n" in capsys.readouterr().out
+    assert (
+        "--warmup_steps 0.1 changes nothing with --lr_scheduler_type constant\n"
+        in capsys.readouterr().out
+    )
     check(parse(arguments(warmup_steps=0.1, lr_scheduler_type="constant_with_warmup")))
     assert "--warmup_steps" not in capsys.readouterr().out

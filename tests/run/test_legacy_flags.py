@@ -59,14 +59,22 @@ def test_a_flag_with_a_successor_is_read_as_it_and_says_so(old, new):
     translated, (line,) = translate(["--seed", "1", *shlex.split(old), "--logging_steps=2"])
     assert sorted(translated) == sorted(["--seed", "1", *shlex.split(new), "--logging_steps=2"])
     assert line == f"{shlex.join(shlex.split(old))} is read as {new}"
-    parse(["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", *shlex.split(new)])  # the parser knows it
+    parse(
+        ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", *shlex.split(new)]
+    )  # the parser knows it
 
 
 @pytest.mark.parametrize(
     ("old", "why"),
     [
-        ("--overwrite_output_dir True", "nothing is ever overwritten here; give a new --output_dir"),
-        ("--logging_dir logs", "TensorBoard's folder is the environment variable TENSORBOARD_LOGGING_DIR"),
+        (
+            "--overwrite_output_dir True",
+            "nothing is ever overwritten here; give a new --output_dir",
+        ),
+        (
+            "--logging_dir logs",
+            "TensorBoard's folder is the environment variable TENSORBOARD_LOGGING_DIR",
+        ),
         ("--save_safetensors True", "weights are always safetensors"),
         ("--include_tokens_per_second", "supervised_tokens_per_s is always logged"),
         ("--use_mps_device", "the device is found by itself"),
@@ -90,15 +98,25 @@ def test_a_flag_without_meaning_is_dropped_and_says_why(old, why):
 
 
 def test_the_words_of_transformers_5_stay_as_they_are():
-    argv = shlex.split("--learning_rate -1 --fsdp --fsdp_config file.json --bf16=True --tf32 True --report_to all --tf32 False")
+    argv = shlex.split(
+        "--learning_rate -1 --fsdp --fsdp_config file.json --bf16=True --tf32 True --report_to all --tf32 False"
+    )
     assert translate(argv) == (argv, [])
     assert translate(["--tf32", "False"], has_tf32=False) == (["--tf32", "False"], [])
 
 
 def test_an_fsdp_config_in_a_file_is_merged(tmp_path):
-    (tmp_path / "fsdp.json").write_text('{"fsdp_backward_prefetch": "backward_pre", "activation_checkpointing": true}')
-    new, _ = translate(["--fsdp", "full_shard auto_wrap", "--fsdp_config", str(tmp_path / "fsdp.json")])
-    want = {"reshard_after_forward": True, "backward_prefetch": "backward_pre", "activation_checkpointing": True}
+    (tmp_path / "fsdp.json").write_text(
+        '{"fsdp_backward_prefetch": "backward_pre", "activation_checkpointing": true}'
+    )
+    new, _ = translate(
+        ["--fsdp", "full_shard auto_wrap", "--fsdp_config", str(tmp_path / "fsdp.json")]
+    )
+    want = {
+        "reshard_after_forward": True,
+        "backward_prefetch": "backward_pre",
+        "activation_checkpointing": True,
+    }
     assert new[:2] == ["--fsdp", "--fsdp_config"] and json.loads(new[2]) == want
 
 
@@ -120,7 +138,18 @@ def test_a_value_without_counterpart_is_an_error(old, message):
 
 def test_a_removed_flag_without_successor_is_unknown():
     with pytest.raises(UserError, match="unknown argument --sharded_ddp"):
-        parse(["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", "--sharded_ddp", "simple"])
+        parse(
+            [
+                "--model_name_or_path",
+                "m",
+                "--data_path",
+                "d",
+                "--output_dir",
+                "o",
+                "--sharded_ddp",
+                "simple",
+            ]
+        )
 
 
 # Alpaca's README, section Fine-tuning: only what stands in <> there is filled in; the engine's flags stand where {engine} is
@@ -143,9 +172,7 @@ ALPACA = """torchrun --nproc_per_node=2 --master_port={port} train.py \\
     {engine} \\
     --tf32 True"""
 FSDP = """--lr_scheduler_type "cosine" --logging_steps 1 --fsdp "{fsdp}" --fsdp_transformer_layer_cls_to_wrap '{layer}'"""
-DEEPSPEED = (
-    """--deepspeed "./configs/default_offload_opt_param.json" --logging_steps 1"""  # logs, so that there is what to check
-)
+DEEPSPEED = """--deepspeed "./configs/default_offload_opt_param.json" --logging_steps 1"""  # logs, so that there is what to check
 
 
 @pytest.fixture
@@ -167,7 +194,9 @@ def run_alpaca(root, tmp_path, monkeypatch):
             return check_saved()
         path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         check_saved()
         return done.stdout
@@ -184,22 +213,45 @@ def run_alpaca(root, tmp_path, monkeypatch):
 def equals_one_process(tmp_path, model):
     """The run's steps and model against one process in bfloat16 that sees the same global batch."""
     flags = ["--model_name_or_path", str(model), "--data_path", str(tmp_path / "alpaca_data.json")]
-    flags += shlex.split("--bf16 True --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --num_train_epochs 3")
-    flags += shlex.split("--learning_rate 2e-5 --warmup_steps 0.03 --lr_scheduler_type cosine --logging_steps 1")
-    train([*flags, "--output_dir", str(tmp_path / "one"), "--save_strategy", "no", "--disable_tqdm", "True"])
+    flags += shlex.split(
+        "--bf16 True --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --num_train_epochs 3"
+    )
+    flags += shlex.split(
+        "--learning_rate 2e-5 --warmup_steps 0.03 --lr_scheduler_type cosine --logging_steps 1"
+    )
+    train(
+        [
+            *flags,
+            "--output_dir",
+            str(tmp_path / "one"),
+            "--save_strategy",
+            "no",
+            "--disable_tqdm",
+            "True",
+        ]
+    )
     assert len(steps(tmp_path / "one")) == 3
     for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "out"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=2e-3)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-2)
         assert one["learning_rate"] == two["learning_rate"]
-    assert list((tmp_path / "out" / "checkpoint-3").glob("pytorch_model_fsdp*"))  # only FSDP leaves it to resume from
+    assert list(
+        (tmp_path / "out" / "checkpoint-3").glob("pytorch_model_fsdp*")
+    )  # only FSDP leaves it to resume from
 
 
 def test_alpacas_llama_command_as_printed(run_alpaca, tmp_path, root):
     layer = "LlamaDecoderLayer"
-    printed = run_alpaca(root / "data" / "tiny-base", FSDP.format(fsdp="full_shard auto_wrap", layer=layer))
+    printed = run_alpaca(
+        root / "data" / "tiny-base", FSDP.format(fsdp="full_shard auto_wrap", layer=layer)
+    )
     lines = [line for line in printed.splitlines() if line.startswith("--")]
-    assert [line.split()[0] for line in lines] == ["--evaluation_strategy", "--warmup_ratio", "--tf32", "--fsdp"]
+    assert [line.split()[0] for line in lines] == [
+        "--evaluation_strategy",
+        "--warmup_ratio",
+        "--tf32",
+        "--fsdp",
+    ]
     assert "mode mle, cost frozen, 2 process(es), global batch 64" in printed
     equals_one_process(tmp_path, root / "data" / "tiny-base")
 
@@ -207,15 +259,27 @@ def test_alpacas_llama_command_as_printed(run_alpaca, tmp_path, root):
 @pytest.fixture
 def tiny_opt(root, tmp_path):
     """A random OPT. FSDP2 warns of views that its layers return."""
-    shape = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
-    options = AutoConfig.for_model("opt", vocab_size=2048, max_position_embeddings=512, dropout=0.0, **shape)
+    shape = {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
+    options = AutoConfig.for_model(
+        "opt", vocab_size=2048, max_position_embeddings=512, dropout=0.0, **shape
+    )
     AutoModelForCausalLM.from_config(options).save_pretrained(tmp_path / "opt")
     AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(tmp_path / "opt")
     return tmp_path / "opt"
 
 
 def test_alpacas_opt_command_as_printed_and_its_offload_variant(run_alpaca, tmp_path, tiny_opt):
-    run_alpaca(tiny_opt, FSDP.format(fsdp="full_shard auto_wrap offload", layer="OPTDecoderLayer"), warm=True)
+    run_alpaca(
+        tiny_opt,
+        FSDP.format(fsdp="full_shard auto_wrap offload", layer="OPTDecoderLayer"),
+        warm=True,
+    )
     equals_one_process(tmp_path, tiny_opt)
 
 
@@ -225,13 +289,34 @@ def test_alpacas_deepspeed_command_as_printed(run_alpaca, tmp_path, root):
     ``torch_adam`` is the test's: DeepSpeed's CPU optimizer would be compiled for minutes.
     """
     auto = dict.fromkeys(["lr", "betas", "eps", "weight_decay"], "auto")
-    warmup = dict.fromkeys(["total_num_steps", "warmup_min_lr", "warmup_max_lr", "warmup_num_steps"], "auto")
-    sizes = ["reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"]
+    warmup = dict.fromkeys(
+        ["total_num_steps", "warmup_min_lr", "warmup_max_lr", "warmup_num_steps"], "auto"
+    )
+    sizes = [
+        "reduce_bucket_size",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+    ]
     offload = {"device": "cpu", "pin_memory": True}
-    zero = {"stage": 3, "offload_optimizer": offload, "offload_param": offload, "overlap_comm": True, "sub_group_size": 1e9}
-    zero |= {"contiguous_gradients": True, "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9}
+    zero = {
+        "stage": 3,
+        "offload_optimizer": offload,
+        "offload_param": offload,
+        "overlap_comm": True,
+        "sub_group_size": 1e9,
+    }
+    zero |= {
+        "contiguous_gradients": True,
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+    }
     zero |= {"stage3_gather_16bit_weights_on_model_save": False, **dict.fromkeys(sizes, "auto")}
-    batch = ["gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu"]
+    batch = [
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+    ]
     content = {
         "bf16": {"enabled": "auto"},
         "optimizer": {"type": "AdamW", "params": auto | {"torch_adam": True}},
@@ -248,16 +333,31 @@ def test_alpacas_deepspeed_command_as_printed(run_alpaca, tmp_path, root):
     assert (first["step"], last["step"]) == (1, 3)
     assert first["loss"] == pytest.approx(2.977, rel=2e-3)  # as with FSDP
     # DeepSpeed's warm-up leaves one step at 2e-5, and Adam's first step is the learning rate; it starts from bfloat16
-    before = load_file(root / "data" / "tiny-base" / "model.safetensors")["model.embed_tokens.weight"].bfloat16().float()
+    before = (
+        load_file(root / "data" / "tiny-base" / "model.safetensors")["model.embed_tokens.weight"]
+        .bfloat16()
+        .float()
+    )
     after = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
     assert (after - before).abs().max().item() == pytest.approx(2e-5, rel=0.01)
-    assert list((tmp_path / "out" / "checkpoint-3").glob("global_step3/zero_pp_rank_1*"))  # a shard of each rank
+    assert list(
+        (tmp_path / "out" / "checkpoint-3").glob("global_step3/zero_pp_rank_1*")
+    )  # a shard of each rank
 
 
 def test_a_layer_the_model_does_not_have_is_one_line(tmp_path, tiny_opt):
-    argv = ["--model_name_or_path", str(tiny_opt), "--data_path", "data.json", "--fsdp", "full_shard auto_wrap"]
+    argv = [
+        "--model_name_or_path",
+        str(tiny_opt),
+        "--data_path",
+        "data.json",
+        "--fsdp",
+        "full_shard auto_wrap",
+    ]
     with pytest.raises(UserError) as error:
         run = parse([*argv, "--output_dir", str(tmp_path / "out"), *CLASS.split()])
         check_fit(run, ModelSource(str(tiny_opt)).tokenizer(), [])
-    assert "LlamaDecoderLayer: the model has no such layer; its own: OPTDecoderLayer" in str(error.value)
+    assert "LlamaDecoderLayer: the model has no such layer; its own: OPTDecoderLayer" in str(
+        error.value
+    )
     assert not (tmp_path / "out").exists()

@@ -23,7 +23,9 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
     with locked(folder):
         with pytest.raises(UserError, match="another run writes here"), locked(folder):
             pass
-        second = subprocess.run(script(f"with held(Path({str(folder)!r})): pass"), capture_output=True, text=True)
+        second = subprocess.run(
+            script(f"with held(Path({str(folder)!r})): pass"), capture_output=True, text=True
+        )
         assert "another run writes here" in second.stderr
         (folder / "model").write_text("x")
         with locked(tmp_path / "other"):
@@ -47,7 +49,12 @@ def test_a_killed_run_keeps_nobody_out_and_nothing_written_is_nothing_left(tmp_p
 
 def test_what_a_killed_run_has_forked_keeps_nobody_out(tmp_path):
     child = "    os.read(0, 1), os._exit(0)"  # until its input is closed
-    lines = [f"with held(Path({str(tmp_path)!r})):", "  if os.fork() == 0:", child, "  os.kill(os.getpid(), 9)"]
+    lines = [
+        f"with held(Path({str(tmp_path)!r})):",
+        "  if os.fork() == 0:",
+        child,
+        "  os.kill(os.getpid(), 9)",
+    ]
     with subprocess.Popen(script(*lines), stdin=subprocess.PIPE) as process:
         assert process.wait() == -9
         with locked(tmp_path):

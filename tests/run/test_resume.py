@@ -13,7 +13,14 @@ from stanford_alpaca.checkpoint.run_file import read_run
 from stanford_alpaca.errors import ResumeError, Stopped, UserError
 from stanford_alpaca.run.arguments import FLAGS, defaults
 from stanford_alpaca.run.parse import parse
-from stanford_alpaca.run.record import IRRELEVANT_FLAGS, NUMERICS_FLAGS, STATE_FLAGS, changes, made_with, write_run
+from stanford_alpaca.run.record import (
+    IRRELEVANT_FLAGS,
+    NUMERICS_FLAGS,
+    STATE_FLAGS,
+    changes,
+    made_with,
+    write_run,
+)
 from stanford_alpaca.run.start import where_to_start
 from stanford_alpaca.train import train
 from stanford_alpaca.training.resumable_trainer import ResumableTrainer
@@ -39,15 +46,40 @@ STREAM, BEST = {"streaming": True}, {"load_best_model_at_end": True}
         ({"learning_rate": None}, ["--learning_rate was 0.001, is not given"], [], []),
         ({"lora": True}, [], ["--lora was False, is True"], []),
         ({"seed": 1}, [], ["--seed was 42, is 1"], []),
-        ({"lora": False, "lr_scheduler_type": "linear"}, [], [], []),  # as they are when they are not given
+        (
+            {"lora": False, "lr_scheduler_type": "linear"},
+            [],
+            [],
+            [],
+        ),  # as they are when they are not given
         ({"engine": "fsdp"}, [], [], ["--engine was ddp, is fsdp"]),
-        ({"logging_steps": 3, "output_dir": "elsewhere", "save_steps": 2, "dataloader_num_workers": 2}, [], [], []),
+        (
+            {
+                "logging_steps": 3,
+                "output_dir": "elsewhere",
+                "save_steps": 2,
+                "dataloader_num_workers": 2,
+            },
+            [],
+            [],
+            [],
+        ),
         ({"data_path": ["b.json"]}, [], ["--data_path was a.json, is b.json"], []),
         ({"made_with": MADE | {"torch": "3"}}, [], [], ["torch was 2, is 3"]),
         ({"made_with": MADE | {"model": "y"}}, [], ["the model has changed"], []),
         ({"made_with": MADE | {"rows_per_step": 8}}, ["rows_per_step was not given, is 8"], [], []),
-        ({"data_path": ["c.json"], "made_with": MADE | {"data": {"c.json": "d"}}}, [], [], []),  # moved
-        ({"made_with": MADE | {"content of --deepspeed": "x"}}, [], [], ["the content of --deepspeed has changed"]),
+        (
+            {"data_path": ["c.json"], "made_with": MADE | {"data": {"c.json": "d"}}},
+            [],
+            [],
+            [],
+        ),  # moved
+        (
+            {"made_with": MADE | {"content of --deepspeed": "x"}},
+            [],
+            [],
+            ["the content of --deepspeed has changed"],
+        ),
     ],
 )
 def test_what_makes_another_run_of_it(change, flags, contents, rounding):
@@ -72,8 +104,12 @@ def test_what_decides_the_result_because_of_others(common, change, flags, conten
 
 
 def test_every_flag_that_may_change_is_one():
-    assert set(defaults(*FLAGS)) >= IRRELEVANT_FLAGS | NUMERICS_FLAGS | (STATE_FLAGS - {"lora_target_parameters"})
-    assert not IRRELEVANT_FLAGS & NUMERICS_FLAGS and not STATE_FLAGS & (IRRELEVANT_FLAGS | NUMERICS_FLAGS)
+    assert set(defaults(*FLAGS)) >= IRRELEVANT_FLAGS | NUMERICS_FLAGS | (
+        STATE_FLAGS - {"lora_target_parameters"}
+    )
+    assert not IRRELEVANT_FLAGS & NUMERICS_FLAGS and not STATE_FLAGS & (
+        IRRELEVANT_FLAGS | NUMERICS_FLAGS
+    )
 
 
 def test_what_a_file_of_settings_holds_is_in_the_record(arguments, tmp_path):
@@ -96,7 +132,9 @@ def interrupted(arguments, tmp_path):
     return lambda **changes: arguments(**settings | changes)
 
 
-def test_it_goes_on_from_the_newest_good_one_and_says_what_it_passed_over(interrupted, tmp_path, capsys):
+def test_it_goes_on_from_the_newest_good_one_and_says_what_it_passed_over(
+    interrupted, tmp_path, capsys
+):
     out = tmp_path / "out"
     weights = (out / "checkpoint-3" / "optimizer.pt").read_bytes()
     (out / "checkpoint-3" / "optimizer.pt").write_bytes(weights[:-1] + b"x")
@@ -104,9 +142,16 @@ def test_it_goes_on_from_the_newest_good_one_and_says_what_it_passed_over(interr
     train(interrupted())
     said = capsys.readouterr().out
     assert "passed over checkpoint-3: optimizer.pt: its content has changed" in said
-    assert "passed over checkpoint-2: rng_state.pth: not there" in said and f"going on from {out / 'checkpoint-1'}" in said
-    assert [entry["loss"] for entry in steps(out)] == [entry["loss"] for entry in steps(tmp_path / "whole")]
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (
+        "passed over checkpoint-2: rng_state.pth: not there" in said
+        and f"going on from {out / 'checkpoint-1'}" in said
+    )
+    assert [entry["loss"] for entry in steps(out)] == [
+        entry["loss"] for entry in steps(tmp_path / "whole")
+    ]
+    assert (out / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
     assert manifest.problems(out) == [] == manifest.problems(out / "checkpoint-3")
     train(interrupted())
     assert "this run is complete" in capsys.readouterr().out
@@ -115,16 +160,26 @@ def test_it_goes_on_from_the_newest_good_one_and_says_what_it_passed_over(interr
 def test_another_runs_folder_is_refused_with_a_diff(interrupted, tmp_path):
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
     for change, line in [
-        ({"learning_rate": 0.5}, "checkpoint-3 is of another run: --learning_rate was 0.001, is 0.5;"),
-        ({"max_steps": 4, "seed": 3}, "is of another run: --max_steps was 3, is 4; --seed was 42, is 3;"),
+        (
+            {"learning_rate": 0.5},
+            "checkpoint-3 is of another run: --learning_rate was 0.001, is 0.5;",
+        ),
+        (
+            {"max_steps": 4, "seed": 3},
+            "is of another run: --max_steps was 3, is 4; --seed was 42, is 3;",
+        ),
         ({"per_device_train_batch_size": 8, "global_batch": 8}, "rows_per_step was 16, is 8"),
         ({"data_path": tmp_path / "held.json"}, r"--data_path was .*train.json, is .*held.json"),
     ]:
         with pytest.raises(ResumeError, match=line):
             train(interrupted(**change))
     with pytest.raises(ResumeError, match=r"--data_path was .*train.json, is .*held.json"):
-        train(interrupted(resume=None, resume_from_checkpoint=True, data_path=tmp_path / "held.json"))
-    assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+        train(
+            interrupted(resume=None, resume_from_checkpoint=True, data_path=tmp_path / "held.json")
+        )
+    assert before == {
+        file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()
+    }
     asked = {"resume": None, "resume_from_checkpoint": True}  # by name: said, and done
     named = {"resume": None, "resume_from_checkpoint": tmp_path / "out" / "checkpoint-3"}
     for change, line in [
@@ -133,20 +188,35 @@ def test_another_runs_folder_is_refused_with_a_diff(interrupted, tmp_path):
         ({"optim": "adafactor"}, "--optim was adamw_torch_fused, is adafactor"),
         ({"lora": True}, "--lora was False, is True"),
     ]:
-        with pytest.raises(ResumeError, match=f"checkpoint-3 is of another run: {line}; give the same command to go on"):
+        with pytest.raises(
+            ResumeError,
+            match=f"checkpoint-3 is of another run: {line}; give the same command to go on",
+        ):
             where_to_start(parse(interrupted(**named, **change)))
     train(interrupted(max_steps=4, **asked))
     assert len(steps(tmp_path / "out")) == 4
-    assert yaml.safe_load((tmp_path / "out" / "run-from-checkpoint-3.yaml").read_text())["max_steps"] == 4
+    assert (
+        yaml.safe_load((tmp_path / "out" / "run-from-checkpoint-3.yaml").read_text())["max_steps"]
+        == 4
+    )
 
 
 def test_where_nothing_is_good_it_ends_and_says_why(interrupted, tmp_path):
     for step in (1, 2, 3):
         (tmp_path / "out" / f"checkpoint-{step}" / "scheduler.pt").write_bytes(b"")
-    with pytest.raises(ResumeError, match=r"no checkpoint is good \(checkpoint-3: scheduler.pt: 0 bytes, .*checkpoint-1"):
+    with pytest.raises(
+        ResumeError,
+        match=r"no checkpoint is good \(checkpoint-3: scheduler.pt: 0 bytes, .*checkpoint-1",
+    ):
         train(interrupted())
     with pytest.raises(ResumeError, match=r"scheduler\.pt: 0 bytes"):
-        train(interrupted(resume=None, resume_from_checkpoint=tmp_path / "out" / "checkpoint-2", output_dir=tmp_path / "new"))
+        train(
+            interrupted(
+                resume=None,
+                resume_from_checkpoint=tmp_path / "out" / "checkpoint-2",
+                output_dir=tmp_path / "new",
+            )
+        )
     assert not (tmp_path / "new").exists()
 
 
@@ -180,10 +250,22 @@ class Stop:
 
 
 @pytest.mark.parametrize("when", [3, 4])  # in the last step; in the evaluation after it
-def test_stopped_at_the_end_it_makes_up_for_the_evaluation_and_trains_no_more(arguments, tmp_path, monkeypatch, when):
+def test_stopped_at_the_end_it_makes_up_for_the_evaluation_and_trains_no_more(
+    arguments, tmp_path, monkeypatch, when
+):
     """The third and last step is within an epoch, and its evaluation decides which checkpoint is saved."""
-    settings = {"save_strategy": "steps", "save_steps": 3, "eval_steps": 3, "eval_strategy": "steps", "resume": "auto"}
-    settings |= {"eval_path": tmp_path / "held.json", "load_best_model_at_end": True, "per_device_train_batch_size": 2}
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_steps": 3,
+        "eval_strategy": "steps",
+        "resume": "auto",
+    }
+    settings |= {
+        "eval_path": tmp_path / "held.json",
+        "load_best_model_at_end": True,
+        "per_device_train_batch_size": 2,
+    }
     settings |= {"global_batch": 4, "lr_scheduler_type": "constant"}
     train(arguments(**settings, output_dir=tmp_path / "whole"))
     with monkeypatch.context() as patch:
@@ -192,15 +274,31 @@ def test_stopped_at_the_end_it_makes_up_for_the_evaluation_and_trains_no_more(ar
             train(arguments(**settings))
     assert not evaluations(tmp_path / "out" / "checkpoint-3")
     train(arguments(**settings))
-    whole, resumed = (json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("whole", "out"))
+    whole, resumed = (
+        json.loads((tmp_path / name / "trainer_state.json").read_text())
+        for name in ("whole", "out")
+    )
     assert resumed["global_step"] == 3 and resumed["best_global_step"] == 3
-    assert evaluations(tmp_path / "out")[0]["eval_loss"] == evaluations(tmp_path / "whole")[0]["eval_loss"]
+    assert (
+        evaluations(tmp_path / "out")[0]["eval_loss"]
+        == evaluations(tmp_path / "whole")[0]["eval_loss"]
+    )
     assert resumed["best_metric"] == whole["best_metric"]
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
 
 
-def test_a_damaged_best_checkpoint_is_not_saved_as_the_finished_model(arguments, tmp_path, monkeypatch):
-    settings = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "max_steps": 1}
+def test_a_damaged_best_checkpoint_is_not_saved_as_the_finished_model(
+    arguments, tmp_path, monkeypatch
+):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_steps": 1,
+        "eval_strategy": "steps",
+        "max_steps": 1,
+    }
     load = ResumableTrainer._load_best_model
 
     def harm(trainer):
@@ -211,16 +309,24 @@ def test_a_damaged_best_checkpoint_is_not_saved_as_the_finished_model(arguments,
         load(trainer)
 
     monkeypatch.setattr(ResumableTrainer, "_load_best_model", harm)
-    with pytest.raises(ResumeError, match=r"checkpoint-1, the best checkpoint: model.safetensors: its content has changed"):
+    with pytest.raises(
+        ResumeError,
+        match=r"checkpoint-1, the best checkpoint: model.safetensors: its content has changed",
+    ):
         train(arguments(**settings, eval_path=tmp_path / "held.json", load_best_model_at_end=True))
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_a_finished_run_that_goes_on_and_is_killed_goes_on_again(arguments, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_that_goes_on_and_is_killed_goes_on_again(
+    arguments, tmp_path, monkeypatch, capsys
+):
     more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
     train(arguments(**more | {"max_steps": 2}))
     killed_at = [2, 3]  # before the first checkpoint of its own, and after it
-    for resume, last in (({"resume_from_checkpoint": True}, killed_at[0]), ({"resume": "auto"}, killed_at[1])):
+    for resume, last in (
+        ({"resume_from_checkpoint": True}, killed_at[0]),
+        ({"resume": "auto"}, killed_at[1]),
+    ):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(EmoTrainer, "training_step", killed_after(last))
             train(arguments(**more, **resume))
@@ -246,11 +352,15 @@ def killed_after(step):
 def test_a_finished_model_that_was_touched_is_not_trained_anew(arguments, tmp_path, capsys):
     out = tmp_path / "out"
     for strategy in ("no", "steps"):
-        train(arguments(output_dir=out / strategy, save_strategy=strategy, save_steps=1, max_steps=1))
+        train(
+            arguments(output_dir=out / strategy, save_strategy=strategy, save_steps=1, max_steps=1)
+        )
         with (out / strategy / "tokenizer_config.json").open("a") as file:
             file.write("\n")
     again = {"resume": "auto", "max_steps": 1}
-    with pytest.raises(ResumeError, match=r"not what was saved \(tokenizer_config.json: .* bytes, not .*put right"):
+    with pytest.raises(
+        ResumeError, match=r"not what was saved \(tokenizer_config.json: .* bytes, not .*put right"
+    ):
         train(arguments(**again, output_dir=out / "no"))
     assert (out / "no" / "tokenizer_config.json").read_text().endswith("\n")
     train(arguments(**again, output_dir=out / "steps", save_strategy="steps", save_steps=1))
@@ -267,14 +377,21 @@ def test_a_record_that_was_half_written_locks_nobody_out(arguments, tmp_path):
     start = where_to_start(parse(arguments(resume="auto")))
     assert (start.checkpoint, start.notes) == (None, [])
     write_run(parse(arguments(resume="auto")), start.record)
-    assert read_run(out) == start.record and sorted(file.name for file in out.iterdir()) == ["run.yaml", "runs"]
+    assert read_run(out) == start.record and sorted(file.name for file in out.iterdir()) == [
+        "run.yaml",
+        "runs",
+    ]
 
 
 def sign(checkpoint, **changes):
     """A manifest for the files as they are, which says something else of the run; None: nothing."""
-    about = manifest.read(checkpoint) | {name: None for name in ("version", "files", "sum")} | changes
+    about = (
+        manifest.read(checkpoint) | {name: None for name in ("version", "files", "sum")} | changes
+    )
     kept = {name: value for name, value in about.items() if value is not None}
-    manifest.write(checkpoint, manifest.entries_of(checkpoint, manifest.list_saved(checkpoint)), kept)
+    manifest.write(
+        checkpoint, manifest.entries_of(checkpoint, manifest.list_saved(checkpoint)), kept
+    )
 
 
 def state(checkpoint, **changes):
@@ -292,7 +409,9 @@ def test_what_is_not_a_runs_under_a_manifest_that_fits_is_refused(interrupted, t
     checkpoint = tmp_path / "out" / "checkpoint-3"
     usual = tmp_path / "usual"
     shutil.copytree(checkpoint, usual)
-    run = parse(interrupted(resume=None, resume_from_checkpoint=checkpoint, output_dir=tmp_path / "new"))
+    run = parse(
+        interrupted(resume=None, resume_from_checkpoint=checkpoint, output_dir=tmp_path / "new")
+    )
     record = manifest.read(checkpoint)["run"]
     assert where_to_start(run).checkpoint == str(checkpoint)
     for harm, message in [
@@ -322,7 +441,10 @@ def test_what_is_not_a_runs_under_a_manifest_that_fits_is_refused(interrupted, t
 
 def test_an_older_checkpoint_is_taken_up_in_another_folder(interrupted, tmp_path):
     older = {"resume": None, "resume_from_checkpoint": tmp_path / "out" / "checkpoint-1"}
-    with pytest.raises(UserError, match=r"has checkpoint-3, which is newer than .*checkpoint-1: give another --output_dir"):
+    with pytest.raises(
+        UserError,
+        match=r"has checkpoint-3, which is newer than .*checkpoint-1: give another --output_dir",
+    ):
         train(interrupted(**older))
     train(interrupted(**older, output_dir=tmp_path / "other", max_steps=2))
     assert len(steps(tmp_path / "other")) == 2

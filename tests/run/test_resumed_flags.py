@@ -24,14 +24,19 @@ def trained(arguments, tmp_path):
     train(arguments(**SAVED))
 
     def going_on(name, *flags, **changes):
-        resume = {"output_dir": tmp_path / name, "resume_from_checkpoint": tmp_path / "out" / "checkpoint-1"}
+        resume = {
+            "output_dir": tmp_path / name,
+            "resume_from_checkpoint": tmp_path / "out" / "checkpoint-1",
+        }
         return arguments(*flags, **SAVED | resume | changes)
 
     return going_on
 
 
 def weights(folder):
-    return {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+    return {
+        name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()
+    }
 
 
 def moved(tmp_path, name):
@@ -46,7 +51,9 @@ def groups_of(folder):
 
 def test_unchanged_flags_go_on_bit_for_bit(trained, tmp_path):
     train(trained("again"))
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_another_learning_rate_moves_the_weights_by_as_much(trained, tmp_path, capsys):
@@ -66,12 +73,17 @@ def test_another_decay_shrinks_the_weights_by_as_much(trained, tmp_path):
         decays = "norm" not in key
         decayed += decays
         torch.testing.assert_close(shrunk, -1e-3 * 5.0 * before[key] * decays, rtol=1e-3, atol=5e-7)
-    assert decayed > 20 and {group["weight_decay"] for group in groups_of(tmp_path / "decayed")} == {5.0, 0.0}
+    assert decayed > 20 and {
+        group["weight_decay"] for group in groups_of(tmp_path / "decayed")
+    } == {5.0, 0.0}
 
 
 @pytest.mark.parametrize(
     ("flags", "numbers"),
-    [({"adam_beta1": 0.5, "adam_beta2": 0.7}, {"betas": (0.5, 0.7)}), ({"adam_epsilon": 1e-3}, {"eps": 1e-3})],
+    [
+        ({"adam_beta1": 0.5, "adam_beta2": 0.7}, {"betas": (0.5, 0.7)}),
+        ({"adam_epsilon": 1e-3}, {"eps": 1e-3}),
+    ],
 )
 def test_other_moments_are_used_and_saved(trained, tmp_path, flags, numbers):
     train(trained("other", **flags))
@@ -85,19 +97,31 @@ def test_other_moments_are_used_and_saved(trained, tmp_path, flags, numbers):
     ("flags", "rates"),
     [
         ({"lr_scheduler_type": "linear", "max_steps": 4}, [0.001, 0.00075, 0.0005, 0.00025]),
-        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4, "max_steps": 4}, [0.001, 0.00025, 0.0005, 0.00075]),
-        ({"lr_scheduler_type": "linear", "max_steps": 4, "learning_rate": 0.01}, [0.001, 0.0075, 0.005, 0.0025]),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4, "max_steps": 4},
+            [0.001, 0.00025, 0.0005, 0.00075],
+        ),
+        (
+            {"lr_scheduler_type": "linear", "max_steps": 4, "learning_rate": 0.01},
+            [0.001, 0.0075, 0.005, 0.0025],
+        ),
     ],
 )
 def test_another_schedule_is_followed_from_the_first_step_on(trained, tmp_path, flags, rates):
     train(trained("other", **flags))
-    assert [step["learning_rate"] for step in steps(tmp_path / "other")] == pytest.approx(rates, rel=1e-9)
+    assert [step["learning_rate"] for step in steps(tmp_path / "other")] == pytest.approx(
+        rates, rel=1e-9
+    )
 
 
 def test_a_schedule_that_had_ended_goes_on(arguments, tmp_path):
     settings = SAVED | {"lr_scheduler_type": "cosine"}
     train(arguments(**settings))
-    resume = {"output_dir": tmp_path / "longer", "resume_from_checkpoint": tmp_path / "out" / "checkpoint-2", "max_steps": 4}
+    resume = {
+        "output_dir": tmp_path / "longer",
+        "resume_from_checkpoint": tmp_path / "out" / "checkpoint-2",
+        "max_steps": 4,
+    }
     train(arguments(**settings | resume))
     rates = [step["learning_rate"] for step in steps(tmp_path / "longer")]
     assert rates[2:] == pytest.approx([0.0005, 0.001 * (1 + 2**-0.5 * -1) / 2], rel=1e-6)
@@ -117,27 +141,44 @@ def test_a_plateaus_rate_is_its_own(arguments, tmp_path):
         "eval_strategy": "steps",
     }
     train(arguments(**settings, eval_steps=1))
-    resume = {"output_dir": tmp_path / "again", "resume_from_checkpoint": tmp_path / "out" / "checkpoint-1"}
+    resume = {
+        "output_dir": tmp_path / "again",
+        "resume_from_checkpoint": tmp_path / "out" / "checkpoint-1",
+    }
     with pytest.raises(ResumeError, match=r"--learning_rate was 0.001, is 0.01"):
         train(arguments(**settings | resume | {"eval_steps": 1, "learning_rate": 0.01}))
 
 
 @pytest.mark.parametrize(("engine", "lora"), [("fsdp", False), ("zero2", True)])
 def test_every_engine_holds_to_the_flags(arguments, tmp_path, engine, lora):
-    changed = {"learning_rate": 1e-4, "weight_decay": 2.0, "adam_beta1": 0.5, "lr_scheduler_type": "linear", "max_steps": 4}
+    changed = {
+        "learning_rate": 1e-4,
+        "weight_decay": 2.0,
+        "adam_beta1": 0.5,
+        "lr_scheduler_type": "linear",
+        "max_steps": 4,
+    }
     for name, run in (("one", train), (engine, lambda argv: run_ranks(2, train, argv))):
         own = {} if name == "one" else {"engine": engine, "per_device_train_batch_size": 2}
         settings = SAVED | own | {"output_dir": tmp_path / name, "lora": lora, "global_batch": 16}
         run(arguments(**settings))
-        resume = {"output_dir": tmp_path / f"{name}-on", "resume_from_checkpoint": tmp_path / name / "checkpoint-2"}
+        resume = {
+            "output_dir": tmp_path / f"{name}-on",
+            "resume_from_checkpoint": tmp_path / name / "checkpoint-2",
+        }
         run(arguments(**settings | resume | changed))
     one, many = steps(tmp_path / "one-on"), steps(tmp_path / f"{engine}-on")
     assert [step["learning_rate"] for step in many] == [step["learning_rate"] for step in one]
     assert [step["learning_rate"] for step in many][2:] == pytest.approx([0.00005, 0.000025])
     for a, b in zip(one, many, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], abs=2e-4) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
+        assert b["loss"] == pytest.approx(a["loss"], abs=2e-4) and b["grad_norm"] == pytest.approx(
+            a["grad_norm"], rel=1e-2
+        )
     file = "adapter_model.safetensors" if lora else "model.safetensors"
-    ours, theirs = load_file(tmp_path / f"{engine}-on" / file), load_file(tmp_path / "one-on" / file)
+    ours, theirs = (
+        load_file(tmp_path / f"{engine}-on" / file),
+        load_file(tmp_path / "one-on" / file),
+    )
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=2e-5)
 
@@ -149,11 +190,22 @@ def test_deepspeeds_own_optimizer_goes_on_with_its_numbers_or_not_at_all(argumen
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto", "warmup_min_lr": 0}},
     }  # fmt: skip
     (tmp_path / "zero.json").write_text(json.dumps(config))
-    settings = {"deepspeed": tmp_path / "zero.json", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    settings = {
+        "deepspeed": tmp_path / "zero.json",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 2,
+    }
     run_ranks(1, train, arguments(**settings))
-    resume = {"output_dir": tmp_path / "again", "resume_from_checkpoint": tmp_path / "out" / "checkpoint-1"}
+    resume = {
+        "output_dir": tmp_path / "again",
+        "resume_from_checkpoint": tmp_path / "out" / "checkpoint-1",
+    }
     run_ranks(
-        1, refused, arguments(**settings | resume | {"learning_rate": 1e-4}), "--learning_rate has changed, and --deepspeed"
+        1,
+        refused,
+        arguments(**settings | resume | {"learning_rate": 1e-4}),
+        "--learning_rate has changed, and --deepspeed",
     )
     run_ranks(1, train, arguments(**settings | resume | {"output_dir": tmp_path / "same"}))
 
@@ -168,6 +220,8 @@ def refused(argv, message):
 
 def test_every_flag_of_the_trainer_is_honoured_or_refused():
     theirs = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
-    assert theirs - HONOURED - REFUSED.keys() == set(), "new flags: honour them, or refuse them by name"
+    assert theirs - HONOURED - REFUSED.keys() == set(), (
+        "new flags: honour them, or refuse them by name"
+    )
     assert (HONOURED | REFUSED.keys()) - theirs == set() and not HONOURED & REFUSED.keys()
     assert theirs <= {f.name for f in dataclasses.fields(TrainingArguments)}

@@ -22,7 +22,13 @@ from tests.ranks import run_ranks
 
 def training(**changes):
     return SimpleNamespace(
-        **{"world_size": 4, "fsdp": True, "device": "cpu", "fsdp_plugin_args": {"cpu_ram_efficient_loading": False}} | changes
+        **{
+            "world_size": 4,
+            "fsdp": True,
+            "device": "cpu",
+            "fsdp_plugin_args": {"cpu_ram_efficient_loading": False},
+        }
+        | changes
     )
 
 
@@ -49,10 +55,16 @@ def test_what_cannot_be_had_is_refused(make_model, asked, cost, changes, family,
         ({"cost_sharding": "shard", "cost_cache_mib": 5}, 2, "keeps no rows"),
         ({"cost_sharding": "shard", "cost": "adaptive"}, 2, "has rows to shard"),
         ({"cost_sharding": "vocab_parallel"}, 2, "needs --engine fsdp"),
-        ({"cost_sharding": "vocab_parallel", "engine": "fsdp", "teacher": "x"}, 2, "--teacher exclude each other"),
+        (
+            {"cost_sharding": "vocab_parallel", "engine": "fsdp", "teacher": "x"},
+            2,
+            "--teacher exclude each other",
+        ),
     ],
 )
-def test_flags_that_exclude_each_other_are_refused_before_anything_is_loaded(arguments, monkeypatch, changes, ranks, message):
+def test_flags_that_exclude_each_other_are_refused_before_anything_is_loaded(
+    arguments, monkeypatch, changes, ranks, message
+):
     run = parse(arguments(**changes))
     monkeypatch.setattr(type(run.training), "world_size", ranks)
     with pytest.raises(UserError, match=message):
@@ -72,7 +84,11 @@ def test_auto_shards_large_embeddings_where_the_engine_shards(make_model, monkey
         (1, {}, "shard"),
         (2**30, {}, "replicate"),
         (1, {"fsdp": False}, "replicate"),
-        (1, {"fsdp": False, "hf_deepspeed_config": SimpleNamespace(is_zero3=lambda: True)}, "shard"),
+        (
+            1,
+            {"fsdp": False, "hf_deepspeed_config": SimpleNamespace(is_zero3=lambda: True)},
+            "shard",
+        ),
         (1, {"world_size": 1}, "replicate"),
     ]:
         monkeypatch.setattr(cost_sharding, "AUTO_SHARD_BYTES", limit)
@@ -91,7 +107,9 @@ def observed(argv: list[str]) -> dict:
     def look(self, *args, **kwargs):
         model = self.accelerator.unwrap_model(self.model)
         group = model.get_output_embeddings()._get_fsdp_state()._fsdp_param_group
-        seen["gathered"] = any(hasattr(parameter, "_unsharded_param") for parameter in group.fsdp_params)
+        seen["gathered"] = any(
+            hasattr(parameter, "_unsharded_param") for parameter in group.fsdp_params
+        )
         seen["rows"] = getattr(self.emo.cost, "rows", None)
         seen["weight"] = model.get_output_embeddings().weight.to_local().shape
         return log(self, *args, **kwargs)
@@ -102,14 +120,25 @@ def observed(argv: list[str]) -> dict:
 
 
 def test_a_resumed_vocab_parallel_run_has_the_costs_of_the_base(arguments, tmp_path, root):
-    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "eval_path": tmp_path / "held.json"}
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "eval_path": tmp_path / "held.json",
+    }
     train(arguments(output_dir=tmp_path / "one", **settings))
     flags = ("--fsdp", "--cost_sharding", "vocab_parallel")
     saves = {"save_strategy": "steps", "save_steps": 2}
-    for seen in run_ranks(2, observed, arguments(*flags, output_dir=tmp_path / "two", **settings, **saves)):
+    for seen in run_ranks(
+        2, observed, arguments(*flags, output_dir=tmp_path / "two", **settings, **saves)
+    ):
         assert not seen["gathered"]
-    resume = {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-2", "output_dir": tmp_path / "again"}
-    base = CostEmbedding(load_file(root / "data" / "tiny-base" / "model.safetensors")["lm_head.weight"])
+    resume = {
+        "resume_from_checkpoint": tmp_path / "two" / "checkpoint-2",
+        "output_dir": tmp_path / "again",
+    }
+    base = CostEmbedding(
+        load_file(root / "data" / "tiny-base" / "model.safetensors")["lm_head.weight"]
+    )
     for rank, seen in enumerate(run_ranks(2, observed, arguments(*flags, **settings | resume))):
         assert torch.equal(seen["rows"], base.rows[1024 * rank : 1024 * (rank + 1)])
         assert seen["weight"] == (1024, 160) and not seen["gathered"]
@@ -117,7 +146,10 @@ def test_a_resumed_vocab_parallel_run_has_the_costs_of_the_base(arguments, tmp_p
         for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / folder), strict=True):
             assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
             assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
-        got, want = evaluations(tmp_path / folder)[-1]["eval_emo"], evaluations(tmp_path / "one")[-1]["eval_emo"]
+        got, want = (
+            evaluations(tmp_path / folder)[-1]["eval_emo"],
+            evaluations(tmp_path / "one")[-1]["eval_emo"],
+        )
         assert got == pytest.approx(want, rel=1e-5)
     saved = load_file(tmp_path / "again" / "model.safetensors")
     assert saved.keys() == load_file(root / "data" / "tiny-base" / "model.safetensors").keys()
@@ -130,7 +162,9 @@ def test_a_sharded_output_layer_in_bf16_takes_several_micro_batches(arguments, t
     settings = {"bf16": True, "per_device_train_batch_size": 4, "engine": "fsdp"}
     for how in ("replicate", "vocab_parallel"):
         run_ranks(2, train, arguments(output_dir=tmp_path / how, cost_sharding=how, **settings))
-    for one, two in zip(steps(tmp_path / "replicate"), steps(tmp_path / "vocab_parallel"), strict=True):
+    for one, two in zip(
+        steps(tmp_path / "replicate"), steps(tmp_path / "vocab_parallel"), strict=True
+    ):
         assert one["loss"] == pytest.approx(two["loss"], abs=0.02)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=0.05)
 
@@ -149,11 +183,26 @@ def test_other_objectives_with_a_sharded_output_layer(arguments, tmp_path):
         "mle": {"mode": "mle", "eval_path": None},
     }.items():
         settings = {"per_device_train_batch_size": 2, "eval_path": tmp_path / "held.json"} | changes
-        train(arguments(output_dir=tmp_path / f"{name}-1", **{k: v for k, v in settings.items() if not k.startswith("sample")}))
-        run_ranks(
-            2, train, arguments("--fsdp", "--cost_sharding", "vocab_parallel", output_dir=tmp_path / f"{name}-2", **settings)
+        train(
+            arguments(
+                output_dir=tmp_path / f"{name}-1",
+                **{k: v for k, v in settings.items() if not k.startswith("sample")},
+            )
         )
-        for one, two in zip(steps(tmp_path / f"{name}-1"), steps(tmp_path / f"{name}-2"), strict=True):
+        run_ranks(
+            2,
+            train,
+            arguments(
+                "--fsdp",
+                "--cost_sharding",
+                "vocab_parallel",
+                output_dir=tmp_path / f"{name}-2",
+                **settings,
+            ),
+        )
+        for one, two in zip(
+            steps(tmp_path / f"{name}-1"), steps(tmp_path / f"{name}-2"), strict=True
+        ):
             assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
             assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
     assert len(Path(tmp_path / "adaptive-2" / "samples.jsonl").read_text().splitlines()) == 3

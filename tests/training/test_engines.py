@@ -47,21 +47,29 @@ def test_decoder_layers_are_found_without_naming_a_class(make_model):
     assert decoder_layers(model, ["LlamaMLP"]) == ["LlamaMLP"]
     assert decoder_layers(Stack()) == ["Linear"]
     with pytest.raises(UserError, match="no stack of layers"):
-        decoder_layers(Stack().blocks[0].apply(lambda module: setattr(module, "_no_split_modules", None)))
+        decoder_layers(
+            Stack().blocks[0].apply(lambda module: setattr(module, "_no_split_modules", None))
+        )
 
 
 def test_an_engine_that_is_not_active_is_an_error():
     arguments = {"engine": None, "fsdp": None, "deepspeed": None}
     for asked in ({}, {"engine": "none"}):
-        check_engine(SimpleNamespace(args=SimpleNamespace(**arguments | asked), model_wrapped=Stack()))
+        check_engine(
+            SimpleNamespace(args=SimpleNamespace(**arguments | asked), model_wrapped=Stack())
+        )
     for asked in ({"fsdp": True}, *({"engine": engine} for engine in ENGINES if engine != "none")):
         with pytest.raises(UserError, match=r"was asked for, but the active one is none"):
-            check_engine(SimpleNamespace(args=SimpleNamespace(**arguments | asked), model_wrapped=Stack()))
+            check_engine(
+                SimpleNamespace(args=SimpleNamespace(**arguments | asked), model_wrapped=Stack())
+            )
 
 
 def test_a_zero_engine_without_its_file_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "PACKAGE", tmp_path)
-    with pytest.raises(UserError, match=r"--engine zero2: no .*ds_configs/zero2.json; .* give --deepspeed FILE"):
+    with pytest.raises(
+        UserError, match=r"--engine zero2: no .*ds_configs/zero2.json; .* give --deepspeed FILE"
+    ):
         engine_flags("zero2", None, None)
 
 
@@ -70,14 +78,25 @@ def filled_in(folder: str) -> list[int]:
     from deepspeed.accelerator import get_accelerator
 
     os.environ["TORCH_EXTENSIONS_DIR"] = f"{folder}/compiled"
-    args = TrainingArguments(output_dir=folder, engine="zero2", per_device_train_batch_size=2, global_batch=16)
+    args = TrainingArguments(
+        output_dir=folder, engine="zero2", per_device_train_batch_size=2, global_batch=16
+    )
     deepspeed.init_distributed("gloo")  # as its engine does
     assert get_accelerator().device_count() == 2 and torch.distributed.get_world_size() == 2
     config = args.hf_deepspeed_config.config
-    return [config[name] for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")]
+    return [
+        config[name]
+        for name in (
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "train_batch_size",
+        )
+    ]
 
 
-def test_deepspeed_knows_what_the_global_batch_makes_of_the_accumulation_and_compiles_nothing(tmp_path):
+def test_deepspeed_knows_what_the_global_batch_makes_of_the_accumulation_and_compiles_nothing(
+    tmp_path,
+):
     assert run_ranks(2, filled_in, str(tmp_path)) == [[2, 4, 16]] * 2
     assert not (tmp_path / "compiled").exists()
 
@@ -101,13 +120,24 @@ def sharded_step(folder: str) -> tuple:
     weight = model.blocks[0].weight
     gradient, master = weight.grad.full_tensor(), weight.full_tensor()
     units = [isinstance(block, FSDPModule) for block in model.blocks]
-    return y.tolist(), gradient.tolist(), master.tolist(), str(gradient.dtype), str(master.dtype), units
+    return (
+        y.tolist(),
+        gradient.tolist(),
+        master.tolist(),
+        str(gradient.dtype),
+        str(master.dtype),
+        units,
+    )
 
 
 def test_fsdp_computes_in_bf16_with_float32_masters_and_sums(tmp_path):
-    for rank, (y, gradient, master, *dtypes, units) in enumerate(run_ranks(2, sharded_step, str(tmp_path))):
+    for rank, (y, gradient, master, *dtypes, units) in enumerate(
+        run_ranks(2, sharded_step, str(tmp_path))
+    ):
         assert y == [[2 * 2.0 ** (-9 * rank)] * 2]  # the weights are 1 in bfloat16
-        assert gradient == [[1 + 2**-9, 0.0]] * 2  # the mean of 2 and 2^-8: in bfloat16 it would be 1
+        assert (
+            gradient == [[1 + 2**-9, 0.0]] * 2
+        )  # the mean of 2 and 2^-8: in bfloat16 it would be 1
         assert master == [[1 + 2**-9] * 2] * 2
         assert dtypes == ["torch.float32"] * 2 and units == [True, True]
 
@@ -130,12 +160,18 @@ def counted_run(argv: list[str]) -> int:
 
 
 def test_fsdp_recomputes_layers_with_the_same_dropout(arguments, tmp_path, root):
-    config = AutoConfig.for_model("gpt2", vocab_size=2048, n_embd=32, n_layer=2, n_head=4, n_positions=512)  # dropout 0.1
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=2048, n_embd=32, n_layer=2, n_head=4, n_positions=512
+    )  # dropout 0.1
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(tmp_path / "gpt2")
     settings = {"model_name_or_path": tmp_path / "gpt2", "engine": "fsdp", "max_steps": 2}
     plain = run_ranks(2, counted_run, arguments(output_dir=tmp_path / "plain", **settings))
-    again = run_ranks(2, counted_run, arguments(output_dir=tmp_path / "again", activation_checkpointing=True, **settings))
+    again = run_ranks(
+        2,
+        counted_run,
+        arguments(output_dir=tmp_path / "again", activation_checkpointing=True, **settings),
+    )
     micro_batches = 2 * 2  # steps, accumulation
     assert plain[0] < again[0] == plain[0] + micro_batches * config.n_layer
     for one, two in zip(steps(tmp_path / "plain"), steps(tmp_path / "again"), strict=True):

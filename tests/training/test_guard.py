@@ -43,10 +43,16 @@ def faulty(fault: str, value: float, at: tuple[int, ...], rank: int) -> type[Emo
             self.look()
             self.guard.stop_requested = self.own
             if fault == "gradient" and self._steps == 1:
-                self.accelerator.unwrap_model(self.model).model.norm.register_forward_pre_hook(self.spoil)
+                self.accelerator.unwrap_model(self.model).model.norm.register_forward_pre_hook(
+                    self.spoil
+                )
             if fault == "weight" and self.own():
                 self.spoil_weight()
-            self.before = [part.detach().clone() for _, part in self.guard.shards.weights()] if self.now() else None
+            self.before = (
+                [part.detach().clone() for _, part in self.guard.shards.weights()]
+                if self.now()
+                else None
+            )
             return samples
 
         def _leave(self, *args, **kwargs) -> None:
@@ -55,11 +61,17 @@ def faulty(fault: str, value: float, at: tuple[int, ...], rank: int) -> type[Emo
         def look(self) -> None:
             if getattr(self, "before", None) is not None:
                 pairs = zip(self.before, self.guard.shards.weights(), strict=True)
-                same = all(torch.equal(a.nan_to_num(7), b.detach().nan_to_num(7)) for a, (_, b) in pairs)
+                same = all(
+                    torch.equal(a.nan_to_num(7), b.detach().nan_to_num(7)) for a, (_, b) in pairs
+                )
                 Faulty.after.append((same, self.guard.stop_agreed))
 
         def spoil_weight(self) -> None:
-            (part,) = [part for name, part in self.guard.shards.weights(trained_only=False) if name.endswith(NORM)]
+            (part,) = [
+                part
+                for name, part in self.guard.shards.weights(trained_only=False)
+                if name.endswith(NORM)
+            ]
             part.data.view(-1)[:1] = value
 
         def spoil(self, module, inputs) -> None:
@@ -89,7 +101,9 @@ def faulty(fault: str, value: float, at: tuple[int, ...], rank: int) -> type[Emo
     return Faulty
 
 
-def spoilt_runs(runs: list[tuple[list[str], str, float, tuple[int, ...], int]]) -> list[tuple[str, list]]:
+def spoilt_runs(
+    runs: list[tuple[list[str], str, float, tuple[int, ...], int]],
+) -> list[tuple[str, list]]:
     """What each run ended with, and what was after its faulty steps."""
     results = []
     for argv, *fault in runs:
@@ -119,15 +133,22 @@ def test_every_rank_stops_before_the_update_and_names_the_culprit(arguments, tmp
         assert loss == f"step 2: not finite: the loss on rank 1{ADVICE}"
         assert inf == f"step 2: not finite: the loss on rank 0{ADVICE}"
         assert gradient == f"step 2: not finite: the gradient of {NORM} on rank 1{ADVICE}"
-        assert weight.startswith(f"step 2: not finite: the weight {NORM} on rank 1; the loss on rank 1;")
-        assert weight.endswith("go on from an earlier checkpoint, or begin again, with a lower --learning_rate")
+        assert weight.startswith(
+            f"step 2: not finite: the weight {NORM} on rank 1; the loss on rank 1;"
+        )
+        assert weight.endswith(
+            "go on from an earlier checkpoint, or begin again, with a lower --learning_rate"
+        )
         assert after == ([(True, True)],) * 4
     assert not list(tmp_path.glob("*/checkpoint-*"))
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
 def test_sharded_engines_stop_and_skip_alike(arguments, tmp_path, engine):
-    argv = {name: arguments(output_dir=tmp_path / name, engine=engine, **SAVED) for name in ("gradient", "weight")}
+    argv = {
+        name: arguments(output_dir=tmp_path / name, engine=engine, **SAVED)
+        for name in ("gradient", "weight")
+    }
     skips = arguments(output_dir=tmp_path / "skips", engine=engine, skip_nonfinite=2, max_steps=4)
     runs = [
         (argv["gradient"], "gradient", math.inf, (2,), 1), (argv["weight"], "weight", math.nan, (2,), 0),
@@ -159,8 +180,16 @@ def log_of(folder: Path) -> list[dict]:
     return [{name: entry[name] for name in kept} for entry in steps(folder)]
 
 
-def test_a_skipped_step_leaves_no_trace_and_is_counted_across_a_resume(arguments, tmp_path, monkeypatch):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3, "weight_decay": 0.1, "lr_scheduler_type": "linear"}
+def test_a_skipped_step_leaves_no_trace_and_is_counted_across_a_resume(
+    arguments, tmp_path, monkeypatch
+):
+    settings = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "linear",
+    }
     skip = arguments(output_dir=tmp_path / "skip", skip_nonfinite=1, **settings)
     monkeypatch.setattr(command, "EmoTrainer", faulty("loss", math.nan, (2,), 0))
     command.train(skip)
@@ -168,31 +197,53 @@ def test_a_skipped_step_leaves_no_trace_and_is_counted_across_a_resume(arguments
     command.train(arguments(output_dir=tmp_path / "blind", **settings))
     one, two = log_of(tmp_path / "skip"), log_of(tmp_path / "blind")
     assert one == [entry for entry in two if entry["step"] != 2] and len(one) == 3
-    skipped, blind = (load_file(tmp_path / name / "model.safetensors") for name in ("skip", "blind"))
+    skipped, blind = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("skip", "blind")
+    )
     assert all(torch.equal(skipped[name], blind[name]) for name in blind)
     assert [entry.get("skipped_steps") for entry in steps(tmp_path / "skip")] == [None, 1, 1]
-    results = [json.loads((tmp_path / name / "train_results.json").read_text())["train_loss"] for name in ("skip", "blind")]
-    assert results[0] == pytest.approx(sum(entry["loss"] for entry in one) / 3) != pytest.approx(results[1])
+    results = [
+        json.loads((tmp_path / name / "train_results.json").read_text())["train_loss"]
+        for name in ("skip", "blind")
+    ]
+    assert (
+        results[0]
+        == pytest.approx(sum(entry["loss"] for entry in one) / 3)
+        != pytest.approx(results[1])
+    )
 
     # logged every other step, the mean is the other step's own
     monkeypatch.setattr(command, "EmoTrainer", faulty("loss", math.nan, (2,), 0))
     command.train(
-        arguments(output_dir=tmp_path / "every2", skip_nonfinite=1, **settings | {"max_steps": 2, "logging_steps": 2})
+        arguments(
+            output_dir=tmp_path / "every2",
+            skip_nonfinite=1,
+            **settings | {"max_steps": 2, "logging_steps": 2},
+        )
     )
     (entry,) = steps(tmp_path / "every2")
-    assert [entry[name] for name in ("loss", "nll", "emo")] == [one[0][name] for name in ("loss", "nll", "emo")]
+    assert [entry[name] for name in ("loss", "nll", "emo")] == [
+        one[0][name] for name in ("loss", "nll", "emo")
+    ]
     assert "grad_norm" not in entry
 
-    resumed = arguments(output_dir=tmp_path / "again", resume_from_checkpoint=tmp_path / "skip" / "checkpoint-3", **settings)
+    resumed = arguments(
+        output_dir=tmp_path / "again",
+        resume_from_checkpoint=tmp_path / "skip" / "checkpoint-3",
+        **settings,
+    )
     monkeypatch.setattr(command, "EmoTrainer", faulty("loss", math.inf, (4,), 0))
-    with pytest.raises(UserError, match="step 4: not finite: the loss; the 1 of --skip_nonfinite are used up"):
+    with pytest.raises(
+        UserError, match="step 4: not finite: the loss; the 1 of --skip_nonfinite are used up"
+    ):
         command.train([*resumed, "--skip_nonfinite", "1"])
 
 
 def test_a_frozen_weight_is_named_though_only_the_loss_shows_it(arguments, monkeypatch):
     monkeypatch.setattr(command, "EmoTrainer", faulty("weight", math.nan, (2,), 0))
     with pytest.raises(
-        UserError, match=rf"step 2: not finite: the weight \S*{NORM}; the loss; go on from an earlier checkpoint"
+        UserError,
+        match=rf"step 2: not finite: the weight \S*{NORM}; the loss; go on from an earlier checkpoint",
     ):
         command.train(arguments("--lora", skip_nonfinite=5))
     assert command.EmoTrainer.after == [(True, True)]
@@ -221,7 +272,9 @@ def test_a_spike_is_said_once_and_counted_across_a_resume(capsys):
         feed(one, [9.81, 9.9, 2.1, 3.0, 9.7])
         middle = torch.tensor(falling[10:]).quantile(0.5).item()
         first, second = capsys.readouterr().out.splitlines()
-        assert first == f"step 1: the loss is 9.81; its median over the last 50 steps was {middle:.4g}"
+        assert (
+            first == f"step 1: the loss is 9.81; its median over the last 50 steps was {middle:.4g}"
+        )
         assert second.startswith("step 5: the loss is 9.7;")
         assert one.counts() == {"loss_spikes": 3}
 
@@ -232,9 +285,13 @@ def test_weights_are_checked_before_they_are_saved():
     model[1].weight.data[0, 0] = math.nan  # as it was loaded
     guard.check_weights(7)
     model[0].bias.data[1] = -math.inf
-    with pytest.raises(UserError, match=r"after step 7: not finite: the weight 0\.bias, 1\.weight; go on from"):
+    with pytest.raises(
+        UserError, match=r"after step 7: not finite: the weight 0\.bias, 1\.weight; go on from"
+    ):
         guard.check_weights(7)
     guard.begin()
     guard.watch(torch.tensor(1.0))  # of a batch that does not use the weight
-    with pytest.raises(UserError, match=r"^step 8: not finite: the weight 0\.bias, 1\.weight; go on from"):
+    with pytest.raises(
+        UserError, match=r"^step 8: not finite: the weight 0\.bias, 1\.weight; go on from"
+    ):
         guard.may_update(8)

@@ -30,10 +30,16 @@ def test_a_step_over_all_rows_is_one_over_all_examples(arguments, tmp_path, caps
         "eval_path": tmp_path / "held.json",
     }  # fmt: skip
     train(arguments(output_dir=tmp_path / "plain", **settings))
-    samples = {"sample_prompts": tmp_path / "prompts.txt", "sample_steps": 1, "sample_max_new_tokens": 3}
+    samples = {
+        "sample_prompts": tmp_path / "prompts.txt",
+        "sample_steps": 1,
+        "sample_max_new_tokens": 3,
+    }
     train(arguments("--packing", output_dir=tmp_path / "packed", **settings, **samples))
     assert "packed 40 examples into 1" in capsys.readouterr().out
-    train(arguments("--padding_free", "--balance_lengths", output_dir=tmp_path / "free", **settings))
+    train(
+        arguments("--padding_free", "--balance_lengths", output_dir=tmp_path / "free", **settings)
+    )
     plain = steps(tmp_path / "plain")
     for name in ("packed", "free"):
         assert_same_steps(steps(tmp_path / name), plain)
@@ -45,12 +51,18 @@ def test_a_step_over_all_rows_is_one_over_all_examples(arguments, tmp_path, caps
 
 
 def test_balanced_runs_take_the_same_steps_and_resume(arguments, tmp_path):
-    settings = {"per_device_train_batch_size": 2, "max_steps": 4}  # an epoch has 3 steps, the last filled up
+    settings = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+    }  # an epoch has 3 steps, the last filled up
     train(arguments(output_dir=tmp_path / "plain", **settings))
     saving = {"save_strategy": "steps", "save_steps": 2}
     train(arguments("--balance_lengths", output_dir=tmp_path / "balanced", **settings, **saving))
     assert_same_steps(steps(tmp_path / "balanced"), steps(tmp_path / "plain"))
-    resume = {"resume_from_checkpoint": tmp_path / "balanced" / "checkpoint-2", "output_dir": tmp_path / "resumed"}
+    resume = {
+        "resume_from_checkpoint": tmp_path / "balanced" / "checkpoint-2",
+        "output_dir": tmp_path / "resumed",
+    }
     train(arguments("--balance_lengths", **settings | resume))
     assert_same_steps(steps(tmp_path / "resumed"), steps(tmp_path / "plain"))
 
@@ -58,7 +70,13 @@ def test_balanced_runs_take_the_same_steps_and_resume(arguments, tmp_path):
 def test_two_processes_see_the_rows_of_one(arguments, tmp_path):
     settings = {"model_max_length": 128, "per_device_train_batch_size": 2, "global_batch": 4}
     train(arguments("--packing", output_dir=tmp_path / "one", **settings))
-    run_ranks(2, train, arguments("--packing", "--balance_lengths", "--fsdp", output_dir=tmp_path / "two", **settings))
+    run_ranks(
+        2,
+        train,
+        arguments(
+            "--packing", "--balance_lengths", "--fsdp", output_dir=tmp_path / "two", **settings
+        ),
+    )
     assert_same_steps(steps(tmp_path / "two"), steps(tmp_path / "one"))
     seen = [[entry["examples"] for entry in steps(tmp_path / name)] for name in ("one", "two")]
     assert seen[0] == seen[1] and all(4 <= examples <= 12 for examples in seen[0])
@@ -82,12 +100,20 @@ def test_collators_are_what_the_model_and_the_teacher_heed(make_model):
         return make_collator(SimpleNamespace(data=data, training=training), model, 0)
 
     model = make_model("opt", attn_implementation="eager")
-    attach_objective(model, "mle", teacher=Teacher(make_model("llama", attn_implementation="eager"), 5))
+    attach_objective(
+        model, "mle", teacher=Teacher(make_model("llama", attn_implementation="eager"), 5)
+    )
     assert collator(False, False) == PadCollator(0)
-    assert (collator(True, False).apart_by, collator(True, False).flat, collator(False, True).flat) == ("bias", False, True)
+    assert (
+        collator(True, False).apart_by,
+        collator(True, False).flat,
+        collator(False, True).flat,
+    ) == ("bias", False, True)
     model = make_model("llama")
     attach_objective(model, "mle", teacher=Teacher(make_model("opt"), 5))
-    with pytest.raises(UserError, match=r"the teacher \(OPTForCausalLM"):  # it would need another mask than the student
+    with pytest.raises(
+        UserError, match=r"the teacher \(OPTForCausalLM"
+    ):  # it would need another mask than the student
         collator(True, False)
     model = make_model("mixtral-routed")
     attach_objective(model, "mle")

@@ -8,14 +8,18 @@ from stanford_alpaca.evaluation.intervals import PAIRED_RESAMPLES, mcnemar, pair
 from stanford_alpaca.evaluation.tables import align
 
 MEAN = "mean of tasks"
-Right = dict[str, np.ndarray]  # of a model: task -> [seeds, items], 1 where the prediction is the label, else 0
+Right = dict[
+    str, np.ndarray
+]  # of a model: task -> [seeds, items], 1 where the prediction is the label, else 0
 
 
 def right_by_task(rows: list[dict[str, Any]]) -> Right:
     """A model's predictions, counted; rows are in the order of seeds and items."""
     found: dict[str, dict[Any, list[bool]]] = {}
     for row in rows:
-        found.setdefault(row["task"], {}).setdefault(row["seed"], []).append(row["prediction"] == row["label"])
+        found.setdefault(row["task"], {}).setdefault(row["seed"], []).append(
+            row["prediction"] == row["label"]
+        )
     return {task: np.array(list(seeds.values()), dtype=float) for task, seeds in found.items()}
 
 
@@ -29,7 +33,9 @@ def accuracies(right: Right) -> dict[str, list[float]]:
 def compare(first: Right, other: Right) -> dict[str, dict[str, float]]:
     """For every task and for their mean: what the other model gains on the first, and how sure that is."""
     gains = {task: (other[task] - first[task]).mean(0) for task in first}
-    sets = {task: [gain] for task, gain in gains.items()} | ({MEAN: list(gains.values())} if len(gains) > 1 else {})
+    sets = {task: [gain] for task, gain in gains.items()} | (
+        {MEAN: list(gains.values())} if len(gains) > 1 else {}
+    )
     found = {task: paired_bootstrap(values)._asdict() for task, values in sets.items()}
     for task, values in first.items():
         if len(values) == 1:
@@ -40,7 +46,12 @@ def compare(first: Right, other: Right) -> dict[str, dict[str, float]]:
 def accuracy_table(columns: dict[str, dict[str, list[float]]]) -> str:
     """Tasks down, models across: percent right, mean and standard deviation over seeds."""
     tasks = list(next(iter(columns.values())))
-    return align([["", *columns], *([task, *(_percent(column[task]) for column in columns.values())] for task in tasks)])
+    return align(
+        [
+            ["", *columns],
+            *([task, *(_percent(column[task]) for column in columns.values())] for task in tasks),
+        ]
+    )
 
 
 def _percent(values: list[float]) -> str:
@@ -60,6 +71,16 @@ def comparison_table(first: str, other: str, found: dict[str, dict[str, float]])
     table = [head]
     for task, row in found.items():
         low, high = 100 * row["low"], 100 * row["high"]
-        mcnemar_p = [f"{row['mcnemar_p']:.4f}" if "mcnemar_p" in row else "-"] if len(head) == 5 else []
-        table.append([task, f"{100 * row['mean']:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{row['p']:.4f}", *mcnemar_p])
+        mcnemar_p = (
+            [f"{row['mcnemar_p']:.4f}" if "mcnemar_p" in row else "-"] if len(head) == 5 else []
+        )
+        table.append(
+            [
+                task,
+                f"{100 * row['mean']:+.2f}",
+                f"{low:+.2f} to {high:+.2f}",
+                f"{row['p']:.4f}",
+                *mcnemar_p,
+            ]
+        )
     return f"{other} against {first}, paired bootstrap over test items, {PAIRED_RESAMPLES:,} resamples:\n{align(table)}"

@@ -22,7 +22,10 @@ def write_prompts(data: TaskData, item: int, examples: list[int]) -> list[str]:
     """The text of the prompt for every class."""
     shots = [data.task.write(data.train.texts[i], data.train.labels[i]) for i in examples]
     text = data.test.texts[item]
-    return [SEPARATOR.join([*shots, data.task.write(text, label)]) for label in range(len(data.task.classes))]
+    return [
+        SEPARATOR.join([*shots, data.task.write(text, label)])
+        for label in range(len(data.task.classes))
+    ]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -42,7 +45,10 @@ def split_stem(rows: list[list[int]], first_token: int) -> tuple[list[int], list
 
 
 def encode_choices(
-    tokenizer: PreTrainedTokenizerBase, data: TaskData, examples: list[list[int]], positions: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    data: TaskData,
+    examples: list[list[int]],
+    positions: int | None,
 ) -> list[Choices]:
     """The prompts of all test items. What does not fit into ``positions`` loses its least similar examples, the first ones.
 
@@ -50,7 +56,9 @@ def encode_choices(
         UserError: an item that does not fit without any example.
     """
     count = len(data.task.classes)
-    first_token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    first_token = (
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    )
     texts = [text for item, ids in enumerate(examples) for text in write_prompts(data, item, ids)]
     rows = encode(tokenizer, texts)
     found = []

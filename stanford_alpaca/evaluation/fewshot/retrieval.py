@@ -24,14 +24,19 @@ ROWS = 256  # test items that are compared with the whole training set at a time
 TOKENS = 4096  # of a batch of texts
 
 Features = Any  # [N, D] of texts, an array or a sparse one: the similarity of two texts is the product of their rows
-Featurize = Callable[[list[str], list[str]], tuple[Features, Features]]  # training texts, test texts
+Featurize = Callable[
+    [list[str], list[str]], tuple[Features, Features]
+]  # training texts, test texts
 
 
 def draw(retriever: str, seed: int, items: int, size: int, shots: int) -> list[list[int]]:
     """Examples out of ``size`` for each item: ``random`` draws for each by itself, ``fixed`` once for all."""
     if retriever == "fixed":
         return [np.random.default_rng(seed).choice(size, shots, replace=False).tolist()] * items
-    return [np.random.default_rng([seed, item]).choice(size, shots, replace=False).tolist() for item in range(items)]
+    return [
+        np.random.default_rng([seed, item]).choice(size, shots, replace=False).tolist()
+        for item in range(items)
+    ]
 
 
 def draw_pool(seed: int, size: int, pool: int) -> np.ndarray:  # [pool]
@@ -39,7 +44,9 @@ def draw_pool(seed: int, size: int, pool: int) -> np.ndarray:  # [pool]
     return np.sort(np.random.default_rng(seed).choice(size, pool, replace=False))
 
 
-def nearest_examples(train: Features, test: Features, shots: int, pool: np.ndarray | None = None) -> list[list[int]]:
+def nearest_examples(
+    train: Features, test: Features, shots: int, pool: np.ndarray | None = None
+) -> list[list[int]]:
     """For every test row the ``shots`` most similar training rows (of the pool), the most similar last; of equals the first."""
     places = np.arange(train.shape[0]) if pool is None else pool
     keys, chosen = train[places], []
@@ -48,7 +55,9 @@ def nearest_examples(train: Features, test: Features, shots: int, pool: np.ndarr
         for row in found.toarray() if hasattr(found, "toarray") else found:
             least = np.partition(row, -shots)[-shots]
             near = np.flatnonzero(row >= least)
-            chosen.append(places[near[np.argsort(-row[near], kind="stable")[:shots]]][::-1].tolist())
+            chosen.append(
+                places[near[np.argsort(-row[near], kind="stable")[:shots]]][::-1].tolist()
+            )
     return chosen if shots else [[]] * test.shape[0]
 
 
@@ -58,7 +67,9 @@ def tfidf(train: list[str], test: list[str]) -> tuple[Features, Features]:
     return vectors.fit_transform(train), vectors.transform(test)
 
 
-def bm25(train: list[str], test: list[str], k1: float = 1.2, b: float = 0.75) -> tuple[Features, Features]:
+def bm25(
+    train: list[str], test: list[str], k1: float = 1.2, b: float = 0.75
+) -> tuple[Features, Features]:
     """Okapi BM25 of words, with the always positive idf log(1 + (N - n + 0.5) / (n + 0.5)), as Lucene has it."""
     words = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
     counts = words.fit_transform(train).astype(np.float64).tocoo()
@@ -73,7 +84,9 @@ def bm25(train: list[str], test: list[str], k1: float = 1.2, b: float = 0.75) ->
 def load_encoder(name: str) -> Featurize:
     """Sentence embeddings of unit length. Raises UserError if the package or the encoder cannot be had."""
     if importlib.util.find_spec("sentence_transformers") is None:
-        raise UserError("--retriever sentence needs sentence-transformers: pip install sentence-transformers, or take tfidf")
+        raise UserError(
+            "--retriever sentence needs sentence-transformers: pip install sentence-transformers, or take tfidf"
+        )
     from sentence_transformers import SentenceTransformer  # seconds to import
 
     try:
@@ -82,7 +95,9 @@ def load_encoder(name: str) -> Featurize:
             if hasattr(model[0], "auto_model"):
                 load_body(name)  # which refuses weights that are not all there
     except Exception as error:  # not found, no network, no such kind of model
-        raise UserError(f"--encoder {name}: cannot be loaded ({first_line(error)}); give a folder, or take tfidf") from None
+        raise UserError(
+            f"--encoder {name}: cannot be loaded ({first_line(error)}); give a folder, or take tfidf"
+        ) from None
 
     def features(texts: list[str]) -> np.ndarray:
         return model.encode(texts, normalize_embeddings=True, show_progress_bar=True)
@@ -111,12 +126,16 @@ def embed(
     **options: Any,  # for the model
 ) -> np.ndarray:  # [N, D] float32
     """The mean over a text's first ``positions`` tokens of its last hidden states, or the state at the last one of them."""
-    first_token = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), 0)  # of an empty text
+    first_token = next(
+        (i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), 0
+    )  # of an empty text
     rows = [row[:positions] or [first_token] for row in encode(tokenizer, texts)]
     found = [np.empty(0)] * len(rows)
     for batch in tqdm(list(batches([*map(len, rows)], None, TOKENS)), desc="Embedding"):
         longest = len(rows[batch[0]])
-        ids = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in batch], device=model.device)
+        ids = torch.tensor(
+            [rows[i] + [0] * (longest - len(rows[i])) for i in batch], device=model.device
+        )
         lengths = torch.tensor([len(rows[i]) for i in batch], device=model.device)
         place = torch.arange(longest, device=model.device)
         mask = (place < lengths[:, None]).long()

@@ -23,7 +23,10 @@ from stanford_alpaca.objective.head import body_of, head_of
 
 ROWS = 1024  # tokens whose logits are held at a time
 STEM = 16  # tokens that all items share, from which on they are computed once
-TOKENS = {"cpu": 768, "cuda": 4096}  # of a batch's contexts: what a core's cache holds; what the cache of a 7B model takes
+TOKENS = {
+    "cpu": 768,
+    "cuda": 4096,
+}  # of a batch's contexts: what a core's cache holds; what the cache of a 7B model takes
 
 Scores = list[list[float]]  # of every item and class
 
@@ -36,7 +39,12 @@ def plain(model: PreTrainedModel, choices: list[Choices], whole: bool = False) -
         start, row = 1 if whole else len(context), []
         for ending in endings:
             ids = torch.tensor([context + ending], device=model.device)
-            log_p = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float().log_softmax(1)
+            log_p = (
+                model(input_ids=ids, use_cache=False)
+                .logits[0, start - 1 : -1]
+                .float()
+                .log_softmax(1)
+            )
             row.append(log_p.gather(1, ids[0, start:, None]).double().sum().item())
         scores.append(row)
     return scores
@@ -44,14 +52,20 @@ def plain(model: PreTrainedModel, choices: list[Choices], whole: bool = False) -
 
 @torch.inference_mode()
 def score(
-    model: PreTrainedModel, choices: list[Choices], batch_size: int | None = None, whole: bool = False, name: str = ""
+    model: PreTrainedModel,
+    choices: list[Choices],
+    batch_size: int | None = None,
+    whole: bool = False,
+    name: str = "",
 ) -> Scores:
     """``plain(model, choices, whole)``, fast. ``batch_size`` items at a time, by default by ``TOKENS``; a bar of this name."""
     model.eval()
     take = choose_way(model, choices, whole)
     scores: Scores = [[] for _ in choices]
     with tqdm(total=sum(len(item.endings) for item in choices), desc=name, unit=" prompts") as bar:
-        for rows in batches([len(item.context) for item in choices], batch_size, TOKENS.get(model.device.type, 4096)):
+        for rows in batches(
+            [len(item.context) for item in choices], batch_size, TOKENS.get(model.device.type, 4096)
+        ):
             for i, found in zip(rows, take([choices[i] for i in rows]), strict=True):
                 scores[i] = found
                 bar.update(len(found))
@@ -67,11 +81,15 @@ def batches(lengths: list[int], batch_size: int | None, tokens: int) -> Iterator
         order = order[count:]
 
 
-def choose_way(model: PreTrainedModel, choices: list[Choices], whole: bool) -> Callable[[list[Choices]], Scores]:
+def choose_way(
+    model: PreTrainedModel, choices: list[Choices], whole: bool
+) -> Callable[[list[Choices]], Scores]:
     """The fastest way that scores the longest and the shortest item together as ``plain`` does. Says what does not work."""
     lengths = [len(item.context) for item in choices]
     extremes = [choices[lengths.index(pick(lengths))] for pick in (max, min)]
-    sample = [item._replace(endings=[item.endings[0], max(item.endings, key=len)]) for item in extremes]
+    sample = [
+        item._replace(endings=[item.endings[0], max(item.endings, key=len)]) for item in extremes
+    ]
     want = torch.tensor(plain(model, sample, whole), dtype=torch.float64)
     scorer = Scorer(model, whole)
     stem = common_start([item.context for item in choices])[: min(lengths) - 1]
@@ -89,7 +107,9 @@ def choose_way(model: PreTrainedModel, choices: list[Choices], whole: bool) -> C
             if gap <= tolerance + tolerance / 100 * want.abs().max().item():
                 return way
             reason = f"log-likelihoods move by {gap:.2g}"
-        except Exception as error:  # whatever an architecture raises that has no cache, or another kind
+        except (
+            Exception
+        ) as error:  # whatever an architecture raises that has no cache, or another kind
             reason = first_line(error)
         say(f"{type(model).__name__}: {name} does not work here ({reason}); done without")
     return lambda batch: plain(model, batch, whole)
@@ -98,7 +118,9 @@ def choose_way(model: PreTrainedModel, choices: list[Choices], whole: bool) -> C
 def common_start(rows: list[list[int]]) -> list[int]:
     """What all rows begin with."""
     least, most = min(rows), max(rows)  # what these two share lies between them in every other
-    return least[: next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))]
+    return least[
+        : next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))
+    ]
 
 
 class Scorer:
@@ -108,7 +130,9 @@ class Scorer:
         self.whole, self.device = whole, model.device
         self.head: Head | None = None
         self.body: nn.Module = model
-        with contextlib.suppress(ValueError):  # an output layer of another kind: the model's own logits then, of all tokens
+        with contextlib.suppress(
+            ValueError
+        ):  # an output layer of another kind: the model's own logits then, of all tokens
             self.head, self.body = head_of(model), body_of(model)
         self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         self.started: tuple[list[int], Any, Tensor, Tensor] | None = None
@@ -116,10 +140,14 @@ class Scorer:
     def padded(self, batch: list[Choices]) -> Scores:
         """Whole prompts side by side, padded on the right."""
         prompts = [item.context + ending for item in batch for ending in item.endings]
-        starts = torch.tensor([1 if self.whole else len(item.context) for item in batch for _ in item.endings])
+        starts = torch.tensor(
+            [1 if self.whole else len(item.context) for item in batch for _ in item.endings]
+        )
         ids, mask = self._pad(prompts)
         states, _ = self._run(ids, mask, use_cache=False)
-        scored = mask[:, 1:].bool() & (torch.arange(1, ids.shape[1]) >= starts[:, None]).to(self.device)
+        scored = mask[:, 1:].bool() & (torch.arange(1, ids.shape[1]) >= starts[:, None]).to(
+            self.device
+        )
         sums = iter(self._sums(states[:, :-1], ids[:, 1:], scored).tolist())
         return [[next(sums) for _ in item.endings] for item in batch]
 
@@ -133,7 +161,9 @@ class Scorer:
             cache, total, log_p = self._after(stem)
             cache.batch_repeat_interleave(len(batch))
             if self.whole:
-                first = ids.gather(1, (own == 0).sum(1, keepdim=True)).squeeze(1)  # of each row, the padding aside
+                first = ids.gather(1, (own == 0).sum(1, keepdim=True)).squeeze(
+                    1
+                )  # of each row, the padding aside
                 before += total + log_p[first]
         states, cache = self._run(ids, mask, positions, past_key_values=cache, use_cache=True)
         if self.whole:
@@ -143,14 +173,25 @@ class Scorer:
             [total + log_p[i, ending[0]].item() for ending in item.endings]
             for i, (item, total) in enumerate(zip(batch, before.tolist(), strict=True))
         ]
-        rest = [(i, c) for i, item in enumerate(batch) for c, ending in enumerate(item.endings) if len(ending) > 1]
+        rest = [
+            (i, c)
+            for i, item in enumerate(batch)
+            for c, ending in enumerate(item.endings)
+            if len(ending) > 1
+        ]
         if rest:
             owners = torch.tensor([i for i, _ in rest], device=self.device)
             cache.batch_select_indices(owners)
             ids, own = self._pad([batch[i].endings[c] for i, c in rest])
             lengths = torch.tensor([[len(batch[i].context)] for i, _ in rest], device=self.device)
             positions = lengths + torch.arange(ids.shape[1], device=self.device)
-            states, _ = self._run(ids, torch.cat([mask[owners], own], 1), positions, past_key_values=cache, use_cache=True)
+            states, _ = self._run(
+                ids,
+                torch.cat([mask[owners], own], 1),
+                positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
             more = self._sums(states[:, :-1], ids[:, 1:], own[:, 1:].bool()).tolist()
             for (i, c), log_p_rest in zip(rest, more, strict=True):
                 scores[i][c] += log_p_rest
@@ -168,13 +209,18 @@ class Scorer:
     def _pad(self, rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
         """Ids and mask [rows, longest]. Padding is a token like another, behind a mask."""
         longest = max(map(len, rows))
-        ids = [[0] * (longest - len(row)) + row if left else row + [0] * (longest - len(row)) for row in rows]
+        ids = [
+            [0] * (longest - len(row)) + row if left else row + [0] * (longest - len(row))
+            for row in rows
+        ]
         gaps = torch.tensor([longest - len(row) for row in rows])[:, None]
         place = torch.arange(longest)
         mask = place >= gaps if left else place < longest - gaps
         return torch.tensor(ids, device=self.device), mask.long().to(self.device)
 
-    def _run(self, ids: Tensor, mask: Tensor, positions: Tensor | None = None, **options: Any) -> tuple[Tensor, Any]:
+    def _run(
+        self, ids: Tensor, mask: Tensor, positions: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Any]:
         """What the output layer takes [B, T, H], or the logits where it is not known, and the cache."""
         if positions is not None and self.takes_positions:
             options["position_ids"] = positions
@@ -185,11 +231,15 @@ class Scorer:
         logits = states if self.head is None else logits_of(states, self.head)
         return logits.float().log_softmax(1)
 
-    def _sums(self, states: Tensor, targets: Tensor, scored: Tensor) -> Tensor:  # [B, T, H], [B, T], [B, T] -> [B] float64
+    def _sums(
+        self, states: Tensor, targets: Tensor, scored: Tensor
+    ) -> Tensor:  # [B, T, H], [B, T], [B, T] -> [B] float64
         """The sum of log p over the scored tokens of each row."""
         picked = [
             self._log_p(rows).gather(1, wanted[:, None]).squeeze(1)
-            for rows, wanted in zip(states[scored].split(ROWS), targets[scored].split(ROWS), strict=True)
+            for rows, wanted in zip(
+                states[scored].split(ROWS), targets[scored].split(ROWS), strict=True
+            )
         ]
         owners = scored.nonzero()[:, 0]
         sums = torch.zeros(len(scored), dtype=torch.float64, device=states.device)

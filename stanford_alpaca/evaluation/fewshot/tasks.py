@@ -68,7 +68,10 @@ def read_tasks(own: Path | None = None) -> dict[str, Task]:
     """All tasks by name: the package's, and those of a folder of one's own, which win. Raises UserError for a bad file."""
     if own is not None and not own.is_dir():
         raise UserError(f"--templates {own}: no such folder; give one with a YAML file per task")
-    files = [*sorted(TEMPLATES.glob("*.yaml")), *(sorted(own.glob("*.yaml")) if own is not None else [])]
+    files = [
+        *sorted(TEMPLATES.glob("*.yaml")),
+        *(sorted(own.glob("*.yaml")) if own is not None else []),
+    ]
     return {file.stem: _read_task(file) for file in files}
 
 
@@ -77,38 +80,64 @@ def _read_task(file: Path) -> Task:
     try:
         values = yaml.safe_load(file.read_text())
         places = {
-            f"{name}{spec}{kind or ''}" for _, name, spec, kind in Formatter().parse(values["template"]) if name is not None
+            f"{name}{spec}{kind or ''}"
+            for _, name, spec, kind in Formatter().parse(values["template"])
+            if name is not None
         }
         classes = values["classes"]
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
-        raise UserError(f"{file}: no task ({first_line(error)}); give template and classes") from None
+        raise UserError(
+            f"{file}: no task ({first_line(error)}); give template and classes"
+        ) from None
     for name in values:
         if name not in known:
-            raise UserError(f"{file}: unknown field {name}{nearest(str(name), known)}; known are {', '.join(known)}")
+            raise UserError(
+                f"{file}: unknown field {name}{nearest(str(name), known)}; known are {', '.join(known)}"
+            )
     if places != {"text", "label"}:
-        raise UserError(f"{file}: the template needs {{text}} and {{label}} and nothing else in braces")
+        raise UserError(
+            f"{file}: the template needs {{text}} and {{label}} and nothing else in braces"
+        )
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise UserError(
             f"{file}: classes is {classes!r}; wanted a list of words, in quotes where YAML reads them as something else"
         )
-    if len(classes) < 2 or any(a != b and b.startswith(a) for a in classes for b in classes) or len({*classes}) < len(classes):
-        raise UserError(f"{file}: give two classes or more, none of which begins with another's name")
+    if (
+        len(classes) < 2
+        or any(a != b and b.startswith(a) for a in classes for b in classes)
+        or len({*classes}) < len(classes)
+    ):
+        raise UserError(
+            f"{file}: give two classes or more, none of which begins with another's name"
+        )
     return Task(**values | {"name": file.stem, "classes": classes})
 
 
 def choose_tasks(asked: str | None, known: dict[str, Task], folder: Path | None) -> list[Task]:
     """The tasks of these names, with commas; by default those that the folder has files of, or all that the hub has."""
     if folder is not None and not folder.is_dir():
-        raise UserError(f"--data_dir {folder}: no such folder; give one with TASK_train.jsonl and TASK_test.jsonl")
+        raise UserError(
+            f"--data_dir {folder}: no such folder; give one with TASK_train.jsonl and TASK_test.jsonl"
+        )
     names = None if asked is None else [name.strip() for name in asked.strip("()[]").split(",")]
     if names is None and folder is not None:
-        names = [name for name in known if all(file.is_file() for file in local_files(folder, name))]
+        names = [
+            name for name in known if all(file.is_file() for file in local_files(folder, name))
+        ]
         if not names:
-            raise UserError(f"--data_dir {folder}: no TASK_train.jsonl with TASK_test.jsonl; tasks are {', '.join(known)}")
+            raise UserError(
+                f"--data_dir {folder}: no TASK_train.jsonl with TASK_test.jsonl; tasks are {', '.join(known)}"
+            )
     for name in names or []:
         if name not in known:
-            raise UserError(f"--tasks {name}: no such task{nearest(name, list(known))}; choose from {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(names)] if names else [task for task in known.values() if task.hub]
+            raise UserError(
+                f"--tasks {name}: no such task{nearest(name, list(known))}; choose from {', '.join(known)}"
+            )
+    return (
+        [known[name] for name in dict.fromkeys(names)]
+        if names
+        else [task for task in known.values() if task.hub]
+    )
 
 
 def local_files(folder: Path, name: str) -> tuple[Path, Path]:
@@ -128,7 +157,9 @@ def load_task(task: Task, folder: Path | None = None, limit: int | None = None) 
         for file in local_files(folder, task.name):
             if not file.is_file():
                 raise UserError(f"{file}: no such file; task {task.name} needs it in --data_dir")
-        train, test = (checked(task, read_file(file), str(file)) for file in local_files(folder, task.name))
+        train, test = (
+            checked(task, read_file(file), str(file)) for file in local_files(folder, task.name)
+        )
     return TaskData(task, train, Split(test.texts[:limit], test.labels[:limit]))
 
 
@@ -141,16 +172,24 @@ def _from_hub(task: Task, split: str) -> Split:
             data = load_dataset(task.hub, task.config, revision=task.revision, split=split)
         rows = data.select_columns([task.text, task.label]).to_list()
     except Exception as error:  # the hub raises many kinds of errors: not found, no network, gated
-        raise UserError(f"{task.hub}: the hub did not give it ({first_line(error)}); {advice}") from None
+        raise UserError(
+            f"{task.hub}: the hub did not give it ({first_line(error)}); {advice}"
+        ) from None
     named = ({"text": row[task.text], "label": row[task.label]} for row in rows)
-    return checked(task, ((f"{task.hub}, {split}:record {number}", row) for number, row in enumerate(named, 1)), task.hub)
+    return checked(
+        task,
+        ((f"{task.hub}, {split}:record {number}", row) for number, row in enumerate(named, 1)),
+        task.hub,
+    )
 
 
 def checked(task: Task, values: Iterable[Placed], source: str) -> Split:
     """The texts and labels of records. Raises UserError for the first bad one, and if there is none."""
     texts, labels = [], []
     for where, value in values:
-        text, label = (value.get("text"), value.get("label")) if isinstance(value, dict) else (None, None)
+        text, label = (
+            (value.get("text"), value.get("label")) if isinstance(value, dict) else (None, None)
+        )
         if not isinstance(text, str):
             raise UserError(f'{where}: no text; wanted {{"text": "...", "label": 0}}')
         check_text(text, where)

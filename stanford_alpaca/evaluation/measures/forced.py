@@ -62,16 +62,24 @@ def teacher_forced(
     sums = torch.zeros(len(examples), 5, dtype=torch.float64, device=device)
     bins = torch.zeros(len(examples) * BINS, 3, dtype=torch.float64, device=device)
     lengths = [len(ids) for ids in examples["input_ids"]]
-    supervised = [i for i, labels in enumerate(examples["labels"]) if any(label != IGNORE_INDEX for label in labels[1:])]
+    supervised = [
+        i
+        for i, labels in enumerate(examples["labels"])
+        if any(label != IGNORE_INDEX for label in labels[1:])
+    ]
     order = sorted(supervised, key=lengths.__getitem__)
     for start in tqdm(range(0, len(order), batch_size), desc="Evaluating"):
         chosen = order[start : start + batch_size]
         batch = collate([examples[i] for i in chosen])
         labels = batch.pop("labels")[:, 1:].to(device)
-        hidden = body_of(model)(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)[0][:, :-1]
+        hidden = body_of(model)(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)[0][
+            :, :-1
+        ]
         keep = labels != IGNORE_INDEX
         records = torch.tensor(chosen, device=device)[keep.nonzero()[:, 0]]
-        for rows, targets, of in zip(hidden[keep].split(ROWS), labels[keep].split(ROWS), records.split(ROWS), strict=True):
+        for rows, targets, of in zip(
+            hidden[keep].split(ROWS), labels[keep].split(ROWS), records.split(ROWS), strict=True
+        ):
             found = _of_tokens(reference.logits_of(rows, head), targets, cost)
             sums.index_add_(0, of, found[:, :5])
             places = (found[:, 5] * BINS).ceil().long().clamp(1, BINS) - 1
@@ -80,7 +88,9 @@ def teacher_forced(
     return Forced(tokens, nll, emo, correct, costly, bins.view(-1, BINS, 3).cpu().numpy())
 
 
-def _of_tokens(logits: Tensor, targets: Tensor, cost: CostEmbedding) -> Tensor:  # [N, V], [N] -> [N, 6] float64
+def _of_tokens(
+    logits: Tensor, targets: Tensor, cost: CostEmbedding
+) -> Tensor:  # [N, V], [N] -> [N, 6] float64
     """Of every token 1, nll, emo, whether the most probable token is the target, the probability of costly tokens, and that
     of the most probable one. Costly is what costs at least the mean over the vocabulary: no nearer than an average token."""
     stats = reference.token_stats(logits, targets, cost)
@@ -89,7 +99,14 @@ def _of_tokens(logits: Tensor, targets: Tensor, cost: CostEmbedding) -> Tensor: 
     p = logits.float().softmax(1)
     costly = torch.where(costs >= costs.mean(1, keepdim=True), p, 0.0).sum(1)
     top, best = p.max(1)
-    found = [torch.ones_like(stats.nll), stats.nll, stats.log_emo.exp(), best == targets, costly, top]
+    found = [
+        torch.ones_like(stats.nll),
+        stats.nll,
+        stats.log_emo.exp(),
+        best == targets,
+        costly,
+        top,
+    ]
     return torch.stack([values.double() for values in found], 1)
 
 

@@ -25,9 +25,13 @@ def check_mauve(featuriser: ModelSource, texts: int) -> None:
     if importlib.util.find_spec("mauve") is None:
         raise UserError("--mauve needs a package of its own: pip install mauve-text")
     if texts < LEAST:
-        raise UserError(f"--mauve compares distributions, and {texts} texts are too few for one: give {LEAST} or more")
+        raise UserError(
+            f"--mauve compares distributions, and {texts} texts are too few for one: give {LEAST} or more"
+        )
     if texts < ENOUGH:
-        say(f"MAUVE of {texts} texts is coarse: compare models by it, and do not read much into the value")
+        say(
+            f"MAUVE of {texts} texts is coarse: compare models by it, and do not read much into the value"
+        )
     check_model(featuriser)
 
 
@@ -48,7 +52,9 @@ def load_featuriser(source: ModelSource) -> Featurize:
         logging.set_verbosity(level)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     causal = _is_causal(model)
-    positions = min(getattr(model.config, "max_position_embeddings", 10**6), tokenizer.model_max_length)  # RoBERTa: 514, 512
+    positions = min(
+        getattr(model.config, "max_position_embeddings", 10**6), tokenizer.model_max_length
+    )  # RoBERTa: 514, 512
     options = {"use_cache": False} if causal else {}
     return lambda texts: embed(model, tokenizer, texts, positions, last=causal, **options)
 

@@ -65,7 +65,9 @@ def distances(
     Args:
         positions: how many supervised positions optimal transport is solved at; equal numbers and seeds choose the same.
     """
-    counts = np.array([sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in examples])
+    counts = np.array(
+        [sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in examples]
+    )
     chosen = np.zeros(counts.sum(), dtype=bool)
     chosen[np.random.default_rng(seed).permutation(len(chosen))[:positions]] = True
     first = np.concatenate([[0], counts.cumsum()])
@@ -89,7 +91,10 @@ def oracle_perplexity(
     batch_size: int = 16,
 ) -> Items:
     """How likely the oracle finds the responses; an item per response."""
-    labels = [[IGNORE_INDEX] * len(ids) + response for ids, response in zip(prompts, responses, strict=True)]
+    labels = [
+        [IGNORE_INDEX] * len(ids) + response
+        for ids, response in zip(prompts, responses, strict=True)
+    ]
     ids = [ids + response for ids, response in zip(prompts, responses, strict=True)]
     sums = np.zeros((len(ids), 2))
     for number, targets, (log_q,) in _distributions(
@@ -108,19 +113,28 @@ def optimal_transport(p: Tensor, q: Tensor, cost: CostEmbedding) -> float:  # [V
     return float(ot.emd2(mass.cpu().numpy(), wanted.cpu().numpy(), prices, numItermax=10_000_000))
 
 
-def _exact(p: Tensor, q: Tensor, cost: CostEmbedding) -> Tensor:  # [n, V] log probabilities -> [n, 4]
-    forward, reverse = (-torch.where(one > -torch.inf, one.exp() * other, 0.0).sum(1) for one, other in ((q, p), (p, q)))
+def _exact(
+    p: Tensor, q: Tensor, cost: CostEmbedding
+) -> Tensor:  # [n, V] log probabilities -> [n, 4]
+    forward, reverse = (
+        -torch.where(one > -torch.inf, one.exp() * other, 0.0).sum(1)
+        for one, other in ((q, p), (p, q))
+    )
     p, q = p.exp(), q.exp()
     variation = (p - q).abs().sum(1) / 2
     if cost.rows is None or cost.directed is None:
         transport = 1 - (p * q).sum(1)
     else:  # sum_ij p_i q_j (1 - u_i . u_j); a row of zeros costs itself nothing
         with full_precision(p.device.type):
-            transport = 1 - ((p @ cost.rows) * (q @ cost.rows)).sum(1) - (p * q)[:, ~cost.directed].sum(1)
+            transport = (
+                1 - ((p @ cost.rows) * (q @ cost.rows)).sum(1) - (p * q)[:, ~cost.directed].sum(1)
+            )
     return torch.stack([forward, reverse, variation, transport.clamp(min=0)], 1).double()
 
 
-def _most(p: Tensor) -> tuple[Tensor, Tensor]:  # [V] -> ids [k], their float64 probabilities, made to sum to 1
+def _most(
+    p: Tensor,
+) -> tuple[Tensor, Tensor]:  # [V] -> ids [k], their float64 probabilities, made to sum to 1
     ordered, ids = p.double().sort(descending=True)
     keep = min(int((ordered.cumsum(0) < (1 - LEFT_OUT) * ordered.sum()).sum()) + 1, MOST)
     return ids[:keep], ordered[:keep] / ordered[:keep].sum()
@@ -137,7 +151,10 @@ def _distributions(
         batch = collate([examples[i] for i in numbers])
         labels = batch.pop("labels")[:, 1:]
         hidden = [
-            body_of(model)(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)[0][:, :-1] for model in models
+            body_of(model)(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)[0][
+                :, :-1
+            ]
+            for model in models
         ]
         for row, number in enumerate(numbers):
             keep = labels[row] != IGNORE_INDEX
@@ -145,4 +162,8 @@ def _distributions(
                 reference.logits_of(states[row][keep.to(states.device)], head)
                 for states, head in zip(hidden, heads, strict=True)
             ]
-            yield number, labels[row][keep].to(logits[0].device), [one.float().log_softmax(1) for one in logits]
+            yield (
+                number,
+                labels[row][keep].to(logits[0].device),
+                [one.float().log_softmax(1) for one in logits],
+            )

@@ -9,10 +9,16 @@ import numpy as np
 
 from stanford_alpaca.evaluation.intervals import Items, Replicates, mean_of
 
-ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}  # our names and rouge-score's
+ROUGE = {
+    "rouge_1": "rouge1",
+    "rouge_2": "rouge2",
+    "rouge_l": "rougeL",
+}  # our names and rouge-score's
 
 
-def against_references(responses: list[list[str]], references: list[str]) -> dict[str, Items]:  # [seeds][n], [n]
+def against_references(
+    responses: list[list[str]], references: list[str]
+) -> dict[str, Items]:  # [seeds][n], [n]
     """Exact match (white space around it aside) and F1 of ROUGE (Lin 2004): means over texts, each over its seeds."""
     from rouge_score.rouge_scorer import RougeScorer  # a second to import
 
@@ -32,14 +38,21 @@ def by_themselves(responses: list[list[str]]) -> dict[str, Items | Replicates]: 
     return {
         "distinct_2": Replicates(np.array([distinct(texts, 2) for texts in responses])),
         "self_bleu": Replicates(np.array([self_bleu(texts) for texts in responses])),
-        "repetition_4": mean_of(np.mean([[repetition(text, 4) for text in texts] for texts in responses], axis=0)),
-        "length": mean_of(np.mean([[len(text.split()) for text in texts] for texts in responses], axis=0)),
+        "repetition_4": mean_of(
+            np.mean([[repetition(text, 4) for text in texts] for texts in responses], axis=0)
+        ),
+        "length": mean_of(
+            np.mean([[len(text.split()) for text in texts] for texts in responses], axis=0)
+        ),
     }
 
 
 def exact_match(responses: list[str], references: list[str]) -> float:
     """The share of responses that are the reference, leading and trailing white space aside."""
-    equal = sum(response.strip() == text.strip() for response, text in zip(responses, references, strict=True))
+    equal = sum(
+        response.strip() == text.strip()
+        for response, text in zip(responses, references, strict=True)
+    )
     return equal / len(references)
 
 
@@ -81,9 +94,15 @@ def self_bleu(texts: list[str]) -> float:
             first, second = most[gram]
             correct[len(gram) - 1] += min(count, second if count == first else first)
             total[len(gram) - 1] += count
-        others = (other for other, texts_of_it in lengths.items() if other != length or texts_of_it > 1)
+        others = (
+            other for other, texts_of_it in lengths.items() if other != length or texts_of_it > 1
+        )
         nearest = min(others, key=lambda other: (abs(other - length), other))
-        scores.append(BLEU.compute_bleu(correct, total, length, nearest, smooth_method="exp", effective_order=True).score)
+        scores.append(
+            BLEU.compute_bleu(
+                correct, total, length, nearest, smooth_method="exp", effective_order=True
+            ).score
+        )
     return float(np.mean(scores)) / 100
 
 

@@ -28,12 +28,16 @@ def render(data: dict[str, Any]) -> str:
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
     parts = {"policy": policy, "style": style, "script": script, "data": as_block(data)}
     head, *rest = _read("page.html").split("{{")
-    return head + "".join(parts[name] + text for name, _, text in (piece.partition("}}") for piece in rest))
+    return head + "".join(
+        parts[name] + text for name, _, text in (piece.partition("}}") for piece in rest)
+    )
 
 
 def as_block(data: dict[str, Any]) -> str:
     """JSON in which nothing can end the element that it stands in."""
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(ESCAPED)
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(
+        ESCAPED
+    )
 
 
 def _hash(text: str) -> str:

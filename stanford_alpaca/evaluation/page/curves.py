@@ -14,7 +14,15 @@ STATE, FLAGS = "trainer_state.json", "run.yaml"
 CURVES = ("loss", "nll", "emo", "learning_rate", "eval_loss", "eval_nll", "eval_emo")
 POINTS = 600  # of a curve; of longer ones, means of as many log entries as it takes
 TOLD = ("mode", "model_name_or_path", "learning_rate", "global_batch")
-TOLD_APART = ("data_path", "cost", "cost_kind", "emo_weighting", "emo_weight", "lora", "seed")  # only where runs differ
+TOLD_APART = (
+    "data_path",
+    "cost",
+    "cost_kind",
+    "emo_weighting",
+    "emo_weight",
+    "lora",
+    "seed",
+)  # only where runs differ
 
 Points = list[list[float]]  # [step, value]
 
@@ -23,15 +31,26 @@ def curves_of(run: str) -> dict[str, Points] | None:
     """The curves that the run logged, those without a point left out; of a run that has not ended, its newest checkpoint's.
     None where there is no log."""
     folder = Path(run).expanduser()
-    file = next((place / STATE for place in [folder, *checkpoints(folder)] if (place / STATE).is_file()), None)
+    file = next(
+        (place / STATE for place in [folder, *checkpoints(folder)] if (place / STATE).is_file()),
+        None,
+    )
     if file is None:
         return None
     try:
         history = json.loads(file.read_text(encoding="utf-8"))["log_history"]
-        found = {name: [[entry["step"], entry[name]] for entry in history if name in entry] for name in CURVES}
-        drawn = {name: thinned([point for point in points if math.isfinite(point[1])]) for name, points in found.items()}
+        found = {
+            name: [[entry["step"], entry[name]] for entry in history if name in entry]
+            for name in CURVES
+        }
+        drawn = {
+            name: thinned([point for point in points if math.isfinite(point[1])])
+            for name, points in found.items()
+        }
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{file}: no training log ({first_line(error)}); remove it, or train again") from None
+        raise UserError(
+            f"{file}: no training log ({first_line(error)}); remove it, or train again"
+        ) from None
     return {name: points for name, points in drawn.items() if points}
 
 
@@ -58,7 +77,9 @@ def shown_flags(flags: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the flags of each run those that a reader wants to see."""
     trained = [run for run in flags if run]
     apart = [name for name in TOLD_APART if len({str(run.get(name)) for run in trained}) > 1]
-    return [{name: run[name] for name in (*TOLD, *apart) if run.get(name) is not None} for run in flags]
+    return [
+        {name: run[name] for name in (*TOLD, *apart) if run.get(name) is not None} for run in flags
+    ]
 
 
 def short_names(paths: list[str]) -> list[str]:

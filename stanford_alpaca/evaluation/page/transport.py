@@ -36,7 +36,9 @@ class Tokens(NamedTuple):
     rest_emo: Tensor  # [N] the sum of the others' products
 
 
-def predicted(hidden: Tensor, head: Head, targets: Tensor, cost: CostEmbedding, top: int = TOP) -> Tokens:  # [N, H], [N]
+def predicted(
+    hidden: Tensor, head: Head, targets: Tensor, cost: CostEmbedding, top: int = TOP
+) -> Tokens:  # [N, H], [N]
     """What stands in place of each target. The rest is summed by itself: nothing is subtracted."""
     logits = reference.logits_of(hidden, head).float()
     stats = reference.token_stats(logits, targets, cost)
@@ -88,8 +90,15 @@ def view_of(
         ]
         tokens = Tokens(*(torch.cat(parts) for parts in zip(*found, strict=True)))
         shown.append(_shown(tokens, row[0, places].tolist(), list(texts.values())))
-    near = neighbours({token["id"] for tokens in shown for token in tokens}, cost, len(head.weight), top)
-    used = {i for tokens in shown for token in tokens for i in [token["id"], *(row[0] for row in token["top"])]}
+    near = neighbours(
+        {token["id"] for tokens in shown for token in tokens}, cost, len(head.weight), top
+    )
+    used = {
+        i
+        for tokens in shown
+        for token in tokens
+        for i in [token["id"], *(row[0] for row in token["top"])]
+    }
     used |= {i for rows in near.values() for i, _ in rows}
     return {
         "tokens": len(head.weight),
@@ -108,15 +117,21 @@ def targets_of(encode: ExampleEncoder, record: dict) -> tuple[list[int], dict[in
         if label == IGNORE_INDEX or place == 0:
             continue
         start, stop = offsets[place]
-        again = end is not None and row["labels"][place - 1] == IGNORE_INDEX  # another response of a conversation
-        texts[place] = ("\n\n" if again else "") + text[start if again or end is None else end : stop]
+        again = (
+            end is not None and row["labels"][place - 1] == IGNORE_INDEX
+        )  # another response of a conversation
+        texts[place] = ("\n\n" if again else "") + text[
+            start if again or end is None else end : stop
+        ]
         if label == encode.encoder.eos_id:
             texts[place] = ""
         end = stop
     return row["input_ids"], texts
 
 
-def neighbours(targets: set[int], cost: CostEmbedding, vocab_size: int, top: int = TOP) -> dict[int, list[list[float]]]:
+def neighbours(
+    targets: set[int], cost: CostEmbedding, vocab_size: int, top: int = TOP
+) -> dict[int, list[list[float]]]:
     """Of every target the ids that cost least to move to it, with their cost, the nearest first; itself is none."""
     near = {}
     device = "cpu" if cost.rows is None else cost.rows.device
@@ -145,7 +160,9 @@ def rounded(value: float) -> float:
 def _shown(tokens: Tokens, targets: list[int], texts: list[str]) -> list[dict[str, Any]]:
     """One dict a token: ``top`` has [id, p, cost] a prediction, ``rest`` [p, sum of the products] of all others."""
     plain = [[rounded(value) for value in column.tolist()] for column in tokens[:5]]
-    tops = zip(tokens.top_ids.tolist(), tokens.top_p.tolist(), tokens.top_cost.tolist(), strict=True)
+    tops = zip(
+        tokens.top_ids.tolist(), tokens.top_p.tolist(), tokens.top_cost.tolist(), strict=True
+    )
     rests = zip(tokens.rest_p.tolist(), tokens.rest_emo.tolist(), strict=True)
     rows = zip(targets, texts, *plain, tops, rests, strict=True)
     return [

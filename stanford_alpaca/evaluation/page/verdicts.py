@@ -2,7 +2,12 @@
 
 from typing import Any
 
-HIGHER = ("token_accuracy", "exact_match", "mauve", "rouge_")  # what these begin with is better if it is higher
+HIGHER = (
+    "token_accuracy",
+    "exact_match",
+    "mauve",
+    "rouge_",
+)  # what these begin with is better if it is higher
 LOWER = (
     "nll", "emo", "perplexity", "ece", "costly_mass", "oracle_perplexity", "forward_cross_entropy", "reverse_cross_entropy",
     "total_variation", "transport_cost", "optimal_transport",
@@ -39,12 +44,21 @@ def table_of(evaluation: dict[str, Any], models: list[str], references: str = ""
             "better": better(name),
             "cells": [_cell(result.get(name)) for result in results],
             "references": _cell(theirs.get(name)),
-            "best": _best(name, [place for place, result in enumerate(results) if name in result], pairs, found),
+            "best": _best(
+                name,
+                [place for place, result in enumerate(results) if name in result],
+                pairs,
+                found,
+            ),
         }
         for name in measures
     ]
     differences = [
-        {"measure": name, "better": better(name), "cells": [measured.get(name) for measured in found]}
+        {
+            "measure": name,
+            "better": better(name),
+            "cells": [measured.get(name) for measured in found],
+        }
         for name in measures
         if any(name in measured for measured in found)
     ]
@@ -55,7 +69,9 @@ def _cell(measured: dict[str, float | None] | None) -> list[float | None] | None
     return None if measured is None else [measured["value"], measured["low"], measured["high"]]
 
 
-def _best(measure: str, places: list[int], pairs: list[list[int]], found: list[Measures]) -> int | None:
+def _best(
+    measure: str, places: list[int], pairs: list[list[int]], found: list[Measures]
+) -> int | None:
     """The model that beats each of the others, if there is one."""
     beats: dict[int, set[int]] = {place: set() for place in places}
     for (model, minus), measured in zip(pairs, found, strict=True):
@@ -66,4 +82,7 @@ def _best(measure: str, places: list[int], pairs: list[list[int]], found: list[M
         if gain:
             winner, loser = (model, minus) if gain > 0 else (minus, model)
             beats[winner].add(loser)
-    return next((place for place in places if len(places) > 1 and beats[place] >= set(places) - {place}), None)
+    return next(
+        (place for place in places if len(places) > 1 and beats[place] >= set(places) - {place}),
+        None,
+    )

@@ -25,9 +25,19 @@ from torch.nn.functional import logsigmoid
 
 from stanford_alpaca.cost import Cost, CostEmbedding, CostRows
 from stanford_alpaca.losses.backends import torch_kernels
-from stanford_alpaca.losses.types import Head, Kernels, LossOfStats, SoftTargets, TokenStats, expected_drop, split_targets
+from stanford_alpaca.losses.types import (
+    Head,
+    Kernels,
+    LossOfStats,
+    SoftTargets,
+    TokenStats,
+    expected_drop,
+    split_targets,
+)
 
-TILE_PRODUCTS = 2**25  # entries of the gradient of the weight that are computed at a time in a lower precision
+TILE_PRODUCTS = (
+    2**25
+)  # entries of the gradient of the weight that are computed at a time in a lower precision
 
 
 def linear_loss(
@@ -47,19 +57,27 @@ def linear_loss(
         loss, nll, log_emo = _ChunkedLoss.apply(hidden, head.weight, head.bias, job, reduction)
     else:
         out = job.run(hidden, head.weight, head.bias)
-        loss, nll, log_emo = out.loss.sum() if reduction == "sum" else out.loss, out.nll, out.log_emo
+        loss, nll, log_emo = (
+            out.loss.sum() if reduction == "sum" else out.loss,
+            out.nll,
+            out.log_emo,
+        )
     return loss, TokenStats(nll, log_emo if cost is not None else None)
 
 
 class _Result:
     """What a pass over the chunks fills in, row by row."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]):
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+    ):
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         rows = hidden.new_empty(hidden.shape[0], dtype=exact)
         self.loss, self.nll, self.log_emo = rows, torch.empty_like(rows), torch.empty_like(rows)
         self.d_hidden = torch.empty_like(hidden) if needs[0] else None
-        self.d_weight = torch.zeros_like(weight, dtype=exact) if needs[1] else None  # accumulated in float32
+        self.d_weight = (
+            torch.zeros_like(weight, dtype=exact) if needs[1] else None
+        )  # accumulated in float32
         self.d_bias = torch.zeros_like(bias, dtype=exact) if needs[2] and bias is not None else None
         self.learning = any(g is not None for g in (self.d_hidden, self.d_weight, self.d_bias))
 
@@ -79,10 +97,19 @@ class _Job:
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.columns = kernels.COLUMNS or len(head.weight)
         self.targets, self.rest = split_targets(targets)
-        self.cost, self.objective, self.token_weights, self.kernels = cost, objective, token_weights, kernels
-        shared = cost is not None and cost.rows is not None and self.rest is None  # equal targets have one row of costs
+        self.cost, self.objective, self.token_weights, self.kernels = (
+            cost,
+            objective,
+            token_weights,
+            kernels,
+        )
+        shared = (
+            cost is not None and cost.rows is not None and self.rest is None
+        )  # equal targets have one row of costs
         self.order = (
-            self.targets.argsort(stable=True) if shared else torch.arange(len(self.targets), device=self.targets.device)
+            self.targets.argsort(stable=True)
+            if shared
+            else torch.arange(len(self.targets), device=self.targets.device)
         )
 
     @torch.no_grad()
@@ -92,20 +119,27 @@ class _Job:
         weight: Tensor,
         bias: Tensor | None,
         needs: tuple[bool, bool, bool] = (False, False, False),  # gradients of hidden, weight, bias
-        upstream: Tensor | None = None,  # [N] gradient that arrives at each token's loss; None for ones
+        upstream: Tensor
+        | None = None,  # [N] gradient that arrives at each token's loss; None for ones
     ) -> _Result:
         out = _Result(hidden, weight, bias, needs)
         head = Head(weight.to(hidden.dtype), bias, self.softcap, self.logit_scale)
         limits = self.kernels.CHUNK_LOGITS
         most = max(16, limits.get(hidden.device.type, limits["cuda"]) // self.columns)
         chunks = max(1, math.ceil(len(hidden) / most))
-        for rows in self.order.split(max(1, math.ceil(len(hidden) / chunks))):  # all of nearly one size
+        for rows in self.order.split(
+            max(1, math.ceil(len(hidden) / chunks))
+        ):  # all of nearly one size
             self._chunk(hidden[rows], head, rows, out, upstream)
         return out
 
-    def _chunk(self, h: Tensor, head: Head, rows: Tensor, out: _Result, upstream: Tensor | None) -> None:
+    def _chunk(
+        self, h: Tensor, head: Head, rows: Tensor, out: _Result, upstream: Tensor | None
+    ) -> None:
         y = self.targets[rows]
-        rest = None if self.rest is None else SoftTargets(self.rest.ids[rows], self.rest.probs[rows])
+        rest = (
+            None if self.rest is None else SoftTargets(self.rest.ids[rows], self.rest.probs[rows])
+        )
         costs = self._costs(y, rest, len(head.weight))
         chunk = self.kernels.Chunk(h @ head.weight.T, head, y, costs)
         z_y = chunk.at(y[:, None])
@@ -123,7 +157,9 @@ class _Job:
             if rest is not None and costs is not None:
                 at_target = costs.table[costs.which, y].to(gap.dtype)
                 log_w_all = torch.logaddexp(log_w, gap + at_target.log())
-            log_emo = torch.where(log_w_all > -torch.inf, log_w_all - others + logsigmoid(margin), -torch.inf)
+            log_emo = torch.where(
+                log_w_all > -torch.inf, log_w_all - others + logsigmoid(margin), -torch.inf
+            )
             out.log_emo[rows] = log_emo
         out.nll[rows] = nll
         weights = None if self.token_weights is None else self.token_weights[rows]
@@ -179,7 +215,11 @@ def _derivatives(
             leaves.append(log_emo.detach().requires_grad_())
         loss = objective(leaves[0], leaves[1] if log_emo is not None else None)
         loss = loss if weights is None else loss * weights
-        grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True) if loss.requires_grad else [None] * 2
+        grads = (
+            torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+            if loss.requires_grad
+            else [None] * 2
+        )
     a, b = grads[0], grads[1] if log_emo is not None else None
     a = torch.zeros_like(nll) if a is None else a
     b = torch.zeros_like(nll) if b is None else b
@@ -188,12 +228,16 @@ def _derivatives(
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, reduction: str) -> tuple:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, reduction: str
+    ) -> tuple:
         ctx.job = job
         ctx.early = reduction == "sum" and hidden.dtype != torch.float16
         if ctx.early:
             out = job.run(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]))
-            ctx.grads = [None if g is None else g.to(x.dtype) for g, x in _pairs(out, hidden, weight, bias)]
+            ctx.grads = [
+                None if g is None else g.to(x.dtype) for g, x in _pairs(out, hidden, weight, bias)
+            ]
         else:
             out = job.run(hidden, weight, bias)
             ctx.save_for_backward(hidden, weight, bias)
@@ -206,13 +250,19 @@ class _ChunkedLoss(torch.autograd.Function):
         grad = upstream[0]
         if ctx.early:
             if ctx.grads is None:
-                raise RuntimeError("backward a second time: the gradients were freed after the first")
+                raise RuntimeError(
+                    "backward a second time: the gradients were freed after the first"
+                )
             grads = [None if g is None else g.mul_(grad) for g in ctx.grads]
             ctx.grads = None  # a second backward is an error, as for any freed graph
         else:
             hidden, weight, bias = ctx.saved_tensors
-            out = ctx.job.run(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]), grad.expand(len(hidden)))
-            grads = [None if g is None else g.to(x.dtype) for g, x in _pairs(out, hidden, weight, bias)]
+            out = ctx.job.run(
+                hidden, weight, bias, tuple(ctx.needs_input_grad[:3]), grad.expand(len(hidden))
+            )
+            grads = [
+                None if g is None else g.to(x.dtype) for g, x in _pairs(out, hidden, weight, bias)
+            ]
         return *grads, None, None
 
 

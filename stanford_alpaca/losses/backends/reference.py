@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.losses.types import Head, LossOfStats, SoftTargets, TokenStats, expected_drop, split_targets
+from stanford_alpaca.losses.types import (
+    Head,
+    LossOfStats,
+    SoftTargets,
+    TokenStats,
+    expected_drop,
+    split_targets,
+)
 
 
 def token_stats(
@@ -42,7 +49,9 @@ def token_stats(
     costly = (costs > 0) & (z > -torch.inf)
     free = ~costly.any(dim=1)  # nothing that costs anything can be reached
     weighted = torch.where(costly, z + costs.log(), -torch.inf)
-    weighted = torch.where(free[:, None], torch.zeros_like(z), weighted)  # keeps the gradient of free rows finite
+    weighted = torch.where(
+        free[:, None], torch.zeros_like(z), weighted
+    )  # keeps the gradient of free rows finite
     log_emo = weighted.logsumexp(1) - z.logsumexp(1)
     return TokenStats(nll, torch.where(free, -torch.inf, log_emo))
 

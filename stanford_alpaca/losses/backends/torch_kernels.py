@@ -14,8 +14,13 @@ from stanford_alpaca.losses.types import Head
 
 CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # held at a time: 96 MiB and 512 MiB in float32
 COLUMNS = None  # a chunk is sized for the rows of the weight
-CACHE_LOGITS = {"cpu": 2**20, "cuda": 2**25}  # worked on at a time: on a CPU what stays in its caches
-UNDERFLOW = 1e-25  # relative to the greatest of the others: below it sums may have lost terms to underflow
+CACHE_LOGITS = {
+    "cpu": 2**20,
+    "cuda": 2**25,
+}  # worked on at a time: on a CPU what stays in its caches
+UNDERFLOW = (
+    1e-25  # relative to the greatest of the others: below it sums may have lost terms to underflow
+)
 
 
 class Chunk:
@@ -38,8 +43,16 @@ class Chunk:
             z *= head.logit_scale
         if head.softcap is not None:
             z.div_(head.softcap).tanh_().mul_(head.softcap)
-        self._product, self._z, self._y, self._costs, self._head = product, z, targets[:, None], costs, head
-        self._slope: Tensor | None = None if head.softcap is None else head.slope(z)  # [n, V], while z is there
+        self._product, self._z, self._y, self._costs, self._head = (
+            product,
+            z,
+            targets[:, None],
+            costs,
+            head,
+        )
+        self._slope: Tensor | None = (
+            None if head.softcap is None else head.slope(z)
+        )  # [n, V], while z is there
         self._underflown: list[tuple[Tensor, Tensor]] = []  # rows, and their z + log c
 
     def at(self, ids: Tensor) -> Tensor:  # [n, k] -> [n, k]
@@ -57,7 +70,9 @@ class Chunk:
         self.top, total, log_w = (torch.empty_like(z_y) for _ in range(3))
         top = self.top
         for rows in self._slices():
-            top[rows] = z[rows].amax(1).clamp_min_(torch.finfo(z.dtype).min)  # finite even where there are no others
+            top[rows] = (
+                z[rows].amax(1).clamp_min_(torch.finfo(z.dtype).min)
+            )  # finite even where there are no others
             shifted = z[rows] - top[rows, None]
             e = torch.exp(shifted, out=z[rows])
             total[rows] = e.sum(1)
@@ -70,7 +85,9 @@ class Chunk:
         w = torch.mul(e, c).sum(1)
         lost = (w < UNDERFLOW).nonzero().squeeze(1)
         log_w = w.log_()
-        if len(lost):  # what costs anything is out of reach, or its exponentials are: once more with logarithms
+        if len(
+            lost
+        ):  # what costs anything is out of reach, or its exponentials are: once more with logarithms
             logs = c[lost].log_().add_(shifted[lost])
             log_w[lost] = logs.logsumexp(1)
             self._underflown.append((rows.start + lost, logs))

@@ -22,7 +22,9 @@ except ImportError:  # builds of torch for CPUs do not bring it
     triton = None
 
 jit = triton.jit if triton else lambda kernel: kernel
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 now, when the kernels are decorated
+INTERPRETED = (
+    triton is not None and triton.knobs.runtime.interpret
+)  # TRITON_INTERPRET=1 now, when the kernels are decorated
 CHUNK_LOGITS = {"cuda": 2**28}  # logits held at a time: 512 MiB in bfloat16
 COLUMNS = None  # a chunk is sized for the rows of the weight
 BLOCK, WARPS = 2048, 8  # 8 logits per thread: 16 bytes in bfloat16
@@ -54,7 +56,9 @@ class Chunk:
         assert product.stride(1) == 1 and (costs is None or costs.table.stride(1) == 1)
         self.product, self.targets = product, targets.contiguous()
         self.bias = None if head.bias is None else head.bias.contiguous()
-        self.scale, self.softcap = (None if x is None else float(x) for x in (head.logit_scale, head.softcap))
+        self.scale, self.softcap = (
+            None if x is None else float(x) for x in (head.logit_scale, head.softcap)
+        )
         self.table = None if costs is None else costs.table
         self.which = None if costs is None else costs.which.contiguous()
 
@@ -75,9 +79,14 @@ class Chunk:
             z *= self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
-    def gradient(self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor | None, g_y: Tensor) -> Tensor:
+    def gradient(
+        self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor | None, g_y: Tensor
+    ) -> Tensor:
         """As ``torch_kernels.Chunk.gradient``. Without costs neither log_w nor beta is read."""
-        vectors = (None if x is None else x.contiguous() for x in (self.top, others, log_w, alpha, beta, g_y))
+        vectors = (
+            None if x is None else x.contiguous()
+            for x in (self.top, others, log_w, alpha, beta, g_y)
+        )
         self._launch(_gradient, *vectors)
         return self.product
 
@@ -100,7 +109,9 @@ def _statistics(
     target = tl.load(targets + row).to(tl.int32)
     if table is not None:
         table += tl.load(which + row) * table_stride
-    top = tl.full([BLOCK], -3.4028234663852886e38, tl.float32)  # the lowest finite one: -inf - -inf is NaN
+    top = tl.full(
+        [BLOCK], -3.4028234663852886e38, tl.float32
+    )  # the lowest finite one: -inf - -inf is NaN
     total = tl.full([BLOCK], 0, tl.float32)
     top_w, total_w = top, total
     for start in range(0, V, BLOCK):
@@ -176,7 +187,9 @@ def _tanh(x):
 
 @jit
 def _exp(x):
-    return tl.exp2(1.4426950408889634 * x)  # as tl.exp, but without three instructions for results below 1e-38
+    return tl.exp2(
+        1.4426950408889634 * x
+    )  # as tl.exp, but without three instructions for results below 1e-38
 
 
 @jit

@@ -50,14 +50,18 @@ def linear_loss(
     if reduction != "sum":
         raise ValueError("a sharded output layer has no unreduced loss: use reduction mean or sum")
     if isinstance(targets, SoftTargets):
-        raise ValueError("a sharded output layer takes no soft targets: gather it, or leave the teacher out")
+        raise ValueError(
+            "a sharded output layer takes no soft targets: gather it, or leave the teacher out"
+        )
     weight, bias, group = _local(head, hidden.device)
     if cost is not None and cost.rows is not None and not isinstance(cost, ShardedCost):
         raise ValueError("a sharded output layer needs a ShardedCost")
     ranks, vocab_size = dist.get_world_size(group), head.weight.shape[0]
     columns = -(-vocab_size // ranks)
     if columns * (ranks - 1) >= vocab_size:
-        raise ValueError(f"a vocabulary of {vocab_size} is too small for {ranks} ranks: one has no part of it")
+        raise ValueError(
+            f"a vocabulary of {vocab_size} is too small for {ranks} ranks: one has no part of it"
+        )
     tokens = _Tokens(len(hidden), group, hidden.device)
     everyone = tokens.gather(hidden)
     goals = tokens.gather(targets)
@@ -81,7 +85,9 @@ def _local(head: Head, device: torch.device) -> tuple[Tensor, Tensor | None, dis
     """This rank's rows of the weight and the bias, on the device if they were offloaded, and the group that shares them."""
     weight = head.weight
     if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
-        raise ValueError(f"wanted an output layer sharded by vocabulary over one group of ranks, not {type(weight).__name__}")
+        raise ValueError(
+            f"wanted an output layer sharded by vocabulary over one group of ranks, not {type(weight).__name__}"
+        )
     bias = None if head.bias is None else head.bias.to_local().to(device)  # type: ignore[attr-defined]
     return weight.to_local().to(device), bias, weight.device_mesh.get_group()
 
@@ -92,14 +98,22 @@ class _Tokens:
     def __init__(self, count: int, group: dist.ProcessGroup, device: torch.device):
         counts = all_gather(torch.tensor([count], device=device), group)
         numbers = counts.tolist()
-        self.group, self.most, self.start = group, max(numbers), sum(numbers[: dist.get_rank(group)])
-        self._keep = (torch.arange(self.most, device=device) < counts[:, None]).flatten()  # [R * most]
+        self.group, self.most, self.start = (
+            group,
+            max(numbers),
+            sum(numbers[: dist.get_rank(group)]),
+        )
+        self._keep = (
+            torch.arange(self.most, device=device) < counts[:, None]
+        ).flatten()  # [R * most]
 
     def gather(self, own: Tensor) -> Tensor:  # [n, ...] -> [N, ...]
         """Of all ranks, in their order. One all-gather of the most that a rank has, if any has some."""
         if self.most == 0:
             return own
-        padded = own.new_zeros(self.most, *own.shape[1:]).index_copy(0, torch.arange(len(own), device=own.device), own)
+        padded = own.new_zeros(self.most, *own.shape[1:]).index_copy(
+            0, torch.arange(len(own), device=own.device), own
+        )
         return _GatherRows.apply(padded, self.group)[self._keep]
 
 
@@ -122,10 +136,15 @@ class _Kernels:
     """The kernels that serve one shard: each rank has ``columns`` of the vocabulary, the last ones fewer."""
 
     def __init__(self, kernels: Kernels, columns: int, group: dist.ProcessGroup):
-        self.CHUNK_LOGITS, self.COLUMNS = kernels.CHUNK_LOGITS, columns  # equal on all ranks, as chunks have to be
+        self.CHUNK_LOGITS, self.COLUMNS = (
+            kernels.CHUNK_LOGITS,
+            columns,
+        )  # equal on all ranks, as chunks have to be
         self._kernels, self._start, self._group = kernels, columns * dist.get_rank(group), group
 
-    def Chunk(self, product: Tensor, head: Head, targets: Tensor, costs: CostRows | None) -> "_Chunk":
+    def Chunk(
+        self, product: Tensor, head: Head, targets: Tensor, costs: CostRows | None
+    ) -> "_Chunk":
         chunk = self._kernels.Chunk
         return _Chunk(chunk, self._start, self._group, product, head, targets, costs)
 
@@ -152,15 +171,21 @@ class _Chunk:
         self._group, self._costs = group, costs
         local = torch.where(self._mine, local, 0)
         self._chunk = chunk(product, head, local, costs)
-        self._z = self._chunk.at(local[:, None]).squeeze(1)  # [c] of the target, or of the first column
-        self._log_c = None if costs is None else costs.table[:, 0].to(self._z.dtype).log()[costs.which]
+        self._z = self._chunk.at(local[:, None]).squeeze(
+            1
+        )  # [c] of the target, or of the first column
+        self._log_c = (
+            None if costs is None else costs.table[:, 0].to(self._z.dtype).log()[costs.which]
+        )
 
     def at(self, ids: Tensor) -> Tensor:
         """This rank's part of ``statistics`` needs no other logits, and soft targets are refused."""
         return self._z[:, None]
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        _, others, log_w = self._chunk.statistics()  # relative to the greatest of this rank's others
+        _, others, log_w = (
+            self._chunk.statistics()
+        )  # relative to the greatest of this rank's others
         self._own_top = self._chunk.top
         top = torch.where(self._mine, self._own_top, torch.maximum(self._own_top, self._z))
         first = torch.where(self._mine, -torch.inf, self._z - top)
@@ -171,21 +196,29 @@ class _Chunk:
         else:
             log_w = torch.logaddexp(log_w + (self._own_top - top), first + self._log_c)
             self.top, top_w = self._maximum(torch.stack([top, log_w + top]))
-            lead = torch.where(top_w > -torch.inf, top_w - self.top, 0.0)  # log w may lie far below: a maximum of its own
+            lead = torch.where(
+                top_w > -torch.inf, top_w - self.top, 0.0
+            )  # log w may lie far below: a maximum of its own
             down = top - self.top
             parts = [torch.exp(others + down), torch.exp(log_w + down - lead)]
         sums = torch.stack([*parts, torch.where(self._mine, self._z - self.top, 0.0)])
         self._reduce(sums, dist.ReduceOp.SUM)
         return sums[-1], sums[0].log(), None if log_w is None else lead + sums[1].log()
 
-    def gradient(self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor, g_y: Tensor) -> Tensor:
+    def gradient(
+        self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor, g_y: Tensor
+    ) -> Tensor:
         down = self._z - self.top
         first = torch.where(others > -torch.inf, alpha * torch.exp(down - others), 0.0)
         if self._log_c is not None and log_w is not None:
             first += torch.where(beta != 0, beta * torch.exp(down + self._log_c - log_w), 0.0)
         lift = self.top - self._own_top
         return self._chunk.gradient(
-            others + lift, None if log_w is None else log_w + lift, alpha, beta, torch.where(self._mine, g_y, first)
+            others + lift,
+            None if log_w is None else log_w + lift,
+            alpha,
+            beta,
+            torch.where(self._mine, g_y, first),
         )
 
     def _maximum(self, values: Tensor) -> Tensor:

@@ -7,11 +7,25 @@ import numpy as np
 import pytest
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.fewshot.retrieval import bm25, draw, draw_pool, load_encoder, means_of, nearest_examples, tfidf
+from stanford_alpaca.evaluation.fewshot.retrieval import (
+    bm25,
+    draw,
+    draw_pool,
+    load_encoder,
+    means_of,
+    nearest_examples,
+    tfidf,
+)
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.models.load import ModelSource
 
-TRAIN = ["the cat sat", "a dog barked loudly", "the cat sat on the mat", "stocks fell on monday", "cats"]
+TRAIN = [
+    "the cat sat",
+    "a dog barked loudly",
+    "the cat sat on the mat",
+    "stocks fell on monday",
+    "cats",
+]
 
 
 def test_the_nearest_stands_last_and_of_equals_the_first_is_taken():
@@ -51,22 +65,26 @@ def test_the_models_own_states(root):
 
 
 def test_sentence_embeddings_of_a_local_encoder(root, tmp_path):
-    sentence_transformers = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    sentence_transformers = pytest.importorskip(
+        "sentence_transformers", reason="sentence-transformers is not installed"
+    )
     from sentence_transformers.models import StaticEmbedding
     from tokenizers import Tokenizer
 
     folder = str(tmp_path / "encoder")
     words = Tokenizer.from_file(str(root / "data" / "tiny-base" / "tokenizer.json"))
-    sentence_transformers.SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=16)]).save(
-        str(tmp_path / "encoder")
-    )
+    sentence_transformers.SentenceTransformer(
+        modules=[StaticEmbedding(words, embedding_dim=16)]
+    ).save(str(tmp_path / "encoder"))
     train, test = load_encoder(folder)(TRAIN, [TRAIN[3]])
     assert nearest_examples(train, test, 1) == [[3]]
     assert np.linalg.norm(train, axis=1) == pytest.approx(np.ones(5), abs=1e-5)
 
 
 def test_an_encoder_that_cannot_be_had(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"--encoder .*none: cannot be loaded .*; give a folder, or take tfidf"):
+    with pytest.raises(
+        UserError, match=r"--encoder .*none: cannot be loaded .*; give a folder, or take tfidf"
+    ):
         load_encoder(str(tmp_path / "none"))
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(UserError, match="needs sentence-transformers: pip install"):

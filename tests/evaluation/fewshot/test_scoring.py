@@ -9,10 +9,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.fewshot import scoring
 from stanford_alpaca.evaluation.fewshot.prompting import Choices, encode_choices, split_stem
-from stanford_alpaca.evaluation.fewshot.scoring import Scorer, batches, choose_way, common_start, plain, score
+from stanford_alpaca.evaluation.fewshot.scoring import (
+    Scorer,
+    batches,
+    choose_way,
+    common_start,
+    plain,
+    score,
+)
 from stanford_alpaca.evaluation.fewshot.tasks import Split, Task, TaskData
 
-NEEDS_LM_EVAL = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install lm-eval==0.4.13")
+NEEDS_LM_EVAL = pytest.mark.skipif(
+    find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install lm-eval==0.4.13"
+)
 REVIEWS = Task("reviews", "Review: {text}\nSentiment: {label}", ["negative", "positive"])
 
 
@@ -24,17 +33,24 @@ def made_up(stem: int) -> list[Choices]:
         return torch.randint(3, 97, (count,), generator=random).tolist()
 
     start, shapes = ids(stem), [(5, (1, 1, 3)), (30, (2, 1, 4)), (1, (1, 1, 1)), (60, (1, 5, 2))]
-    return [Choices(start + ids(length), [ids(count) for count in counts], []) for length, counts in shapes]
+    return [
+        Choices(start + ids(length), [ids(count) for count in counts], [])
+        for length, counts in shapes
+    ]
 
 
 def furthest(scores, others):
-    return max(abs(a - b) for pair in zip(scores, others, strict=True) for a, b in zip(*pair, strict=True))
+    return max(
+        abs(a - b) for pair in zip(scores, others, strict=True) for a, b in zip(*pair, strict=True)
+    )
 
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "gemma3", "mixtral-routed"])
 def test_every_fast_way_gives_the_plain_loops_scores(make_model, family, whole, capsys):
-    model = make_model(family, initializer_range=0.3, **({"init_std": 0.3} if family == "opt" else {}))
+    model = make_model(
+        family, initializer_range=0.3, **({"init_std": 0.3} if family == "opt" else {})
+    )
     for stem in (0, 20):
         choices, scorer = made_up(stem), Scorer(model, whole)
         want = plain(model, choices, whole)
@@ -42,7 +58,9 @@ def test_every_fast_way_gives_the_plain_loops_scores(make_model, family, whole, 
         with torch.inference_mode():
             starts = common_start([item.context for item in choices])[:stem]
             found = [scorer.padded(choices), scorer.shared(choices), scorer.shared(choices, starts)]
-            found.append(scorer.shared(choices[1:], starts))  # from the kept cache, which the call before left as it was
+            found.append(
+                scorer.shared(choices[1:], starts)
+            )  # from the kept cache, which the call before left as it was
         for scores in found:
             assert furthest(scores, want[-len(scores) :]) < 1e-4
         assert furthest(score(model, choices, 3, whole), want) < 1e-4
@@ -60,24 +78,37 @@ def test_the_plain_loop_is_the_sum_of_the_logarithms(make_model):
 
 def test_what_a_model_cannot_do_is_found_and_said(make_model, monkeypatch, capsys):
     torch.manual_seed(1)
-    config = AutoConfig.for_model("mamba", vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    config = AutoConfig.for_model(
+        "mamba", vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4
+    )
     mamba, choices = AutoModelForCausalLM.from_config(config).eval(), made_up(20)
     assert furthest(score(mamba, choices), plain(mamba, choices)) < 1e-4
     said = capsys.readouterr().out
-    assert said.count("done without") == 2 and "MambaForCausalLM: sharing what the classes share does not work here" in said
+    assert (
+        said.count("done without") == 2
+        and "MambaForCausalLM: sharing what the classes share does not work here" in said
+    )
 
-    window = make_model("mistral", sliding_window=8, initializer_range=0.3)  # padding behind the stem moves its window
+    window = make_model(
+        "mistral", sliding_window=8, initializer_range=0.3
+    )  # padding behind the stem moves its window
     assert furthest(score(window, choices), plain(window, choices)) < 1e-4
     llama = make_model("llama", initializer_range=0.3)
-    monkeypatch.setattr(Scorer, "shared", lambda self, batch, *stem: [[0.0] * len(item.endings) for item in batch])
-    monkeypatch.setattr(Scorer, "padded", lambda self, batch: [[float("nan")] * len(item.endings) for item in batch])
+    monkeypatch.setattr(
+        Scorer, "shared", lambda self, batch, *stem: [[0.0] * len(item.endings) for item in batch]
+    )
+    monkeypatch.setattr(
+        Scorer, "padded", lambda self, batch: [[float("nan")] * len(item.endings) for item in batch]
+    )
     assert choose_way(llama, choices, False)(choices) == plain(llama, choices)
     said = capsys.readouterr().out
     assert "MistralForCausalLM: sharing what all items share does not" in said
     assert "LlamaForCausalLM: batching does not work here (log-likelihoods move by nan)" in said
 
 
-def test_an_output_layer_that_is_not_recognised_gives_the_models_own_logits(make_model, monkeypatch):
+def test_an_output_layer_that_is_not_recognised_gives_the_models_own_logits(
+    make_model, monkeypatch
+):
     model, choices = make_model("llama", initializer_range=0.3), made_up(20)
     layer = model.lm_head
     layer.register_forward_hook(lambda layer, inputs, output: 2 * output + 1)
@@ -88,7 +119,11 @@ def test_an_output_layer_that_is_not_recognised_gives_the_models_own_logits(make
 
 def test_batches_and_common_starts():
     assert list(batches([5, 9, 2, 9], 3, 0)) == [[1, 3, 0], [2]]
-    assert list(batches([5, 9, 2, 3], None, 10)) == [[1], [0, 3], [2]]  # with padding: 9, then 2 x 5, then 2
+    assert list(batches([5, 9, 2, 3], None, 10)) == [
+        [1],
+        [0, 3],
+        [2],
+    ]  # with padding: 9, then 2 x 5, then 2
     assert common_start([[1, 2, 3], [1, 2], [1, 2, 4]]) == [1, 2] and common_start([[1], [2]]) == []
 
 
@@ -106,7 +141,9 @@ def tokenizer(root):
 @pytest.fixture
 def reviews():
     train = Split(["a fine film", "dull", "not good , not bad", "a waste of time"], [1, 0, 1, 0])
-    return TaskData(REVIEWS, train, Split(["a fine {film} </s>", "two long hours of my life"], [1, 0]))
+    return TaskData(
+        REVIEWS, train, Split(["a fine {film} </s>", "two long hours of my life"], [1, 0])
+    )
 
 
 def test_prompts_hold_the_examples_in_order_and_too_long_ones_lose_the_first(tokenizer, reviews):
@@ -121,9 +158,17 @@ def test_prompts_hold_the_examples_in_order_and_too_long_ones_lose_the_first(tok
     longest = max(len(whole[0].context + ending) for ending in whole[0].endings)
     cut = encode_choices(tokenizer, reviews, [[1, 0], []], longest - 1)
     assert [item.examples for item in cut] == [[0], []]
-    assert cut[0].context + cut[0].endings[0] == tokenizer(want.split("\n\n", 1)[1] + "negative")["input_ids"]
-    with pytest.raises(UserError, match=r"record 2 has \d+ tokens without any example, and the model has 20 positions"):
-        encode_choices(tokenizer, reviews._replace(test=Split(["a", "a " * 20], [0, 0])), [[], []], 20)
+    assert (
+        cut[0].context + cut[0].endings[0]
+        == tokenizer(want.split("\n\n", 1)[1] + "negative")["input_ids"]
+    )
+    with pytest.raises(
+        UserError,
+        match=r"record 2 has \d+ tokens without any example, and the model has 20 positions",
+    ):
+        encode_choices(
+            tokenizer, reviews._replace(test=Split(["a", "a " * 20], [0, 0])), [[], []], 20
+        )
 
 
 def test_a_token_that_the_tokenizer_puts_at_the_end_is_left_out(root, reviews, tokenizer):
@@ -131,9 +176,13 @@ def test_a_token_that_the_tokenizer_puts_at_the_end_is_left_out(root, reviews, t
 
     closing = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
     ids = [(token, closing.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
-    closing.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    closing.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ids
+    )
     assert closing("a")["input_ids"][-1] == closing.eos_token_id
-    assert encode_choices(closing, reviews, [[0], [1]], None) == encode_choices(tokenizer, reviews, [[0], [1]], None)
+    assert encode_choices(closing, reviews, [[0], [1]], None) == encode_choices(
+        tokenizer, reviews, [[0], [1]], None
+    )
 
 
 @NEEDS_LM_EVAL
@@ -144,8 +193,17 @@ def test_log_likelihoods_are_those_of_lm_eval(root, tokenizer, reviews):
     model = AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base")
     choices = encode_choices(tokenizer, reviews, [[1, 2, 0], [3, 0]], 1024)
     texts = [[tokenizer.decode(ids) for ids in (item.context, *item.endings)] for item in choices]
-    pairs = [(context.removeprefix("<s>"), ending) for context, *endings in texts for ending in endings]
+    pairs = [
+        (context.removeprefix("<s>"), ending) for context, *endings in texts for ending in endings
+    ]
     requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
-    theirs = [value for value, _ in HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2).loglikelihood(requests)]
-    assert [value for row in score(model, choices) for value in row] == pytest.approx(theirs, abs=1e-4)
+    theirs = [
+        value
+        for value, _ in HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2).loglikelihood(
+            requests
+        )
+    ]
+    assert [value for row in score(model, choices) for value in row] == pytest.approx(
+        theirs, abs=1e-4
+    )
     assert pairs[0][1] == " negative" and len(choices[0].context) > scoring.STEM

@@ -25,12 +25,18 @@ def test_the_seven_tasks_are_there_and_a_label_can_be_put_first(tmp_path):
     [
         ("classes: [a, b]", "no task"),
         ('template: "{text} {label} {other}"\nclasses: [a, b]', "needs {text} and {label}"),
-        ('template: "{text} {label}"\nclasses: [a, ab]', "none of which begins with another's name"),
+        (
+            'template: "{text} {label}"\nclasses: [a, ab]',
+            "none of which begins with another's name",
+        ),
         ('template: "{text} {label}"\nclasses: [a, b]\nspilts: x', "unknown field spilts"),
         ("[", "no task"),
         ('template: "{text!r} {label}"\nclasses: [a, b]', "nothing else in braces"),
         ('template: "{text:d} {label}"\nclasses: [a, b]', "nothing else in braces"),
-        ('template: "{text} {label}"\nclasses: [yes, no]', "classes is \\[True, False\\]; wanted a list of words, in quotes"),
+        (
+            'template: "{text} {label}"\nclasses: [yes, no]',
+            "classes is \\[True, False\\]; wanted a list of words, in quotes",
+        ),
     ],
 )
 def test_a_bad_task_file(tmp_path, text, message):
@@ -61,7 +67,10 @@ def test_records_of_files_and_which_tasks_a_folder_has(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a", "label": 2}, "line 1: label 2 is no class of task rt: 0 negative, 1 positive"),
+        (
+            {"text": "a", "label": 2},
+            "line 1: label 2 is no class of task rt: 0 negative, 1 positive",
+        ),
         ({"text": "a", "label": True}, "label True is no class"),
         ({"text": "a", "label": "1"}, "label '1' is no class"),
         ({"text": "a"}, "label None is no class"),
@@ -82,12 +91,17 @@ def test_the_hub_is_asked_for_the_splits_and_columns_of_the_task(monkeypatch):
 
     def load(*args, **options):
         asked.append((args, options))
-        return Dataset.from_dict({"text": [f"who {options['split']} ?"], "coarse_label": [3], "fine_label": [9]})
+        return Dataset.from_dict(
+            {"text": [f"who {options['split']} ?"], "coarse_label": [3], "fine_label": [9]}
+        )
 
     monkeypatch.setattr("stanford_alpaca.evaluation.fewshot.tasks.load_dataset", load)
     data = load_task(read_tasks()["trec"])
     assert data.test == (["who test ?"], [3]) and data.train.texts == ["who train ?"]
-    assert asked[0] == (("CogComp/trec", None), {"revision": "refs/convert/parquet", "split": "train"})
+    assert asked[0] == (
+        ("CogComp/trec", None),
+        {"revision": "refs/convert/parquet", "split": "train"},
+    )
     with pytest.raises(UserError, match="record 1: label 3 is no class of task rt"):
         monkeypatch.setattr(
             "stanford_alpaca.evaluation.fewshot.tasks.load_dataset",
@@ -97,5 +111,8 @@ def test_the_hub_is_asked_for_the_splits_and_columns_of_the_task(monkeypatch):
 
 
 def test_without_a_network_files_are_advised():
-    with pytest.raises(UserError, match=r"the hub did not give it .*; give files: --data_dir DIR with subj_train.jsonl and"):
+    with pytest.raises(
+        UserError,
+        match=r"the hub did not give it .*; give files: --data_dir DIR with subj_train.jsonl and",
+    ):
         load_task(read_tasks()["subj"])

@@ -22,9 +22,14 @@ def test_the_numbers_and_that_batches_do_not_matter(root, tmp_path, exact, make_
     model, tokenizer = load_for_generation(ModelSource(str(root / "data" / "tiny-base")))
     if family is not None:
         model = make_model(family, vocab_size=2048, positions=512)
-    examples, _ = tokenize_records(load_records(tmp_path / "data.json", str(tmp_path / "cache")), tokenizer, 512)
+    examples, _ = tokenize_records(
+        load_records(tmp_path / "data.json", str(tmp_path / "cache")), tokenizer, 512
+    )
     embedding = model.lm_head.weight.detach()
-    got = [teacher_forced(model, tokenizer, examples, CostEmbedding(embedding), batch_size=size) for size in (1, 4, 9)]
+    got = [
+        teacher_forced(model, tokenizer, examples, CostEmbedding(embedding), batch_size=size)
+        for size in (1, 4, 9)
+    ]
     want, tops = [], []  # of every record the sums over its tokens
     for example in examples:
         labels = torch.tensor(example["labels"])[1:]
@@ -41,7 +46,9 @@ def test_the_numbers_and_that_batches_do_not_matter(root, tmp_path, exact, make_
         for name, column in zip(("tokens", "nll", "emo", "correct", "costly"), want.T, strict=True):
             assert getattr(forced, name) == pytest.approx(column, rel=1e-4, abs=1e-6), name
         measures = forced.measures()
-        assert measures["perplexity"].value == pytest.approx(np.exp(want[:, 1].sum() / want[:, 0].sum()), rel=1e-4)
+        assert measures["perplexity"].value == pytest.approx(
+            np.exp(want[:, 1].sum() / want[:, 0].sum()), rel=1e-4
+        )
         assert measures["ece"].value == pytest.approx(plain_ece(*np.array(tops).T), abs=1e-5)
         assert measures["supervised_tokens"] == want[:, 0].sum() == forced.bins[..., 0].sum()
 
@@ -53,17 +60,26 @@ def plain_ece(top: np.ndarray, hit: np.ndarray) -> float:
 
 
 def test_calibration_error_by_hand():
-    bins = np.zeros((2, BINS, 3))  # two records share the last bin: right 3 times of 4 at 0.95; the other bin is exact
+    bins = np.zeros(
+        (2, BINS, 3)
+    )  # two records share the last bin: right 3 times of 4 at 0.95; the other bin is exact
     bins[0, 14], bins[1, 14], bins[1, 7] = [1, 0.95, 1], [3, 2.85, 2], [4, 2, 2]
     ones = np.ones(2)
-    assert Forced(ones, ones, ones, ones, ones, bins).measures()["ece"].value == pytest.approx(4 / 8 * 0.2)
+    assert Forced(ones, ones, ones, ones, ones, bins).measures()["ece"].value == pytest.approx(
+        4 / 8 * 0.2
+    )
 
 
 def test_a_record_without_a_target_counts_nothing_but_keeps_its_place(make_model):
     model, cost = make_model("llama"), CostEmbedding(None, "identity")
     examples = Dataset.from_dict(
-        {"input_ids": [[], [5, 6, 7], [5, 6]], "labels": [[], [-100, 6, 7], [5, -100]]}  # a first token is no target
+        {
+            "input_ids": [[], [5, 6, 7], [5, 6]],
+            "labels": [[], [-100, 6, 7], [5, -100]],
+        }  # a first token is no target
     )
     found = teacher_forced(model, type("Tokenizer", (), {"pad_token_id": 0}), examples, cost)
     assert found.tokens.tolist() == [0, 2, 0] and found.nll[[0, 2]].tolist() == [0, 0]
-    assert found.costly[1] == pytest.approx(found.emo[1], rel=1e-5) and found.emo[1] > 1.5  # all others cost 1: 1 - p_y
+    assert (
+        found.costly[1] == pytest.approx(found.emo[1], rel=1e-5) and found.emo[1] > 1.5
+    )  # all others cost 1: 1 - p_y

@@ -10,7 +10,11 @@ from datasets import Dataset
 from scipy.optimize import linprog
 
 from stanford_alpaca.cost import CostEmbedding
-from stanford_alpaca.evaluation.measures.oracle import distances, optimal_transport, oracle_perplexity
+from stanford_alpaca.evaluation.measures.oracle import (
+    distances,
+    optimal_transport,
+    oracle_perplexity,
+)
 
 V = 12
 
@@ -24,8 +28,13 @@ def distributions(model, row):
 @pytest.fixture
 def pair(make_model):
     rows = [[1, 2, 3, 4, 5], [6, 7, 8], [9, 1, 4, 2, 2, 7]]
-    examples = Dataset.from_dict({"input_ids": rows, "labels": [[-100, -100, *row[2:]] for row in rows]})
-    models = [make_model(family, vocab_size=V, initializer_range=0.3).eval() for family in ("llama", "gpt2")]
+    examples = Dataset.from_dict(
+        {"input_ids": rows, "labels": [[-100, -100, *row[2:]] for row in rows]}
+    )
+    models = [
+        make_model(family, vocab_size=V, initializer_range=0.3).eval()
+        for family in ("llama", "gpt2")
+    ]
     return *models, examples
 
 
@@ -56,22 +65,43 @@ def test_optimal_transport_is_the_linear_programs_and_below_the_independent_coup
     cost = CostEmbedding(torch.randn(V, 4, generator=torch.Generator().manual_seed(3)))
     p, q = (distributions(one, examples[0])[0] for one in (model, oracle))
     prices = cost.costs(torch.arange(V), V).double().numpy()
-    marginals = [[float(i == a) for i, _ in itertools.product(range(V), repeat=2)] for a in range(V)]
-    marginals += [[float(j == a) for _, j in itertools.product(range(V), repeat=2)] for a in range(V)]
+    marginals = [
+        [float(i == a) for i, _ in itertools.product(range(V), repeat=2)] for a in range(V)
+    ]
+    marginals += [
+        [float(j == a) for _, j in itertools.product(range(V), repeat=2)] for a in range(V)
+    ]
     solved = linprog(prices.ravel(), A_eq=np.array(marginals), b_eq=np.concatenate([p, q])).fun
     assert optimal_transport(p, q, cost) == pytest.approx(solved, abs=4e-3)
     assert optimal_transport(p, p, cost) == pytest.approx(0.0, abs=1e-9)
     found = distances(model, oracle, examples, cost, pad_token_id=0)
     assert found["optimal_transport"].measured().value < found["transport_cost"].measured().value
-    assert found["optimal_transport"].sums[:, 1].tolist() == [3, 1, 4]  # all positions, fewer than were asked for
-    some = [distances(model, oracle, examples, cost, pad_token_id=0, positions=2, seed=s)["optimal_transport"] for s in (0, 1)]
+    assert found["optimal_transport"].sums[:, 1].tolist() == [
+        3,
+        1,
+        4,
+    ]  # all positions, fewer than were asked for
+    some = [
+        distances(model, oracle, examples, cost, pad_token_id=0, positions=2, seed=s)[
+            "optimal_transport"
+        ]
+        for s in (0, 1)
+    ]
     assert [items.sums[:, 1].sum() for items in some] == [2, 2] and some[0].value != some[1].value
-    assert distances(oracle, oracle, examples, cost, pad_token_id=0)["optimal_transport"].measured().value < 1e-6
+    assert (
+        distances(oracle, oracle, examples, cost, pad_token_id=0)["optimal_transport"]
+        .measured()
+        .value
+        < 1e-6
+    )
 
 
 def test_the_oracles_perplexity_is_that_of_its_own_nll(pair):
     oracle, prompts, responses = pair[1], [[1, 2], [3]], [[4, 5, 6], [7]]
-    rows = [{"input_ids": [1, 2, 4, 5, 6], "labels": [-100, -100, 4, 5, 6]}, {"input_ids": [3, 7], "labels": [-100, 7]}]
+    rows = [
+        {"input_ids": [1, 2, 4, 5, 6], "labels": [-100, -100, 4, 5, 6]},
+        {"input_ids": [3, 7], "labels": [-100, 7]},
+    ]
     nll = [
         -distributions(oracle, row)[i, token].log()
         for row, ids in zip(rows, responses, strict=True)

@@ -18,7 +18,9 @@ from stanford_alpaca.evaluation.measures.texts import (
 def test_rouge_and_exact_match_by_hand():
     references = ["the cat sat on the mat", "a b c", "x"]
     greedy = ["the cat lay on the mat", " a b c\n", "y"]
-    found = {name: items.sums[:, 0] for name, items in against_references([greedy], references).items()}
+    found = {
+        name: items.sums[:, 0] for name, items in against_references([greedy], references).items()
+    }
     assert found["exact_match"].tolist() == [0, 1, 0]
     assert found["rouge_1"] == pytest.approx([5 / 6, 1, 0])
     assert found["rouge_2"] == pytest.approx([3 / 5, 1, 0])  # the cat, on the, the mat
@@ -33,8 +35,13 @@ def test_rouge_is_rouge_scores_own_on_ascii_and_knows_other_letters():
     wanted, text = "It's 3.5 km, she SAID: no_one's-home!", "Its 3 km she said no one is home"
     theirs = RougeScorer(["rouge1", "rougeL"]).score(wanted, text)
     ours = against_references([[text]], [wanted])
-    assert ours["rouge_1"].value == theirs["rouge1"].fmeasure and ours["rouge_l"].value == theirs["rougeL"].fmeasure
-    assert against_references([["über Straße"]], ["Über die Straße"])["rouge_1"].value == pytest.approx(0.8)
+    assert (
+        ours["rouge_1"].value == theirs["rouge1"].fmeasure
+        and ours["rouge_l"].value == theirs["rougeL"].fmeasure
+    )
+    assert against_references([["über Straße"]], ["Über die Straße"])[
+        "rouge_1"
+    ].value == pytest.approx(0.8)
 
 
 def test_distinct_repetition_and_length_by_hand():
@@ -49,9 +56,20 @@ def test_distinct_repetition_and_length_by_hand():
 
 
 def test_self_bleu_is_sacrebleus_of_each_text_against_the_others():
-    texts = ["the cat sat on the mat.", "the cat sat on a mat", "a dog, a dog", "a dog a dog a dog barks", "", "cat", "cat"]
+    texts = [
+        "the cat sat on the mat.",
+        "the cat sat on a mat",
+        "a dog, a dog",
+        "a dog a dog a dog barks",
+        "",
+        "cat",
+        "cat",
+    ]
     bleu = BLEU(effective_order=True)
-    plain = [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score / 100 for i, text in enumerate(texts)]
+    plain = [
+        bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score / 100
+        for i, text in enumerate(texts)
+    ]
     assert self_bleu(texts) == pytest.approx(np.mean(plain)) and 0.2 < np.mean(plain) < 0.9
     assert self_bleu(["a b c d"] * 3) == pytest.approx(1) and np.isnan(self_bleu(["a"]))
 

@@ -20,7 +20,9 @@ from tests.helpers import triton_kernels
 
 BACKENDS = ["reference", "chunked", "triton"]
 SOFT_MODES = ("mle", "emo", "emo2", "emd", "mix")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's in Triton's interpreter: log(0), overflows to inf
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # numpy's in Triton's interpreter: log(0), overflows to inf
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +31,9 @@ def small_chunks_and_interpreted_kernels():
     if interpreted.triton is None:
         pytest.skip("triton is not installed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * 20)  # 16 rows of 20 logits: several chunks and a remainder
+        patch.setitem(
+            torch_kernels.CHUNK_LOGITS, "cpu", 16 * 20
+        )  # 16 rows of 20 logits: several chunks and a remainder
         patch.setitem(torch_kernels.CACHE_LOGITS, "cpu", 5 * 20)
         patch.setattr(interpreted, "CHUNK_LOGITS", {"cuda": 16 * 20})
         patch.setattr(interpreted, "BLOCK", 16)
@@ -40,10 +44,16 @@ def small_chunks_and_interpreted_kernels():
 
 def loss_and_gradients(dtype, hidden, weight, targets, cost, soft=None, upstream=None, **options):
     """Loss, and the gradients of hidden states, weight and, if there is one, bias, in float64."""
-    leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, options.pop("bias", None)) if x is not None]
+    leaves = [
+        x.detach().to(dtype).requires_grad_()
+        for x in (hidden, weight, options.pop("bias", None))
+        if x is not None
+    ]
     bias = leaves[2] if len(leaves) == 3 else None
     loss = linear_emo_loss(leaves[0], leaves[1], targets, cost, soft, bias=bias, **options)
-    grads = torch.autograd.grad(loss if upstream is None else (loss * upstream.to(loss.dtype)).sum(), leaves)
+    grads = torch.autograd.grad(
+        loss if upstream is None else (loss * upstream.to(loss.dtype)).sum(), leaves
+    )
     return loss.detach().double(), [grad.double() for grad in grads]
 
 
@@ -64,7 +74,11 @@ def problem(n=20, vocab=20, width=6):
     embedding = torch.randn(vocab, 5)
     embedding[3], embedding[-2:] = 2 * embedding[4], 0
     targets[:4] = torch.tensor([3, 4, vocab - 1, vocab - 2])
-    return {"hidden": whole(-2, 2, n, width), "weight": whole(-3, 3, vocab, width) / 4, "targets": targets}, embedding
+    return {
+        "hidden": whole(-2, 2, n, width),
+        "weight": whole(-3, 3, vocab, width) / 4,
+        "targets": targets,
+    }, embedding
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -77,8 +91,16 @@ def test_every_mode_with_bias_softcap_scale_and_weights(backend, mode, reduction
         "mode": mode, "reduction": reduction, "bias": whole(-2, 2, 20) / 4, "softcap": 3.0, "logit_scale": 0.75,
         "token_weights": torch.rand(20), "upstream": torch.rand(20) if reduction == "none" else None,
     }  # fmt: skip
-    want = loss_and_gradients(torch.float64, **tensors, cost=CostEmbedding(embedding.double()), backend="reference", **options)
-    result = loss_and_gradients(torch.float32, **tensors, cost=CostEmbedding(embedding), backend=backend, **options)
+    want = loss_and_gradients(
+        torch.float64,
+        **tensors,
+        cost=CostEmbedding(embedding.double()),
+        backend="reference",
+        **options,
+    )
+    result = loss_and_gradients(
+        torch.float32, **tensors, cost=CostEmbedding(embedding), backend=backend, **options
+    )
     assert_near(result, want, rtol=1e-5)
 
 
@@ -98,9 +120,15 @@ def test_every_kind_of_cost(backend, kind, soft):
     options = {"soft": None, "mode": "mle" if kind == "none" else "emo"}
     probs = torch.rand(20, 4).double()
     if soft:
-        options["soft"] = SoftTargets(torch.randint(20, (20, 4)), probs / probs.sum(1, keepdim=True))
-    want = loss_and_gradients(torch.float64, **tensors, cost=cost(torch.float64), backend="reference", **options)
-    result = loss_and_gradients(torch.float32, **tensors, cost=cost(torch.float32), backend=backend, **options)
+        options["soft"] = SoftTargets(
+            torch.randint(20, (20, 4)), probs / probs.sum(1, keepdim=True)
+        )
+    want = loss_and_gradients(
+        torch.float64, **tensors, cost=cost(torch.float64), backend="reference", **options
+    )
+    result = loss_and_gradients(
+        torch.float32, **tensors, cost=cost(torch.float32), backend=backend, **options
+    )
     assert_near(result, want, rtol=1e-5)
 
 
@@ -110,12 +138,18 @@ def exact_error(dtype, mode, backend, one_minus_p):
     logits = 3 * torch.randn(30, 20)
     if one_minus_p is not None:
         others = logits.double().scatter(1, targets[:, None], -torch.inf).logsumexp(1)
-        logits[torch.arange(30), targets] = (others - torch.tensor(one_minus_p).double().logit()).float()
+        logits[torch.arange(30), targets] = (
+            others - torch.tensor(one_minus_p).double().logit()
+        ).float()
     logits = logits.to(dtype).float()
     args = (logits, torch.eye(20), targets)
     options = {"mode": mode, "reduction": "sum"}
-    _, (want, _) = loss_and_gradients(torch.float64, *args, CostEmbedding(embedding.double()), backend="reference", **options)
-    _, (got, _) = loss_and_gradients(dtype, *args, CostEmbedding(embedding), backend=backend, **options)
+    _, (want, _) = loss_and_gradients(
+        torch.float64, *args, CostEmbedding(embedding.double()), backend="reference", **options
+    )
+    _, (got, _) = loss_and_gradients(
+        dtype, *args, CostEmbedding(embedding), backend=backend, **options
+    )
     return ((got - want).norm(dim=1) / want.norm(dim=1)).max()
 
 
@@ -129,21 +163,37 @@ def test_gradient_given_float32_logits(backend, mode, one_minus_p):
 @pytest.mark.parametrize("towards_target", [0, 8, 16, 24, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_through_the_head_the_error_is_at_most_twice_that_of_cross_entropy(backend, dtype, towards_target):
-    weight, targets, embedding = torch.randn(80, 64) / 8, torch.randint(80, (12,)), torch.randn(80, 16)
-    hidden = torch.randn(12, 64) + towards_target * weight[targets] / weight[targets].norm(dim=1, keepdim=True) ** 2
+def test_through_the_head_the_error_is_at_most_twice_that_of_cross_entropy(
+    backend, dtype, towards_target
+):
+    weight, targets, embedding = (
+        torch.randn(80, 64) / 8,
+        torch.randint(80, (12,)),
+        torch.randn(80, 16),
+    )
+    hidden = (
+        torch.randn(12, 64)
+        + towards_target * weight[targets] / weight[targets].norm(dim=1, keepdim=True) ** 2
+    )
     hidden, weight = hidden.to(dtype), weight.to(dtype)
 
     def cross_entropy(dtype):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
         logits = leaves[0] @ leaves[1].T
-        loss = torch.nn.functional.cross_entropy(logits.double() if dtype == torch.float64 else logits.float(), targets)
+        loss = torch.nn.functional.cross_entropy(
+            logits.double() if dtype == torch.float64 else logits.float(), targets
+        )
         return [grad.double() for grad in torch.autograd.grad(loss, leaves)]
 
-    allowed = [(a - b).norm() / b.norm() for a, b in zip(cross_entropy(dtype), cross_entropy(torch.float64), strict=True)]
+    allowed = [
+        (a - b).norm() / b.norm()
+        for a, b in zip(cross_entropy(dtype), cross_entropy(torch.float64), strict=True)
+    ]
     for mode in ("emo", "emo2"):
         args = (hidden, weight, targets)
-        want = loss_and_gradients(torch.float64, *args, CostEmbedding(embedding.double()), backend="reference", mode=mode)
+        want = loss_and_gradients(
+            torch.float64, *args, CostEmbedding(embedding.double()), backend="reference", mode=mode
+        )
         got = loss_and_gradients(dtype, *args, CostEmbedding(embedding), backend=backend, mode=mode)
         # Triton's interpreter cuts bfloat16 off where a GPU rounds
         factor = 4 if backend == "triton" and dtype == torch.bfloat16 else 2
@@ -156,9 +206,13 @@ def test_costs_that_begin_far_below_the_logits_that_cost_nothing(backend):
     embedding = torch.randn(20, 5)
     embedding[1] = embedding[0]
     logits = torch.randn(6, 20)
-    logits[:, 2:] -= torch.tensor([0.0, 50, 80, 120, 500, 5000])[:, None]  # duplicates 0 and 1 share the probability
+    logits[:, 2:] -= torch.tensor([0.0, 50, 80, 120, 500, 5000])[
+        :, None
+    ]  # duplicates 0 and 1 share the probability
     args = (logits, torch.eye(20), torch.zeros(6, dtype=torch.long))
-    want = loss_and_gradients(torch.float64, *args, CostEmbedding(embedding.double()), backend="reference")
+    want = loss_and_gradients(
+        torch.float64, *args, CostEmbedding(embedding.double()), backend="reference"
+    )
     result = loss_and_gradients(torch.float32, *args, CostEmbedding(embedding), backend=backend)
     assert_near(result, want, rtol=5e-4)  # the last digit of a logit of 5000
     nowhere = CostEmbedding(torch.ones(20, 5))  # nothing costs anything: no EMO term
@@ -195,5 +249,10 @@ def test_random_problems(backend, n, vocab, width, scale, dtype, mode, kind, sof
     rtol = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     want = run(torch.float64, "reference")
     # what is 0 but for rounding: of b pi - b p, where b may be half of nll, which grows with the scale
-    rounding = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype] * n * scale * max(1, scale)
+    rounding = (
+        {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+        * n
+        * scale
+        * max(1, scale)
+    )
     assert_near(run(dtype, backend), want, rtol, atol=rounding)

@@ -17,7 +17,9 @@ def confident(vocab: int, one_minus_p: float) -> tuple[torch.Tensor, torch.Tenso
     logits = torch.randn(8, vocab)
     targets = torch.randint(vocab, (8,))
     rest = logits.double().scatter(1, targets[:, None], -torch.inf).logsumexp(1)
-    logits[torch.arange(8), targets] = (rest + math.log1p(-one_minus_p) - math.log(one_minus_p)).float()
+    logits[torch.arange(8), targets] = (
+        rest + math.log1p(-one_minus_p) - math.log(one_minus_p)
+    ).float()
     return logits, targets
 
 
@@ -44,14 +46,18 @@ def test_gradient_given_float32_logits_is_exact_to_1e_5(exact, backend, mode, on
     embedding[-3:] = 0  # a padded vocabulary
     logits, targets = confident(vocab, one_minus_p)
     targets_of_interest = [5, vocab - 1]
-    for row, y in enumerate(targets_of_interest):  # a target with duplicates, a target that is a zero row
+    for row, y in enumerate(
+        targets_of_interest
+    ):  # a target with duplicates, a target that is a zero row
         logits[row, [targets[row].item(), y]] = logits[row, [y, targets[row].item()]]
         targets[row] = y
     logits.requires_grad_()
     nll, emo, p, costs = exact(logits.detach(), targets, embedding)
     objective = Objective(mode)
     head = Head(torch.eye(vocab))  # logits @ identity: the logits, exactly
-    loss, stats = backend.linear_loss(logits, head, targets, CostEmbedding(embedding), objective, "sum")
+    loss, stats = backend.linear_loss(
+        logits, head, targets, CostEmbedding(embedding), objective, "sum"
+    )
     loss.backward()
     want = gradients(objective, nll, emo, p, costs, targets)
     error = (logits.grad - want).norm(dim=1) / want.norm(dim=1)
@@ -72,7 +78,9 @@ def test_the_published_formula_has_no_correct_digit_where_ours_is_exact(exact):
 
 
 def test_duplicates_cost_exactly_nothing_whatever_their_length():
-    embedding = torch.randn(40, 3000) ** 5  # heavy tails, where 1 - cos of equal directions is noisiest
+    embedding = (
+        torch.randn(40, 3000) ** 5
+    )  # heavy tails, where 1 - cos of equal directions is noisiest
     embedding = torch.cat([embedding, 0.37 * embedding])
     costs = CostEmbedding(embedding).costs(torch.arange(40), 80)
     assert (costs[:, 40:].diagonal() == 0).all() and (costs[:, :40].diagonal() == 0).all()
@@ -82,7 +90,9 @@ def test_duplicates_cost_exactly_nothing_whatever_their_length():
 def test_costs_of_tiny_rows_and_under_autocast():
     embedding = torch.randn(60, 8)
     embedding[5] = embedding[6] + 1e-2 * torch.randn(8)
-    embedding[7] = 1e-23 * torch.randn(8)  # squares underflow float32, the direction is there all the same
+    embedding[7] = 1e-23 * torch.randn(
+        8
+    )  # squares underflow float32, the direction is there all the same
     units = embedding.double() / embedding.double().norm(dim=1, keepdim=True)
     want = 1 - units[[6, 7]] @ units.T
     with torch.autocast("cpu", torch.bfloat16):
@@ -100,7 +110,9 @@ def test_float64_logits_stay_float64(exact):
     assert torch.allclose(stats.nll, nll, rtol=1e-12)
     assert torch.allclose(stats.log_emo.exp(), emo, rtol=1e-12)
     stats.log_emo.exp().sum().backward()
-    assert torch.allclose(logits.grad, gradients(Objective("emd"), nll, emo, p, costs, targets), atol=1e-12)
+    assert torch.allclose(
+        logits.grad, gradients(Objective("emd"), nll, emo, p, costs, targets), atol=1e-12
+    )
 
 
 def test_all_mass_on_duplicates_gives_no_emo_and_no_emo_gradient():

@@ -14,7 +14,9 @@ from stanford_alpaca.losses.types import Head
 from tests.helpers import triton_kernels
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflows to -inf and of log(0)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # numpy's, of overflows to -inf and of log(0)
 INF = torch.inf
 FULL_HEAD = {"bias": True, "logit_scale": 1.7, "softcap": 5.0}
 
@@ -34,7 +36,9 @@ def exact_logits(product, head):
 
 def exact_gradient(z, slope, targets, costs, others, log_w, alpha, beta, g_y):
     """From logits, others and log_w relative to one another."""
-    others, log_w, alpha, beta, g_y = (None if x is None else x.double()[:, None] for x in (others, log_w, alpha, beta, g_y))
+    others, log_w, alpha, beta, g_y = (
+        None if x is None else x.double()[:, None] for x in (others, log_w, alpha, beta, g_y)
+    )
     g = torch.where(z > -INF, alpha * torch.exp(z - others), 0.0)
     if costs is not None:
         costly = (costs > 0) & (z > -INF)
@@ -50,19 +54,27 @@ def check(product, targets, costs=None, head=None, raise_others=0.0, raise_log_w
     c = None if costs is None else costs.table[costs.which].double()
     rest = z.scatter(1, targets[:, None], -INF)
     largest = z[z > -INF].abs().max().item() if (z > -INF).any() else 0.0
-    rounding = 1e-6 + 4 * torch.finfo(torch.float32).eps * largest * (head != Head(None))  # of the logits themselves
+    rounding = 1e-6 + 4 * torch.finfo(torch.float32).eps * largest * (
+        head != Head(None)
+    )  # of the logits themselves
 
     chunk = kernels.Chunk(product, head, targets, costs)
     ids = torch.randint(vocab, (n, 3))
     torch.testing.assert_close(chunk.at(ids).double(), z.gather(1, ids), rtol=1e-6, atol=rounding)
     gap, others, log_w = chunk.statistics()
-    top = rest.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)  # all are relative to it
+    top = rest.amax(1, keepdim=True).clamp_min(
+        torch.finfo(torch.float32).min
+    )  # all are relative to it
     z, rest = z - top, rest - top
-    torch.testing.assert_close(gap.double(), z.gather(1, targets[:, None]).squeeze(1), rtol=1e-6, atol=rounding)
+    torch.testing.assert_close(
+        gap.double(), z.gather(1, targets[:, None]).squeeze(1), rtol=1e-6, atol=rounding
+    )
     torch.testing.assert_close(others.double(), rest.logsumexp(1), rtol=1e-6, atol=rounding)
     assert (log_w is None) == (costs is None)
     if log_w is not None:
-        torch.testing.assert_close(log_w.double(), (rest + c.log()).logsumexp(1), rtol=1e-6, atol=rounding)
+        torch.testing.assert_close(
+            log_w.double(), (rest + c.log()).logsumexp(1), rtol=1e-6, atol=rounding
+        )
         log_w = log_w + raise_log_w
     others = others + raise_others
 
@@ -72,10 +84,18 @@ def check(product, targets, costs=None, head=None, raise_others=0.0, raise_log_w
     got = chunk.gradient(others, log_w, alpha, beta, g_y)
     assert got.dtype == product.dtype and got.data_ptr() == product.data_ptr()
     # the interpreter cuts bfloat16 off where a GPU rounds, and alpha and beta may differ in sign
-    eps, cancels = torch.finfo(got.dtype).eps, 0.0 if costs is None else (alpha.abs() + beta.abs()).max().item()
-    rtol = 1e-5 + 4 * rounding + (eps if eps > 1e-6 else 0.0) + 1e-7 * below  # the last digit of what is so far below
+    eps, cancels = (
+        torch.finfo(got.dtype).eps,
+        0.0 if costs is None else (alpha.abs() + beta.abs()).max().item(),
+    )
+    rtol = (
+        1e-5 + 4 * rounding + (eps if eps > 1e-6 else 0.0) + 1e-7 * below
+    )  # the last digit of what is so far below
     torch.testing.assert_close(
-        got.double(), want, rtol=rtol, atol=1e-37 + 1e-6 * cancels + (6e-8 if got.dtype == torch.float16 else 0)
+        got.double(),
+        want,
+        rtol=rtol,
+        atol=1e-37 + 1e-6 * cancels + (6e-8 if got.dtype == torch.float16 else 0),
     )
     return gap, others, log_w
 
@@ -86,10 +106,17 @@ def problem(dtype=torch.float32, vocab=37, n=5, cost_dtype=torch.float32, **form
     costs[:, ::5] = 0
     bias = torch.randn(vocab).to(dtype) if form.pop("bias", False) else None
     rows = CostRows(costs, torch.randint(3, (n,)))
-    return (3 * torch.randn(n, vocab)).to(dtype), torch.randint(vocab, (n,)), rows, Head(None, bias, **form)
+    return (
+        (3 * torch.randn(n, vocab)).to(dtype),
+        torch.randint(vocab, (n,)),
+        rows,
+        Head(None, bias, **form),
+    )
 
 
-@pytest.mark.parametrize("form", [{}, {"bias": True}, {"logit_scale": 0.3}, {"softcap": 2.0}, FULL_HEAD], ids=str)
+@pytest.mark.parametrize(
+    "form", [{}, {"bias": True}, {"logit_scale": 0.3}, {"softcap": 2.0}, FULL_HEAD], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_head_and_precision(dtype, form):
     check(*problem(dtype, **form))
@@ -118,18 +145,29 @@ def test_sums_from_outside():
 )  # fmt: skip
 def test_random_shapes_scales_and_masks(vocab, n, scale, masked, dtype, free, seed):
     torch.manual_seed(seed)
-    product = (scale * torch.randn(n, vocab)).to(dtype).masked_fill_(torch.rand(n, vocab) < masked, -INF)
+    product = (
+        (scale * torch.randn(n, vocab)).to(dtype).masked_fill_(torch.rand(n, vocab) < masked, -INF)
+    )
     costs = torch.rand(2, vocab).masked_fill_(torch.rand(2, vocab) < free, 0.0)
-    check(product, torch.randint(vocab, (n,)), CostRows(costs, torch.randint(2, (n,))), below=8 * scale)
+    check(
+        product,
+        torch.randint(vocab, (n,)),
+        CostRows(costs, torch.randint(2, (n,))),
+        below=8 * scale,
+    )
 
 
 def test_a_vocabulary_of_one_token():
-    _, others, log_w = check(torch.randn(2, 1), [0, 0], CostRows(torch.ones(1, 1), torch.zeros(2, dtype=torch.long)))
+    _, others, log_w = check(
+        torch.randn(2, 1), [0, 0], CostRows(torch.ones(1, 1), torch.zeros(2, dtype=torch.long))
+    )
     assert (others == -INF).all() and (log_w == -INF).all()
 
 
 def test_no_rows():
-    kernels.Chunk(torch.empty(0, 5), Head(None), torch.empty(0, dtype=torch.long), None).statistics()
+    kernels.Chunk(
+        torch.empty(0, 5), Head(None), torch.empty(0, dtype=torch.long), None
+    ).statistics()
 
 
 def test_where_nothing_costs_anything_or_can_be_reached():
@@ -153,14 +191,22 @@ def test_costly_tokens_a_hundred_nats_and_more_below_the_others():
     for gap in (100.0, 5000.0):
         product, targets, costs, _ = problem()
         product[:, costs.table[0] > 0] -= gap
-        _, others, log_w = check(product, targets, CostRows(costs.table[:1], torch.zeros(5, dtype=torch.long)), below=gap)
+        _, others, log_w = check(
+            product, targets, CostRows(costs.table[:1], torch.zeros(5, dtype=torch.long)), below=gap
+        )
         assert (log_w > -INF).all() and (others - log_w > 0.9 * gap).all()
 
 
 def test_tiny_costs():
     product, targets, (table, which), _ = problem()
-    check(product.clone(), targets, CostRows(torch.where(table > 0, 2e-38 + 1e-37 * table, 0.0), which))
-    chunk = kernels.Chunk(product, Head(None), targets, CostRows(torch.full_like(table, 1e-40), which))
+    check(
+        product.clone(),
+        targets,
+        CostRows(torch.where(table > 0, 2e-38 + 1e-37 * table, 0.0), which),
+    )
+    chunk = kernels.Chunk(
+        product, Head(None), targets, CostRows(torch.full_like(table, 1e-40), which)
+    )
     _, others, log_w = chunk.statistics()  # 1 / c is not finite: such costs are 0
     assert (log_w == -INF).all()
     assert chunk.gradient(others, others - 89, *torch.ones(3, 5)).isfinite().all()
@@ -179,7 +225,10 @@ def test_the_cost_of_the_target_is_not_read():
     after = kernels.Chunk(product, Head(None), targets, costs)
     torch.testing.assert_close(after.statistics(), before, rtol=0, atol=0)
     ones = torch.ones(3)
-    assert torch.equal(after.gradient(*before[1:], ones, ones, 7 * ones).gather(1, targets[:, None]), 7 * ones[:, None])
+    assert torch.equal(
+        after.gradient(*before[1:], ones, ones, 7 * ones).gather(1, targets[:, None]),
+        7 * ones[:, None],
+    )
 
 
 def test_nan_is_not_hidden():
@@ -192,7 +241,11 @@ def test_nan_is_not_hidden():
 def test_rows_of_a_wider_storage():
     wide, wide_costs = torch.randn(4, 50), torch.rand(2, 64)
     untouched = wide[:, 37:].clone()
-    check(wide[:, :37], torch.randint(37, (8,))[::2], CostRows(wide_costs[:, :37], torch.randint(2, (8,))[::2]))
+    check(
+        wide[:, :37],
+        torch.randint(37, (8,))[::2],
+        CostRows(wide_costs[:, :37], torch.randint(2, (8,))[::2]),
+    )
     assert torch.equal(wide[:, 37:], untouched)
 
 
@@ -218,16 +271,24 @@ def test_softcap_near_zero_and_far_out():
     torch.testing.assert_close(chunk.top.double(), z[:, 0], rtol=1e-6, atol=0)
     ones = torch.ones(48)
     got = chunk.gradient(others, None, ones, None, ones)
-    torch.testing.assert_close(got.double(), torch.cat([slope, torch.zeros(48, 1)], 1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        got.double(), torch.cat([slope, torch.zeros(48, 1)], 1), rtol=1e-5, atol=0
+    )
 
 
 def test_which_tensors_are_refused(monkeypatch):
     compiled, x = triton_kernels(interpret=False), torch.ones(2, 3)
     assert kernels.why_not(x, x) is None
-    assert kernels.why_not(x.double(), x) == "the hidden states are float64: the Triton kernels compute in float32"
+    assert (
+        kernels.why_not(x.double(), x)
+        == "the hidden states are float64: the Triton kernels compute in float32"
+    )
     assert "on cpu and the head is on cpu: Triton needs both on a GPU" in compiled.why_not(x, x)
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert triton_kernels(interpret=True).why_not(x, x) == "triton is not installed (builds of torch for CUDA bring it)"
+    assert (
+        triton_kernels(interpret=True).why_not(x, x)
+        == "triton is not installed (builds of torch for CUDA bring it)"
+    )
 
 
 class NoDevice:
@@ -253,8 +314,12 @@ def test_what_is_launched_compiles_without_spilling_registers(capability, monkey
     module, compiled = triton_kernels(interpret=False), []
     for kernel in (module._statistics, module._gradient):
         run = kernel.run
-        monkeypatch.setattr(kernel, "run", lambda *a, run=run, **k: compiled.append(run(*a, **k | {"warmup": True})))
-    product, targets, costs, head = problem(torch.bfloat16, vocab=64, cost_dtype=torch.bfloat16, **FULL_HEAD)
+        monkeypatch.setattr(
+            kernel, "run", lambda *a, run=run, **k: compiled.append(run(*a, **k | {"warmup": True}))
+        )
+    product, targets, costs, head = problem(
+        torch.bfloat16, vocab=64, cost_dtype=torch.bfloat16, **FULL_HEAD
+    )
     ones = torch.ones(5)
     for arguments in ((product, Head(None), targets, None), (product, head, targets, costs)):
         chunk = module.Chunk(*arguments)
@@ -266,6 +331,8 @@ def test_what_is_launched_compiles_without_spilling_registers(capability, monkey
         assert not re.search(r"arith.muli .* : i32", kernel.asm["ttir"])
         (tmp_path / "cubin").write_bytes(kernel.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", tmp_path / "cubin"]
-        assert "gradient" not in kernel.name or "cvt.rn.bf16" in kernel.asm["ptx"]  # rounds to the nearest
+        assert (
+            "gradient" not in kernel.name or "cvt.rn.bf16" in kernel.asm["ptx"]
+        )  # rounds to the nearest
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert f"{kernel.name}:" in usage and "STACK:0 " in usage and "LOCAL:0 " in usage

@@ -27,7 +27,13 @@ def problem(bias: bool):
     rows[3], rows[20] = rows[11], 0
     targets = torch.randint(VOCABULARY, (len(hidden),), generator=make)
     targets[:3] = torch.tensor([3, 11, 20])
-    return hidden, weight, torch.randn(VOCABULARY, generator=make, dtype=torch.float64) if bias else None, rows, targets
+    return (
+        hidden,
+        weight,
+        torch.randn(VOCABULARY, generator=make, dtype=torch.float64) if bias else None,
+        rows,
+        targets,
+    )
 
 
 def whole(case, dtype):
@@ -36,7 +42,13 @@ def whole(case, dtype):
     tensors = [None if x is None else x.to(dtype).requires_grad_() for x in (hidden, weight, b)]
     cost = CostEmbedding(rows.to(dtype) if kind == "cosine" else None, kind)
     loss, stats = linear_loss_and_stats(
-        tensors[0], Head(*tensors[1:], *HEADS[head]), targets, cost, mode, backend="reference", num_items=100
+        tensors[0],
+        Head(*tensors[1:], *HEADS[head]),
+        targets,
+        cost,
+        mode,
+        backend="reference",
+        num_items=100,
     )
     loss.backward()
     return loss.detach(), stats, [None if x is None else x.grad for x in tensors]
@@ -57,15 +69,24 @@ def part(cases, dtype):
         hidden, weight, b, rows, targets = problem(bias)
         h = hidden.to(dtype)[own].requires_grad_()
         sharded = [
-            None if x is None else distribute_tensor(x.to(dtype), mesh, [Shard(0)]).requires_grad_() for x in (weight, b)
+            None if x is None else distribute_tensor(x.to(dtype), mesh, [Shard(0)]).requires_grad_()
+            for x in (weight, b)
         ]
         cost = CostEmbedding(rows.to(dtype) if kind == "cosine" else None, kind)
         cost = ShardedCost(cost) if kind == "cosine" else cost
         loss, stats = linear_loss_and_stats(
-            h, Head(*sharded, *HEADS[head]), targets[own], cost, mode, backend="chunked", num_items=100
+            h,
+            Head(*sharded, *HEADS[head]),
+            targets[own],
+            cost,
+            mode,
+            backend="chunked",
+            num_items=100,
         )
         loss.backward()
-        grads = [None if x is None else x.grad.full_tensor() * ranks for x in sharded]  # FSDP's mean
+        grads = [
+            None if x is None else x.grad.full_tensor() * ranks for x in sharded
+        ]  # FSDP's mean
         results.append((loss.detach(), stats, [h.grad, *grads]))
     return results
 
@@ -79,7 +100,9 @@ CASES = [
 @pytest.mark.parametrize(("ranks", "dtype"), [(3, torch.float64), (2, torch.float32)])
 def test_equals_the_reference(monkeypatch, ranks, dtype):
     monkeypatch.setitem(chunked.torch_kernels.CHUNK_LOGITS, "cpu", 1)  # at least 16 tokens a chunk
-    tolerance = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 1e-6}
+    tolerance = (
+        {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 1e-6}
+    )
     parts = run_ranks(ranks, part, CASES, dtype)
     for number, case in enumerate(CASES):
         if dtype == torch.float32 and case[2] == "huge":
@@ -87,9 +110,15 @@ def test_equals_the_reference(monkeypatch, ranks, dtype):
         loss, stats, (d_hidden, *grads) = whole(case, dtype)
         mine = [results[number] for results in parts]
         torch.testing.assert_close(sum(result[0] for result in mine), loss, **tolerance)
-        torch.testing.assert_close(torch.cat([result[1].nll for result in mine]), stats.nll, **tolerance)
-        torch.testing.assert_close(torch.cat([result[1].log_emo for result in mine]), stats.log_emo, **tolerance)
-        torch.testing.assert_close(torch.cat([result[2][0] for result in mine]), d_hidden, **tolerance)
+        torch.testing.assert_close(
+            torch.cat([result[1].nll for result in mine]), stats.nll, **tolerance
+        )
+        torch.testing.assert_close(
+            torch.cat([result[1].log_emo for result in mine]), stats.log_emo, **tolerance
+        )
+        torch.testing.assert_close(
+            torch.cat([result[2][0] for result in mine]), d_hidden, **tolerance
+        )
         for result in mine:
             for got, want in zip(result[2][1:], grads, strict=True):
                 torch.testing.assert_close(got, want, **tolerance)
@@ -119,7 +148,9 @@ def refusals():
     start_gloo()
     mesh = init_device_mesh("cpu", (2,))
     hidden, targets = torch.randn(2, WIDTH), torch.tensor([0, 1])
-    weight, few = (distribute_tensor(torch.randn(rows, WIDTH), mesh, [Shard(0)]) for rows in (VOCABULARY, 1))
+    weight, few = (
+        distribute_tensor(torch.randn(rows, WIDTH), mesh, [Shard(0)]) for rows in (VOCABULARY, 1)
+    )
     columns = distribute_tensor(torch.randn(VOCABULARY, WIDTH), mesh, [Shard(1)])
     messages = []
     for w, options in [
@@ -132,13 +163,22 @@ def refusals():
     ]:
         rows = targets.clamp_max(len(w) - 1)
         with pytest.raises(ValueError) as error:
-            linear_loss_and_stats(hidden, Head(w), rows, **{"cost_embedding": None, "mode": "mle"} | options)
+            linear_loss_and_stats(
+                hidden, Head(w), rows, **{"cost_embedding": None, "mode": "mle"} | options
+            )
         messages.append(str(error.value))
     return messages
 
 
 def test_what_it_cannot_do_is_refused():
-    parts = ("no unreduced loss", "backend reference", "no soft targets", "needs a ShardedCost", "by vocabulary", "too small")
+    parts = (
+        "no unreduced loss",
+        "backend reference",
+        "no soft targets",
+        "needs a ShardedCost",
+        "by vocabulary",
+        "too small",
+    )
     for messages in run_ranks(2, refusals):  # on all ranks, or the others would wait
         for message, want in zip(messages, parts, strict=True):
             assert want in message
