@@ -44,9 +44,9 @@ class Hooks:
         self.out, self.fault = out, fault
         self.rank = int(os.environ.get("RANK", "0"))
         self.counts = {point: itertools.count() for point in POINTS}
-        self.log = (
-            open(beside(out, f"disk{self.rank}"), "w") if fault and fault.do == "count" else None
-        )  # noqa: SIM115
+        counting = fault is not None and fault.do == "count"
+        place = beside(out, f"disk{self.rank}")
+        self.log = open(place, "w") if counting else None  # noqa: SIM115
         self.acted = self.mending = False
 
     def come(
