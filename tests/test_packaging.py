@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from setuptools import build_meta, find_packages
+from setuptools import find_packages
 
 from stanford_alpaca.training.engines import ds_configs
 
@@ -35,12 +35,10 @@ def installed(root, tmp_path_factory):
 
     def install(editable: bool) -> tuple[Path, Path]:
         place = tmp_path_factory.mktemp("site-packages")
-        here = Path.cwd()
-        os.chdir(source)
-        try:
-            name = (build_meta.build_editable if editable else build_meta.build_wheel)(str(place))
-        finally:
-            os.chdir(here)
+        kind = "build_editable" if editable else "build_wheel"
+        build = f"from setuptools import build_meta; build_meta.{kind}({str(place)!r})"
+        subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, check=True)
+        (name,) = (path.name for path in place.iterdir() if path.suffix == ".whl")
         with zipfile.ZipFile(place / name) as wheel:
             wheel.extractall(place)
         (place / name).unlink()
