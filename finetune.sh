@@ -1,22 +1,32 @@
 #!/usr/bin/env bash
 # Continual fine-tuning of a causal LM on running text with EMO.
 #
-#   bash finetune.sh MODEL_PATH [OUTPUT] [flags]   the published recipe: 25,000 lines of WikiText-103 in blocks of 256 tokens,
-#                                                  16 at a time, one epoch, emo2, a LoRA adapter. MODEL_PATH is a folder or a
-#                                                  hub name; OUTPUT (default: output/MODEL-continual) is new, empty, or that of
-#                                                  the same command, which then goes on from its newest checkpoint
+#   bash finetune.sh MODEL_PATH [OUTPUT] [flags]
+#       Trains with the published recipe: 25,000 lines of WikiText-103 in blocks of 256 tokens,
+#       16 blocks at a time, one epoch, mode emo2, a LoRA adapter.
+#       MODEL_PATH is a folder or a hub name. OUTPUT (default: output/MODEL-continual) is new,
+#       empty, or that of the same command, which then goes on from its newest checkpoint.
 #
-# Other text: --data_path FILE (text, JSON lines, CSV, also gzipped; parquet; a folder; a hub name), all of it: --max_sentences 0.
-# All weights: --lora False. Other objectives: --mode mle. Flags are those of stanford_alpaca/train.py and win over the recipe's.
-# Environment: NPROC       processes (default: the visible GPUs, or 1); they share the 16 blocks; 15 a step for 3
-#              ENGINE      none, ddp, fsdp, zero1, zero2, zero3 or zero3_offload (default: as train_emo.sh)
+# Flags are those of stanford_alpaca/train.py and win over the recipe's:
+#   --data_path FILE    other text: a file of text, JSON lines or CSV (also gzipped) or parquet,
+#                       a folder, or a hub name
+#   --max_sentences 0   all of the text
+#   --lora False        trains all weights
+#   --mode mle          another objective
+#
+# Environment:
+#   NPROC   The number of processes (default: one for each visible GPU, or 1). They share the
+#           16 blocks; 3 processes make 15 blocks a step.
+#   ENGINE  none, ddp, fsdp, zero1, zero2, zero3 or zero3_offload (default: as in train_emo.sh).
+#
 # Then: bash merge.sh OUTPUT MERGED; python icl.py --model_path MERGED
-# Exit status: as train_emo.sh.
+# Exit status: as in train_emo.sh.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$ROOT/scripts/launcher.sh"
 help_if_asked "$@"
-[ $# -gt 0 ] && [ "${1#-}" = "$1" ] || die "give MODEL_PATH first, a folder or a hub name: bash finetune.sh MODEL_PATH [OUTPUT] [flags]"
+[ $# -gt 0 ] && [ "${1#-}" = "$1" ] || die "give MODEL_PATH first, a folder or a hub name:" \
+    "bash finetune.sh MODEL_PATH [OUTPUT] [flags]"
 MODEL_PATH=$1
 shift
 OUTPUT=$(default_output "$MODEL_PATH" continual)
@@ -30,7 +40,8 @@ launch stanford_alpaca.continual --model_name_or_path "$MODEL_PATH" --output_dir
     "${PRECISION[@]}" "${ENGINE_FLAGS[@]}" "${RESUME[@]}" "$@"
 
 if [ -f "$OUTPUT/adapter_config.json" ]; then
-    printf 'adapter: %s\nmerge it: bash %q %q %q\n' "$OUTPUT" "$ROOT/merge.sh" "$OUTPUT" "$OUTPUT-merged"
+    printf 'adapter: %s\nmerge it: bash %q %q %q\n' \
+        "$OUTPUT" "$ROOT/merge.sh" "$OUTPUT" "$OUTPUT-merged"
 else
     printf 'model: %s\n' "$OUTPUT"
 fi

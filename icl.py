@@ -1,4 +1,4 @@
-"""Few-shot in-context evaluation: ``python icl.py --model_path MODEL``; its flags: ``python icl.py --help``."""
+"""Few-shot in-context evaluation: ``python icl.py --model_path MODEL``; see ``--help``."""
 
 from stanford_alpaca.evaluation.icl import main
 

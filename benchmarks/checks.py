@@ -1,8 +1,9 @@
-"""How long a run looks at its data before it loads a model: ``python -m benchmarks.checks`` in the repository's root.
+"""Times the checks a run makes on its data before it loads a model.
 
-Reads and checks every record as ``train`` does first (check_sources), then all that it does with them, tokenizing included
-(load_data), each with a fresh cache; also one record of 10 MB, and what the search for duplicate keys costs. Appends a line of
-JSON for each to benchmarks/results/checks.jsonl.
+Run ``python -m benchmarks.checks`` in the repository's root. It times two stages, each with a fresh
+cache: ``check_sources``, which reads and checks every record, as ``train`` does first; and
+``load_data``, which also tokenizes. It also times one record of 10 MB and the cost of looking for
+duplicate keys. Each case appends one line of JSON to benchmarks/results/checks.jsonl.
 """
 
 import json
@@ -35,7 +36,8 @@ def run(
     """Prints seconds and records per second.
 
     Args:
-        records: how many are made up, of the lengths of Alpaca's; results: the file to append to.
+        records: number of made-up records. Their lengths are like those of Alpaca.
+        results: the file to append to.
     """
     refuse_unknown(unknown, run)
     check_whole("records", records, 1)
@@ -79,7 +81,7 @@ def run(
 
 
 def load(file: Path, cache: Path) -> None:
-    """What ``train`` does with its data. A refusal is an end, too."""
+    """Loads the data as ``train`` does. A UserError is printed and also ends the call."""
     argv = {
         "model_name_or_path": MODEL,
         "data_path": file,
@@ -95,7 +97,7 @@ def load(file: Path, cache: Path) -> None:
 
 
 def without_hook(file: Path) -> int:
-    """The records of a file, read by a decoder that keeps the last of each key."""
+    """Counts the records of a file with a decoder that does not look for duplicate keys."""
     decoder, reading.JSON = reading.JSON, json.JSONDecoder()
     try:
         return sum(1 for _ in reading.read_file(file))
@@ -110,7 +112,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     exit_on_user_error(lambda: fire.Fire(run))
 
 

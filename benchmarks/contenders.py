@@ -1,7 +1,8 @@
-"""What ``benchmarks.loss`` compares, by name: ways to get a loss and the gradients of hidden states and head from one batch.
+"""The contenders of ``benchmarks.loss``, by name.
 
-The losses of the cross entropies are ``F.cross_entropy(hidden @ weight.T, targets)``; those of ours, but for mle, and of
-EMOLoss are EMO's.
+Each computes a loss and the gradients of hidden states and head from one batch. The cross entropies
+compute ``F.cross_entropy(hidden @ weight.T, targets)``. EMOLoss and our own contenders compute EMO,
+except our mle ones.
 """
 
 from collections.abc import Callable
@@ -18,13 +19,16 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.losses import linear_emo_loss
 
 LOGITS_STD = 2.5
-CACHE_MIB = 4096  # budget of the cached cost rows
-PIECE = 128  # tokens that fill the cache at a time: what fills it must not warm up what is measured
-MATERIALISED = 10  # [N, V] tensors in float32 that a contender which materialises them may hold at once, with a margin
+CACHE_MIB = 4096  # memory budget of the cached cost rows
+# Tokens that fill the cache at a time: few, so that filling it does not warm up the measured call.
+PIECE = 128
+# Number of float32 [N, V] tensors that a contender which materializes them may hold at once, with a
+# margin.
+MATERIALISED = 10
 
 
 class Unavailable(Exception):
-    """Why a contender does not run here."""
+    """The reason why a contender does not run here."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,14 @@ class Case:
     tokens: int  # N
     device: str = "cpu"
     dtype: str = "float32"
-    targets: str = "zipf"  # or where the ids are from
-    ids: tuple[int, ...] = field(
-        default=(), repr=False
-    )  # real token ids; none: Zipf-distributed ones
+    targets: str = "zipf"  # "zipf", or the name of the file that the ids come from
+    # real token ids; if empty, Zipf-distributed ids are drawn
+    ids: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Leaves that require gradients, targets, and the frozen copy of the weight that prices tokens."""
+    """Leaf tensors that require gradients, the targets, and the frozen weight copy for the cost."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
@@ -60,7 +63,11 @@ class Batch:
             raise Unavailable(f"needs a {device} device")
 
     def materialises(self) -> None:
-        """On a CPU, running out of memory ends more than one benchmark. (A GPU's error is caught.)"""
+        """Raises Unavailable if this CPU has too little free memory.
+
+        Running out of memory on a CPU would end more than one benchmark. On a GPU the error is
+        caught.
+        """
         wanted = MATERIALISED * 4 * len(self.targets) * len(self.weight)
         free = psutil.virtual_memory().available
         if self.hidden.device.type == "cpu" and wanted > free:
@@ -73,7 +80,10 @@ Call = Callable[[], Tensor]
 
 
 def make_batch(case: Case) -> Batch:
-    """Logits of standard deviation 2.5; every other token also leans towards its target, from a little to nearly sure."""
+    """Makes random tensors whose logits have standard deviation 2.5.
+
+    Every other token also leans towards its target, from a little to nearly certain.
+    """
     options: dict[str, Any] = {
         "generator": torch.Generator(case.device).manual_seed(0),
         "device": case.device,
@@ -90,7 +100,10 @@ def make_batch(case: Case) -> Batch:
 
 
 def make_targets(case: Case) -> Tensor:  # [N]
-    """The case's ids, or random ones of which that of rank r has a probability in proportion to 1 / r."""
+    """Returns the case's ids, or random Zipf-distributed ones.
+
+    The id of rank r then has a probability in proportion to 1 / r.
+    """
     if case.ids:
         return torch.tensor(case.ids)
     generator = torch.Generator().manual_seed(0)
@@ -102,11 +115,15 @@ def make_targets(case: Case) -> Tensor:  # [N]
     ]
 
 
-# ---- ours ------------------------------------------------------------------------------------------------------------------
+# ---- ours ----------------------------------------------------------------------------------------
 
 
 def ours(backend: str, kind: str) -> Callable[[Batch], Call]:
-    """One of our backends: mle, or emo with a cost that is frozen, cached (frozen, its rows kept), adaptive or identity."""
+    """Returns a builder for one of our backends.
+
+    ``kind`` is mle, or it names the cost of emo: frozen, cached (frozen, with its rows kept),
+    adaptive or identity.
+    """
 
     def build(batch: Batch) -> Call:
         if backend == "reference":
@@ -141,7 +158,7 @@ def ours(backend: str, kind: str) -> Callable[[Batch], Call]:
     return build
 
 
-# ---- others ----------------------------------------------------------------------------------------------------------------
+# ---- others --------------------------------------------------------------------------------------
 
 
 def plain(batch: Batch) -> Call:
@@ -150,7 +167,7 @@ def plain(batch: Batch) -> Call:
 
 
 def torch_chunked(batch: Batch) -> Call:
-    """PyTorch's fused head with its own choice of chunks and accumulation."""
+    """Builds PyTorch's fused head with its own choice of chunks and accumulation."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -160,7 +177,10 @@ def torch_chunked(batch: Batch) -> Call:
 
 
 def emoloss(batch: Batch) -> Call:
-    """The authors' package, on logits in the working dtype. It shifts: the last logits and the first label do not count."""
+    """Builds the authors' package, on logits in the working dtype.
+
+    It shifts the labels, so the last logits and the first label do not count.
+    """
     from emo import EMOLoss
 
     batch.materialises()
@@ -181,7 +201,10 @@ def liger_triton(batch: Batch) -> Call:
 
 
 def liger_cute(batch: Batch) -> Call:
-    """Liger's CuTe DSL path for Hopper: bfloat16, N and V multiples of its tiles."""
+    """Builds Liger's CuTe DSL path for Hopper.
+
+    It needs bfloat16, and N and V have to be multiples of its tiles.
+    """
     from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import (
         liger_fused_linear_cross_entropy_sm90,
     )
@@ -214,15 +237,21 @@ CROSS_ENTROPIES: dict[str, Callable[[Batch], Call]] = {
     "cce": cut_cross_entropy,
     "quack": quack,
 }
-OURS = {f"{backend}-{kind}": ours(backend, kind)
-        for backend in ("chunked", "triton") for kind in ("mle", "frozen", "cached", "adaptive", "identity")}  # fmt: skip
+OURS = {
+    f"{backend}-{kind}": ours(backend, kind)
+    for backend in ("chunked", "triton")
+    for kind in ("mle", "frozen", "cached", "adaptive", "identity")
+}
 OURS["reference-frozen"] = ours("reference", "frozen")
 CONTENDERS = {**CROSS_ENTROPIES, "emoloss": emoloss, **OURS}
 PACKAGES = ("EMOLoss", "liger-kernel", "cut-cross-entropy", "quack-kernels", "triton")
 
 
 def build(name: str, batch: Batch) -> Call:
-    """The contender's loss as a function of nothing. Raises Unavailable where it cannot run."""
+    """Returns the contender's loss as a function without arguments.
+
+    Raises Unavailable if it cannot run.
+    """
     try:
         return CONTENDERS[name](batch)
     except ImportError as error:
@@ -230,7 +259,7 @@ def build(name: str, batch: Batch) -> Call:
 
 
 def versions() -> dict[str, str]:
-    """Those of the compared packages that are installed."""
+    """Returns the versions of torch and of the compared packages that are installed."""
     found = {"torch": torch.__version__}
     for package in PACKAGES:
         try:

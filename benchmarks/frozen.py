@@ -1,7 +1,8 @@
-"""What the loss costs beside a frozen output layer (LoRA): ``python -m benchmarks.frozen`` in the repository's root.
+"""Times the loss with a frozen output layer (LoRA) against a trained one.
 
-Forward and backward of EMO from random hidden states: an output layer that is trained, with a copied cost, and one that is
-frozen and is its own cost. They take turns; medians.
+Run ``python -m benchmarks.frozen`` in the repository's root. It runs forward and backward of EMO
+from random hidden states in two ways: with a trained output layer and a copied cost, and with a
+frozen output layer that is its own cost. The two take turns, and medians are printed.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,9 @@ def run(
     """Prints the seconds of both, their ratio, and the MiB that each keeps for the costs.
 
     Args:
-        tokens: targets of a call; rounds: calls of each kind.
+        tokens: targets of a call.
+        hidden_size, vocab_size: shape of the output layer.
+        rounds: calls of each kind.
     """
     refuse_unknown(unknown, run)
     for name, value in [
@@ -43,13 +46,13 @@ def run(
     torch.manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, device=device)
     weight = torch.randn(vocab_size, hidden_size, device=device) / hidden_size**0.5
-    targets = torch.randint(vocab_size, (tokens // 2,), device=device).repeat(
-        2
-    )  # half of them unique
+    # every id is repeated once, so that only about half of the targets are unique
+    targets = torch.randint(vocab_size, (tokens // 2,), device=device).repeat(2)
     trained, frozen = weight.clone().requires_grad_(), weight
     calls: dict[str, tuple[Tensor, CostEmbedding]] = {
-        "trained": (trained, CostEmbedding(trained)), "frozen": (frozen, CostAlias(lambda: frozen))
-    }  # fmt: skip
+        "trained": (trained, CostEmbedding(trained)),
+        "frozen": (frozen, CostAlias(lambda: frozen)),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(rounds + 1):
         for name, (head, cost) in calls.items():
@@ -67,7 +70,7 @@ def run(
 
 
 def timed(call: Callable[[], None], device: torch.device) -> float:
-    """Seconds until the device has done it."""
+    """Returns the seconds until the device has finished the call."""
     start = perf_counter()
     call()
     if device.type == "cuda":

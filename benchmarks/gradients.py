@@ -1,6 +1,9 @@
-"""Gradient norms of the modes on the same batches, without training: ``python -m benchmarks.gradients [CHECKPOINT]``.
+"""Compares the gradient norms of the modes on the same batches, without training.
 
-Also checks grad(emo2) = (2 emo / nll) grad(emo) token by token. Costs are the shipped base model's.
+Run ``python -m benchmarks.gradients [CHECKPOINT]``. The costs come from the shipped base model. It
+also checks, token by token, that
+
+    grad(emo2) = (2 emo / nll) grad(emo)
 """
 
 from pathlib import Path
@@ -26,7 +29,10 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 def run(checkpoint: str = str(DATA / "tiny-base"), batches: int = 8) -> None:
-    """Prints the mean gradient norm of each mode over batches of 32 examples, and emo2's gradient against emo's."""
+    """Prints each mode's mean gradient norm, and emo2's gradient against emo's.
+
+    The mean is over batches of 32 examples.
+    """
     model, tokenizer = load_for_generation(ModelSource(checkpoint))
     base, _ = load_for_generation(ModelSource(str(DATA / "tiny-base")))
     cost = CostEmbedding(head_of(base).weight)
@@ -55,17 +61,19 @@ def run(checkpoint: str = str(DATA / "tiny-base"), batches: int = 8) -> None:
     error = (emo2_gradient - ratio[:, None] * emo_gradient).norm(dim=1) / emo2_gradient.norm(dim=1)
     quantiles = ratio.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=ratio.dtype)).tolist()
     print(
-        f"grad(emo2) = (2 emo / nll) grad(emo) over {len(ratio)} tokens: greatest relative error {error.max():.1e}"
+        f"grad(emo2) = (2 emo / nll) grad(emo) over {len(ratio)} tokens: greatest relative error "
+        f"{error.max():.1e}"
     )
     print(
-        f"2 emo / nll by token: mean {ratio.mean():.3f}, quantiles 10 / 50 / 90 % {' / '.join(f'{q:.3f}' for q in quantiles)}"
+        f"2 emo / nll by token: mean {ratio.mean():.3f}, quantiles 10 / 50 / 90 % "
+        f"{' / '.join(f'{q:.3f}' for q in quantiles)}"
     )
     of_sums, of_norms = 2 * emd.sum() / nll.sum(), norms["emo2"] / norms["emo"]
     print(f"2 sum emo / sum nll: {of_sums:.3f}; norm of emo2's gradient over emo's: {of_norms:.3f}")
 
 
 def mean_norm(model, loader: list[dict[str, Tensor]], mode: str, cost: CostEmbedding) -> float:
-    """The norm of the gradient of all parameters, a mean over the batches."""
+    """Returns the norm of the gradient of all parameters, averaged over the batches."""
     handle, norms = attach_objective(model, mode, cost), []
     for batch in loader:
         model.zero_grad()
@@ -80,10 +88,11 @@ def mean_norm(model, loader: list[dict[str, Tensor]], mode: str, cost: CostEmbed
 
 
 @torch.no_grad()
-def supervised(
-    model, batch: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:  # logits [N, V] in float64, targets [N]
-    """What the model says at the supervised tokens of a batch."""
+def supervised(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns the logits and targets of the supervised tokens of a batch.
+
+    Logits are [N, V] in float64; targets are [N].
+    """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
         :, :-1
     ]
@@ -95,7 +104,7 @@ def supervised(
 def loss_and_gradient(
     logits: Tensor, targets: Tensor, cost: CostEmbedding, mode: str
 ) -> tuple[Tensor, Tensor]:  # [N], [N, V]
-    """The loss of every token and its gradient in the logits."""
+    """Returns the loss of every token and its gradient with respect to the logits."""
     leaf = logits.clone().requires_grad_()
     loss = emo_loss(leaf, targets, cost, mode=mode, reduction="none")
     loss.sum().backward()
@@ -104,7 +113,7 @@ def loss_and_gradient(
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     exit_on_user_error(lambda: fire.Fire(run))
 
 

@@ -1,7 +1,9 @@
-"""What it costs to look for NaN and Inf at every step: ``python -m benchmarks.guard`` in the repository's root.
+"""Times the search for NaN and Inf at every step.
 
-Whole optimizer steps of EMO (forward, backward, clipping, AdamW) on a Llama with random weights and random tokens, with
-``guard.Guard`` before the update and without it. In float32 on a CPU, in bfloat16 on a GPU. They take turns; medians.
+Run ``python -m benchmarks.guard`` in the repository's root. It runs whole optimizer steps of EMO
+(forward, backward, clipping, AdamW) on a Llama with random weights and random tokens, with
+``training.guard.Guard`` before the update and without it. It uses float32 on a CPU and bfloat16 on
+a GPU. The two take turns, and medians are printed.
 """
 
 from statistics import median
@@ -20,14 +22,21 @@ from stanford_alpaca.training.guard import Guard
 
 
 def run(
-    layers: int = 4, hidden_size: int = 512, vocab_size: int = 32_000, batch: int = 4, length: int = 256, rounds: int = 20,
+    layers: int = 4,
+    hidden_size: int = 512,
+    vocab_size: int = 32_000,
+    batch: int = 4,
+    length: int = 256,
+    rounds: int = 20,
     **unknown: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Prints the seconds of a step with and without the guard, and their ratio.
 
     Args:
-        layers, hidden_size, vocab_size: of the model; batch: examples of a step; length: tokens of each, all of them targets;
-            rounds: steps of each kind.
+        layers, hidden_size, vocab_size: shape of the model.
+        batch: examples of a step.
+        length: tokens of an example, all of them targets.
+        rounds: steps of each kind.
     """
     refuse_unknown(unknown, run)
     for name, value in [
@@ -55,14 +64,15 @@ def run(
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{parameters:.0f}M parameters, {batch * length} targets a step, on {device.type}")
     print(
-        f"without: {1e3 * plain:.1f} ms a step; with: {1e3 * guarded:.1f} ms, {guarded / plain:.4f}x"
+        f"without: {1e3 * plain:.1f} ms a step; with: {1e3 * guarded:.1f} ms, "
+        f"{guarded / plain:.4f}x"
     )
 
 
 def step(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, guard: Guard | None
 ) -> float:
-    """One step; its seconds, until the device has done it."""
+    """Runs one step and returns its seconds, until the device has finished."""
     start = perf_counter()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()

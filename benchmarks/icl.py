@@ -1,9 +1,10 @@
-"""Few-shot scoring against a plain loop: ``python -m benchmarks.icl --data_dir DIR`` in the repository's root.
+"""Times few-shot scoring against a plain loop.
 
-Prompts per second (a prompt is one class of one test item) of ``scoring.score``, its look for the fastest way included,
-and of ``scoring.plain``, which runs the model on a prompt at a time, over the same token ids. On the shipped base model, and
-on a Llama with random weights and 32,000 entries that gets the same ids. The two take turns; the ratio is the median over
-the rounds.
+Run ``python -m benchmarks.icl --data_dir DIR`` in the repository's root. It measures prompts per
+second, where a prompt is one class of one test item. ``scoring.score`` includes its search for the
+fastest way. ``scoring.plain`` runs the model on one prompt at a time. Both get the same token ids.
+They run on the shipped base model, and on a Llama with random weights and a vocabulary of 32,000.
+The two take turns, and the ratio is the median over the rounds.
 """
 
 from pathlib import Path
@@ -29,15 +30,26 @@ from stanford_alpaca.models.load import ModelSource
 
 @SetParseFns(tasks=str)
 def run(
-    data_dir: str, tasks: str | None = None, model: str = "data/tiny-base", limit: int = 64, shots: int = 8,
-    retriever: str = "tfidf", layers: int = 4, hidden_size: int = 256,
-    batch_size: int | None = None, rounds: int = 5, **unknown: Any,
-) -> None:  # fmt: skip
+    data_dir: str,
+    tasks: str | None = None,
+    model: str = "data/tiny-base",
+    limit: int = 64,
+    shots: int = 8,
+    retriever: str = "tfidf",
+    layers: int = 4,
+    hidden_size: int = 256,
+    batch_size: int | None = None,
+    rounds: int = 5,
+    **unknown: Any,
+) -> None:
     """Prints a line per model and task.
 
     Args:
-        data_dir, tasks, limit, shots, batch_size: as in icl.py; retriever: tfidf, random or fixed; model: the first model,
-            whose tokenizer both use; layers, hidden_size: of the random one; rounds: of each after one to warm up.
+        data_dir, tasks, limit, shots, batch_size: as in icl.py.
+        retriever: tfidf, random or fixed.
+        model: the first model. Both use its tokenizer.
+        layers, hidden_size: shape of the random model.
+        rounds: measured runs of each way, after one to warm up.
     """
     refuse_unknown(unknown, run)
     for name, value in [("limit", limit), ("rounds", rounds), ("layers", layers)]:
@@ -58,7 +70,10 @@ def run(
                 tokenizer, data, examples, other.config.max_position_embeddings
             )
             print(
-                f"{name}, {task.name}: {compare(other.to(shipped.device), choices, batch_size, rounds)}",
+                (
+                    f"{name}, {task.name}: "
+                    f"{compare(other.to(shipped.device), choices, batch_size, rounds)}"
+                ),
                 flush=True,
             )
 
@@ -66,7 +81,7 @@ def run(
 def compare(
     model: PreTrainedModel, choices: list[Choices], batch_size: int | None, rounds: int
 ) -> str:
-    """Both ways in turn, and how far their scores are apart."""
+    """Runs both ways in turn and reports rates, ratio and how far their scores are apart."""
     prompts = sum(len(item.endings) for item in choices)
     tokens = (
         sum(len(item.context) + len(ending) for item in choices for ending in item.endings)
@@ -78,7 +93,7 @@ def compare(
         seconds["plain"].append(took)
         took, fast = timed(lambda: score(model, choices, batch_size))
         seconds["fast"].append(took)
-        if number == 0:  # warmed up
+        if number == 0:  # the first round only warms up
             seconds = {way: [] for way in seconds}
     apart = max(
         abs(a - b) for pair in zip(slow, fast, strict=True) for a, b in zip(*pair, strict=True)
@@ -86,15 +101,16 @@ def compare(
     rates = {way: prompts / median(times) for way, times in seconds.items()}
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     return (
-        f"{prompts} prompts of {tokens:.0f} tokens; plain {rates['plain']:.1f} prompts/s, fast {rates['fast']:.1f}, ratio "
-        f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}); scores within {apart:.1e}"
+        f"{prompts} prompts of {tokens:.0f} tokens; plain {rates['plain']:.1f} prompts/s, fast "
+        f"{rates['fast']:.1f}, ratio {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}); "
+        f"scores within {apart:.1e}"
     )
 
 
 def timed(call: Any) -> tuple[float, Scores]:
-    """Seconds and the scores."""
+    """Returns the seconds and the scores."""
     began = perf_counter()
-    scores = call()  # scores are numbers by now, so a GPU has ended
+    scores = call()  # scores are Python numbers, so a GPU has finished
     return perf_counter() - began, scores
 
 

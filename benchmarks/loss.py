@@ -1,7 +1,9 @@
-"""The loss against its peers, time and memory: ``python -m benchmarks.loss`` in the repository's root, on the GPU if any.
+"""Compares the time and memory of the loss with other implementations.
 
-Forward and backward of every contender of ``contenders.py``, in turn in one run; tables, JSON and a plot in
-``benchmarks/results``. ``python -m benchmarks.loss scaling`` measures the cost against the tokens and against the vocabulary.
+Run ``python -m benchmarks.loss`` in the repository's root. It uses the GPU if there is one. Forward
+and backward of every contender of ``contenders.py`` take turns in one run. Tables are printed; JSON
+and a plot go to ``benchmarks/results``. ``python -m benchmarks.loss scaling`` measures how the time
+grows with the tokens and with the vocabulary.
 """
 
 import json
@@ -32,12 +34,13 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
 from stanford_alpaca.models.load import ModelSource
 
+# (H, V): hidden size and vocabulary size
 SHAPES = {
     "cpu": (512, 32000),
     "llama-7b": (4096, 32000),
     "llama-3-8b": (4096, 128256),
     "qwen2.5-0.5b": (896, 151936),
-}  # H, V
+}
 SHIPPED = ROOT / "data" / "instructions" / "train.json"
 SCALED = (
     "plain",
@@ -67,15 +70,24 @@ def run(
     results: str = RESULTS,
     **unknown: Any,
 ) -> None:
-    """Prints a table per shape and count of tokens, and writes loss-DEVICE.jsonl and .png, where they replace their like.
+    """Prints a table per shape and count of tokens, and writes JSON and a plot.
+
+    The files are loss-DEVICE.jsonl and .png. New rows replace those of the same case.
 
     Args:
-        shape: of cpu, llama-7b, llama-3-8b and qwen2.5-0.5b, with commas (default: cpu, or on a GPU the others); tokens: with
-            commas; hidden, vocab: a shape of one's own.
-        rounds: measured, after a warm-up; only: contenders, with commas; ids_from: a JSON file of records whose responses are
-            one more line, in the tokenizer's own vocabulary; none: no such line.
-        tokenizer: of those responses; results: the folder for JSON and plot.
-        device: cpu or cuda; dtype: float32 (on a CPU), bfloat16 (on a GPU) or float16; threads: on a CPU.
+        shape: any of cpu, llama-7b, llama-3-8b and qwen2.5-0.5b, with commas. The default is cpu,
+            or the other three on a GPU.
+        tokens: counts of tokens, with commas.
+        hidden, vocab: a custom shape.
+        rounds: measured rounds, after a warm-up.
+        only: contenders, with commas.
+        ids_from: a JSON file of records. Their responses give one more case, in the tokenizer's own
+            vocabulary. "none" leaves it out.
+        tokenizer: the tokenizer of those responses.
+        device: cpu or cuda.
+        dtype: float32 (default on a CPU), bfloat16 (default on a GPU) or float16.
+        threads: threads on a CPU.
+        results: the folder for JSON and plot.
     """
     refuse_unknown(unknown, run)
     sizes = [("hidden", hidden), ("vocab", vocab)]
@@ -123,11 +135,10 @@ def scaling(
     results: str = RESULTS,
     **unknown: Any,
 ) -> None:
-    """Time per token and vocabulary entry: against --tokens at the least vocabulary, and against --vocabularies.
+    """Measures the time per token and vocabulary entry.
 
-    The latter at the middle of --tokens.
-
-    Writes loss-scaling-DEVICE.jsonl and .png.
+    One series varies --tokens at the smallest vocabulary. The other varies --vocabularies at the
+    middle of --tokens. Writes loss-scaling-DEVICE.jsonl and .png.
     """
     refuse_unknown(unknown, scaling)
     counts = [("tokens", count) for count in as_list(tokens)] + [
@@ -155,7 +166,7 @@ def scaling(
     draw(plots.curves, [row for row in read(file) if row["case"]["hidden"] == hidden], file)
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 
 
 def check_flags(
@@ -213,19 +224,20 @@ def named_shapes(
 
 
 def response_ids(file: str, tokenizer_path: str, count: int) -> tuple[tuple[int, ...], int]:
-    """The first supervised tokens of the file's records, and the size of the vocabulary."""
+    """Returns the first ``count`` supervised token ids of a file, and the vocabulary size."""
     tokenizer = ModelSource(tokenizer_path).tokenizer()
     examples, _ = tokenize_records(load_records(file), tokenizer, 512)
     ids = [label for labels in examples["labels"] for label in labels if label != IGNORE_INDEX]
     if len(ids) < count:
         raise UserError(
-            f"--ids_from {file}: its responses have {len(ids)} tokens, wanted {count}: give a larger file"
+            f"--ids_from {file}: its responses have {len(ids)} tokens, wanted {count}: give a "
+            "larger file"
         )
     return tuple(ids[:count]), len(tokenizer)
 
 
 def measured(case: Case, names: Iterable[str], threads: int, rounds: int) -> list[dict[str, Any]]:
-    """``measure`` with the machine and the case in every row."""
+    """Runs ``measure`` and adds the machine and the case to every row."""
     described = {name: value for name, value in asdict(case).items() if name != "ids"}
     described["unique_targets"] = round(len(make_targets(case).unique()) / case.tokens, 4)
     about = {"machine": machine(case.device, threads), "case": described}
@@ -233,7 +245,7 @@ def measured(case: Case, names: Iterable[str], threads: int, rounds: int) -> lis
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
-    """Nothing that names the machine itself."""
+    """Describes the machine without anything that identifies it."""
     if device == "cpu":
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(
@@ -250,7 +262,7 @@ def machine(device: str, threads: int) -> dict[str, Any]:
     }
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -273,11 +285,15 @@ def draw(
         print(f"no plot: {error}: pip install matplotlib")
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def times(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Median seconds: ours under the launcher's allocator, others under the one that suits them better."""
+    """Returns the median seconds of each contender.
+
+    Ours count under the launcher's allocator. Others count under whichever allocator is faster for
+    them.
+    """
     found = {}
     for row in rows:
         if "seconds" in row:
@@ -300,21 +316,30 @@ def heading(row: dict[str, Any]) -> str:
         else f"targets of {case['targets']} in their own vocabulary"
     )
     return (
-        f"## {case['shape']}: N={case['tokens']} H={case['hidden']} V={case['vocab']} {case['dtype']}, {targets}, "
-        f"{100 * case['unique_targets']:.1f} % unique; {where}"
+        f"## {case['shape']}: N={case['tokens']} H={case['hidden']} V={case['vocab']} "
+        f"{case['dtype']}, {targets}, {100 * case['unique_targets']:.1f} % unique; {where}"
     )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line per contender that ran, the floor first."""
+    """Returns a Markdown table: one line per contender that ran, the floor first."""
     ran, seconds = [row for row in rows if "seconds" in row], times(rows)
     fastest = min((seconds[name] for name in CROSS_ENTROPIES if name in seconds), default=None)
     against = {name: seconds.get(name) for name in ("plain", "torch-chunked", "emoloss")} | {
         "fastest": fastest
     }
     environments = list(ran[0]["seconds"])
-    lines = [["contender", *(f"s, {name} (min-max)" for name in environments), "peak extra MiB", "of it tensors", "kept MiB",
-              *(f"/ {name}" for name in against), "share of floor"]]  # fmt: skip
+    lines = [
+        [
+            "contender",
+            *(f"s, {name} (min-max)" for name in environments),
+            "peak extra MiB",
+            "of it tensors",
+            "kept MiB",
+            *(f"/ {name}" for name in against),
+            "share of floor",
+        ]
+    ]
     lines.append(["---"] * len(lines[0]))
     for row in ran:
         name = row["contender"]
@@ -336,7 +361,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     command, arguments = (
         (scaling, sys.argv[2:]) if sys.argv[1:2] == ["scaling"] else (run, sys.argv[1:])
     )

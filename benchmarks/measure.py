@@ -1,4 +1,4 @@
-"""Time and memory of the contenders, each measured in processes of their own."""
+"""Measures time and memory of the contenders, each in processes of its own."""
 
 import ctypes
 import functools
@@ -20,19 +20,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import Batch, Call, Case, Unavailable, build, make_batch
 
-# What the launcher sets on a CPU: freed tensors stay with the process. Both are needed: the first
-# alone ends glibc's own adaptation, and the heap is cut back to 128 KiB of free memory as often as without it.
+# What the launcher sets on a CPU, so that freed tensors stay with the process. Both variables are
+# needed. Setting the first alone turns off glibc's dynamic thresholds, so the heap is still trimmed
+# to 128 KiB of free memory as often as without it.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**30), "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30)}
 FLOOR = "floor"  # the three matrix products alone
 MIB = 2**20
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # PyTorch's profiler announces itself, in every process
+# PyTorch's profiler otherwise prints a notice in every process.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a measuring process is told."""
+    """The input of a measuring process."""
 
     case: Case
     names: tuple[str, ...]
@@ -40,15 +40,19 @@ class Setup:
 
 
 def environments(device: str) -> dict[str, dict[str, str]]:
-    """Under which environment variables everything is timed."""
+    """Returns the environment variables under which everything is timed, by name."""
     return {"default": {}, "launcher": ALLOCATOR} if device == "cpu" else {device: {}}
 
 
-# ---- all contenders --------------------------------------------------------------------------------------------------------
+# ---- all contenders ------------------------------------------------------------------------------
 
 
 def measure(setup: Setup, rounds: int) -> list[dict[str, Any]]:
-    """A row per contender: seconds and page faults by environment, peak memory; or why it was left out."""
+    """Returns a row per contender.
+
+    A row has seconds and page faults by environment and the peak memory, or the reason why the
+    contender was left out.
+    """
     forget_allocator()  # a shell may have set it for all
     peaks: dict[str, dict[str, float]] = {}
     seconds: dict[str, dict[str, list[float]]] = {}
@@ -75,14 +79,25 @@ def measure(setup: Setup, rounds: int) -> list[dict[str, Any]]:
             }
     if setup.case.device == "cpu":  # now that the other processes have ended
         peaks = {name: fresh_peak(setup, name) for name in seconds if name != FLOOR}
-    rows = [{"contender": name, "seconds": seconds[name], "minor_faults": faults[name], **peaks.get(name, {})}
-            for name in (FLOOR, *setup.names) if name not in left_out]  # fmt: skip
+    rows = [
+        {
+            "contender": name,
+            "seconds": seconds[name],
+            "minor_faults": faults[name],
+            **peaks.get(name, {}),
+        }
+        for name in (FLOOR, *setup.names)
+        if name not in left_out
+    ]
     return rows + [{"contender": name, "left_out": reason} for name, reason in left_out.items()]
 
 
 @contextmanager
 def worker(variables: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
-    """A new process with these environment variables, which glibc reads once, when it starts."""
+    """Starts a new process with these environment variables.
+
+    glibc reads its variables once, when the process starts.
+    """
     os.environ.update(variables)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
@@ -97,12 +112,15 @@ def forget_allocator() -> None:
         os.environ.pop(name, None)
 
 
-# ---- within a process: time ------------------------------------------------------------------------------------------------
+# ---- within a process: time ----------------------------------------------------------------------
 
 
 @functools.cache
 def stage(setup: Setup) -> tuple[Batch, dict[str, Call], dict[str, str]]:
-    """The batch, a step (forward and backward) for every contender that runs, and why the others do not."""
+    """Returns the batch, the steps, and the reasons why contenders are left out.
+
+    There is a step (forward and backward) for every contender that runs.
+    """
     torch.set_num_threads(setup.threads)
     batch = make_batch(setup.case)
     steps: dict[str, Call] = {FLOOR: floor(batch)}
@@ -113,9 +131,7 @@ def stage(setup: Setup) -> tuple[Batch, dict[str, Call], dict[str, str]]:
             steps[name]().backward()
         except Unavailable as error:
             left_out[name] = one_line(error)
-        except (
-            Exception
-        ) as error:  # whatever another package raises on tensors that it does not serve
+        except Exception as error:  # other packages raise anything on tensors they do not support
             left_out[name] = f"{type(error).__name__}: {one_line(error)}"
         if name in left_out:
             steps.pop(name, None)
@@ -131,7 +147,10 @@ def warm_up(setup: Setup) -> dict[str, str]:
 
 
 def one_round(setup: Setup, start: int) -> dict[str, tuple[float, int]]:
-    """Seconds and minor page faults of a step of every contender, one after the other; each round another one is first."""
+    """Returns seconds and minor page faults of one step of every contender.
+
+    Contenders run one after the other. Each round starts with another one.
+    """
     batch, steps, _ = stage(setup)
     names = list(steps)
     start %= len(names)
@@ -163,7 +182,10 @@ def forward_backward(step: Call) -> None:
 
 
 def floor(batch: Batch) -> Call:
-    """The products of the logits and of both gradients, into tensors that are there: 6 N H V operations at their rate here."""
+    """Returns a step of only the products for the logits and for both gradients.
+
+    They write into existing tensors: 6 N H V operations at this machine's rate.
+    """
     hidden, weight = batch.hidden.detach(), batch.weight.detach()
     logits, d_hidden, d_weight = (
         hidden @ weight.T,
@@ -181,18 +203,21 @@ def floor(batch: Batch) -> Call:
 
 def clear(batch: Batch) -> None:
     batch.hidden.grad = batch.weight.grad = None
-    gc.collect(1)  # the last step's; searching all that was imported takes longer than a step
+    gc.collect(1)  # frees the last step's tensors; a full collection takes longer than a step
 
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# ---- within a process: memory ----------------------------------------------------------------------------------------------
+# ---- within a process: memory --------------------------------------------------------------------
 
 
 def fresh_peak(setup: Setup, name: str) -> dict[str, float]:
-    """``cpu_peak`` in a process that has run nothing else, under the default allocator; nothing if the contender cannot run."""
+    """Runs ``cpu_peak`` in a fresh process under the default allocator.
+
+    Returns an empty dictionary if the contender cannot run.
+    """
     context = get_context("forkserver")  # imports torch once
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
@@ -200,20 +225,22 @@ def fresh_peak(setup: Setup, name: str) -> dict[str, float]:
 
 
 def cpu_peak(setup: Setup, name: str) -> dict[str, float]:
-    """Resident memory: the peak of a first step above the level before it, and what the contender keeps between steps.
+    """Measures resident memory of a first step on a CPU.
 
-    Where tensors come to lie in the heap moves the peak by a few blocks from process to process; that of the tensors stays.
+    Returns the peak above the level before the step, and what the contender keeps between steps.
+    The heap layout moves this peak by a few blocks from process to process. The peak of the tensors
+    does not move.
     """
     torch.set_num_threads(setup.threads)
     try:
         forward_backward(
             build(name, make_batch(replace(setup.case, hidden=16, vocab=300, tokens=64, ids=())))
         )
-        batch = make_batch(setup.case)  # what libraries load and start is there by now
+        batch = make_batch(setup.case)  # by now libraries have loaded and started what they need
         inputs = resident_mib("VmRSS")
         step = build(name, batch)
         level = resident_mib("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak VmHWM
         forward_backward(step)
     except Unavailable:
         return {}
@@ -227,7 +254,10 @@ def cpu_peak(setup: Setup, name: str) -> dict[str, float]:
 
 
 def resident_mib(entry: str) -> float:
-    """VmRSS or its peak VmHWM, when free memory that would hide what is allocated next has gone back to the system."""
+    """Returns VmRSS, or its peak VmHWM, in MiB.
+
+    First it returns free memory to the system, which would otherwise hide later allocations.
+    """
     gc.collect(1)
     ctypes.CDLL(None).malloc_trim(0)
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -235,7 +265,10 @@ def resident_mib(entry: str) -> float:
 
 
 def peak_tensors_mib(step: Call) -> float:
-    """The most that a step's tensors hold at a time, as PyTorch counts on a GPU: no heap, no library's buffers."""
+    """Returns the most memory that a step's tensors hold at a time, in MiB.
+
+    It counts as PyTorch does on a GPU: without the heap and without buffers of libraries.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         forward_backward(step)
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
@@ -253,7 +286,10 @@ def peak_tensors_mib(step: Call) -> float:
 
 
 def cuda_peak(setup: Setup, name: str) -> dict[str, float]:
-    """The same of PyTorch's allocator, where no cache can hide anything."""
+    """Measures the same with PyTorch's CUDA allocator.
+
+    It counts allocated tensors, so its cache hides nothing.
+    """
     batch, _, _ = stage(setup)
     clear(batch)
     inputs = torch.cuda.memory_allocated()

@@ -1,6 +1,8 @@
-"""Learning rate and gradient clipping, mode by mode: ``python -m benchmarks.modes`` in the repository's root.
+"""Compares learning rates and gradient clipping for each mode.
 
-Fine-tunes the shipped base model once per mode, learning rate, clipping and seed, and prints tables. May be interrupted.
+Run ``python -m benchmarks.modes`` in the repository's root. It fine-tunes the shipped base model
+once per mode, learning rate, clipping and seed, and prints tables. An interrupted run continues
+where it stopped.
 """
 
 import contextlib
@@ -34,15 +36,13 @@ BASE, TRAIN, HELD_OUT = (
     DATA / "instructions" / "train.json",
     DATA / "instructions" / "held_out.json",
 )
-RECIPE = "--per_device_train_batch_size 32 --global_batch 32 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0"
+RECIPE = (
+    "--per_device_train_batch_size 32 --global_batch 32 --lr_scheduler_type cosine "
+    "--warmup_steps 0.03 --weight_decay 0"
+)
 QUIET = "--logging_steps 1 --save_strategy no --report_to none --disable_tqdm True"
-KEY = (
-    "mode",
-    "learning_rate",
-    "max_grad_norm",
-    "seed",
-    "epochs",
-)  # what makes a run; all else in its line is measured
+# Identifies a run. Everything else in its line is measured.
+KEY = ("mode", "learning_rate", "max_grad_norm", "seed", "epochs")
 BEST = (
     "rate",
     "exact match %",
@@ -64,9 +64,10 @@ def run(
     results: str = str(HERE / "results" / "modes.jsonl"),
     **unknown: Any,
 ) -> None:
-    """Runs what is not in the results file yet, a line of JSON each, then prints the tables of all that is there.
+    """Runs what the results file does not have yet, then prints the tables of all runs in it.
 
-    Lists are given with commas: --modes emo,emo2 --max_grad_norms 1,0. A max_grad_norm of 0 turns clipping off.
+    Each run adds a line of JSON. Lists are given with commas: --modes emo,emo2. A max_grad_norm of
+    0 turns clipping off: --max_grad_norms 1,0.
     """
     refuse_unknown(unknown, run)
     file = Path(results)
@@ -101,15 +102,19 @@ def read(file: Path) -> list[dict[str, Any]]:
 def one_run(
     mode: str, learning_rate: float, max_grad_norm: float, seed: int, epochs: int
 ) -> dict[str, float]:
-    """Trains, evaluates on the held-out examples (greedy, 32 new tokens), and sums up the gradient norms of the steps."""
+    """Trains, evaluates, and summarizes the gradient norms of the steps.
+
+    Evaluation uses the held-out examples, with greedy decoding and 32 new tokens.
+    """
     with (
         TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
         train(
-            f"--model_name_or_path {BASE} --data_path {TRAIN} --output_dir {folder} --mode {mode} --num_train_epochs {epochs} "
-            f"--learning_rate {learning_rate} --max_grad_norm {max_grad_norm} --seed {seed} {RECIPE} {QUIET}".split()
+            f"--model_name_or_path {BASE} --data_path {TRAIN} --output_dir {folder} --mode {mode} "
+            f"--num_train_epochs {epochs} --learning_rate {learning_rate} "
+            f"--max_grad_norm {max_grad_norm} --seed {seed} {RECIPE} {QUIET}".split()
         )
         history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
         scores = evaluate(folder)
@@ -127,7 +132,11 @@ def one_run(
 
 
 def evaluate(checkpoint: str) -> dict[str, float]:
-    """nll, emo (with the base model's costs) and token accuracy of the references, and exact match of what is generated."""
+    """Returns nll, emo, token accuracy and exact match.
+
+    The first three are measured on the references, emo with the base model's costs. Exact match is
+    measured on generated responses.
+    """
     base, _ = load_for_generation(ModelSource(str(BASE)))
     model, tokenizer = load_for_generation(ModelSource(checkpoint))
     records = load_records(str(HELD_OUT))
@@ -142,11 +151,15 @@ def evaluate(checkpoint: str) -> dict[str, float]:
     return scores | {"exact_match": exact_match(responses, records["output"][:])}
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Markdown: exact match by clipping and learning rate; then every mode at its best rate under clipping at 1."""
+    """Returns two Markdown tables.
+
+    The first shows exact match by clipping and learning rate. The second shows every mode at its
+    best rate under clipping at 1.
+    """
     columns = sorted({(-row["max_grad_norm"], row["learning_rate"]) for row in rows})
     names = [f"{rate:g}, {f'clip {-clip:g}' if clip else 'no clipping'}" for clip, rate in columns]
     grid, best = [["mode", *names]], [["mode", *BEST]]
@@ -176,7 +189,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def at_best(cell: list[dict[str, Any]]) -> list[str]:
-    """The columns BEST of the runs at one learning rate."""
+    """Returns the ``BEST`` columns for the runs at one learning rate."""
     norms = " / ".join(
         f"{mean(cell, name):.2g}" for name in ("norm_p10", "norm_median", "norm_p90")
     )
@@ -198,7 +211,10 @@ def mean(rows: list[dict[str, Any]], name: str) -> float:
 
 
 def percent(rows: list[dict[str, Any]], name: str) -> str:
-    """The mean of some seeds in percent, and half of their range where there are several; - where there is none."""
+    """Returns the mean over the seeds in percent, or "-" without runs.
+
+    With several seeds, half of their range is added.
+    """
     if not rows:
         return "-"
     values = [row[name] for row in rows]
@@ -208,7 +224,7 @@ def percent(rows: list[dict[str, Any]], name: str) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     exit_on_user_error(lambda: fire.Fire(run))
 
 

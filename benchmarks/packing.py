@@ -1,8 +1,10 @@
-"""What padding costs and packing saves: ``python -m benchmarks.packing`` in the repository's root.
+"""Measures what padding costs and packing saves.
 
-Forward and backward of EMO (frozen cost) over the same made-up examples, laid out in batches in different ways: a Llama with
-random weights, lengths log-normal with a mean of about 150 of 512 tokens, as Alpaca's are, the last 45 % of each supervised. In
-float32 on a CPU, in bfloat16 on a GPU. The layouts take turns; medians over the rounds.
+Run ``python -m benchmarks.packing`` in the repository's root. It runs forward and backward of EMO
+(frozen cost) over the same made-up examples, batched in different layouts, on a Llama with random
+weights. Like Alpaca's, the lengths are log-normal with a mean of about 150 tokens, at most 512. The
+last 45 % of each example is supervised. It uses float32 on a CPU and bfloat16 on a GPU. The layouts
+take turns, and medians over the rounds are printed.
 """
 
 from collections.abc import Callable
@@ -29,14 +31,23 @@ Batches = list[dict[str, Any]]
 
 
 def run(
-    examples: int = 64, batch: int = 4, layers: int = 4, hidden_size: int = 512, vocab_size: int = 32_000,
-    rounds: int = 5, attention: str = "sdpa", **unknown: Any,
-) -> None:  # fmt: skip
+    examples: int = 64,
+    batch: int = 4,
+    layers: int = 4,
+    hidden_size: int = 512,
+    vocab_size: int = 32_000,
+    rounds: int = 5,
+    attention: str = "sdpa",
+    **unknown: Any,
+) -> None:
     """Prints supervised tokens per second of each layout.
 
     Args:
-        examples: made-up examples; batch: examples, or packed rows, of a micro-batch; layers, hidden_size, vocab_size: of the
-            model; rounds: passes of each layout over all examples; attention: sdpa, eager or flash_attention_2.
+        examples: made-up examples.
+        batch: examples, or packed rows, of a micro-batch.
+        layers, hidden_size, vocab_size: shape of the model.
+        rounds: passes of each layout over all examples.
+        attention: sdpa, eager or flash_attention_2.
     """
     refuse_unknown(unknown, run)
     for name, value in [
@@ -61,19 +72,21 @@ def run(
                 seconds[name].append(took)
     lengths = example_lengths(data)
     print(
-        f"{examples} examples of {lengths.mean():.0f} tokens on average, {targets / examples:.0f} of them supervised"
+        f"{examples} examples of {lengths.mean():.0f} tokens on average, "
+        f"{targets / examples:.0f} of them supervised"
     )
     slowest = median(seconds[f"padded to {MAX_LENGTH}"])
     for name, times in seconds.items():
         processed = sum(batch["input_ids"].numel() for batch in layouts[name])
         rate, gain = targets / median(times), slowest / median(times)
         print(
-            f"{name}: {rate:.0f} supervised tokens/s, {gain:.2f}x; {lengths.sum() / processed:.0%} of its tokens are no padding"
+            f"{name}: {rate:.0f} supervised tokens/s, {gain:.2f}x; "
+            f"{lengths.sum() / processed:.0%} of its tokens are no padding"
         )
 
 
 def made_up(count: int, vocab_size: int) -> Dataset:
-    """Examples of random tokens."""
+    """Makes examples of random tokens."""
     random = np.random.default_rng(0)
     lengths = random.lognormal(np.log(125), 0.6, count).astype(int).clip(8, MAX_LENGTH)
     ids = [random.integers(3, vocab_size, length) for length in lengths]
@@ -87,19 +100,24 @@ def made_up(count: int, vocab_size: int) -> Dataset:
 
 
 def make_model(layers: int, hidden_size: int, vocab_size: int, attention: str) -> PreTrainedModel:
-    """A Llama with random weights, heads of 64."""
+    """Makes a Llama with random weights and heads of width 64."""
     config = AutoConfig.for_model(
-        "llama", vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3,
-        num_hidden_layers=layers, max_position_embeddings=MAX_LENGTH,
-        num_attention_heads=hidden_size // 64, num_key_value_heads=hidden_size // 64,
-    )  # fmt: skip
+        "llama",
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=layers,
+        max_position_embeddings=MAX_LENGTH,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 64,
+    )
     torch.manual_seed(0)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
 
 
 def make_layouts(data: Dataset, batch: int, means: str) -> dict[str, Batches]:
-    """The same examples in micro-batches, by the name of the layout."""
+    """Returns the same examples in micro-batches, by the name of the layout."""
 
     def collated(items, collate: Callable) -> Batches:
         rows = [items[i] for i in range(len(items))]
@@ -111,9 +129,8 @@ def make_layouts(data: Dataset, batch: int, means: str) -> dict[str, Batches]:
     def pad_to_max(items: list[dict]) -> dict:
         return {name: tensor[:-1] for name, tensor in pad([*items, whole]).items()}
 
-    even = data.select(
-        range(len(data) // batch * batch)
-    )  # a step for which balancing makes an order
+    # Only full micro-batches are ordered by length.
+    even = data.select(range(len(data) // batch * batch))
     order = [
         *balanced_order(example_lengths(even), batch, ranks=1, padded=True),
         *range(len(even), len(data)),
@@ -130,7 +147,7 @@ def make_layouts(data: Dataset, batch: int, means: str) -> dict[str, Batches]:
 
 
 def one_pass(model: PreTrainedModel, batches: Batches, targets: int) -> None:
-    """Forward and backward over all micro-batches, as one optimizer step accumulates them."""
+    """Runs forward and backward over all micro-batches, as one optimizer step accumulates them."""
     model.zero_grad()
     for batch in batches:
         inputs = {
@@ -141,7 +158,7 @@ def one_pass(model: PreTrainedModel, batches: Batches, targets: int) -> None:
 
 
 def time_of(call: Callable[[], None]) -> float:
-    """Seconds."""
+    """Returns the seconds of a call."""
     began = perf_counter()
     call()
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The plots of ``benchmarks.loss``."""
+"""Draws the plots of ``benchmarks.loss``."""
 
 from pathlib import Path
 from statistics import median
@@ -6,13 +6,19 @@ from typing import Any
 
 
 def bars(rows: list[dict[str, Any]], file: Path) -> None:
-    """Seconds (median, whiskers from least to greatest) and peak extra memory of every contender, two plots per case."""
+    """Plots seconds and peak extra memory of every contender, two plots per case.
+
+    Seconds are medians, with whiskers from the least to the greatest.
+    """
     from matplotlib.figure import Figure
 
     cases: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         case = row["case"]
-        name = f"{case['shape']}: N={case['tokens']} H={case['hidden']} V={case['vocab']} {case['dtype']}"
+        name = (
+            f"{case['shape']}: N={case['tokens']} H={case['hidden']} V={case['vocab']} "
+            f"{case['dtype']}"
+        )
         if "seconds" in row:
             cases.setdefault(name, []).append(row)
     figure = Figure(figsize=(12, 4 * len(cases)), layout="constrained")
@@ -22,8 +28,10 @@ def bars(rows: list[dict[str, Any]], file: Path) -> None:
         for index, environment in enumerate(ran[0]["seconds"]):
             values = [row["seconds"][environment] for row in ran]
             middle = [median(seconds) for seconds in values]
-            whiskers = [[m - min(s) for m, s in zip(middle, values, strict=True)],
-                        [max(s) - m for m, s in zip(middle, values, strict=True)]]  # fmt: skip
+            whiskers = [
+                [m - min(s) for m, s in zip(middle, values, strict=True)],
+                [max(s) - m for m, s in zip(middle, values, strict=True)],
+            ]
             places = [place + 0.4 * index for place in range(len(ran))]
             left.barh(places, middle, 0.4, xerr=whiskers, label=environment)
         left.set_yticks(range(len(ran)), [row["contender"] for row in ran])
@@ -39,7 +47,10 @@ def bars(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def curves(rows: list[dict[str, Any]], file: Path) -> None:
-    """Time per token and vocabulary entry of every contender, against the tokens and against the vocabulary."""
+    """Plots the time per token and vocabulary entry of every contender.
+
+    One plot varies the tokens, the other the vocabulary.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -67,7 +78,7 @@ def curves(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def cost(row: dict[str, Any]) -> float:
-    """Nanoseconds, in the last environment: the launcher's on a CPU."""
+    """Returns nanoseconds in the last environment, which is the launcher's on a CPU."""
     return (
         1e9
         * median(list(row["seconds"].values())[-1])

@@ -1,7 +1,9 @@
-"""The preflight's estimates against the memory of real runs: ``python -m benchmarks.preflight`` in the repository's root.
+"""Compares the preflight's estimates with the memory of real runs.
 
-Trains a random LLaMA three steps with each engine, on the CPU in float32, and reads the first rank's peak of resident memory.
-Libraries and buffers that do not depend on the model are taken off by the same of a very small model: compared are differences.
+Run ``python -m benchmarks.preflight`` in the repository's root. It trains a random LLaMA for three
+steps with each engine, on the CPU in float32, and reads the first rank's peak of resident memory.
+Libraries and buffers take memory that does not depend on the model. Therefore the same run of a
+very small model is subtracted, and only differences are compared.
 """
 
 import json
@@ -35,7 +37,8 @@ SMALL = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-# every large tensor is a mapping of its own, which goes back to the system when it is freed: what is resident is what is held
+# Every large tensor gets a memory mapping of its own, which returns to the system when the tensor
+# is freed. So the resident memory is what the run holds.
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "OMP_NUM_THREADS": "1",
@@ -57,11 +60,16 @@ def run(
 ) -> None:
     """Prints a table: engine, accumulation, estimated and measured MiB, the error.
 
-    Lists are given with commas: --engines none,fsdp. ``none`` runs in one process, the others in two that talk through gloo.
+    Lists are given with commas: --engines none,fsdp. ``none`` runs in one process, the others in
+    two processes connected by gloo.
     """
     refuse_unknown(unknown, run)
-    large = {"hidden_size": hidden, "intermediate_size": 43 * hidden // 16, "num_hidden_layers": layers,
-             "num_attention_heads": 8}  # fmt: skip
+    large = {
+        "hidden_size": hidden,
+        "intermediate_size": 43 * hidden // 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+    }
     print(
         "| engine | micro-batches | estimated MiB | measured MiB | error |\n|---|---|---|---|---|",
         flush=True,
@@ -78,10 +86,17 @@ def run(
                 sizes = {}
                 for size, (rows, tokens) in {"large": (batch, length), "small": (1, 128)}.items():
                     setup = Setup(
-                        ranks=1 if engine == "none" else RANKS, batch=rows, accumulation=accumulation, length=tokens,
-                        priced=Objective(mode).needs_emo, bf16=False, device="cpu",
-                        supervised_share=share, unique_share=unique, cost_cache_mib=0,
-                    )  # fmt: skip
+                        ranks=1 if engine == "none" else RANKS,
+                        batch=rows,
+                        accumulation=accumulation,
+                        length=tokens,
+                        priced=Objective(mode).needs_emo,
+                        bf16=False,
+                        device="cpu",
+                        supervised_share=share,
+                        unique_share=unique,
+                        cost_cache_mib=0,
+                    )
                     out = folder / f"{size}-{engine}-{accumulation}"
                     measured = train(folder / size, data, out, engine, mode, setup)
                     sizes[size] = (
@@ -94,7 +109,10 @@ def run(
                     for large, small in zip(sizes["large"], sizes["small"], strict=True)
                 )
                 print(
-                    f"| {engine} | {accumulation} | {ours:.0f} | {theirs:.0f} | {ours / theirs - 1:+.0%} |",
+                    (
+                        f"| {engine} | {accumulation} | {ours:.0f} | {theirs:.0f} | "
+                        f"{ours / theirs - 1:+.0%} |"
+                    ),
                     flush=True,
                 )
 
@@ -108,7 +126,7 @@ def as_list(value: Any) -> list:
 
 
 def write_model(folder: Path, vocab: int, fields: dict[str, int]) -> Any:
-    """A folder with a random LLaMA and the tiny base model's tokenizer. Returns its configuration."""
+    """Writes a random LLaMA with the tiny base model's tokenizer. Returns its configuration."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama", vocab_size=vocab, tie_word_embeddings=False, max_position_embeddings=4096, **fields
@@ -119,7 +137,10 @@ def write_model(folder: Path, vocab: int, fields: dict[str, int]) -> Any:
 
 
 def write_data(file: Path, rows: int, length: int) -> tuple[Path, float, float]:
-    """Examples that are cut at ``length`` tokens. Returns the supervised share, and different targets per target of a row."""
+    """Writes examples that are cut at ``length`` tokens.
+
+    Returns the file, the supervised share of the tokens, and the unique share of the targets.
+    """
     words = sorted(
         {
             word
@@ -142,12 +163,16 @@ def write_data(file: Path, rows: int, length: int) -> tuple[Path, float, float]:
 
 
 def train(model: Path, data: Path, out: Path, engine: str, mode: str, setup: Setup) -> float:
-    """The peak of the first rank's resident memory in MiB, as training itself reports it."""
+    """Returns the peak resident memory of the first rank in MiB, as training itself reports it."""
     how = {"fsdp": ["--fsdp"]}.get(engine, [])
     if engine.startswith("zero"):
         how = ["--deepspeed", str(ROOT / "ds_configs" / f"{engine}.json")]
-    flags = {"mode": mode, "per_device_train_batch_size": setup.batch, "model_max_length": setup.length,
-             "gradient_accumulation_steps": setup.accumulation}  # fmt: skip
+    flags = {
+        "mode": mode,
+        "per_device_train_batch_size": setup.batch,
+        "model_max_length": setup.length,
+        "gradient_accumulation_steps": setup.accumulation,
+    }
     launch = (
         []
         if engine == "none"

@@ -1,7 +1,9 @@
-"""How long records take to become examples: ``python -m benchmarks.tokenizing`` in the repository's root.
+"""Times how long records take to become examples.
 
-Reads, tokenizes and masks as training does, then once more in a new process from the cache. Without --data it makes 50,000
-records whose lengths are like Alpaca's (an instruction of 60 characters, an input in 2 of 5, an output of 270, on average).
+Run ``python -m benchmarks.tokenizing`` in the repository's root. It reads, tokenizes and masks as
+training does, and then loads the result from the cache in a new process. Without --data it makes
+50,000 records with lengths like Alpaca's: on average an instruction of 60 characters, an input in 2
+of 5 records, and an output of 270.
 """
 
 import json
@@ -33,10 +35,17 @@ def run(
     cache_dir: str | None = None,
     **unknown: Any,
 ) -> None:
-    """Prints the seconds of a first and of a cached pass over --data, or over --records made-up ones.
+    """Prints the seconds of a first and of a cached pass.
+
+    Passes go over --data, or over made-up records.
 
     Args:
-        model: whose tokenizer; num_proc: processes that tokenize; cache_dir: one pass over it, used by the command itself.
+        data: a data file.
+        model: the model whose tokenizer is used.
+        records: number of made-up records.
+        num_proc: processes that tokenize.
+        max_length: tokens of an example at most.
+        cache_dir: makes a single pass with this cache. The command calls itself with it.
     """
     refuse_unknown(unknown, run)
     if cache_dir is not None:
@@ -59,13 +68,17 @@ def run(
         for name in ("first", "cached"):
             done = subprocess.run(
                 [*command, f"--num_proc={num_proc}", f"--max_length={max_length}"],
-                cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            )  # fmt: skip
+                cwd=ROOT,
+                check=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
             print(f"{name}: {done.stdout.strip()}")
 
 
 def made_up(file: Path, count: int) -> Path:
-    """Records of random words from the shipped instructions, as a JSON list."""
+    """Writes records of random words from the shipped instructions, as a JSON list."""
     shipped = json.loads((ROOT / "data" / "instructions" / "train.json").read_text())
     words = sorted(
         {word for record in shipped for text in record.values() for word in text.split()}
@@ -88,7 +101,7 @@ def made_up(file: Path, count: int) -> Path:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     exit_on_user_error(lambda: fire.Fire(run))
 
 

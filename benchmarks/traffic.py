@@ -1,11 +1,12 @@
-"""What ranks send each other: collectives and their bytes, counted as PyTorch runs them.
+"""Counts the collectives of a rank and their bytes, as PyTorch runs them.
 
     with Traffic() as traffic:
         step()
     traffic.calls, traffic.bytes   # by kind of collective
 
-Bytes are those that a rank receives in a ring: (R - 1) / R of the whole for an all-gather or a reduce-scatter, twice that for
-an all-reduce, all of it for a broadcast. It sees what is called in this thread: on a CPU everything, backward passes included.
+Bytes are those that a rank receives in a ring: (R - 1) / R of the whole for an all-gather or a
+reduce-scatter, twice that for an all-reduce, and all of it for a broadcast. It sees the calls of
+this thread. On a CPU these are all calls, backward passes included.
 """
 
 from collections import Counter
@@ -16,20 +17,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 KINDS = {
-    "allgather": "all-gather", "_allgather_base": "all-gather", "allgather_into_tensor_coalesced": "all-gather",
-    "reduce_scatter": "reduce-scatter", "_reduce_scatter_base": "reduce-scatter",
-    "reduce_scatter_tensor_coalesced": "reduce-scatter", "allreduce": "all-reduce", "allreduce_coalesced": "all-reduce",
-    "broadcast": "broadcast", "reduce": "reduce", "scatter": "scatter", "gather": "gather", "alltoall_base": "all-to-all",
+    "allgather": "all-gather",
+    "_allgather_base": "all-gather",
+    "allgather_into_tensor_coalesced": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "_reduce_scatter_base": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "allreduce_coalesced": "all-reduce",
+    "broadcast": "broadcast",
+    "reduce": "reduce",
+    "scatter": "scatter",
+    "gather": "gather",
+    "alltoall_base": "all-to-all",
     "barrier": "barrier",
-}  # fmt: skip
+}
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the collectives of this process while it is entered.
+    """Counts the collectives of this process inside the ``with`` block.
 
     Attributes:
-        calls: how many of each kind.
-        bytes: received by this rank, of each kind.
+        calls: number of calls of each kind.
+        bytes: bytes that this rank received, of each kind.
     """
 
     def __init__(self) -> None:
@@ -39,7 +49,7 @@ class Traffic(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """Bytes of all kinds."""
+        """Returns the bytes of all kinds."""
         return sum(self.bytes.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
@@ -51,7 +61,10 @@ class Traffic(TorchDispatchMode):
 
 
 def _received(kind: str, args: tuple) -> int:
-    """Of a ring, in bytes. The whole is the larger side of a collective: the list or tensor gathered, or scattered."""
+    """Returns the bytes that a rank receives in a ring.
+
+    The whole is the larger side of a collective: the gathered or scattered list or tensor.
+    """
     ranks = torch.distributed.get_world_size()
     sides = [
         sum(t.numel() * t.element_size() for t in tree_leaves(arg) if isinstance(t, torch.Tensor))

@@ -1,8 +1,10 @@
-"""Full training against TRL's: ``python -m benchmarks.train`` in the repository's root, on the GPU if there is one.
+"""Compares full training with TRL's.
 
-Supervised tokens per second and peak memory of our command and of TRL's SFTTrainer on the same records and model, each run in
-a process of its own. ``python -m benchmarks.train scaling``: engines and cost shardings on 1 to 4 processes, what they send
-beside what the preflight says they do, and its estimate for 64 and 1024 GPUs.
+Run ``python -m benchmarks.train`` in the repository's root. It uses the GPU if there is one. It
+measures supervised tokens per second and peak memory of our command and of TRL's SFTTrainer on the
+same records and model. Each run has a process of its own. ``python -m benchmarks.train scaling``
+runs the engines and cost shardings on 1 to 4 processes. It compares what they send with what the
+preflight predicts, and prints the preflight's estimate for 64 and 1024 GPUs.
 """
 
 import os
@@ -44,12 +46,21 @@ from benchmarks.train_tables import estimates, scaling_row, scaling_table, table
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
 
-BOTH = ("trl", "emo")  # on a CPU under either allocator; the others under the launcher's
-ENGINES = (  # contender, engine, cost sharding: on several processes
-    ("trl", "ddp", "replicate"), ("trl", "zero2", "replicate"), ("emo", "ddp", "replicate"), ("emo", "ddp", "shard"),
-    ("emo", "fsdp", "replicate"), ("emo", "fsdp", "shard"), ("emo", "fsdp", "vocab_parallel"),
-    ("emo", "zero1", "replicate"), ("emo", "zero2", "replicate"), ("emo", "zero3", "replicate"), ("emo", "zero3", "shard"),
-)  # fmt: skip
+# On a CPU these two are timed under both allocators, most others only under the launcher's.
+BOTH = ("trl", "emo")
+ENGINES = (  # (contender, engine, cost sharding) of runs on several processes
+    ("trl", "ddp", "replicate"),
+    ("trl", "zero2", "replicate"),
+    ("emo", "ddp", "replicate"),
+    ("emo", "ddp", "shard"),
+    ("emo", "fsdp", "replicate"),
+    ("emo", "fsdp", "shard"),
+    ("emo", "fsdp", "vocab_parallel"),
+    ("emo", "zero1", "replicate"),
+    ("emo", "zero2", "replicate"),
+    ("emo", "zero3", "replicate"),
+    ("emo", "zero3", "shard"),
+)
 
 
 @SetParseFns(data=str, only=str, results=str)
@@ -69,15 +80,23 @@ def run(
     results: str = RESULTS,
     **unknown: Any,
 ) -> None:
-    """Prints a table and writes it to train-DEVICE.jsonl, where it replaces its like.
+    """Prints a table and writes its rows to train-DEVICE.jsonl.
+
+    New rows replace those of the same case.
 
     Args:
-        data: a file of Alpaca records, of which those that fit in max_length tokens count, at most as many as --records.
-        steps: of the optimizer, the first of which is not measured; with packing, whose steps see more, a third of them but
-            at least 3.
-        rounds: contenders take turns; medians count. batch: rows a step.
-        layers, hidden, vocab: of a random LLaMA in float32. only: contenders, with commas.
-        device: cpu or cuda; threads: on a CPU. results: the folder.
+        data: a file of Alpaca records. Only records that fit in max_length tokens count.
+        records: the most records to use.
+        steps: optimizer steps. The first is not measured. With packing, a step sees more examples,
+            so a third of the steps is run, but at least 3.
+        rounds: contenders take turns, and medians count.
+        batch: rows of a step.
+        max_length: tokens of a row at most.
+        layers, hidden, vocab: shape of a random LLaMA in float32.
+        only: contenders, with commas.
+        device: cpu or cuda.
+        threads: threads on a CPU.
+        results: the folder for the results.
     """
     refuse_unknown(unknown, run)
     shape = check(
@@ -147,9 +166,10 @@ def scaling(
     results: str = RESULTS,
     **unknown: Any,
 ) -> None:
-    """Engines and cost shardings on so many processes of this CPU, with gloo and the launcher's allocator: train-cpu.jsonl.
+    """Measures engines and cost shardings on several processes of this CPU.
 
-    --batch rows on every process. Collectives are those of one more step, which is not timed.
+    They run with gloo and the launcher's allocator, with --batch rows on every process. The rows go
+    to train-cpu.jsonl. Collectives are counted in one more step, which is not timed.
     """
     refuse_unknown(unknown, scaling)
     shape = check(
@@ -175,9 +195,18 @@ def scaling(
                 [(name, "none", "replicate") for name in BOTH] if number == 1 else ENGINES
             ):
                 job = Job(
-                    name, folder, steps, batch, max_length, "cpu", max(1, threads // number), number, engine, sharding,
+                    name,
+                    folder,
+                    steps,
+                    batch,
+                    max_length,
+                    "cpu",
+                    max(1, threads // number),
+                    number,
+                    engine,
+                    sharding,
                     count=number > 1,
-                )  # fmt: skip
+                )
                 row = scaling_row(
                     job,
                     workers["launcher"].submit(run_everywhere, job).result(),
@@ -193,7 +222,7 @@ def scaling(
     print(scaling_table(rows), estimates(), sep="\n\n")
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 
 
 def check(
@@ -229,7 +258,10 @@ def check(
 
 
 def runs(name: str, environment: str) -> bool:
-    """Whether a contender is measured in an environment; a GPU computes in bfloat16 anyway."""
+    """Whether a contender is measured in an environment.
+
+    On a GPU everything computes in bfloat16, so the -bf16 contenders are left out there.
+    """
     if environment == "default":
         return name in (*BOTH, "trl-as-shipped")
     return name != "trl-as-shipped" if environment == "launcher" else not name.endswith("-bf16")
@@ -243,7 +275,10 @@ def job_of(job: Job, name: str) -> Job:
 
 
 def start_workers(stack: ExitStack, device: str) -> dict[str, Any]:
-    """A process per environment of ``measure.py``; what it forks has its variables."""
+    """Starts a process per environment of ``measure.py``.
+
+    The processes it forks inherit its variables.
+    """
     forget_allocator()  # a shell may have set it for all
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if device == "cpu" else "cuda")
     return {
@@ -255,7 +290,7 @@ def start_workers(stack: ExitStack, device: str) -> dict[str, Any]:
 def describe(
     kind: str, data: str, count: int, shape: Shape, job: Job, device: str, threads: int
 ) -> dict[str, Any]:
-    """The machine and the case, in every row of the results."""
+    """Returns the machine and the case, which every row of the results has."""
     sizes = {
         "batch": job.batch,
         "max_length": job.max_length,
@@ -270,7 +305,7 @@ def describe(
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     command, arguments = (
         (scaling, sys.argv[2:]) if sys.argv[1:2] == ["scaling"] else (run, sys.argv[1:])
     )

@@ -1,4 +1,7 @@
-"""One fine-tuning of ``train.py``'s benchmark: ours or that of TRL's SFTTrainer, counted and timed by the same ruler."""
+"""One fine-tuning run of ``train.py``'s benchmark.
+
+It runs our command or TRL's SFTTrainer. The same callback counts and times both.
+"""
 
 import json
 import shutil
@@ -29,12 +32,13 @@ from stanford_alpaca.training.engines import ds_configs
 from stanford_alpaca.training.trainer import EmoTrainer
 from tests.ranks import run_ranks
 
-TRL: dict[str, dict[str, Any]] = {  # what differs from TRL at its best without packing
+TRL: dict[str, dict[str, Any]] = {  # settings that differ from TRL's best setup without packing
     "trl": {},
     "trl-packing": {"packing": True},
     "trl-padding_free": {"padding_free": True, "max_length": None},
     "trl-bf16": {"bf16": True},
-    "trl-as-shipped": {"bf16": None, "gradient_checkpointing": True},  # bf16 where there is no fp16
+    # TRL's default: bf16 unless fp16 is set
+    "trl-as-shipped": {"bf16": None, "gradient_checkpointing": True},
 }
 OURS: dict[str, dict[str, Any]] = {
     "emo": {"mode": "emo"},
@@ -45,12 +49,13 @@ OURS: dict[str, dict[str, Any]] = {
     "emo-bf16": {"mode": "emo", "bf16": True},
 }
 CONTENDERS = (*TRL, *OURS)
-MODEL, RECORDS, CACHE = "model", "records.json", "cache"  # in a folder that make_inputs has filled
+# names in a folder that make_inputs has filled
+MODEL, RECORDS, CACHE = "model", "records.json", "cache"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A random LLaMA."""
+    """The shape of a random LLaMA."""
 
     layers: int
     hidden: int
@@ -58,15 +63,24 @@ class Shape:
 
     def config(self, max_length: int) -> LlamaConfig:
         return LlamaConfig(
-            vocab_size=self.vocab, hidden_size=self.hidden, intermediate_size=4 * self.hidden, num_hidden_layers=self.layers,
-            num_attention_heads=max(1, self.hidden // 64), max_position_embeddings=max_length,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=4 * self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=max(1, self.hidden // 64),
+            max_position_embeddings=max_length,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process trains. ``count``: one more step, of which only the collectives count."""
+    """What a process trains.
+
+    With ``count`` it runs one more step, in which only the collectives are counted.
+    """
 
     contender: str
     folder: str
@@ -74,7 +88,7 @@ class Job:
     batch: int  # rows on one rank
     max_length: int
     device: str
-    threads: int  # of one rank
+    threads: int  # threads of one rank
     ranks: int = 1
     engine: str = "none"
     cost_sharding: str = "replicate"
@@ -88,10 +102,11 @@ class Job:
 def make_inputs(
     folder: Path, data: str, records: int, multiple: int, max_length: int, shape: Shape
 ) -> int:
-    """Fills the folder with a model, a tokenizer of the data's own words and the first records that are not cut.
+    """Fills the folder with a model, a tokenizer, and training records.
 
-    With a multiple of the global batch nothing is filled up: TRL and we then see the same examples in the same steps. Returns
-    how many records there are.
+    The tokenizer is trained on the data. The records are the first ones that are not truncated.
+    Their number is a multiple of the global batch, so no batch is padded with repeated examples,
+    and TRL and our command see the same examples in the same steps. Returns the number of records.
     """
     found = load_records(data)
     rows = [
@@ -114,7 +129,8 @@ def make_inputs(
     kept = min(records, len(whole)) // multiple * multiple
     if not kept:
         raise UserError(
-            f"--data {data}: {len(whole)} records fit in {max_length} tokens, wanted {multiple} for one step"
+            f"--data {data}: {len(whole)} records fit in {max_length} tokens, wanted {multiple} "
+            "for one step"
         )
     (folder / RECORDS).write_text(json.dumps(whole[:kept]))
     torch.manual_seed(0)
@@ -122,22 +138,25 @@ def make_inputs(
     return kept
 
 
-# ---- the ruler -------------------------------------------------------------------------------------------------------------
+# ---- the ruler -----------------------------------------------------------------------------------
 
 
 class Meter(TrainerCallback):
-    """Targets, seconds and memory of the steps but for the first; collectives of the one after them, if it is to count them."""
+    """Measures targets, seconds and memory of all steps except the first.
+
+    If the job asks for it, one more step counts the collectives.
+    """
 
     def __init__(self, job: Job):
         self.job, self.step = job, 0
         self.targets: Any = 0
-        self.positions = 0  # of the batches, padding included
+        self.positions = 0  # tokens of the batches, padding included
         self.seconds = self.peak_mib = 0.0
         self.level_mib = self._memory("VmRSS")
         self.counted: dict[str, Any] = {}
         self.traffic = Traffic()
         if job.device == "cpu":
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak VmHWM
 
     def begin(self) -> None:
         self.step += 1
@@ -177,14 +196,14 @@ class Meter(TrainerCallback):
         return time.perf_counter()
 
     def _memory(self, entry: str) -> float:
-        """On a GPU what tensors hold at most, else resident memory."""
+        """Returns the peak of allocated tensors on a GPU, and resident memory on a CPU."""
         if self.job.device == "cuda":
             return torch.cuda.max_memory_allocated() / MIB
         return resident_mib(entry)
 
 
 class Measured:
-    """Either trainer with a Meter, saving nothing."""
+    """Mixin that adds a Meter to a trainer and saves nothing."""
 
     meter: Meter
 
@@ -202,34 +221,50 @@ class Measured:
         pass
 
 
-# ---- the contenders --------------------------------------------------------------------------------------------------------
+# ---- the contenders ------------------------------------------------------------------------------
 
 
 def run_everywhere(job: Job) -> list[dict[str, Any]]:
-    """What the job's ranks measured, in processes forked from one that has everything imported and this one's environment."""
+    """Runs the job's ranks and returns what each measured.
+
+    The ranks are forked from a process that has imported everything. They inherit this process's
+    environment.
+    """
     shutil.rmtree(Path(job.folder) / "out", ignore_errors=True)
     return run_ranks(job.ranks, run_job, job, launched=job.engine != "none")
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Trains in this process."""
+    """Trains in this process and returns the figures."""
     torch.set_num_threads(job.threads)
     (run_trl if job.contender in TRL else run_ours)(job, Path(job.folder))
     return Measured.meter.result()
 
 
 def common(job: Job) -> dict[str, Any]:
-    """Arguments of any Trainer, the same for all. In float32 on a CPU, with bfloat16 products on a GPU."""
+    """Returns the Trainer arguments that all contenders share.
+
+    They compute in float32 on a CPU, and with bfloat16 products on a GPU.
+    """
     return {
-        "output_dir": f"{job.folder}/out", "max_steps": job.all_steps, "per_device_train_batch_size": job.batch,
-        "learning_rate": 2e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0, "seed": 42,
-        "logging_steps": job.all_steps, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "output_dir": f"{job.folder}/out",
+        "max_steps": job.all_steps,
+        "per_device_train_batch_size": job.batch,
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "weight_decay": 0.0,
+        "seed": 42,
+        "logging_steps": job.all_steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
         "bf16": job.device == "cuda",
-    }  # fmt: skip
+    }
 
 
 def run_ours(job: Job, folder: Path) -> None:
-    """The command ``python -m stanford_alpaca.train``."""
+    """Runs the command ``python -m stanford_alpaca.train``."""
     Measured.meter = Meter(job)
     command.EmoTrainer = type("MeasuredEmoTrainer", (Measured, EmoTrainer), {})  # type: ignore[misc]
     places = {
@@ -247,13 +282,20 @@ def run_ours(job: Job, folder: Path) -> None:
 
 
 def run_trl(job: Job, folder: Path) -> None:
-    """SFTTrainer on prompts and completions, with what makes it faster where that changes no result."""
+    """Runs SFTTrainer on prompts and completions.
+
+    It uses the settings that make it faster without changing the result.
+    """
     from trl import SFTConfig, SFTTrainer
 
     arguments = common(job) | {
-        "max_length": job.max_length, "completion_only_loss": True, "gradient_checkpointing": False,
-        "use_cpu": job.device == "cpu", "dataloader_pin_memory": job.device != "cpu", "ddp_find_unused_parameters": False,
-    }  # fmt: skip
+        "max_length": job.max_length,
+        "completion_only_loss": True,
+        "gradient_checkpointing": False,
+        "use_cpu": job.device == "cpu",
+        "dataloader_pin_memory": job.device != "cpu",
+        "ddp_find_unused_parameters": False,
+    }
     if job.engine.startswith("zero"):
         arguments["deepspeed"] = str(ds_configs() / f"{job.engine}.json")
     Measured.meter = Meter(job)

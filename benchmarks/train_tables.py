@@ -1,4 +1,4 @@
-"""The tables of ``train.py``, in Markdown."""
+"""Markdown tables of ``train.py``."""
 
 from pathlib import Path
 from statistics import median
@@ -15,22 +15,29 @@ from stanford_alpaca.preflight.plans import Machine, Row, rows_of
 
 LLAMA_7B = Path(__file__).resolve().parents[1] / "examples" / "llama-7b"
 ESTIMATED = ("ddp", "fsdp", "zero1", "zero2", "zero3")
-PEERS = {"emo-packing": "trl-packing", "emo-packing-padding_free": "trl-packing", "emo-padding_free": "trl-padding_free",
-         "emo-bf16": "trl-bf16"}  # fmt: skip
+PEERS = {
+    "emo-packing": "trl-packing",
+    "emo-packing-padding_free": "trl-packing",
+    "emo-padding_free": "trl-padding_free",
+    "emo-bf16": "trl-bf16",
+}
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """The first line heads the table."""
+    """Formats a table. The first line is the header."""
     return "\n".join(
         f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     )
 
 
-# ---- against TRL -----------------------------------------------------------------------------------------------------------
+# ---- against TRL ---------------------------------------------------------------------------------
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rates with their range over the rounds, and ours over TRL's: as launched by default, and under the same settings."""
+    """Returns rates with their range over the rounds, and ours relative to TRL's.
+
+    Ours are compared with TRL as launched by default, and with TRL under the same settings.
+    """
     places = list(dict.fromkeys(place for row in rows for place in row["runs"]))
     own = places[-1]  # the launcher's allocator, or the GPU
     rates = {
@@ -61,8 +68,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         name, of = row["contender"], row["runs"].get(own) or next(iter(row["runs"].values()))
         scales = {"seconds": 1000, "targets": 1, "positions": 1}
         per_step = [scale * middle(of, entry) / of[0]["steps"] for entry, scale in scales.items()]
-        peers = [*(rates.get(("trl", place)) for place in places), rates.get((PEERS.get(name, "trl"), own)),
-                 rates.get(("trl-bf16", own)) if name == "emo-bf16" else best]  # fmt: skip
+        peers = [
+            *(rates.get(("trl", place)) for place in places),
+            rates.get((PEERS.get(name, "trl"), own)),
+            rates.get(("trl-bf16", own)) if name == "emo-bf16" else best,
+        ]
         mine = rates.get((name, own)) if name in OURS else None
         ratios = ["-" if mine is None or peer is None else f"{mine / peer:.2f}" for peer in peers]
         spans = [spread(row["runs"].get(place)) for place in places]
@@ -88,15 +98,21 @@ def spread(runs: list[dict[str, Any]] | None) -> str:
     return f"{median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f})"
 
 
-# ---- several processes -----------------------------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
 def scaling_row(job: Job, ranks: list[dict[str, Any]], config: LlamaConfig) -> dict[str, Any]:
-    """What the ranks of a job measured together, and the bytes that the preflight says a rank receives."""
+    """Combines what the ranks of a job measured. Adds the bytes that the preflight predicts."""
     seconds = max(rank["seconds"] for rank in ranks)
-    row = {"contender": job.contender, "engine": job.engine, "cost_sharding": job.cost_sharding, "ranks": job.ranks,
-           "tokens_per_s": sum(rank["targets"] for rank in ranks) / seconds, "step_s": seconds / (job.steps - 1),
-           "peak_mib": max(rank["peak_mib"] for rank in ranks)}  # fmt: skip
+    row = {
+        "contender": job.contender,
+        "engine": job.engine,
+        "cost_sharding": job.cost_sharding,
+        "ranks": job.ranks,
+        "tokens_per_s": sum(rank["targets"] for rank in ranks) / seconds,
+        "step_s": seconds / (job.steps - 1),
+        "peak_mib": max(rank["peak_mib"] for rank in ranks),
+    }
     if job.ranks == 1:
         return row
     counted = [rank["counted"] for rank in ranks]
@@ -105,22 +121,51 @@ def scaling_row(job: Job, ranks: list[dict[str, Any]], config: LlamaConfig) -> d
         len({token for c in counted for token in c["unique"]}),
     )
     setup = Setup(
-        ranks=job.ranks, batch=1, accumulation=1, length=round(targets / job.ranks), priced=job.contender in OURS, bf16=False,
-        device="cpu", unique_share=unique / targets, cost_cache_mib=0,
-    )  # fmt: skip
+        ranks=job.ranks,
+        batch=1,
+        accumulation=1,
+        length=round(targets / job.ranks),
+        priced=job.contender in OURS,
+        bf16=False,
+        device="cpu",
+        unique_share=unique / targets,
+        cost_cache_mib=0,
+    )
     counts = describe(config, 8, "float32").parameters
     received = sum(sum(c["bytes"].values()) for c in counted) / job.ranks
     return row | {
-        "calls": counted[0]["calls"], "targets": targets, "unique_targets": unique, "bytes": received,
-        "bytes_by_kind": {kind: sum(c["bytes"].get(kind, 0) for c in counted) / job.ranks for kind in counted[0]["bytes"]},
+        "calls": counted[0]["calls"],
+        "targets": targets,
+        "unique_targets": unique,
+        "bytes": received,
+        "bytes_by_kind": {
+            kind: sum(c["bytes"].get(kind, 0) for c in counted) / job.ranks
+            for kind in counted[0]["bytes"]
+        },
         "estimated_bytes": traffic(counts, setup, job.engine, job.cost_sharding),
-    }  # fmt: skip
+    }
 
 
 def scaling_table(rows: list[dict[str, Any]]) -> str:
-    """Step time, and what a rank receives in a step, beside the preflight's formula."""
-    lines = [["contender", "engine", "cost_sharding", "processes", "s a step", "tokens/s", "peak MiB a process", "collectives",
-              "MiB received a step", "preflight MiB", "counted / preflight"]]  # fmt: skip
+    """Shows the step time and the bytes that a rank receives in a step.
+
+    The preflight's prediction of the bytes stands beside them.
+    """
+    lines = [
+        [
+            "contender",
+            "engine",
+            "cost_sharding",
+            "processes",
+            "s a step",
+            "tokens/s",
+            "peak MiB a process",
+            "collectives",
+            "MiB received a step",
+            "preflight MiB",
+            "counted / preflight",
+        ]
+    ]
     for row in rows:
         cells = [
             row["contender"],
@@ -143,7 +188,10 @@ def scaling_table(rows: list[dict[str, Any]]) -> str:
 
 
 def estimates(ranks: tuple[int, ...] = (8, 64, 1024), batch: int = 4, length: int = 512) -> str:
-    """LLaMA-7B in EMO on paper: bytes by the formulas that the counts confirm, seconds at assumed rates."""
+    """Estimates EMO training of LLaMA-7B.
+
+    The bytes come from formulas that the counted bytes confirm. The seconds assume fixed rates.
+    """
     config = ModelSource(str(LLAMA_7B)).config()
     anatomies = {
         name: describe(config, length, name)
@@ -171,7 +219,8 @@ def estimates(ranks: tuple[int, ...] = (8, 64, 1024), batch: int = 4, length: in
         ]
         lines.append([*names, *moved, *times])
     about = (
-        f"On paper: LLaMA-7B, {batch} full rows of {length} tokens a GPU and step, bfloat16, A100 at 40 % of its peak, 25 GB/s "
-        "a GPU between nodes; seconds with communication hidden altogether - not at all."
+        f"On paper: LLaMA-7B, {batch} full rows of {length} tokens a GPU and step, bfloat16, A100 "
+        "at 40 % of its peak, 25 GB/s a GPU between nodes; seconds with communication hidden "
+        "altogether - not at all."
     )
     return f"{about}\n\n{markdown(lines)}"

@@ -1,8 +1,9 @@
 """Writes the shipped instruction set: ``python data/make_instructions.py [--out DIR] [--seed N]``.
 
-Twelve task families over the facts of ``world.py``, Alpaca form. A *content key* names what an example is about, whatever
-its wording (the pair of synonyms, the four words of an odd-one-out, the places of three people). Keys are split before
-any example is worded, so that nothing in ``held_out.json`` is asked in ``train.json`` in other words.
+It has twelve task families over the facts of ``world.py``, in Alpaca form. A *content key* names
+what an example is about, whatever its wording: the pair of synonyms, the four words of an
+odd-one-out, or the places of three people. Keys are split before any example is worded. So
+``train.json`` never asks a question of ``held_out.json`` in other words.
 """
 
 import argparse
@@ -154,7 +155,10 @@ def worker(rng, pair):
 
 
 def contents(rng: random.Random) -> dict:
-    """For each family all contents it can ask about, or a sample of them where they are too many to list."""
+    """Returns the contents that each family can ask about.
+
+    It lists all of them, or samples some where there are too many to list.
+    """
     kinds = list(w.MEMBERS)
 
     def odd():
@@ -193,14 +197,20 @@ def contents(rng: random.Random) -> dict:
 
 
 def key_of(content) -> str:
-    """What an example is about, in no particular order: two examples of one key differ in their words only."""
+    """Returns a name for what an example is about, independent of order.
+
+    Two examples with the same key differ only in their words.
+    """
     if isinstance(content, str):
         return content
     return "+".join(sorted(key_of(part) for part in content))
 
 
 def examples(rng: random.Random, make, chosen: list, count: int) -> list[dict]:
-    """Up to ``count`` different examples about the chosen contents, every content first once, then again."""
+    """Returns up to ``count`` different examples about the chosen contents.
+
+    Every content is used once before any is used again.
+    """
     found: dict[tuple, dict] = {}
     for attempt in range(20 * count):
         content = chosen[attempt % len(chosen)]
@@ -216,13 +226,15 @@ def examples(rng: random.Random, make, chosen: list, count: int) -> list[dict]:
 
 
 def build(seed: int = 0) -> dict[str, list[dict]]:
-    """The two sets, ``train`` and ``held_out``: Alpaca records with an ``id`` made of the family and the content key."""
+    """Returns the two sets, ``train`` and ``held_out``.
+
+    They hold Alpaca records with an ``id`` made of the family and the content key.
+    """
     rng = random.Random(seed)
     sets: dict[str, list[dict]] = {"train": [], "held_out": []}
     families = contents(rng)
-    held_synonyms = rng.sample(
-        w.SYNONYMS, 20
-    )  # `replace` asks for synonyms too, so both hold out the same pairs
+    # `replace` also asks for synonyms, so both families hold out the same pairs.
+    held_synonyms = rng.sample(w.SYNONYMS, 20)
     for make, everything in families.items():
         everything = rng.sample(everything, len(everything))
         if make in (synonym, replace):

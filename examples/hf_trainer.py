@@ -1,7 +1,10 @@
-"""EMO in a bare Hugging Face Trainer: `python -m examples.hf_trainer MODEL DATA HELD_OUT OUTPUT_DIR --max_steps 20`.
+"""Trains with EMO in a bare Hugging Face Trainer.
 
-DATA and HELD_OUT are files of records, `--mode` is an objective, any further flag is one of TrainingArguments. What is in
-OUTPUT_DIR is overwritten. A Trainer's compute_loss_func would be used in place of the objective. Tried with transformers 5.23.
+    python -m examples.hf_trainer MODEL DATA HELD_OUT OUTPUT_DIR --max_steps 20
+
+DATA and HELD_OUT are files of records. `--mode` is an objective, and any further flag is one of
+TrainingArguments. Files in OUTPUT_DIR are overwritten. Do not give the Trainer a compute_loss_func:
+it would replace the objective. Tried with transformers 5.23.
 """
 
 from pathlib import Path
@@ -29,21 +32,24 @@ def main(
     mode: str = "emo",
     **arguments: Any,
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(
-        model
-    )  # it must have a pad and an end-of-sequence token
+    # The tokenizer must have a pad and an end-of-sequence token.
+    tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
     def examples(file: str) -> Dataset:
-        """`input_ids`, and `labels` that are -100 on the prompt. Your own, made in another way, will do as well."""
+        """Returns `input_ids`, and `labels` that are -100 on the prompt.
+
+        Examples that you make in another way work as well.
+        """
         return tokenize_records(load_records(file), tokenizer, max_length=512)[0]
 
     settings = TrainingArguments(output_dir=output_dir, **arguments)
     if settings.label_smoothing_factor or settings.use_liger_kernel:
         raise ValueError(
-            "with label_smoothing_factor or use_liger_kernel the Trainer computes a loss of its own: leave them off"
+            "with label_smoothing_factor or use_liger_kernel the Trainer computes a loss of its "
+            "own: leave them off"
         )
-    handle = attach_objective(network, mode)  # from here on network(**batch).loss is the objective
+    handle = attach_objective(network, mode)  # from here on, network(**batch).loss is the objective
     trainer = Trainer(
         network,
         settings,
@@ -53,14 +59,15 @@ def main(
         processing_class=tokenizer,
     )
     trainer.train()
-    trainer.save_model()  # a plain model: the objective leaves nothing in it
-    handle.eval_meter.drain("cpu")  # what evaluations while training have left
+    trainer.save_model()  # saves a plain model: the objective adds nothing to it
+    handle.eval_meter.drain("cpu")  # discards the sums of evaluations during training
     trainer.evaluate()
     trainer.save_state()
     sums = handle.eval_meter.drain(trainer.args.device, over_ranks=trainer.args.world_size > 1)
     if trainer.is_world_process_zero():
         print(
-            f"{sums.tokens:.0f} held-out tokens: nll {sums.nll / sums.tokens:.4f}, emo {sums.emo / sums.tokens:.4f}"
+            f"{sums.tokens:.0f} held-out tokens: nll {sums.nll / sums.tokens:.4f}, emo "
+            f"{sums.emo / sums.tokens:.4f}"
         )
 
 

@@ -1,8 +1,10 @@
-"""EMO in TRL's SFTTrainer: `python -m examples.trl_sft MODEL DATA HELD_OUT OUTPUT_DIR --max_steps 20`.
+"""Trains with EMO in TRL's SFTTrainer.
 
-DATA and HELD_OUT are files of records, `--mode` is an objective, any further flag is one of SFTConfig. What is in OUTPUT_DIR is
-overwritten. `--packing True` (TRL's default strategy, bfd) gives the loss that padding gives.
-Tried with TRL 1.0.0, 1.8.0 and 1.16.0, and transformers 5.23.
+    python -m examples.trl_sft MODEL DATA HELD_OUT OUTPUT_DIR --max_steps 20
+
+DATA and HELD_OUT are files of records. `--mode` is an objective, and any further flag is one of
+SFTConfig. Files in OUTPUT_DIR are overwritten. `--packing True` (with TRL's default strategy, bfd)
+gives the same loss as padding. Tried with TRL 1.0.0, 1.8.0 and 1.16.0, and transformers 5.23.
 """
 
 from pathlib import Path
@@ -25,8 +27,9 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 class ModelLossTrainer(SFTTrainer):
     """SFTTrainer with the loss that the model computes, as in any other Trainer.
 
-    TRL's own is computed past the model's forward, from hidden states and output layer; for another, it says to override
-    compute_loss. TRL's entropy and token accuracy, which need work of their own, are not logged then.
+    TRL computes its own loss from hidden states and output layer, without the model's forward.
+    TRL's documentation says to override compute_loss for another loss. Then TRL's entropy and token
+    accuracy are not logged, because they need extra work.
     """
 
     def compute_loss(
@@ -38,7 +41,10 @@ class ModelLossTrainer(SFTTrainer):
 
 
 def prompts_and_completions(file: str) -> Dataset:
-    """Alpaca records as TRL takes them. Messages will do as well: EMO only sees the ids and labels that TRL makes."""
+    """Returns Alpaca records in the form that TRL takes.
+
+    Messages work as well, because EMO only sees the ids and labels that TRL makes.
+    """
     records = load_records(file)
     return Dataset.from_list(
         [{"prompt": format_prompt(record), "completion": record["output"]} for record in records]
@@ -58,7 +64,8 @@ def main(
     settings = SFTConfig(output_dir=output_dir, **arguments)
     if settings.label_smoothing_factor or settings.use_liger_kernel:
         raise ValueError(
-            "with label_smoothing_factor or use_liger_kernel the Trainer computes a loss of its own: leave them off"
+            "with label_smoothing_factor or use_liger_kernel the Trainer computes a loss of its "
+            "own: leave them off"
         )
     trainer = ModelLossTrainer(
         network,
@@ -67,18 +74,18 @@ def main(
         eval_dataset=prompts_and_completions(eval_data),
         processing_class=AutoTokenizer.from_pretrained(model),
     )
-    handle = attach_objective(
-        network, mode
-    )  # after the trainer, which puts a forward of its own into the model
+    # Attach after making the trainer, because the trainer replaces the model's forward.
+    handle = attach_objective(network, mode)
     trainer.train()
-    trainer.save_model()  # a plain model: the objective leaves nothing in it
-    handle.eval_meter.drain("cpu")  # what evaluations while training have left
+    trainer.save_model()  # saves a plain model: the objective adds nothing to it
+    handle.eval_meter.drain("cpu")  # discards the sums of evaluations during training
     trainer.evaluate()
     trainer.save_state()
     sums = handle.eval_meter.drain(trainer.args.device, over_ranks=trainer.args.world_size > 1)
     if trainer.is_world_process_zero():
         print(
-            f"{sums.tokens:.0f} held-out tokens: nll {sums.nll / sums.tokens:.4f}, emo {sums.emo / sums.tokens:.4f}"
+            f"{sums.tokens:.0f} held-out tokens: nll {sums.nll / sums.tokens:.4f}, emo "
+            f"{sums.emo / sums.tokens:.4f}"
         )
 
 

@@ -1,12 +1,17 @@
-"""Does continual fine-tuning with EMO lift few-shot results? The published comparison at a scale that fits a CPU.
+"""Does continual fine-tuning with EMO improve few-shot results?
+
+This is the published comparison at a scale that fits a CPU.
 
     python experiments/continual.py --text_dir DIR --icl_dir DIR [--work DIR] [--limit N]
 
-1. A base that has read English: data/tiny-base, all weights, cross entropy on DIR/english.txt.gz.
-2. From it LoRA on DIR/wikitext2_valid.txt, once for each objective and seed; nll and emo on the last 5 % of it.
-3. Merged, and evaluated on the tasks of the other DIR with 8 examples by TF-IDF.
+1. Trains a base that has read English: data/tiny-base, all weights, cross entropy on
+   DIR/english.txt.gz.
+2. Trains LoRA from it on DIR/wikitext2_valid.txt, once for each objective and seed. Measures nll
+   and emo on the last 5 % of it.
+3. Merges the adapters and evaluates them on the tasks of the other DIR, with 8 examples by TF-IDF.
 
-Every step is left alone when it is done, so the same command goes on. Writes experiments/results/continual.json and .md.
+A finished step is not repeated, so the same command continues an interrupted one. Writes
+experiments/results/continual.json and .md.
 """
 
 import json
@@ -26,16 +31,13 @@ BASE = {
     "lr_scheduler_type": "cosine",
     "max_sentences": 0,
 }
-TUNED = {
-    "learning_rate": 1e-3,
-    "eval_fraction": 0.05,
-    "save_strategy": "no",
-}  # the rest is finetune.sh's recipe
+# The other flags come from finetune.sh's recipe.
+TUNED = {"learning_rate": 1e-3, "eval_fraction": 0.05, "save_strategy": "no"}
 MEASURES = {"eval_nll": "nll", "eval_emo": "emo"}
 
 
 def bash(*words: object) -> None:
-    """Runs a command from the top level; ends this one with its status."""
+    """Runs a command in the repository's root. If it fails, exits with its status."""
     command = list(map(str, words))
     print("$", *command, flush=True)
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
@@ -48,7 +50,7 @@ def flags(values: dict[str, object]) -> list[str]:
 
 
 def evaluate(model: Path, chosen: dict[str, object], out: Path) -> dict[str, float]:
-    """Accuracies in % of each task, and their mean."""
+    """Returns the accuracy of each task in %, and the mean of tasks."""
     file = out / "results.json"
     if not file.exists():
         bash(sys.executable, "icl.py", "--model_path", model, *flags(chosen | {"out": out}))
@@ -62,7 +64,10 @@ def cell(values: list[float], digits: int) -> str:
 
 
 def table(runs: dict[str, list[dict[str, float]]]) -> str:
-    """Models down, measures across: means and standard deviations over the seeds."""
+    """Returns a table with a row per model and a column per measure.
+
+    Cells are means and standard deviations over the seeds.
+    """
     names = list(runs["mle"][0])
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for model, found in runs.items():
@@ -79,7 +84,7 @@ def table(runs: dict[str, list[dict[str, float]]]) -> str:
 def run(
     text_dir: str, icl_dir: str, work: str = "output/continual", limit: int | None = None
 ) -> None:
-    """All of it; see the head of this file."""
+    """Runs the whole experiment; see the head of this file."""
     texts, folder = Path(text_dir).resolve(), (ROOT / work).resolve()
     chosen: dict[str, object] = {"data_dir": Path(icl_dir).resolve(), "retriever": "tfidf"}
     if limit is not None:

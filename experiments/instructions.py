@@ -1,13 +1,17 @@
-"""Does EMO answer better than cross entropy after instruction tuning? At a scale that fits a CPU.
+"""Does EMO answer better than cross entropy after instruction tuning?
+
+This experiment has a scale that fits a CPU.
 
     python experiments/instructions.py --gsm8k FILE [--work DIR] [--processes N]
 
-From data/tiny-base, all weights, on the shipped instructions and on the first of FILE (GSM8K in Alpaca's form): `mle`, and
-`emo` with each weighting (paper, upstream) and each cost (frozen, adaptive). Each at several learning rates with the first
-seed; the one with the least nll on a tenth of the training data, kept from it, then with more seeds. The tests are the
-held-out instructions and the last of FILE.
+All runs train all weights of data/tiny-base, on the shipped instructions and on the first records
+of FILE (GSM8K in Alpaca's form). They train `mle`, and `emo` with each weighting (paper, upstream)
+and each cost (frozen, adaptive). Each is trained at several learning rates with the first seed. A
+tenth of the training data is the development set. The rate with the least nll on it is then trained
+with more seeds. The tests are the held-out instructions and the last records of FILE.
 
-Every run is left alone when it is done: the same command goes on. Writes experiments/results/instructions.json and .md.
+A finished run is not repeated, so the same command continues an interrupted one. Writes
+experiments/results/instructions.json and .md.
 """
 
 import json
@@ -44,21 +48,26 @@ ARMS = {
 }
 RATES, SEEDS = (2e-4, 5e-4, 1e-3), (0, 1, 2)
 SHARED = (
-    "--per_device_train_batch_size 8 --global_batch 32 --balance_lengths True --lr_scheduler_type cosine --warmup_steps 0.03 "
-    "--save_strategy no --logging_steps 20 --eval_fraction 0.1 --resume auto --report_to none"
+    "--per_device_train_batch_size 8 --global_batch 32 --balance_lengths True --lr_scheduler_type "
+    "cosine --warmup_steps 0.03 --save_strategy no --logging_steps 20 --eval_fraction 0.1 "
+    "--resume auto --report_to none"
 ).split()
 TRAINED, HELD_OUT = 2000, 300  # records of GSM8K
 MEASURES = ("nll", "emo", "token_accuracy", "exact_match", "rouge_l", "ece", "costly_mass")
 
 
 def split(gsm8k: Path, work: Path) -> dict[str, dict]:
-    """The sets by name: what to train on, how often, what to test on, how long answers are."""
+    """Returns the data sets by name.
+
+    Each says what to train on, for how many epochs, what to test on, and how long answers may be.
+    """
     if not gsm8k.is_file():
         raise UserError(f"--gsm8k {gsm8k}: no such file; give GSM8K in Alpaca's form, a JSON list")
     records = json.loads(gsm8k.read_text(encoding="utf-8"))
     if len(records) < TRAINED + HELD_OUT:
         raise UserError(
-            f"{gsm8k} has {len(records)} records: {TRAINED + HELD_OUT} are needed to test on others than were trained on"
+            f"{gsm8k} has {len(records)} records: {TRAINED + HELD_OUT} are needed to test on "
+            "others than were trained on"
         )
     work.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", records[:TRAINED]), ("test", records[-HELD_OUT:])):
@@ -81,7 +90,7 @@ def split(gsm8k: Path, work: Path) -> dict[str, dict]:
 
 
 def python(log: Path, *words: object) -> None:
-    """Runs a module on one core; ends this command with its status."""
+    """Runs a module on one core. If it fails, exits with its status."""
     with log.open("a") as stream:
         command = [sys.executable, "-m", *map(str, words)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -94,26 +103,49 @@ def python(log: Path, *words: object) -> None:
 
 
 def train(chosen: dict, arm: str, rate: float, seed: int, work: Path) -> Path:
-    """A run's folder."""
+    """Trains one run unless it is done. Returns its folder."""
     out = work / f"{arm.replace(', ', '-')}-{rate:g}-{seed}"
     if not (out / "eval_results.json").exists():
         print(f"training {out.parent.name}/{out.name}", flush=True)
         python(
-            work / "log.txt", "stanford_alpaca.train", "--model_name_or_path", BASE, "--data_path", chosen["train"],
-            "--output_dir", out, "--num_train_epochs", chosen["epochs"], "--learning_rate", rate, "--seed", seed,
-            *ARMS[arm], *SHARED,
-        )  # fmt: skip
+            work / "log.txt",
+            "stanford_alpaca.train",
+            "--model_name_or_path",
+            BASE,
+            "--data_path",
+            chosen["train"],
+            "--output_dir",
+            out,
+            "--num_train_epochs",
+            chosen["epochs"],
+            "--learning_rate",
+            rate,
+            "--seed",
+            seed,
+            *ARMS[arm],
+            *SHARED,
+        )
     return out
 
 
 def evaluate(chosen: dict, folders: dict[str, Path], out: Path) -> dict[str, dict[str, float]]:
-    """The measures of the base and of each arm on the test set."""
+    """Returns the measures of the base and of each arm on the test set."""
     if not (out / "metrics.json").exists():
         print(f"evaluating {out.parent.name}/{out.name}", flush=True)
         python(
-            out.parent / "log.txt", "stanford_alpaca.evaluation.metrics", BASE, *folders.values(), "--data", chosen["test"],
-            "--out", out, "--samples", 0, "--max_new_tokens", chosen["tokens"],
-        )  # fmt: skip
+            out.parent / "log.txt",
+            "stanford_alpaca.evaluation.metrics",
+            BASE,
+            *folders.values(),
+            "--data",
+            chosen["test"],
+            "--out",
+            out,
+            "--samples",
+            0,
+            "--max_new_tokens",
+            chosen["tokens"],
+        )
     results = json.loads((out / "metrics.json").read_text())["results"]
     named = {"base": BASE} | folders
     return {
@@ -125,7 +157,7 @@ def evaluate(chosen: dict, folders: dict[str, Path], out: Path) -> dict[str, dic
 def run(
     gsm8k: str, work: str = "output/instructions", processes: int = os.cpu_count() or 1
 ) -> None:
-    """All of it; see the head of this file."""
+    """Runs the whole experiment; see the head of this file."""
     folder = (ROOT / work).resolve()
     runs, rates = [], {}
     with ThreadPoolExecutor(processes) as pool:
@@ -173,7 +205,7 @@ def run(
 
 
 def rates_table(rates: dict[str, dict[str, dict[float, float]]]) -> str:
-    """What the learning rates were chosen by; the least in bold."""
+    """Returns a table of nll by learning rate, the least in bold."""
     rows = [
         [name, arm, *bold(found)] for name, arms in rates.items() for arm, found in arms.items()
     ]

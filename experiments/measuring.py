@@ -1,4 +1,7 @@
-"""How near a student of ``oracle.py`` is to the oracle: next tokens over the whole vocabulary, and what it writes."""
+"""Measures how close a student of ``oracle.py`` is to the oracle.
+
+It compares next tokens over the whole vocabulary, and the texts that the student writes.
+"""
 
 import json
 from pathlib import Path
@@ -18,13 +21,16 @@ from stanford_alpaca.generation.responses import generate_ids
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.models.load import ModelSource
 
-PREFIX = 16  # tokens of a test sequence that are given, behind the one that begins it
-POSITIONS = 64  # at which optimal transport is solved; other ones with each seed
+PREFIX = 16  # tokens of a test sequence that are given, after its first one
+POSITIONS = 64  # number of positions at which optimal transport is solved; each seed has its own
 CALIBRATION = ("ece", "costly_mass")
 
 
 def measure(model: Path, here: Path, seed: int, out: Path) -> None:
-    """Writes {measure: value} of a model on here/test.pt to the file ``out``, unless it is there."""
+    """Writes {measure: value} of a model on here/test.pt to the file ``out``.
+
+    Does nothing if the file exists.
+    """
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         with counted(out):
@@ -35,11 +41,15 @@ def measure(model: Path, here: Path, seed: int, out: Path) -> None:
 
 
 def measures_of(model: Path, here: Path, seed: int) -> dict[str, float]:
-    """Continuations are drawn from the model as it is (temperature 1, nothing cut off), one for each test sequence."""
+    """Returns the value of each measure.
+
+    Continuations are drawn from the unmodified model distribution (temperature 1, no truncation),
+    one for each test sequence.
+    """
     student, tokenizer = load(model)
     oracle, _ = load(here.parent / "oracle")
     start, _ = load(here / "start")
-    cost = CostEmbedding(start.lm_head.weight)  # the same for all
+    cost = CostEmbedding(start.lm_head.weight)  # the same for all students
     rows = torch.load(here / "test.pt", weights_only=True)
     examples, pad = _examples(rows), tokenizer.pad_token_id
     forced = teacher_forced(student, tokenizer, examples, cost, batch_size=64).measures()

@@ -1,14 +1,20 @@
-"""Does EMO bring a model nearer to the truth? The published comparison where the truth is known, at a scale that fits.
+"""Does EMO bring a model closer to the truth?
+
+This is the published comparison where the truth is known, at a scale that fits.
 
     python experiments/oracle.py --text_dir DIR [--scale cpu] [--work DIR] [--processes N]
 
-1. An oracle learns DIR/english.txt.gz; a smaller model learns half of it and DIR/wikitext2_valid.txt: the students' start.
+1. An oracle learns DIR/english.txt.gz. A smaller model learns half of it and
+   DIR/wikitext2_valid.txt. All students start from this smaller model.
 2. The oracle writes a corpus, a development set and a test set.
-3. From the start, students on several amounts of the corpus, for each objective at several learning rates; the rate with the
-   least nll on the development set is kept, and trained with more seeds. All objectives take the same steps.
-4. Each is held against the oracle on the test set: stanford_alpaca/evaluation/measures/oracle.py, README.md beside this file.
+3. Students train on several amounts of the corpus, for each objective at several learning rates.
+   The rate with the least nll on the development set is trained with more seeds. All objectives
+   take the same steps.
+4. Each student is compared with the oracle on the test set: see
+   stanford_alpaca/evaluation/measures/oracle.py and the README.md beside this file.
 
-Every part is left alone when it is done: the same command goes on. Writes experiments/results/oracle-SCALE.json, .md, .png.
+A finished part is not repeated, so the same command continues an interrupted one. Writes
+experiments/results/oracle-SCALE.json, .md and .png.
 """
 
 import importlib.util
@@ -55,7 +61,11 @@ PLOTTED = [
 
 @dataclass(frozen=True)
 class Scale:
-    """How large: models as (width, layers), amounts of data as (sequences, epochs, learning rates to choose from)."""
+    """The size of an experiment.
+
+    Models are given as (width, layers), and amounts of data as (sequences, epochs, learning rates
+    to choose from).
+    """
 
     objectives: tuple[str, ...]
     oracle: tuple[int, int]
@@ -63,9 +73,9 @@ class Scale:
     vocab_sizes: tuple[int, ...]
     data: tuple[tuple[int, int, tuple[float, ...]], ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int = 2  # of the oracle and the start
+    epochs: int = 2  # epochs of the oracle and the start
     test: int = 800
-    rows: int | None = None  # of 64 tokens, of each text that oracle and start learn; None: all
+    rows: int | None = None  # rows of 64 tokens of each text that oracle and start learn; None: all
 
 
 TEXTS = ("english.txt.gz", "wikitext2_valid.txt")
@@ -87,7 +97,10 @@ SCALES = {
 
 
 def prepare(scale: Scale, vocab_size: int, shape: tuple[int, int], texts: Path, work: Path) -> Path:
-    """The folder of one vocabulary and one start, with all that students need in it."""
+    """Prepares all that the students of one vocabulary and one start need.
+
+    Returns their folder.
+    """
     english, wiki = (texts / name for name in TEXTS)
     folder = work / f"v{vocab_size}"
     tokenizer = make_tokenizer([english, wiki], vocab_size, folder / "tokenizer")
@@ -124,7 +137,10 @@ def prepare(scale: Scale, vocab_size: int, shape: tuple[int, int], texts: Path, 
 def students_of(
     scale: Scale, here: Path, run: Callable[[Callable, Iterable], None]
 ) -> dict[Student, dict[float, float]]:
-    """Trains what is missing; the students of the best rates, each with nll on the development set by rate."""
+    """Trains the students that are missing.
+
+    Returns the students of the best rates, each with its nll on the development set by rate.
+    """
     first, chosen = scale.seeds[0], {}
     tried = [
         Student(o, n, e, rate, first)
@@ -148,7 +164,10 @@ def students_of(
 
 
 def pool(processes: int) -> Callable[[Callable, Iterable], None]:
-    """Runs calls of a function side by side, a core each; one after another in this process where there is one."""
+    """Returns a function that runs calls of a function in parallel, on one core each.
+
+    With one process, the calls run one after another in this process.
+    """
 
     def run(function: Callable, calls: Iterable[tuple]) -> None:
         if processes == 1:
@@ -166,7 +185,7 @@ def pool(processes: int) -> Callable[[Callable, Iterable], None]:
 def run(
     text_dir: str, scale: str = "cpu", work: str = "output/oracle", processes: int | None = None
 ) -> None:
-    """All of it; see the head of this file."""
+    """Runs the whole experiment; see the head of this file."""
     if scale not in SCALES:
         raise UserError(f"--scale {scale}: choose from {', '.join(SCALES)}")
     for name in TEXTS:
@@ -219,7 +238,7 @@ def run(
 def measured(
     scale: Scale, students: Iterable[Student], here: Path, size: str, run: Callable
 ) -> list[Run]:
-    """Every student, and their start and the oracle itself beside them, against the oracle."""
+    """Measures every student, their start, and the oracle itself against the oracle."""
     files = {student: here / "measured" / f"{student.name}.json" for student in students}
     ends = {"start": here / "start", "oracle": here.parent / "oracle"}
     run(

@@ -1,4 +1,7 @@
-"""What ``oracle.py`` trains: a tokenizer, an oracle, the students' start, the students; each is left alone when it is there."""
+"""Trains what ``oracle.py`` needs: a tokenizer, an oracle, the students' start, and the students.
+
+Anything that exists already is not made again.
+"""
 
 import json
 import shutil
@@ -26,18 +29,16 @@ from stanford_alpaca.data.reading import open_text
 from stanford_alpaca.generation.responses import generate_ids, plain_generation
 from stanford_alpaca.generation.sampling import Sampling
 
-disable_progress_bar()  # of loading and saving
+disable_progress_bar()  # the progress bars of loading and saving
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-base"
-LENGTH, BATCH = 64, 32  # tokens of a sequence, behind the one that begins it; sequences a step
+LENGTH, BATCH = 64, 32  # tokens of a sequence, after its first one; sequences of a step
 OBJECTIVES = {
     "mle": {"mode": "mle"},
     "emo": {"mode": "emo"},
     "emo2": {"mode": "emo2"},
     "tailr": {"mode": "tailr"},
-    "identity": {
-        "mode": "emo",
-        "cost_kind": "identity",
-    },  # what remains of emo without the embedding
+    # emo without the embedding
+    "identity": {"mode": "emo", "cost_kind": "identity"},
     "emd": {"mode": "emd"},
     "mix": {"mode": "mix"},
     "mixce": {"mode": "mixce"},
@@ -47,7 +48,11 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Student:
-    """One training run: its objective, how many of the oracle's sequences, how often, how fast."""
+    """One training run.
+
+    It has an objective, a number of the oracle's sequences, a number of epochs, a learning rate and
+    a seed.
+    """
 
     objective: str
     sequences: int
@@ -57,17 +62,16 @@ class Student:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.objective}-{self.sequences}-{self.rate:g}-{self.seed}"
 
 
 @contextmanager
 def counted(out: Path) -> Iterator[None]:
-    """Says what is made, and adds the CPU seconds it took to spent.jsonl beside it."""
+    """Prints what is made, and adds the CPU seconds it took to spent.jsonl beside it."""
     print(f"making {out.parent.name}/{out.name}", flush=True)
-    shutil.rmtree(
-        out.with_name(f"{out.name}.part"), ignore_errors=True
-    )  # of a command that was killed
+    # A killed command leaves a partial folder.
+    shutil.rmtree(out.with_name(f"{out.name}.part"), ignore_errors=True)
     began = time.process_time()
     yield
     with (out.parent / "spent.jsonl").open("a") as file:
@@ -78,13 +82,13 @@ def counted(out: Path) -> Iterator[None]:
 
 
 def spent(work: Path) -> float:
-    """CPU minutes of all that was made in a folder, however many commands it took."""
+    """Returns the CPU minutes of everything made in a folder, over all commands."""
     lines = (line for file in work.rglob("spent.jsonl") for line in file.read_text().splitlines())
     return round(sum(json.loads(line)["cpu_seconds"] for line in lines) / 60, 1)
 
 
 def make_tokenizer(texts: list[Path], vocab_size: int, out: Path) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of the texts, with the special tokens of data/tiny-base."""
+    """Trains a byte-level BPE on the texts, with the special tokens of data/tiny-base."""
     if not out.exists():
         lines = (line for file in texts for line in open_text(file))
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,10 +99,11 @@ def make_tokenizer(texts: list[Path], vocab_size: int, out: Path) -> PreTrainedT
     return AutoTokenizer.from_pretrained(out)
 
 
-def sequences_of(
-    texts: list[Path], tokenizer: PreTrainedTokenizerBase
-) -> Tensor:  # [n, 1 + LENGTH] token ids
-    """The texts, cut into pieces of LENGTH tokens, each behind the token that begins a sequence."""
+def sequences_of(texts: list[Path], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Cuts the texts into pieces of LENGTH tokens. Returns [n, 1 + LENGTH] token ids.
+
+    Each piece follows the beginning-of-sequence token.
+    """
     pieces = []
     for file in texts:
         ids = np.concatenate(
@@ -116,16 +121,22 @@ def sequences_of(
 def pretrain(
     rows: Tensor, shape: tuple[int, int], tokenizer: PreTrainedTokenizerBase, epochs: int, out: Path
 ) -> None:
-    """A Llama of (width, layers) with cross entropy, from scratch."""
+    """Trains a Llama of (width, layers) from scratch with cross entropy."""
     if out.exists():
         return
     width, layers = shape
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 8 // 3 // 8 * 8, num_hidden_layers=layers,
-        num_attention_heads=width // 32, max_position_embeddings=256, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width * 8 // 3 // 8 * 8,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = LlamaForCausalLM(config).to(device())
     with counted(out), atomic_folder(out) as part:
         fit(model, rows, "mle", epochs, rate=3e-3, seed=0)
@@ -136,10 +147,12 @@ def pretrain(
 def fit(
     model: LlamaForCausalLM, rows: Tensor, objective: str, epochs: int, rate: float, seed: int
 ) -> None:
-    """AdamW without weight decay, a cosine schedule with 3 % of warm-up; the order of the rows is the seed's."""
-    attached = attach_objective(
-        model, **OBJECTIVES[objective]
-    )  # the costs are those of the model as it is now
+    """Trains the model with AdamW without weight decay.
+
+    The schedule is a cosine with 3 % of warm-up. The seed decides the order of the rows.
+    """
+    # The costs are computed from the model before training.
+    attached = attach_objective(model, **OBJECTIVES[objective])
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(rows) // BATCH)
@@ -157,10 +170,11 @@ def fit(
     model.eval()
 
 
-def sample(
-    folder: Path, count: int, seed: int, out: Path
-) -> Tensor:  # [count, 1 + LENGTH] token ids
-    """Sequences drawn from a model, nothing cut off its distribution."""
+def sample(folder: Path, count: int, seed: int, out: Path) -> Tensor:
+    """Draws sequences from a model, without truncating its distribution.
+
+    Returns [count, 1 + LENGTH] token ids.
+    """
     if not out.exists():
         model, tokenizer = load(folder)
         begin, sampling = [tokenizer.bos_token_id], Sampling(LENGTH, temperature=1.0)
@@ -181,7 +195,7 @@ def sample(
 
 
 def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """A model to evaluate or to go on from, in float32."""
+    """Loads a model in float32, to evaluate it or to continue training."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device()).eval()
     model.generation_config = plain_generation(tokenizer)
@@ -189,7 +203,10 @@ def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 
 
 def train(student: Student, work: Path) -> None:
-    """From work/start on rows of work/corpus.pt; leaves work/students/NAME with its nll on work/dev.pt."""
+    """Trains a student from work/start on rows of work/corpus.pt.
+
+    Writes work/students/NAME with its nll on work/dev.pt.
+    """
     out = work / "students" / student.name
     if out.exists():
         return
@@ -211,5 +228,5 @@ def train(student: Student, work: Path) -> None:
 
 
 def device() -> str:
-    """The GPU if there is one."""
+    """Returns the GPU if there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,7 @@
-"""Tables and plots of what experiments measured. A run is a dict: setting, arm, seed, and measures {name: value}."""
+"""Tables and plots of what experiments measured.
+
+A run is a dict with setting, arm, seed, and measures {name: value}.
+"""
 
 import json
 import statistics
@@ -21,7 +24,10 @@ def keep(name: str, about: dict[str, Any], runs: list[Run], tables: str) -> None
 
 
 def means(runs: list[Run]) -> str:
-    """A table per setting: arms down, measures across, means and standard deviations over the seeds."""
+    """Returns a table per setting, with a row per arm and a column per measure.
+
+    Cells are means and standard deviations over the seeds.
+    """
     pages = []
     for setting in _each(runs, "setting"):
         here = [run for run in runs if run["setting"] == setting]
@@ -35,7 +41,10 @@ def means(runs: list[Run]) -> str:
 
 
 def differences(runs: list[Run], base: str = "mle") -> str:
-    """The same for each arm minus the base, paired by seed, with Student's interval of 95 %; * where it leaves 0 out."""
+    """Returns the same tables of each arm minus the base, paired by seed.
+
+    Each difference has Student's 95 % interval, with a * if the interval excludes 0.
+    """
     pages = []
     for setting in _each(runs, "setting"):
         here = [run for run in runs if run["setting"] == setting]
@@ -49,12 +58,15 @@ def differences(runs: list[Run], base: str = "mle") -> str:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table."""
+    """Formats a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def bold(nlls: dict[float, float]) -> list[str]:
-    """nll by learning rate as text; the least in bold, with a ! where it is that of the lowest or highest rate."""
+    """Returns nll by learning rate as text, the least in bold.
+
+    A ! marks the least if it belongs to the lowest or highest rate.
+    """
     best = min(nlls, key=nlls.__getitem__)
     edge = "!" if best in (min(nlls), max(nlls)) else ""
     return [
@@ -64,7 +76,11 @@ def bold(nlls: dict[float, float]) -> list[str]:
 
 
 def plot(runs: list[Run], names: list[str], label: str, file: Path) -> None:
-    """A panel per measure: its mean and deviation at every setting, a line per arm; a grey one where an arm has one value."""
+    """Plots a panel per measure, with a line per arm.
+
+    A line shows the mean and standard deviation at every setting. An arm with a single value gets a
+    grey line.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6 * -(-len(names) // 3)), layout="constrained")

@@ -1,7 +1,9 @@
-# Sourced by train_emo.sh and tests/run.sh. `ensure_env FILE...` sets PYTHON to an interpreter that has the packages of the
-# requirement files: the running one if its versions lie in pyproject.toml's ranges, else that of .venv, made if needed.
+# Sourced by scripts/launcher.sh, tests/run.sh and tests/multi_node.sh, which set ROOT.
+# `ensure_env FILE...` sets PYTHON to an interpreter that has the packages of the requirement files.
+# This is the present PYTHON (or python3) if its packages lie in the version ranges of
+# pyproject.toml. Otherwise it is that of .venv, which is made if needed.
 
-satisfied() { # does interpreter $1 have what pyproject.toml asks for, the extra $2 included?
+satisfied() { # whether interpreter $1 has what pyproject.toml asks for, with the extra $2
     "$1" - "$ROOT/pyproject.toml" "$2" 2>/dev/null <<'PYTHON'
 import importlib.metadata
 import sys
@@ -24,14 +26,17 @@ ensure_env() {
         [ "$file" = tests/requirements.txt ] && extra=test
     done
     PYTHON=${PYTHON:-$(command -v python3 || command -v python || true)}
-    [ -n "$PYTHON" ] || { echo "error: no python3 found: install Python 3.11 or newer" >&2; exit 2; }
+    [ -n "$PYTHON" ] || {
+        echo "error: no python3 found: install Python 3.11 or newer" >&2; exit 2; }
     satisfied "$PYTHON" "$extra" && return
     if [ ! -x "$ROOT/.venv/bin/python" ]; then
         echo "creating $ROOT/.venv" >&2
         "$PYTHON" -c "import sys; raise SystemExit(sys.version_info < (3, 11))" || {
-            echo "error: $PYTHON is older than Python 3.11: install a newer one, or set PYTHON=" >&2; exit 2; }
+            echo "error: $PYTHON is older than Python 3.11:" \
+                "install a newer one, or set PYTHON=" >&2; exit 2; }
         "$PYTHON" -m venv "$ROOT/.venv" || {
-            echo "error: no virtual environment could be made: install your system's python3-venv" >&2; exit 2; }
+            echo "error: no virtual environment could be made:" \
+                "install your system's python3-venv" >&2; exit 2; }
     fi
     PYTHON=$ROOT/.venv/bin/python
     satisfied "$PYTHON" "$extra" && return

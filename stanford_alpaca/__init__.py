@@ -7,23 +7,17 @@ import sys
 from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.run.environment import check_imports
 
-if sys.argv[:1] == ["-m"]:  # a command is about to start: one line and its exit status
+if sys.argv[:1] == ["-m"]:  # a command is starting: an error becomes one line and an exit status
     exit_on_user_error(check_imports)
 else:
     check_imports()
 
-if not os.environ.keys() & {
-    "OMP_WAIT_POLICY",
-    "GOMP_SPINCOUNT",
-}:  # read when torch loads OpenMP; see benchmarks/LOG.md
-    os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"] = (
-        "passive",
-        "500",
-    )  # threads wait a moment, then sleep
+# torch reads these when it loads OpenMP: threads spin for a moment, then sleep (benchmarks/LOG.md)
+if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"] = "passive", "500"
 
-logging.getLogger("bitsandbytes").setLevel(
-    logging.ERROR
-)  # peft imports it where it is there, and it speaks of optional kernels
+# peft imports bitsandbytes if it is installed, and bitsandbytes logs notes on optional kernels
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What commands print: once for all ranks, on any terminal, and without secrets."""
+"""Prints the lines of commands: once for all ranks, on any terminal, and without secrets."""
 
 import contextlib
 import logging
@@ -6,18 +6,16 @@ import os
 import re
 from collections.abc import Iterator
 
-SECRET_NAME = re.compile(
-    r"(TOKEN|KEY|SECRET|PASSWORD)S?$", re.IGNORECASE
-)  # of an environment variable
-SHORTEST = 8  # characters of a secret; shorter ones stand in other words
-SECRET_LOOK = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)"
-)  # a hub token; user:password in a URL
+# names of environment variables that hold a secret
+SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)S?$", re.IGNORECASE)
+SHORTEST = 8  # least characters of a secret; shorter ones would occur inside other words
+# a hub token, or user:password in a URL
+SECRET_LOOK = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")
 _secrets: set[str] = set()
 
 
 def is_main_process() -> bool:
-    """Whether this process writes and prints for all."""
+    """Returns whether this process (rank 0) prints and writes for all ranks."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -28,13 +26,16 @@ def say(line: str) -> None:
 
 
 def keep_secret(*values: str) -> None:
-    """No line that a command prints will hold these values."""
+    """Hides these values in every line that a command prints."""
     _secrets.update(value for value in values if len(value) >= SHORTEST)
 
 
 def printable(text: str) -> str:
-    """A text as any terminal or file takes it, without tokens, keys and passwords: those of the environment, those given to
-    ``keep_secret``, and what looks like one."""
+    """Returns a text that any terminal or file accepts, with secrets replaced by ``***``.
+
+    Secrets are the tokens, keys and passwords of the environment, the values given to
+    ``keep_secret``, and whatever looks like one.
+    """
     named = {
         value
         for name, value in os.environ.items()
@@ -47,7 +48,10 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Keeps the hub's client from announcing every retry: the error that follows says it in a line."""
+    """Keeps the hub's client from announcing every retry.
+
+    The error that follows says it in one line.
+    """
     retries = logging.getLogger("huggingface_hub")
     level = retries.level
     retries.setLevel(logging.CRITICAL)

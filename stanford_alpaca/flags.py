@@ -1,4 +1,4 @@
-"""Flags that several commands have: how they are declared and checked, and how a wrong one ends the command."""
+"""Declares and checks the flags of commands, and ends a command that was given a wrong one."""
 
 import signal
 import sys
@@ -20,39 +20,48 @@ T = TypeVar("T")
 
 
 def exit_on_user_error(command: Callable[[], Any]) -> Any:
-    """Runs a command; a UserError becomes one line on standard error (from one rank) and its exit status."""
+    """Runs a command, and exits if it raises a UserError.
+
+    One rank prints the message as one line on standard error. The exit status is the error's.
+    """
     try:
         return command()
     except UserError as error:
-        if not is_main_process():  # the first rank to end takes the others down: let the first one speak, if it has this error
+        # The first rank to exit takes the others down. Wait, so that rank 0 can print this error
+        # if it has it too.
+        if not is_main_process():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        for bar in list(getattr(tqdm, "_instances", [])):  # which has not ended its line
+        for bar in list(getattr(tqdm, "_instances", [])):  # an open bar has not ended its line
             bar.close()
-        message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[
-            2
-        ]  # a DataLoader's worker sends a traceback
+        # an error in a DataLoader's worker arrives with its traceback
+        message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]
         print(f"error: {' '.join(printable(message).split())}", file=sys.stderr, flush=True)
         sys.exit(error.status)
 
 
 def word() -> Any:
-    """A dataclass field that takes the next word of the command line that belongs to no flag, or None."""
+    """Declares a dataclass field for the next command-line word that belongs to no flag.
+
+    It is None if there is no such word.
+    """
     return field(default=None, metadata={"word": True})
 
 
 def words() -> Any:
-    """A dataclass field, a tuple, that takes all words of the command line that belong to no flag."""
+    """Declares a dataclass field, a tuple, for all command-line words that belong to no flag."""
     return field(default=(), metadata={"word": True})
 
 
 def command(options: type, run: Callable[[Any], None]) -> Callable[..., None]:
-    """What ``fire`` calls for a command. The fields of the dataclass ``options`` are its flags, the docstring is its help.
+    """Returns the function that ``fire`` calls for a command.
 
-    ``run`` gets the options. Flags that hold text stay as they are typed, because fire would read ``a, b`` as a tuple.
+    The fields of the dataclass ``options`` are the command's flags, and its docstring is the help.
+    ``run`` gets the options. Flags that hold text stay as they are typed, because fire would read
+    ``a, b`` as a tuple.
 
-    Raises:
-        UserError: a flag that is no field, and what the dataclass raises.
+    The returned function raises UserError for a flag that is not a field. What the dataclass raises
+    passes through.
     """
     parameters = [_parameter(each) for each in fields(options)]
     known = Signature(
@@ -86,7 +95,7 @@ def command(options: type, run: Callable[[Any], None]) -> Callable[..., None]:
 
 
 def _parameter(each: Field) -> Parameter:
-    """A dataclass's field as fire reads it."""
+    """Returns a dataclass field as a parameter that fire can read."""
     if not each.metadata.get("word"):
         default = each.default if each.default_factory is MISSING else each.default_factory()
         return Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=each.type)
@@ -96,42 +105,43 @@ def _parameter(each: Field) -> Parameter:
 
 
 def part_of(options: Any, cls: type[T]) -> T:
-    """A dataclass made of those of a command's options that it has as fields."""
+    """Makes a ``cls`` from those of a command's options that it has as fields."""
     return cls(**{each.name: getattr(options, each.name) for each in fields(cls)})  # type: ignore[arg-type]
 
 
 def refuse_unknown(unknown: dict[str, Any], command: Callable) -> None:
-    """Raises UserError for flags that a command does not have; ``--help`` prints its docstring and ends.
+    """Raises UserError for flags that a command does not have.
 
-    fire calls a function before it rejects unknown flags; a command that is to write nothing then collects them in
-    ``**unknown`` and calls this first.
+    ``--help`` prints the command's docstring and exits. fire calls a function before it rejects
+    unknown flags. So that nothing is written by then, a command collects them in ``**unknown`` and
+    calls this first.
     """
     if "help" in unknown:
         print(command.__doc__)
         sys.exit(0)
     for name in unknown:
         raise UserError(
-            f"unknown argument --{name}{nearest(f'--{name}', [f'--{known}' for known in signature(command).parameters])}"
+            f"unknown argument --{name}"
+            f"{nearest(f'--{name}', [f'--{known}' for known in signature(command).parameters])}"
         )
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises UserError unless the flag's value is a whole number from ``least`` on."""
+    """Raises UserError unless the flag's value is an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"--{name} {value}: give a whole number from {least} on")
 
 
 def check_writable(name: str, path: Path) -> None:
-    """Raises UserError unless a file or folder could be made at the path."""
+    """Raises UserError unless a file or folder can be made at the path."""
     parent = path.absolute()
     while not parent.exists():
         parent = parent.parent
     if parent != path.absolute() and not parent.is_dir():
         raise UserError(f"--{name} {path}: {parent} is a file; give another path")
     try:
-        with tempfile.TemporaryFile(
-            dir=parent
-        ):  # permissions do not tell: of root, of a disk that is mounted read-only
+        # permissions do not tell: root ignores them, and a disk may be mounted read-only
+        with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
         raise UserError(
@@ -140,5 +150,5 @@ def check_writable(name: str, path: Path) -> None:
 
 
 def choice(*values: str, default: str | None, help: str) -> Any:
-    """A dataclass field that takes one of a few words."""
+    """Declares a dataclass field that takes one of a few words."""
     return field(default=default, metadata={"choices": list(values), "help": help})

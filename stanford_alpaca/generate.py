@@ -1,8 +1,11 @@
-"""Samples from checkpoints: ``python -m stanford_alpaca.generate CHECKPOINT [CHECKPOINT ...] --prompts FILE --out FILE``.
+"""Generates responses with checkpoints.
 
-Also ``--instruction "..." [--input "..."]`` for one prompt, and ``--interactive`` to type them. Several checkpoints are
-asked the same and shown side by side. ``--num_samples N`` draws several responses per prompt; ``--alpaca_eval FILE`` and
-``--markdown FILE`` write them in other forms (``samples.py``).
+    python -m stanford_alpaca.generate CHECKPOINT [CHECKPOINT ...] --prompts FILE --out FILE
+
+``--instruction "..." [--input "..."]`` gives one prompt, and ``--interactive`` reads prompts from
+the terminal. Several checkpoints get the same prompts, and their responses are shown side by side.
+``--num_samples N`` draws several responses per prompt. ``--alpaca_eval FILE`` and
+``--markdown FILE`` write the responses in other forms (``generation/writers.py``).
 """
 
 import sys
@@ -41,7 +44,10 @@ def chat(
     encode: PromptEncoder,
     seed: int,
 ) -> None:
-    """Reads instructions from the terminal and streams the responses until an empty line or the end of input."""
+    """Reads instructions from the terminal and streams the responses.
+
+    It ends at an empty line or at the end of input.
+    """
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stops = stop_ids(tokenizer)
@@ -78,29 +84,41 @@ def _typed() -> Iterator[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Options(Sampling):
-    """Generates responses: python -m stanford_alpaca.generate CHECKPOINT [CHECKPOINT ...] --FLAG VALUE ...
+    """Generates responses: python -m stanford_alpaca.generate CHECKPOINT [...] --FLAG VALUE ...
 
     Args:
-        checkpoints: folders or hub names; the same prompts go to each.
-        prompts: a data file of any form that training takes (responses may be missing), or a text file with an
-            instruction a line; columns: other names in it, as instruction=question.
-        prompt_template: alpaca, chat (the tokenizer's chat template) or plain; auto: what the model was trained with, and for a
-            model that this package did not train, what training would take for the form.
-        special_tokens: what their names in prompts mean: text, or parse (the tokens); by default as in training.
-        instruction: one instruction; ``input`` is its input.
-        interactive: type instructions, see the responses stream (one checkpoint, greedy or sampled).
-        out: a JSONL file to write, a sample a line: instruction, input, reference, and responses, which are
-            {checkpoint: text}, or {checkpoint: [text, ...]} with --num_samples above 1.
-        alpaca_eval: a JSON file to write for AlpacaEval's --model_outputs (one checkpoint, one sample per prompt).
-        markdown: a page of the samples to write. None of the three files may exist; without them samples only go to
-            the terminal.
-        num_samples: responses per prompt, 1 by default; more of them need a temperature.
-        max_new_tokens: the most tokens of a response, 256 by default; batch_size: responses at a time, 16.
-        temperature: 0 is greedy; top_k, top_p, typical_p and min_p narrow the sampling; num_beams searches instead.
-        repetition_penalty: above 1 makes tokens of the prompt and the response so far less likely, below 1 more.
+        checkpoints: folders or hub names. Each gets the same prompts.
+        prompts: a data file in any form that training takes, where responses may be missing, or a
+            text file with one instruction per line.
+        columns: other column names in the data file, as instruction=question.
+        prompt_template: alpaca, chat (the tokenizer's chat template), plain or auto. With auto,
+            each model is prompted as it was trained. A model that this package did not train gets
+            the template that training would choose for the form of the record.
+        special_tokens: what names of special tokens in prompts mean: text (plain text) or parse
+            (the tokens). By default as in training.
+        instruction: one instruction.
+        input: the input of that instruction.
+        interactive: type instructions and see the responses stream, greedy or sampled. Takes one
+            checkpoint.
+        out: a JSONL file to write, one sample per line with instruction, input, reference and
+            responses. The responses are {checkpoint: text}, or {checkpoint: [text, ...]} with
+            --num_samples above 1.
+        alpaca_eval: a JSON file to write for AlpacaEval's --model_outputs. Takes one checkpoint and
+            one sample per prompt.
+        markdown: a page of the samples to write. None of the three files may exist. Without them,
+            samples only go to the terminal.
+        num_samples: responses per prompt, 1 by default. More than one needs a temperature.
+        max_new_tokens: the most tokens of a response, 256 by default.
+        batch_size: responses generated at a time, 16 by default.
+        temperature: 0, the default, is greedy; above 0 samples.
+        top_k, top_p, typical_p, min_p: narrow the sampling.
+        num_beams: searches with this many beams, instead of sampling.
+        repetition_penalty: above 1 makes tokens that occur in the prompt or the response less
+            likely, below 1 more likely.
         seed: the same command with the same seed gives the same text.
-        trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
-        verify: reads a large checkpoint again, to compare it with its manifest; one below 2 GiB is always read.
+        trust_remote_code: runs the code that comes with a checkpoint's folder or repository.
+        verify: reads a large checkpoint again to compare it with its manifest. A checkpoint below
+            2 GiB is always read.
     """
 
     checkpoints: tuple[str, ...] = words()
@@ -122,7 +140,7 @@ class Options(Sampling):
 
 
 def generate(options: Options) -> None:
-    """Answers the prompts with every checkpoint, writes what was asked for, and prints the samples."""
+    """Answers the prompts with every checkpoint, writes the requested files, prints the samples."""
     sampling = part_of(options, Sampling)
     check_template(options.prompt_template, options.special_tokens or "text")
     columns, names = take_columns(options.columns, list(options.checkpoints))
@@ -163,19 +181,21 @@ def generate(options: Options) -> None:
 
 
 def check_samples(options: Options, names: list[str], files: dict[str, Path]) -> None:
-    """Raises UserError for a number of samples, checkpoints or files that does not go with how they are asked for."""
+    """Raises UserError if the samples, checkpoints and files asked for do not go together."""
     for flag, least in (("num_samples", 1), ("batch_size", 1), ("seed", 0)):
         check_whole(flag, getattr(options, flag), least)
     several = len(names) > 1 or options.num_samples > 1
     if options.num_samples > 1 and options.temperature == 0:
         raise UserError(
-            f"--num_samples {options.num_samples}: greedy gives the same one every time; {GIVE_TEMPERATURE}"
+            f"--num_samples {options.num_samples}: greedy gives the same one every time; "
+            f"{GIVE_TEMPERATURE}"
         )
     if options.interactive and (
         several or options.prompts or options.instruction or files or options.num_beams > 1
     ):
         raise UserError(
-            "--interactive takes one checkpoint and no --prompts, --instruction, --num_beams, --num_samples, or file to write"
+            "--interactive takes one checkpoint and no --prompts, --instruction, --num_beams, "
+            "--num_samples, or file to write"
         )
     if options.alpaca_eval is not None and several:
         raise UserError(
@@ -187,7 +207,7 @@ run = command(Options, generate)
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     exit_on_user_error(lambda: fire.Fire(run))
 
 

@@ -1,7 +1,8 @@
-"""torchrun, except that a run which ends itself (a user's mistake, say) ends with its own exit status and no traceback.
+"""torchrun, except that a run that ends by itself keeps its exit status and shows no traceback.
 
-Asked to stop (SIGTERM, SIGINT), it gives the ranks time to save what they have trained, and ends with status 75, or that of a
-rank which ended otherwise. Another SIGINT is passed on to them, for which they do not save.
+A user's mistake ends a run in this way. When the launcher gets SIGTERM or SIGINT, it gives the
+ranks time to save what they have trained. It then ends with status 75, or with the status of a rank
+that ended otherwise. Another SIGINT is passed on to the ranks, which then end without saving.
 """
 
 import logging
@@ -17,28 +18,26 @@ from torch.distributed.run import parse_args, run
 
 from stanford_alpaca.errors import Stopped
 
-TIME_TO_SAVE = (
-    "600"  # seconds after a signal; a cluster's own limit may be shorter. torchrun alone gives 30
-)
-# the last two: the signal came before the rank could handle it
+# Seconds after a signal. torchrun alone gives 30. A cluster's own limit may be shorter.
+TIME_TO_SAVE = "600"
+# How a stopped rank may end. The last two: the signal came before the rank could handle it.
 STOPPED = {0, Stopped.status, -signal.SIGTERM, -signal.SIGINT}
 
 
 class Ranks:
-    """The processes that torchrun has started last, once a signal has come."""
+    """The processes that torchrun has started last. They are known once it closes them."""
 
     def __init__(self) -> None:
         self.handlers: list = []
 
     def watch(self) -> None:
-        """From now on, torchrun's closing of its processes passes through here."""
+        """From now on, remembers the processes whenever torchrun closes them."""
         close = SubprocessContext._close
 
         def close_and_remember(context: SubprocessContext, *args: Any, **kwargs: Any) -> None:
             self.handlers = list(context.subprocess_handlers.values())
-            if isinstance(
-                sys.exception(), SignalException
-            ):  # torchrun's own handler would raise again
+            # torchrun's own handler would raise again at the next signal.
+            if isinstance(sys.exception(), SignalException):
                 signal.signal(signal.SIGINT, self._pass_on)
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             close(context, *args, **kwargs)
@@ -47,20 +46,21 @@ class Ranks:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         for handler in self.handlers:
-            if handler.proc.returncode is None:  # its number is still its own
+            if handler.proc.returncode is None:  # it still runs, so its process id is its own
                 os.killpg(handler.proc.pid, number)
 
     def status(self) -> int:
-        """That of a stopped run, if all ranks have stopped or had ended; else the first other one."""
+        """Returns 75 if all ranks have stopped or had ended, else the first other exit status."""
         codes = [handler.proc.returncode for handler in self.handlers]
         return next((as_shell(code) for code in codes if code not in STOPPED), Stopped.status)
 
 
 def main() -> None:
-    """``python -m stanford_alpaca.launch`` with torchrun's arguments."""
+    """Runs ``python -m stanford_alpaca.launch`` with torchrun's arguments."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", TIME_TO_SAVE)
-    # torch would give ranks that it starts again the store of those that died, with their addresses in it
+    # Otherwise torch would give restarted ranks the store of the dead ones, which still has their
+    # addresses in it.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     ranks = Ranks()
     ranks.watch()
@@ -82,7 +82,10 @@ def main() -> None:
 
 
 def as_shell(code: int | None) -> int:
-    """A process's exit code as a shell says it, 128 and the signal that ended it; SIGKILL, if even that has not ended it."""
+    """Returns an exit code as a shell reports it: 128 + N for a process that signal N ended.
+
+    None is a process that not even SIGKILL has ended yet. It counts as ended by SIGKILL.
+    """
     if code is None:
         code = -signal.SIGKILL
     return code if code >= 0 else 128 - code

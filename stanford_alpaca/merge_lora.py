@@ -1,6 +1,9 @@
-"""Merges an adapter into the model it was trained on: ``python -m stanford_alpaca.merge_lora ADAPTER_OR_RUN OUTPUT``.
+"""Merges an adapter into the model it was trained on.
 
-The result is a plain Hugging Face folder. Weights are added in float32, and the logits are compared before and after.
+Usage: ``python -m stanford_alpaca.merge_lora ADAPTER_OR_RUN OUTPUT``.
+
+The result is a plain Hugging Face folder. Weights are added in float32, and the logits are compared
+before and after.
 """
 
 from dataclasses import dataclass
@@ -18,13 +21,16 @@ from stanford_alpaca.models.merge import DTYPES, merge
 
 @dataclass(frozen=True)
 class Options:
-    """Merges an adapter into its base: python -m stanford_alpaca.merge_lora ADAPTER_OR_RUN OUTPUT
+    """Merges an adapter into its base, the model it was trained on.
+
+    Usage: python -m stanford_alpaca.merge_lora ADAPTER_OR_RUN OUTPUT
 
     Args:
-        adapter: the folder or hub name of an adapter, the output folder of a run with --lora, or a checkpoint-N of one.
-        output: where to write the model: a folder that is new or empty.
-        base: where the model is that the adapter was trained on, if not where the adapter says.
-        dtype: float32, bfloat16 or float16: of what is written; by default the base's.
+        adapter: the folder or hub name of an adapter, the output folder of a run with --lora, or a
+            checkpoint-N of such a run.
+        output: where to write the model: a new or empty folder.
+        base: where the base is, if not where the adapter says.
+        dtype: what the weights are written in: float32, bfloat16 or float16; by default the base's.
         cache_dir: where the hub's files are kept.
         trust_remote_code: runs the code that the base's folder or repository brings along.
     """
@@ -58,7 +64,7 @@ run = command(Options, merge_adapter)
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     logging.set_verbosity_error()
     exit_on_user_error(lambda: fire.Fire(run))
 

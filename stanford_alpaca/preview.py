@@ -1,6 +1,7 @@
-"""What training will see: ``python -m stanford_alpaca.preview MODEL --data FILE [FILE ...]``.
+"""Shows what training will see: ``python -m stanford_alpaca.preview MODEL --data FILE [FILE ...]``.
 
-Examples with their trained tokens in colour and masked ones dim, what stands at every boundary, and a table of each source.
+Prints examples with trained tokens in colour and masked ones dim, the two tokens at the start of
+every trained span, and a table for each source.
 """
 
 import json
@@ -32,22 +33,22 @@ Piece = tuple[str, bool]  # the characters of a token, and whether it is trained
 
 
 def pieces_of(record: dict, encode: ExampleEncoder) -> list[Piece]:
-    """A record token by token. Raises UserError for one that its template cannot write."""
+    """Returns a record token by token. Raises UserError if its template cannot write it."""
     text, ids, offsets, row = encode.in_parts(record)
     pieces: list[Piece] = []
     done = 0
     for token_id, (start, end), label in zip(ids, offsets, row["labels"], strict=False):
         piece = text[done:end].replace(SPECIAL, "")
-        if (start, end) == (0, 0):  # what the tokenizer puts before the text
+        if (start, end) == (0, 0):  # a token that the tokenizer puts before the text
             piece = encode.encoder.name_of(token_id)
-        if piece:  # tokens of one character, its bytes, share it
+        if piece:  # byte tokens share one character: the first of them shows it
             pieces.append((piece, label != IGNORE_INDEX))
         done = max(done, end)
     return pieces
 
 
 def boundaries_of(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-    """At every beginning of a trained span the last masked token and the first trained one."""
+    """Returns the last masked and the first trained token at the start of each trained span."""
     return [
         (masked, trained)
         for (masked, before), (trained, after) in pairwise(pieces)
@@ -57,15 +58,18 @@ def boundaries_of(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Options:
-    """Shows what training will see: python -m stanford_alpaca.preview MODEL --data FILE [FILE ...] --FLAG VALUE ...
+    """Shows what training will see: python -m stanford_alpaca.preview MODEL --data FILE [FILE ...]
 
     Args:
-        model: whose tokenizer and chat template to use: a folder or a hub name.
-        data: files, folders or hub names, each shown by itself.
-        examples: how many of each to show, 3 by default; max_length (or model_max_length): tokens per example, 512.
-        prompt_template: auto, alpaca, chat or plain; columns: as instruction=question output=answer.
-        chat_template, special_tokens, train_history: as in training.
-        trust_remote_code: runs the code that the model's folder or repository brings along.
+        model: the folder or hub name whose tokenizer and chat template are used.
+        data: files, folders or hub names. Each is shown by itself.
+        examples: how many examples of each to show, 3 by default.
+        max_length: tokens per example, 512 by default.
+        model_max_length: another name for max_length, as in training.
+        prompt_template: auto, alpaca, chat or plain.
+        columns: other column names in the data, as instruction=question output=answer.
+        chat_template, special_tokens, train_history, cache_dir: as in training.
+        trust_remote_code: runs the code that comes with the model's folder or repository.
         json: prints the same as JSON: {source: {statistics, examples: [{pieces, boundaries}]}}.
     """
 
@@ -86,7 +90,7 @@ class Options:
 
     @property
     def length(self) -> int:
-        """Tokens of an example."""
+        """Tokens per example."""
         return self.max_length if self.model_max_length is None else self.model_max_length
 
 
@@ -116,7 +120,7 @@ def preview(options: Options) -> None:
 def look_at(
     path: str, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, str], options: Options
 ) -> dict[str, Any]:
-    """Statistics and the first examples of a source."""
+    """Returns the statistics and the first examples of a source."""
     template = options.prompt_template
     if options.chat_template is not None and template == "auto":
         template = "chat"
@@ -138,7 +142,7 @@ def show(
     tokenizer: PreTrainedTokenizerBase,
     options: Options,
 ) -> None:
-    """Prints a source: examples, lines about its records, and two tables."""
+    """Prints a source: its examples, lines about its records, and two tables."""
     for number, example in enumerate(source["examples"], 1):
         console.print(Text(f"── {path}, example {number} ──", style="bold"))
         console.print(coloured(example["pieces"], console.is_terminal))
@@ -157,7 +161,7 @@ run = command(Options, preview)
 
 
 def _examples(records: Dataset, encode: ExampleEncoder, count: int) -> Any:
-    """The first records that their template can write."""
+    """Yields the first ``count`` examples whose records the template can write."""
     for record in records:
         if count == 0:
             return
@@ -170,7 +174,7 @@ def _examples(records: Dataset, encode: ExampleEncoder, count: int) -> Any:
 
 
 def coloured(pieces: Sequence[Piece], in_colour: bool = True) -> Text:
-    """An example; without colours trained spans stand between ⟦ and ⟧."""
+    """Returns an example as text. Without colours, ⟦ and ⟧ enclose the trained spans."""
     text, before = Text(), False
     for piece, trained in [*pieces, ("", False)]:
         if not in_colour and trained != before:
@@ -181,7 +185,7 @@ def coloured(pieces: Sequence[Piece], in_colour: bool = True) -> Text:
 
 
 def table_of(path: str, statistics: dict[str, Any], max_length: int) -> Table:
-    """The table of one source."""
+    """Returns the table of statistics of one source."""
     table = Table("", path, title=f"at most {max_length:,} tokens", title_justify="left")
     dropped, quantiles = statistics["dropped"], statistics["token_quantiles"]
     rows = {
@@ -207,7 +211,7 @@ def table_of(path: str, statistics: dict[str, Any], max_length: int) -> Table:
 
 
 def budgets_of(statistics: dict[str, Any], max_length: int) -> Table:
-    """What each length would cost."""
+    """Returns a table of what each maximum length would keep, truncate and lose."""
     table = Table(
         "--model_max_length",
         "kept",
@@ -228,7 +232,7 @@ def budgets_of(statistics: dict[str, Any], max_length: int) -> Table:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     exit_on_user_error(lambda: fire.Fire(run))
 
 

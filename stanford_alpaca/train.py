@@ -1,18 +1,18 @@
-"""Supervised fine-tuning: ``python -m stanford_alpaca.train --model_name_or_path M --data_path D --output_dir O``.
+"""Supervised fine-tuning.
 
-Also ``torchrun --nproc_per_node 4 stanford_alpaca/train.py ...`` and ``--config run.yaml``. All arguments of the Hugging Face
-TrainingArguments hold, and those of ``arguments.py``.
+    python -m stanford_alpaca.train --model_name_or_path M --data_path D --output_dir O
+
+Also ``torchrun --nproc_per_node 4 stanford_alpaca/train.py ...`` and ``--config run.yaml``. The
+arguments are those of run/arguments.py and of the Hugging Face TrainingArguments, except for a few
+that run/trainer_flags.py refuses.
 """
 
 import sys
 from pathlib import Path
 
-from stanford_alpaca.run.data import load_data
-
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    sys.path[0] = str(
-        Path(__file__).resolve().parents[1]
-    )  # run as a file: our modules must not shadow others'
+    # Run as a file: modules of this folder must not shadow others.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import contextlib
 import os
@@ -39,6 +39,7 @@ from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generation.prompts import encode_prompts, read_prompts
 from stanford_alpaca.run.arguments import Run
 from stanford_alpaca.run.build import cache_costs, make_collator, make_model
+from stanford_alpaca.run.data import load_data
 from stanford_alpaca.run.environment import check_environment
 from stanford_alpaca.run.flag_checks import check
 from stanford_alpaca.run.lock import locked
@@ -56,7 +57,12 @@ from stanford_alpaca.training.trainer import EmoTrainer
 
 
 def train(argv: list[str], recipe: Mapping[str, Any] | None = None) -> None:
-    """Runs one fine-tuning from its command line to the saved model; the recipe has defaults of flags that are not given."""
+    """Runs one fine-tuning, from its command line to the saved model.
+
+    Args:
+        argv: the command line.
+        recipe: defaults of flags that are not given.
+    """
     stop = StopRequest()
     if threading.current_thread() is threading.main_thread():
         stop.install()
@@ -74,7 +80,10 @@ def train(argv: list[str], recipe: Mapping[str, Any] | None = None) -> None:
 
 
 def find_start(run: Run, leaving: contextlib.ExitStack) -> Start:
-    """Where this run starts, found out by rank 0 for all, which locks the output folder; raises on all what it raises there."""
+    """Returns where this run starts. Rank 0 finds it out for all ranks.
+
+    Rank 0 also locks the output folder, until ``leaving`` closes. All ranks raise what it raises.
+    """
     args = run.training
 
     def find() -> Start:
@@ -87,7 +96,7 @@ def find_start(run: Run, leaving: contextlib.ExitStack) -> Start:
 
 
 def train_from(run: Run, start: Start, stop: StopRequest) -> None:
-    """Trains and saves, from the beginning or a checkpoint."""
+    """Trains, from the beginning or from a checkpoint, and saves the model."""
     args = run.training
     prompts = (
         read_prompts(args.sample_prompts, None, None) if args.sample_prompts is not None else []
@@ -96,12 +105,15 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     use_chat_template(tokenizer, run.data.chat_template, run.model.trust_remote_code)
     check_fit(run, tokenizer, prompts)
     train_examples, eval_examples = load_in_turn(
-        lambda: load_data(run.data, args, tokenizer), lambda sets: " ".join(map(digest, sets)),
-        args.process_index, args.local_process_index, args.world_size,
-    )  # fmt: skip
+        lambda: load_data(run.data, args, tokenizer),
+        lambda sets: " ".join(map(digest, sets)),
+        args.process_index,
+        args.local_process_index,
+        args.world_size,
+    )
     for line in differences(run, start.record[MADE_WITH]):
         say(f"--config: {line}")
-    asking = PromptEncoder(tokenizer)  # as the model will be asked
+    asking = PromptEncoder(tokenizer)  # encodes prompts as the trained model gets them
     encode_prompts(run.source.config(), asking, prompts, args.sample_max_new_tokens)
 
     set_seed(args.seed)  # for the random weights of --from_config
@@ -136,7 +148,8 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = " rows" if run.data.packing else ""
     say(
-        f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), global batch {per_step}{rows}"
+        f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), "
+        f"global batch {per_step}{rows}"
     )
     stop.training = True
     metrics = trainer.train(resume_from_checkpoint=start.checkpoint).metrics
@@ -144,7 +157,7 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
 
 
 def finish(run: Run, trainer: EmoTrainer, metrics: dict[str, float]) -> None:
-    """Saves what was trained, evaluates it, leaves its metrics and a card beside it, and last the manifest of the model."""
+    """Saves the model, evaluates it, and writes its metrics, its card and, last, its manifest."""
     args, model, output = run.training, trainer.model, Path(str(run.training.output_dir))
     rate = trainer.supervised_tokens_per_s()
     metrics |= {"train_peak_memory_mib": peak_memory_mib()}
@@ -175,15 +188,15 @@ def finish(run: Run, trainer: EmoTrainer, metrics: dict[str, float]) -> None:
 
 
 def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:
-    """What evaluation said of the weights that training ended with: the last ones, or those of the best checkpoint.
+    """Returns the evaluation of the final weights: the last ones, or the best checkpoint's.
 
-    Evaluates them now if it has not happened: a run resumed after its last step makes no step to evaluate after.
+    Evaluates them now if that has not happened yet. It may not have, because a run that is resumed
+    after its last step makes no step to evaluate after.
     """
     state = trainer.state
     step, best = state.global_step, state.best_model_checkpoint
-    if (
-        trainer.args.load_best_model_at_end and best is not None
-    ):  # best_global_step may have been a step without a save
+    # The step is read from the folder's name: best_global_step may be a step without a save.
+    if trainer.args.load_best_model_at_end and best is not None:
         step = int(best.rpartition("-")[2])
     entries = [
         entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry
@@ -196,31 +209,30 @@ def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:
 
 
 def main(recipe: Mapping[str, Any] | None = None) -> None:
-    """The command."""
+    """Runs the command and ends the process with its exit status."""
     try:
         status = exit_on_user_error(lambda: run_or_stop(recipe))
     except SystemExit as end:
         if torch.distributed.is_initialized() and isinstance(end.code, int):
             exit_now(end.code)
         raise
-    ignore_signals()  # what is left is to end
+    ignore_signals()  # only the end is left
     if torch.distributed.is_initialized():
         exit_after_barrier(status)
     sys.exit(status)
 
 
 def run_or_stop(recipe: Mapping[str, Any] | None) -> int:
-    """The command's exit status. Raises what makes ranks end each for itself."""
+    """Returns the command's exit status. Raises errors with which each rank ends by itself."""
     check_environment()
     try:
         train(sys.argv[1:], recipe)
-    except Stopped as stopped:  # all of them
+    except Stopped as stopped:  # all ranks have stopped
         say(f"\n{stopped}")
         return Stopped.status
-    except RuntimeError as error:  # gloo's and PyTorch's own
-        meeting = isinstance(
-            error, torch.distributed.DistError
-        )  # rank 0 has ended before all knew one another
+    except RuntimeError as error:  # errors of gloo and of PyTorch
+        # rank 0 has ended before all ranks had found each other
+        meeting = isinstance(error, torch.distributed.DistError)
         if not ((meeting or torch.distributed.is_initialized()) and is_lost_rank(error)):
             raise
         reason = first_line(error).split(". ")[0]
@@ -229,7 +241,7 @@ def run_or_stop(recipe: Mapping[str, Any] | None) -> int:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # whatever still waits for the other rank
+        os._exit(1)  # even if a thread still waits for the other rank
     return 0
 
 

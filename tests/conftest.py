@@ -1,4 +1,4 @@
-"""Small random models, costs and a naive float64 oracle that shares no code with the package."""
+"""Small random models, costs, and a naive float64 oracle that shares no code with the package."""
 
 import gc
 import json
@@ -15,12 +15,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README's commands first: they take longest, and other workers go on beside them."""
+    """Runs the README's commands first.
+
+    They take longest, and other workers continue beside them.
+    """
     items.sort(key=lambda item: "test_the_commands_run" not in item.name)
 
 
 def pytest_collection_finish() -> None:
-    """All that was imported stays: the Trainer collects garbage after training, which took longer than the training."""
+    """Exempts everything imported so far from garbage collection.
+
+    The Trainer collects garbage after training. Without this, that took longer than the training.
+    """
     gc.collect()
     gc.freeze()
 
@@ -31,7 +37,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The repository."""
+    """The root folder of the repository."""
     return ROOT
 
 
@@ -39,15 +45,16 @@ def root() -> Path:
 def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
-    os.environ.pop(
-        "ACCELERATE_USE_FSDP", None
-    )  # left by transformers' arguments; the next Trainer here would want FSDP
+    # transformers' arguments leave this set. The next Trainer in this process would then use FSDP.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
 def exact_statistics(logits: torch.Tensor, targets: torch.Tensor, embedding: torch.Tensor):
-    """nll and emo in float64 by their definitions, with costs from differences of unit rows (no cancellation).
+    """Computes nll and emo in float64 by their definitions.
 
-    Independent of the package: softmax by exponentials, 1 - p_y as a sum over the others, c_i = |u_i - u_y|^2 / 2.
+    It is independent of the package: softmax by exponentials, 1 - p_y as a sum over the other
+    tokens, and costs from differences of unit rows, c_i = |u_i - u_y|^2 / 2, so nothing cancels.
+    Returns nll [N], emo [N], probabilities [N, V] and costs [N, V].
     """
     z, e = logits.double(), embedding.double()
     norms = e.norm(dim=1, keepdim=True)
@@ -77,16 +84,19 @@ def exact():
 
 
 LLAMA = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
 OPT = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-SHARP = {
-    "initializer_range": 0.3
-}  # logits of a few units, so that a scale or a cap changes the loss
-FAMILIES = {  # name: the architecture and what its configuration says
+# Gives logits of a few units, so that a scale or a cap changes the loss.
+SHARP = {"initializer_range": 0.3}
+FAMILIES = {  # name: (architecture, fields of its configuration)
     "llama": ("llama", LLAMA),
     "qwen2": ("qwen2", LLAMA),
     "gpt2": ("gpt2", GPT2),
@@ -116,7 +126,10 @@ FAMILIES = {  # name: the architecture and what its configuration says
 
 
 def tiny_model(family: str, vocab_size: int = 97, positions: int = 128, **changes):
-    """A randomly initialised model of two layers in eval mode; ``changes`` are fields of its configuration."""
+    """Returns a randomly initialized model of two layers in eval mode.
+
+    ``changes`` are fields of its configuration.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
@@ -142,15 +155,27 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def arguments(root, tmp_path):
-    """A short run of the tiny base model on 40 of the shipped examples; returns its argv with changes."""
+    """Writes 40 shipped examples for training and 11 as held-out data.
+
+    Returns a function that makes the argv of a short run of the tiny base model, with changes.
+    """
     records = json.loads((root / "data" / "instructions" / "train.json").read_text())
     (tmp_path / "train.json").write_text(json.dumps(records[:40]))
     (tmp_path / "held.json").write_text(json.dumps(records[40:51]))
     defaults = {
-        "model_name_or_path": root / "data" / "tiny-base", "data_path": tmp_path / "train.json", "output_dir": tmp_path / "out",
-        "cache_dir": tmp_path / "cache", "mode": "emo", "max_steps": 3, "per_device_train_batch_size": 4, "global_batch": 16,
-        "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-    }  # fmt: skip
+        "model_name_or_path": root / "data" / "tiny-base",
+        "data_path": tmp_path / "train.json",
+        "output_dir": tmp_path / "out",
+        "cache_dir": tmp_path / "cache",
+        "mode": "emo",
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "global_batch": 16,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
 
     def argv(*flags, **changes):
         chosen = {name: value for name, value in (defaults | changes).items() if value is not None}

@@ -1,4 +1,8 @@
-"""What a run logged, what of an example is trained, what a refusal said, and Triton kernels that run without a GPU."""
+"""Shared test helpers.
+
+They read what a run logged and what an example trains, check refusals, and load Triton kernels that
+run without a GPU.
+"""
 
 import importlib.util
 import json
@@ -26,7 +30,7 @@ def evaluations(folder: Path) -> list[dict]:
 
 
 def trained_texts(tokenizer: PreTrainedTokenizerBase, labels: list[int]) -> list[str]:
-    """The stretches of labels that are trained, decoded."""
+    """Decodes each contiguous stretch of trained labels."""
     texts: list[list[int]] = [[]]
     for label in labels:
         if label != IGNORE_INDEX:
@@ -37,7 +41,10 @@ def trained_texts(tokenizer: PreTrainedTokenizerBase, labels: list[int]) -> list
 
 
 def triton_kernels(interpret: bool = True):
-    """A copy of the module of its own: a kernel is interpreted or compiled for good as soon as it is decorated."""
+    """Returns a separate copy of the module of Triton kernels.
+
+    Decorating a kernel decides for good whether it is interpreted or compiled.
+    """
     path = (
         Path(__file__).parents[1] / "stanford_alpaca" / "losses" / "backends" / "triton_kernels.py"
     )
@@ -52,13 +59,14 @@ def triton_kernels(interpret: bool = True):
 def refusal(
     capsys, monkeypatch, command: Callable[[], object], *untouched: Path
 ) -> tuple[int, str]:
-    """Exit status and line of a command that is refused. Fails if it has loaded a model, said more than a line, or changed
-    one of the folders."""
+    """Returns the exit status and the error line of a command that is refused.
+
+    Fails if the command loaded a model, printed more than one line, or changed one of the folders.
+    """
 
     def load(*args, **kwargs):
-        pytest.fail(
-            "a model or a pickle was loaded"
-        )  # no Exception, which would be turned into a line
+        # This is not an Exception, which the command would turn into an error line.
+        pytest.fail("a model or a pickle was loaded")
 
     before = [_tree(folder) for folder in untouched]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:

@@ -1,4 +1,7 @@
-"""Functions on several ranks: processes forked from one that has imported everything, so that each starts in no time."""
+"""Runs functions on several ranks.
+
+The ranks are forked from one process that has imported everything, so they start quickly.
+"""
 
 import contextlib
 import gc
@@ -15,25 +18,25 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = (
-    600.0  # seconds until one rank has to end: only a hang takes so long, however busy the machine
-)
+# Seconds until the next rank has to end. Only a hang takes this long, even on a busy machine.
+TIMEOUT = 600.0
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.warm"])
 
 
 class RanksFailed(AssertionError):
-    """A rank raised or died; the message has what each of them printed last."""
+    """A rank raised or died. The message has the last output of every rank."""
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, launched: bool = True) -> list[Any]:
-    """``function(*args)`` on ranks 0 to world_size - 1, in torchrun's environment; what each returned.
+    """Runs ``function(*args)`` on ranks 0 to world_size - 1. Returns what each returned.
 
-    The function, its arguments and its results have to be picklable; it initialises the process group itself (``gloo``) or lets
-    the Trainer do it. ``launched=False`` runs one process as ``python -m`` would, outside any launcher.
+    The ranks get torchrun's environment. The function, its arguments and its results have to be
+    picklable. The function initializes the process group itself (``gloo``), or the Trainer does.
+    ``launched=False`` runs one process as ``python -m`` would, without a launcher.
 
     Raises:
-        RanksFailed: one of them raised, ended early, or all together took more than ``TIMEOUT``.
+        RanksFailed: a rank raised or ended early, or no rank ended within ``TIMEOUT``.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / f"rank{rank}.txt" for rank in range(world_size)]
@@ -65,7 +68,10 @@ def run_ranks(world_size: int, function: Callable, *args: Any, launched: bool = 
 def start_ranks(
     outputs: list[Path], function: Callable, args: tuple, launched: bool = True
 ) -> tuple[list, list]:
-    """Starts ``function(*args)`` as a rank for each output, where what it prints goes: the processes, and pipes to results."""
+    """Starts ``function(*args)`` as one rank per output file.
+
+    Each rank prints to its file. Returns the processes, and the pipes to their results.
+    """
     environment = _environment(len(outputs)) if launched else {}
     processes, pipes = [], []
     for rank, output in enumerate(outputs):
@@ -82,7 +88,7 @@ def start_ranks(
 
 
 def start_gloo() -> None:
-    """The process group of a function that needs one and runs no Trainer."""
+    """Starts a process group for a function that needs one and runs no Trainer."""
     import torch
 
     torch.distributed.init_process_group("gloo")
@@ -95,7 +101,10 @@ def _environment(world_size: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    """A port below those that the system gives to connections: one of these could take it before rank 0 does."""
+    """Returns a free port below the range that the system gives to connections.
+
+    A connection could take a port of that range before rank 0 does.
+    """
     while True:
         port = random.SystemRandom().randrange(12_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -111,7 +120,7 @@ def _tails(outputs: list[Path]) -> str:
 def _rank(
     pipe, environment: dict[str, str], output: str, folder: str, function: Callable, args: tuple
 ) -> None:
-    gc.freeze()  # what was imported stays: the Trainer collects garbage
+    gc.freeze()  # imports are exempt from the Trainer's garbage collection
     os.environ.update(environment)
     os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -124,12 +133,11 @@ def _rank(
         result = (False, f"{type(error).__name__}: {error}")
     sys.stdout.flush()
     sys.stderr.flush()
-    pipe.send_bytes(
-        pickle.dumps(result)
-    )  # by value: memory shared with a process that is gone is gone too
+    # Results are sent by value, because shared memory would be lost with this process.
+    pipe.send_bytes(pickle.dumps(result))
     pipe.close()
     import torch
 
     if result[0] and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # nobody leaves while another still talks to it
+        torch.distributed.barrier()  # no rank leaves while another one still communicates with it
     os._exit(0)

@@ -1,4 +1,7 @@
-"""Command lines, models and machines that cannot be end a run before a model is loaded: status 2, one line, nothing written."""
+"""Tests that impossible flags, models and machines end a run before a model is loaded.
+
+The command ends with status 2 and one line, and nothing is written.
+"""
 
 import json
 import os
@@ -23,7 +26,10 @@ from tests.ranks import run_ranks
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, root):
-    """A folder to work in with models of several faults; none has weights that could be loaded."""
+    """Makes a working folder with models that have different faults.
+
+    None of them has weights that could be loaded.
+    """
     monkeypatch.chdir(tmp_path)
     base = root / "data" / "tiny-base"
     config = json.loads((base / "config.json").read_text())
@@ -69,7 +75,7 @@ class Model(LlamaForCausalLM):
 
 
 class Payload:
-    """A pickle of it makes a file where it is loaded."""
+    """Its pickle creates a file when it is loaded."""
 
     def __init__(self, file: str):
         self.file = file
@@ -82,7 +88,11 @@ class Payload:
     ("changes", "flags", "message"),
     [
         # ---- numbers and words
-        ({}, ["--learning_rat", "1"], "unknown argument --learning_rat; did you mean --learning_rate"),
+        (
+            {},
+            ["--learning_rat", "1"],
+            "unknown argument --learning_rat; did you mean --learning_rate",
+        ),
         ({"mode": "emoo"}, [], "invalid choice: 'emoo'"),
         ({"learning_rate": 0}, [], "--learning_rate 0.0: give a number above 0"),
         ({"learning_rate": -1}, [], "--learning_rate -1.0: give"),
@@ -90,7 +100,11 @@ class Payload:
         ({"learning_rate": "fast"}, [], "invalid float value: 'fast'"),
         ({"seed": -1}, [], "--seed -1"),
         ({"per_device_train_batch_size": 0}, [], "--per_device_train_batch_size 0: give 1 or more"),
-        ({"global_batch": None, "gradient_accumulation_steps": 0}, [], "--gradient_accumulation_steps 0"),
+        (
+            {"global_batch": None, "gradient_accumulation_steps": 0},
+            [],
+            "--gradient_accumulation_steps 0",
+        ),
         ({"gradient_accumulation_steps": 3}, [], "asks for --gradient_accumulation_steps 4"),
         ({"global_batch": 10}, [], "--global_batch 10 is no multiple of 4"),
         ({"bf16": True}, ["--fp16"], "fp16.*bf16"),
@@ -106,22 +120,66 @@ class Payload:
         ({"report_to": "wandbb"}, [], "--report_to"),
         ({"report_to": "comet_ml"}, [], "--report_to: .*comet"),
         ({"fp16": True}, [], "--fp16 needs a GPU; on a CPU choose --bf16, or neither"),
-        ({"dataloader_drop_last": True}, [], "--dataloader_drop_last True: would change nothing: .*; drop it"),
+        (
+            {"dataloader_drop_last": True},
+            [],
+            "--dataloader_drop_last True: would change nothing: .*; drop it",
+        ),
         ({"bf16_full_eval": True}, [], "--bf16_full_eval True: would round the weights"),
-        ({"auto_find_batch_size": True}, [], "--auto_find_batch_size True: would train with another batch"),
+        (
+            {"auto_find_batch_size": True},
+            [],
+            "--auto_find_batch_size True: would train with another batch",
+        ),
         ({"ignore_data_skip": True}, [], "--ignore_data_skip True: would repeat examples"),
         ({"do_predict": True}, [], "--do_predict True: would change nothing"),
         ({"remove_unused_columns": True}, [], "--remove_unused_columns True: would take away"),
-        ({"average_tokens_across_devices": False}, [], "--average_tokens_across_devices False: would train something else"),
+        (
+            {"average_tokens_across_devices": False},
+            [],
+            "--average_tokens_across_devices False: would train something else",
+        ),
         ({"label_names": "labels"}, [], "--label_names .*: would change nothing"),
-        ({"accelerator_config": '{"split_batches": true}'}, [], "--accelerator_config split_batches True: would change what a"),
-        ({"optim": "sgd", "adam_beta1": 0.5}, [], "--adam_beta1 would change nothing for --optim sgd: drop it"),
-        ({"optim_args": "a=b"}, [], "--optim_args would change nothing for --optim adamw_torch_fused: drop it"),
-        ({"attn_implementation": "spda"}, [], "--attn_implementation spda: choose from .*; did you mean sdpa"),
-        ({"attn_implementation": "flash_attention_2"}, [], "--attn_implementation flash_attention_2 needs an NVIDIA GPU"),
-        ({"lora_target_parameters": "experts.down_proj"}, [], "--lora_target_parameters needs --lora"),
-        ({"lora": True, "lora_target_parameters": "experts.x"}, [], "experts.x: no weights of experts .*: it has none"),
-        ({"dataloader_persistent_workers": True}, [], "--dataloader_persistent_workers needs --dataloader_num_workers"),
+        (
+            {"accelerator_config": '{"split_batches": true}'},
+            [],
+            "--accelerator_config split_batches True: would change what a",
+        ),
+        (
+            {"optim": "sgd", "adam_beta1": 0.5},
+            [],
+            "--adam_beta1 would change nothing for --optim sgd: drop it",
+        ),
+        (
+            {"optim_args": "a=b"},
+            [],
+            "--optim_args would change nothing for --optim adamw_torch_fused: drop it",
+        ),
+        (
+            {"attn_implementation": "spda"},
+            [],
+            "--attn_implementation spda: choose from .*; did you mean sdpa",
+        ),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            [],
+            "--attn_implementation flash_attention_2 needs an NVIDIA GPU",
+        ),
+        (
+            {"lora_target_parameters": "experts.down_proj"},
+            [],
+            "--lora_target_parameters needs --lora",
+        ),
+        (
+            {"lora": True, "lora_target_parameters": "experts.x"},
+            [],
+            "experts.x: no weights of experts .*: it has none",
+        ),
+        (
+            {"dataloader_persistent_workers": True},
+            [],
+            "--dataloader_persistent_workers needs --dataloader_num_workers",
+        ),
         ({"torch_compile_backend": "foo"}, [], "--torch_compile_backend foo: choose from"),
         # ---- data
         ({"data_path": "none.json"}, [], "none.json: no such file"),
@@ -129,31 +187,83 @@ class Payload:
         ({"data_path": "broken.json"}, [], "broken JSON"),
         ({"data_path": "field.json"}, [], "record 2: no field 'output'"),
         ({"eval_path": "none.json"}, [], "none.json: no such file"),
-        ({"data_weights": 0.5}, ["--data_path", "broken.json", "broken.json"], "--data_weights .* for each of the 2"),
+        (
+            {"data_weights": 0.5},
+            ["--data_path", "broken.json", "broken.json"],
+            "--data_weights .* for each of the 2",
+        ),
         ({"data_weights": -1}, [], "--data_weights"),
         ({"columns": "instruction"}, [], "--columns instruction: write OURS=THEIRS"),
-        ({"columns": "instuction=x"}, [], "instuction is no column of ours; did you mean instruction"),
+        (
+            {"columns": "instuction=x"},
+            [],
+            "instuction is no column of ours; did you mean instruction",
+        ),
         ({"columns": "output=answer"}, [], "--columns output=answer: there is no 'answer'"),
         ({"prompt_template": "chat"}, [], "the tokenizer has no chat template"),
         ({"streaming": True, "max_steps": -1}, [], "--streaming needs --max_steps"),
         ({"streaming": True}, [], "a JSON list has to be read as a whole"),
-        ({"streaming": True, "eval_fraction": 0.1}, [], "--streaming and --eval_fraction exclude each other"),
+        (
+            {"streaming": True, "eval_fraction": 0.1},
+            [],
+            "--streaming and --eval_fraction exclude each other",
+        ),
         ({"shuffle_buffer": 0}, [], "--shuffle_buffer 0"),
         ({"sample_steps": 2}, [], "--sample_steps needs --sample_prompts"),
         ({"sample_prompts": "none.txt"}, [], "none.txt: no such file"),
-        ({"sample_prompts": "long.txt"}, [], "prompt 2 has .* tokens; the model's context leaves room for"),
+        (
+            {"sample_prompts": "long.txt"},
+            [],
+            "prompt 2 has .* tokens; the model's context leaves room for",
+        ),
         # ---- models
         ({"model_name_or_path": None}, [], "model_name_or_path"),
-        ({"model_name_or_path": "./none"}, [], "none: cannot load a model from here .no such folder.; give"),
-        ({"model_name_or_path": "no/such-model-here"}, [], "no/such-model-here: cannot load a model.*; give"),
+        (
+            {"model_name_or_path": "./none"},
+            [],
+            "none: cannot load a model from here .no such folder.; give",
+        ),
+        (
+            {"model_name_or_path": "no/such-model-here"},
+            [],
+            "no/such-model-here: cannot load a model.*; give",
+        ),
         ({"model_name_or_path": "full"}, [], "full: cannot load a model.*; give"),
-        ({"model_name_or_path": "coded"}, [], "coded: .*it runs code of its own.*; read that code, .*--trust_remote_code"),
-        ({"teacher": "coded"}, [], "coded: .*it runs code of its own.*; read that code, .*--trust_remote_code"),
-        ({"model_name_or_path": "pickled"}, [], r"pickled: pytorch_model.bin is a pickle.*; .* convert it once: python -c"),
-        ({"model_name_or_path": "sharded"}, [], r"sharded: pytorch_model-00001-of-00002.bin is a pickle"),
-        ({"model_name_or_path": "small"}, [], "small: its tokenizer has 2048 tokens, its embedding 2000 rows.*; put"),
-        ({"model_name_or_path": "grown", "lora": True}, [], "--lora trains no embedding, and 3 of the tokenizer's tokens"),
-        ({"lora": True}, ["--lora_target_modules", "q_prj"], "q_prj: no linear layer.*did you mean q_proj"),
+        (
+            {"model_name_or_path": "coded"},
+            [],
+            "coded: .*it runs code of its own.*; read that code, .*--trust_remote_code",
+        ),
+        (
+            {"teacher": "coded"},
+            [],
+            "coded: .*it runs code of its own.*; read that code, .*--trust_remote_code",
+        ),
+        (
+            {"model_name_or_path": "pickled"},
+            [],
+            r"pickled: pytorch_model.bin is a pickle.*; .* convert it once: python -c",
+        ),
+        (
+            {"model_name_or_path": "sharded"},
+            [],
+            r"sharded: pytorch_model-00001-of-00002.bin is a pickle",
+        ),
+        (
+            {"model_name_or_path": "small"},
+            [],
+            "small: its tokenizer has 2048 tokens, its embedding 2000 rows.*; put",
+        ),
+        (
+            {"model_name_or_path": "grown", "lora": True},
+            [],
+            "--lora trains no embedding, and 3 of the tokenizer's tokens",
+        ),
+        (
+            {"lora": True},
+            ["--lora_target_modules", "q_prj"],
+            "q_prj: no linear layer.*did you mean q_proj",
+        ),
         ({"teacher": "./none"}, [], "none: cannot load a model"),
         ({"teacher": "BASE", "mode": "dft"}, [], "--teacher: mode dft"),
         ({"teacher": "BASE", "teacher_top_k": 0}, [], "--teacher_top_k 0"),
@@ -168,16 +278,28 @@ class Payload:
         ({"mode": "mix", "emo_weight": 2}, [], "emo_weight is 2.0"),
         # ---- engines
         ({}, ["--fsdp"], "--fsdp needs a launcher"),
-        ({}, ["--fsdp", "--deepspeed", "full"], "--fsdp and --deepspeed exclude each other; drop one"),
+        (
+            {},
+            ["--fsdp", "--deepspeed", "full"],
+            "--fsdp and --deepspeed exclude each other; drop one",
+        ),
         ({}, ["--deepspeed", "BASE/config.json"], "--deepspeed needs a launcher"),
         ({}, ["--deepspeed", "none.json"], "--deepspeed none.json: no such file; give"),
-        ({}, ["--deepspeed", "ds.json"], "--deepspeed ds.json: broken JSON at line 2 column 37, .*; mend"),
+        (
+            {},
+            ["--deepspeed", "ds.json"],
+            "--deepspeed ds.json: broken JSON at line 2 column 37, .*; mend",
+        ),
         ({}, ["--deepspeed", "{1}"], "--deepspeed .1.: broken JSON at line 1 column 2, .*; mend"),
         ({}, ["--deepspeed", "broken.json"], "--deepspeed broken.json: broken JSON"),
         ({}, ["--deepspeed", "list.json"], "--deepspeed list.json: a list, wanted an object.*; "),
         ({"engine": "zero2"}, [], "--engine zero2 needs a launcher"),
         ({"engine": "ddp"}, [], "--engine ddp needs at least 2 processes"),
-        ({"engine": "fsdp"}, ["--deepspeed", "x.json"], "--engine fsdp and --deepspeed exclude each other"),
+        (
+            {"engine": "fsdp"},
+            ["--deepspeed", "x.json"],
+            "--engine fsdp and --deepspeed exclude each other",
+        ),
         ({"engine": "zero2"}, ["--fsdp"], "--engine zero2 and --fsdp exclude each other"),
         ({"accelerator_config": '{"foo": true}'}, [], "unexpected keyword argument 'foo'"),
         # ---- output and hub
@@ -191,7 +313,7 @@ class Payload:
         ({"push_to_hub": True}, [], "--push_to_hub: the hub does not know you"),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list | dict) else None,
-)  # fmt: skip
+)
 def test_what_cannot_be_is_one_line(
     arguments, here, root, monkeypatch, capsys, changes, flags, message
 ):
@@ -213,7 +335,7 @@ def test_what_cannot_be_is_one_line(
     assert not (here / "ran").exists()
 
 
-# ---- what depends on the machine -------------------------------------------------------------------------------------------
+# ---- what depends on the machine -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,7 +360,7 @@ def test_the_disk_has_room_for_two_checkpoints(
     status, line = refusal(capsys, monkeypatch, lambda: train(argv), here / "out")
     assert status == 2
     if moments is None:
-        assert line.startswith("broken.json")  # which comes later
+        assert line.startswith("broken.json")  # this check comes after the one for disk space
     else:
         weights = load_file(root / "data" / "tiny-base" / "model.safetensors").values()
         mib = 2 * (1 + moments) * 4 * sum(tensor.numel() for tensor in weights) / 2**20
@@ -264,9 +386,8 @@ def test_a_hub_that_refuses_connections_is_one_line(arguments, here, monkeypatch
         "HUGGINGFACE_CO_URL_TEMPLATE",
         "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}",
     )
-    monkeypatch.setattr(
-        "huggingface_hub.utils._http.time.sleep", lambda seconds: None
-    )  # between retries
+    # no waiting between retries
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     argv = arguments(model_name_or_path="no/such-model-here", cache_dir=here / "hub")
     status, line = refusal(capsys, monkeypatch, lambda: train(argv), here / "out")
     assert status == 2 and "no/such-model-here: cannot load a model" in line
@@ -292,13 +413,12 @@ def test_a_deepspeed_file_that_contradicts_the_flags(arguments, here):
     assert "\n" not in line and not Path("out").exists()
 
 
-# ---- what is made to fit, and said -----------------------------------------------------------------------------------------
+# ---- what is made to fit, and said ---------------------------------------------------------------
 
 
 def test_missing_tokens_are_added_and_said(arguments, here, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "stanford_alpaca.train.make_model", lambda *_, **__: 1 / 0
-    )  # that far it comes
+    # The run gets as far as making the model.
+    monkeypatch.setattr("stanford_alpaca.train.make_model", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(arguments(model_name_or_path="grown"))
     printed = capsys.readouterr().out
@@ -307,7 +427,7 @@ def test_missing_tokens_are_added_and_said(arguments, here, monkeypatch, capsys)
     assert "grown: the embedding grows from 2048 rows to the tokenizer's 2051" in printed
 
 
-# ---- code and weights of others --------------------------------------------------------------------------------------------
+# ---- code and weights of others ------------------------------------------------------------------
 
 
 def commands(model: str) -> dict[str, object]:
@@ -378,7 +498,7 @@ def test_a_prompt_longer_than_the_context(here, root, monkeypatch, capsys, name)
     assert status == 2 and "prompt 1 has" in line and "the model's context leaves room for" in line
 
 
-# ---- secrets ---------------------------------------------------------------------------------------------------------------
+# ---- secrets -------------------------------------------------------------------------------------
 
 
 def test_secrets_are_in_no_file_and_no_line(arguments, tmp_path, monkeypatch, capfd):
@@ -406,7 +526,8 @@ def test_secrets_are_in_no_file_and_no_line(arguments, tmp_path, monkeypatch, ca
 
         def fail():
             raise UserError(
-                f"https://me:{token}@hub/x {key} {pasted} {os.environ['HF_TOKEN']} https://you:pass@hub"
+                f"https://me:{token}@hub/x {key} {pasted} {os.environ['HF_TOKEN']} "
+                "https://you:pass@hub"
             )
 
         exit_on_user_error(fail)

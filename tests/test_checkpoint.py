@@ -1,4 +1,8 @@
-"""Checkpoints: what every engine leaves, who can go on from it, export, and that reading one runs nothing of it."""
+"""Tests checkpoints.
+
+Checks what every engine writes, which engine can resume from it, and export. Reading a checkpoint
+runs no code from it.
+"""
 
 import os
 import pickle
@@ -27,7 +31,7 @@ from tests.ranks import run_ranks, start_gloo
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, made: Path):
         self.made = made
@@ -37,7 +41,7 @@ class Payload:
 
 
 def write_shards(model, folder: Path) -> Path:
-    """What FSDP2 leaves of a model, written by one process."""
+    """Writes what FSDP2 saves of a model, from one process."""
     state = {"model": model.state_dict()}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(folder / fsdp.MODEL), no_dist=True)
     model.config.save_pretrained(folder)
@@ -50,9 +54,8 @@ def same_tensors(one: Path, two: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "gpt2", "mixtral"]
-)  # untied, tied, and stored in another shape than computed
+# untied, tied, and stored in another shape than it computes with
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_export_makes_of_shards_what_save_pretrained_makes(make_model, tmp_path, family):
     model = make_model(family)
     shards = write_shards(model, tmp_path / "checkpoint-1")
@@ -95,7 +98,8 @@ def test_nothing_in_zero_shards_is_run(tmp_path):
     (tmp_path / "latest").write_text("global_step1")
     torch.save({"module": Payload(tmp_path / "made")}, folder / "mp_rank_00_model_states.pt")
     torch.save({}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    restrict_deepspeed()  # what it reads with: resuming, and the best checkpoint at the end
+    # restricts DeepSpeed's own reader, which resuming and loading the best checkpoint use
+    restrict_deepspeed()
     engine = torch_checkpoint_engine.TorchCheckpointEngine()
     for read in (
         zero.read_weights,
@@ -205,7 +209,11 @@ def test_who_can_go_on_from_what(make_model, tmp_path):
 
 
 def gather_tied() -> tuple[int, bool, list[str]]:
-    """The most whole parameters alive at once beside what rank 0 keeps, and whether all came out."""
+    """Gathers a sharded model with tied weights.
+
+    Returns the most whole parameters alive at once, not counting those that rank 0 keeps, whether
+    all values are right, and the names.
+    """
     from torch.distributed.fsdp import fully_shard
 
     from stanford_alpaca.checkpoint import gather
@@ -238,7 +246,7 @@ def test_gathering_holds_one_whole_parameter_at_a_time(make_model):
 
 
 def odd_model(make_model, root, folder: Path) -> Path:
-    """Tied weights, of sizes that two ranks cannot halve."""
+    """Saves a model with tied weights, with sizes that two ranks cannot halve."""
     shape = {"vocab_size": 2049, "positions": 512, "n_embd": 33, "n_head": 3}
     make_model("gpt2", **shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0).save_pretrained(folder)
     AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(folder)
@@ -252,10 +260,11 @@ def test_four_ranks_of_fsdp_go_on_as_two_as_one_and_without_fsdp(
         "model_name_or_path": odd_model(make_model, root, tmp_path / "odd"),
         "per_device_train_batch_size": 2,
     }
-    settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}  # an epoch has three
+    # an epoch has three steps
+    settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     run_ranks(4, train, arguments("--fsdp", **settings))
     checkpoint = tmp_path / "out" / "checkpoint-2"
-    assert not list(checkpoint.glob("*.safetensors"))  # nothing was gathered on the way
+    assert not list(checkpoint.glob("*.safetensors"))  # no whole model was gathered during training
     assert len(list((checkpoint / fsdp.MODEL).glob("*.distcp"))) == 4
     settings |= {"save_strategy": "no", "resume_from_checkpoint": checkpoint}
     for ranks in (2, 1):
@@ -311,7 +320,7 @@ def test_export_of_zero_equals_the_model_saved_at_the_same_step(
     checkpoint = tmp_path / "out" / "checkpoint-1"
     export(checkpoint, tmp_path / "exported")
     assert same_tensors(tmp_path / "out", tmp_path / "exported")
-    refuse_code(checkpoint)  # it holds what DeepSpeed writes, no more
+    refuse_code(checkpoint)  # it holds what DeepSpeed writes and nothing else
     zero.shards_of(checkpoint)[1].unlink()
     with pytest.raises(UserError, match="1 of 2 optimizer shards are there"):
         zero.read_weights(checkpoint)

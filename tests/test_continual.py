@@ -1,4 +1,7 @@
-"""Continual fine-tuning: the published recipe by the training command, on text, the same on two processes and when resumed."""
+"""Tests continual fine-tuning on text: the published recipe, run by the training command.
+
+Two processes and a resumed run take the same steps as one process.
+"""
 
 import subprocess
 
@@ -25,10 +28,16 @@ LINES = [
 def argv(root, tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(LINES[:40]) + "\n\n" + "\n".join(LINES[40:]))
     fixed = {
-        "model_name_or_path": root / "data" / "tiny-base", "data_path": tmp_path / "text.txt", "cache_dir": tmp_path / "cache",
-        "block_size": 32, "logging_steps": 1, "disable_tqdm": True, "per_device_train_batch_size": 8, "max_steps": 3,
+        "model_name_or_path": root / "data" / "tiny-base",
+        "data_path": tmp_path / "text.txt",
+        "cache_dir": tmp_path / "cache",
+        "block_size": 32,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 8,
+        "max_steps": 3,
         "global_batch": 8,
-    }  # fmt: skip
+    }
 
     def make(**changes) -> list[str]:
         return [
@@ -44,16 +53,27 @@ def test_the_recipe_fills_in_what_is_not_given_and_the_first_loss_is_emo2_of_the
     train(argv(output_dir=tmp_path / "out", documents="blank", max_sentences=50), recipe([], 1))
     written = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
     wanted = {
-        "mode": "emo2", "lora": True, "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.05, "learning_rate": 2e-5,
-        "num_train_epochs": 1.0, "block_size": 32, "save_total_limit": 1, "max_sentences": 50,
-    }  # fmt: skip
+        "mode": "emo2",
+        "lora": True,
+        "lora_r": 32,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "learning_rate": 2e-5,
+        "num_train_epochs": 1.0,
+        "block_size": 32,
+        "save_total_limit": 1,
+        "max_sentences": 50,
+    }
     assert {name: written[name] for name in wanted} == wanted
     assert recipe([], 1)["max_sentences"] == 25_000
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_blocks_are_what_is_trained_and_evaluated(argv, tmp_path, root):
-    """All weights, one block a step, learning nothing: each step's loss is that of its text, and no text is seen twice."""
+    """Trains all weights with a negligible learning rate, four blocks a step.
+
+    Each step's loss is that of its text, and no text is seen twice.
+    """
     changes = {
         "lora": False,
         "per_device_train_batch_size": 4,
@@ -127,7 +147,7 @@ def test_two_processes_and_a_resumed_run_take_the_same_steps(argv, tmp_path):
         (["--per-device-train-batch-size=6"], 1, (16, 12)),
         (["--gradient_accumulation_steps", "2"], 2, (8, None)),
     ],
-)  # fmt: skip
+)
 def test_sixteen_blocks_make_a_step(argv, world_size, want, capsys):
     found = recipe(argv, world_size)
     assert (found["per_device_train_batch_size"], found.get("global_batch")) == want
@@ -157,12 +177,12 @@ def test_nonsense_is_one_line_and_nothing_is_written(argv, tmp_path, changes, me
 
 @pytest.mark.parametrize("words", [[], ["--mode", "emo"]])
 def test_the_launcher_wants_a_model_first(root, words):
-    """What it does with one the README's commands show."""
+    """The README's commands show what the launcher does with a model."""
     done = subprocess.run(
         ["bash", str(root / "finetune.sh"), *words], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr
-        == "error: give MODEL_PATH first, a folder or a hub name: bash finetune.sh MODEL_PATH [OUTPUT] [flags]\n"
+    assert done.stderr == (
+        "error: give MODEL_PATH first, a folder or a hub name: bash finetune.sh MODEL_PATH "
+        "[OUTPUT] [flags]\n"
     )

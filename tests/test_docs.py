@@ -1,4 +1,4 @@
-"""The pages of docs/ say what the code does."""
+"""Tests that the pages of docs/ match what the code does."""
 
 import json
 import re
@@ -11,9 +11,8 @@ from stanford_alpaca.data.templates import use_chat_template
 from stanford_alpaca.data.tokenize import ExampleEncoder
 from stanford_alpaca.preview import coloured, pieces_of
 
-SHOWN = re.compile(
-    r"```json ?(\w*)\n(.*?)\n```\n\n```text\n(.*?)\n```", re.S
-)  # a record, and its preview
+# a record and its preview
+SHOWN = re.compile(r"```json ?(\w*)\n(.*?)\n```\n\n```text\n(.*?)\n```", re.S)
 
 
 @pytest.fixture

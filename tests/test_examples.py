@@ -1,4 +1,8 @@
-"""The examples train in others' Trainers what this package's own command trains, and leave a plain model."""
+"""Tests the examples.
+
+In other libraries' Trainers they train the same as this package's command, and they leave a plain
+model.
+"""
 
 import json
 import re
@@ -21,14 +25,23 @@ NEEDS_TRL = pytest.mark.skipif(
 )
 EXAMPLES = ["hf_trainer", pytest.param("trl_sft", marks=NEEDS_TRL)]
 SETTINGS = {
-    "max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 11,
-    "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-}  # fmt: skip
+    "max_steps": 3,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "per_device_eval_batch_size": 11,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 
 
 @pytest.fixture
 def run(root, tmp_path, arguments):
-    """Runs an example on the files that ``arguments`` writes; the output is in a folder of the given name."""
+    """Runs an example on the files that ``arguments`` writes.
+
+    The output goes to a folder with the given name.
+    """
 
     def run(name, folder, **changes):
         main = runpy.run_path(str(root / "examples" / f"{name}.py"))["main"]
@@ -48,7 +61,10 @@ def run(root, tmp_path, arguments):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the objective is given while training: ids, labels and the count of targets, call by call."""
+    """Returns what the objective gets in each training call.
+
+    A call has ids, labels and the count of targets.
+    """
     seen, original = [], AttachedObjective._forward
 
     def spy(self, model, labels, *args, num_items_in_batch=None, **kwargs):
@@ -69,9 +85,8 @@ def assert_same_runs(one, two):
     )
 
 
-@pytest.mark.parametrize(
-    "mode", ["emo", "mix"]
-)  # the value of emo is nll, its gradient is not; the value of mix is neither
+# The value of emo is nll, but its gradient is not. The value of mix is neither.
+@pytest.mark.parametrize("mode", ["emo", "mix"])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_steps_are_those_of_our_own_command(run, arguments, tmp_path, capsys, name, mode):
     folder = run(name, "theirs", mode=mode)
@@ -128,7 +143,7 @@ def test_what_is_saved_is_a_plain_model(run, root, name):
 
 @pytest.fixture
 def plain_sft(root, tmp_path, arguments):
-    """TRL's own SFTTrainer on the same data, made with or without an objective in the model."""
+    """Makes TRL's own SFTTrainer on the same data, with or without an objective in the model."""
 
     def make(mode=None):
         from trl import SFTConfig, SFTTrainer
@@ -186,7 +201,6 @@ def test_packed_examples_do_not_see_each_other(run, calls):
     }
     packed = run("trl_sft", "packed", packing=True, **settings, gradient_accumulation_steps=1)
     ((ids, labels, _),) = calls
-    assert (
-        ids.shape[0] == 1 and (labels == -100).sum() > 1
-    )  # the first token of every example is no target
+    # The first token of every example is not a target.
+    assert ids.shape[0] == 1 and (labels == -100).sum() > 1
     assert_same_runs(packed, run("trl_sft", "padded", **settings))

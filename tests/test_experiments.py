@@ -1,4 +1,7 @@
-"""The experiments at toy size: what they make, that they go on where they stopped, and what their tables say."""
+"""Tests the experiments at toy size.
+
+Checks what they make, that they continue where they stopped, and what their tables show.
+"""
 
 import gzip
 import importlib.util
@@ -10,7 +13,10 @@ import torch
 
 from experiments import oracle, students, tables
 
-WORDS = "the a old new king river said went saw and to of city house red small people year government president war peace".split()
+WORDS = (
+    "the a old new king river said went saw and to of city house red small people year government "
+    "president war peace"
+).split()
 
 
 def write_texts(folder):
@@ -38,7 +44,7 @@ def test_the_oracle_experiment_measures_every_student_and_goes_on_where_it_stopp
     oracle.run(**arguments)
     found = json.loads((tmp_path / "oracle-smoke.json").read_text())
     runs = {(run["setting"], run["arm"], run["seed"]): run["measures"] for run in found["runs"]}
-    assert len(runs) == 2 + 2 * 2  # start, oracle, and two objectives with two seeds
+    assert len(runs) == 2 + 2 * 2  # start, oracle, and two objectives with two seeds each
     truth = runs["80 sequences", "oracle", 0]
     assert truth["total_variation"] == truth["optimal_transport"] == 0
     assert truth["forward_cross_entropy"] == pytest.approx(truth["reverse_cross_entropy"])
@@ -57,10 +63,8 @@ def test_the_oracle_experiment_measures_every_student_and_goes_on_where_it_stopp
         and not sets[0] & (sets[1] | sets[2])
         and not sets[1] & sets[2]
     )
-    for objective in (
-        "mle",
-        "emo",
-    ):  # the rate that did best on the development set, and it alone, has the second seed
+    # Only the rate that did best on the development set is trained with the second seed.
+    for objective in ("mle", "emo"):
         nll = {
             rate: json.loads((here / f"{objective}-80-{rate}-0" / "dev.json").read_text())
             for rate in ("0.001", "0.003")
@@ -96,6 +100,5 @@ def test_tables_pair_by_seed_and_mark_what_is_clear():
     assert tables.bold({1e-4: 3.0, 1e-3: 1.0, 1e-2: 2.0})[1] == "**0.001: 1.0000**"
     runs.append({"setting": "few", "arm": "dft", "seed": 1, "measures": {"nll": 5.0}})
     runs.append({"setting": "few", "arm": "dft", "seed": 2, "measures": {"nll": 6.0}})
-    assert (
-        "| dft - mle | +3.0000 |" in tables.differences(runs).splitlines()
-    )  # seeds 1 and 2 of both
+    # The pairs are seeds 1 and 2 of both arms.
+    assert "| dft - mle | +3.0000 |" in tables.differences(runs).splitlines()

@@ -1,4 +1,4 @@
-"""How a command ends."""
+"""Tests how a command ends."""
 
 import pytest
 
@@ -9,7 +9,10 @@ from stanford_alpaca.flags import exit_on_user_error
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_users_mistake_is_told_by_whichever_rank_finds_it(monkeypatch, capsys, rank):
-    """Rank 0 at once; another one after a while, if the run has not ended because rank 0 spoke."""
+    """Rank 0 reports immediately.
+
+    Another rank waits first, so that the run can end with rank 0's report.
+    """
     monkeypatch.setenv("RANK", rank)
     slept = []
     monkeypatch.setattr(flags.time, "sleep", slept.append)

@@ -1,4 +1,8 @@
-"""Samples: batching and padding change nothing, seeds repeat, bad input ends before anything is written."""
+"""Tests generating samples.
+
+Batching and padding change nothing, and a seed repeats its samples. Bad input ends the command
+before anything is written.
+"""
 
 import json
 import subprocess
@@ -38,7 +42,10 @@ def folder(root):
 
 @pytest.fixture
 def lively(base, make_model):
-    """A random model that is sure enough of itself to say different things, with the base's tokenizer."""
+    """A random model with sharp enough distributions to write different texts.
+
+    It uses the base's tokenizer.
+    """
     model = make_model("llama", vocab_size=2048, positions=512)
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
@@ -46,7 +53,7 @@ def lively(base, make_model):
 
 
 def one_by_one(model, tokenizer, records, tokens):
-    """Greedy decoding with nothing but the model's logits."""
+    """Decodes greedily with nothing but the model's logits."""
     texts = []
     for record in records:
         ids = tokenizer(format_prompt(record))["input_ids"]
@@ -129,9 +136,10 @@ def test_several_samples_per_prompt_repeat_by_seed(folder, tmp_path, capsys):
     assert one == again != other
     assert all(len(set(texts)) == 3 for texts in one)
     assert f"  {folder} 2 | {one[0][1].splitlines()[0]}" in capsys.readouterr().out
-    greedy = drawn("4", num_samples=1, temperature=0)  # a text, not a list
+    greedy = drawn("4", num_samples=1, temperature=0)  # each response is a text, not a list
     assert len(set(greedy)) == 2
-    assert drawn("5", min_p=1) == [[text] * 3 for text in greedy]  # each beside its own prompt
+    # each text belongs to its own prompt
+    assert drawn("5", min_p=1) == [[text] * 3 for text in greedy]
 
 
 def test_the_command_writes_all_forms_and_needs_no_outputs(folder, tmp_path):
@@ -269,7 +277,7 @@ def test_bad_arguments(folder, tmp_path, monkeypatch, flags, message):
     (tmp_path / "p.txt").write_text("kept\n")
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "broken.json").write_text('[{"instruction": ')
-    if "tokens" not in message:  # counting them takes the tokenizer
+    if "tokens" not in message:  # counting tokens needs the tokenizer
         monkeypatch.setattr(
             "stanford_alpaca.generation.responses.load_for_generation",
             lambda _: pytest.fail("loaded a model"),

@@ -1,4 +1,4 @@
-"""The launcher: what it passes on of signals to its ranks, and of their exit statuses."""
+"""Tests which signals the launcher passes to its ranks, and how it reports their exit statuses."""
 
 import signal
 import subprocess
@@ -46,7 +46,7 @@ def test_a_second_ctrl_c_reaches_the_ranks_and_their_status_is_told(root, tmp_pa
             wait("")
             launcher.send_signal(signal.SIGTERM)
             wait("TERM\n")
-            launcher.send_signal(signal.SIGTERM)  # a cluster repeats it
+            launcher.send_signal(signal.SIGTERM)  # a cluster repeats the signal
             time.sleep(0.3)
             launcher.send_signal(signal.SIGINT)
             wait("TERM\nINT\n")

@@ -1,4 +1,4 @@
-"""train_emo.sh: where it runs, what it chooses, what it refuses."""
+"""Tests train_emo.sh: where it runs, what it chooses, and what it refuses."""
 
 import json
 import os
@@ -10,7 +10,10 @@ import pytest
 
 @pytest.fixture
 def launch(root, tmp_path):
-    """Runs the launcher from a folder with 40 shipped examples as data; returns the finished process."""
+    """Runs the launcher from a folder, with 40 shipped examples as data.
+
+    Returns the finished process.
+    """
     records = json.loads((root / "data" / "instructions" / "train.json").read_text())[:40]
     (tmp_path / "data.json").write_text(json.dumps(records))
 

@@ -1,4 +1,7 @@
-"""The Slurm script with a Slurm that is not there: what it starts, how it ends, and that a signal arrives."""
+"""Tests the Slurm script with fake Slurm commands.
+
+Checks what it starts, how it ends, and that a signal reaches the job.
+"""
 
 import os
 import signal
@@ -9,13 +12,16 @@ import pytest
 
 from tests.ranks import TIMEOUT
 
-SRUN = '#!/bin/sh\nshift\nexec "$@"\n'  # without its own flag, on this machine
+SRUN = '#!/bin/sh\nshift\nexec "$@"\n'  # runs the command on this machine, without srun's own flag
 SCONTROL = "#!/bin/sh\necho node7\necho node8\n"
 
 
 @pytest.fixture
 def submit(root, tmp_path):
-    """Starts the script as sbatch would on the first of two nodes, with a shell script in the place of Python."""
+    """Starts the script as sbatch would on the first of two nodes.
+
+    A shell script replaces Python.
+    """
 
     def start(python: str) -> subprocess.Popen:
         for name, text in {
@@ -49,8 +55,8 @@ def test_a_torchrun_on_every_node_meets_at_the_first_and_its_status_is_the_jobs(
     assert (
         printed.split()
         == (
-            "-m stanford_alpaca.launch --nnodes 2 --nproc_per_node 4 --rdzv_id 12345 --rdzv_backend c10d "
-            "--rdzv_endpoint node7:22345 -m stanford_alpaca.train --mode emo"
+            "-m stanford_alpaca.launch --nnodes 2 --nproc_per_node 4 --rdzv_id 12345 "
+            "--rdzv_backend c10d --rdzv_endpoint node7:22345 -m stanford_alpaca.train --mode emo"
         ).split()
     )
     assert job.returncode == 3

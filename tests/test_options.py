@@ -1,4 +1,8 @@
-"""Options of a run: config files and the record it leaves, samples while it trains, teachers, scratch, streams."""
+"""Tests options of a run.
+
+Covers config files, the record of a run, samples during training, teachers, training from scratch,
+and streams.
+"""
 
 import json
 import re
@@ -31,7 +35,7 @@ def same_weights(one: Path, two: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- config files and the record of a run --------------------------------------------------------------------------------
+# ---- config files and the record of a run --------------------------------------------------------
 
 
 def test_a_run_repeats_from_its_run_yaml_and_flags_win(arguments, tmp_path, capsys):
@@ -69,7 +73,8 @@ def test_a_run_repeats_from_its_run_yaml_and_flags_win(arguments, tmp_path, caps
 def test_config_files_in_the_users_own_words(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
-        "model_name_or_path: m\ndata_path: [a.json, b.json]\noutput-dir: o\nevaluation_strategy: 'no'\n"
+        "model_name_or_path: m\ndata_path: [a.json, b.json]\n"
+        "output-dir: o\nevaluation_strategy: 'no'\n"
         "bf16: false\nlr_scheduler_kwargs: {num_cycles: 2}\nteacher: null\nlearning_rate: 1e-5\n"
     )
     run = parse([f"--config={file}", "--learning_rate", "3e-5"])
@@ -129,7 +134,7 @@ def test_a_run_resumed_with_other_flags_leaves_a_record_of_its_own_and_an_evalua
     train(arguments(save_strategy="steps"))
     first = (tmp_path / "out" / "run.yaml").read_text()
     resume = {"resume_from_checkpoint": True, "eval_path": tmp_path / "held.json"}
-    train(arguments(**resume))  # after the last step: nothing is trained
+    train(arguments(**resume))  # resumes after the last step, so nothing is trained
     assert (tmp_path / "out" / "run.yaml").read_text() == first
     second = yaml.safe_load((tmp_path / "out" / "run-from-checkpoint-3.yaml").read_text())
     assert (
@@ -147,7 +152,10 @@ def test_a_run_resumed_with_other_flags_leaves_a_record_of_its_own_and_an_evalua
 
 
 def test_the_last_evaluation_is_of_the_weights_that_were_kept():
-    """The best step may have been one without a checkpoint: then what is loaded is another."""
+    """The best step may have no checkpoint.
+
+    Then the weights that are loaded belong to another step.
+    """
     log = [
         {"step": step, "eval_loss": loss} for step, loss in [(1, 3.0), (2, 2.0), (3, 1.0), (4, 1.5)]
     ]
@@ -223,7 +231,7 @@ def test_the_model_card_of_odd_names(arguments, tmp_path):
     compile(code, "card", "exec")
 
 
-# ---- samples and trackers --------------------------------------------------------------------------------------------------
+# ---- samples and trackers ------------------------------------------------------------------------
 
 
 def test_samples_while_training_change_nothing_and_reach_file_and_tracker(
@@ -319,7 +327,7 @@ def test_only_the_experts_that_a_token_is_sent_to_count_as_flops(make_model):
         ]
         for n in (1, 4)
     )
-    router = 6 * 2 * 32 * 3  # two layers, width 32, three more rows
+    router = 6 * 2 * 32 * 3  # two layers of width 32, with three more router rows each
     assert mixtures == [dense + router]
 
 
@@ -329,11 +337,14 @@ def steps_without_peak(arguments, tmp_path, monkeypatch):
     return steps(tmp_path / "cpu")
 
 
-# ---- teachers, scratch, streams --------------------------------------------------------------------------------------------
+# ---- teachers, scratch, streams ------------------------------------------------------------------
 
 
 def test_a_teacher_pulls_the_student_towards_itself(arguments, tmp_path, root):
-    """The student is the base, the teacher a model tuned on other words: only through it can the student learn them."""
+    """The student is the base, and the teacher is a model tuned on other words.
+
+    The student can learn those words only from the teacher.
+    """
     records = json.loads((tmp_path / "train.json").read_text())
     (tmp_path / "odd.json").write_text(
         json.dumps([{**record, "output": "carpenter"} for record in records])
@@ -381,7 +392,7 @@ def test_training_from_scratch_needs_costs_of_its_own(arguments, tmp_path, root)
     save_file({"cost_embedding": base["lm_head.weight"]}, tmp_path / "cost.safetensors")
     train(arguments("--from_config", mode="mix", cost=tmp_path / "cost.safetensors"))
     first = steps(tmp_path / "out")[0]
-    assert first["nll"] == pytest.approx(7.6, abs=0.5)  # log 2048: it knows nothing
+    assert first["nll"] == pytest.approx(7.6, abs=0.5)  # log 2048: an untrained model is uniform
     assert first["loss"] == pytest.approx(0.5 * first["nll"] + 0.5 * first["emo"], rel=1e-5)
     assert (
         "trained from scratch with the objective `mix`"
@@ -402,7 +413,7 @@ def test_scratch_begins_from_the_seed_and_its_random_layer_prices_no_evaluation(
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
         train(arguments(output_dir=tmp_path / name, seed=seed, data_seed=0, **settings))
         losses.append(steps(tmp_path / name)[0]["loss"])
-        torch.rand(1)  # whatever was drawn before
+        torch.rand(1)  # earlier random draws must not matter
     assert losses[0] == losses[1] != losses[2]
     assert "eval_emo" not in evaluations(tmp_path / "a")[0]
 
@@ -417,9 +428,8 @@ def test_a_teacher_needs_as_many_positions_as_the_examples(arguments, tmp_path, 
         UserError, match="--model_max_length 512 is more than the teacher's 64 positions"
     ):
         train(arguments(teacher=tmp_path / "teacher"))
-    train(
-        arguments(teacher=tmp_path / "teacher", model_max_length=64, max_steps=1)
-    )  # another architecture
+    # A teacher may have another architecture.
+    train(arguments(teacher=tmp_path / "teacher", model_max_length=64, max_steps=1))
 
 
 def test_a_folder_is_streamed(arguments, tmp_path):
@@ -434,7 +444,7 @@ def test_a_folder_is_streamed(arguments, tmp_path):
     train(arguments(**stream, per_device_train_batch_size=8))
     train(arguments(**stream, per_device_train_batch_size=4, output_dir=tmp_path / "two"))
     one, two = steps(tmp_path / "out"), steps(tmp_path / "two")
-    assert len(one) == 6  # 96 examples of 40: it began again
+    assert len(one) == 6  # 96 examples from 40 records: the stream began again
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
     assert one[-1]["nll"] < 0.6 * one[0]["nll"]
@@ -467,7 +477,7 @@ def test_sources_of_several_forms_are_trained_on_together(arguments, tmp_path):
     )
 
 
-# ---- options of the Trainer's own ------------------------------------------------------------------------------------------
+# ---- options of the Trainer's own ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -502,8 +512,8 @@ def test_kept_cost_rows_hardly_change_the_steps(arguments, tmp_path, monkeypatch
     )
     settings = {"max_steps": 2, "mode": "emo2", "eval_path": tmp_path / "held.json"}
     train(arguments(**settings))
-    assert not asked  # a GPU with bf16 would ask
-    for mib in ("8", "0.01"):  # all rows; two of them
+    assert not asked  # only a GPU with bf16 would cache rows by default
+    for mib in ("8", "0.01"):  # enough for all rows, or for two of them
         train(arguments("--cost_cache_mib", mib, output_dir=tmp_path / mib, **settings))
         for one, two in zip(steps(tmp_path / "out"), steps(tmp_path / mib), strict=True):
             assert one["loss"] == pytest.approx(two["loss"], rel=1 / 200)
@@ -580,7 +590,8 @@ def test_a_chat_models_folder_stops_at_the_end_of_a_turn(arguments, tmp_path, ro
     tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+        "'<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base").save_pretrained(
@@ -613,7 +624,10 @@ def test_a_chat_models_folder_stops_at_the_end_of_a_turn(arguments, tmp_path, ro
 
 
 def test_the_finished_folder_goes_to_the_hub(arguments, tmp_path, monkeypatch):
-    """The hub is out of reach: what would be uploaded is there, the card included."""
+    """The hub is replaced, because it cannot be reached.
+
+    The folder that would be uploaded is complete and includes the card.
+    """
     import huggingface_hub
 
     uploads = []

@@ -1,4 +1,7 @@
-"""What `pip install` puts where: one package, with everything that its commands read."""
+"""Tests what `pip install` installs.
+
+It is one package, with everything that its commands read.
+"""
 
 import os
 import subprocess
@@ -23,7 +26,7 @@ print(*stanford_alpaca.__path__, ds_configs(), TEMPLATES)
 
 @pytest.fixture(scope="module")
 def installed(root, tmp_path_factory):
-    """Installs as pip does, into a folder: a wheel, or an editable one."""
+    """Installs into a folder as pip does, from a wheel or as an editable install."""
     source = tmp_path_factory.mktemp("source") / "project"
     names = subprocess.run(
         ["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True
@@ -48,7 +51,10 @@ def installed(root, tmp_path_factory):
 
 
 def found_from(place: Path) -> list[str]:
-    """Where an installed package is, and what its commands find, with nothing of this checkout in the way."""
+    """Returns where an installed package is and what its commands find.
+
+    Nothing of this checkout is on the path.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     asked = [sys.executable, "-P", "-c", FIND, str(place)]
     return subprocess.run(

@@ -1,4 +1,7 @@
-"""The preview: the texts and spans of examples, and statistics that equal what training reports."""
+"""Tests the preview.
+
+Checks the texts and spans of examples, and that its statistics equal what training reports.
+"""
 
 import json
 
@@ -36,7 +39,7 @@ def test_pieces_and_their_colours(tokenizer):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b ☃"}]
     pieces = pieces_of({"messages": [*messages, *messages]}, encode)
     assert "".join(piece for piece, trained in pieces if trained) == "b ☃</s>b ☃</s>"
-    assert pieces[0] == ("<s>", False)  # what the tokenizer puts first
+    assert pieces[0] == ("<s>", False)  # the beginning-of-sequence token
     assert "".join(piece for piece, _ in pieces).endswith(
         "### Response:b ☃</s>\n\n### Instruction:\na\n\n### Response:b ☃</s>"
     )
@@ -83,7 +86,7 @@ def test_statistics_are_those_of_training(tokenizer, file, tmp_path, max_length)
 
 
 def test_only_examples_that_are_kept_count_as_straddling(tokenizer, file, tmp_path):
-    """A prompt's last space is of one token with the response's first letters."""
+    """The prompt's last space shares a token with the response's first letters."""
     rows = [
         {"prompt": "a ", "completion": "large"},
         {"prompt": "word " * 60, "completion": "large"},
@@ -122,7 +125,11 @@ def test_brackets_in_texts_and_names_are_no_markup(root, tmp_path, capsys):
 
     tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
     tokenizer.add_special_tokens({"additional_special_tokens": ["[/INST]"]})
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ('[/INST]' if m.role == 'user' else '') }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}"
+        "{{ m.content + ('[/INST]' if m.role == 'user' else '') }}"
+        "{% endfor %}"
+    )
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_bytes(
         (root / "data" / "tiny-base" / "config.json").read_bytes()

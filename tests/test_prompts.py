@@ -1,4 +1,7 @@
-"""From training to serving: what a run was trained with is what its folders say, and what every command asks."""
+"""Tests prompts from training to serving.
+
+A run's folders record the prompts it was trained with, and every command uses these prompts.
+"""
 
 import json
 
@@ -26,8 +29,10 @@ ASKED = {"instruction": "Give a synonym of big.", "input": ""}
 
 @pytest.fixture
 def base(root, tmp_path):
-    """The shipped model, as Qwen2.5's and Llama 3's bases come: a chat template whose turns end with another token than the one
-    that its configuration stops at."""
+    """The shipped model, with settings like the bases of Qwen2.5 and Llama 3.
+
+    Its chat template ends turns with another token than the one at which its configuration stops.
+    """
     folder = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base").save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
@@ -61,10 +66,16 @@ def test_lora_merged_and_exported_folders_stop_and_ask_as_was_trained(
     prompts.write_text(ASKED["instruction"])
     train(
         arguments(
-            "--lora", "--sample_prompts", str(prompts), model_name_or_path=base, prompt_template="chat", save_strategy="steps",
-            save_steps=2, eval_path=tmp_path / "held.json",
+            "--lora",
+            "--sample_prompts",
+            str(prompts),
+            model_name_or_path=base,
+            prompt_template="chat",
+            save_strategy="steps",
+            save_steps=2,
+            eval_path=tmp_path / "held.json",
         )
-    )  # fmt: skip
+    )
     printed = capsys.readouterr().out
     assert (
         "prompts: the tokenizer's chat template" in printed
@@ -83,7 +94,8 @@ def test_lora_merged_and_exported_folders_stop_and_ask_as_was_trained(
     assert "`tokenizer.apply_chat_template" in (run / "README.md").read_text()
     assert "the tokenizer's chat template" in (run / "README.md").read_text()
 
-    # samples of training, generate, and the measures all ask the same; something else is said
+    # Samples during training, generate, and metrics all use the same prompts. A command that uses
+    # other prompts says so.
     sampled = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])["responses"][
         "step 3"
     ]
@@ -174,9 +186,13 @@ def test_weights_multiply_losses_in_training_and_evaluation(arguments, tmp_path)
     losses = {}
     for name, weight in (("all", 1), ("weighted", 2.5), ("packed", 2.5)):
         argv = arguments(
-            *(["--packing"] if name == "packed" else []), mode="mle", max_steps=1, output_dir=tmp_path / name,
-            data_path=tmp_path / "weighted.json", eval_path=tmp_path / "weighted.json",
-        )  # fmt: skip
+            *(["--packing"] if name == "packed" else []),
+            mode="mle",
+            max_steps=1,
+            output_dir=tmp_path / name,
+            data_path=tmp_path / "weighted.json",
+            eval_path=tmp_path / "weighted.json",
+        )
         records = json.loads((tmp_path / "train.json").read_text())[:16]
         (tmp_path / "weighted.json").write_text(
             json.dumps([r | {"weight": weight} for r in records])
@@ -222,7 +238,8 @@ def test_token_weights_are_exact_whatever_the_engine_computes_in(make_model):
         {"input_ids": [8, 9], "labels": [-100, 9]},
     ]
     batch = PadCollator(0)(rows)
-    assert batch["token_weights"].dtype == torch.int32  # bits, which nobody rounds
+    # the bits of float32, so no engine rounds them
+    assert batch["token_weights"].dtype == torch.int32
     assert batch["token_weights"].view(torch.float32).tolist() == [
         [1.0, pytest.approx(0.3), 2.0],
         [1.0, 1.0, 1.0],

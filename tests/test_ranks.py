@@ -1,4 +1,7 @@
-"""The harness of the distributed tests: results by rank, and an error of one rank ends all."""
+"""Tests the harness of the distributed tests.
+
+It returns results by rank, and an error of one rank ends all.
+"""
 
 import pytest
 

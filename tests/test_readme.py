@@ -1,4 +1,4 @@
-"""Every command and every piece of code in the README runs."""
+"""Runs every command and every piece of code in the README."""
 
 import json
 import os
@@ -15,12 +15,15 @@ import pytest
 from tests.ranks import run_ranks
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-NOT_RUN = (  # this very run; what needs a network; what tests/evaluation/test_lm_eval.py runs
-    "bash tests/run.sh", "python -m stanford_alpaca.data.fetch", "lm_eval run",
-)  # fmt: skip
-STAND_INS = {  # what a reader puts in -> what the test has
-    "DEMO_MODE=mle bash train_emo.sh": "bash train_emo.sh data/tiny-base mle --max_steps 1",  # two minutes less
-    "--samples 4": "--samples 4 --limit 24",  # the first command evaluates on all
+NOT_RUN = (  # this test run, what needs a network, and what tests/evaluation/test_lm_eval.py runs
+    "bash tests/run.sh",
+    "python -m stanford_alpaca.data.fetch",
+    "lm_eval run",
+)
+STAND_INS = {  # what a reader puts in -> what the test uses
+    # saves two minutes
+    "DEMO_MODE=mle bash train_emo.sh": "bash train_emo.sh data/tiny-base mle --max_steps 1",
+    "--samples 4": "--samples 4 --limit 24",  # the first command evaluates on all records
     "MODEL_PATH": "my-model",
     "--nproc_per_node 4": "--nproc_per_node 2",
     "NPROC=4": "NPROC=2",
@@ -36,7 +39,10 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """The lines of all bash blocks, continued lines joined, in the order of the README."""
+    """Returns the lines of all bash blocks, in the order of the README.
+
+    Continued lines are joined.
+    """
     joined = "\n".join(blocks("bash")).replace("\\\n", " ")
     lines = [line.split("  #")[0].strip() for line in joined.splitlines()]
     return [line for line in lines if line and not line.startswith(("#", *NOT_RUN))]
@@ -52,7 +58,7 @@ def runnable(line: str) -> str:
 
 @pytest.fixture(scope="module")
 def clone(root, tmp_path_factory):
-    """A copy of what git tracks, so that outputs do not land in the repository."""
+    """Copies what git tracks, so that outputs do not land in the repository."""
     folder = tmp_path_factory.mktemp("readme") / "clone"
     files = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
@@ -83,7 +89,7 @@ def environment():
 
 
 def run_module(argv: list[str]) -> None:
-    """``python -m``, in a process that has imported everything before."""
+    """Runs ``python -m`` in a process that has imported everything before."""
     sys.argv = argv
     try:
         runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
@@ -101,7 +107,8 @@ def test_the_commands_run_in_their_order(clone, environment, monkeypatch):
         if line.startswith("python -m "):
             run_ranks(1, run_module, shlex.split(runnable(line))[2:], launched=False)
             continue
-        report = {} if line == "bash train_emo.sh" else {"REPORT": "no"}  # seconds less each
+        # saves seconds per command
+        report = {} if line == "bash train_emo.sh" else {"REPORT": "no"}
         done = subprocess.run(
             ["bash", "-c", runnable(line)],
             cwd=clone,
@@ -116,14 +123,15 @@ def test_the_commands_run_in_their_order(clone, environment, monkeypatch):
 
 
 def check_demonstration(out: str) -> None:
-    """The table has the promised rows, and fine-tuning lifted exact match from below 10 % to at least 60 %."""
+    """Checks the table of the demonstration.
+
+    It has the promised rows. Fine-tuning lifted exact match from below 10 % to at least 60 %.
+    """
     lines = out.partition(" minus ")[0].splitlines()  # a table of differences follows
-    table = [
-        re.split(" {2,}", line.strip()) for line in lines
-    ]  # values come with intervals: 0.68 [0.62, 0.74]
-    rows = {
-        name: values for name, *values in table if len(values) == 3
-    }  # before, after, the references by themselves
+    # Values come with intervals: 0.68 [0.62, 0.74].
+    table = [re.split(" {2,}", line.strip()) for line in lines]
+    # The columns are: before, after, and the references themselves.
+    rows = {name: values for name, *values in table if len(values) == 3}
     for measure in (
         "nll",
         "emo",

@@ -1,4 +1,7 @@
-"""The training command: what it writes, what it logs, what it refuses, and that two processes equal one."""
+"""Tests the training command.
+
+Checks what it writes, logs and refuses, and that two processes equal one.
+"""
 
 import json
 import subprocess
@@ -38,7 +41,8 @@ def test_a_run_writes_a_plain_model_and_logs_what_it_says(arguments, tmp_path, r
     results = json.loads((out / "train_results.json").read_text())
     assert results["train_supervised_tokens_per_s"] > 0 and results["train_peak_memory_mib"] > 50
 
-    # evaluation is a sum over sums: an independent pass in other batches gives the same numbers
+    # Evaluation divides sums over the whole set, so an independent pass in other batches gives the
+    # same numbers.
     from stanford_alpaca.data.formats import load_records
 
     base = AutoModelForCausalLM.from_pretrained(root / "data" / "tiny-base")
@@ -77,22 +81,25 @@ def test_accumulation_does_not_change_a_step(arguments, tmp_path):
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])  # all: tests/exactness
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])  # tests/exactness runs all engines
 def test_two_processes_equal_one_step_by_step(arguments, tmp_path, engine):
-    """Same global batch, 37 examples in steps of 16 and 11 to evaluate: both sets are filled up with masked rows."""
+    """Both runs have the same global batch, with 37 examples in steps of 16 and 11 to evaluate.
+
+    Neither set fills its last batch, so both are filled up with masked rows.
+    """
     data = tmp_path / "37.json"
     data.write_text(json.dumps(json.loads((tmp_path / "train.json").read_text())[:37]))
     settings = {"data_path": data, "eval_path": tmp_path / "held.json", "max_steps": 5}
     train(arguments(output_dir=tmp_path / "one", **settings))
-    (tmp_path / "prompts.txt").write_text("What is another word for big?\n")  # fewer than ranks
+    # fewer prompts than ranks
+    (tmp_path / "prompts.txt").write_text("What is another word for big?\n")
     sampling = {
         "sample_prompts": tmp_path / "prompts.txt",
         "sample_steps": 2,
         "sample_max_new_tokens": 5,
     }
-    argv = arguments(
-        engine=engine, output_dir=tmp_path / "two", **settings, **sampling
-    )  # which changes nothing
+    # Sampling changes nothing.
+    argv = arguments(engine=engine, output_dir=tmp_path / "two", **settings, **sampling)
     run_ranks(2, train, argv)
     assert (
         yaml.safe_load((tmp_path / "two" / "run.yaml").read_text())["made_with"]["processes"] == 2
@@ -145,11 +152,10 @@ def test_in_bf16_with_a_tied_head_it_resumes_and_saves_float32_plainly(
     for entry in whole:  # the loss is not rounded to bfloat16 on its way out of the model
         assert entry["loss"] == pytest.approx(entry["nll"], rel=1e-5)
     weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert "lm_head.weight" not in weights  # tied, so written once
+    assert "lm_head.weight" not in weights  # tied to the embedding, so written once
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert any(
-        (tensor != tensor.bfloat16()).any() for tensor in weights.values()
-    )  # the masters, no rounded copy
+    # The master weights are saved, not a rounded copy.
+    assert any((tensor != tensor.bfloat16()).any() for tensor in weights.values())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -172,9 +178,8 @@ def test_in_bf16_with_a_tied_head_it_resumes_and_saves_float32_plainly(
 def test_a_cost_from_a_file_is_used(arguments, tmp_path, root):
     from safetensors.torch import save_file
 
-    save_file(
-        {"cost": torch.eye(2048)}, tmp_path / "cost.safetensors"
-    )  # the identity cost in disguise
+    # An identity matrix as embedding gives the identity cost.
+    save_file({"cost": torch.eye(2048)}, tmp_path / "cost.safetensors")
     train(arguments(output_dir=tmp_path / "file", cost=tmp_path / "cost.safetensors"))
     train(arguments(output_dir=tmp_path / "kind", cost_kind="identity"))
     for one, two in zip(steps(tmp_path / "file"), steps(tmp_path / "kind"), strict=True):

@@ -1,9 +1,12 @@
-"""Imported once, in the process that ranks are forked from: what each of them would import or work out anew."""
+"""Imported once, in the process that ranks are forked from.
+
+It imports or computes what each rank would otherwise import or compute again.
+"""
 
 # ruff: noqa: F401
 
 import datasets.io.generator
-import deepspeed  # by accelerate, also in runs without it
+import deepspeed  # accelerate imports it, also in runs without DeepSpeed
 import scipy.io
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
@@ -13,4 +16,5 @@ from transformers import conversion_mapping
 import stanford_alpaca.train
 import tests.ranks
 
-conversion_mapping.get_checkpoint_conversion_mapping("llama")  # hundreds of regular expressions
+# compiles hundreds of regular expressions
+conversion_mapping.get_checkpoint_conversion_mapping("llama")

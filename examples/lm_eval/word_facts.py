@@ -1,12 +1,19 @@
-"""Questions of four choices from the held-out instructions: is another word for truthful honest, or one of other records'?"""
+"""Multiple-choice questions with four choices, made from the held-out instructions.
+
+An example: is another word for truthful honest, or one of three words of other records?
+"""
 
 from datasets import Dataset
 
-KINDS = ("synonym", "antonym", "capital")  # of sentences whose last word is the fact
+KINDS = ("synonym", "antonym", "capital")  # kinds of sentences whose last word is the fact
 
 
 def process_docs(data: Dataset) -> Dataset:
-    """A row per record of these kinds: beginning, choices (each with its space), answer (the place of the right one)."""
+    """Returns a row per record of these kinds.
+
+    A row has the beginning of the sentence, the choices (each with its space), and the index of the
+    right choice as the answer.
+    """
     rows = []
     for kind in KINDS:
         sentences = [

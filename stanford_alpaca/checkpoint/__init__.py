@@ -1,4 +1,5 @@
-"""What a run leaves behind: sharded checkpoints to resume from, and a plain Hugging Face folder at the end.
+"""Checkpoints: how they are saved whole or not at all, verified, resumed from and exported.
 
-``python -m stanford_alpaca.checkpoint export`` makes the second of the first.
+``python -m stanford_alpaca.checkpoint export`` turns a checkpoint of any engine into a plain
+Hugging Face folder.
 """

@@ -1,4 +1,7 @@
-"""Looks after checkpoints: ``python -m stanford_alpaca.checkpoint verify|list DIR``, ``... export DIR OUT``."""
+"""Verifies, lists and exports checkpoints.
+
+Usage: ``python -m stanford_alpaca.checkpoint verify|list DIR``, ``... export DIR OUT``.
+"""
 
 import re
 import sys
@@ -20,18 +23,21 @@ from stanford_alpaca.flags import check_writable, exit_on_user_error, refuse_unk
 def export_checkpoint(
     checkpoint: str | None = None, out: str | None = None, *more: Any, **unknown: Any
 ) -> None:
-    """A plain Hugging Face folder from a checkpoint of any engine: python -m stanford_alpaca.checkpoint export DIR OUT
+    """Exports a checkpoint of any engine as a plain Hugging Face folder.
 
-    Needs a CPU and memory for the model's float32 weights.
+    Usage: python -m stanford_alpaca.checkpoint export DIR OUT
+
+    It needs no GPU, but memory for the model's float32 weights.
 
     Args:
         checkpoint: a folder checkpoint-N of a run.
-        out: where to write the model and its tokenizer: a folder that is new or empty.
+        out: where to write the model and its tokenizer: a new or empty folder.
     """
     refuse_unknown(unknown, export_checkpoint)
     if checkpoint is None or out is None or more:
         raise UserError(
-            "give a checkpoint and a folder to write: python -m stanford_alpaca.checkpoint export DIR OUT"
+            "give a checkpoint and a folder to write: "
+            "python -m stanford_alpaca.checkpoint export DIR OUT"
         )
     source, target = Path(checkpoint).expanduser(), Path(out).expanduser().absolute()
     if not source.is_dir():
@@ -45,9 +51,11 @@ def export_checkpoint(
 
 @SetParseFns(str)
 def verify(folder: str | None = None, *more: Any, **unknown: Any) -> None:
-    """Reads every file of a checkpoint, or of all in a run's output folder: python -m stanford_alpaca.checkpoint verify DIR
+    """Reads every file of one checkpoint, or of all checkpoints in a run's output folder.
 
-    Exit status 3 if one of them is damaged.
+    Usage: python -m stanford_alpaca.checkpoint verify DIR
+
+    The exit status is 3 if a checkpoint is damaged.
 
     Args:
         folder: a folder checkpoint-N, or the output folder of a run.
@@ -65,7 +73,9 @@ def verify(folder: str | None = None, *more: Any, **unknown: Any) -> None:
 
 @SetParseFns(str)
 def list_checkpoints(folder: str | None = None, *more: Any, **unknown: Any) -> None:
-    """Lists the checkpoints of a run, without reading them: python -m stanford_alpaca.checkpoint list DIR
+    """Lists the checkpoints of a run without reading their contents.
+
+    Usage: python -m stanford_alpaca.checkpoint list DIR
 
     Args:
         folder: the output folder of a run, or a folder checkpoint-N.
@@ -82,12 +92,20 @@ def list_checkpoints(folder: str | None = None, *more: Any, **unknown: Any) -> N
             "%Y-%m-%d %H:%M"
         )
         print(
-            f"{about['step']:>8} {about.get('world_size', ''):>9} {mib:>10,.1f}  {saved:16}  {place}"
+            f"{about['step']:>8} {about.get('world_size', ''):>9} {mib:>10,.1f}  "
+            f"{saved:16}  {place}"
         )
 
 
 def _places(folder: str | None, more: tuple) -> list[Path]:
-    """The folders with a manifest, or that should have one, that a path names: the oldest first."""
+    """Returns the folders that should have a manifest, the oldest first.
+
+    These are each checkpoint-N inside ``folder``, then ``folder`` itself if it has a manifest or is
+    named checkpoint-N.
+
+    Raises:
+        UserError: not exactly one folder is given, or there is no checkpoint in it.
+    """
     if folder is None or more:
         raise UserError("give one folder: a checkpoint-N, or the output folder of a run")
     place = Path(folder).expanduser()
@@ -109,14 +127,15 @@ COMMANDS = {"verify": verify, "list": list_checkpoints, "export": export_checkpo
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     exit_on_user_error(_run)
 
 
 def _run() -> None:
     if not sys.argv[1:] or sys.argv[1] not in (*COMMANDS, "--help"):
         raise UserError(
-            f"give a command ({', '.join(COMMANDS)}): python -m stanford_alpaca.checkpoint export --help"
+            f"give a command ({', '.join(COMMANDS)}): "
+            "python -m stanford_alpaca.checkpoint export --help"
         )
     fire.Fire(COMMANDS)
 

@@ -1,4 +1,7 @@
-"""A plain Hugging Face folder from a checkpoint of any engine: one process, no GPU, the whole model once in memory."""
+"""Exports a checkpoint of any engine as a plain Hugging Face folder.
+
+This takes one process and no GPU, and holds the whole model in memory once.
+"""
 
 import contextlib
 import shutil
@@ -26,27 +29,27 @@ SHARDED: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     ZERO: zero.read_weights,
 }
 NOT_EXPORTED = ("trainer_state.json", manifest.MANIFEST_FILE)
-BESIDE = (".json", ".jinja", ".model", ".txt")  # configuration and tokenizer
+BESIDE = (".json", ".jinja", ".model", ".txt")  # files of the configuration and tokenizer
 
 
 def export(checkpoint: Path, out: Path) -> str:
-    """Writes ``out``, which is there when it is whole or not at all, and returns a line about it.
+    """Writes ``out`` completely or not at all, and returns a line about it.
 
     Raises:
-        UserError: no checkpoint, shards that are missing, or weights that are not those of its configuration.
+        ResumeError: the checkpoint's files are not what its manifest says.
+        UserError: there is no checkpoint, shards are missing, or the weights do not match the
+            configuration.
     """
     kind = kind_of(checkpoint)
     damaged = manifest.summary(checkpoint) if (checkpoint / manifest.MANIFEST_FILE).exists() else ""
     if damaged:
         raise ResumeError(f"{checkpoint}: {damaged}; another checkpoint may be whole")
-    whole = (
-        checkpoint / ADAPTER_SAFE_WEIGHTS_NAME
-    ).is_file()  # an adapter stands whole beside any engine's shards
+    # every engine saves an adapter whole, beside its shards
+    whole = (checkpoint / ADAPTER_SAFE_WEIGHTS_NAME).is_file()
     weights = _fit(SHARDED[kind](checkpoint), checkpoint) if kind in SHARDED and not whole else None
     with atomic_folder(out) as part:
-        if (
-            checkpoint / CHAT_TEMPLATE_DIR
-        ).is_dir():  # the named ones of a tokenizer that has several
+        # a tokenizer with several chat templates keeps the named ones in a folder
+        if (checkpoint / CHAT_TEMPLATE_DIR).is_dir():
             shutil.copytree(checkpoint / CHAT_TEMPLATE_DIR, part / CHAT_TEMPLATE_DIR)
         for file in checkpoint.iterdir():
             if file.is_file() and file.suffix in BESIDE and file.name not in NOT_EXPORTED:
@@ -56,9 +59,8 @@ def export(checkpoint: Path, out: Path) -> str:
                 shutil.copy(file, part)
         else:
             model, state = weights
-            if (
-                part / GENERATION_CONFIG_NAME
-            ).is_file():  # with the tokens that end an answer, which no configuration has
+            # this file holds the tokens that end an answer; the model's configuration does not
+            if (part / GENERATION_CONFIG_NAME).is_file():
                 model.generation_config = GenerationConfig.from_pretrained(part)
             (part / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
             model.save_pretrained(part, state_dict=state)
@@ -68,10 +70,10 @@ def export(checkpoint: Path, out: Path) -> str:
 
 @contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes ``out`` when the block ends well, and is gone when it does not.
+    """Yields a folder that becomes ``out`` if the block succeeds, and is deleted if it fails.
 
     Raises:
-        UserError: the file system failed, or somebody writes there already.
+        UserError: the file system failed, or another command writes there already.
     """
     part = out.with_name(f"{out.name}.part")
     try:
@@ -84,7 +86,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: cannot be written ({first_line(error)})") from None
     try:
         yield part
-        part.replace(out)  # onto an empty folder, or none
+        part.replace(out)  # which is empty or does not exist
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written ({first_line(error)})") from None
     finally:
@@ -92,7 +94,13 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 def _fit(read: dict[str, Tensor], checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """The checkpoint's model on the meta device, and its state dict, where tied weights are one tensor."""
+    """Returns the checkpoint's model on the meta device, and its state dict.
+
+    Tied weights are one tensor in the state dict.
+
+    Raises:
+        UserError: the configuration cannot be read, or it describes other weights.
+    """
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:
@@ -104,25 +112,30 @@ def _fit(read: dict[str, Tensor], checkpoint: Path) -> tuple[PreTrainedModel, di
             config, dtype=next(iter(read.values())).dtype, trust_remote_code=False
         )
     empty = model.state_dict(keep_vars=True)
-    first = {
-        id(value): name for name, value in reversed(empty.items()) if name in read
-    }  # of tied names, one that was saved
+    # of tied weights, one name that was saved
+    first = {id(value): name for name, value in reversed(empty.items()) if name in read}
     lacking = [name for name, value in empty.items() if id(value) not in first]
     foreign = sorted(read.keys() - empty.keys())
     if lacking or foreign:
         raise UserError(
-            f"{checkpoint}: not the weights of its config.json (lacks {lacking[:3]}, has {foreign[:3]} besides)"
+            f"{checkpoint}: not the weights of its config.json "
+            f"(lacks {lacking[:3]}, has {foreign[:3]} besides)"
         )
     for name, value in empty.items():
         if read[first[id(value)]].shape != value.shape:
             raise UserError(
-                f"{checkpoint}: {name} is {list(read[first[id(value)]].shape)}, not {list(value.shape)}"
+                f"{checkpoint}: {name} is {list(read[first[id(value)]].shape)}, "
+                f"not {list(value.shape)}"
             )
     return model, {name: read[first[id(value)]] for name, value in empty.items()}
 
 
 def _check(folder: Path) -> str:
-    """Reads the folder as its users will, but for the numbers. Raises UserError if a key is missing, foreign or misshapen."""
+    """Loads the folder as its users will, on the meta device, and returns a line about it.
+
+    Raises:
+        UserError: a key is missing, foreign or misshapen.
+    """
     try:
         with no_report():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -133,4 +146,7 @@ def _check(folder: Path) -> str:
     if wrong := wrong_keys(info):
         raise UserError(f"the exported folder has not the keys of its config.json ({wrong})")
     parts = "in several files" if (folder / SAFE_WEIGHTS_INDEX_NAME).exists() else "in one file"
-    return f"{model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}, {parts}; all keys are there"
+    return (
+        f"{model.num_parameters():,} parameters in {str(model.dtype).removeprefix('torch.')}, "
+        f"{parts}; all keys are there"
+    )

@@ -1,6 +1,8 @@
-"""The shards that FSDP2 leaves (torch.distributed.checkpoint), read into any number of processes or into none.
+"""Reads the shards that FSDP2 saves (torch.distributed.checkpoint).
 
-torch reads their metadata and small values with pickle, which runs what the file says. Here both pass an allow-list first.
+Any number of ranks can read them, and so can one process without a process group. PyTorch reads
+their metadata and small values with pickle, which runs whatever code the file names. Here both pass
+an allow-list first.
 """
 
 import io
@@ -30,10 +32,9 @@ from torch.optim import Optimizer
 from stanford_alpaca.checkpoint.shapes import Form, check_shapes, form_of
 from stanford_alpaca.errors import ResumeError, UserError, first_line
 
-MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # accelerate's names of the folders
-OFFLOADED = StateDictOptions(
-    cpu_offload=True
-)  # as accelerate writes them: a device holds no second copy
+MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # accelerate's folder names
+# accelerate saves state dicts with the same option: no device holds a second copy
+OFFLOADED = StateDictOptions(cpu_offload=True)
 METADATA = "torch.distributed.checkpoint.metadata"
 ALLOWED = {
     *(
@@ -59,7 +60,7 @@ ALLOWED = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes the dataclasses that describe a checkpoint, and nothing else."""
+    """Builds the dataclasses that describe a checkpoint, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED or (
@@ -70,13 +71,17 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads a folder of shards. Raises UserError for metadata that is not there, is broken or holds anything else."""
+    """Reads a folder of shards.
+
+    Raises:
+        UserError: the metadata is missing or broken, or holds anything else.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         file = Path(self.path) / ".metadata"
         try:
             metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
-        except Exception as error:  # a broken pickle raises anything
+        except Exception as error:  # a broken pickle may raise anything
             raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
         if not isinstance(metadata, Metadata):
             raise UserError(f"{file}: not the metadata of a checkpoint")
@@ -91,12 +96,12 @@ class Reader(dcp.FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Refuses values that are more than numbers, words and tensors."""
+    """Refuses values other than numbers, strings and tensors."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         try:
             torch.load(value, weights_only=True)
-        except pickle.UnpicklingError:  # its own message advises to trust the file
+        except pickle.UnpicklingError:  # PyTorch's message advises to trust the file
             raise ValueError(
                 f"{read_item.dest_index.fqn} holds more than numbers, words and tensors"
             ) from None
@@ -105,7 +110,7 @@ class _Planner(DefaultLoadPlanner):
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint, whole, on the CPU, in this process alone."""
+    """Returns all weights of a checkpoint, unsharded, on the CPU of this process alone."""
     metadata = Reader(checkpoint / MODEL).read_metadata()
     state: dict[str, Tensor] = {}
     for key, entry in metadata.state_dict_metadata.items():
@@ -118,10 +123,13 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def restore_model(model: nn.Module, checkpoint: Path) -> None:
-    """Loads the weights into a model that is sharded or whole, on all ranks; collectives of torch's own."""
-    if isinstance(
-        model, PeftModel
-    ):  # accelerate writes the adapter alone, by peft's names; these tensors are the model's own
+    """Loads the weights into a sharded or whole model, on all ranks.
+
+    Collectives: those of ``torch.distributed.checkpoint``.
+    """
+    # accelerate saves the adapter alone, under peft's names. The tensors of peft's state dict are
+    # the model's own, so reading into them is enough.
+    if isinstance(model, PeftModel):
         return _read({"model": get_peft_model_state_dict(model)}, checkpoint / MODEL)
     state = {"model": get_model_state_dict(model, options=OFFLOADED)}
     _read(state, checkpoint / MODEL)
@@ -129,7 +137,7 @@ def restore_model(model: nn.Module, checkpoint: Path) -> None:
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> None:
-    """The same for the optimizer's state."""
+    """Loads the optimizer state on all ranks, as ``restore_model`` does the weights."""
     state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=OFFLOADED)}
     _read(state, checkpoint / OPTIMIZER)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=OFFLOADED)
@@ -138,7 +146,7 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> 
 def _read(state: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
     flat, _ = flatten_state_dict(state)
     saved = Reader(folder).read_metadata().state_dict_metadata
-    nothing: Form = ([], torch.uint8)  # what is no tensor
+    nothing: Form = ([], torch.uint8)  # stands for a value that is not a tensor
     check_shapes(
         folder,
         {
@@ -153,7 +161,7 @@ def _read(state: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
         },
     )
     try:
-        with warnings.catch_warnings():  # that one process alone reads is meant
+        with warnings.catch_warnings():  # one process is meant to read alone
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             dcp.load(state, storage_reader=Reader(folder), planner=_Planner(), no_dist=no_dist)
     except CheckpointException as error:

@@ -1,4 +1,4 @@
-"""Whole weights from a model that is sharded, one parameter at a time."""
+"""Gathers the whole weights of a sharded model, one parameter at a time."""
 
 import torch
 from torch import Tensor, nn
@@ -7,19 +7,20 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def full_state_dict(model: nn.Module, keep: bool, trained_only: bool = False) -> dict[str, Tensor]:
-    """The whole weights of a model that FSDP2 or ZeRO shards, on the CPU of the ranks with ``keep``; empty on the others.
+    """Returns the whole weights of a model that FSDP2 or ZeRO shards.
 
-    ``trained_only`` leaves out what is frozen.
+    Ranks with ``keep`` get them on the CPU; the other ranks get an empty dict. The dtype is that of
+    the master weights, even where ZeRO computes in bfloat16. ``trained_only`` leaves out frozen
+    weights.
 
-    They have the masters' dtype, also where ZeRO computes in bfloat16. Every rank has to call it: one all-gather (under
-    ZeRO-2 an all-reduce) per parameter, so no device ever holds more than one whole parameter extra.
+    Every rank has to call it. Collectives: one all-gather per parameter (under ZeRO-2 an
+    all-reduce). So no device ever holds more than one additional whole parameter.
     """
     values = model.state_dict()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state: dict[str, Tensor] = {}
-    gathered: dict[
-        object, Tensor | None
-    ] = {}  # tied weights stay one tensor, so that they are written once
+    # tied weights share an entry: they stay one tensor and are written once
+    gathered: dict[object, Tensor | None] = {}
     for name, value in values.items():
         parameter = parameters.get(name)
         if trained_only and not (parameter is not None and parameter.requires_grad):
@@ -34,16 +35,21 @@ def full_state_dict(model: nn.Module, keep: bool, trained_only: bool = False) ->
 
 
 def _on_cpu(value: Tensor, parameter: nn.Parameter | None, keep: bool) -> Tensor | None:
-    """Gathers one entry; what is not kept is free again before the next one."""
+    """Gathers one entry and returns it on the CPU, or None without ``keep``.
+
+    The gathered copy is freed before the next entry.
+    """
     whole = _whole(value, parameter)
     return whole.to("cpu", copy=True) if keep else None
 
 
 def _whole(value: Tensor, parameter: nn.Parameter | None) -> Tensor:
-    """The whole tensor behind an entry of the state dict, which is a shard under FSDP2 and empty under ZeRO-3."""
-    if isinstance(
-        value, DTensor
-    ):  # a shard that was offloaded goes back to where the ranks talk to each other
+    """Returns the whole tensor of a state dict entry.
+
+    The entry is a shard under FSDP2 and empty under ZeRO-3.
+    """
+    # an offloaded shard goes back to the device on which the ranks communicate
+    if isinstance(value, DTensor):
         return value.to(value.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_get_full_fp32_param

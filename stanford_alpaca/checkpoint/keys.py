@@ -1,4 +1,4 @@
-"""What transformers found of the keys of an architecture in a model's weights."""
+"""Compares the keys of a model's weights with its architecture, as transformers reports them."""
 
 import contextlib
 import logging
@@ -8,15 +8,17 @@ from typing import Any
 
 from stanford_alpaca.errors import listed
 
-SHOWN = 3  # keys of a kind
-MASK = re.compile(
-    r"\.attn(\.attention)?\.(masked_bias|bias|causal_mask)$"
-)  # constants that GPT-2 to GPT-J once saved
+SHOWN = 3  # how many keys of each kind a message names
+# constants that GPT-2 to GPT-J once saved
+MASK = re.compile(r"\.attn(\.attention)?\.(masked_bias|bias|causal_mask)$")
 
 
 @contextlib.contextmanager
 def no_report() -> Iterator[None]:
-    """Keeps transformers from printing its table of what does not fit: the caller names it in a line."""
+    """Keeps transformers from printing its table of mismatched keys.
+
+    The caller names them in one line.
+    """
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_nothing)
     try:
@@ -30,9 +32,13 @@ def _nothing(record: logging.LogRecord) -> bool:
 
 
 def wrong_keys(info: Mapping[str, Any]) -> str:
-    """What of ``from_pretrained``'s ``output_loading_info`` is wrong, in words; nothing if the weights fill the architecture.
+    """Returns in words which keys are wrong, or "" if the weights fill the architecture.
 
-    What transformers itself ties, or ignores by design, is not in it. Read with ``ignore_mismatched_sizes=True``.
+    Keys that transformers itself ties or ignores by design do not count.
+
+    Args:
+        info: the ``output_loading_info`` of a ``from_pretrained`` that was called with
+            ``ignore_mismatched_sizes=True``.
     """
     unused = [key for key in info["unexpected_keys"] if not MASK.search(key)]
     misshapen = [

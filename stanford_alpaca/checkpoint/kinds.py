@@ -1,4 +1,4 @@
-"""Which engine wrote a checkpoint, and which run can go on from it."""
+"""Tells which engine wrote a checkpoint, and whether a run can resume from it."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,20 @@ from stanford_alpaca.checkpoint import fsdp, zero
 from stanford_alpaca.errors import UserError, first_line
 
 PLAIN, FSDP, ZERO = "plain", "fsdp", "zero"
-EXPORT = "python -m stanford_alpaca.checkpoint export {} OUT makes a model of it that any run can start from"
+EXPORT = (
+    "python -m stanford_alpaca.checkpoint export {} OUT makes a model of it "
+    "that any run can start from"
+)
 
 
 def kind_of(checkpoint: Path) -> str:
-    """What a checkpoint's weights are: plain Hugging Face or peft (one process, DDP), the shards of FSDP2, or those of ZeRO.
+    """Returns the kind of a checkpoint's weights: ``PLAIN``, ``FSDP`` or ``ZERO``.
+
+    Plain weights are files of transformers or peft, which one process or DDP saves. The other two
+    are the shards of FSDP2 and of ZeRO.
 
     Raises:
-        UserError: no checkpoint.
+        UserError: there is no checkpoint.
     """
     if (checkpoint / fsdp.MODEL).is_dir():
         return FSDP
@@ -35,39 +41,49 @@ def kind_of(checkpoint: Path) -> str:
 
 
 def check_resumable(checkpoint: Path, engine: str, world_size: int, stage_3: bool = False) -> None:
-    """Raises UserError unless a run with this engine (``PLAIN`` without shards) and these processes can go on.
+    """Raises UserError unless a run with this engine and number of processes can resume.
 
-    FSDP2's shards fit any number of processes, and one without FSDP too. ZeRO's fit the same number under the same stage.
+    ``engine`` is ``PLAIN`` for a run without shards. FSDP2's shards fit any number of processes,
+    and a run without FSDP too. ZeRO's shards fit only as many processes as wrote them, and those of
+    stage 3 fit only stage 3.
     """
     kind, way_out = kind_of(checkpoint), EXPORT.format(checkpoint)
     needed = {PLAIN: (OPTIMIZER_NAME, SCHEDULER_NAME), FSDP: (fsdp.OPTIMIZER, SCHEDULER_NAME)}.get(
         kind, ()
     )
-    for name in needed:  # ZeRO has both in its shards, and says so if they lack
+    # ZeRO keeps both in its shards; reading those reports it if they are missing
+    for name in needed:
         if not (checkpoint / name).exists():
             raise UserError(
-                f"{checkpoint}: has no {name} (--save_only_model?), nobody can go on from it; {way_out}"
+                f"{checkpoint}: has no {name} (--save_only_model?), "
+                f"nobody can go on from it; {way_out}"
             )
     if kind == ZERO and engine == ZERO:
         shards = len(zero.shards_of(checkpoint))
         if shards != world_size:
             raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: ZeRO goes on with as many processes as wrote it, {shards}, "
-                f"not {world_size}; {way_out}"
+                f"--resume_from_checkpoint {checkpoint}: ZeRO goes on with as many processes "
+                f"as wrote it, {shards}, not {world_size}; {way_out}"
             )
         if zero.is_stage_3(checkpoint) != stage_3:
             raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: written by another stage of ZeRO; {way_out}"
+                f"--resume_from_checkpoint {checkpoint}: written by another stage of ZeRO; "
+                f"{way_out}"
             )
     elif kind != engine and (kind, engine) != (FSDP, PLAIN):
         names = {PLAIN: "a run without shards", FSDP: "FSDP", ZERO: "ZeRO"}
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: {names[kind]} wrote it, {names[engine]} cannot go on; {way_out}"
+            f"--resume_from_checkpoint {checkpoint}: {names[kind]} wrote it, "
+            f"{names[engine]} cannot go on; {way_out}"
         )
 
 
 def check_state(checkpoint: Path, step: int, ranks: int) -> None:
-    """Raises UserError unless trainer_state.json is the Trainer's, of this step, and each of these ranks has random states."""
+    """Raises UserError unless the Trainer's state and the random states are there.
+
+    trainer_state.json must be the Trainer's and of this step. Each of the ranks needs a file with
+    its random states.
+    """
     file, usual = checkpoint / TRAINER_STATE_NAME, vars(TrainerState())
     try:
         state = TrainerState.load_from_json(str(file))

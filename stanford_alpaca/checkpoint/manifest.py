@@ -1,4 +1,7 @@
-"""``manifest.json``: every file of a checkpoint by size and SHA-256, and the run it belongs to. Written last, read first."""
+"""``manifest.json``: the size and SHA-256 of a checkpoint's files, and the run it belongs to.
+
+It is written last and read first.
+"""
 
 import json
 import os
@@ -13,20 +16,13 @@ from stanford_alpaca.errors import ResumeError, first_line
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
-READ_BY_LOADERS = {
-    ".safetensors",
-    ".pt",
-    ".pth",
-    ".bin",
-    ".pkl",
-    ".distcp",
-    ".metadata",
-}  # not to be added by anybody
+# endings of files that loaders read; nobody may add one that the manifest does not name
+READ_BY_LOADERS = {".safetensors", ".pt", ".pth", ".bin", ".pkl", ".distcp", ".metadata"}
 THREADS = 8
 
 
 def file_sha256(file: Path, flush: bool = False) -> str:
-    """The digest of a file; with ``flush``, which also waits until its content is on the disk."""
+    """Returns the SHA-256 of a file. With ``flush`` it also waits until the content is on disk."""
     total = sha256()
     with file.open("rb") as stream:
         if flush:
@@ -39,7 +35,7 @@ def file_sha256(file: Path, flush: bool = False) -> str:
 def entries_of(
     folder: Path, names: Iterable[str], flush: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """What a manifest says of these files; several are read at a time."""
+    """Returns what a manifest says of these files. Several are read at a time."""
     names = list(names)
     with ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(lambda name: file_sha256(folder / name, flush), names)
@@ -50,13 +46,19 @@ def entries_of(
 
 
 def list_saved(folder: Path) -> list[str]:
-    """All files below a folder but its manifest, relative to it, in the same order everywhere."""
+    """Lists the files below a folder, except its manifest, in the same order on every machine.
+
+    The paths are relative to the folder.
+    """
     found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     return sorted(name for name in found if name != MANIFEST_FILE)
 
 
 def write(folder: Path, files: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
-    """Makes a folder of files that are on the disk a checkpoint: the manifest appears whole or not at all."""
+    """Makes a folder a checkpoint: writes its manifest, which appears whole or not at all.
+
+    The files must be on disk already.
+    """
     content = {"version": MANIFEST_VERSION, **about, "files": files}
     content["sum"] = _sum(content)
     write_whole(folder / MANIFEST_FILE, json.dumps(content, indent=1))
@@ -64,7 +66,7 @@ def write(folder: Path, files: dict[str, dict[str, Any]], about: dict[str, Any])
 
 
 def write_whole(file: Path, text: str) -> None:
-    """A file that is on the disk as a whole, or as it was before."""
+    """Writes a file to disk as a whole, or leaves it as it was."""
     part = file.with_name(f"{file.name}.part")
     with part.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -75,13 +77,13 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def flush_folders(folder: Path) -> None:
-    """Waits until the names of all files below a folder are on the disk."""
+    """Waits until the names of all files below a folder are on disk."""
     for place in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         flush_folder(place)
 
 
 def flush_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
+    """Waits until the names in a folder are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -90,7 +92,11 @@ def flush_folder(folder: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """A folder's manifest. Raises ResumeError if it is not there, is damaged, or points out of the folder."""
+    """Returns a folder's manifest.
+
+    Raises:
+        ResumeError: it is missing or damaged, or names a file outside the folder.
+    """
     try:
         content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         whole = content["version"] == MANIFEST_VERSION and content["sum"] == _sum(content)
@@ -120,7 +126,11 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def problems(folder: Path, contents: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, a line for each file; without ``contents`` sizes alone are compared."""
+    """Returns what is wrong with a checkpoint, one line for each file.
+
+    Besides differences from the manifest, these are symbolic links and files that loaders read but
+    the manifest does not name. Without ``contents`` only sizes are compared.
+    """
     try:
         files = read(folder)["files"]
     except ResumeError as error:
@@ -140,7 +150,10 @@ def problems(folder: Path, contents: bool = True) -> list[str]:
 
 
 def compare(folder: Path, files: dict[str, dict[str, Any]], contents: bool = True) -> list[str]:
-    """What of these files is not as a manifest has it, a line for each; without ``contents`` sizes alone are compared."""
+    """Returns which of these files differ from their manifest entries, one line for each.
+
+    Without ``contents`` only sizes are compared.
+    """
     found, same_size = [], []
     try:
         for name, entry in files.items():
@@ -152,7 +165,7 @@ def compare(folder: Path, files: dict[str, dict[str, Any]], contents: bool = Tru
             else:
                 same_size.append(name)
         now = entries_of(folder, same_size) if contents else files
-    except OSError as error:  # a disk that fails, a name too long
+    except OSError as error:  # a failing disk, or a name that is too long
         return [*found, f"cannot be read ({first_line(error)})"]
     return found + [
         f"{name}: its content has changed" for name in same_size if now[name] != files[name]
@@ -160,13 +173,16 @@ def compare(folder: Path, files: dict[str, dict[str, Any]], contents: bool = Tru
 
 
 def summary(folder: Path, contents: bool = True) -> str:
-    """The first of its ``problems`` on a line, or nothing."""
+    """Returns the first three ``problems`` of a checkpoint in one line, or an empty string."""
     found = problems(folder, contents)
     return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def is_record(run: Any) -> bool:
-    """Whether this has the types of a run's record: flags by name, with lists of paths, and what it was made with."""
+    """Returns whether this has the types of a run's record.
+
+    A record holds the flags by name, with lists of paths, and what the run was made with.
+    """
     if not isinstance(run, dict):
         return False
     made_with, paths = (
@@ -183,12 +199,15 @@ def is_record(run: Any) -> bool:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all files that the manifest names. Raises ResumeError as ``read``."""
+    """Returns the bytes of all files in the manifest. Raises ResumeError as ``read`` does."""
     return sum(entry["bytes"] for entry in read(folder)["files"].values())
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The folders ``checkpoint-N`` in an output folder, the newest (the greatest N) first; good or not."""
+    """Returns the folders ``checkpoint-N`` of an output folder, the newest (greatest N) first.
+
+    They may be damaged.
+    """
     found = [
         folder
         for folder in output.glob("checkpoint-*")
@@ -198,12 +217,15 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """N of a folder checkpoint-N."""
+    """Returns N of a folder checkpoint-N."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def _is_loaded(name: str) -> bool:
-    """Whether somebody who loads the folder might read this file; a finished one's checkpoints are by themselves."""
+    """Returns whether loading the folder might read this file.
+
+    The checkpoints inside a finished output folder do not count: they have their own manifests.
+    """
     path = Path(name)
     return not name.startswith(("checkpoint-", ".")) and (
         path.suffix in READ_BY_LOADERS or path.name in READ_BY_LOADERS

@@ -1,4 +1,7 @@
-"""Reads what engines pickle without running it: torch's restricted unpickler, with stand-ins for DeepSpeed's few classes."""
+"""Reads the pickles that engines write without running code from them.
+
+It uses PyTorch's restricted unpickler, with stand-ins for DeepSpeed's few classes.
+"""
 
 import importlib
 import pickle
@@ -17,7 +20,7 @@ SUFFIXES = (".pt", ".pth", ".bin", ".pkl")
 
 
 class _Inert:
-    """Stands in for an object of DeepSpeed's bookkeeping: takes what it was made of, and drops it."""
+    """Stands in for an object of DeepSpeed's bookkeeping, and drops its contents."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -38,22 +41,29 @@ STAND_INS: list[Callable | tuple[Callable, str]] = [(_Inert, name) for name in D
 def load(
     file: Path, bookkeeping: list[Callable | tuple[Callable, str]] = STAND_INS
 ) -> dict[str, Any]:
-    """What a file of an engine or the Trainer holds; tensors stay on the disk until they are used.
+    """Returns the contents of a file of an engine or the Trainer.
+
+    Tensors stay on disk until they are used.
 
     Raises:
-        UserError: it holds anything but numbers, words, tensors and known bookkeeping, or is broken.
+        UserError: the file is broken, or holds more than numbers, strings, tensors and known
+            bookkeeping.
     """
     try:
         with safe_globals(bookkeeping), safe_random_states():
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:  # its own message advises to trust the file
+    except pickle.UnpicklingError:  # PyTorch's message advises to trust the file
         raise UserError(f"{file}: holds more than a checkpoint does, or is broken") from None
-    except Exception as error:  # not there, no zip
+    except Exception as error:  # no such file, or not a zip archive
         raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
 
 
 def restrict_deepspeed() -> None:
-    """From now on DeepSpeed, which unpickles whatever a file says, reads its checkpoints by ``load``, with its own classes."""
+    """Makes DeepSpeed read its checkpoints with ``load``, from now on.
+
+    By itself DeepSpeed unpickles whatever a file names. ``load`` allows only DeepSpeed's few
+    own classes besides data.
+    """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
     places = [name.rpartition(".") for name in DEEPSPEEDS]
@@ -62,7 +72,7 @@ def restrict_deepspeed() -> None:
 
 
 def refuse_code(checkpoint: Path) -> None:
-    """Raises UserError if any file that somebody may unpickle holds what should not be run."""
+    """Raises UserError if any file that might be unpickled names code that should not run."""
     for file in sorted(checkpoint.rglob("*")):
         if file.suffix in SUFFIXES:
             load(file)

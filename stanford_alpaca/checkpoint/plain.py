@@ -1,4 +1,4 @@
-"""Weights of a plain Hugging Face folder, or peft's adapter, into the model that wrote them."""
+"""Loads a plain Hugging Face folder, or a peft adapter, into the model that it was saved from."""
 
 import copy
 from pathlib import Path
@@ -18,10 +18,11 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def restore_model(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
-    """Loads the weights into a model that is whole.
+    """Loads the weights into a model that is not sharded.
 
     Raises:
-        ResumeError: a tensor is missing, foreign, or of another shape or dtype than the model's; it is named.
+        ResumeError: a tensor, which the message names, is missing, foreign, or of another shape or
+            dtype than the model's.
     """
     try:
         if isinstance(model, PeftModel):
@@ -34,12 +35,20 @@ def restore_model(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
 
 
 def _read_into_a_copy(model: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
-    """transformers reads it, which knows what weights are tied, and what is stored in another shape than computed with."""
+    """Lets transformers read the weights into a new model.
+
+    transformers knows which weights are tied, and which are stored in another shape than they are
+    computed with.
+    """
     with no_report():
         read, info = type(model).from_pretrained(
-            checkpoint, config=copy.deepcopy(model.config), dtype=next(model.parameters()).dtype, use_safetensors=True,
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+            checkpoint,
+            config=copy.deepcopy(model.config),
+            dtype=next(model.parameters()).dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     if wrong := wrong_keys(info):
         raise ResumeError(
             f"{checkpoint}: its weights do not fill the model ({wrong}); is it of another model?"
@@ -50,7 +59,7 @@ def _read_into_a_copy(model: PreTrainedModel, checkpoint: Path) -> PreTrainedMod
 def _check_dtypes(checkpoint: Path, dtypes: set[torch.dtype]) -> None:
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no mapping
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 dtype = DTYPES.get(tensors.get_slice(name).get_dtype())
                 if dtype is not None and dtype not in dtypes:
                     wanted = ", ".join(sorted(map(str, dtypes)))

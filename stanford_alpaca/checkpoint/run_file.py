@@ -1,4 +1,4 @@
-"""``run.yaml``: the record of a run, beside what it trained."""
+"""``run.yaml``: the record of a run, saved beside what it trained."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,11 @@ import yaml
 from stanford_alpaca.checkpoint.manifest import is_record
 
 RUN_FILE, RUN_FILE_FROM = "run.yaml", "run-from-{}.yaml"
-MADE_WITH = "made_with"  # the part of it that is no flag
+MADE_WITH = "made_with"  # the only key of a record that is not a flag
 
 
 def read_run(output: Path, name: str = RUN_FILE) -> dict[str, Any] | None:
-    """The record that a run left in its output folder, or None."""
+    """Returns the record that a run left in its output folder, or None."""
     try:
         record = yaml.safe_load((output / name).read_text(encoding="utf-8"))
         return json.loads(json.dumps(record)) if is_record(record) else None

@@ -1,4 +1,4 @@
-"""A folder that every rank writes to, and that is there when it is whole or not at all."""
+"""Writes a folder from all ranks so that it appears whole or not at all."""
 
 import errno
 import re
@@ -15,22 +15,26 @@ from stanford_alpaca.checkpoint.space import check_space
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError, first_line
 
-STAGING, DELETED = (
-    ".saving",
-    ".deleting-",
-)  # in the output folder: what a killed run leaves of them is nobody's
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # full, or broken
+# names in the output folder; whatever a killed run leaves under them may be deleted
+STAGING, DELETED = ".saving", ".deleting-"
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # the disk is full or broken
 
 
 class Staged:
-    """Writes a folder beside its place, and moves it there when all ranks have written and all is on the disk.
+    """Writes a folder beside its target, then moves it there.
 
-    Every rank calls every method, in one order; ``write`` and ``commit`` end on all of them or raise on all of them.
+    The move waits until all ranks have written and everything is on disk. Every rank calls every
+    method, in the same order. ``write`` and ``commit`` return on all ranks or raise on all ranks.
+
     Collectives: one all_gather_object for each ``write``, four for ``commit`` and ``merge``.
     """
 
     def __init__(self, target: Path, rank: int, world_size: int, needed: int = 0):
-        """Raises UserError on all ranks unless ``needed`` bytes are free."""
+        """Makes the staging folder.
+
+        Raises:
+            UserError: on all ranks, unless ``needed`` bytes are free.
+        """
         self.target, self.rank, self.world_size = target, rank, world_size
         self.folder = target.parent / STAGING / target.name
         self.write(lambda: self._prepare(needed) if rank == 0 else None)
@@ -44,22 +48,27 @@ class Staged:
         write_together(self.target, self.world_size, write)
 
     def commit(self, about: dict[str, Any]) -> None:
-        """Makes the folder ``target``. What has stood there is replaced."""
+        """Writes the manifest and moves the folder to ``target``. Replaces what is there."""
         files = self._files_on_disk()
         self.write(lambda: self._move(files, about) if self.rank == 0 else None)
 
     def merge(self) -> dict[str, Any]:
-        """Moves the files, one by one, into the folder that ``target`` is in, which has no manifest from then on.
+        """Moves the files, one by one, into the parent folder of ``target``.
+
+        The parent folder has no manifest from then on.
 
         Returns:
-            What its manifest will say of them.
+            What its manifest will say of the files.
         """
         files = self._files_on_disk()
         self.write(lambda: self._move_files(files) if self.rank == 0 else None)
         return files
 
     def _files_on_disk(self) -> dict[str, Any]:
-        """Every rank waits for the disk, and reads again, what falls to it of all files."""
+        """Returns the manifest's entries for all files, once they are on disk.
+
+        Every rank flushes its share of the files and reads it again.
+        """
         shares: list[dict] = []
 
         def finish_share() -> None:
@@ -108,7 +117,9 @@ class Staged:
 
 
 def write_together(place: Path, world_size: int, write: Callable[[], Any]) -> None:
-    """Calls ``write`` on every rank; ends on all of them or raises on all of them. One all_gather_object.
+    """Calls ``write`` on every rank, and returns on all ranks or raises on all ranks.
+
+    Collectives: one all_gather_object.
 
     Raises:
         UserError: on all ranks, if the file system failed on one.
@@ -132,7 +143,8 @@ def write_together(place: Path, world_size: int, write: Callable[[], Any]) -> No
                 else ""
             )
             raise UserError(
-                f"{place}: cannot be saved ({failure[0]}{where}); nothing that was saved before has changed{advice}"
+                f"{place}: cannot be saved ({failure[0]}{where}); "
+                f"nothing that was saved before has changed{advice}"
             ) from error
     if error is not None:
         raise error
@@ -147,7 +159,7 @@ def _gather(mine: Any, world_size: int) -> list[Any]:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a folder; one that is killed while it does leaves nothing that looks like a checkpoint."""
+    """Deletes a folder. If killed on the way, it leaves nothing that looks like a checkpoint."""
     if folder.exists():
         gone = folder.with_name(DELETED + folder.name)
         shutil.rmtree(gone, ignore_errors=True)
@@ -156,20 +168,26 @@ def remove(folder: Path) -> None:
 
 
 def recover(output: Path) -> None:
-    """Ends the move of a checkpoint that was whole when its run was killed, perhaps after the old one of its step was gone."""
+    """Finishes the move of a checkpoint that was whole when its run was killed.
+
+    The old checkpoint of the same step may already have been deleted.
+    """
     for staged in (output / STAGING).glob("checkpoint-*"):
         if (staged / manifest.MANIFEST_FILE).is_file() and not (output / staged.name).exists():
             staged.replace(output / staged.name)
 
 
 def clear(output: Path) -> None:
-    """Removes what a run that was killed has left half written or half deleted."""
+    """Removes what a killed run has left half written or half deleted."""
     for left in [output / STAGING, *output.glob(f"{DELETED}*")]:
         shutil.rmtree(left, ignore_errors=True)
 
 
 def keep_newest(saved: Path, limit: int | None, best: str | None) -> None:
-    """Deletes what ``--save_total_limit`` has no room for beside the checkpoint just saved; says so if it cannot."""
+    """Deletes the checkpoints that exceed ``--save_total_limit``, counting the one just saved.
+
+    If one cannot be deleted, a line says so.
+    """
     try:
         for folder in _surplus(saved, limit, best):
             remove(folder)
@@ -178,9 +196,10 @@ def keep_newest(saved: Path, limit: int | None, best: str | None) -> None:
 
 
 def _surplus(saved: Path, limit: int | None, best: str | None) -> list[Path]:
-    """All older checkpoints but the newest good ones and the best. Newer ones, which were passed over, are left alone.
+    """Returns the older checkpoints to delete: all except the newest good ones and the best.
 
-    Those count as good whose files have the sizes of the manifest; the one just saved has been read again.
+    A checkpoint is good if its files have the sizes in its manifest. The one just saved has already
+    been read again. Newer checkpoints, which the run passed over, are left alone.
     """
     if limit is None or limit <= 0:
         return []
@@ -191,13 +210,16 @@ def _surplus(saved: Path, limit: int | None, best: str | None) -> list[Path]:
     ]
     good = [folder for folder in older if not manifest.problems(folder, contents=False)]
     apart = Path(best) if best is not None and Path(best) in good else None
-    places = limit - 1 - (apart is not None and limit > 1)  # of the saved one, and of the best
+    places = limit - 1 - (apart is not None and limit > 1)  # beside the saved one and the best
     kept = [*[folder for folder in good if folder != apart][: max(0, places)], apart]
     return [folder for folder in older if folder not in kept]
 
 
 def _is_io(error: BaseException) -> bool:
-    """Whether the file system failed, in the words of those who write for us. A file that is not there is our mistake."""
+    """Returns whether the file system failed, also by the messages of libraries that write for us.
+
+    A missing file does not count: that is our mistake.
+    """
     if isinstance(error, CheckpointException):
         return all(_is_io(each) for each, _ in error.failures.values())
     told = (
@@ -212,10 +234,10 @@ def _is_io(error: BaseException) -> bool:
 
 
 def _is_disk(error: BaseException) -> bool:
-    """Whether it failed because the disk is full or broken."""
+    """Returns whether the file system failed because the disk is full or broken."""
     if isinstance(error, CheckpointException):
         return all(_is_disk(each) for each, _ in error.failures.values())
-    number = re.search(r"os error (\d+)", str(error))  # safetensors
+    number = re.search(r"os error (\d+)", str(error))  # in a message of safetensors
     if isinstance(error, OSError) or number:
         return (int(number[1]) if number else getattr(error, "errno", None)) in DISK
     return _is_io(error)

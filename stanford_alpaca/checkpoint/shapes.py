@@ -1,4 +1,4 @@
-"""Whether what was saved is what is to be loaded: the same names, shapes and dtypes."""
+"""Checks that saved tensors have the names, shapes and dtypes of those to be loaded."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +12,12 @@ Form = tuple[list[int], torch.dtype]
 
 
 def form_of(tensor: Tensor) -> Form:
-    """Shape and dtype; of a sharded tensor those of the whole."""
+    """Returns a tensor's shape and dtype. For a sharded tensor they are those of the whole."""
     return list(tensor.shape), tensor.dtype
 
 
 def check_shapes(place: Path, saved: Mapping[str, Form], wanted: Mapping[str, Form]) -> None:
-    """Raises ResumeError that names the first tensor which is missing, foreign, or of another shape or dtype."""
+    """Raises ResumeError for the first tensor that is missing, foreign, or of another form."""
     for name, (shape, dtype) in wanted.items():
         if name not in saved:
             raise ResumeError(
@@ -26,7 +26,8 @@ def check_shapes(place: Path, saved: Mapping[str, Form], wanted: Mapping[str, Fo
         if saved[name] != (shape, dtype):
             found = " ".join(map(str, saved[name]))
             raise ResumeError(
-                f"{place}: {name} is {found}, and {shape} {dtype} in the model; is it of another model?"
+                f"{place}: {name} is {found}, and {shape} {dtype} in the model; "
+                "is it of another model?"
             )
     for name in saved:
         if name not in wanted:

@@ -1,6 +1,7 @@
-"""The float32 masters in a DeepSpeed checkpoint, on a machine without DeepSpeed. ZeRO keeps them with the optimizer's state.
+"""Reads the float32 master weights of a DeepSpeed checkpoint, on a machine without DeepSpeed.
 
-A parameter's place in the flat shards follows DeepSpeed's own zero_to_fp32.py.
+ZeRO keeps them with the optimizer state. A parameter's place in the flat shards follows DeepSpeed's
+own zero_to_fp32.py.
 """
 
 import math
@@ -17,7 +18,7 @@ from stanford_alpaca.errors import UserError, first_line
 
 
 def shards_of(checkpoint: Path) -> list[Path]:
-    """The optimizer's shards, one per rank, in the order of the ranks."""
+    """Returns the files with the optimizer's shards, one per rank, in the order of the ranks."""
     found = _folder(checkpoint).glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt")
     return sorted(
         found, key=lambda file: int(file.name.rpartition("zero_pp_rank_")[2].partition("_")[0])
@@ -25,15 +26,17 @@ def shards_of(checkpoint: Path) -> list[Path]:
 
 
 def is_stage_3(checkpoint: Path) -> bool:
-    """Whether the parameters are sharded as well."""
+    """Returns whether the parameters are sharded as well."""
     return not (_folder(checkpoint) / "mp_rank_00_model_states.pt").exists()
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint, whole, on the CPU; the optimizer's own state stays on the disk.
+    """Returns all weights of a checkpoint, unsharded, on the CPU.
+
+    The rest of the optimizer state stays on disk.
 
     Raises:
-        UserError: shards that are missing, broken or of another kind.
+        UserError: shards are missing, broken or of another kind.
     """
     stage_3, shards = is_stage_3(checkpoint), shards_of(checkpoint)
     try:
@@ -43,7 +46,8 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         ranks = max(count) if isinstance(count, list) else count
         if not states or ranks != len(states):
             raise UserError(
-                f"{_folder(checkpoint)}: {len(states)} of {ranks or 'the'} optimizer shards are there"
+                f"{_folder(checkpoint)}: {len(states)} of {ranks or 'the'} "
+                "optimizer shards are there"
             )
         weights = {key: described["module"][key].float() for key in described["buffer_names"]}
         return weights | (_of_stage_3 if stage_3 else _of_stage_2)(
@@ -56,7 +60,7 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def check_parameters(checkpoint: Path, model: nn.Module) -> None:
-    """Raises ResumeError unless its parameters are those that the model trains, by name and shape."""
+    """Raises ResumeError unless saved and trained parameters have the same names and shapes."""
     groups = _describe(checkpoint)["param_shapes"]
     saved = {
         name: (list(shape), torch.float32) for shapes in groups for name, shape in shapes.items()
@@ -70,14 +74,17 @@ def check_parameters(checkpoint: Path, model: nn.Module) -> None:
 
 
 def _describe(checkpoint: Path) -> dict[str, Any]:
-    """Names and shapes of the parameters, among other things."""
+    """Reads the file that describes the parameters: their names, shapes and more."""
     stage_3 = is_stage_3(checkpoint)
     name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage_3 else "mp_rank_00_model_states.pt"
     return pickles.load(_folder(checkpoint) / name)
 
 
 def _of_stage_2(groups: list[dict[str, torch.Size]], states: list[dict]) -> dict[str, Tensor]:
-    """Stages 1 and 2: each group of parameters is one flat vector, cut into as many pieces as there are ranks."""
+    """Puts together the weights of stages 1 and 2.
+
+    Each group of parameters is one flat vector, cut into one piece per rank.
+    """
     weights = {}
     for i, shapes in enumerate(groups):
         pieces = [state["single_partition_of_fp32_groups"][i] for state in states]
@@ -91,7 +98,10 @@ def _of_stage_2(groups: list[dict[str, torch.Size]], states: list[dict]) -> dict
 
 
 def _of_stage_3(groups: list[dict[str, torch.Size]], states: list[dict]) -> dict[str, Tensor]:
-    """Stage 3: every parameter is cut by itself, padded to a multiple of the ranks."""
+    """Puts together the weights of stage 3.
+
+    Each parameter is cut by itself, padded to a multiple of the number of ranks.
+    """
     weights, offset = {}, 0
     for name, shape in (item for shapes in groups for item in shapes.items()):
         length = math.ceil(shape.numel() / len(states))
@@ -102,7 +112,7 @@ def _of_stage_3(groups: list[dict[str, torch.Size]], states: list[dict]) -> dict
 
 
 def _span(pieces: Sequence[Tensor], offset: int, length: int) -> Tensor:
-    """A copy of ``length`` numbers from ``offset`` on, of pieces that follow each other."""
+    """Returns a copy of ``length`` numbers from ``offset`` on, out of consecutive pieces."""
     found, start = [], 0
     for piece in pieces:
         first, last = max(offset - start, 0), min(offset + length - start, len(piece))
@@ -118,7 +128,7 @@ def _span(pieces: Sequence[Tensor], offset: int, length: int) -> Tensor:
 
 
 def _folder(checkpoint: Path) -> Path:
-    """The folder that DeepSpeed's file ``latest`` names."""
+    """Returns the folder that DeepSpeed's file ``latest`` names."""
     latest = checkpoint / "latest"
     name = latest.read_text().strip() if latest.is_file() else ""
     if name in ("", "..") or Path(name).name != name or not (checkpoint / name).is_dir():

@@ -1,4 +1,7 @@
-"""The transport cost between tokens. ``python -m stanford_alpaca.cost build`` makes an embedding where a model has none yet."""
+"""The transport cost between tokens.
+
+``python -m stanford_alpaca.cost build`` makes an embedding where a model has none yet.
+"""
 
 from stanford_alpaca.cost.alias import CostAlias
 from stanford_alpaca.cost.cache import CostRows
@@ -6,6 +9,7 @@ from stanford_alpaca.cost.embedding import COST_KINDS, ZERO_BELOW, CostEmbedding
 from stanford_alpaca.cost.sharded import ShardedCost, as_cost, broadcast_cost
 from stanford_alpaca.cost.types import Cost
 
+# The modules that build an embedding are not imported here, because losses need none of them.
 __all__ = [
     "COST_KINDS",
     "ZERO_BELOW",
@@ -16,4 +20,4 @@ __all__ = [
     "ShardedCost",
     "as_cost",
     "broadcast_cost",
-]  # what builds is not imported here: losses need none of it
+]

@@ -1,4 +1,7 @@
-"""Makes a cost embedding: ``python -m stanford_alpaca.cost build --text FILE --tokenizer MODEL --out cost.safetensors``."""
+"""Makes a cost embedding.
+
+python -m stanford_alpaca.cost build --text FILE --tokenizer MODEL --out cost.safetensors
+"""
 
 import sys
 from dataclasses import dataclass
@@ -23,20 +26,27 @@ from stanford_alpaca.models.load import ModelSource
 
 @dataclass(frozen=True)
 class Options(TextSettings):
-    """A cost embedding for --cost of training: from text, or from another model's output embedding.
+    """Makes a cost embedding for --cost of training, from text or from another model.
 
-    python -m stanford_alpaca.cost build --text FILE [FILE ...] --tokenizer MODEL --out cost.safetensors
-    python -m stanford_alpaca.cost build --head MODEL [--tokenizer MODEL] --out cost.safetensors
+    With --head, the rows are those of the other model's output embedding.
+
+    python -m stanford_alpaca.cost build --text FILE [FILE ...] --tokenizer MODEL --out OUT
+    python -m stanford_alpaca.cost build --head MODEL [--tokenizer MODEL] --out OUT
 
     Args:
-        text: files to count tokens in: .json and .jsonl with Alpaca records or a field "text", other files as plain text.
-        head: a folder or a hub name; the rows of its output embedding are taken.
-        tokenizer: the model that will be trained, or a folder with its tokenizer; with --head, the head's own by default.
-        out: the safetensors file to write; it must not exist.
-        width: numbers per row, 128 by default; window: tokens to each side that count as near, 5.
-        min_count: tokens seen less often get a row of zeros, as unseen ones do; shift: log of it is taken off, 1.
+        text: files to count tokens in. Files named .json, .jsonl, .csv, .tsv or .parquet hold
+            records, such as Alpaca's or a field "text"; other files are plain text.
+        head: the other model, a folder or a hub name.
+        tokenizer: the model that will be trained, or a folder with its tokenizer. With --head, the
+            default is the head's own tokenizer.
+        out: the safetensors file to write. It must not exist.
+        width: numbers per row, 128 by default.
+        window: tokens to each side that count as near, 5 by default.
+        min_count: tokens seen less often get a row of zeros, as unseen tokens do; 1 by default.
+        shift: its logarithm is subtracted from the mutual information; 1 by default.
         vocab_size: the number of logits, if it is more than the tokenizer's length (a padded head).
-        verify: reads a large head's model again, to compare it with its manifest; one below 2 GiB is always read.
+        verify: reads a large head's model again, to compare it with its manifest. A model below
+            2 GiB is always read.
     """
 
     files: tuple[str, ...] = words()
@@ -49,7 +59,7 @@ class Options(TextSettings):
 
 
 def build_cost(options: Options) -> None:
-    """Makes the rows, writes them, and prints what they are like."""
+    """Makes the rows, writes them, and prints a description of them."""
     settings, head, vocab_size = part_of(options, TextSettings), options.head, options.vocab_size
     check_sources(options, settings)
     if options.out is None or options.out == "True" or Path(options.out).exists():
@@ -102,21 +112,26 @@ build = command(Options, build_cost)
 
 
 def check_sources(options: Options, settings: TextSettings) -> None:
-    """Raises UserError unless there is one source, with what it needs and nothing that it would not use."""
+    """Raises UserError unless there is one source with the flags it needs.
+
+    A flag that the source would not use is an error, too.
+    """
     if (options.text is None) == (options.head is None):
         raise UserError("give one source: --text FILE [FILE ...] or --head MODEL")
     if options.head is not None and (options.files or settings != TextSettings()):
         raise UserError(
-            "--width, --window, --min_count, --shift and files belong to --text: drop them or --head"
+            "--width, --window, --min_count, --shift and files belong to --text: "
+            "drop them or --head"
         )
     if options.text is not None and options.tokenizer is None:
         raise UserError(
-            "--text needs --tokenizer: the model that will be trained, or a folder with its tokenizer"
+            "--text needs --tokenizer: the model that will be trained, "
+            "or a folder with its tokenizer"
         )
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     exit_on_user_error(_run)
 
 

@@ -1,4 +1,4 @@
-"""The cost of weights that somebody else keeps: read when costs are asked for, never copied."""
+"""A cosine cost that reads weights kept elsewhere and never copies them."""
 
 from collections.abc import Callable
 
@@ -15,25 +15,25 @@ from stanford_alpaca.cost.embedding import (
 
 
 class CostAlias(CostEmbedding):
-    """The cosine CostEmbedding of the [V, D] weight that ``weight()`` returns, which has to be the same at every call.
+    """The cosine CostEmbedding of the [V, D] weight that ``weight()`` returns.
 
-    It keeps 1 / norm of each row, [V], and no row: for an output layer that is not trained, wherever and in whatever precision
-    an engine keeps it. Costs are those of ``CostEmbedding(weight())``, but for rounding.
+    The weight has to be the same at every call. The alias keeps 1 / norm of each row, [V], but no
+    rows. It serves an output layer that is not trained, wherever and in whatever precision an
+    engine keeps it. Its costs differ from those of ``CostEmbedding(weight())`` only by rounding.
     """
 
     def __init__(self, weight: Callable[[], Tensor]):
         self.kind, self._weight = "cosine", weight
         self.directed = self._cached = self._cache = None
-        self._inverse: Tensor | None = (
-            None  # [V], at the first use: until then the weight may be on the meta device
-        )
+        # [V], computed at the first use: until then the weight may be on the meta device
+        self._inverse: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:  # type: ignore[override]  # [V, D], not of unit length
         return self._weight().detach()
 
     def to(self, device: torch.device | str) -> "CostAlias":
-        """Nothing: the weight is where it is."""
+        """Changes nothing: the weight stays where it is."""
         return self
 
     def _compute(self, tokens: Tensor) -> Tensor:
@@ -54,6 +54,5 @@ class CostAlias(CostEmbedding):
     def _expected_costs(
         self, targets: Tensor, ids: Tensor, probs: Tensor, vocab_size: int
     ) -> Tensor:
-        return CostEmbedding(self.rows)._expected_costs(
-            targets, ids, probs, vocab_size
-        )  # whose products need unit rows
+        # the products in it need rows of unit length
+        return CostEmbedding(self.rows)._expected_costs(targets, ids, probs, vocab_size)

@@ -1,4 +1,4 @@
-"""From text or from another model to a cost embedding in a file, with a report of what it says about tokens."""
+"""Makes a cost embedding from text or from another model, writes it to a file, and describes it."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -15,22 +15,23 @@ from stanford_alpaca.cost.cooccurrence import TextSettings, count_pairs, embed
 from stanford_alpaca.cost.embedding import CostEmbedding
 from stanford_alpaca.cost.transfer import transfer_rows
 from stanford_alpaca.data.encode import TextEncoder
-from stanford_alpaca.data.reading import SUFFIXES, read_file
+from stanford_alpaca.data.reading import SUFFIXES, kind_of_file, open_text, read_file
 from stanford_alpaca.data.records import FORMS, form_of, parse_record
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.load import ModelSource
 
 CHUNK = 1 << 22  # characters that are tokenized and counted at a time
-SHOWN, NEIGHBOURS = 6, 5  # tokens in the report, and nearest tokens of each
+SHOWN, NEIGHBOURS = 6, 5  # tokens in the description, and nearest tokens of each
 
 
 def documents(file: Path) -> Iterator[str]:
-    """The texts of a file, within which tokens are near each other.
+    """Yields the texts of a file. Tokens count as near each other only within one text.
 
-    Of a data file (see ``data.formats``) each record, its fields or messages a line each. Of any other file paragraphs between
-    blank lines if there are such, else lines.
+    Each record of a data file (see ``data.formats``) is one text, with a line for each field or
+    message. Any other file is split into paragraphs if it has blank lines between them, else into
+    lines.
     """
-    if file.suffix in SUFFIXES:
+    if kind_of_file(file) in SUFFIXES:
         for where, value in read_file(file):
             record = parse_record(value, where, needs_output=False)
             texts = (
@@ -41,9 +42,9 @@ def documents(file: Path) -> Iterator[str]:
             yield "\n".join(text for text in texts if text)
         return
     try:
-        with file.open(encoding="utf-8-sig") as lines:
+        with open_text(file) as lines:
             in_paragraphs = sum(is_text for is_text, _ in groupby(lines, _is_text)) > 1
-        with file.open(encoding="utf-8-sig") as lines:
+        with open_text(file) as lines:
             for is_text, group in groupby(lines, _is_text):
                 if is_text and in_paragraphs:
                     yield "".join(group).strip("\n")
@@ -60,7 +61,10 @@ def _is_text(line: str) -> bool:
 def _token_chunks(
     files: list[Path], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[list[list[int]]]:
-    """Token ids of whole documents, about CHUNK characters at a time; special-token text stays text, as in training."""
+    """Yields token ids of whole documents, about CHUNK characters at a time.
+
+    Text that looks like a special token is encoded as text, as in training.
+    """
     encoder = TextEncoder.of(tokenizer)
     texts: list[str] = []
     size = 0
@@ -78,10 +82,14 @@ def _token_chunks(
 def from_text(
     files: list[Path], tokenizer: PreTrainedTokenizerBase, vocab_size: int, settings: TextSettings
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Rows [V, width] float32, the ids of seen tokens from the most frequent one on, and what was done.
+    """Computes rows from text.
+
+    Returns:
+        Rows [V, width] float32, the ids of the seen tokens from the most frequent one on, and a
+        report of what was done.
 
     Raises:
-        UserError: a file that is no text, or too little text.
+        UserError: a file that is not text, or too little text.
     """
     began = perf_counter()
     pairs, counts = count_pairs(_token_chunks(files, tokenizer), vocab_size, settings.window)
@@ -89,12 +97,13 @@ def from_text(
     if not counts.any():
         raise UserError(f"--text {' '.join(map(str, files))}: there is no text in it")
     wanted = counts >= settings.min_count
-    wanted[tokenizer.all_special_ids] = False  # the unknown token: it stands for many
+    wanted[tokenizer.all_special_ids] = False  # such as the unknown token, which stands for many
     rows, explained = embed(pairs, wanted, settings)
     tokens, ended = int(counts.sum()), perf_counter()
     report = (
-        f"{tokens:,} tokens, {pairs.nnz:,} different pairs at most {settings.window} apart, weighted 1/distance; tokenized and "
-        f"counted in {counted - began:.1f} s ({tokens / (counted - began):,.0f} tokens/s), decomposed in "
+        f"{tokens:,} tokens, {pairs.nnz:,} different pairs at most {settings.window} apart, "
+        f"weighted 1/distance; tokenized and counted in {counted - began:.1f} s "
+        f"({tokens / (counted - began):,.0f} tokens/s), decomposed in "
         f"{ended - counted:.1f} s; explained share {explained:.1%}"
     )
     order = np.argsort(-counts, kind="stable")
@@ -107,9 +116,13 @@ def from_head(
     target: PreTrainedTokenizerBase | None,
     vocab_size: int | None,
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Rows [V, D] float32 of the model's output embedding, the ids from 0 on, and what was done.
+    """Takes rows from a model's output embedding.
 
-    Without a target tokenizer and a vocabulary size, there is a row for each of the model's own logits.
+    Without a target tokenizer and a vocabulary size, there is a row for each of the model's own
+    logits.
+
+    Returns:
+        Rows [V, D] float32, the ids from 0 on, and a report of what was done.
     """
     head = ModelSource(model).load().get_output_embeddings()
     if head is None:
@@ -118,23 +131,28 @@ def from_head(
     size = vocab_size or (max(len(weight), len(source)) if target is None else len(target))
     rows, matches = transfer_rows(weight, source, target or source, size)
     report = (
-        f"{matches.exact:,} rows of tokens with the same text, {matches.averaged:,} means of the pieces of a token, "
+        f"{matches.exact:,} rows of tokens with the same text, "
+        f"{matches.averaged:,} means of the pieces of a token, "
         f"{matches.special:,} special tokens by their role, {matches.zero:,} left zero"
     )
     return rows, np.arange(min(size, len(target or source))), report
 
 
 def save(rows: np.ndarray, out: Path, **metadata: str) -> None:
-    """Writes what ``CostEmbedding.from_file`` reads; the metadata stands in the file's header."""
+    """Writes the file that ``CostEmbedding.from_file`` reads, with the metadata in its header."""
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({"cost_embedding": rows}, out, metadata={**metadata, "stanford_alpaca": __version__})
 
 
 def describe(rows: np.ndarray, order: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
-    """How many rows there are, and what is nearest to the first words in ``order`` (names of at least four letters)."""
+    """Returns how many rows there are, and which tokens are nearest to some words.
+
+    These are the first words of at least four letters in ``order``.
+    """
     filled = np.count_nonzero(rows, axis=1) > 0
     lines = [
-        f"{len(rows):,} rows of {rows.shape[1]}: {filled.sum():,} with data, {(~filled).sum():,} of zeros"
+        f"{len(rows):,} rows of {rows.shape[1]}: "
+        f"{filled.sum():,} with data, {(~filled).sum():,} of zeros"
     ]
     cost = CostEmbedding(torch.from_numpy(rows))
     words = (

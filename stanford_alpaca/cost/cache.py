@@ -1,4 +1,4 @@
-"""Cost rows that stay from step to step: a frozen cost has the same row for a target whenever it comes."""
+"""Cost rows that stay from step to step: with a frozen cost, a target always has the same row."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 class CostRows(NamedTuple):
-    """The costs of n targets: those of the k-th are ``table[which[k]]``, except that at the target itself the cost is 0."""
+    """The costs of n targets: those of the k-th are ``table[which[k]]``.
+
+    The target itself is an exception: its cost is 0, whatever the table holds there.
+    """
 
     table: Tensor  # [r, V] costs, not negative, of any floating dtype
     which: Tensor  # [n] rows of the table
@@ -17,9 +20,10 @@ class CostRows(NamedTuple):
 class CostCache:
     """bfloat16 rows of the targets seen so far, as many as the budget holds.
 
-    Storing c (not the cosine) in bfloat16 changes each cost by at most 1/256 of itself, and so it does emo, a mean of costs.
-    All rows are rounded, also those that find no room: a result does not depend on what came before (but for the last digit of
-    a cost here and there, where a float32 product of other rows rounds otherwise).
+    Storing c (not the cosine) in bfloat16 changes each cost by at most 1/256 of itself. emo is a
+    mean of costs, so the same holds for it. Rows that find no room are rounded as well, so a result
+    does not depend on earlier batches. Only the last digit of a cost can differ, because a float32
+    product over other rows can round differently.
     """
 
     def __init__(
@@ -27,21 +31,23 @@ class CostCache:
         vocab_size: int,
         device: torch.device,
         mib: float,
-        counts: Tensor
-        | None = None,  # [V] how often each token is a target; only the most frequent are kept
+        # [V] how often each token is a target; only the most frequent ones are kept
+        counts: Tensor | None = None,
     ):
         rows = min(vocab_size, int(mib * 2**20) // (2 * vocab_size))
         self.table = torch.empty(rows, vocab_size, dtype=torch.bfloat16, device=device)
-        self._slots = torch.full(
-            (vocab_size,), -1, device=device
-        )  # [V] the row of a token in the table
+        # [V] the row of each token in the table, or -1
+        self._slots = torch.full((vocab_size,), -1, device=device)
         self._used = 0
         self._wanted = torch.ones(vocab_size, dtype=torch.bool, device=device)
         if counts is not None and rows < vocab_size:
             self._wanted.zero_()[counts.to(device).argsort(descending=True)[:rows]] = True
 
     def rows(self, targets: Tensor, compute: Callable[[Tensor], Tensor]) -> CostRows:
-        """The rows of the targets [n]; ``compute`` gives those of r tokens, [r, V] in float32."""
+        """Returns the rows of the targets [n].
+
+        ``compute`` has to return those of r tokens, [r, V] in float32.
+        """
         tokens, index = targets.unique(return_inverse=True)
         new = tokens[(self._slots[tokens] < 0) & self._wanted[tokens]][
             : len(self.table) - self._used

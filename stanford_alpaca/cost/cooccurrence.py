@@ -1,7 +1,8 @@
-"""An embedding from text alone: tokens that keep the same company get rows that point the same way.
+"""An embedding from text alone: tokens with similar contexts get rows with similar directions.
 
-Windowed counts, shifted positive pointwise mutual information (Levy & Goldberg, NeurIPS 2014), and a truncated SVD with
-the singular values under a root and the contexts smoothed (Levy, Goldberg & Dagan, TACL 2015).
+It takes windowed counts, shifted positive pointwise mutual information (Levy & Goldberg, NeurIPS
+2014) and a truncated SVD. The rows use the square root of the singular values, and context counts
+are smoothed (Levy, Goldberg & Dagan, TACL 2015).
 """
 
 from collections.abc import Iterable
@@ -15,9 +16,8 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_whole
 
 SMOOTHING = 0.75  # exponent of the context counts: without it, rare contexts dominate
-NOISE = (
-    1e-6  # shorter rows, relative to the longest, are rounding errors that a cosine would blow up
-)
+# rows shorter than this, relative to the longest, are rounding errors that a cosine would amplify
+NOISE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,13 @@ def count_pairs(
     vocab_size: int,
     window: int,
 ) -> tuple[csr_array, np.ndarray]:
-    """Counts which tokens stand near each other within a document, a pair at distance d as 1/d, and the tokens.
+    """Counts the tokens, and which tokens stand near each other within a document.
 
-    Memory: the distinct pairs, and the tokens of one chunk times the window.
+    A pair at distance d counts 1/d. Memory: the distinct pairs, and the tokens of one chunk times
+    the window.
 
     Returns:
-        The symmetric [V, V] matrix of float64, and [V] counts of int64.
+        The symmetric [V, V] matrix of pairs in float64, and the [V] counts of tokens in int64.
     """
     pairs = csr_array((vocab_size, vocab_size), dtype=np.float64)
     counts = np.zeros(vocab_size, dtype=np.int64)
@@ -67,16 +68,19 @@ def _count_forward(ids: np.ndarray, belongs: np.ndarray, vocab_size: int, window
         second.append(ids[distance:][inside])
         weights.append(np.full(len(first[-1]), 1 / distance))
     places = (np.concatenate(first), np.concatenate(second))
-    return coo_array(
-        (np.concatenate(weights), places), shape=(vocab_size, vocab_size)
-    ).tocsr()  # which adds equal places
+    # tocsr adds up equal places
+    return coo_array((np.concatenate(weights), places), shape=(vocab_size, vocab_size)).tocsr()
 
 
 def positive_pmi(
     pairs: csr_array,  # [V, V] counts
     shift: int = 1,
 ) -> csr_array:  # [V, V]
-    """max(log(P(w, c) / (P(w) P'(c))) - log shift, 0) with P'(c) proportional to count(c)^0.75; 0 for pairs never seen."""
+    """Returns the shifted positive pointwise mutual information; it is 0 for pairs never seen.
+
+    Equals max(log(P(w, c) / (P(w) P'(c))) - log shift, 0), with P'(c) proportional to
+    count(c)^0.75.
+    """
     table = pairs.tocoo()
     rows, columns = table.coords
     words, contexts = pairs.sum(axis=1), pairs.sum(axis=0) ** SMOOTHING
@@ -92,21 +96,25 @@ def embed(
     wanted: np.ndarray,  # [V] bool: tokens that may get a row
     settings: TextSettings,
 ) -> tuple[np.ndarray, float]:
-    """Rows U sqrt(S) of the truncated SVD of the mutual information, the same on every run; zeros for the other tokens.
+    """Computes rows U sqrt(S) from the truncated SVD of the mutual information.
+
+    They are the same on every run. Tokens without a row get zeros.
 
     Returns:
-        [V, width] float32, and the share of the matrix' squared norm that the kept singular values explain.
+        [V, width] float32, and the share of the matrix' squared norm that the kept singular values
+        explain.
 
     Raises:
-        UserError: too few tokens have company for a matrix of this width.
+        UserError: too few tokens have neighbours for a matrix of this width.
     """
     chosen = diags_array(wanted.astype(np.float64))
     matrix = positive_pmi((chosen @ pairs @ chosen).tocsr(), settings.shift)
     met = np.flatnonzero(np.diff(matrix.indptr))
     if len(met) <= settings.width:
         raise UserError(
-            f"--width {settings.width}: the text has {len(met)} tokens that stand together more often than by chance, and more "
-            "than the width are needed; give more text, or a smaller --width, --min_count or --shift"
+            f"--width {settings.width}: the text has {len(met)} tokens that stand together more "
+            "often than by chance, and more than the width are needed; give more text, or a "
+            "smaller --width, --min_count or --shift"
         )
     start = np.random.default_rng(0).standard_normal(len(met))
     u, s, _ = svds(matrix[met], k=settings.width, v0=start)

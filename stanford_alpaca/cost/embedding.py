@@ -1,4 +1,7 @@
-"""The transport cost between tokens, read from an embedding: c_i = 1 - cos(e_i, e_y)  (EMO paper, section 3.2)."""
+"""The transport cost between tokens, read from an embedding.
+
+It is c_i = 1 - cos(e_i, e_y)  (EMO paper, section 3.2).
+"""
 
 import math
 from collections.abc import Iterator
@@ -17,17 +20,19 @@ ZERO_BELOW = 1e-6  # in float32, 1 - cos of two equal rows is noise of about thi
 
 
 class CostEmbedding:
-    """The frozen embedding that prices moving probability from token i to the target y.
+    """The frozen embedding that gives the cost of moving probability from token i to the target y.
 
     Args:
-        embedding: [V, D] rows of any floating dtype; ``None`` for ``identity``. It is copied, normalised and detached.
-        kind: ``cosine``: c_i = 1 - cos(e_i, e_y), between 0 and 2; ``identity``: c_i = 1 for every i but y (the ablation
-            under which emo is 1 - p_y).
+        embedding: [V, D] rows of any floating dtype; ``None`` for ``identity``. It is copied,
+            normalised and detached.
+        kind: ``cosine``: c_i = 1 - cos(e_i, e_y), between 0 and 2. ``identity``: c_i = 1 for every
+            i but y, an ablation under which emo is 1 - p_y.
 
-    It is no ``nn.Module`` on purpose: it is never trained, never decayed, never saved into a checkpoint and not broadcast
-    by DDP. Rows of zeros (padded vocabularies) have cosine 0 with every other token. Costs are float32 with an absolute
-    error of about 1e-7, so c below 0.01 has a relative error above 1e-5; float64 embeddings stay float64. Costs below
-    ZERO_BELOW become 0, in float64 as well: an absolute error of at most 1e-6.
+    It is deliberately no ``nn.Module``: it is never trained, never decayed, never saved into a
+    checkpoint and not broadcast by DDP. Rows of zeros (padded vocabularies) have cosine 0 with
+    every other token. Costs are float32 with an absolute error of about 1e-7, so c below 0.01 has a
+    relative error above 1e-5. Costs of float64 embeddings stay float64. Costs below ZERO_BELOW
+    become 0, in float64 as well: an absolute error of at most 1e-6.
     """
 
     def __init__(self, embedding: Tensor | None, kind: str = "cosine"):
@@ -39,7 +44,7 @@ class CostEmbedding:
         self.kind = kind
         self.rows: Tensor | None = None  # [V, D] unit rows, float32 (float64 if the embedding is)
         self.directed: Tensor | None = None  # [V] which rows are not zeros
-        self._cached: dict | None = None  # what the cache is made of, at the first use
+        self._cached: dict | None = None  # the arguments of the cache, made at the first use
         self._cache: CostCache | None = None
         if kind == "cosine":
             assert embedding is not None
@@ -55,7 +60,10 @@ class CostEmbedding:
 
     @classmethod
     def of_rows(cls, rows: Tensor) -> "CostEmbedding":
-        """From [V, D] rows that are of unit length, or zeros, already; they are not copied."""
+        """Makes a cost from [V, D] rows that already have unit length or are zeros.
+
+        The rows are not copied.
+        """
         self = cls(None, "identity")
         self.kind, self.rows, self.directed = "cosine", rows, rows.any(1)
         return self
@@ -68,7 +76,8 @@ class CostEmbedding:
         tensors = load_file(path)
         if len(tensors) != 1:
             raise ValueError(
-                f"{path}: wanted one tensor [vocabulary, width], found {', '.join(sorted(tensors)) or 'none'}"
+                f"{path}: wanted one tensor [vocabulary, width], "
+                f"found {', '.join(sorted(tensors)) or 'none'}"
             )
         (rows,) = tensors.values()
         if not rows.is_floating_point() or not rows.float().isfinite().all() or rows.numel() == 0:
@@ -87,12 +96,16 @@ class CostEmbedding:
         return self
 
     def cache(self, mib: float, counts: Tensor | None = None) -> "CostEmbedding":
-        """Keeps cost rows in bfloat16 from call to call, in at most ``mib`` MiB on the device of the embedding.
+        """Keeps cost rows in bfloat16 from call to call, in at most ``mib`` MiB.
 
-        Each cost, and so emo, then has a relative error of at most 1/256. Rows are computed when a target first comes: all of
-        them if they fit (2 V^2 bytes), else those of the most frequent targets by ``counts`` [V], else the first that come.
-        Soft targets have expected costs of their own and use none of them. Raises ValueError for a budget or counts that
-        cannot be.
+        They are on the device of the embedding. Each cost, and so emo, then has a relative error of
+        at most 1/256. A row is computed when its target first occurs. All rows are kept if they fit
+        (2 V^2 bytes). If not, those of the most frequent targets by ``counts`` [V] are kept, or
+        without counts those that occur first. Soft targets have expected costs of their own and do
+        not use the cache.
+
+        Raises:
+            ValueError: an impossible budget, or counts of another shape.
         """
         if not 0 <= mib < math.inf:
             raise ValueError(f"the budget of kept cost rows is {mib} MiB: give 0 (none) or more")
@@ -111,16 +124,20 @@ class CostEmbedding:
         """Raises ValueError unless there is one row for every logit."""
         if self.rows is not None and self.rows.shape[0] != vocab_size:
             raise ValueError(
-                f"the cost embedding has {self.rows.shape[0]} rows but there are {vocab_size} logits: "
-                "build the cost after resizing the vocabulary"
+                f"the cost embedding has {self.rows.shape[0]} rows but there are "
+                f"{vocab_size} logits: build the cost after resizing the vocabulary"
             )
 
     def unique_rows(self, targets: Tensor) -> CostRows | None:  # [n]
-        """The costs of the targets, computed once for equal ones; None for identity, where all others cost 1."""
+        """Returns the costs of the targets, computed once for equal targets.
+
+        Returns None for identity, where every other token costs 1.
+        """
         if self.rows is None:
             return None
         if self._cached is not None:
-            with torch.inference_mode(False):  # what it makes could not be written to outside
+            # tensors made in inference mode could not be written to outside of it
+            with torch.inference_mode(False):
                 self._cache = self._cache or CostCache(
                     len(self.rows), self.rows.device, **self._cached
                 )
@@ -132,12 +149,14 @@ class CostEmbedding:
         self,
         targets: Tensor,  # [n] token ids
         vocab_size: int,
-        rest: tuple[Tensor, Tensor]
-        | None = None,  # [n, k] ids and probabilities that the target lacks (see SoftTargets)
+        # [n, k] ids and probabilities that tau gives to tokens other than the target
+        rest: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:  # [n, V] costs in [0, 2], a new tensor the caller may overwrite
-        """The costs of moving to each target: 0 exactly at the target and at duplicates of it, never negative.
+        """Returns the costs of moving to each target.
 
-        With ``rest`` the expected costs sum_j tau_j c_ij: tau is probs at the ids, which add up, and 1 - sum at the target.
+        They are never negative, and exactly 0 at the target and at duplicates of it. With ``rest``
+        (see ``split_targets``) they are the expected costs sum_j tau_j c_ij. There tau is ``probs``
+        at the ids, where equal ids add up, and 1 - sum of ``probs`` at the target.
         """
         if rest is not None:
             return self._expected_costs(targets, *rest, vocab_size)
@@ -155,9 +174,12 @@ class CostEmbedding:
     def _expected_costs(
         self, targets: Tensor, ids: Tensor, probs: Tensor, vocab_size: int
     ) -> Tensor:
-        """One product: 1 - u_i . sum_j tau_j u_j. At the target, where that would cancel if the teacher is nearly sure, the sum
-        over the rest alone. Below ZERO_BELOW (at the target: times the probability of the rest) it is 0: the absolute error
-        is at most about 1e-6 (times that probability)."""
+        """Computes expected costs as one product: 1 - u_i . sum_j tau_j u_j.
+
+        At the target this would cancel if the teacher is nearly sure, so there the sum over the
+        rest alone is taken. A cost below ZERO_BELOW is 0; at the target that limit is multiplied by
+        the probability of the rest. The absolute error is at most about 1e-6, multiplied likewise.
+        """
         if self.rows is None or self.directed is None:
             away = probs.sum(1, keepdim=True)
             costs = probs.new_ones(targets.shape[0], vocab_size)
@@ -166,16 +188,14 @@ class CostEmbedding:
             probs = probs.to(self.rows.dtype)
             away, towards = probs.sum(1, keepdim=True), self.rows[targets]
             with full_precision(self.rows.device.type):
-                moved = embedding_bag(
-                    ids, self.rows, per_sample_weights=probs, mode="sum"
-                )  # [n, D]: no [n, k, D]
+                # [n, D], without a tensor [n, k, D]
+                moved = embedding_bag(ids, self.rows, per_sample_weights=probs, mode="sum")
                 costs = torch.addcmul(moved, 1 - away, towards) @ self.rows.T
             costs.neg_().add_(1)
             at_target = away - (moved * towards).sum(1, keepdim=True)
             undirected = torch.where(self.directed[ids], 0.0, probs)
-        costs.scatter_add_(
-            1, ids, -undirected
-        )  # a row of zeros has cosine 0 with itself too, and yet costs itself nothing
+        # a row of zeros has cosine 0 with itself too, but moving to itself costs nothing
+        costs.scatter_add_(1, ids, -undirected)
         torch.threshold_(costs, ZERO_BELOW, 0.0)
         return costs.scatter_(
             1, targets[:, None], torch.where(at_target >= ZERO_BELOW * away, at_target, 0.0)
@@ -183,19 +203,23 @@ class CostEmbedding:
 
 
 def transport_costs(towards: Tensor, rows: Tensor) -> Tensor:  # [r, D], [V, D] -> [r, V]
-    """1 - cos of unit rows (0 for rows of zeros), with noise cut to 0."""
+    """Returns 1 - cos of unit rows (cos is 0 for rows of zeros), with noise set to 0."""
     with full_precision(rows.device.type):
         costs = torch.addmm(rows.new_ones(1), towards, rows.T, alpha=-1)
     return cut_noise(costs)
 
 
 def cut_noise(costs: Tensor) -> Tensor:
-    """The same tensor, in which what is noise is 0."""
+    """Sets costs that are noise to 0, in place, and returns them."""
     return torch.threshold_(costs, ZERO_BELOW, 0.0)
 
 
 def norms_of(rows: Tensor) -> Tensor:  # [V, D] -> [V] float32 (float64 of float64 rows)
-    """Summed in float64: squares of small entries do not underflow, and 1 - cos of equal rows stays below ZERO_BELOW."""
+    """Returns the norm of each row, summed in float64.
+
+    Squares of small entries then do not underflow, and 1 - cos of equal rows stays below
+    ZERO_BELOW.
+    """
     norms = [
         torch.linalg.vector_norm(tile, dim=1, dtype=torch.float64) for tile in rows.split(TILE)
     ]
@@ -203,14 +227,17 @@ def norms_of(rows: Tensor) -> Tensor:  # [V, D] -> [V] float32 (float64 of float
 
 
 def inverse_norms(rows: Tensor) -> Tensor:  # [V, D] -> [V] float32 (float64 of float64 rows)
-    """1 / norm, and 0 for rows of zeros."""
+    """Returns 1 / norm of each row, and 0 for rows of zeros."""
     norms = norms_of(rows)
     return torch.where(norms > torch.finfo(norms.dtype).tiny, 1 / norms, 0.0)
 
 
 @contextmanager
 def full_precision(device: str) -> Iterator[None]:
-    """Matrix products in the precision of their operands: under autocast, and where --tf32 asks for less."""
+    """Computes matrix products in the precision of their operands while the block runs.
+
+    This holds under autocast too, and where --tf32 asks for less.
+    """
     products = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     asked = products.fp32_precision
     with torch.autocast(device, enabled=False):

@@ -1,4 +1,4 @@
-"""The cost embedding in parts: each rank keeps 1/R of the rows between uses."""
+"""The cost embedding in shards: each rank keeps 1/R of the rows between uses."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,16 @@ from stanford_alpaca.distributed.collectives import all_gather
 
 
 class ShardedCost:
-    """The rows of a cosine CostEmbedding over the ranks of a group, ceil(V / R) each but for the last ones, as FSDP2 cuts them.
+    """This rank's rows of a cosine CostEmbedding that is sharded over the ranks of a group.
+
+    Each rank has ceil(V / R) rows and the last ones fewer, as FSDP2 shards a parameter.
 
     Args:
-        cost: the whole embedding, equal on all ranks; of it this rank's rows are copied.
-        group: who shares it; None for all ranks.
+        cost: the whole embedding, equal on all ranks. This rank's rows are copied.
+        group: the ranks that share it; None for all ranks.
         device: where the rows are kept and the collectives run.
-        from_rank_0: rank 0 alone has the rows (the others' are on the meta device): one broadcast of V / R rows for each rank.
+        from_rank_0: whether rank 0 alone has the rows and the others' are on the meta device. This
+            takes one broadcast of V / R rows for each rank.
     """
 
     def __init__(
@@ -34,9 +37,8 @@ class ShardedCost:
         if not from_rank_0:
             self.rows = cost.rows[own].to(device, copy=True)  # [V / R, D]
             return
-        self.rows = cost.rows.new_empty(
-            0, cost.rows.shape[1], device=device
-        )  # the last ranks may have none
+        # the last ranks may have no rows
+        self.rows = cost.rows.new_empty(0, cost.rows.shape[1], device=device)
         rank = torch.distributed.get_rank(group)
         for owner, part in enumerate(cost.rows.split(self.per_rank)):
             part = _from_rank_0(part, device, group)
@@ -47,7 +49,7 @@ class ShardedCost:
     def of_part(
         cls, part: CostEmbedding, vocab_size: int, group: ProcessGroup | None = None
     ) -> "ShardedCost":
-        """From the embedding of this rank's rows alone."""
+        """Makes a shard from an embedding of this rank's rows alone."""
         self = cls.__new__(cls)
         self._share(vocab_size, group)
         assert part.rows is not None
@@ -72,7 +74,10 @@ class ShardedCost:
             )
 
     def gather(self) -> CostEmbedding:
-        """The whole embedding. One all-gather: every rank receives (R - 1) / R of V * D numbers in the rows' dtype."""
+        """Returns the whole embedding.
+
+        Takes one all-gather: each rank receives (R - 1) / R of V * D numbers in the rows' dtype.
+        """
         padded = self.rows
         if len(padded) < self.per_rank:
             padded = padded.new_zeros(self.per_rank, self.rows.shape[1])
@@ -80,9 +85,10 @@ class ShardedCost:
         return CostEmbedding.of_rows(all_gather(padded, self.group)[: self.vocab_size])
 
     def unique_rows(self, targets: Tensor) -> CostRows:  # [n], equal on all ranks
-        """The costs of moving from this rank's tokens to the targets: a table [u, V / R] for the u different ones.
+        """Returns the costs of moving from this rank's tokens to the targets.
 
-        One all-reduce of [u, D]: each rank contributes the rows that it keeps.
+        The table is [u, V / R] for u different targets. It takes one all-reduce of [u, D], to which
+        each rank contributes the rows that it keeps.
         """
         tokens, index = targets.unique(return_inverse=True)
         local = tokens - self.start
@@ -97,13 +103,16 @@ class ShardedCost:
 def broadcast_cost(
     cost: CostEmbedding, device: torch.device | str, group: ProcessGroup | None = None
 ) -> CostEmbedding:
-    """Rank 0's cosine embedding on all ranks, on the device. One broadcast of V * D numbers."""
+    """Returns rank 0's cosine embedding on all ranks, on the device.
+
+    Takes one broadcast of V * D numbers.
+    """
     assert cost.rows is not None
     return CostEmbedding.of_rows(_from_rank_0(cost.rows, device, group))
 
 
 def _from_rank_0(rows: Tensor, device: torch.device | str, group: ProcessGroup | None) -> Tensor:
-    """Rank 0's tensor; the others' tell its shape and dtype."""
+    """Broadcasts rank 0's tensor. The other ranks' tensors give its shape and dtype."""
     leads = torch.distributed.get_rank(group) == 0
     rows = rows.to(device, copy=True) if leads else torch.empty_like(rows, device=device)
     torch.distributed.broadcast(rows, group_src=0, group=group)
@@ -111,7 +120,11 @@ def _from_rank_0(rows: Tensor, device: torch.device | str, group: ProcessGroup |
 
 
 def as_cost(cost: Tensor | Cost | None) -> Cost | None:
-    """Accepts what the public functions accept: a [V, D] tensor, a CostEmbedding, a shard, or nothing. Else ValueError."""
+    """Converts what the public functions accept into a Cost.
+
+    They accept a [V, D] tensor, a CostEmbedding, a ShardedCost or None. Raises ValueError for
+    anything else.
+    """
     if not (cost is None or isinstance(cost, Tensor | CostEmbedding | ShardedCost)):
         raise ValueError(
             f"a cost embedding is a tensor [vocabulary, width] or a CostEmbedding, not {cost!r:.40}"

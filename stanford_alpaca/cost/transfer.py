@@ -1,23 +1,20 @@
-"""Another model's output embedding as the cost embedding, also across tokenizers."""
+"""Takes another model's output embedding as the cost embedding, also across tokenizers."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-ROLES = (
-    "eos",
-    "bos",
-    "unk",
-    "pad",
-)  # a token with several is matched by the first that the source has too
-BEFORE = "a"  # a text to decode a token behind, so that its leading space shows
-BREAK = "\n"  # a text to encode a token behind: pieces do not grow over it, and no space is put after it
+# a token with several roles is matched by the first that the source has too
+ROLES = ("eos", "bos", "unk", "pad")
+BEFORE = "a"  # each token is decoded after this text, so that its leading space shows
+# each text is encoded after this one: pieces do not extend over it, and no space is put after it
+BREAK = "\n"
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Where the rows come from."""
+    """How many rows come from where."""
 
     exact: int = 0  # a source token with the same text
     averaged: int = 0  # the mean of several source tokens
@@ -31,8 +28,12 @@ def transfer_rows(
     target: PreTrainedTokenizerBase,
     vocab_size: int,
 ) -> tuple[np.ndarray, Matches]:  # [vocab_size, D] float32
-    """A row for every target token: that of the source token with the same text or the same role, else the mean of the
-    rows of the pieces into which the source splits its text, else zeros. One vocabulary for both gives the head itself."""
+    """Returns a row for every target token, and where the rows come from.
+
+    A row is that of the source token with the same text or the same role. If there is none, it is
+    the mean of the rows of the pieces into which the source splits the token's text, else zeros. If
+    both tokenizers have the same vocabulary, the rows are the head itself.
+    """
     rows = np.zeros((vocab_size, head.shape[1]), dtype=np.float32)
     if source.get_vocab() == target.get_vocab():
         same = min(vocab_size, len(head))
@@ -63,7 +64,10 @@ def transfer_rows(
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, tuple[str, str]]]:
-    """Every ordinary token, and what it stands for in running text; part of a character is told by its name instead."""
+    """Returns every ordinary token and what it stands for in running text.
+
+    A token that is part of a character is identified by its name instead.
+    """
     special = _special_ids(tokenizer)
     ids = sorted(token for token in tokenizer.get_vocab().values() if token not in special)
     before = tokenizer(BEFORE, add_special_tokens=False)["input_ids"]
@@ -79,7 +83,10 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, tuple[str, str
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The ids of each text in running text; none for parts of characters, and no special ones such as unknown."""
+    """Returns the ids of each text in running text, without special ones such as unknown.
+
+    Parts of characters have none.
+    """
     special = _special_ids(tokenizer)
     before, *encoded = tokenizer(
         [BREAK, *(BREAK + text for text in texts)], add_special_tokens=False
@@ -87,9 +94,8 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     alone = tokenizer(["", *texts], add_special_tokens=False)["input_ids"][1:]
     pieces = []
     for text, ids, other in zip(texts, encoded, alone, strict=True):
-        ids = (
-            ids[len(before) :] if ids[: len(before)] == before else other
-        )  # it did grow over the break
+        # if a piece did extend over the break, the ids of the text alone
+        ids = ids[len(before) :] if ids[: len(before)] == before else other
         pieces.append(
             [token for token in ids if token not in special] if "\ufffd" not in text else []
         )

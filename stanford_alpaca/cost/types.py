@@ -1,4 +1,4 @@
-"""What a loss needs of a transport cost, wherever its rows are."""
+"""What a loss needs from a transport cost, wherever its rows are."""
 
 from typing import Protocol
 
@@ -9,17 +9,20 @@ from stanford_alpaca.cost.cache import CostRows
 
 
 class Cost(Protocol):
-    """A transport cost between tokens: whole (``CostEmbedding``), or this rank's part of it (``ShardedCost``)."""
+    """A transport cost between tokens.
+
+    It is whole (``CostEmbedding``), or this rank's part (``ShardedCost``).
+    """
 
     @property
     def rows(self) -> Tensor | None:
         """[V, D] directions, or this rank's rows of them; None where every other token costs 1."""
 
     def to(self, device: torch.device | str) -> "Cost":
-        """The same on another device; moves in place."""
+        """Moves the cost to another device, in place, and returns it."""
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError unless there is a row for each token."""
 
     def unique_rows(self, targets: Tensor) -> CostRows | None:  # [n]
-        """The costs of reaching each different target, and which of them each target has."""
+        """Returns the costs of each different target, and which of them each target has."""

@@ -1,4 +1,4 @@
-"""Balancing: within each optimizer step, examples go to ranks and micro-batches so that all have about as much to do."""
+"""Balances each optimizer step: assigns its examples evenly to ranks and micro-batches."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,11 @@ from torch.utils.data import Sampler
 
 
 def even_groups(costs: np.ndarray, size: int) -> np.ndarray:  # [len(costs) / size, size]
-    """Groups of ``size`` indices with near equal sums: the dearest first, each to the group that has least and is not full."""
+    """Groups indices, ``size`` to a group, so that the sums of the groups' costs are nearly equal.
+
+    Takes the indices in descending order of cost. Each joins the group with the smallest sum that
+    is not full.
+    """
     count = len(costs) // size
     groups: list[list[int]] = [[] for _ in range(count)]
     sums = np.zeros(count)
@@ -23,11 +27,13 @@ def balanced_order(
     batch: int,
     ranks: int,
     padded: bool,
-) -> np.ndarray:  # [G]: micro-batches of the ranks in turn, as accelerate deals them out
-    """An order of a step's examples in which ranks have about the same to do, and micro-batches at the same time too.
+) -> np.ndarray:  # [G] indices; accelerate gives micro-batch k to rank k % ranks
+    """Orders one step's examples so that all ranks have about equal work.
 
-    Where a micro-batch is padded to its longest, examples of similar lengths go together; else tokens are what costs, and
-    micro-batches get equal sums. Then micro-batches go to ranks, those of each rank the dearest first.
+    Micro-batches that run at the same time have about equal costs too. If micro-batches are
+    padded, examples of similar lengths go together, because each is padded to its longest.
+    Otherwise only tokens cost, so micro-batches get nearly equal numbers of tokens. Each rank
+    processes its micro-batches in descending order of cost.
     """
     if padded:
         groups = np.argsort(-lengths, kind="stable").reshape(-1, batch)
@@ -39,12 +45,15 @@ def balanced_order(
 
 
 class BalancedSampler(Sampler):
-    """The indices of another sampler, balanced within each optimizer step: a step's examples stay the same.
+    """Reorders the indices of another sampler to balance each optimizer step.
+
+    The set of examples in a step stays the same.
 
     Args:
-        sampler: gives whole global batches; what it draws, and when, is not changed.
-        lengths: [N] tokens of the data set's items.
-        batch, ranks, accumulation: micro-batches of ``batch``, ``ranks * accumulation`` of them to a step.
+        sampler: yields whole global batches; what it draws, and when, does not change.
+        lengths: [N] number of tokens of each item of the data set.
+        batch, ranks, accumulation: a step has ``ranks * accumulation`` micro-batches of ``batch``
+            examples.
         padded: whether micro-batches are padded, see ``balanced_order``.
     """
 

@@ -1,4 +1,7 @@
-"""From examples to batches: padded and masked, or with positions that restart; what fills up the last global batch."""
+"""Turns examples into batches: padded and masked, or with positions that restart at each example.
+
+Also adds the rows that complete the last global batch.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,9 +22,10 @@ from stanford_alpaca.data.tokenize import IGNORE_INDEX
 class PadCollator:
     """Pads a list of examples to the longest of them.
 
-    Returns int64 tensors [batch, longest]: ``input_ids``, ``labels`` (-100 on padding) and ``attention_mask``. The mask
-    follows the lengths, never the padding id, which may equal the end-of-sequence token. Where an example has weights there are
-    ``token_weights`` too, see ``weight_bits``.
+    Returns int64 tensors [batch, longest]: ``input_ids``, ``labels`` (-100 on padding) and
+    ``attention_mask``. The mask follows the lengths, never the padding id, which may equal the
+    end-of-sequence token. If an example has weights, there are ``token_weights`` too, see
+    ``weight_bits``.
     """
 
     pad_id: int
@@ -41,17 +45,23 @@ class PadCollator:
 
 @dataclass(frozen=True)
 class SegmentCollator:
-    """Batches without padding masks, in which positions that start again at 0 tell where an example begins.
+    """Makes batches without padding masks, in which each example begins at position 0.
 
-    Takes examples and rows of several (see ``PackedExamples``). Returns int64 tensors [rows, longest], or [1, total] if
-    ``flat``: ``input_ids``, ``labels`` (-100 at the first token of each example, which nothing predicts) and ``position_ids``;
-    and ``use_cache`` False. A padding token is an example of its own: its position is 0 and nothing sees it.
+    Takes single examples and packed rows (see ``PackedExamples``). Returns int64 tensors
+    [rows, longest], or [1, total] if ``flat``: ``input_ids``, ``labels`` and ``position_ids``;
+    and ``use_cache`` False. The labels are -100 at the first token of each example, which nothing
+    predicts. A padding token is an example of its own: its position is 0 and no other token
+    attends to it.
 
     Args:
-        apart_by: what the model keeps examples apart by, see ``find_isolation``. ``positions``: transformers reads them where
-            there is neither a mask nor a cache. ``cu_seq_lens``: FlashAttention's inputs for the rows as one sequence; from
-            positions transformers makes them for a single row only. ``mask``, ``bias``: a mask that is complete, bool for
-            SDPA or float to be added, for models that make theirs without asking for positions.
+        apart_by: what keeps the examples of a row apart in the model, see
+            ``objective.isolation.find_isolation``.
+            ``positions``: the positions alone. transformers reads the boundaries from them if
+            there is neither a mask nor a cache.
+            ``cu_seq_lens``: FlashAttention's inputs for all rows as one sequence. transformers
+            makes them from the positions for a single row only.
+            ``mask``, ``bias``: a complete mask, for models that make their own without looking at
+            the positions. It is bool for SDPA, or float to be added to the attention scores.
     """
 
     pad_id: int
@@ -108,8 +118,11 @@ class _Row(NamedTuple):
 
 
 def weight_bits(weights: list[list[float]]) -> dict[str, Tensor]:
-    """``token_weights`` [rows, longest], filled up with 1, unless all are 1: the bits of float32 as int32, since engines that
-    compute in 16 bits round what is a number."""
+    """Returns ``token_weights`` [rows, longest], padded with 1, or nothing if all weights are 1.
+
+    The tensor holds the bits of float32 numbers as int32, because engines that compute in 16 bits
+    would round a tensor of floats.
+    """
     if all(weight == 1 for row in weights for weight in row):
         return {}
     rows = [torch.tensor(row, dtype=torch.float32) for row in weights]
@@ -119,7 +132,11 @@ def weight_bits(weights: list[list[float]]) -> dict[str, Tensor]:
 
 
 def flash_attention_inputs(position_ids: Tensor) -> dict[str, Any]:
-    """Where examples begin in the rows put one after the other, int32 [examples + 1], and the longest: for queries and keys."""
+    """Returns FlashAttention's inputs for queries and keys, with all rows as one sequence.
+
+    ``cu_seq_lens``: where each example begins, and the total length; int32 [examples + 1].
+    ``max_length``: the length of the longest example.
+    """
     positions = position_ids.flatten()
     starts = (positions == 0).nonzero().flatten()
     cu_seq_lens = torch.cat([starts, starts.new_tensor([len(positions)])]).int()
@@ -132,34 +149,40 @@ def flash_attention_inputs(position_ids: Tensor) -> dict[str, Any]:
     }
 
 
-def segment_mask(
-    position_ids: Tensor, additive: bool
-) -> Tensor:  # [rows, 1, S, S] bool, or float32: 0 and -inf
-    """Who sees whom: the tokens of an example those before them, and every token itself."""
+def segment_mask(position_ids: Tensor, additive: bool) -> Tensor:  # [rows, 1, S, S]
+    """Returns the mask in which a token attends to itself and to those before it in its example.
+
+    The mask is bool, or float32 with 0 and -inf if ``additive``.
+    """
     example = (position_ids == 0).cumsum(1)
     seen = (example[:, :, None] == example[:, None, :]).tril()[:, None]
     return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if additive else seen
 
 
 def count_examples(batch: dict[str, Any]) -> Tensor:  # [] int64
-    """The examples in a batch of SegmentCollator: each has two tokens or more, padding and fillers have the position 0 only."""
+    """Counts the examples in a batch of SegmentCollator.
+
+    Each example has at least two tokens. Padding and filler rows only have the position 0.
+    """
     return (batch["position_ids"] == 1).sum()
 
 
 def count_tokens(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Sums of n and n^2 over the examples of n tokens in a batch of either collator, float64, without synchronisation."""
+    """Returns the sums of n and n^2 over the examples of a batch, where n is an example's tokens.
+
+    Takes a batch of either collator. Returns float64 tensors and does not wait for the device.
+    """
     if "position_ids" not in batch:
         lengths = batch["attention_mask"].sum(1).double()
         return lengths.sum(), (lengths**2).sum()
     positions, examples = batch["position_ids"].double(), count_examples(batch)
     inner = positions > 0
-    return inner.sum().double() + examples, (
-        (2 * positions + 1) * inner
-    ).sum() + examples  # n^2 is the sum of 2 p + 1
+    # n^2 is the sum of 2 p + 1 over an example's positions p = 0 ... n - 1; p = 0 adds 1
+    return inner.sum().double() + examples, ((2 * positions + 1) * inner).sum() + examples
 
 
 def target_counts(examples: Dataset, vocab_size: int) -> Tensor:  # [V] int64
-    """How often each token is a target."""
+    """Counts how often each token is a target."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for batch in examples.select_columns(["labels"]).with_format("numpy").iter(batch_size=10_000):
         labels = np.concatenate(batch["labels"])
@@ -170,10 +193,11 @@ def target_counts(examples: Dataset, vocab_size: int) -> Tensor:  # [V] int64
 def pad_to_multiple(
     examples: Dataset | PackedExamples, multiple: int, token_id: int
 ) -> Dataset | PackedExamples:
-    """Appends fully masked rows until the length divides by ``multiple``, so that no example is seen twice or dropped.
+    """Appends fully masked rows until the number of rows is divisible by ``multiple``.
 
-    Such a row is one token without a target: it adds nothing to the loss, its gradient or the count of targets. With
-    the global batch as the multiple, every world size sees the same examples in the same step.
+    So no example is seen twice or dropped. Such a row is one token without a target: it adds
+    nothing to the loss, its gradient or the count of targets. If ``multiple`` is the global batch
+    size, every world size sees the same examples in the same step.
     """
     if isinstance(examples, PackedExamples):
         return examples.filled(multiple)

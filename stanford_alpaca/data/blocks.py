@@ -1,7 +1,8 @@
-"""Running text as blocks of one length: documents one after the other, an end-of-sequence token after each.
+"""Cuts running text into blocks of one length.
 
-A block begins with the last token of the one before, as context: so every token of the text is a target exactly once, whatever
-the length of the blocks. The last block of a source is as long as what is left.
+The documents are concatenated, with an end-of-sequence token after each. A block begins with the
+last token of the block before, as context. So every token of the text is a target exactly once,
+whatever the block size. The last block of a source holds the tokens that are left.
 """
 
 import re
@@ -21,55 +22,55 @@ from stanford_alpaca.data.report import count_lines, note_counts
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, PARALLEL_FROM
 from stanford_alpaca.errors import UserError
 
-PIECE = (
-    2**20
-)  # characters that are tokenized at a time; longer documents are tokenized in parts, which end with a line
+# characters to tokenize at a time; a longer document is tokenized in parts that end with a line
+PIECE = 2**20
 CUT = re.compile(r"\n(?=\S)")
 IDS = Features({"input_ids": List(Value("int32")), "notes": List(Value("string"))})
 BLOCK = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-BLOCKS_VERSION = "3"  # raise it when the same text would give other ids
+BLOCKS_VERSION = "3"  # raise it when the same text gives other ids
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What became of the documents of one source."""
+    """What happened to the documents of one source."""
 
     documents: int
     blocks: int
     block_size: int
     targets: int
-    max_sentences: int | None  # that were taken
-    unused: Mapping[str, int] = field(default_factory=dict)  # fields that are not read -> documents
-    notes: Mapping[str, int] = field(default_factory=dict)  # see ``Rendered`` -> documents
-    template: str = ""  # there are no prompts
+    max_sentences: int | None  # only the first so many lines or rows were read; None: all
+    unused: Mapping[str, int] = field(default_factory=dict)  # unread field -> documents with it
+    notes: Mapping[str, int] = field(default_factory=dict)  # note -> documents, see ``Rendered``
+    template: str = ""  # empty, because there are no prompts
 
     def lines(self) -> list[str]:
-        """The report as a run prints it."""
+        """Returns the report as a run prints it."""
         return [str(self), *count_lines(self.documents, self.unused, self.notes)]
 
     def __str__(self) -> str:
         first = f"the first {self.max_sentences:,} lines: " if self.max_sentences else ""
         return (
-            f"{first}{self.documents:,} document(s), {self.blocks:,} block(s) of at most {self.block_size} tokens; "
-            f"{self.targets:,} tokens, each a target once"
+            f"{first}{self.documents:,} document(s), {self.blocks:,} block(s) of at most "
+            f"{self.block_size} tokens; {self.targets:,} tokens, each a target once"
         )
 
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Turns documents into token ids: what the tokenizer puts first, the text, the end-of-sequence token.
+    """Turns a document into token ids: the tokenizer's first token, the text, an end of sequence.
 
-    A tokenizer that puts the end-of-sequence token first (OPT's) puts nothing here: one stands there already.
+    Some tokenizers put the end-of-sequence token first (OPT's). It is not added then, because the
+    document before already ends with one.
     """
 
     encoder: TextEncoder
-    before: int | None = None  # what the tokenizer puts first
+    before: int | None = None  # the token that the tokenizer puts first, if it is added
 
     @classmethod
     def of(
         cls, tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text"
     ) -> "DocumentEncoder":
-        """The encoder of a tokenizer, with one of ``READINGS``."""
+        """Returns the encoder of a tokenizer; ``special_tokens`` is one of ``READINGS``."""
         encoder = TextEncoder.of(tokenizer, special_tokens)
         ((first, _),) = encoder([""], True)
         return cls(encoder, first[0] if first and first[0] != encoder.eos_id else None)
@@ -89,8 +90,11 @@ class DocumentEncoder:
         )
 
     def _ids(self, text: str, start: int, end: int) -> list[int]:
-        """Of a part of the written text. One that is not the first is encoded behind its line break: some tokenizers put a
-        space, or something else, at the beginning of what they are given."""
+        """Encodes one part of the written text.
+
+        A later part is encoded together with the line break before it, because some tokenizers put
+        a space, or something else, at the beginning of what they encode.
+        """
         if start == 0:
             return self.encoder(
                 [text[:end]], self.before is not None and not self.encoder.begins(text)
@@ -99,9 +103,8 @@ class DocumentEncoder:
         first = next((i for i, (begin, _) in enumerate(spans) if begin >= 1), len(ids))
         if first < len(ids) and spans[first][0] == 1:
             return ids[first:]
-        return self.encoder([text[start:end]], add_special_tokens=False)[0][
-            0
-        ]  # the line break is in one token with a letter
+        # the line break shares a token with what follows it
+        return self.encoder([text[start:end]], add_special_tokens=False)[0][0]
 
 
 def _int32(ids: list[int]) -> np.ndarray:
@@ -109,7 +112,10 @@ def _int32(ids: list[int]) -> np.ndarray:
 
 
 def _parts(text: str) -> Iterator[tuple[int, int]]:
-    """Where parts of about PIECE characters begin and end: behind a line break that no white space follows."""
+    """Yields where parts of about PIECE characters begin and end.
+
+    A part ends after a line break that no white space follows.
+    """
     start = 0
     while start == 0 or start < len(text):
         cut = CUT.search(text, start + PIECE)
@@ -119,26 +125,28 @@ def _parts(text: str) -> Iterator[tuple[int, int]]:
 
 
 def make_blocks(
-    records: Dataset,  # of the form text, a document each
+    records: Dataset,  # of the form ``text``, one document each
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     num_proc: int = 1,
     cache_dir: str | None = None,
-    max_sentences: int | None = None,  # for the report
-    special_tokens: str = "text",  # of READINGS
+    max_sentences: int | None = None,  # for the report only
+    special_tokens: str = "text",  # one of READINGS
 ) -> tuple[Dataset, BlockReport]:
-    """Blocks with ``input_ids`` and ``labels``, and the report.
+    """Returns blocks with ``input_ids`` and ``labels``, and their report.
 
-    Not a target are the first token of each block, which is the last target of the block before it (of the first block: an
-    end-of-sequence token, or what the tokenizer puts before a text), and what the tokenizer puts before a text.
+    The first token of each block is no target. It is the last target of the block before; in the
+    first block it is an end-of-sequence token, or the one that the tokenizer puts before a text.
+    Tokens that the tokenizer puts before a text are no targets either.
 
     Raises:
-        UserError: records of another form.
+        UserError: the records have another form.
     """
     form = form_of(records.column_names)
     if form != "text":
         raise UserError(
-            f"--block_size cuts running text, and these are records of the form {form}: fine-tune on them with train_emo.sh"
+            f"--block_size cuts running text, and these are records of the form {form}: "
+            "fine-tune on them with train_emo.sh"
         )
     encode = DocumentEncoder.of(tokenizer, special_tokens)
     parallel = num_proc if len(records) >= PARALLEL_FROM else None
@@ -171,10 +179,13 @@ def make_blocks(
 def _blocks(
     documents: Dataset, block_size: int, before: int | None, eos_id: int
 ) -> Iterator[dict[str, Any]]:
-    """The generator behind the cached table. ``before``: the token that the tokenizer puts before a text, if there is one."""
-    held = _int32(
-        [] if before is not None else [eos_id]
-    )  # the last token of the block before, and what follows it
+    """Yields the blocks of the cached table.
+
+    Args:
+        before: the token that the tokenizer puts before a text, or None.
+    """
+    # the last token of the block before, and the tokens that follow it
+    held = _int32([] if before is not None else [eos_id])
     for batch in documents.with_format("numpy").iter(batch_size=100):
         held = np.concatenate([held, *batch["input_ids"]])
         step = block_size - 1

@@ -1,4 +1,4 @@
-"""Tables of records that ``datasets`` keeps on the disk, each with a check beside it: one that has changed is made again."""
+"""Caches tables of records on disk. A table whose files differ from its check file is rebuilt."""
 
 import contextlib
 import json
@@ -28,10 +28,10 @@ def table(
     features: Features,
     cache_dir: str | None,
 ) -> Dataset:
-    """What a generator yields as a table on the disk, made once for each ``source``.
+    """Writes what a generator yields to a table on disk, once for each ``source``.
 
     Raises:
-        UserError: what the generator raises; or the cache cannot be used.
+        UserError: the generator raises it, or the cache cannot be used.
     """
     root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
     place = root / f"stanford_alpaca-{Hasher.hash([rows, source, features])}"
@@ -54,7 +54,10 @@ def table(
 
 
 def mapped(records: Dataset, function: Callable[[dict], dict], key: str, **options: Any) -> Dataset:
-    """``records.map`` in batches, kept beside the table of the records under a hash of its fingerprint and the key.
+    """Runs ``records.map`` in batches and caches the result beside the table of the records.
+
+    Its name there is a hash of the records' fingerprint and ``key``. Records in memory are mapped
+    without a cache.
 
     Raises:
         UserError: the cache cannot be used.
@@ -89,9 +92,10 @@ def _kept(
     check: Path,
     folder: Path | None = None,
 ) -> Dataset:
-    """What ``make`` reads from its files. Where they are not what the check says, they (or the folder) are removed before.
+    """Returns what ``make`` reads from its files, or makes anew if they differ from the check.
 
-    One process at a time: another one waits for what this one makes.
+    In the latter case the files (or the whole folder) are removed first. Only one process works
+    at a time. Another one waits for its result.
     """
     lock = (
         folder.with_name(f"{folder.name}.lock")
@@ -116,7 +120,11 @@ def _kept(
 
 
 def _checked(files: list[Path]) -> dict[str, list]:
-    """Size and digest of each file: xxh3, because it is against damage, not against forgery, and all is read at every start."""
+    """Returns the size and the digest of each file.
+
+    The digest is xxh3, which is fast, because every file is read at every start. It protects
+    against damage, not against forgery.
+    """
     return {file.name: [file.stat().st_size, _digest(file)] for file in files}
 
 
@@ -137,7 +145,7 @@ def _read(check: Path) -> Any:
 
 @contextlib.contextmanager
 def _one_line_errors(root: Path) -> Iterator[None]:
-    """Raises UserError for what the generator refuses, and for a file system that fails."""
+    """Passes on the UserError of the generator, and raises UserError if the file system fails."""
     try:
         yield
     except (DatasetGenerationError, OSError) as error:
@@ -147,6 +155,6 @@ def _one_line_errors(root: Path) -> Iterator[None]:
         if not isinstance(cause, OSError):
             raise
         raise UserError(
-            f"{root}: the cache of data cannot be used ({first_line(cause)}); name another folder: --cache_dir FOLDER, or "
-            "HF_DATASETS_CACHE=FOLDER in the environment"
+            f"{root}: the cache of data cannot be used ({first_line(cause)}); name another folder: "
+            "--cache_dir FOLDER, or HF_DATASETS_CACHE=FOLDER in the environment"
         ) from None

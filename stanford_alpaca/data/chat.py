@@ -1,8 +1,9 @@
-"""A tokenizer's own chat template: conversations to texts, and exactly which characters the assistant has to write.
+"""Renders conversations with a tokenizer's chat template, and finds what the assistant writes.
 
-Trained is what the model writes when it is its turn: from the end of the generation prompt to the end of the turn, reasoning,
-calls of tools and the end-of-turn token included, whether or not the template marks it (``spans.py``). A template with
-``{% generation %}`` marks is taken at its word, but for an end-of-turn token that they leave out: it is trained too.
+Exactly those characters are trained: from the end of the generation prompt to the end of the turn,
+with reasoning, tool calls and the end-of-turn token. The template need not mark them, see
+``spans.py``. If it does, with ``{% generation %}``, its marks decide. An end-of-turn token that
+the marks leave out is trained too.
 """
 
 import json
@@ -48,23 +49,26 @@ TOOL: dict[str, Any] = {
 
 
 class Conversation(NamedTuple):
-    """A record as a template takes it."""
+    """A record in the form that a template takes."""
 
     messages: Messages
     tools: list[dict] | None
-    weights: list[float]  # of the messages; only those of the assistant's are read
-    notes: list[str]  # what of it a reader may not expect
+    weights: list[float]  # one per message; only those of the assistant are used
+    notes: list[str]  # see ``Rendered``
 
 
 class ChatTemplate:
     """Renders conversations with a chat template. The template writes all special tokens itself.
 
-    A system message that the template refuses (Gemma's does) or leaves out goes before the first question.
+    If the template refuses a system message (Gemma's does) or leaves it out, the message is put
+    before the first question.
 
     Attributes:
-        endings: the tokens that end a turn: that of an answer and, if it is another one, that of a call of a tool.
-        cues: what asks the assistant to write: the generation prompt, empty if the template knows none, and what it is where
-            the template is told to have the assistant think, or not to.
+        endings: the tokens that end a turn: the one that ends an answer and, if it is another one,
+            the one that ends a tool call.
+        cues: the texts that ask the assistant to write. The first is the generation prompt, empty
+            if the template has none. The others are what it becomes if the template is told that
+            the assistant should think, or should not.
     """
 
     def __init__(
@@ -93,30 +97,35 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder) -> "ChatTemplate":
-        """The tokenizer's template; of several named ones ``default``, and ``tool_use`` for records with tools.
+        """Returns the tokenizer's template.
+
+        If the tokenizer has several named templates, ``default`` is used, and ``tool_use`` for
+        records with tools.
 
         Raises:
-            UserError: there are named ones only, and none is the default.
+            UserError: the tokenizer has only named templates, and none is ``default``.
         """
         templates = named_templates(tokenizer)
         if "default" not in templates:
             raise UserError(
-                f"the tokenizer has chat templates named {', '.join(templates)}, and none is the default: choose one with "
-                "--chat_template NAME in training, or use --prompt_template alpaca"
+                f"the tokenizer has chat templates named {', '.join(templates)}, and none is the "
+                "default: choose one with --chat_template NAME in training, or use "
+                "--prompt_template alpaca"
             )
         return cls(templates["default"], tokenizer, encoder, templates.get("tool_use"))
 
-    # ---- what training and generation ask for --------------------------------------------------------------------------
+    # ---- what training and generation call -----------------------------------------------------
 
     def adds_special_tokens(self, text: str) -> bool:
-        """The tokenizer puts nothing before a text: the template has done it."""
+        """Returns False: the template has already written the special tokens."""
         return False
 
     def render(self, record: Mapping) -> Rendered:
-        """The text of a conversation up to its last answer, and the spans that the assistant writes.
+        """Returns the text up to the last answer, and the spans that the assistant writes.
 
         Raises:
-            UserError: the template refuses the conversation, leaves a tool out, or does not let its turns be found.
+            UserError: the template refuses the conversation, leaves out a tool, a call, a result
+                or an answer, or hides where the turns begin and end.
         """
         if self.for_tools and more_of(record).get("tools"):
             return self.for_tools.render(record)
@@ -147,14 +156,18 @@ class ChatTemplate:
             notes += self._out_of_place(messages, said, text, spans[-1], found)
         if spans and spans[-1].message == len(messages) - 1 and not self._is_ended(text, spans[-1]):
             end = spans[-1].end
-            text = text[:end] + self.encoder.eos_token  # else nothing would teach the model to stop
+            # otherwise nothing teaches the model to stop
+            text = text[:end] + self.encoder.eos_token
             spans[-1] = spans[-1]._replace(end=len(text))
         return self._with_specials(
             text, spans, [said.weights[span.message] for span in spans], notes
         )
 
     def prompt(self, record: Mapping) -> str:
-        """The text that generation continues: all but the last answer, and the generation prompt."""
+        """Returns the text that generation continues.
+
+        It is the conversation without its last answer, followed by the generation prompt.
+        """
         if self.for_tools and more_of(record).get("tools"):
             return self.for_tools.prompt(record)
         said = self._prepared(record)
@@ -165,12 +178,16 @@ class ChatTemplate:
             self._text(messages, tools=said.tools, add_generation_prompt=True), [], [], []
         ).text
 
-    # ---- spans ---------------------------------------------------------------------------------------------------------
+    # ---- spans ---------------------------------------------------------------------------------
 
     def _by_author(
         self, messages: Messages, said: Conversation, text: str, blocks: list[tuple[int, int]]
     ) -> tuple[list[Span], list[str]]:
-        """The blocks that the template marks, those that touch as one. An end-of-turn token behind a turn joins its span."""
+        """Returns the spans that the template marks, and notes about them.
+
+        Adjacent blocks of one answer are joined. An end-of-turn token that follows a block joins
+        its span.
+        """
         spans: list[Span] = []
         for (start, end), owner in zip(
             blocks, self._owners(messages, said, text, blocks), strict=True
@@ -191,13 +208,23 @@ class ChatTemplate:
             )
             if closing:
                 spans[k], left_out = span._replace(end=closing.end()), True
-        note = "the template's {% generation %} marks leave the end-of-turn token out: it is trained too"
+        note = (
+            "the template's {% generation %} marks leave the end-of-turn token out: "
+            "it is trained too"
+        )
         return spans, [note] if left_out else []
 
     def _owners(
         self, messages: Messages, said: Conversation, text: str, blocks: list[tuple[int, int]]
     ) -> list[int]:
-        """The answer that each block is of: the last one that stands in it or before it, as far as the template writes it."""
+        """Returns the index of the answer that each block belongs to.
+
+        It is the last answer whose text begins in the block or before it. If the template hides
+        where the texts are, there has to be one block for each answer.
+
+        Raises:
+            UserError: the blocks cannot be assigned to answers.
+        """
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for marked in (lambda message: True, lambda message: message["role"] == "assistant"):
             found = self._marked(messages, said.tools, marked)
@@ -228,21 +255,24 @@ class ChatTemplate:
         marked: Callable[[dict], bool] = lambda message: True,
         **options: bool,
     ) -> Marked | None:
-        """``marked_text``, if the template takes the marks."""
+        """Returns ``marked_text``, or None if the template refuses the marks."""
         try:
             return marked_text(partial(self._text, tools=tools), messages, marked, **options)
         except UserError:
             return None
 
     def _is_ended(self, text: str, span: Span) -> bool:
-        """Whether a token closes the turn within its span."""
+        """Returns whether the span ends with an end-of-turn token."""
         last = next(reversed(list(self.end_of_turn.finditer(text, span.start, span.end))), None)
         return last is not None and not text[last.end() : span.end].strip()
 
     def _out_of_place(
         self, messages: Messages, said: Conversation, text: str, last: Span, found: Marked | None
     ) -> list[str]:
-        """A note on a last answer that generation, which continues the prompt for it, would write elsewhere."""
+        """Returns a note if the last answer does not follow the generation prompt.
+
+        Generation continues that prompt, so it would write the answer in another place.
+        """
         before = len(messages) - 2
         if last.message != before + 1 or before < 0 or messages[before]["role"] == "assistant":
             return []
@@ -256,16 +286,20 @@ class ChatTemplate:
         if written.startswith(prompt) and not written[len(prompt) : start].strip():
             return []
         return [
-            f"the answer does not follow the generation prompt {prompt.lstrip()!r}, which is what generation continues"
+            f"the answer does not follow the generation prompt {prompt.lstrip()!r}, "
+            "which is what generation continues"
         ]
 
-    # ---- texts ---------------------------------------------------------------------------------------------------------
+    # ---- texts ---------------------------------------------------------------------------------
 
     def _prepared(self, record: Mapping) -> Conversation:
-        """The messages with special tokens' names broken, and the system message where the template takes it.
+        """Returns the conversation in the form that the template takes.
+
+        The names of special tokens in it are escaped. A system message that the template does not
+        take is moved to the first question.
 
         Raises:
-            UserError: a field nested too deep.
+            UserError: a field is nested too deep.
         """
         try:
             return self._read(record)
@@ -279,7 +313,7 @@ class ChatTemplate:
         parse = self.encoder.reading == "parse"
 
         def hidden(value: Any, tags: frozenset[str] = frozenset()) -> Any:
-            """Every string in a value, with its special tokens' names broken but those that mean the tokens."""
+            """Escapes the names of special tokens in all strings of a value, except ``tags``."""
             if isinstance(value, dict):
                 return {hidden(name): hidden(item, tags) for name, item in value.items()}
             if isinstance(value, list):
@@ -308,9 +342,10 @@ class ChatTemplate:
         ):
             system, first, *others = messages
             notes.append(
-                "the template takes no system message: it is put before the question, as it has to be when served"
+                "the template takes no system message: it is put before the question, "
+                "as it has to be when served"
             )
-            if first["role"] != "user":  # the assistant's words must stay its own
+            if first["role"] != "user":  # an answer must hold nothing but the assistant's words
                 return Conversation(
                     [{**system, "role": "user"}, first, *others], tools, weights, notes
                 )
@@ -319,7 +354,7 @@ class ChatTemplate:
         return Conversation(messages, tools, weights, notes)
 
     def _for_template(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a message under every name, and in the form, in which templates look for them."""
+        """Returns the fields of a message under the names, and in the form, that templates read."""
         if "reasoning_content" in fields:
             fields |= dict.fromkeys(REASONING[:2], fields["reasoning_content"])
         if fields.get("tool_calls") and not self.writes_arguments:
@@ -327,7 +362,10 @@ class ChatTemplate:
         return fields
 
     def _as_taken(self, tool: dict) -> dict:
-        """A tool as the template reads it: one whose name stands at its top may have to be under ``function``."""
+        """Returns a tool in the form that the template reads.
+
+        Some templates need a tool whose name is at its top level moved under ``function``.
+        """
         bare = not self.takes_bare_tools and "function" not in tool and "name" in tool
         return (
             {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
@@ -338,7 +376,10 @@ class ChatTemplate:
     def _with_specials(
         self, text: str, spans: list[Span], weights: list[float], notes: list[str]
     ) -> Rendered:
-        """The template's special tokens written for the encoder, the users' names whole again; the spans follow."""
+        """Marks the template's special tokens for the encoder, and moves the spans along.
+
+        Names that were escaped in the fields of the record become plain text again.
+        """
         written, moved, done = "", [], 0
         for start, end, _ in spans:
             written += self.encoder.with_specials(text[done:start])
@@ -367,10 +408,13 @@ class ChatTemplate:
             ) from None
         return texts[0], indices[0] if indices else []
 
-    # ---- what the template does ----------------------------------------------------------------------------------------
+    # ---- what the template does ----------------------------------------------------------------
 
     def _wants_parts(self) -> bool:
-        """Whether the template loses texts that are strings, and writes them as lists of parts (Idefics3's, LLaVA's)."""
+        """Returns whether the template writes texts only if they are lists of parts.
+
+        The templates of Idefics3 and LLaVA lose a text that is a string.
+        """
 
         def is_written(messages: Messages) -> bool:
             text = self._probe(messages) or ""
@@ -390,19 +434,25 @@ class ChatTemplate:
         return OPEN in (self._probe([{"role": "system", "content": OPEN}, QUESTION]) or "")
 
     def _writes_arguments(self) -> bool:
-        """Whether the template writes a call's arguments from an object; if not, they have to be JSON already."""
+        """Returns whether the template turns an object of arguments into JSON.
+
+        If it does not, it has to get JSON.
+        """
         text = self._probe([QUESTION, CALLING])
         as_json = self._probe([QUESTION, {**CALLING, "tool_calls": [_with_text_arguments(CALL)]}])
         return as_json is None or (
             text is not None and str(CALL["function"]["arguments"]) not in text
-        )  # type: ignore[index]
+        )
 
     def _endings(self) -> tuple[list[str], str]:
-        """The added token that ends an answer, and that of a call, as far as the template writes them; and the one that ends
-        a turn within a conversation.
+        """Returns the added tokens that end an answer and a call, and the one that ends any turn.
 
-        Where a template closes a conversation otherwise than a turn within it, an answer's is that of the turn, if the end has
-        it too (Phi-3), else that of the end (gpt-oss).
+        The last one ends turns of the user and of the assistant within a conversation. It is ""
+        if there is none. Other tokens that the template does not write are left out.
+
+        Some templates end a conversation differently from a turn within it. The token that ends an
+        answer is then that of the turn, if the end of the conversation has it too (Phi-3).
+        Otherwise it is that of the end (gpt-oss).
         """
         answered = [QUESTION, ANSWER, QUESTION]
         last, within, call = (
@@ -421,7 +471,10 @@ class ChatTemplate:
         return list(dict.fromkeys(names)), (of_all or [""])[0]
 
     def _tail(self, messages: Messages, of: int = 1) -> str:
-        """What the template writes behind the text of a message; nothing if it does not take such a conversation."""
+        """Returns what the template writes after the text of message ``of``.
+
+        Returns "" if the template refuses the conversation.
+        """
         try:
             text, _, ends = marked_text(self._text, messages)
         except UserError:
@@ -443,7 +496,10 @@ class ChatTemplate:
         return list(dict.fromkeys(cues))
 
     def _structure(self) -> set[str]:
-        """The special tokens that the template writes around turns: no text of an answer means them."""
+        """Returns the special tokens that the template writes around turns.
+
+        In the text of an answer, their names never mean the tokens.
+        """
         asked = (
             self._probe([{"role": "system", "content": "s"}, QUESTION])
             or self._probe([QUESTION])
@@ -470,15 +526,16 @@ def _with_text_arguments(call: dict) -> dict:
 
 
 def named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """A tokenizer's chat templates by their names; a single one is ``default``."""
+    """Returns a tokenizer's chat templates by name. A single template is named ``default``."""
     templates = tokenizer.chat_template or {}
     return {"default": templates} if isinstance(templates, str) else templates
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: the end-of-sequence token and, with a chat template, those that end a turn.
+    """Returns the ids of the tokens that end a response.
 
-    Of several templates those of the default count, and without one those of all.
+    These are the end-of-sequence token and, if the tokenizer has a chat template, the tokens that
+    end a turn. Of several templates only ``default`` counts, or all if there is no default.
     """
     named = named_templates(tokenizer)
     used = [named["default"]] if "default" in named else list(named.values())

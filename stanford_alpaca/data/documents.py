@@ -1,4 +1,4 @@
-"""Running text: which lines of a file, or rows of a data set, make a document."""
+"""Running text: decides which lines of a file, or rows of a data set, form a document."""
 
 import re
 import sys
@@ -7,20 +7,25 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 DOCUMENTS = ("auto", "file", "blank", "row", "wikitext")
-TITLE = re.compile(
-    r"\s*= [^=\s](.*[^=\s])? =\s*"
-)  # of an article of WikiText; its sections have more signs
+# the title of a WikiText article; the titles of its sections have more signs
+TITLE = re.compile(r"\s*= [^=\s](.*[^=\s])? =\s*")
 
 
 @dataclass
 class Texts:
-    """What becomes of records of the form text, in all files of a source.
+    """Joins records of the form ``text`` into documents, in all files of a source.
 
     Attributes:
-        rule: what begins a document: ``row``: every row; ``blank``: a blank row; ``wikitext``: the title of an article;
-            ``file``: a file; ``auto``: titles if the first row is one, else ``file`` for text files and ``row`` for others.
-            None: text files are documents by ``auto``, other rows stay what they are.
-        most: how many rows are taken, blank ones not counted; None for all.
+        rule: what begins a document.
+            ``row``: every row.
+            ``blank``: a blank row.
+            ``wikitext``: the title of an article.
+            ``file``: only the next file.
+            ``auto``: ``wikitext`` if the first row is a title, else ``file`` for text files and
+            ``row`` for others.
+            None: ``auto`` for text files; other rows stay as they are.
+        most: how many rows to take, blank ones not counted; None for all.
+        taken: how many rows were taken so far.
     """
 
     rule: str | None = None
@@ -28,7 +33,11 @@ class Texts:
     taken: int = field(default=0, init=False)
 
     def documents(self, records: Iterator[dict], in_lines: bool) -> Iterator[dict]:
-        """The records of a file, documents where they are texts. ``in_lines``: it is a text file, whose lines they are."""
+        """Yields the records of a file, with texts joined into documents.
+
+        Args:
+            in_lines: whether the file is a text file, and each record one of its lines.
+        """
         first = next(records, None)
         if first is None:
             return
@@ -49,7 +58,7 @@ class Texts:
 
 
 def _join(rows: Iterable[dict], rule: str, otherwise: str) -> Iterator[dict]:
-    """Blank rows stay within a document, and are left out around it."""
+    """Joins rows into documents. Keeps blank rows within a document, and drops those around it."""
     document: list[dict] = []
     for row in rows:
         text = row["text"]
@@ -73,7 +82,7 @@ def _join(rows: Iterable[dict], rule: str, otherwise: str) -> Iterator[dict]:
 
 
 def _text(rows: list[dict]) -> dict:
-    """A document; what its first row says beside its text is said of it."""
+    """Joins the rows of a document. Its other fields are those of its first row."""
     while _blank(rows[-1]["text"]):
         rows.pop()
     text = (

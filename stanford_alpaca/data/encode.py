@@ -1,4 +1,7 @@
-"""Texts to token ids and character spans, where only what the package itself puts in can be a special token."""
+"""Encodes texts to token ids and character spans.
+
+Only names that this package marks become special tokens. Look-alikes in a user's text stay text.
+"""
 
 import json
 import re
@@ -11,26 +14,23 @@ from transformers import PreTrainedTokenizerBase
 
 from stanford_alpaca.errors import UserError
 
-SPECIAL = "\uffff"  # stands before the name of a special token; no character of any text (Unicode noncharacter)
-BREAK = "\ufdd0"  # stands between the characters of a special token's name that is only text
-RESERVED = (
-    SPECIAL + BREAK + "\ufdd1\ufdd2"
-)  # noncharacters this package uses; in a user's text they become U+FFFD
-READINGS = (
-    "text",
-    "parse",
-)  # what the name of a special token in a record means: its characters, or the token
-USUAL = tuple(
-    f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-)  # they mark up no answer
-THOUGHT = re.compile(
-    "think|thought|reason", re.IGNORECASE
-)  # in the name of a special token that marks reasoning
+# marks the name after it as a special token; a Unicode noncharacter, so it is part of no text
+SPECIAL = "\uffff"
+# escapes the name of a special token that is only text, by standing after each of its characters
+BREAK = "\ufdd0"
+# the noncharacters that this package uses; in a user's text they become U+FFFD
+RESERVED = SPECIAL + BREAK + "\ufdd1\ufdd2"
+# what the name of a special token in a record means: its characters, or the token
+READINGS = ("text", "parse")
+# the roles of tokens that never mark up an answer
+USUAL = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# found in the names of special tokens that mark reasoning
+THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
 _REPLACED = dict.fromkeys(map(ord, RESERVED), "\ufffd")
 
 
 def clean(text: str) -> str:
-    """A user's text without the noncharacters that have a meaning here."""
+    """Replaces the noncharacters in a user's text that have a meaning in this package."""
     return text.translate(_REPLACED)
 
 
@@ -38,14 +38,16 @@ def clean(text: str) -> str:
 class TextEncoder:
     """Encodes texts in which a special token is found only if it is written with ``special()``.
 
-    Text that merely looks like a special token stays text, whatever the kind of tokenizer: the special tokens of a copy of
-    the tokenizer are given names that no text can hold, under the same ids.
+    Text that merely looks like a special token stays text, whatever the kind of tokenizer. To this
+    end the encoder uses a copy of the tokenizer. The special tokens of the copy have names that no
+    text can hold, and the same ids.
 
     Attributes:
-        names: of the special tokens.
-        tags: those that mark up an answer: pairs as ``<think>`` and ``</think>``, and what marks reasoning by its name. In
-            answers they always mean the tokens.
-        reading: one of ``READINGS``: what the names of the others mean in the fields of a record.
+        names: the names of the special tokens.
+        tags: the special tokens that mark up an answer: pairs such as ``<think>`` and
+            ``</think>``, and those whose names speak of reasoning. In answers they always mean the
+            tokens.
+        reading: one of ``READINGS``: what the other names mean in the fields of a record.
     """
 
     backend: Tokenizer
@@ -57,10 +59,11 @@ class TextEncoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, reading: str = "text") -> "TextEncoder":
-        """The encoder of a tokenizer. Raises UserError for one without character offsets."""
+        """Returns a tokenizer's encoder. Raises UserError for one without character offsets."""
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise UserError(
-                f"{type(tokenizer).__name__} gives no character offsets: a fast one (tokenizer.json) is needed"
+                f"{type(tokenizer).__name__} gives no character offsets: "
+                "a fast one (tokenizer.json) is needed"
             )
         backend, names = _renamed(tokenizer.backend_tokenizer.to_str())
         named = {str(tokenizer.special_tokens_map.get(role)) for role in USUAL}
@@ -74,7 +77,7 @@ class TextEncoder:
         )
 
     def special(self, name: str) -> str:
-        """The special token of this name, as it is written in a text to encode."""
+        """Returns the special token of this name as it is written in a text to encode."""
         return SPECIAL + name
 
     @cached_property
@@ -83,7 +86,10 @@ class TextEncoder:
         return re.compile(f"(?:{names})(?!{BREAK})" if names else "(?!)")
 
     def without_specials(self, text: str, keep: Collection[str] = ()) -> str:
-        """A text in which ``with_specials`` finds no special token's name but those to ``keep``."""
+        """Escapes the names of special tokens in a text, except those to ``keep``.
+
+        ``with_specials`` does not find an escaped name.
+        """
 
         def broken(match: re.Match) -> str:
             return (
@@ -95,8 +101,10 @@ class TextEncoder:
         return self._names.sub(broken, text)
 
     def with_specials(self, text: str, only: Collection[str] | None = None) -> str:
-        """A text in which every special token's name (``only`` these) means the token, but for those that
-        ``without_specials`` broke."""
+        """Marks every name of a special token in a text (or ``only`` these) as the token.
+
+        Names that ``without_specials`` escaped become plain text again.
+        """
 
         def meant(match: re.Match) -> str:
             return SPECIAL + match[0] if only is None or match[0] in only else match[0]
@@ -104,43 +112,47 @@ class TextEncoder:
         return self._names.sub(meant, text).replace(BREAK, "")
 
     def specials_in(self, text: str) -> list[str]:
-        """The names of special tokens that stand in a text, each once."""
+        """Returns the names of special tokens in a text, each once."""
         return list(dict.fromkeys(self._names.findall(text)))
 
     def meant(self, answer: bool) -> Collection[str]:
-        """The names that mean tokens in a field of a record: in an ``answer`` tags always do."""
+        """Returns the names that mean tokens in a field of a record. Tags do in any ``answer``."""
         return self.names if self.reading == "parse" else self.tags if answer else ()
 
     def field(self, text: str, answer: bool = False) -> tuple[str, list[str]]:
-        """A user's text as it is written in a text to encode, and the names of special tokens that stay text in it."""
+        """Returns a user's text as it is written in a text to encode.
+
+        Also returns the names of special tokens that stay text in it.
+        """
         names, meant = self.specials_in(text), self.meant(answer)
         written = self.with_specials(clean(text), meant) if names else clean(text)
         return written, [name for name in names if name not in meant]
 
     @cached_property
     def first(self) -> str:
-        """The name of the token that the tokenizer puts before a text, or nothing."""
+        """The name of the token that the tokenizer puts before a text, or ""."""
         encoding = self.backend.encode("a", add_special_tokens=True)
         before = encoding.offsets[0] == (0, 0) and len(encoding.ids) > 1
         return encoding.tokens[0].removeprefix(SPECIAL) if before else ""
 
     def begins(self, text: str) -> bool:
-        """Whether a written text has that token already."""
+        """Returns whether a written text already begins with the token ``first``."""
         return bool(self.first) and text.startswith(self.special(self.first))
 
     def name_of(self, token_id: int) -> str:
-        """A token as its tokenizer calls it."""
+        """Returns the name that the tokenizer has for a token."""
         return (self.backend.id_to_token(token_id) or "").removeprefix(SPECIAL)
 
     def __call__(
         self, texts: list[str], add_special_tokens: bool | list[bool] = True
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Ids and character spans [start, end) of every text; tokens that the tokenizer itself adds have the span (0, 0).
+        """Returns the token ids and character spans [start, end) of every text.
 
-        An end-of-sequence token that the tokenizer adds is left out: what ends a text is written in it.
+        Tokens that the tokenizer itself adds have the span (0, 0). An end-of-sequence token that
+        it adds is dropped, because a text holds the token that ends it.
 
         Args:
-            add_special_tokens: for all texts, or for each.
+            add_special_tokens: one value for all texts, or one for each.
         """
         if isinstance(add_special_tokens, list):
             if len(set(add_special_tokens)) > 1:
@@ -164,26 +176,30 @@ class TextEncoder:
 
     @cached_property
     def _stripping(self) -> frozenset[int]:
-        """The special tokens that take the white space around them (Phi-3's)."""
+        """The ids of special tokens that include the white space around them (Phi-3's)."""
         added = self.backend.get_added_tokens_decoder().items()
         return frozenset(
             number for number, token in added if token.special and (token.lstrip or token.rstrip)
         )
 
     def _without_space(self, text: str, token_id: int, span: tuple[int, int]) -> tuple[int, int]:
-        """The span of the name alone, so that white space behind the end of a turn does not take the end along."""
+        """Returns the span of a token's name alone.
+
+        Otherwise white space after a turn would put a part of its end-of-turn token outside the
+        trained span, and the token would not be trained.
+        """
         if token_id not in self._stripping or span == (0, 0):
             return span
         written = text[span[0] : span[1]]
         return span[0] + len(written) - len(written.lstrip()), span[0] + len(written.rstrip())
 
     def identity(self) -> str:
-        """All that decides ids and spans."""
+        """Returns everything that decides ids and spans, for the keys of caches."""
         return f"{self.backend.to_str()}\n{self.eos_id}\n{sorted(self.tags)}\n{self.reading}"
 
 
 def _tags(names: Collection[str]) -> set[str]:
-    """Those of special tokens that mark up an answer: pairs as <think> and </think>, and marks of reasoning by their names."""
+    """Returns the names of special tokens that mark up an answer, see ``TextEncoder``."""
     closed = {
         name
         for name in names
@@ -196,14 +212,14 @@ def _tags(names: Collection[str]) -> set[str]:
     )
 
 
-@lru_cache(maxsize=4)  # seconds for a large vocabulary
+@lru_cache(maxsize=4)  # a large vocabulary takes seconds
 def _renamed(tokenizer: str) -> tuple[Tokenizer, tuple[str, ...]]:
-    """The tokenizer of this JSON with other names for its special tokens, and what they were called."""
+    """Returns the tokenizer of this JSON with its special tokens renamed, and their old names."""
     state = json.loads(tokenizer)
     names = [token["content"] for token in state["added_tokens"] if token["special"]]
     renamed = {name: SPECIAL + name for name in names}
     for token in state["added_tokens"]:
-        if token["special"]:  # found wherever it is written
+        if token["special"]:  # the options let it be found wherever it is written
             token |= {
                 "content": renamed[token["content"]],
                 "single_word": False,
@@ -216,7 +232,7 @@ def _renamed(tokenizer: str) -> tuple[Tokenizer, tuple[str, ...]]:
         }
     else:  # a unigram model: pairs of a piece and its score
         model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]
-    if "merges" in model:  # the names are no longer in any merge
+    if "merges" in model:  # drop those that hold or make an old name
         model["merges"] = [
             pair for pair in model["merges"] if renamed.keys().isdisjoint([*pair, "".join(pair)])
         ]
@@ -228,7 +244,10 @@ def _renamed(tokenizer: str) -> tuple[Tokenizer, tuple[str, ...]]:
 
 
 def _keep_spaces(post_processor: dict | None) -> None:
-    """Has a token's span hold its spaces: without them, those of the prompt would look like the response's."""
+    """Makes the span of a token include its spaces.
+
+    Otherwise a token that begins with a space of the prompt would seem to lie in the response.
+    """
     for step in (post_processor or {}).get(
         "processors", [post_processor] if post_processor else []
     ):

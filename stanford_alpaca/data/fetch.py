@@ -14,7 +14,7 @@ from stanford_alpaca.flags import check_writable, command, exit_on_user_error, w
 
 
 class Source(NamedTuple):
-    """A data set on the hub, and what its publishers say about using it."""
+    """A data set on the hub, and the license that its publishers give it."""
 
     hub_name: str
     file: str
@@ -43,8 +43,10 @@ class Options:
     """Downloads a published instruction set: python -m stanford_alpaca.data.fetch NAME [--out FILE]
 
     Args:
-        name: alpaca (tatsu-lab/alpaca) or alpaca-gpt4 (vicgalle/alpaca-gpt4), from the Hugging Face hub.
-        out: the file to write, data/alpaca_data.json or data/alpaca_gpt4_data.json by default; it must not exist.
+        name: the data set: alpaca (tatsu-lab/alpaca on the Hugging Face hub) or alpaca-gpt4
+            (vicgalle/alpaca-gpt4).
+        out: the .json file to write, which must not exist yet. The default is
+            data/alpaca_data.json or data/alpaca_gpt4_data.json.
     """
 
     name: str | None = word()
@@ -52,7 +54,7 @@ class Options:
 
 
 def fetch(options: Options) -> None:
-    """Downloads, writes, and prints where it came from and what may be done with it."""
+    """Downloads a data set, writes it to a file, and prints its source and its license."""
     if str(options.name) not in SOURCES:
         got = "no data set named" if options.name is None else f"unknown data set {options.name}"
         raise UserError(
@@ -79,7 +81,10 @@ run = command(Options, fetch)
 
 
 def write_json(file: Path, records: list[dict[str, str]]) -> str:
-    """Writes a JSON list, whole or not at all; the folder is made if it is missing. Returns the file's sha256."""
+    """Writes a JSON list atomically and returns the file's sha256.
+
+    Makes the folder if it is missing.
+    """
     content = (json.dumps(records, ensure_ascii=False, indent=4) + "\n").encode()
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part")
@@ -92,7 +97,7 @@ def write_json(file: Path, records: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     exit_on_user_error(lambda: fire.Fire(run))
 
 

@@ -1,4 +1,7 @@
-"""From a file, a folder or a hub name to records of one form: ``datasets.Dataset`` with the columns of ``FORMS``."""
+"""Loads records of one form from a file, a folder or the hub.
+
+The result is a ``datasets.Dataset`` with the columns of a form of ``FORMS``.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,22 +26,18 @@ from stanford_alpaca.data.reading import (
 from stanford_alpaca.data.records import FORMS, Record, form_of, parse_record
 from stanford_alpaca.errors import UserError, first_line, listed, nearest
 
-OTHERS = (
-    "conversations",
-    "history",
-    "tools",
-    "weight",
-    "train",
-    "role",
-    "content",
-)  # that --columns may name, too
-RECORDS_VERSION = (
-    4  # raise it when the same file would give other records, so that old caches are not used
-)
+# names besides those of FORMS that --columns may map
+OTHERS = ("conversations", "history", "tools", "weight", "train", "role", "content")
+# raise it when the same file gives other records, so that old caches are not used
+RECORDS_VERSION = 4
 
 
 def parse_columns(texts: list[str]) -> dict[str, str]:
-    """--columns, texts like ``instruction=question`` (or several with commas), as a mapping from our names to the data's."""
+    """Parses the values of --columns into a mapping from our names to the data's.
+
+    A value is like ``instruction=question``, or several of them with commas. Raises UserError for
+    other values and for names that are not ours.
+    """
     pairs = [part.partition("=") for text in texts for part in text.split(",")]
     known = [*dict.fromkeys(name for own in FORMS.values() for name in own), *OTHERS]
     known.remove("more")
@@ -55,7 +54,10 @@ def parse_columns(texts: list[str]) -> dict[str, str]:
 
 
 def take_columns(flag: str | None, words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """--columns of a command whose parser gives it the first value only, and the words without its other values."""
+    """Parses --columns for a command whose parser passes only the first of its values.
+
+    Returns the mapping, and the words without the other values.
+    """
     if flag is None:
         return {}, words
     others = [word for word in words if "=" in word and not exists(Path(word))]
@@ -63,7 +65,10 @@ def take_columns(flag: str | None, words: list[str]) -> tuple[dict[str, str], li
 
 
 def check_columns(paths: list[str], columns: Mapping[str, str]) -> None:
-    """Raises UserError for a name in --columns that the first record of no source has; hub sets are not asked."""
+    """Raises UserError for a name in --columns that is in the first record of no source.
+
+    Checks nothing if a source is a hub set.
+    """
     sources = [local_files(path) for path in paths] if columns else []
     if not sources or None in sources:
         return
@@ -79,7 +84,8 @@ def check_columns(paths: list[str], columns: Mapping[str, str]) -> None:
     for ours, theirs in columns.items():
         if theirs not in seen:
             raise UserError(
-                f"--columns {ours}={theirs}: there is no {theirs!r}; the first record has {listed(seen)}"
+                f"--columns {ours}={theirs}: there is no {theirs!r}; "
+                f"the first record has {listed(seen)}"
             )
 
 
@@ -93,24 +99,28 @@ def load_records(
     max_sentences: int | None = None,
     train_history: bool = False,
 ) -> Dataset | IterableDataset:
-    """Reads the records of a file, a folder of files, or the train split of a hub set (NAME or NAME:CONFIG), all of one form.
+    """Reads records from a file, a folder of files, or the train split of a hub set.
 
-    ``documents`` and ``max_sentences`` are about running text: see ``Texts``; ``train_history``: see ``canonical``.
+    A hub set is named NAME or NAME:CONFIG. All records must have one form. Every record is checked
+    before anything else happens; with ``streaming``, when it is reached. Files are read one record
+    at a time into a table on disk, which is cached by the hash of their content. Only a JSON list
+    is read as a whole.
 
-    Every record is checked before anything else happens; under ``streaming``, when it is reached. Files are read a record
-    at a time (but for JSON lists) into a table on disk, which is cached by the hash of their content.
+    Args:
+        documents, max_sentences: for running text, see ``Texts``.
+        train_history: see ``parse_record``.
 
     Raises:
-        UserError: the path or the record that cannot be used, and what to do about it.
+        UserError: the path or a record cannot be used; the message says what to do about it.
     """
     mapping, texts = tuple((columns or {}).items()), (documents, max_sentences)
     files = local_files(path)
     if files is not None:
         digest = digest_of(files, contents=not streaming)
         rows: Callable = _file_rows
-        names = [
-            str(file) for file in files
-        ]  # a list would be read a file at a time, each from a count of its own
+        # datasets calls the generator once for each file of a list. max_sentences is a limit on
+        # all files together, so it needs a tuple, which is read in a single call.
+        names = [str(file) for file in files]
         source: dict[str, Any] = {
             "files": names if max_sentences is None else tuple(names),
             "digest": f"{RECORDS_VERSION} {digest}",
@@ -133,11 +143,16 @@ def load_records(
 
 
 def local_files(path: str | Path) -> list[Path] | None:
-    """The files that a path names, None for the name of a hub set. Raises UserError for a path that leads nowhere."""
+    """Returns the files that a path names, or None for the name of a hub set.
+
+    Raises:
+        UserError: the path is empty or leads nowhere.
+    """
     place = Path(path).expanduser()
     if not str(path).strip():
         raise UserError(
-            "data without a name, as of a variable that is not set; give a file, a folder or a hub name"
+            "data without a name, as of a variable that is not set; "
+            "give a file, a folder or a hub name"
         )
     if exists(place) or kind_of_file(place) in FILE_KINDS or str(path).startswith((".", "/", "~")):
         return list_data_files(place)
@@ -145,7 +160,7 @@ def local_files(path: str | Path) -> list[Path] | None:
 
 
 def several_files(path: str | Path) -> list[str]:
-    """A line that names the files of a source, where it has several."""
+    """Returns a line that names the files of a source, or none if it has only one."""
     files = local_files(path) or []
     names = (
         listed(file.relative_to(Path(path).expanduser()) for file in files)
@@ -164,7 +179,12 @@ def _file_rows(
     train_history: bool,
     form: str | None,
 ) -> Iterator[Record]:
-    """The generator behind the cached table. ``digest`` makes changed files another table; the files are its shards."""
+    """Yields the records of the cached table.
+
+    Args:
+        files: the shards of the table.
+        digest: is not read; it gives changed files another cache.
+    """
     running = Texts(*texts)
     for file in map(Path, files):
         records = _of_one_form(read_file(file, whole_lists), dict(columns), train_history, form)
@@ -184,9 +204,8 @@ def _from_hub(name: str, cache_dir: str | None, streaming: bool) -> Dataset | It
                 cache_dir=cache_dir,
                 streaming=streaming,
             )
-    except (
-        Exception
-    ) as error:  # the hub raises many kinds of errors: not found, no network, gated, a bad name
+    # the hub raises many kinds of errors: not found, no network, gated, a bad name
+    except Exception as error:
         raise UserError(
             f"{name}: no such file, and the hub did not give it ({first_line(error)})"
         ) from None
@@ -197,8 +216,8 @@ def _from_hub(name: str, cache_dir: str | None, streaming: bool) -> Dataset | It
         and wanted.num_examples not in (0, len(data))
     ):
         raise UserError(
-            f"{name}: its copy in the cache has {len(data):,} of {wanted.num_examples:,} records; remove it there, or name "
-            "another folder with --cache_dir"
+            f"{name}: its copy in the cache has {len(data):,} of {wanted.num_examples:,} records; "
+            "remove it there, or name another folder with --cache_dir"
         )
     return data
 
@@ -211,9 +230,8 @@ def _hub_rows(
     train_history: bool,
     form: str | None,
 ) -> Iterator[Record]:
-    batches = data.with_format("arrow").iter(
-        batch_size=1000
-    )  # as it stands: datasets would open files that it names
+    # without this format, datasets would open the files (such as images) that a record names
+    batches = data.with_format("arrow").iter(batch_size=1000)
     rows = enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     values = ((f"{name}:record {number}", without_nulls(row)) for number, row in rows)
     records = _of_one_form(values, dict(columns), train_history, form)
@@ -223,12 +241,17 @@ def _hub_rows(
 def _of_one_form(
     values: Iterator[Placed], columns: dict[str, str], train_history: bool, form: str | None
 ) -> Iterator[Record]:
-    """The records. Raises UserError at one that is not of the ``form``, by default the first one's."""
+    """Yields the records. Raises UserError at one of another form.
+
+    Args:
+        form: the form that all must have; None for that of the first record.
+    """
     for where, value in values:
         record = parse_record(value, where, columns, train_history=train_history)
         form = form or form_of(record)
         if form_of(record) != form:
             raise UserError(
-                f"{where}: a record of the form {form_of(record)} after {form}: give them as two sources"
+                f"{where}: a record of the form {form_of(record)} after {form}: "
+                "give them as two sources"
             )
         yield record

@@ -1,4 +1,7 @@
-"""What a chat template does not write of a conversation. A part is left out if the text is the same without it."""
+"""Finds what a chat template leaves out of a conversation.
+
+A part is left out if the text is the same without it.
+"""
 
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -15,8 +18,9 @@ class LeftOut:
     """Compares the text of a conversation with its text without some part.
 
     Args:
-        render: messages and ``tools`` to a text; raises UserError where the template refuses them.
-        text: of the whole conversation.
+        render: turns messages and ``tools`` into a text; raises UserError if the template refuses
+            them.
+        text: the text of the whole conversation.
     """
 
     def __init__(
@@ -28,7 +32,8 @@ class LeftOut:
         """Raises UserError for a tool, a call, a result or an answer that the template leaves out.
 
         Args:
-            written: the indices of the messages whose marks (``spans.marked_text``) the template writes.
+            written: the indices of the messages whose marks (``spans.marked_text``) the template
+                writes.
         """
         for i, tool in enumerate(self.tools or []):
             if self._same(self.messages, [*self.tools[:i], *self.tools[i + 1 :]] or None):  # type: ignore[index]
@@ -39,7 +44,8 @@ class LeftOut:
             calls = message.get("tool_calls") or []
             if calls and self._same_with(i, tool_calls=None):
                 raise UserError(
-                    f"the chat template has no place for the calls of tools: it leaves out message {i + 1}"
+                    "the chat template has no place for the calls of tools: "
+                    f"it leaves out message {i + 1}"
                 )
             for k in range(len(calls) if len(calls) > 1 else 0):
                 if self._same_with(i, tool_calls=[*calls[:k], *calls[k + 1 :]]):
@@ -59,7 +65,10 @@ class LeftOut:
                 raise UserError(f"the chat template {what} out message {i + 1}")
 
     def check_trained(self, spans: list[Span], end_of_turn: re.Pattern) -> None:
-        """Raises UserError for an answer of which only the end is trained: all that it says is left out."""
+        """Raises UserError for an answer of which only the end-of-turn token is trained.
+
+        All that such an answer says is left out.
+        """
         for i in {span.message for span in spans}:
             trained = "".join(
                 self.text[span.start : span.end] for span in spans if span.message == i
@@ -68,7 +77,7 @@ class LeftOut:
                 raise UserError(f"the chat template leaves out all that message {i + 1} says")
 
     def notes(self, spans: list[Span], written: Container[int]) -> list[str]:
-        """Sentences about what else it leaves out, each once."""
+        """Returns sentences about what else the template leaves out, each once."""
         return list(dict.fromkeys(self._notes(spans, written)))
 
     def _notes(self, spans: list[Span], written: Container[int]) -> Iterator[str]:
@@ -103,7 +112,10 @@ class LeftOut:
                 _dense(reasoning) not in trained or self._same_with(i, **dict.fromkeys(REASONING))
             ):
                 last = not any(other["role"] == "assistant" for other in self.messages[i + 1 :])
-                advice = "the last answer, and all of it is lost; --chat_template gives one that writes it"
+                advice = (
+                    "the last answer, and all of it is lost; "
+                    "--chat_template gives one that writes it"
+                )
                 yield f"the template leaves out the reasoning of {advice if last else 'a turn'}"
 
     def _loses_text(self, i: int) -> bool:
@@ -111,7 +123,10 @@ class LeftOut:
         return bool(text) and self._same_with(i, content="1" if text == "0" else "0")
 
     def _same_with(self, i: int, **fields: Any) -> bool:
-        """Whether the text stays the same with other fields of message i; a field of None is taken out."""
+        """Returns whether the text stays the same if message i gets these fields.
+
+        A field of None is removed from the message.
+        """
         message = {
             name: value for name, value in (self.messages[i] | fields).items() if value is not None
         }
@@ -125,7 +140,7 @@ class LeftOut:
 
 
 def is_said(message: Mapping[str, Any]) -> bool:
-    """Whether a message of the assistant says something."""
+    """Returns whether a message of the assistant has a text, a tool call or reasoning."""
     return bool(
         message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
     )
@@ -146,5 +161,5 @@ def _name_of(tool: dict) -> str:
 
 
 def _dense(text: str) -> str:
-    """A text without white space."""
+    """Removes all white space from a text."""
     return "".join(text.split())

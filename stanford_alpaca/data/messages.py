@@ -1,7 +1,8 @@
-"""What a record says of a conversation, as messages: roles, texts, and what chat templates read beside them.
+"""Reads the messages of a record: roles, texts, and other fields that chat templates read.
 
-A message is ``{"role", "content", "more"}``. ``more`` is a JSON object, empty where there is nothing: what a template may read
-(``reasoning_content``, ``tool_calls``, ``tool_call_id``, ``name``), and ``weight``, by which a turn counts in the loss.
+A message is ``{"role", "content", "more"}``. ``more`` is a string: a JSON object, or "" if there
+are no other fields. It holds what a template may read (``reasoning_content``, ``tool_calls``,
+``tool_call_id``, ``name``), and ``weight``, by which the loss of the turn is multiplied.
 """
 
 import json
@@ -19,45 +20,46 @@ ROLES = {
     **dict.fromkeys(
         ("tool", "observation", "function", "function_response", "tool_response"), "tool"
     ),
-    **dict.fromkeys(
-        ("function_call", "tool_call"), "call"
-    ),  # an assistant's turn whose content is its calls
+    # turns of the assistant whose content is their calls
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
 MEND = "mend the record or take it out"
-KINDS = {  # what JSON calls a value
-    "bool": "true or false", "NoneType": "null", "int": "a number", "float": "a number", "str": "a string", "list": "a list",
+KINDS = {  # Python's type -> JSON's words for a value
+    "bool": "true or false",
+    "NoneType": "null",
+    "int": "a number",
+    "float": "a number",
+    "str": "a string",
+    "list": "a list",
     "dict": "an object",
-}  # fmt: skip
-REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # what published data call an answer's reasoning
+}
+# the names of an answer's reasoning in published data
+REASONING = ("reasoning_content", "thinking", "reasoning")
 SAID = {**dict.fromkeys(("true", "1", "yes"), True), **dict.fromkeys(("false", "0", "no"), False)}
-HEAVIEST = 1_000_000  # a weight; the loss is in float32
+HEAVIEST = 1_000_000  # the greatest weight; the loss is in float32
 NOTHING: tuple = (None, "", [], {})  # values that say nothing
 
 Messages = list[dict[str, Any]]
 
 
 def pack(fields: Mapping[str, Any]) -> str:
-    """The fields that say something, as a column of a table holds them."""
+    """Packs the fields that say something into JSON for a column of a table, or "" if none does."""
     said = {name: value for name, value in fields.items() if value not in NOTHING}
     return json.dumps(said, ensure_ascii=False) if said else ""
 
 
 def more_of(of: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``pack`` put beside the columns of a record or a message."""
+    """Returns the fields that ``pack`` put into the column ``more`` of a record or a message."""
     return json.loads(of["more"]) if of.get("more") else {}
 
 
 def kind_of(value: object) -> str:
-    """What JSON calls a value."""
+    """Returns JSON's words for a value."""
     return KINDS.get(type(value).__name__, f"a {type(value).__name__}")
 
 
 def check_text(value: object, where: str) -> None:
-    """Raises UserError for what is no text that can be encoded."""
+    """Raises UserError for a value that is no string or cannot be encoded in UTF-8."""
     if not isinstance(value, str):
         raise UserError(f"{where} is {kind_of(value)}, wanted a string; {MEND}")
     try:
@@ -67,7 +69,10 @@ def check_text(value: object, where: str) -> None:
 
 
 def parsed(value: object, where: str, wanted: str) -> Any:
-    """A value that may be JSON in a string. Raises UserError for a string that is not."""
+    """Decodes a value that may be JSON in a string. Raises UserError for a string that is not JSON.
+
+    Returns None for an empty value.
+    """
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
@@ -80,9 +85,13 @@ def parsed(value: object, where: str, wanted: str) -> Any:
 
 
 def read_weight(fields: Mapping[str, Any], where: str) -> tuple[float, set[str]]:
-    """By how much a record or a turn counts in the loss, from its ``weight`` and ``train``; and which of them were read.
+    """Returns by how much to multiply the loss of a record or a turn, and the fields read for it.
 
-    A weight that is no number, and a ``train`` that says neither yes nor no, are something else: they are not read.
+    These fields are ``weight`` and ``train``. A ``weight`` that is no number, and a ``train`` that
+    says neither yes nor no, mean something else and are not read.
+
+    Raises:
+        UserError: the weight is negative or too great.
     """
     weight, read = 1.0, set()
     given = fields.get("weight")
@@ -95,7 +104,8 @@ def read_weight(fields: Mapping[str, Any], where: str) -> tuple[float, set[str]]
     if number is not None:
         if not 0 <= number <= HEAVIEST:
             raise UserError(
-                f"{where}: 'weight' is {str(given)[:20]}, wanted a number from 0 to {HEAVIEST:,}; {MEND}"
+                f"{where}: 'weight' is {str(given)[:20]}, wanted a number from 0 to {HEAVIEST:,}; "
+                f"{MEND}"
             )
         weight, read = number, {"weight"}
     train = SAID.get(str(fields.get("train")).lower())
@@ -105,7 +115,11 @@ def read_weight(fields: Mapping[str, Any], where: str) -> tuple[float, set[str]]
 
 
 def read_tools(value: object, where: str) -> list[dict]:
-    """The tools that an assistant may call: objects, or JSON of them. Raises UserError for something else."""
+    """Returns the tools that an assistant may call, from objects or from JSON of them.
+
+    Raises:
+        UserError: the value is something else.
+    """
     tools = parsed(value, where, "a list of tools") or []
     if not isinstance(tools, list) or not all(
         isinstance(tool, dict) and _is_tool(tool) for tool in tools
@@ -125,15 +139,17 @@ def read_messages(
     system: object = None,
     unused: dict[str, None] | None = None,
 ) -> Messages:
-    """Messages from a list of objects, JSON of it, or an object of lists (as parquet may hold it).
+    """Reads messages from a list of objects, from JSON of it, or from an object of lists.
+
+    Parquet may hold an object of lists.
 
     Args:
-        columns: other names of ``role`` and ``content``.
-        system: a system prompt that stands beside the list.
+        columns: our names ``role`` and ``content`` -> the names in the data.
+        system: a system prompt that the record has beside the list.
         unused: gets the names of fields that are not read.
 
     Raises:
-        UserError: what is no conversation.
+        UserError: the value is no conversation.
     """
     value = parsed(value, where, "a list of messages")
     if (
@@ -143,12 +159,14 @@ def read_messages(
     ):
         if len({len(column) for column in value.values()}) > 1:
             raise UserError(
-                f"{where}: an object of lists of several lengths, wanted one for each message; {MEND}"
+                f"{where}: an object of lists of several lengths, wanted one for each message; "
+                f"{MEND}"
             )
         value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not value:
         raise UserError(
-            f"{where} is no list of messages, or an empty one; wanted [{{'role': ..., 'content': ...}}, ...]"
+            f"{where} is no list of messages, or an empty one; "
+            "wanted [{'role': ..., 'content': ...}, ...]"
         )
     unused = {} if unused is None else unused
     found = [
@@ -190,7 +208,8 @@ def _message(
         role, content = "assistant", ""
     if isinstance(content, list) and (other := next(filter(None, map(_is_no_text, content)), None)):
         raise UserError(
-            f"{place}: 'content' holds {other}, and text alone is trained; take it or the record out"
+            f"{place}: 'content' holds {other}, and text alone is trained; "
+            "take it or the record out"
         )
     if isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" for part in content
@@ -217,7 +236,7 @@ def _is_no_text(part: object) -> str | None:
 
 
 def _text_of(part: dict, where: str, unused: dict[str, None]) -> str:
-    """The text of a part of a message's content."""
+    """Returns the text of one part of a message's content."""
     check_text(part.get("text"), f"{where}: the 'text' of a part")
     unused |= dict.fromkeys(
         f"messages.content.{name}"
@@ -230,7 +249,7 @@ def _text_of(part: dict, where: str, unused: dict[str, None]) -> str:
 def _beside(
     message: Mapping[str, Any], role: str, place: str, unused: dict[str, None]
 ) -> tuple[dict[str, Any], set[str]]:
-    """What a message has beside its role and content that is used, and the fields that were read for it."""
+    """Returns what is used of a message beside its role and content, and the fields read for it."""
     more: dict[str, Any] = {}
     weight, read = read_weight(message, place)
     if role in ("assistant", "call"):
@@ -244,15 +263,12 @@ def _beside(
             check_text(message[reasoning], f"{place}: {reasoning!r}")
             more["reasoning_content"] = message[reasoning]
             read |= {name for name in REASONING if message.get(name) == message[reasoning]}
-        for name in ("tool_calls", "function_call"):  # the second is OpenAI's older one
+        for name in ("tool_calls", "function_call"):  # the second is OpenAI's older name
             if message.get(name) and "tool_calls" not in more:
                 more["tool_calls"] = read_calls(message[name], f"{place}: {name!r}", unused)
                 read.add(name)
     elif weight not in (0, 1):
-        read -= {
-            "weight",
-            "train",
-        }  # a turn that is not the assistant's is not trained, whatever is said of it
+        read -= {"weight", "train"}  # only turns of the assistant are trained, whatever these say
     for name in ("name", "tool_call_id"):
         if isinstance(message.get(name), str) and message[name]:
             check_text(message[name], f"{place}: {name!r}")
@@ -262,14 +278,16 @@ def _beside(
 
 
 def read_calls(value: object, where: str, unused: dict[str, None] | None = None) -> list[dict]:
-    """Calls of tools as chat templates take them: ``{"type": "function", "function": {"name", "arguments"}}``, with the ``id``
-    if there is one; arguments as an object.
+    """Returns tool calls in the form that chat templates take.
+
+    It is ``{"type": "function", "function": {"name", "arguments"}}``, with the ``id`` if there is
+    one. The arguments are an object.
 
     Args:
         unused: gets the names of fields that are not read.
 
     Raises:
-        UserError: what is no call.
+        UserError: the value is no call.
     """
     value = parsed(value, where, "a call or a list of calls")
     return [

@@ -1,4 +1,4 @@
-"""Packing: several whole examples in one row, chosen by best fit, so that little of a row is padding."""
+"""Packs several whole examples into one row by best fit, so that little of a row is padding."""
 
 from typing import Any
 
@@ -9,7 +9,10 @@ from datasets import Dataset
 
 
 def example_lengths(examples: Dataset) -> np.ndarray:  # [N] int64
-    """Tokens of every example, read column-wise: no example becomes Python objects."""
+    """Returns the number of tokens of every example.
+
+    Reads the column as Arrow, so no example becomes Python objects.
+    """
     batches = examples.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
     return np.concatenate(
         [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
@@ -17,14 +20,18 @@ def example_lengths(examples: Dataset) -> np.ndarray:  # [N] int64
 
 
 def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
-    """Rows of indices whose lengths add up to at most ``capacity``; each index is in exactly one row.
+    """Packs indices into rows whose lengths add up to at most ``capacity``.
 
-    Best fit decreasing: the longest first, each into the fullest row that has room. Rows are kept by the space they have left,
-    and the spaces that there are as bits of one integer: the smallest that fits is its lowest bit from ``length`` on. The
-    rows come in random order, so that an epoch does not go from long to short; ties are broken by the seed too.
+    Each index is in exactly one row. The method is best fit decreasing: the longest example comes
+    first, and each goes into the fullest row that has room. The rows are stored by the space that
+    they have left. The spaces that occur are the set bits of one integer, so the smallest space
+    that fits is its lowest set bit from bit ``length`` on.
+
+    The rows are returned in random order, so that an epoch does not go from long to short. Ties
+    are broken by the seed too.
 
     Raises:
-        ValueError: an example of more than ``capacity`` tokens.
+        ValueError: an example has more than ``capacity`` tokens.
     """
     if len(lengths) and lengths.max() > capacity:
         raise ValueError(f"an example has {lengths.max()} tokens, a row {capacity}")
@@ -32,9 +39,8 @@ def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
     shuffled = random.permutation(len(lengths))
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     rows: list[list[int]] = []
-    with_space: list[list[int]] = [
-        [] for _ in range(capacity + 1)
-    ]  # rows by the tokens they have left
+    # rows by the number of tokens that still fit
+    with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     spaces = 0  # bit s is set where with_space[s] has a row
     for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         fitting = spaces >> length
@@ -53,10 +59,11 @@ def best_fit(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
 
 
 class PackedExamples(torch.utils.data.Dataset):
-    """Examples in rows, put together when they are read: the examples stay where they are, on disk.
+    """Rows of several examples. A row is put together when it is read; the examples stay on disk.
 
-    Row i has ``input_ids`` and ``labels`` of its examples, one after the other, their ``lengths``, and ``weights`` where one of
-    them has some. A row without examples fills up the last global batch.
+    A row has the ``input_ids`` and ``labels`` of its examples, one after the other, their
+    ``lengths``, and ``weights`` if one of them has weights. Rows without examples fill up the last
+    global batch.
     """
 
     def __init__(self, examples: Dataset, rows: list[list[int]]):
@@ -87,16 +94,19 @@ class PackedExamples(torch.utils.data.Dataset):
         return joined | {"lengths": lengths}
 
     def row_lengths(self) -> np.ndarray:  # [R] int64
-        """Tokens of every row."""
+        """Returns the number of tokens of every row."""
         lengths = example_lengths(self.examples)
         return np.array([lengths[row].sum() for row in self.rows], dtype=np.int64)
 
     def filled(self, multiple: int) -> "PackedExamples":
-        """With rows without examples at the end, as ``fill_up`` does it."""
+        """Appends rows without examples, see ``batching.pad_to_multiple``."""
         return PackedExamples(self.examples, [*self.rows, *([[]] * (-len(self.rows) % multiple))])
 
     def report(self, capacity: int) -> str:
-        """What packing has done, in a line."""
+        """Returns a line that says how many rows there are and how full they are."""
         examples, rows = sum(map(len, self.rows)), len(self.rows)
         full = self.row_lengths().sum() / (rows * capacity)
-        return f"packed {examples:,} examples into {rows:,} rows, {examples / rows:.2f} to a row, {full:.1%} full"
+        return (
+            f"packed {examples:,} examples into {rows:,} rows, "
+            f"{examples / rows:.2f} to a row, {full:.1%} full"
+        )

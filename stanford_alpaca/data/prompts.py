@@ -1,7 +1,9 @@
-"""From records to texts: Alpaca's prompt template, and texts as they are; where they are trained, and with which end.
+"""Turns records into texts, with Alpaca's prompt template or without any.
 
-The wording is Stanford Alpaca's (Apache-2.0, https://github.com/tatsu-lab/stanford_alpaca), byte for byte, because models
-tuned with it expect exactly this text. The response follows ``### Response:`` directly.
+Each text comes with the spans that are trained: the responses, each with its end-of-sequence
+token. The wording is Stanford Alpaca's (Apache-2.0, https://github.com/tatsu-lab/stanford_alpaca),
+byte for byte, because models tuned with it expect exactly this text. The response follows
+``### Response:`` directly.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,43 +14,43 @@ from stanford_alpaca.data.messages import Messages, more_of, pack
 from stanford_alpaca.errors import UserError
 
 WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request."
 )
 WITHOUT_INPUT = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request."
-)  # fmt: skip
+)
 
-
-HEADING = "### Input:\n"  # what stands, in a question, between the instruction and an empty line, and the input
+# stands in a question before the input; an empty line separates it from the instruction
+HEADING = "### Input:\n"
 
 
 class Rendered(NamedTuple):
-    """A text and what of it is trained."""
+    """A text, and which parts of it are trained."""
 
     text: str
-    spans: list[
-        tuple[int, int]
-    ]  # characters [start, end), in order; a token is trained if it lies within one
-    weights: list[float]  # of the spans: by how much they count in the loss
-    notes: Sequence[
-        str
-    ] = ()  # what of the record is not in the text as a reader may expect it, each counted in the report
+    # characters [start, end), in order; a token is trained if it lies within a span
+    spans: list[tuple[int, int]]
+    weights: list[float]  # one per span: by how much its loss is multiplied
+    # what of the record is not in the text as a reader may expect it; the report counts them
+    notes: Sequence[str] = ()
 
 
 def text_note(names: list[str]) -> list[str]:
-    """A note for each name of a special token that stays text."""
+    """Returns a note for each name of a special token that stays text."""
     return [
-        f"{name!r} in a field is text, not the special token (--special_tokens parse reads it as one)"
+        f"{name!r} in a field is text, not the special token "
+        "(--special_tokens parse reads it as one)"
         for name in names
     ]
 
 
 def format_prompt(record: Mapping[str, str]) -> str:
-    """Alpaca's prompt of a record with an ``instruction`` and, unless absent or empty, ``input`` and ``system``.
+    """Returns Alpaca's prompt for a record with an ``instruction``.
 
-    A system prompt takes the place of Alpaca's own first lines.
+    ``input`` and ``system`` may be absent or empty. A system prompt takes the place of Alpaca's
+    own first lines.
     """
     opening = opening_of(record.get("system"), bool(record.get("input")))
     question = f"{HEADING}{record['input']}\n\n" if record.get("input") else ""
@@ -56,12 +58,12 @@ def format_prompt(record: Mapping[str, str]) -> str:
 
 
 def opening_of(system: str | None, with_input: bool) -> str:
-    """The first lines of a prompt: a system prompt in the place of Alpaca's own."""
+    """Returns the first lines of a prompt: the system prompt if there is one, else Alpaca's own."""
     return system or (WITH_INPUT if with_input else WITHOUT_INPUT)
 
 
 class Turn(NamedTuple):
-    """A prompt and the response to it, as they stand in the record."""
+    """A prompt and the response to it, as they are in the record."""
 
     prompt: str
     response: str
@@ -69,24 +71,29 @@ class Turn(NamedTuple):
 
 
 class TurnsTemplate:
-    """Prompts and responses one after the other, the end-of-sequence token after every response.
+    """Writes prompts and responses in turn, with the end-of-sequence token after every response.
 
     Args:
-        turns: the turns of a record, ``alpaca_turns`` or ``plain_turns``.
+        turns: returns the turns of a record: ``alpaca_turns`` or ``plain_turns``.
     """
 
     def __init__(self, turns: Callable[[Mapping], list[Turn]], encoder: TextEncoder):
         self.turns, self.encoder, self.end = turns, encoder, encoder.special(encoder.eos_token)
 
     def adds_special_tokens(self, text: str) -> bool:
-        """Whether the tokenizer puts its own (a beginning-of-sequence token) before the text: not where one stands there."""
+        """Returns whether the tokenizer puts its first token, such as a BOS token, before the text.
+
+        It does not if the text already begins with that token.
+        """
         return not self.encoder.begins(text)
 
     def render(self, record: Mapping) -> Rendered:
-        """The text of a record and the spans of its responses with their ends; an empty response is not trained.
+        """Returns the text of a record, and the spans of its responses with their ends.
+
+        An empty response is not trained.
 
         Raises:
-            UserError: a record that this template cannot write.
+            UserError: this template cannot write the record.
         """
         text, spans, weights = "", [], []
         names: dict[str, None] = {}
@@ -101,14 +108,21 @@ class TurnsTemplate:
         return Rendered(text, spans, weights, [*text_note(list(names)), *_left_out(record)])
 
     def prompt(self, record: Mapping) -> str:
-        """The text that generation continues: the record without its last response. Raises UserError as ``render``."""
+        """Returns the text that generation continues: the record without its last response.
+
+        Raises:
+            UserError: this template cannot write the record.
+        """
         *history, last = self.turns(record) or [Turn("", "")]
         return (
             "".join("".join(self._written(turn)[:2]) for turn in history) + self._written(last)[0]
         )
 
     def _written(self, turn: Turn) -> tuple[str, str, list[str]]:
-        """The prompt, the response with its end, and the names of special tokens that are text in them."""
+        """Returns the prompt and the response with its end-of-sequence token.
+
+        Also returns the names of special tokens that are text in them.
+        """
         prompt, in_prompt = self.encoder.field(turn.prompt)
         response, in_response = self.encoder.field(turn.response, answer=True)
         closed = response.rstrip().endswith(self.end)
@@ -116,10 +130,13 @@ class TurnsTemplate:
 
 
 def plain_turns(record: Mapping) -> list[Turn]:
-    """Prompt and completion as they are, or a text that is trained as a whole. Of other records what is asked is the prompt.
+    """Returns the turns of a record without any template.
+
+    A ``text`` is trained as a whole. A ``prompt`` and its ``completion`` are one turn. In other
+    records, all that is said before an answer is its prompt.
 
     Raises:
-        UserError: a conversation that has tools.
+        UserError: the conversation has tools.
     """
     weight = more_of(record).get("weight", 1.0)
     if "text" in record:
@@ -139,18 +156,19 @@ def plain_turns(record: Mapping) -> list[Turn]:
 
 
 def alpaca_turns(record: Mapping) -> list[Turn]:
-    """The record in Alpaca's words; the later questions of a conversation come without the first lines.
+    """Returns the turns of a record in Alpaca's words.
+
+    The later questions of a conversation come without the first lines.
 
     Raises:
-        UserError: a conversation that does not alternate from user to assistant, or that has tools.
+        UserError: the conversation has tools, or does not alternate from user to assistant.
     """
     messages = as_messages(record, heading=HEADING)
     _refuse_tools(record, messages, "Alpaca's template has no place")
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
     if len(messages) % 2:
-        messages.append(
-            {"role": "assistant", "content": ""}
-        )  # a question that waits for its answer
+        # the last question has no answer yet
+        messages.append({"role": "assistant", "content": ""})
     roles, texts = (
         [message["role"] for message in messages],
         [message["content"] for message in messages],
@@ -179,10 +197,13 @@ def _refuse_tools(record: Mapping, messages: Messages, who: str) -> None:
 
 
 def as_messages(record: Mapping, heading: str = "") -> Messages:
-    """Any record but a text as a conversation; the response, if there is one, is its last message.
+    """Returns any record except a text as a conversation.
+
+    The response, if there is one, is its last message.
 
     Args:
-        heading: what stands between an Alpaca record's instruction, an empty line, and its input.
+        heading: stands before the input of an Alpaca record, after its instruction and an empty
+            line.
     """
     more = more_of(record)
     if "messages" in record:
@@ -202,7 +223,7 @@ def as_messages(record: Mapping, heading: str = "") -> Messages:
 
 
 def _weighted(message: Mapping, weight: float) -> dict[str, Any]:
-    """A message of a record that counts ``weight`` times."""
+    """Returns a message with its weight multiplied by ``weight``, that of its record."""
     if weight == 1 or message["role"] != "assistant":
         return dict(message)
     more = more_of(message)
@@ -210,7 +231,7 @@ def _weighted(message: Mapping, weight: float) -> dict[str, Any]:
 
 
 def _left_out(record: Mapping) -> list[str]:
-    """Notes on what a record's messages have that texts one after the other do not."""
+    """Returns notes on fields of a record's messages that this template does not write."""
     more = [more_of(message) for message in record.get("messages", ())]
     notes = {"reasoning_content": "the reasoning of a turn", "name": "the name of a message"}
     return [
@@ -221,7 +242,11 @@ def _left_out(record: Mapping) -> list[str]:
 
 
 def as_shown(record: Mapping) -> dict[str, str]:
-    """What a reader wants to see of a record: ``instruction``, ``input`` and, if it has one, the ``reference``."""
+    """Returns what a reader wants to see of a record.
+
+    It is the ``instruction``, the ``input`` and the ``reference``, which is "" if the record has
+    no response.
+    """
     if "instruction" in record:
         return {
             "instruction": record["instruction"],

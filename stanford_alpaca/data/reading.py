@@ -1,4 +1,7 @@
-"""From files and folders to raw records: whatever stands in JSON, JSON lines, CSV, parquet or text, and where it stands."""
+"""Reads raw records from files and folders: JSON, JSON lines, CSV, parquet, Arrow or text.
+
+Each value comes with the place where it stands.
+"""
 
 import codecs
 import csv
@@ -20,26 +23,25 @@ from stanford_alpaca.errors import UserError, first_line, listed
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 TEXT_FILE, GZIPPED = ".txt", ".gz"
 FILE_KINDS = (*SUFFIXES, TEXT_FILE)  # all but parquet may be gzipped
-ARROW = ".arrow"  # of what ``datasets`` saved, see ``_saved_files``
+ARROW = ".arrow"  # files that ``datasets`` saved, see ``_saved_files``
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 ABOUT = (SAVED, SAVED_SPLITS, "dataset_info.json", "dataset_infos.json")  # files about data
-OF = r"(?<![a-z])({})(set|data|split)?(?![a-z])"  # a split, in the name of its file or folder
+OF = r"(?<![a-z])({})(set|data|split)?(?![a-z])"  # a split in the name of a file or folder
 TRAINING = re.compile(OF.format("train(ing)?"))
 HELD_OUT = re.compile(OF.format("test(ing)?|val(id(ation)?)?|dev|eval(uation)?"))
-WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")  # where one begins, in a name like trainData
-SHARD = re.compile(
-    r"([-_.]?\d+(-of-\d+)?([-_][0-9a-f]{8,})?)?(\.\w+)+$"
-)  # how the file names of one set end
-HEAD = 4096  # bytes that tell an encoding
-WHOLE_OBJECT = 2**26  # bytes of a file that may be one object over several lines
-SPACE = re.compile(r"[ \t\n\r]*")  # JSON's own
+WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")  # where a word begins in a name like trainData
+# how the file names of one set end
+SHARD = re.compile(r"([-_.]?\d+(-of-\d+)?([-_][0-9a-f]{8,})?)?(\.\w+)+$")
+HEAD = 4096  # bytes to read to recognise an encoding
+WHOLE_OBJECT = 2**26  # bytes to read of a file that may be one object over several lines
+SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 csv.field_size_limit(2**31 - 1)  # the default refuses fields of 128 KiB
 
-Placed = tuple[str, object]  # a place, for messages, and the value that stands there
+Placed = tuple[str, object]  # a place, for error messages, and the value there
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder; False for names that no file system takes."""
+    """Returns whether a file or folder exists; False for a name that no file system takes."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -47,25 +49,28 @@ def exists(path: Path) -> bool:
 
 
 def kind_of_file(path: Path) -> str:
-    """One of FILE_KINDS, or what else the name ends with."""
+    """Returns one of FILE_KINDS, or another ending of the name."""
     name = path.name.lower().removesuffix(GZIPPED)
     return path.suffix.lower() if name.endswith(".parquet") else Path(name).suffix
 
 
 def open_text(file: Path, newline: str | None = None) -> IO[str]:
-    """A text file, gzipped or not, without the mark that some systems put at the beginning."""
+    """Opens a text file, gzipped or not, and skips a byte-order mark at its beginning."""
     if file.suffix.lower() == GZIPPED:
         return gzip.open(file, "rt", encoding="utf-8-sig", newline=newline)
     return file.open(encoding="utf-8-sig", newline=newline)
 
 
 def list_data_files(path: Path) -> list[Path]:
-    """The data files that a path names: itself, or all in the folder, the training split of one with splits.
+    """Returns the data files that a path names: the file itself, or all files of a folder.
 
-    Text counts in a folder that has nothing else: beside data it is about them. A folder may be what ``save_to_disk`` wrote.
+    Of a folder with splits, only the training split is returned. Text files count only in a folder
+    without other data: beside data they are documentation. The folder may also be one that
+    ``save_to_disk`` wrote.
 
     Raises:
-        UserError: no such path, another kind of file, a folder without data files, or one with several sets.
+        UserError: the path does not exist, or is another kind of file; or the folder has no data
+            files, or several sets.
     """
     kinds = f"{', '.join(FILE_KINDS)}; all but .parquet also with {GZIPPED}"
     if not exists(path):
@@ -85,7 +90,7 @@ def list_data_files(path: Path) -> list[Path]:
         for file in path.rglob("*")
         if kind_of_file(file) in FILE_KINDS
     }
-    hidden = re.compile(r"(^|/)\.")  # what a system or a tool keeps beside the data
+    hidden = re.compile(r"(^|/)\.")  # files that a system or a tool keeps beside the data
     data = (
         file for file, name in names.items() if not hidden.search(name) and file.name not in ABOUT
     )
@@ -104,7 +109,7 @@ def list_data_files(path: Path) -> list[Path]:
 
 
 def _check_one_set(folder: Path, sets: dict[Path, str], are_training: bool) -> None:
-    """Raises UserError for files that are not parts of one set, as their places and names say."""
+    """Raises UserError if the files' folders and names say that they are not parts of one set."""
     kinds: dict[str, set[str]] = {}
     for file, name in sets.items():
         kinds.setdefault(name, set()).add(
@@ -113,7 +118,8 @@ def _check_one_set(folder: Path, sets: dict[Path, str], are_training: bool) -> N
     for name, found in kinds.items():
         if len(found) > 1:
             raise UserError(
-                f"{folder}: {name or 'the data'} in several formats ({', '.join(sorted(found))}); name one file"
+                f"{folder}: {name or 'the data'} in several formats "
+                f"({', '.join(sorted(found))}); name one file"
             )
     others = [name for name in kinds if not HELD_OUT.search(_words(name.rpartition("/")[2]))]
     alike = {TEXT_FILE} not in kinds.values() and len(
@@ -128,12 +134,16 @@ def _check_one_set(folder: Path, sets: dict[Path, str], are_training: bool) -> N
             else f"{folder}/{first}{'/' if (folder / first).is_dir() else '-'}*"
         )
         raise UserError(
-            f"{folder}: several sets of data ({listed(sorted(kinds))}); name one: --data_path {example}"
+            f"{folder}: several sets of data ({listed(sorted(kinds))}); "
+            f"name one: --data_path {example}"
         )
 
 
 def _set_of(name: str) -> str:
-    """The set that a file is of: its path, up to the part that names a split, without the number of its shard."""
+    """Returns the name of the set that a file belongs to.
+
+    It is the file's path up to the part that names a split, without the number of a shard.
+    """
     parts = name.split("/")
     split = next(
         (i for i, part in enumerate(parts[:-1]) if TRAINING.search(_words(part))), len(parts) - 1
@@ -146,13 +156,14 @@ def _words(name: str) -> str:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """The files of what ``datasets`` saved to a folder; of several splits, ``train``."""
+    """Returns the files of a data set that ``datasets`` saved; of several splits, ``train``."""
     try:
         if (folder / SAVED_SPLITS).is_file():
             splits = list(json.loads((folder / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"])
             if "train" not in splits and len(splits) != 1:
                 raise UserError(
-                    f"{folder}: several splits ({', '.join(splits)}); name one: --data_path {folder}/{splits[0]}"
+                    f"{folder}: several splits ({', '.join(splits)}); "
+                    f"name one: --data_path {folder}/{splits[0]}"
                 )
             folder = folder / ("train" if "train" in splits else splits[0])
         state = json.loads((folder / SAVED).read_text(encoding="utf-8"))
@@ -174,8 +185,13 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
-    """The values of one file, a record at a time, a line of text being one; only a JSON list is read as a whole, and refused on
-    request."""
+    """Yields the values of one file, one record at a time. A line of a text file is a record.
+
+    Only a JSON list is read as a whole. Without ``whole_lists`` it is refused.
+
+    Raises:
+        UserError: the file cannot be read, or a record in it is broken.
+    """
     kind = kind_of_file(file)
     try:
         if kind == ".parquet":
@@ -193,7 +209,8 @@ def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
         elif _starts_with_bracket(file):
             if not whole_lists:
                 raise UserError(
-                    f"{file}: a JSON list has to be read as a whole; for --streaming give one object a line"
+                    f"{file}: a JSON list has to be read as a whole; "
+                    "for --streaming give one object a line"
                 )
             yield from _json_list(file)
         else:
@@ -209,9 +226,8 @@ def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
 def _has_nul(file: Path) -> bool:
     with (gzip.open if file.suffix.lower() == GZIPPED else open)(file, "rb") as stream:
         head = stream.read(HEAD)
-    return b"\0" in head and not head.startswith(
-        (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    )  # whose first byte is named
+    # a file with UTF-16's byte-order mark gets the error that names its first bad byte
+    return b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
 
 def _lines(file: Path) -> Iterator[Placed]:
@@ -253,7 +269,10 @@ def _json_list(file: Path) -> Iterator[Placed]:
 
 
 def _element(text: str, place: int) -> tuple[object, int, str]:
-    """What stands in a list at a place, where the next begins, and what stood between them: a comma, or the list's end."""
+    """Returns the element of a list at a place, where the next one begins, and "," or "]".
+
+    The last is the character after the element.
+    """
     value, place = JSON.raw_decode(text, place)
     place = _skip_space(text, place)
     if text[place : place + 1] not in (",", "]"):
@@ -281,7 +300,7 @@ def _json_lines(file: Path) -> Iterator[Placed]:
 
 
 def _one_object(file: Path) -> str:
-    """What to do with a file that is one object over several lines; nothing for another."""
+    """Returns what to do with a file that is one object over several lines, or "" for another."""
     try:
         with open_text(file) as stream:
             whole = JSON.decode(stream.read(WHOLE_OBJECT))
@@ -308,7 +327,7 @@ def _skip_space(text: str, place: int) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a text that is no JSON."""
+    """Returns what is wrong with a text that is no JSON."""
     return (
         "nested too deep"
         if isinstance(error, RecursionError)
@@ -329,7 +348,8 @@ def _csv(file: Path, delimiter: str) -> Iterator[Placed]:
                 where = f"{file}:line {reader.line_num}"
                 if None in row or None in row.values():
                     raise UserError(
-                        f"{where}: not the {len(reader.fieldnames or [])} fields of the first line; is a quote open?"
+                        f"{where}: not the {len(reader.fieldnames or [])} fields of the first "
+                        "line; is a quote open?"
                     )
                 yield where, row
         except csv.Error as error:
@@ -357,7 +377,10 @@ def _parquet(file: Path) -> Iterator[Placed]:
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A table's row without the nulls that its columns put into objects which lack a field of others."""
+    """Removes the nulls from the objects in a row of a table.
+
+    A table puts them where an object lacks a field that others have.
+    """
     return {
         name: _without_nulls(value) if isinstance(value, dict | list) else value
         for name, value in row.items()
@@ -379,9 +402,10 @@ def _arrow(file: Path) -> Iterator[Placed]:
                     for row in batch.slice(start, 1000).to_pylist():
                         number += 1
                         yield f"{file}:record {number}", without_nulls(row)
-            if source.tell() < source.size():  # zeros end a stream
+            if source.tell() < source.size():  # zeros in a damaged file end the stream
                 raise UserError(
-                    f"{file}: broken Arrow, it ends after {number:,} records, before the file does; save it again"
+                    f"{file}: broken Arrow, it ends after {number:,} records, before the file "
+                    "does; save it again"
                 )
     except (pa.ArrowException, OSError) as error:
         raise UserError(
@@ -390,7 +414,10 @@ def _arrow(file: Path) -> Iterator[Placed]:
 
 
 def _bad_byte(file: Path, error: UnicodeDecodeError) -> int:
-    """Where in the file the first bad byte is: a text file decodes in pieces, and the error counts from its piece."""
+    """Returns the position of the first bad byte in the file.
+
+    A text file is decoded in pieces, and the position in the error counts from the piece.
+    """
     try:
         (gzip.open if file.suffix.lower() == GZIPPED else open)(file, "rb").read().decode(
             "utf-8-sig"
@@ -401,7 +428,10 @@ def _bad_byte(file: Path, error: UnicodeDecodeError) -> int:
 
 
 def digest_of(files: list[Path], contents: bool = True) -> str:
-    """A sha256 over names and contents; without ``contents``, over names and sizes (data too large to be read twice)."""
+    """Returns a sha256 over the names, sizes and contents of files.
+
+    Without ``contents`` it covers only names and sizes, for data that are too large to read twice.
+    """
     total = sha256()
     for file in files:
         total.update(f"{file.name}\n{file.stat().st_size}\n".encode())

@@ -1,13 +1,13 @@
-"""From a value as it stands in a file to a record of one form: the columns of ``FORMS``, and what else it says.
+"""Turns a raw value from a file into a record of one form: the columns of ``FORMS``.
 
-==========  ============================================== =====================================================
-form        columns                                        also written as
-==========  ============================================== =====================================================
-alpaca      instruction, input, output, system             ``input`` and ``system`` may be absent; ``history``
-completion  prompt, completion                             two strings; two lists of messages are a ``chat``
-chat        messages: [{role, content}]                    ShareGPT: conversations: [{from, value}]
-text        text                                           a text file: a document (see ``documents``)
-==========  ============================================== =====================================================
+==========  ==================================  ====================================================
+form        columns                             notes
+==========  ==================================  ====================================================
+alpaca      instruction, input, output, system  ``input`` and ``system`` may be absent; ``history``
+completion  prompt, completion                  two strings; two lists of messages are a ``chat``
+chat        messages: [{role, content}]         ShareGPT: conversations: [{from, value}]
+text        text                                a text file: a document (see ``documents``)
+==========  ==================================  ====================================================
 """
 
 from collections import Counter
@@ -34,7 +34,9 @@ from stanford_alpaca.data.messages import (
 from stanford_alpaca.errors import UserError, listed
 
 TEXT = Value("string")
-FORMS = {  # ``more`` is JSON, see ``more_of``: weight, tools, history, and unused, the names of fields that were not read
+# ``more`` is JSON (see ``more_of``) with weight, tools, history and unused. The last holds the
+# names of fields that were not read.
+FORMS = {
     "chat": Features(
         {"messages": List({"role": TEXT, "content": TEXT, "more": TEXT}), "more": TEXT}
     ),
@@ -51,7 +53,7 @@ OWN = {  # the columns that decide a form
     "completion": ("prompt", "completion"),
     "text": ("text",),
 }
-OTHER_NAMES = {  # of published data, for hints
+OTHER_NAMES = {  # our column -> its names in published data, for hints
     "messages": ("conversation", "dialog", "dialogue", "turns", "chat", "data"),
     "instruction": ("question", "query", "problem"),
     "input": ("context",),
@@ -59,11 +61,14 @@ OTHER_NAMES = {  # of published data, for hints
     "completion": ("response", "answer", "output", "target", "chosen"),
     "text": ("content", "document", "body", "chosen"),
 }
-Record = dict  # of one of the forms: its columns, without those of the others
+Record = dict  # the columns of one form
 
 
 def form_of(columns: list[str] | Record) -> str:
-    """The name of the form whose first column is among these, as ``canonical`` returns them."""
+    """Returns the name of the form of a record or of the columns of a table.
+
+    It is the form whose first column is among ``columns``, as ``parse_record`` returned them.
+    """
     return next(name for name, features in FORMS.items() if next(iter(features)) in columns)
 
 
@@ -74,13 +79,16 @@ def parse_record(
     needs_output: bool = True,
     train_history: bool = False,
 ) -> Record:
-    """The record in the form it has. Without ``needs_output`` it may be a prompt alone, for generation.
+    """Turns a raw value into a record of the form that it has.
 
     Args:
+        where: the place of the value, for error messages.
+        columns: our names -> the names in the data.
+        needs_output: whether the record needs a response. For generation it does not.
         train_history: whether the answers of an Alpaca record's ``history`` are trained too.
 
     Raises:
-        UserError: what is wrong with it, at the place ``where``.
+        UserError: something is wrong with the value.
     """
     if not isinstance(value, dict):
         raise UserError(
@@ -103,9 +111,7 @@ def parse_record(
             "messages": read_messages(record[name], f"{where}: {name!r}", columns, system, unused)
         }
         read |= {name, "system", "tools"}
-    elif isinstance(
-        record.get("prompt"), list | dict
-    ):  # a conversation in two parts, of which the second is trained
+    elif isinstance(record.get("prompt"), list | dict):
         row = {"messages": _in_two_parts(record, where, columns, unused)}
         read |= {"prompt", "completion", "system", "tools"}
     else:
@@ -126,7 +132,7 @@ def parse_record(
 
 
 def _fields_of(record: Record) -> tuple[list[str], list[str]]:
-    """The needed and the optional columns of the form that a record without messages has."""
+    """Returns the needed and the optional columns for the form of a record without messages."""
     if record.get("instruction") is None and record.get("prompt") is not None:
         return ["prompt", "completion"], []
     if record.get("instruction") is None and record.get("output") is None and "text" in record:
@@ -139,7 +145,10 @@ def _fields_of(record: Record) -> tuple[list[str], list[str]]:
 def _in_two_parts(
     record: Record, where: str, columns: Mapping[str, str], unused: dict[str, None]
 ) -> Messages:
-    """Prompt and completion, lists of messages: the assistant's turns of the prompt are context."""
+    """Joins a prompt and a completion that are lists of messages.
+
+    The assistant's turns in the prompt are context and not trained.
+    """
     answer = record.get("completion") or []
     before = read_messages(
         record["prompt"], f"{where}: 'prompt'", columns, record.get("system"), unused
@@ -154,7 +163,7 @@ def _in_two_parts(
 
 
 def _history(value: object, where: str, trained: bool) -> Messages:
-    """Earlier questions and answers, which are context unless they are trained."""
+    """Returns earlier questions and answers as messages. Unless ``trained``, they are context."""
     pairs = parsed(value, where, "a list of pairs") or []
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 for pair in pairs
@@ -172,13 +181,17 @@ def _history(value: object, where: str, trained: bool) -> Messages:
 
 
 def _not_read(value: Record, read: set[str], columns: Mapping[str, str]) -> list[str]:
-    """The fields of a record that say something and were not read."""
+    """Returns the fields of a record that say something and were not read."""
     taken = {columns[name] if columns.get(name) in value else name for name in read}
     return [str(name) for name, item in value.items() if name not in taken and item not in NOTHING]
 
 
 def unused_fields(records: Dataset, also: str = "") -> dict[str, int]:
-    """How many records have each field that is not read, or that is the one which has no use here ``also``."""
+    """Counts the records that have each field that was not read.
+
+    Args:
+        also: a field that was read but that the caller does not use, to be counted too.
+    """
     counts: Counter[str] = Counter()
     if "more" not in records.column_names:
         return {}
@@ -190,7 +203,11 @@ def unused_fields(records: Dataset, also: str = "") -> dict[str, int]:
 
 
 def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
-    """The record with our names for its columns. Columns that were asked for decide the form: those of others are left out."""
+    """Gives a record our names for its columns.
+
+    If --columns names columns of some forms, these decide the form, and the columns of the other
+    forms are left out.
+    """
     named = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
     chosen = [own for own in OWN.values() if named.keys() & own]
     others = {name for own in OWN.values() if chosen and own not in chosen for name in own}
@@ -212,7 +229,10 @@ def _strings(record: Record, needed: list[str], optional: list[str], where: str)
 
 
 def _hint(record: Record, needed: list[str], optional: list[str]) -> str:
-    """What to do about a record without a needed field: names that work, where its fields are known ones."""
+    """Returns what to do about a record without a needed field.
+
+    If the record has fields of a known name, the hint is a --columns that works.
+    """
     lists = [
         name
         for name, value in record.items()

@@ -1,4 +1,7 @@
-"""What became of the records of a source: kept, dropped, cut, and what of them is not trained as a reader may expect it."""
+"""Reports what happened to the records of a source: how many were kept, dropped or cut.
+
+Notes say what of them is not trained as a reader may expect it.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,11 +13,11 @@ from datasets import Dataset
 
 from stanford_alpaca.errors import listed
 
-KEPT, EMPTY, FILLED, REFUSED = range(4)  # what becomes of a record
+KEPT, EMPTY, FILLED, REFUSED = range(4)  # the fates of a record, see ``DataReport``
 
 
 def note_counts(encoded: Dataset) -> dict[str, int]:
-    """How many records have each note, the most frequent first."""
+    """Counts the records that have each note, the most frequent note first."""
     notes = pc.value_counts(pc.list_flatten(encoded.data["notes"]))
     return dict(
         Counter({row["values"].as_py(): row["counts"].as_py() for row in notes}).most_common()
@@ -22,7 +25,7 @@ def note_counts(encoded: Dataset) -> dict[str, int]:
 
 
 def count_lines(records: int, unused: Mapping[str, int], notes: Mapping[str, int]) -> list[str]:
-    """Lines about fields that were not read and about notes, each with the number of its records."""
+    """Returns lines about fields that were not read and about notes, with numbers of records."""
     fields = listed(
         f"{name} ({count:,}{f' of {records:,} records' if number == 0 else ''})"
         for number, (name, count) in enumerate(unused.items())
@@ -35,27 +38,27 @@ def count_lines(records: int, unused: Mapping[str, int], notes: Mapping[str, int
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the records of one source."""
+    """What happened to the records of one source."""
 
     records: int
     kept: int
     no_response: int  # dropped: nothing to train, or a weight of 0
-    filled: int  # dropped: the prompt takes the whole length
+    filled: int  # dropped: the prompt takes the whole maximum length
     refused: int  # dropped: the template cannot write it
-    truncated: int  # kept, but cut at the length (the end is lost)
-    straddling: int  # a token reaches past an end of what is trained: not trained
+    truncated: int  # kept, but cut at the maximum length (the end is lost)
+    straddling: int  # kept; a token crosses an end of what is trained, and is not trained
     tokens: int
     supervised_tokens: int
-    refusal: str = ""  # the first reason
-    notes: Mapping[str, int] = field(default_factory=dict)  # -> records
-    unused: Mapping[str, int] = field(default_factory=dict)  # fields that are not read -> records
+    refusal: str = ""  # of the first refused record: its number and the reason
+    notes: Mapping[str, int] = field(default_factory=dict)  # note -> records, see ``Rendered``
+    unused: Mapping[str, int] = field(default_factory=dict)  # unread field -> records with it
     template: str = ""  # the name of the template that wrote the prompts
 
     @classmethod
     def of(
         cls, encoded: Dataset, unused: Mapping[str, int] | None = None, template: str = ""
     ) -> "DataReport":
-        """The report of what ``encode_records`` returned."""
+        """Returns the report of the rows that ``tokenize.encode_records`` returned."""
         columns = {
             name: encoded.data[name].to_numpy()
             for name in ("fate", "length", "full_length", "supervised", "straddling")
@@ -85,13 +88,16 @@ class DataReport:
         return self.no_response + self.filled + self.refused
 
     def lines(self) -> list[str]:
-        """The report as a run prints it."""
+        """Returns the report as a run prints it."""
         return [str(self), *count_lines(self.records, self.unused, self.notes)]
 
     def __str__(self) -> str:
         first = f" ({self.refusal})" if self.refusal else ""
         return (
-            f"{self.kept:,} of {self.records:,} examples, {self.tokens:,} tokens, {self.supervised_tokens:,} supervised; "
-            f"dropped: {self.no_response:,} without a response, {self.filled:,} whose prompt fills the length, "
-            f"{self.refused:,} refused by the template{first}; truncated: {self.truncated:,}, straddling: {self.straddling:,}"
+            f"{self.kept:,} of {self.records:,} examples, {self.tokens:,} tokens, "
+            f"{self.supervised_tokens:,} supervised; "
+            f"dropped: {self.no_response:,} without a response, "
+            f"{self.filled:,} whose prompt fills the length, "
+            f"{self.refused:,} refused by the template{first}; "
+            f"truncated: {self.truncated:,}, straddling: {self.straddling:,}"
         )

@@ -1,4 +1,7 @@
-"""Several sources to one set of examples: as they are one after the other, or drawn with weights, in memory or streamed."""
+"""Combines several sources into one set of examples, in memory or streamed.
+
+The sources are concatenated, or examples are drawn from them with weights.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +26,7 @@ from stanford_alpaca.data.tokenize import (
 )
 from stanford_alpaca.errors import UserError
 
-LOOKED_AT = 256  # records of a stream that are seen before training
+LOOKED_AT = 256  # records of a stream that are examined before training
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,14 @@ class Loading:
     """How sources become examples.
 
     Args:
-        max_length: tokens of an example.
-        block_size: tokens of a block into which running text is cut, see ``blocks``; None for examples.
-        documents, max_sentences: with a block_size, as in ``load_records``.
-        prompt_template, special_tokens: of ``templates.TEMPLATES`` and ``encode.READINGS``.
-        train_history: as in ``records.canonical``.
+        max_length: the maximum number of tokens of an example.
+        block_size: the tokens of a block of running text, see ``blocks``; None for examples.
+        documents, max_sentences: only with a block_size, see ``documents.Texts``.
+        prompt_template: one of ``templates.TEMPLATES``.
+        special_tokens: one of ``encode.READINGS``.
+        train_history: see ``records.parse_record``.
         columns: our column names -> the names in the files.
-        shuffle_buffer: examples of a stream that are held to be shuffled.
+        shuffle_buffer: how many examples of a stream are held to be shuffled.
     """
 
     max_length: int
@@ -54,22 +58,30 @@ class Loading:
     max_sentences: int | None = None
 
     def records(self, path: str) -> Dataset:
-        """The records of a source, checked. Raises UserError for the first bad one."""
+        """Returns the records of a source, checked. Raises UserError for the first bad one."""
         documents = None if self.block_size is None else self.documents
         return load_records(
-            path, self.cache_dir, columns=self.columns, documents=documents, max_sentences=self.max_sentences,
+            path,
+            self.cache_dir,
+            columns=self.columns,
+            documents=documents,
+            max_sentences=self.max_sentences,
             train_history=self.train_history,
-        )  # fmt: skip
+        )
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, form: str) -> ExampleEncoder:
-        """What makes examples of records of a form. Raises UserError as ``ExampleEncoder.of``."""
+        """Returns the encoder for records of a form. Raises like ``ExampleEncoder.of``."""
         return ExampleEncoder.of(
             tokenizer, form, self.max_length, self.prompt_template, self.special_tokens
         )
 
 
 def check_sources(paths: list[str], loading: Loading) -> None:
-    """Reads and checks every record of every source, which stay in the cache. Raises UserError for the first bad one."""
+    """Reads and checks every record of every source, and leaves them in the cache.
+
+    Raises:
+        UserError: the first bad record.
+    """
     check_columns(paths, loading.columns)
     for path in paths:
         loading.records(path)
@@ -78,14 +90,23 @@ def check_sources(paths: list[str], loading: Loading) -> None:
 def load_source(
     path: str, tokenizer: PreTrainedTokenizerBase, loading: Loading
 ) -> tuple[Dataset, DataReport | BlockReport]:
-    """The examples or blocks of one source, and what became of its records. Raises UserError naming the source."""
+    """Returns the examples or blocks of one source, and the report on its records.
+
+    Raises:
+        UserError: the source cannot be used; the message names it.
+    """
     records = loading.records(path)
     try:
         if loading.block_size is not None:
             return make_blocks(
-                records, tokenizer, loading.block_size, loading.num_proc, loading.cache_dir, loading.max_sentences,
+                records,
+                tokenizer,
+                loading.block_size,
+                loading.num_proc,
+                loading.cache_dir,
+                loading.max_sentences,
                 loading.special_tokens,
-            )  # fmt: skip
+            )
         return tokenize_records(
             records,
             tokenizer,
@@ -105,17 +126,20 @@ def stream_sources(
     loading: Loading,
     tell: Callable[[str], None] = lambda line: None,
 ) -> "ExampleStream":
-    """The examples of sources that need not fit into memory, shuffled within a buffer, without end.
+    """Returns the examples of sources as a stream without end, shuffled within a buffer.
+
+    The sources need not fit into memory.
 
     Args:
-        tell: gets lines about the first records of each.
+        tell: gets lines about the first records of each source.
 
     Raises:
-        UserError: several sources without weights, or one in which nothing is to be trained.
+        UserError: there are several sources without weights, or one has nothing to train.
     """
     if len(paths) > 1 and weights is None:
         raise UserError(
-            "--streaming from several sources needs --data_weights: the streams have no lengths to go by"
+            "--streaming from several sources needs --data_weights: "
+            "the streams have no lengths to go by"
         )
     streams = []
     templates: dict[str, None] = {}
@@ -143,7 +167,11 @@ def stream_sources(
 def _look_at(
     path: str, records: IterableDataset, encode: ExampleEncoder, tell: Callable[[str], None]
 ) -> None:
-    """Says what becomes of a stream's first records. Raises UserError for a stream of which no record has a target."""
+    """Reports what happens to a stream's first records.
+
+    Raises:
+        UserError: no record of the stream has a target.
+    """
     first = Dataset.from_list(list(records.take(LOOKED_AT)), features=records.features)
     seen = Dataset.from_dict(encode(first.to_dict()), features=FEATURES)
     report = DataReport.of(seen, unused_fields(first))
@@ -154,10 +182,11 @@ def _look_at(
 
 
 def mix(sources: list, weights: list[float] | None, seed: int) -> Dataset:
-    """One set of examples. Without weights each example is in it once.
+    """Combines sources into one set of examples. Without weights, each example is in it once.
 
-    With weights, each example is drawn from source i with the probability weights[i] / sum(weights), until every source has
-    been seen as a whole; smaller ones start again.
+    With weights, each example is drawn from source i with the probability
+    weights[i] / sum(weights), until every source has been seen completely. Until then, a source
+    that is used up starts again.
     """
     if len(sources) == 1:
         return sources[0]
@@ -170,13 +199,19 @@ def mix(sources: list, weights: list[float] | None, seed: int) -> Dataset:
 
 
 def identify(path: str, streaming: bool = False) -> str:
-    """What a source was: the sha256 of its files' names and contents (names and sizes, if streamed), or its hub name."""
+    """Returns what identifies a source: its hub name, or the sha256 of its files.
+
+    The sha256 covers names and contents, or names and sizes if the source is streamed.
+    """
     files = local_files(path)
     return f"hub:{path}" if files is None else f"sha256:{digest_of(files, contents=not streaming)}"
 
 
 def digest(examples: "Dataset | ExampleStream | None") -> str:
-    """A sha256 over all ids, labels and weights of a set of examples, however it is cached; of a stream nothing is known."""
+    """Returns a sha256 over all ids, labels and weights of a set of examples.
+
+    It does not depend on how the set is cached. A stream is not read.
+    """
     total = sha256()
     if isinstance(examples, Dataset):
         for batch in examples.with_format("arrow").iter(batch_size=10_000):
@@ -188,11 +223,18 @@ def digest(examples: "Dataset | ExampleStream | None") -> str:
 
 
 class ExampleStream(torch.utils.data.IterableDataset):
-    """A stream of examples. Not a ``datasets`` one, of which accelerate would give each rank other files: every rank reads
-    the whole stream and takes its part of each batch, so a step sees the same examples for every number of processes."""
+    """A stream of examples, which every rank reads as a whole.
+
+    Each rank takes its part of each batch, so a step sees the same examples for every number of
+    processes. Accelerate would give each rank different files of a stream of ``datasets``; this
+    class keeps it from doing so.
+
+    Args:
+        templates: the names of the templates that write the prompts.
+    """
 
     def __init__(self, stream: IterableDataset, templates: list[str]):
-        self.stream, self.templates = stream, templates  # the names of those that write the prompts
+        self.stream, self.templates = stream, templates
 
     def __iter__(self) -> Iterator[dict]:
         yield from self.stream

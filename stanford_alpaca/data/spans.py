@@ -1,7 +1,9 @@
-"""Which characters of a rendered conversation the assistant has to write, found by putting marks into it.
+"""Finds which characters of a rendered conversation the assistant writes, by marking the messages.
 
-Noncharacters go around every message's text, the template is rendered, and they show where it put each one. What stands between
-the text before and an answer is compared with the generation prompt for it, what stands behind it with the conversation's end.
+Marks made of noncharacters go around every message's text. In the rendered conversation they show
+where the template put each text. What stands between an answer and the text before it is compared
+with the generation prompt for the answer. What stands after the answer is compared with the end of
+a conversation that ends with it.
 """
 
 import re
@@ -11,14 +13,12 @@ from typing import NamedTuple
 from stanford_alpaca.data.messages import REASONING, Messages
 from stanford_alpaca.errors import UserError
 
-OPEN, CLOSE = "\ufdd1", "\ufdd2"  # around the numbers of the marks
-MARK = re.compile(
-    f"{OPEN}([<>])(\\d+){CLOSE}"
-)  # "<3": the text of message 3 begins, ">3": it has ended
+OPEN, CLOSE = "\ufdd1", "\ufdd2"  # around each mark
+MARK = re.compile(f"{OPEN}([<>])(\\d+){CLOSE}")  # "<3": message 3's text begins; ">3": it ends
 
 
 class Span(NamedTuple):
-    """Characters [start, end) that are trained, and the index of the message that they are of."""
+    """Characters [start, end) that are trained, and the index of the message they belong to."""
 
     start: int
     end: int
@@ -26,27 +26,32 @@ class Span(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """A rendered text without the marks, and where the texts of messages begin (the assistant's) and end in it."""
+    """A rendered text without the marks, and where the texts of messages begin and end in it."""
 
     text: str
-    begins: dict[int, int]
-    ends: dict[int, int]
+    begins: dict[int, int]  # message of the assistant -> character
+    ends: dict[int, int]  # message -> character
 
 
 def find_spans(
     render: Callable[..., str],  # messages to text; add_generation_prompt=True asks for an answer
     messages: Messages,  # the last one is the assistant's
-    text: str,  # of all of them
-    cues: list[str],  # the generation prompt, and what it is where it asks otherwise for reasoning
+    text: str,  # the rendered text of all messages
+    cues: list[str],  # see ``chat.ChatTemplate``
     added: re.Pattern,  # the tokenizer's added tokens
-    end_of_turn: re.Pattern,  # those that end a turn
+    end_of_turn: re.Pattern,  # the tokens that end a turn
 ) -> list[Span]:
-    """The spans of the answers that say something, in order. Raises UserError where the template does not let them be found."""
+    """Returns the spans of the answers that say something, in order.
+
+    Raises:
+        UserError: the template hides where the answers are.
+    """
 
     def is_answer(message: dict) -> bool:
         return message["role"] == "assistant" and bool(_anchors(message))
 
-    # a template may look at the ends of other messages' texts (Qwen3's does), where a mark would be in the way
+    # a template may look at the ends of other messages' texts (Qwen3's does), and a mark there
+    # would change the result; the second attempt marks only the answers
     for marked in (lambda message: True, is_answer):
         found = marked_text(render, messages, marked)
         if found.text == text:
@@ -75,18 +80,22 @@ def _start(
     added: re.Pattern,
     all_marked: bool,
 ) -> int | None:
-    """Where the model starts to write message i: behind the generation prompt, as far as the text has it.
+    """Returns where the model starts to write message i, or None if the template hides it.
 
-    Prompts are compared from the end of the last text before: what a template writes further up may differ between a
-    prompt and the whole (a system prompt that moves, thoughts that are dropped).
+    It starts after the generation prompt, as far as the text contains that prompt. The comparison
+    begins at the end of the last message text before. What a template writes further up may differ
+    between the prompt and the whole conversation: a system prompt moves, or reasoning is dropped.
+
+    Args:
+        tail: what the prompt for message i has after the last message text, see ``_tail``.
+        all_marked: whether all messages are marked, not only the answers.
     """
     text, begins, ends = found
     if i not in ends:
         return None
     limit = begins.get(i, ends[i])
-    before = ends.get(
-        max((j for j in ends if j < i and ends[j] <= limit), default=-1), 0
-    )  # of the last text before
+    # the end of the last message text before
+    before = ends.get(max((j for j in ends if j < i and ends[j] <= limit), default=-1), 0)
     between = text[before:limit]
     whole = (
         tail
@@ -95,19 +104,18 @@ def _start(
     )
     if whole is not None and whole.endswith(cues[0]):
         return before + len(whole)
-    for cue in cues:  # the prompt closes the message before otherwise, or has no cue there
+    # the prompt ends the message before in another way than the text does, or has no cue there
+    for cue in cues:
         if cue and cue in between:
             return before + (between.index(cue) if all_marked else between.rindex(cue)) + len(cue)
     if whole is not None:
         return before + len(whole)
     shared = shared_length(tail or "", between, added)
-    if (
-        i in begins and between[shared:].strip() and message["content"].strip()
-    ):  # it is not the model's, as far as one can see
+    if i in begins and between[shared:].strip() and message["content"].strip():
+        # nothing shows that the model writes what stands before its text, so the text is the start
         content = message["content"]
-        space = content[
-            : len(content) - len(content.lstrip())
-        ]  # which a token may have in common with the first word
+        # white space before the first word belongs to the answer: both may be in one token
+        space = content[: len(content) - len(content.lstrip())]
         return begins[i] - (len(space) if between.endswith(space) else 0)
     return before + shared if tail is not None or i in begins else None
 
@@ -120,7 +128,11 @@ def _end(
     added: re.Pattern,
     end_of_turn: re.Pattern,
 ) -> int:
-    """Where the model has written message i: behind the last token that closes it, wherever else the conversation goes."""
+    """Returns where the model ends message i: after the last token that closes it.
+
+    Args:
+        after: what stands after the text of the message if the conversation ends there.
+    """
     text, end = found.text, found.ends[i]
     closing = (after or "")[: shared_length(after or "", text[end:])]
     tokens = list(added.finditer(closing))
@@ -136,7 +148,10 @@ def _end(
 def _tail(
     render: Callable[..., str], history: Messages, marked: Callable[[dict], bool]
 ) -> str | None:
-    """What the prompt for an answer to ``history`` has behind the text of the last message, if the template takes it."""
+    """Returns what the prompt for an answer to ``history`` has after its last message text.
+
+    Returns None if the template refuses the history.
+    """
     try:
         prompt, _, ends = marked_text(render, history, marked, add_generation_prompt=True)
     except UserError:
@@ -147,7 +162,7 @@ def _tail(
 def _tail_of(
     i: int, render: Callable[..., str], messages: Messages, marked: Callable[[dict], bool]
 ) -> str | None:
-    """What stands behind the text of message i where it is the last."""
+    """Returns what stands after the text of message i if it is the last message, or None."""
     try:
         text, _, ends = marked_text(render, messages, marked)
     except UserError:
@@ -161,7 +176,7 @@ def marked_text(
     marked: Callable[[dict], bool] = lambda message: True,
     **options: bool,
 ) -> Marked:
-    """The rendered text, and where the texts of the ``marked`` messages stand in it."""
+    """Returns the rendered text, and where the texts of the ``marked`` messages are in it."""
     with_marks = [
         _with_marks(i, message) if marked(message) else message
         for i, message in enumerate(messages)
@@ -171,22 +186,23 @@ def marked_text(
     begins: dict[int, int] = {}
     ends: dict[int, int] = {}
     for kind, number, piece in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
-        (begins if kind == "<" else ends).setdefault(
-            int(number), len(text)
-        )  # a result may repeat the name of its call
+        # only the first mark counts: a tool's result may repeat the name of its call, and a mark
+        (begins if kind == "<" else ends).setdefault(int(number), len(text))
         text += piece
     return Marked(text, begins, ends)
 
 
 def _anchors(message: dict) -> list[str]:
-    """What of a message is marked: its reasoning, its text, the names of its calls."""
+    """Returns the fields of a message that get marks: reasoning, text, and the names of calls."""
     texts = [name for name in ("reasoning_content", "content") if message.get(name, "").strip()]
     return [*texts, *(["tool_calls"] if message.get("tool_calls") else [])]
 
 
 def _with_marks(i: int, message: dict) -> dict:
-    """A message with a mark before each of its anchors, if it is the assistant's, and one behind the last: of the marks of a
-    beginning, that counts which is found first."""
+    """Puts a mark after the last anchor of a message and, in the assistant's, before each anchor.
+
+    Of the marks before anchors, the one that comes first in the rendered text counts.
+    """
     anchors = _anchors(message) or ["content"]
     begin, end = (
         f"{OPEN}<{i}{CLOSE}" if message["role"] == "assistant" else "",
@@ -206,14 +222,14 @@ def _with_marks(i: int, message: dict) -> dict:
 
 
 def _around(content: str, before: str, after: str) -> str:
-    """A text with marks around all of it but the white space at its ends."""
+    """Puts marks around a text, inside the white space at its ends."""
     core = content.strip()
     space = content[: len(content) - len(content.lstrip())] if core else content
     return f"{space}{before}{core}{after}{content[len(space) + len(core) :]}"
 
 
 def _named(calls: list[dict], before: str, after: str) -> list[dict]:
-    """Calls with marks around the first name and the last."""
+    """Puts a mark before the name of the first call, and one after the name of the last."""
     written = [{**call, "function": dict(call["function"])} for call in calls]
     written[0]["function"]["name"] = before + written[0]["function"]["name"]
     written[-1]["function"]["name"] += after
@@ -221,7 +237,7 @@ def _named(calls: list[dict], before: str, after: str) -> list[dict]:
 
 
 def shared_length(one: str, other: str, added: re.Pattern | None = None) -> int:
-    """The number of characters with which both begin, no part of an ``added`` token among them."""
+    """Returns the length of the common prefix of two texts, which splits no ``added`` token."""
     shared = next(
         (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
         min(len(one), len(other)),
@@ -235,6 +251,6 @@ def shared_length(one: str, other: str, added: re.Pattern | None = None) -> int:
 
 
 def token_pattern(names: list[str]) -> re.Pattern:
-    """One of the names; those that are white space end nothing."""
+    """Returns the pattern that matches any of the names, except those that are white space."""
     known = sorted((name for name in names if name.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, known)) if known else "(?!)")

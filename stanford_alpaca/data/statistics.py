@@ -1,4 +1,4 @@
-"""Lengths of tokenized data, and what each limit would cost."""
+"""Computes the lengths of tokenized data, and what each limit on the length would cost."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,12 @@ BUDGETS = (128, 256, 512, 1024, 2048, 4096)
 def statistics_of(
     encoded: Dataset, max_length: int, budgets: Sequence[int] = BUDGETS
 ) -> dict[str, Any]:
-    """What a source is at max_length tokens, and what other lengths would cost; from examples that were not cut."""
+    """Returns statistics of a source at max_length tokens, and what other lengths would cost.
+
+    Args:
+        encoded: rows of ``tokenize.encode_records`` whose examples were not cut.
+        budgets: the other lengths, in tokens.
+    """
     labels = encoded.data["labels"].combine_chunks()
     lengths = np.diff(labels.offsets.to_numpy())
     trained = labels.values.to_numpy() != IGNORE_INDEX
@@ -39,11 +44,8 @@ def statistics_of(
 
     whole, now = cut_at(WHOLE), cut_at(max_length)
     seen = lengths[(fate != EMPTY) & (fate != REFUSED)]
-    levels = (
-        np.quantile(seen, QUANTILES, method="inverted_cdf").astype(int).tolist()
-        if len(seen)
-        else []
-    )
+    levels = np.quantile(seen, QUANTILES, method="inverted_cdf") if len(seen) else np.zeros(0)
+    named = [f"{level:.0%}" for level in QUANTILES]
     refused = np.flatnonzero(fate == REFUSED)
     return {
         "records": len(encoded),
@@ -58,7 +60,7 @@ def statistics_of(
         if len(refused)
         else "",
         "supervised_share": now["supervised_tokens"] / max(1, now["tokens"]),
-        "token_quantiles": dict(zip([f"{q:.0%}" for q in QUANTILES], levels, strict=False))
+        "token_quantiles": dict(zip(named, levels.astype(int).tolist(), strict=False))
         | {"max": int(seen.max(initial=0))},
         "budgets": {
             budget: {

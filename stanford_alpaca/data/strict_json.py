@@ -1,11 +1,11 @@
-"""JSON of which nothing is lost in silence."""
+"""Decodes JSON and refuses repeated keys, which Python's decoder would silently merge."""
 
 import json
 from collections.abc import Sequence
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object's pairs as a dict, of which Python would silently keep the last of each key."""
+    """Returns an object's pairs as a dict. Raises ValueError if a key is repeated."""
     record = dict(pairs)
     if len(record) < len(pairs):
         raise ValueError(
@@ -15,7 +15,7 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def duplicate(names: Sequence[str]) -> str | None:
-    """The first name that stands among those before it."""
+    """Returns the first name that equals an earlier one, or None."""
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 

@@ -1,7 +1,8 @@
-"""Which template writes a record's prompts, and what a tokenizer says of those that its model was trained with.
+"""Chooses the template for a record's prompts, and stores it in the tokenizer of a trained model.
 
-A finished model's tokenizer has the prompts as its ``chat_template``, where every other program looks for them, and under
-``trained_prompts`` in its tokenizer_config.json the name of the template, by which this package's commands follow it.
+The tokenizer has the template as its ``chat_template``, where every other program looks for it.
+Its tokenizer_config.json also has the name of the template, under ``trained_prompts``. This
+package's commands go by that name.
 """
 
 import json
@@ -39,7 +40,8 @@ ALPACA_JINJA = """\
 BEFORE{%- set first = messages[0]['role'] == 'system' %}
 {%- set system = messages[0]['content'] if first else '' %}
 {%- for message in (messages[1:] if first else messages) %}
-{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ['user', 'assistant'] %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) or \
+message['role'] not in ['user', 'assistant'] %}
 {{- raise_exception('turns have to alternate: user, assistant, ...') }}
 {%- endif %}
 {%- if message['role'] == 'user' %}
@@ -79,12 +81,12 @@ Template = TurnsTemplate | ChatTemplate
 class Trained(NamedTuple):
     """The prompts that a model was trained with."""
 
-    template: str  # one of TEMPLATES; auto: several, by the form of a record
+    template: str  # one of TEMPLATES; auto: several, one for each form of record
     special_tokens: str  # one of READINGS
 
 
 def check_template(name: str, special_tokens: str = "text") -> None:
-    """Raises UserError for a template, or a reading of special tokens, that there is not."""
+    """Raises UserError for a template or a reading of special tokens that does not exist."""
     for flag, value, known in (
         ("prompt_template", name, TEMPLATES),
         ("special_tokens", special_tokens, READINGS),
@@ -94,9 +96,12 @@ def check_template(name: str, special_tokens: str = "text") -> None:
 
 
 def resolve_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template for records of a form: ``auto`` is Alpaca's for ``alpaca``, the tokenizer's chat template (Alpaca's, if it
-    has none) for ``chat``, and no template for ``completion`` and ``text``. A chat template that ``sign`` has written is the
-    one that it was written for."""
+    """Returns the name of the template for records of a form.
+
+    ``auto`` is Alpaca's template for the form ``alpaca``, and no template for ``completion`` and
+    ``text``. For ``chat`` it is the tokenizer's chat template, or Alpaca's if there is none. If
+    ``sign`` has written the chat template, ``chat`` is the template that it was written for.
+    """
     if name == "chat":
         return _signed(tokenizer) or name
     if name != "auto":
@@ -107,12 +112,12 @@ def resolve_template(name: str, form: str, tokenizer: PreTrainedTokenizerBase) -
 
 
 def has_own_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer has a chat template that ``sign`` has not written."""
+    """Returns whether the tokenizer has a chat template that ``sign`` did not write."""
     return tokenizer.chat_template is not None and _signed(tokenizer) is None
 
 
 def _signed(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Which of our templates the tokenizer's chat template is."""
+    """Returns which of our templates the tokenizer's chat template is, or None."""
     ours = {"alpaca": ALPACA_JINJA, "plain": PLAIN_JINJA}
     written = str(tokenizer.chat_template)
     return next(
@@ -124,14 +129,19 @@ def _signed(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def make_template(
     name: str, form: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder
 ) -> Template:
-    """The template of ``resolve_template``. Raises UserError for one that the tokenizer lacks, or that cannot write a form."""
+    """Returns the template that ``resolve_template`` names.
+
+    Raises:
+        UserError: the tokenizer does not have the template, or it cannot write the form.
+    """
     name = resolve_template(name, form, tokenizer)
     if form == "text" and name != "plain":
         raise UserError(f"--prompt_template {name} cannot write records of the form {form}")
     if name == "chat":
         if tokenizer.chat_template is None:
             raise UserError(
-                "--prompt_template chat: the tokenizer has no chat template; use alpaca, or give one with --chat_template"
+                "--prompt_template chat: the tokenizer has no chat template; "
+                "use alpaca, or give one with --chat_template"
             )
         return ChatTemplate.of(tokenizer, encoder)
     return TurnsTemplate(alpaca_turns if name == "alpaca" else plain_turns, encoder)
@@ -140,7 +150,9 @@ def make_template(
 def told_templates(
     names: Iterable[str], tokenizer: PreTrainedTokenizerBase, given: str | None = None
 ) -> list[str]:
-    """Which templates write the prompts of a run, a line for each, and how to use a chat template that it does not use.
+    """Returns a line for each template that writes prompts of a run.
+
+    If the run does not use the tokenizer's chat template, the line says how to use it.
 
     Args:
         given: where the chat template is from, if it is not the tokenizer's own.
@@ -156,56 +168,63 @@ def told_templates(
     return [f"prompts: {words[name]}{hint}" for name in names]
 
 
-# ---- what a model was trained with ------------------------------------------------------------------------------------------
+# ---- what a model was trained with ---------------------------------------------------------------
 
 
 def sign(
     tokenizer: PreTrainedTokenizerBase, templates: Iterable[str], special_tokens: str = "text"
 ) -> list[str]:
-    """Writes the prompts that a model is trained with into its tokenizer: its ``chat_template``, and their name.
+    """Writes the template that a model is trained with, and its name, into the tokenizer.
 
-    Where several templates write them, the chat template is the tokenizer's own if it is one of them, else Alpaca's.
+    If there are several templates, the ``chat_template`` is the tokenizer's own if it is one of
+    them, else Alpaca's.
 
     Args:
-        templates: the resolved names of those that write the records.
+        templates: the resolved names of the templates that write the records.
 
     Returns:
         Lines for the user.
     """
     names = sorted(set(templates))
-    if (
-        not names and special_tokens == "text"
-    ):  # running text: what the tokenizer says of prompts is not touched
+    if not names and special_tokens == "text":  # running text: the tokenizer stays as it is
         return []
     template = names[0] if len(names) == 1 else "auto"
     lines = []
-    if named_templates(tokenizer).keys() == {"default"}:  # as it is read back
+    if named_templates(tokenizer).keys() == {"default"}:  # a saved one is read back as a string
         tokenizer.chat_template = named_templates(tokenizer)["default"]
     if names and "chat" not in names:
         if has_own_template(tokenizer):
             lines.append(
-                "the saved chat_template writes the prompts that are trained; the tokenizer's own is not kept"
+                "the saved chat_template writes the prompts that are trained; "
+                "the tokenizer's own is not kept"
             )
         turns, jinja = (
             (alpaca_turns, ALPACA_JINJA) if "alpaca" in names else (plain_turns, PLAIN_JINJA)
         )
         if _write(tokenizer, jinja, TurnsTemplate(turns, TextEncoder.of(tokenizer))):
             lines.append(
-                "the saved chat_template gives other ids than training for this tokenizer; generate with this package"
+                "the saved chat_template gives other ids than training for this tokenizer; "
+                "generate with this package"
             )
     if len(names) > 1:
         served = "the tokenizer's own" if "chat" in names else "Alpaca's"
         lines.append(
-            f"several templates write the prompts ({', '.join(names)}): the saved chat_template is {served}"
+            f"several templates write the prompts ({', '.join(names)}): "
+            f"the saved chat_template is {served}"
         )
     tokenizer.init_kwargs[KEY] = {
-        "template": template, "special_tokens": special_tokens, "chat_template": _digest(tokenizer.chat_template),
-    }  # fmt: skip
+        "template": template,
+        "special_tokens": special_tokens,
+        "chat_template": _digest(tokenizer.chat_template),
+    }
     return lines
 
 
 def trained_prompts(tokenizer: PreTrainedTokenizerBase) -> Trained | None:
-    """What ``sign`` wrote; None for the tokenizer of somebody else, and for one whose chat template has changed since."""
+    """Returns what ``sign`` wrote into the tokenizer.
+
+    Returns None if it wrote nothing, or if the chat template has changed since.
+    """
     said = tokenizer.init_kwargs.get(KEY)
     if not isinstance(said, dict) or said.get("chat_template") != _digest(tokenizer.chat_template):
         return None
@@ -216,7 +235,10 @@ def trained_prompts(tokenizer: PreTrainedTokenizerBase) -> Trained | None:
 def follow(
     tokenizer: PreTrainedTokenizerBase, form: str, prompt_template: str, special_tokens: str | None
 ) -> Trained:
-    """What writes the prompts of records of a form for a trained model: what is asked for, else what it was trained with."""
+    """Returns the prompts to use for records of a form with a trained model.
+
+    They are what the arguments ask for, or else what the model was trained with.
+    """
     trained = trained_prompts(tokenizer) or Trained("auto", "text")
     name = trained.template if prompt_template == "auto" else prompt_template
     return Trained(
@@ -226,7 +248,7 @@ def follow(
 
 
 def asked_otherwise(tokenizer: PreTrainedTokenizerBase, form: str, asked: Trained) -> str:
-    """How a trained model is asked otherwise than it was trained, in words; nothing where it is not."""
+    """Returns in words how prompts differ from those of training, or "" if they do not."""
     trained = trained_prompts(tokenizer)
     if trained is None:
         return ""
@@ -234,18 +256,19 @@ def asked_otherwise(tokenizer: PreTrainedTokenizerBase, form: str, asked: Traine
     if template != asked.template:
         return f"trained with {IN_WORDS[template]}, asked here with {IN_WORDS[asked.template]}"
     if trained.special_tokens != asked.special_tokens:
-        return f"trained with --special_tokens {trained.special_tokens}, asked here with {asked.special_tokens}"
+        return (
+            f"trained with --special_tokens {trained.special_tokens}, "
+            f"asked here with {asked.special_tokens}"
+        )
     return ""
 
 
 def _write(tokenizer: PreTrainedTokenizerBase, jinja: str, template: TurnsTemplate) -> bool:
-    """Writes the chat template that gives training's ids, and says whether none does."""
+    """Writes the chat template that gives the same ids as training. Returns True if none does."""
     first = template.encoder.first
     written = "bos_token" if first == tokenizer.bos_token else repr(first)
-    for space in (
-        "",
-        " ",
-    ):  # some tokenizers put a space before a text, but none behind a beginning-of-sequence token
+    # some tokenizers put a space before a text, but none after a beginning-of-sequence token
+    for space in ("", " "):
         begin = f"{written} + '{space}'" if space else written
         tokenizer.chat_template = jinja.replace("BEFORE", f"{{{{- {begin} }}}}\n" if first else "")
         if all(_same_ids(tokenizer, template, messages) for messages in PROBES):
@@ -263,12 +286,13 @@ def _same_ids(
 
 
 def _digest(chat_template: Any) -> str:
-    text = json.dumps(chat_template, sort_keys=True).replace("\\r\\n", "\\n")  # as it is read back
+    # line ends as in a template that was saved and read back
+    text = json.dumps(chat_template, sort_keys=True).replace("\\r\\n", "\\n")
     return sha256(text.encode()).hexdigest()
 
 
 def set_stops(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Has whoever generates with a trained model stop where its answers end, and where its base did."""
+    """Makes generation with a trained model stop where its answers end, and where its base did."""
     before = [] if config.eos_token_id is None else config.eos_token_id
     stops = list(
         dict.fromkeys([*stop_ids(tokenizer), *(before if isinstance(before, list) else [before])])
@@ -276,22 +300,27 @@ def set_stops(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> N
     config.eos_token_id = stops if len(stops) > 1 else stops[0]
 
 
-# ---- --chat_template -------------------------------------------------------------------------------------------------------
+# ---- --chat_template -----------------------------------------------------------------------------
 
 
 def use_chat_template(
     tokenizer: PreTrainedTokenizerBase, source: str | None, remote_code: bool = False
 ) -> None:
-    """Gives the tokenizer the chat template of a Jinja file, of another model's folder or hub name, or its own of a name.
+    """Gives the tokenizer another chat template.
+
+    Args:
+        source: a Jinja file, the folder or hub name of another model, or the name of one of the
+            tokenizer's own templates. None changes nothing.
 
     Raises:
-        UserError: there is none, or it is no template.
+        UserError: there is no template, or it is not valid.
     """
     if source is None:
         return
     if not source.strip():
         raise UserError(
-            "--chat_template without a name, as of a variable that is not set; give a file, a folder or a hub name"
+            "--chat_template without a name, as of a variable that is not set; "
+            "give a file, a folder or a hub name"
         )
     own, place = tokenizer.chat_template, Path(source).expanduser()
     if isinstance(own, dict) and source in own:

@@ -1,9 +1,9 @@
-"""From records to examples: token ids, and labels that train the responses only.
+"""Turns records into examples: token ids, and labels that train the responses only.
 
-A text is encoded as a whole, and the labels follow from character offsets: a token is trained if it starts within a trained
-span and ends within it. A token that straddles either end of a span (it holds the end of the prompt and the start of the
-response) is not trained, and counted. Wherever no token straddles, ids and labels of Alpaca records are those of the original
-Alpaca recipe.
+A text is encoded as a whole, and the labels follow from character offsets: a token is trained if
+it starts and ends within one trained span. A token that straddles either end of a span (it holds
+the end of the prompt and the start of the response) is counted and not trained. If no token
+straddles, the ids and labels of Alpaca records are those of the original Alpaca recipe.
 """
 
 from collections.abc import Mapping
@@ -24,26 +24,25 @@ from stanford_alpaca.data.templates import Template, asked_otherwise, follow, ma
 from stanford_alpaca.errors import UserError
 
 IGNORE_INDEX = -100
-EXAMPLES_VERSION = (
-    "4"  # raise it when the same record would give other examples, so that old caches are not used
-)
-PARALLEL_FROM = 10_000  # records; below, starting processes costs more than it saves
+# raise it when the same record gives other examples, so that old caches are not used
+EXAMPLES_VERSION = "4"
+PARALLEL_FROM = 10_000  # records; for fewer, starting processes costs more than it saves
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
         "weights": List(Value("float32")),  # by which each token's loss is multiplied; empty: 1
         "length": Value("int32"),  # tokens
-        "full_length": Value("int32"),  # before it was cut
+        "full_length": Value("int32"),  # tokens before it was cut
         "supervised": Value("int32"),  # targets
-        "full_supervised": Value("int32"),
-        "straddling": Value("bool"),
-        "fate": Value("int8"),
-        "refusal": Value("string"),
+        "full_supervised": Value("int32"),  # targets before it was cut
+        "straddling": Value("bool"),  # whether a token straddles an end of a trained span
+        "fate": Value("int8"),  # see ``report``
+        "refusal": Value("string"),  # why the template cannot write the record, or ""
         "notes": List(Value("string")),  # see ``Rendered``
     }
 )
-EXAMPLE = ["input_ids", "labels", "weights"]  # what training reads of them
+EXAMPLE = ["input_ids", "labels", "weights"]  # the columns that training reads
 WEIGHTED = "tokens whose loss is multiplied by a weight other than 1"
 NO_TARGET = "no example has a token to train on: {}; raise --model_max_length or mend the data"
 
@@ -65,10 +64,15 @@ class ExampleEncoder:
         prompt_template: str = "auto",
         special_tokens: str = "text",
     ) -> "ExampleEncoder":
-        """The encoder for records of a form (see ``records``), by a template of ``TEMPLATES`` and one of ``READINGS``.
+        """Returns the encoder for records of a form.
+
+        Args:
+            form: see ``records``.
+            prompt_template: one of ``TEMPLATES``.
+            special_tokens: one of ``READINGS``.
 
         Raises:
-            UserError: a template that the tokenizer does not have, or that cannot write the form.
+            UserError: the tokenizer does not have the template, or it cannot write the form.
         """
         encoder = TextEncoder.of(tokenizer, special_tokens)
         return cls(make_template(prompt_template, form, tokenizer, encoder), encoder, max_length)
@@ -82,13 +86,16 @@ class ExampleEncoder:
         prompt_template: str = "auto",
         special_tokens: str | None = None,
     ) -> "ExampleEncoder":
-        """The encoder by what a model was trained with (``follow``), unless something else is asked for."""
+        """Returns the encoder for what a model was trained with, see ``templates.follow``.
+
+        The arguments may ask for something else.
+        """
         return cls.of(
             tokenizer, form, max_length, *follow(tokenizer, form, prompt_template, special_tokens)
         )
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
-        """Encodes a batch of records given as columns; the columns of the result are ``FEATURES``."""
+        """Encodes a batch of records, given as columns. The result has the columns ``FEATURES``."""
         records = [
             dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
         ]
@@ -120,10 +127,12 @@ class ExampleEncoder:
     def in_parts(
         self, record: Mapping
     ) -> tuple[str, list[int], list[tuple[int, int]], dict[str, Any]]:
-        """The text of a record, its token ids, their character spans, and the row of ``FEATURES``, whose ids may be cut.
+        """Returns a record's text, token ids, their character spans, and its row of ``FEATURES``.
+
+        The ids in the row may be cut at the maximum length; the others are complete.
 
         Raises:
-            UserError: a record that its template cannot write.
+            UserError: the template cannot write the record.
         """
         of = self.template.render(record)
         ((ids, offsets),) = self.encoder([of.text], self.template.adds_special_tokens(of.text))
@@ -136,18 +145,18 @@ class ExampleEncoder:
         spans: list[tuple[int, int]],
         weights: list[float] | None = None,
     ) -> dict[str, Any]:
-        """``label_spans`` at this length."""
+        """Calls ``label_spans`` with the maximum length of this encoder."""
         return label_spans(ids, offsets, spans, self.max_length, weights)
 
     @property
     def template_name(self) -> str:
-        """Of ``TEMPLATES``, but ``auto``."""
+        """The name of the template: one of ``TEMPLATES``, and never ``auto``."""
         if isinstance(self.template, ChatTemplate):
             return "chat"
         return "alpaca" if self.template.turns is alpaca_turns else "plain"
 
     def identity(self) -> str:
-        """All that decides the examples."""
+        """Returns everything that decides the examples, for the keys of caches."""
         chat: Any = ""
         if isinstance(self.template, ChatTemplate):
             of_tools = self.template.for_tools
@@ -171,10 +180,16 @@ class ExampleEncoder:
 
 
 class PromptEncoder:
-    """Token ids of what generation continues; the records may be of several forms.
+    """Encodes the prompts that generation continues. The records may have several forms.
 
     Args:
-        prompt_template, special_tokens: ``auto`` and None are what the model was trained with (``follow``).
+        prompt_template: ``auto`` is what the model was trained with, see ``templates.follow``.
+        special_tokens: None is what the model was trained with.
+
+    Attributes:
+        templates, names: form -> the template and its name in ``TEMPLATES``.
+        otherwise: form -> in words, how the prompts differ from those of training, see
+            ``templates.asked_otherwise``.
     """
 
     def __init__(
@@ -184,12 +199,16 @@ class PromptEncoder:
         special_tokens: str | None = None,
     ):
         self.tokenizer, self.asked = tokenizer, (prompt_template, special_tokens)
-        self.templates: dict[str, Template] = {}  # by form
-        self.names: dict[str, str] = {}  # of TEMPLATES, by form
-        self.otherwise: dict[str, str] = {}  # than it was trained, in words, by form
+        self.templates: dict[str, Template] = {}
+        self.names: dict[str, str] = {}
+        self.otherwise: dict[str, str] = {}
 
     def __call__(self, records: list[dict]) -> list[list[int]]:
-        """Raises UserError for a record that its template cannot write."""
+        """Returns the token ids of the records' prompts.
+
+        Raises:
+            UserError: the template cannot write a record.
+        """
         prompts = []
         for record in records:
             form = form_of(record)
@@ -207,7 +226,10 @@ class PromptEncoder:
 
 
 def encode_records(records: Dataset, encode: ExampleEncoder, num_proc: int = 1) -> Dataset:
-    """Every record as a row of ``FEATURES``, the dropped ones too; in parallel, and cached."""
+    """Encodes every record to a row of ``FEATURES``, in parallel if there are many.
+
+    The result is cached. It also has rows for the records that training drops.
+    """
     parallel = num_proc if len(records) >= PARALLEL_FROM else None
     return mapped(records, encode, encode.identity(), features=FEATURES, num_proc=parallel)
 
@@ -223,7 +245,8 @@ def tokenize_records(
     """Tokenizes and masks every record, and drops those without a target.
 
     Returns:
-        Examples with the columns ``EXAMPLE`` (lists of one length, at most max_length), and the report.
+        Examples with the columns ``EXAMPLE`` (lists of one length, at most max_length), and the
+        report.
 
     Raises:
         UserError: no example is left.
@@ -242,7 +265,7 @@ def tokenize_records(
 
 
 def stream_records(records: IterableDataset, encode: ExampleEncoder) -> IterableDataset:
-    """The examples of a stream of records, tokenized as they are reached; those without a target are passed over."""
+    """Tokenizes a stream of records as they are reached. Skips those without a target."""
     encoded = records.map(
         encode, batched=True, batch_size=256, remove_columns=records.column_names, features=FEATURES
     )
@@ -251,14 +274,21 @@ def stream_records(records: IterableDataset, encode: ExampleEncoder) -> Iterable
 
 def label_spans(
     ids: list[int],
-    offsets: list[
-        tuple[int, int]
-    ],  # characters [start, end) of every token; (0, 0) for those the tokenizer added
-    spans: list[tuple[int, int]],  # characters that are trained, in order
+    offsets: list[tuple[int, int]],
+    spans: list[tuple[int, int]],
     max_length: int,
-    weights: list[float] | None = None,  # of the spans; one that counts for nothing is not trained
+    weights: list[float] | None = None,
 ) -> dict[str, Any]:
-    """Labels the tokens that lie within a span, then cuts at max_length tokens."""
+    """Labels the tokens that lie within a span, then cuts at max_length tokens.
+
+    Args:
+        offsets: characters [start, end) of every token; (0, 0) for those the tokenizer added.
+        spans: characters [start, end) that are trained, in order.
+        weights: one per span; a span of weight 0 is not trained.
+
+    Returns:
+        A row of ``FEATURES``, without ``refusal`` and ``notes``.
+    """
     counted = [
         (*span, weight)
         for span, weight in zip(spans, weights or [1.0] * len(spans), strict=True)
@@ -266,9 +296,8 @@ def label_spans(
     ]
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     begins, stops, factors = np.array(counted, dtype=np.float64).reshape(-1, 3).T
-    index = (
-        np.searchsorted(begins, starts, side="right") - 1
-    )  # of the last span that begins at or before the token
+    # index of the last span that begins at the token or before it
+    index = np.searchsorted(begins, starts, side="right") - 1
     trained = np.zeros(len(ids), dtype=bool)
     straddling = False
     if counted:
@@ -279,11 +308,9 @@ def label_spans(
             (starting & ~trained).any() or ((starts < following) & (following < ends)).any()
         )
     if ids and offsets[0] == (0, 0):
-        trained[0] = False  # what the tokenizer put first
+        trained[0] = False  # the tokenizer put it first
     labels = np.where(trained, np.array(ids, dtype=np.int64), IGNORE_INDEX)
-    full_supervised = int(
-        trained[1:].sum()
-    )  # the first position is never predicted, so it is no target
+    full_supervised = int(trained[1:].sum())  # nothing predicts the first token: it is no target
     supervised = int(trained[1:max_length].sum())
     of_tokens = np.where(trained, factors[index], 1.0) if (factors != 1).any() else np.ones(0)
     return {

@@ -1,1 +1,1 @@
-"""Ranks: what they say to one another, who waits for whom, and how they end."""
+"""Ranks: how they communicate, how they wait for one another, and how they end."""

@@ -1,4 +1,4 @@
-"""What trains a model, by name, and what that says about where weights are."""
+"""Engines by name, and which of them shard or offload a model."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,10 @@ from transformers import TrainingArguments
 class Engine(NamedTuple):
     """An engine, by what it does to a model."""
 
-    sharded: str = (
-        ""  # w, g, o: weights, gradients and the optimizer's state are divided among the ranks
-    )
+    # what is sharded over the ranks: w weights, g gradients, o optimizer state
+    sharded: str = ""
     deepspeed: bool = False
-    offload: bool = False  # all of them stay in the host's memory
+    offload: bool = False  # all of these stay in the host's memory
 
 
 ENGINES = {  # the simplest first
@@ -27,11 +26,11 @@ ENGINES = {  # the simplest first
 
 
 def deepspeed_of(training: TrainingArguments) -> Any:
-    """DeepSpeed's configuration as transformers has read it, or None where another engine trains."""
+    """Returns DeepSpeed's configuration as transformers has read it, or None for other engines."""
     return getattr(training, "hf_deepspeed_config", None)
 
 
 def shards_weights(training: TrainingArguments) -> bool:
-    """Whether the engine divides the weights among the ranks: FSDP2 and ZeRO-3."""
+    """Returns whether the engine shards the weights over the ranks, as FSDP2 and ZeRO-3 do."""
     config = deepspeed_of(training)
     return bool(training.fsdp) or (config is not None and config.is_zero3())

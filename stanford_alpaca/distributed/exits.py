@@ -9,7 +9,7 @@ from torch.distributed import DistError
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended."""
+    """Returns whether a collective failed because another rank has ended."""
     gloo = (
         "Connection closed by peer",
         "Connection reset by peer",
@@ -21,10 +21,10 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 
 def exit_after_barrier(status: int = 0) -> None:
-    """Ends this process with the status when all ranks have come here. One barrier.
+    """Exits with the status once all ranks have called it. One barrier.
 
-    The interpreter is not taken apart: a thread of gloo that still holds a tensor would then abort the process (see
-    benchmarks/LOG.md). What asked to be called at the end is called.
+    The interpreter does not shut down: during shutdown, a gloo thread that still holds a tensor
+    would abort the process (see benchmarks/LOG.md). Functions registered with ``atexit`` still run.
     """
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -32,7 +32,7 @@ def exit_after_barrier(status: int = 0) -> None:
 
 
 def exit_now(status: int) -> None:
-    """The same for one rank, whatever the others do."""
+    """Exits this rank in the same way at once, whatever the others do."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

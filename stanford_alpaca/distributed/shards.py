@@ -1,4 +1,7 @@
-"""What a rank holds of a model's weights and gradients under every engine, and how DeepSpeed is kept from updating them."""
+"""Finds a rank's part of a model's weights and gradients under every engine.
+
+It can also keep DeepSpeed's optimizer from making an update.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -7,19 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-WRAPPERS = (
-    "module.",
-    "_orig_mod.",
-    "_checkpoint_wrapped_module.",
-)  # no part of a weight's name to its user
+# wrappers of modules put these into the names of weights
+WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class Shards:
-    """This rank's part of a model: all of it, or shards of FSDP's or ZeRO's.
+    """This rank's part of a model: all of it, or its shards under FSDP or ZeRO.
 
     Args:
-        model: ready to be trained.
-        zero: DeepSpeed's optimizer, if it trains. Without ZeRO (stage 0), in bf16, it hides the gradients: then there are none.
+        model: the model, ready to be trained.
+        zero: DeepSpeed's optimizer, if DeepSpeed trains. Without ZeRO (stage 0), in bf16, it hides
+            the gradients: then there are none here.
     """
 
     def __init__(self, model: nn.Module, zero: Any = None):
@@ -33,21 +34,22 @@ class Shards:
         self.of_gradients = self.of_weights or hasattr(zero, "averaged_gradients")
 
     def weights(self, trained_only: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Names and parts, without what ZeRO has put on a disk."""
+        """Yields the names and parts of the weights, except those that ZeRO has put on a disk."""
         for name, parameter in self._named:
             if parameter.requires_grad or not trained_only:
-                shard = getattr(parameter, "ds_tensor", None)  # of ZeRO's stage 3
+                shard = getattr(parameter, "ds_tensor", None)  # ZeRO-3's
                 if shard is None:
                     yield name, _local(parameter)
                 elif shard.status.name == "AVAILABLE":
                     before = torch.distributed.get_rank(parameter.ds_process_group) * shard.numel()
-                    yield (
-                        name,
-                        shard[: max(0, parameter.ds_numel - before)],
-                    )  # its end may be padding that nobody wrote
+                    # the end of the shard may be padding that nobody wrote
+                    yield name, shard[: max(0, parameter.ds_numel - before)]
 
     def gradients(self) -> list[Tensor]:
-        """As the engine keeps them between the backward pass and the update, in parts that need not be a parameter's."""
+        """Returns the gradients as the engine keeps them between backward pass and update.
+
+        One tensor need not be the gradient of one parameter.
+        """
         if not hasattr(self._zero, "averaged_gradients"):
             return [
                 _local(parameter.grad) for _, parameter in self._named if parameter.grad is not None
@@ -55,23 +57,23 @@ class Shards:
         kept = [part for parts in self._zero.averaged_gradients.values() if parts for part in parts]
         if kept:
             return kept
+        # with offload, the flat float32 groups hold the gradients
         flat = (
             getattr(self._zero, "fp32_partitioned_groups_flat", None)
             or self._zero.single_partition_of_fp32_groups
         )
-        return [group.grad for group in flat if group.grad is not None]  # offloaded
+        return [group.grad for group in flat if group.grad is not None]
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """The same by parameter, which may cost copies."""
+        """Yields the gradients by parameter, which may cost copies."""
         for name, parameter in self._named:
             if hasattr(parameter, "ds_tensor"):
                 if parameter.requires_grad:
                     yield name, parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
             elif parameter.grad is not None:
                 yield name, _local(parameter.grad)
-            elif (
-                getattr(parameter, "_hp_mapping", None) is not None
-            ):  # ZeRO's stages 1 and 2, where this rank has a part
+            elif getattr(parameter, "_hp_mapping", None) is not None:
+                # ZeRO-1 or ZeRO-2, and this rank has a part of the parameter
                 yield (
                     name,
                     parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group),
@@ -80,7 +82,10 @@ class Shards:
 
 @torch.no_grad()
 def not_finite(tensors: Iterable[Tensor], zero: Tensor) -> Tensor:
-    """1 if any element is NaN or Inf, or too large for a norm, else 0; on the device of ``zero``, without synchronisation."""
+    """Returns 1 if any element is NaN or Inf, or too large for a norm, else 0.
+
+    The result is on the device of ``zero``. There is no synchronisation.
+    """
     parts = [tensor.detach() for tensor in tensors]
     if not parts:
         return zero
@@ -92,7 +97,7 @@ def not_finite(tensors: Iterable[Tensor], zero: Tensor) -> Tensor:
 
 
 def culprits(parts: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of what has NaN or Inf, or is too large for a norm. Synchronises."""
+    """Returns the names of tensors with NaN or Inf, or too large for a norm. Synchronises."""
     return [
         name
         for name, part in parts
@@ -101,7 +106,10 @@ def culprits(parts: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def gate_step(optimizer: Any, may_update: Callable[[], bool]) -> None:
-    """Makes the step of DeepSpeed's optimizer, which its backward pass takes, ask first, and drop its gradients at a no."""
+    """Makes the step of DeepSpeed's optimizer ask ``may_update`` first.
+
+    DeepSpeed takes this step in its backward pass. If the answer is no, the gradients are dropped.
+    """
     update = optimizer.step
 
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -118,7 +126,7 @@ def gate_step(optimizer: Any, may_update: Callable[[], bool]) -> None:
 
 
 def _leave_out(optimizer: Any, update: Callable[[], None]) -> None:
-    """ZeRO's own way to drop a step's gradients: an update that is told that one of them overflowed."""
+    """Drops a step's gradients in ZeRO's own way: tells the update that one of them overflowed."""
 
     def overflows(*args: Any, **kwargs: Any) -> None:
         optimizer.overflow = True
@@ -130,11 +138,11 @@ def _leave_out(optimizer: Any, update: Callable[[], None]) -> None:
     )
     checks = getattr(optimizer, "check_grad_overflow", None)
     setattr(optimizer, name, overflows)
-    optimizer.check_grad_overflow = True  # which stages 1 and 2 ask
+    optimizer.check_grad_overflow = True  # stages 1 and 2 look at this
     update()
     delattr(optimizer, name)
     optimizer.check_grad_overflow = checks
-    optimizer.overflow = False  # else the schedule would wait
+    optimizer.overflow = False  # otherwise the learning rate schedule would not step
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,7 @@
-"""Ranks that wait for one another without a collective, because a collective has a timeout and tokenizing has none."""
+"""Lets ranks wait for one another through the process group's store.
+
+A collective would not do, because it has a timeout, and tokenizing may take any time.
+"""
 
 import pickle
 import secrets
@@ -17,20 +20,22 @@ from stanford_alpaca.errors import UserError, first_line
 
 T = TypeVar("T")
 OK, FAILED = "ok ", "failed "
-POLL = 0.2  # seconds between looks at the store, once another rank takes long
+POLL = 0.2  # longest pause between looks at the store, in seconds
 
 
 def load_in_turn(
     load: Callable[[], T], digest: Callable[[T], str], rank: int, local_rank: int, world_size: int
 ) -> T:
-    """What ``load`` returns, called on the first rank of every machine while its others wait, then on those, from its cache.
+    """Returns what ``load`` returns, called on the first rank of every machine, then on its others.
 
-    Needs a process group if there are several ranks, whose store holds the outcomes; no collective. The ranks of a machine
-    have consecutive numbers.
+    The others wait for the first one, and then load from the cache that it has filled. Several
+    ranks need a process group, whose store holds the outcomes. There is no collective, except that
+    of ``fresh_store``. The ranks of a machine must have consecutive numbers.
 
     Raises:
-        UserError: on every rank, if ``load`` gave ranks data of different digests; on rank 0, what another rank failed with.
-        SystemExit: on the ranks that have nothing to say themselves when another one failed.
+        UserError: on every rank, if ranks loaded data with different digests; on rank 0, if another
+            rank failed.
+        SystemExit: if another rank failed, on the ranks that have no error of their own.
     """
     if world_size == 1:
         return load()
@@ -56,31 +61,33 @@ def load_in_turn(
     if len(set(digests)) > 1:
         odd = next(other for other in range(world_size) if digests[other] != digests[0])
         raise UserError(
-            f"rank {odd} has other training data than rank 0: give all machines the same files, and clear their caches"
+            f"rank {odd} has other training data than rank 0: "
+            "give all machines the same files, and clear their caches"
         )
     return data
 
 
 def _outcome_of(rank: int, store: Store) -> str:
-    """The digest that a rank came to, once it has."""
+    """Waits for a rank, and returns the digest of its data."""
     await_key(store, str(rank))
     outcome = store.get(str(rank)).decode()
     if outcome.startswith(OK):
         return outcome
     if is_main_process():
         raise UserError(outcome.removeprefix(FAILED))
-    time.sleep(
-        5
-    )  # the first rank to end takes the others down: let one of those speak that know more
+    # The first rank to exit takes the others down. Wait, so that a rank that knows more can report.
+    time.sleep(5)
     sys.exit(2)
 
 
 def share_from_rank_0(what: str, make: Callable[[], T] | None) -> T:
-    """What ``make`` returns on rank 0, on all ranks; the others give None. Through the process group's store, no collective:
-    reading a large model takes longer than a collective may. ``what`` is a name of its own for each call.
+    """Returns on all ranks what ``make`` returns on rank 0. The other ranks give None.
+
+    The value goes through the process group's store, because reading a large model takes longer
+    than a collective may. ``what`` has to be different for each call.
 
     Raises:
-        UserError: on all ranks what ``make`` raised.
+        UserError: on all ranks, if ``make`` raised it.
     """
     if make is not None and not is_initialized():  # one process
         return make()
@@ -104,16 +111,16 @@ def share_from_rank_0(what: str, make: Callable[[], T] | None) -> T:
 
 
 def fresh_store(name: str) -> Store:
-    """The part of the process group's store with this name, which nobody has written to yet.
+    """Returns the part of the process group's store with this name. Nobody has written to it yet.
 
-    torchrun's store outlives the ranks: after a restart it still holds what those before them have said. All ranks have to call
-    this; one broadcast the first time.
+    torchrun's store outlives the ranks: after a restart it still holds what the ranks before wrote.
+    All ranks have to call this. Collectives: one broadcast, at the first call.
     """
     return PrefixStore(f"{_attempt(dist.group.WORLD)}/{name}", _get_default_store())
 
 
 def await_key(store: Store, key: str) -> None:
-    """Returns when a rank has set it, however long that takes."""
+    """Waits until a rank has set the key, however long that takes."""
     pause = 0.01
     while not store.check([key]):
         time.sleep(pause)
@@ -122,7 +129,7 @@ def await_key(store: Store, key: str) -> None:
 
 @lru_cache(maxsize=1)
 def _attempt(group: ProcessGroup | None) -> str:
-    """A word of this process group's own."""
+    """Returns a random word that no other process group has."""
     word = [secrets.token_hex(8)]
     dist.broadcast_object_list(word, src=0)
     return word[0]

@@ -1,4 +1,7 @@
-"""The measures of models as JSON has them: with intervals, and for every pair of models how they differ. NaN becomes null."""
+"""Measures of models in the form of JSON: values with intervals, and differences between models.
+
+NaN becomes null.
+"""
 
 import math
 from itertools import combinations
@@ -6,12 +9,12 @@ from typing import Any
 
 from stanford_alpaca.evaluation.intervals import Difference, Items, Replicates
 
-Measure = Items | Replicates | int | float  # the last two have no interval
+Measure = Items | Replicates | int | float  # int and float have no interval
 Measures = dict[str, Measure]
 
 
 def with_intervals(found: dict[str, Measures]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """For every model and measure: value, low, high."""
+    """Returns value, low and high for every model and measure."""
     return {
         name: {measure: _measured(value) for measure, value in of.items()}
         for name, of in found.items()
@@ -19,7 +22,10 @@ def with_intervals(found: dict[str, Measures]) -> dict[str, dict[str, dict[str, 
 
 
 def compare(found: dict[str, Measures]) -> list[dict[str, Any]]:
-    """For every pair of models, the later one minus the earlier one: mean, low, high and p of what can be paired."""
+    """Returns the differences of every pair of models: the later one minus the earlier one.
+
+    A difference has mean, low, high and p. Measures that cannot be paired are left out.
+    """
     pairs = []
     for first, other in combinations(found, 2):
         differences = {
@@ -36,7 +42,11 @@ def compare(found: dict[str, Measures]) -> list[dict[str, Any]]:
 
 
 def _difference(value: Measure, base: Measure | None) -> Difference | None:
-    """None for what has no interval, and of running text in blocks of two tokenizers, which are not the same."""
+    """Returns the paired difference, or None if the two values cannot be paired.
+
+    Numbers without an interval cannot be paired. Neither can running text in blocks of two
+    different tokenizers, because their blocks are not the same.
+    """
     if isinstance(value, Items) and isinstance(base, Items) and len(value.sums) == len(base.sums):
         return value.minus(base)
     return (

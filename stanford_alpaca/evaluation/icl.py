@@ -1,7 +1,9 @@
-"""Few-shot in-context learning on classification tasks: ``python icl.py --model_path MODEL [--model_path OTHER]``.
+"""Few-shot in-context learning on classification tasks.
 
-Each class of a test item is written behind a few examples, and the class whose text is likeliest is the prediction. Prints
-accuracies, a column per model, and whether they differ.
+    python icl.py --model_path MODEL [--model_path OTHER]
+
+Each class of a test item is written after a few examples, and the class with the likeliest text is
+the prediction. Prints the accuracies, in one column per model, and whether the models differ.
 """
 
 import json
@@ -42,37 +44,48 @@ from stanford_alpaca.evaluation.fewshot.retrieval import (
     tfidf,
 )
 from stanford_alpaca.evaluation.fewshot.tasks import TaskData, choose_tasks, load_task, read_tasks
+from stanford_alpaca.evaluation.tables import short_names
 from stanford_alpaca.flags import check_whole, check_writable, command, exit_on_user_error, word
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
 
-BETWEEN = "\n"  # models in one --model_path
-Rows = dict[str, list[dict[str, Any]]]  # of every model
+BETWEEN = "\n"  # separates the models in one --model_path
+Rows = dict[str, list[dict[str, Any]]]  # the predictions of every model
 
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluates models by few-shot in-context learning: python icl.py --model_path MODEL [--model_path OTHER] --FLAG VALUE ...
+    """Evaluates models by few-shot in-context learning: python icl.py --model_path MODEL [...] ...
 
     Args:
-        model_path: a folder, an adapter's folder, or a hub name; give the flag again for more, each compared with the first.
-        tasks: of tweet_eval, trec, sst2, subj, cr, rt, ag_news, with commas; by default all, or those that data_dir has.
-        data_dir: a folder with TASK_train.jsonl and TASK_test.jsonl (text, label: the number of the class); else the hub.
-        templates: a folder with YAML files for tasks of your own, as those in stanford_alpaca/evaluation/fewshot/templates.
-        limit: only the first records of each test set.
+        model_path: a folder, an adapter's folder, or a hub name. Give the flag again for more
+            models. Each is compared with the first.
+        tasks: names of tasks, separated by commas: tweet_eval, trec, sst2, subj, cr, rt, ag_news.
+            By default all, or those that data_dir has.
+        data_dir: a folder with TASK_train.jsonl and TASK_test.jsonl. A record has text and label
+            (the number of the class). By default the data come from the hub.
+        templates: a folder with YAML files for tasks of your own, like those in
+            stanford_alpaca/evaluation/fewshot/templates.
+        limit: takes only the first records of each test set.
         shots: examples before the question, 8 by default.
-        retriever: how examples are chosen. By similarity, the nearest last: sentence (embeddings, the default), tfidf (taken if
-            there is no encoder), bm25, or model (the evaluated model's own hidden states); random: others for each item;
-            fixed: one set for all.
-        encoder: for sentence, what sentence-transformers loads, all-mpnet-base-v2 by default.
-        pool: look for similar examples among so many training records, which each seed draws; else among all.
-        seeds: of what is drawn, 0,1,2 by default. Accuracies are means over them, with the standard deviation.
-        score: likelihood of what differs between the classes, given all before; or perplexity of the whole prompt.
-        batch_size: test items at a time; by default 768 tokens of them on a CPU, 4,096 on a GPU.
-        out: a folder for predictions.jsonl and results.json; neither may exist.
-        trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
-        verify: reads a large checkpoint again, to compare it with its manifest; one below 2 GiB is always read.
+        retriever: how examples are chosen. By similarity, with the nearest last: sentence
+            (embeddings, the default), tfidf (used if there is no encoder), bm25, or model (the
+            evaluated model's own hidden states). Otherwise: random (drawn for each item) or fixed
+            (one set for all).
+        encoder: what sentence-transformers loads for sentence, all-mpnet-base-v2 by default.
+        pool: looks for similar examples among this many training records, which each seed draws. By
+            default among all.
+        seeds: the seeds of what is drawn, 0,1,2 by default. Accuracies are means over the seeds,
+            with the standard deviation.
+        score: likelihood of what differs between the classes, given all before it, or perplexity of
+            the whole prompt.
+        batch_size: test items at a time. By default as many as have 768 tokens together on a CPU,
+            4,096 on a GPU.
+        out: a folder for predictions.jsonl and results.json. Neither may exist.
+        trust_remote_code: runs the code that comes with a checkpoint's folder or repository.
+        verify: reads a large checkpoint again to compare it with its manifest. A checkpoint below
+            2 GiB is always read.
     """
 
     model_path: str | None = word()
@@ -136,7 +149,8 @@ def evaluate_few_shot(options: Options) -> None:
         files[0].write_text(json.dumps(results, indent=1) + "\n")
     short = dict(zip(models, short_names(models), strict=True))
     print(
-        f"\n{_heading(sets, settings)}\n{accuracy_table({short[name]: column for name, column in columns.items()})}"
+        f"\n{_heading(sets, settings)}\n"
+        f"{accuracy_table({short[name]: column for name, column in columns.items()})}"
     )
     for name, found in compared.items():
         print(f"\n{comparison_table(short[models[0]], short[name], found)}")
@@ -145,17 +159,11 @@ def evaluate_few_shot(options: Options) -> None:
 run = command(Options, evaluate_few_shot)
 
 
-def short_names(models: list[str]) -> list[str]:
-    """The last parts of paths, as many as tell them apart."""
-    for count in range(1, max(len(Path(name).parts) for name in models) + 1):
-        names = ["/".join(Path(name).parts[-count:]) for name in models]
-        if len({*names}) == len(names):
-            return names
-    return models
-
-
 def _models(model_path: str | None) -> list[str]:
-    """The models of --model_path, as ``join_models`` puts them together; one may be several with commas, if it is no folder."""
+    """Returns the models of --model_path, as ``join_models`` joined them.
+
+    A value that is no existing path may hold several models, separated by commas.
+    """
     given = str(model_path or "").split(BETWEEN)
     names = [name for path in given for name in ([path] if exists(Path(path)) else path.split(","))]
     if not all(names):
@@ -168,7 +176,7 @@ def _models(model_path: str | None) -> list[str]:
 
 
 def _settings(options: Options) -> FewShotSettings:
-    """The settings of these flags. Raises UserError for a value that cannot be."""
+    """Returns the settings of these flags. Raises UserError for an invalid value."""
     shots, pool, seeds, score = options.shots, options.pool, options.seeds, options.score
     retriever = options.retriever or SIMILAR[0]
     check_whole("shots", shots, 0)
@@ -177,7 +185,8 @@ def _settings(options: Options) -> FewShotSettings:
     for flag, value, known in (("retriever", retriever, RETRIEVERS), ("score", score, SCORES)):
         if value not in known:
             raise UserError(
-                f"--{flag} {value}: there is none of this name{nearest(value, list(known))}; choose from {', '.join(known)}"
+                f"--{flag} {value}: there is none of this name{nearest(value, list(known))}; "
+                f"choose from {', '.join(known)}"
             )
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", seeds.replace(" ", "").strip("()[]")):
         raise UserError(f"--seeds {seeds}: give whole numbers from 0 on, with commas, as 0,1,2")
@@ -186,7 +195,8 @@ def _settings(options: Options) -> FewShotSettings:
         raise UserError(f"--seeds {seeds}: one of them stands there twice; give each once")
     if pool is not None and retriever not in SIMILAR:
         raise UserError(
-            f"--pool {pool}: {retriever} draws from all training records; drop it, or choose from {', '.join(SIMILAR)}"
+            f"--pool {pool}: {retriever} draws from all training records; drop it, or choose from "
+            f"{', '.join(SIMILAR)}"
         )
     same = shots == 0 or (retriever in SIMILAR and pool is None)
     return FewShotSettings(
@@ -195,7 +205,11 @@ def _settings(options: Options) -> FewShotSettings:
 
 
 def _check_files(out: str | None) -> list[Path]:
-    """results.json and predictions.jsonl in the folder. Raises UserError if there is one already."""
+    """Returns the paths of results.json and predictions.jsonl in the folder.
+
+    Raises:
+        UserError: one of them exists already, or cannot be written.
+    """
     files = (
         [Path(out) / name for name in ("results.json", "predictions.jsonl")]
         if out is not None
@@ -216,14 +230,19 @@ def _check_sizes(data: TaskData, settings: FewShotSettings) -> None:
     ):
         if value is not None and value > most:
             raise UserError(
-                f"--{flag} {value}: task {data.task.name} has {most} to choose from; give {most} or fewer"
+                f"--{flag} {value}: task {data.task.name} has {most} to choose from; "
+                f"give {most} or fewer"
             )
 
 
 def _load_retriever(
     settings: FewShotSettings, asked_for: bool, encoder: str
 ) -> tuple[FewShotSettings, Featurize | None]:
-    """What compares texts, None if nothing does or the models do; TF-IDF for want of an encoder that nobody asked for."""
+    """Returns the settings, and the function that compares texts.
+
+    The function is None if nothing is compared or if the models compare. If no encoder was asked
+    for and the default one cannot be loaded, TF-IDF takes its place.
+    """
     if settings.retriever != "sentence" or not settings.shots:
         return settings, {"tfidf": tfidf, "bm25": bm25}.get(settings.retriever)
     try:
@@ -242,16 +261,18 @@ def _predict_all(
     featurize: Featurize | None,
     file: Path | None,
 ) -> Rows:
-    """The predictions of all models, loaded one after the other; those of a task go to the file as soon as they are there."""
+    """Returns the predictions of all models, which are loaded one after the other.
+
+    The predictions of a task are written to the file as soon as they are made.
+    """
     shared: dict[str, Examples] = {}
     if settings.retriever != "model":
         shared = {data.task.name: choose_examples(data, settings, featurize) for data in sets}
     rows: Rows = {source.path: [] for source in sources}
     for source in sources:
         name = source.path
-        model, tokenizer = load_for_generation(
-            source, may_grow=False
-        )  # a new token would take probability
+        # a new token would take probability from the others
+        model, tokenizer = load_for_generation(source, may_grow=False)
         own = means_of(model, tokenizer)
         for data in sets:
             examples = shared.get(data.task.name) or choose_examples(data, settings, own)
@@ -268,9 +289,15 @@ def _predict_all(
 
 
 def _heading(sets: list[TaskData], settings: FewShotSettings) -> str:
-    """Over the table: how it came about."""
-    chosen = {"random": "drawn for each item", "fixed": "drawn once", "tfidf": "by TF-IDF", "bm25": "by BM25",
-              "sentence": "by sentence embeddings", "model": "by the model's hidden states"}[settings.retriever]  # fmt: skip
+    """Returns the line above the table, which says how the accuracies came about."""
+    chosen = {
+        "random": "drawn for each item",
+        "fixed": "drawn once",
+        "tfidf": "by TF-IDF",
+        "bm25": "by BM25",
+        "sentence": "by sentence embeddings",
+        "model": "by the model's hidden states",
+    }[settings.retriever]
     pool = f" among {settings.pool} drawn records" if settings.pool is not None else ""
     several = ", mean ± standard deviation" if len(settings.seeds) > 1 else ""
     seeds = (
@@ -284,7 +311,7 @@ def _heading(sets: list[TaskData], settings: FewShotSettings) -> str:
 
 
 def join_models(words: list[str]) -> list[str]:
-    """Command-line words with one --model_path, of which fire would take the last."""
+    """Joins the --model_path flags of a command line into one: fire would take only the last."""
     models, others, rest = [], [], iter(words)
     for given in rest:
         flag, equals, value = given.partition("=")
@@ -296,7 +323,7 @@ def join_models(words: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     try:
         exit_on_user_error(lambda: fire.Fire(run, command=join_models(sys.argv[1:])))
     except KeyboardInterrupt:

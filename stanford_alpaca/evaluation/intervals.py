@@ -1,4 +1,7 @@
-"""How sure a measure is: intervals of 95 %, and paired differences between models, over test items or over seeds."""
+"""How certain a measure is: 95 % intervals, and paired differences between models.
+
+Both are computed over test items or over seeds.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -9,13 +12,13 @@ from scipy import stats
 from scipy.stats import binomtest
 
 RESAMPLES = 2000
-PAIRED_RESAMPLES = 10_000  # of test items, which few numbers describe
-FEWEST = 10  # items that an interval is made of
-AT_ONCE = 250  # resamples whose [AT_ONCE, n] counts are held as float64 at a time
+PAIRED_RESAMPLES = 10_000  # cheap, because ``paired_bootstrap`` draws few distinct values
+FEWEST = 10  # items that an interval needs
+AT_ONCE = 250  # resamples at a time, whose [AT_ONCE, n] counts are held as float64
 
 
 class Measured(NamedTuple):
-    """A value with its 95 % interval; NaN for both ends where there is none."""
+    """A value with its 95 % interval. Both ends are NaN if there is no interval."""
 
     value: float
     low: float
@@ -23,7 +26,7 @@ class Measured(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How much more one checkpoint gets right than another."""
+    """The difference of a measure between two models."""
 
     mean: float
     low: float  # of the 95 % interval
@@ -32,24 +35,24 @@ class Difference(NamedTuple):
 
 
 class Items(NamedTuple):
-    """A measure that is a function of sums over test items: a mean, a perplexity, a calibration error.
+    """A measure computed from sums over test items: a mean, a perplexity, a calibration error.
 
-    Items without anything to measure are rows of zeros, and do not count. Of fewer than FEWEST others there is no interval and
-    no p: a bootstrap of so few finds differences where there are none.
+    Items with nothing to measure are rows of zeros and do not count. With fewer than FEWEST other
+    items there is no interval and no p: a bootstrap of so few finds differences where there are
+    none.
     """
 
     sums: np.ndarray  # [n, k] float64, a row per test item (over its seeds)
     of: Callable[[np.ndarray], np.ndarray]  # [..., k] -> [...]
-    biased: bool = (
-        False  # resampling shifts it, so that the resamples tell of differences, not of the value
-    )
+    # resampling shifts the value, so the resamples give intervals of differences only
+    biased: bool = False
 
     @property
     def value(self) -> float:
         return float(self.of(self.sums.sum(0)))
 
     def measured(self, seed: int = 0) -> Measured:
-        """The value, and the percentile interval of a bootstrap over items."""
+        """Returns the value, with the percentile interval of a bootstrap over items."""
         sums = self.sums[self.sums.any(1)]
         if self.biased or len(sums) < FEWEST:
             return Measured(self.value, np.nan, np.nan)
@@ -57,7 +60,7 @@ class Items(NamedTuple):
         return Measured(self.value, float(low), float(high))
 
     def minus(self, other: "Items", seed: int = 0) -> Difference:
-        """Self minus other, on the same items: both see the same resamples."""
+        """Returns self minus other on the same items. Both see the same resamples."""
         if len(self.sums) != len(other.sums):
             raise ValueError(f"{len(self.sums)} and {len(other.sums)} test items cannot be paired")
         kept = self.sums.any(1) | other.sums.any(1)
@@ -70,38 +73,46 @@ class Items(NamedTuple):
 
 
 class Replicates(NamedTuple):
-    """A measure of a whole set of responses, such as MAUVE: a value per seed. Intervals are Student's t over the seeds."""
+    """A measure of a whole set of responses, such as MAUVE, with a value per seed.
+
+    Intervals are Student's t over the seeds.
+    """
 
     values: np.ndarray  # [seeds] float64
 
     def measured(self) -> Measured:
-        """The mean over seeds; with one seed there is no interval."""
+        """Returns the mean over seeds. With one seed there is no interval."""
         return Measured(*_student(self.values)[:3])
 
     def minus(self, other: "Replicates") -> Difference:
-        """Self minus other, paired by seed; with one seed there is no interval, and p is NaN."""
+        """Returns self minus other, paired by seed.
+
+        With one seed there is no interval, and p is NaN.
+        """
         return Difference(*_student(self.values - other.values))
 
 
 def mean_of(values: np.ndarray, weights: np.ndarray | None = None) -> Items:  # [n], [n]
-    """sum(values) / sum(weights): ``values`` are sums within items where there are weights, else the items' own values."""
+    """Returns the measure sum(values) / sum(weights).
+
+    With weights, ``values`` are sums within items. Without, they are the items' own values.
+    """
     weights = np.ones(len(values)) if weights is None else weights
     return Items(np.stack([values, weights], 1).astype(np.float64), _ratio)
 
 
 def paired_bootstrap(gains: list[np.ndarray], seed: int = 0) -> Difference:
-    """The mean over tasks of the mean gain, its percentile interval and p-value.
+    """Returns the mean over tasks of the mean gain, with its percentile interval and p-value.
 
     Args:
-        gains: for each task, per test item [n], how much more is right (between -1 and 1, a mean over seeds). Items are drawn
-            with replacement within each task.
+        gains: for each task an array [n] of how much more is right on each test item, between -1
+            and 1 (a mean over seeds). Items are drawn with replacement within each task.
     """
     random = np.random.default_rng(seed)
     total = np.zeros(PAIRED_RESAMPLES)
     for gain in gains:
-        values, counts = np.unique(
-            gain, return_counts=True
-        )  # few: drawing how often each comes is drawing items
+        # the values are few: drawing how often each occurs is the same as drawing items
+        values, counts = np.unique(gain, return_counts=True)
         total += (
             random.multinomial(len(gain), counts / len(gain), PAIRED_RESAMPLES) @ values / len(gain)
         )
@@ -109,9 +120,10 @@ def paired_bootstrap(gains: list[np.ndarray], seed: int = 0) -> Difference:
 
 
 def of_resamples(mean: float, resampled: np.ndarray) -> Difference:
-    """The percentile interval and the p-value of a difference from what it is in resamples.
+    """Returns a difference with the percentile interval and the p-value that its resamples give.
 
-    p is twice the share of resamples at or beyond no difference, on the rarer side, the sample itself counted in.
+    p is twice the share of resamples at or beyond zero, on the rarer side. The sample itself counts
+    as one of them.
     """
     low, high = np.quantile(resampled, [0.025, 0.975])
     rarer = min((resampled <= 1e-12).sum(), (resampled >= -1e-12).sum())
@@ -121,7 +133,11 @@ def of_resamples(mean: float, resampled: np.ndarray) -> Difference:
 
 
 def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> float:
-    """Two-sided exact p of [n] right and wrong answers: whether those that differ differ as coins fall."""
+    """Returns the two-sided exact p of McNemar's test on two arrays [n] of right and wrong answers.
+
+    Only the answers that exactly one side got right count. p is the probability that they split at
+    least this unevenly if each side is equally likely to be right.
+    """
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
@@ -131,19 +147,20 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 
 def _resampled(sums: np.ndarray, seed: int) -> np.ndarray:  # [n, k] -> [RESAMPLES, k]
-    """Sums over items drawn with replacement: equal seeds and numbers of items draw the same items."""
+    """Returns sums over items drawn with replacement.
+
+    Equal seeds and equal numbers of items draw the same items.
+    """
     counts = _counts(len(sums), seed)
     return np.concatenate(
         [counts[start : start + AT_ONCE] @ sums for start in range(0, RESAMPLES, AT_ONCE)]
     )
 
 
-@lru_cache(
-    maxsize=1
-)  # drawing takes longer than adding up, and all measures of an evaluation share the draw
-def _counts(
-    n: int, seed: int
-) -> np.ndarray:  # [RESAMPLES, n] how often each item is drawn; more than 255 times never
+# drawing takes longer than adding up, and all measures of an evaluation share the draw
+@lru_cache(maxsize=1)
+def _counts(n: int, seed: int) -> np.ndarray:  # [RESAMPLES, n] uint8
+    # how often each item is drawn, which is never above 255 in practice
     random = np.random.default_rng(seed)
     return np.concatenate(
         [
@@ -158,7 +175,7 @@ def _student(values: np.ndarray) -> tuple[float, float, float, float]:
     if n < 2:
         return mean, np.nan, np.nan, np.nan
     error = float(values.std(ddof=1)) / np.sqrt(n)
-    if error == 0:  # equal values tell nothing of how they would vary
+    if error == 0:  # equal values do not show how they would vary
         return mean, np.nan, np.nan, np.nan
     half = float(stats.t.ppf(0.975, n - 1)) * error
     return mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, n - 1))

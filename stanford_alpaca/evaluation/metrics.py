@@ -1,6 +1,9 @@
-"""Measures of checkpoints: ``python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE [--out FOLDER]``.
+"""Measures checkpoints.
 
-Prints the measures with intervals, a column per checkpoint, what the checkpoints differ by, and samples side by side.
+    python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE [--out FOLDER]
+
+Prints the measures with intervals in one column per checkpoint, the differences between the
+checkpoints, and samples side by side.
 """
 
 import json
@@ -46,19 +49,22 @@ from stanford_alpaca.generation.responses import decode_response, generate_ids, 
 from stanford_alpaca.generation.writers import format_sample, sample_of, write_jsonl
 from stanford_alpaca.objective.head import head_of, original_weight
 
-REFERENCES = "(references)"  # the column of what the references are by themselves
+REFERENCES = "(references)"  # the column for the references measured by themselves
 Responses = dict[str, list[list[str]]]  # of a model: decoding -> [seeds][records]
 
 
 class Evaluation(NamedTuple):
-    """What the two files hold."""
+    """The content of the two files that the command writes."""
 
     metrics: dict[str, Any]  # metrics.json: data, records, settings, results, differences
     samples: list[dict[str, Any]]  # samples.jsonl: one per record and decoding
 
 
 def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluation:
-    """Measures checkpoints, the base model first, on what ``read_records`` returned. They are loaded one after the other."""
+    """Measures checkpoints, the base model first, on the records that ``read_records`` returned.
+
+    The checkpoints are loaded one after the other.
+    """
     base, _ = load_for_generation(settings.source(settings.cost or names[0]))
     cost = CostEmbedding(original_weight(base))
     del base
@@ -78,7 +84,8 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
             cost.check(logits)
             if oracle is not None and logits != (theirs := len(head_of(oracle).weight)):
                 raise ValueError(
-                    f"has {logits} logits, the oracle {theirs}: distributions of one length are compared"
+                    f"has {logits} logits, the oracle {theirs}: "
+                    "distributions of one length are compared"
                 )
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
@@ -89,7 +96,7 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
         if oracle is not None:
             options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": settings.batch_size}
             found[name] |= distances(model, oracle, examples, cost, **options)
-        if form != "text":  # running text asks nothing
+        if form != "text":  # running text has no prompts
             prompts[name] = IN_WORDS[
                 follow(tokenizer, form, settings.template, settings.special_tokens).template
             ]
@@ -114,7 +121,10 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
 def make_examples(
     name: str, records: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> Dataset:
-    """An example per record, also without a target (so that models are compared on the same); running text in blocks."""
+    """Returns an example per record. Running text becomes blocks.
+
+    Records without a target are kept, so that all models are compared on the same records.
+    """
     form = form_of(records.column_names)
     if form == "text":
         return make_blocks(records, tokenizer, settings.max_length)[0]
@@ -139,7 +149,10 @@ def respond(
     settings: Settings,
     oracle: PreTrainedModel | None = None,
 ) -> tuple[Responses, Measures]:
-    """What the model answers, for every way of decoding and seed, and what an oracle says to it."""
+    """Returns the model's responses for every way of decoding and seed.
+
+    It also returns how the oracle, if there is one, measures them.
+    """
     encode, stops = (
         PromptEncoder(tokenizer, settings.template, settings.special_tokens),
         stop_ids(tokenizer),
@@ -160,9 +173,8 @@ def respond(
         if oracle is not None:
             options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": settings.batch_size}
             found = [oracle_perplexity(oracle, prompts, answers, **options) for answers in drawn]
-            summed = Items(
-                np.sum([items.sums for items in found], axis=0), found[0].of
-            )  # a record is an item, over its seeds
+            # an item is a record, summed over its seeds
+            summed = Items(np.sum([items.sums for items in found], axis=0), found[0].of)
             measures[settings.named("oracle_perplexity", decoding)] = summed
     return responses, measures
 
@@ -170,7 +182,10 @@ def respond(
 def measure_responses(
     records: Dataset, responses: dict[str, Responses], settings: Settings
 ) -> dict[str, Measures]:
-    """Of every model, and of the references by themselves. With several ways of decoding the measures are named by them."""
+    """Returns the measures of every model's responses, and of the references by themselves.
+
+    With several ways of decoding, the name of a measure includes the way.
+    """
     if not responses:
         return {}
     references = [compared(as_shown(record)["reference"], settings) for record in records]
@@ -183,7 +198,7 @@ def measure_responses(
             texts = [[compared(answer, settings) for answer in answers] for answers in of[decoding]]
             measures = {**against_references(texts, references), **by_themselves(texts)}
             if settings.compared_words is not None:
-                del measures["exact_match"]  # of where a text is cut
+                del measures["exact_match"]  # it depends on where a text is cut
             if settings.mauve is not None:
                 features = [featurize(_with_prompts(answers, records)) for answers in texts]
                 values = [
@@ -202,13 +217,16 @@ def measure_responses(
 
 
 def compared(text: str, settings: Settings) -> str:
-    """What of a response or a reference is compared."""
+    """Returns the part of a response or a reference that is compared."""
     words = settings.compared_words
     return text if words is None else first_words(text, words)
 
 
 def _with_prompts(texts: list[str], records: Dataset) -> list[str]:
-    """The texts whose features MAUVE compares: continuations with what they continue, answers to instructions alone."""
+    """Returns the texts whose features MAUVE compares.
+
+    Continuations are compared together with their prompts, answers to instructions alone.
+    """
     if form_of(records.column_names) != "completion":
         return texts
     return [
@@ -219,7 +237,7 @@ def _with_prompts(texts: list[str], records: Dataset) -> list[str]:
 def make_samples(
     records: Dataset, responses: dict[str, Responses], settings: Settings
 ) -> list[dict[str, Any]]:
-    """A sample per record and decoding; several seeds give a list of responses."""
+    """Returns a sample per record and decoding. Several seeds give a list of responses."""
     samples = []
     for i, record in enumerate(records if responses else []):
         for decoding, ways in settings.decodings().items():
@@ -237,7 +255,7 @@ def make_samples(
 
 
 def training_figures(checkpoint: str) -> dict[str, float]:
-    """What training measured, where the folder has it: supervised tokens/s and peak memory."""
+    """Returns the training's supervised tokens/s and peak memory, if the folder has them."""
     file = Path(checkpoint) / "train_results.json"
     figures = json.loads(file.read_text()) if file.is_file() else {}
     names = {
@@ -247,41 +265,40 @@ def training_figures(checkpoint: str) -> dict[str, float]:
     return {shown: figures[name] for name, shown in names.items() if name in figures}
 
 
-TEXTS = (
-    "data",
-    "cost",
-    "out",
-    "columns",
-    "decoding",
-    "seeds",
-    "mauve",
-    "oracle",
-)  # flags that stay as they are typed
-
-
 @dataclass(frozen=True)
 class Options(Settings):
-    """Evaluates checkpoints and shows samples: python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE
+    """Evaluates checkpoints and shows samples.
+
+    python -m stanford_alpaca.evaluation.metrics CHECKPOINT [...] --data FILE --FLAG VALUE ...
 
     Args:
         checkpoints: folders or hub names, the base model first.
-        data: what training takes, with reference outputs; of running text the teacher-forced measures, in blocks of max_length.
-        documents: what begins a document of running text, as in training; a text file is one if it is not said.
-        prefix_words: running text is cut after so many words of each document; what follows is the reference.
-        continuation_words: how many words of references and responses are compared: all; with prefix_words by default half of
-            max_new_tokens, which most responses reach.
-        out: a folder for metrics.json and samples.jsonl; neither may exist.
+        data: what training takes, with reference outputs. Running text gets the teacher-forced
+            measures, in blocks of max_length tokens.
+        documents: what begins a document of running text, as in training. By default a text file is
+            one document.
+        prefix_words: cuts each document of running text after this many words. What follows is the
+            reference.
+        continuation_words: how many words of references and responses are compared. By default all;
+            with prefix_words half of max_new_tokens, which most responses reach.
+        out: a folder for metrics.json and samples.jsonl. Neither may exist.
         samples: how many samples to print.
-        limit: only the first records.
-        cost: the model whose output embedding prices emo, the same for all; the first checkpoint by default.
-        decoding: greedy, sample (temperature 1, nothing cut off) or beam, several with commas.
-        seeds: of sampling, several with commas; num_beams: of beam search.
-        mauve: a causal LM or an encoder whose features MAUVE compares; needs mauve-text.
-        oracle: the model that the data were drawn from, of the same vocabulary: distances to its distributions; needs POT.
-        prompt_template, special_tokens: as in training; by default each model is asked as it was trained.
+        limit: takes only the first records.
+        cost: the model whose output embedding defines the cost in emo, the same for all
+            checkpoints. By default the first checkpoint.
+        decoding: greedy, sample (temperature 1, nothing cut off) or beam. Several are separated by
+            commas.
+        seeds: the seeds of sampling, separated by commas.
+        num_beams: the number of beams of beam search.
+        mauve: a causal LM or an encoder whose features MAUVE compares. Needs mauve-text.
+        oracle: the model that the data were drawn from, with the same vocabulary. Measures
+            distances to its distributions. Needs POT.
+        prompt_template, special_tokens: as in training. By default each model is prompted as it was
+            trained.
         columns: as in training.
-        trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
-        verify: reads a large checkpoint again, to compare it with its manifest; one below 2 GiB is always read.
+        trust_remote_code: runs the code that comes with a checkpoint's folder or repository.
+        verify: reads a large checkpoint again to compare it with its manifest. A checkpoint below
+            2 GiB is always read.
     """
 
     checkpoints: tuple[str, ...] = words()
@@ -314,13 +331,13 @@ def measure(options: Options) -> None:
     if files:
         files[0].parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(files[1], shown)
-        write_whole(
-            files[0], json.dumps(metrics, indent=1, allow_nan=False) + "\n"
-        )  # who finds it finds both
+        # written last: if metrics.json is there, both files are
+        write_whole(files[0], json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     for sample in shown[: options.samples]:
         print(format_sample(sample))
     print(
-        f"{len(records)} {'examples' if shown else 'document(s)'} of {settings.data}, values with 95 % intervals"
+        f"{len(records)} {'examples' if shown else 'document(s)'} of {settings.data}, "
+        "values with 95 % intervals"
     )
     for name, asked in metrics["prompts"].items():
         print(f"prompts of {name}: {asked}")
@@ -333,7 +350,7 @@ run = command(Options, measure)
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     exit_on_user_error(lambda: fire.Fire(run))
 
 

@@ -1,7 +1,8 @@
-"""Runs on one page: ``python -m stanford_alpaca.evaluation.report RUN [RUN ...] --out report.html``.
+"""Shows runs on one page: ``python -m stanford_alpaca.evaluation.report RUN [...] --out FILE``.
 
-Their curves, their measures with intervals, their responses side by side, and of every reference token what each model
-predicted in its place and at what cost. The page is one file that asks for nothing else.
+The page shows their curves, their measures with intervals, and their responses side by side. For
+every reference token it shows what each model predicted in its place and at what cost. The page is
+one file that loads nothing else.
 """
 
 import json
@@ -23,10 +24,11 @@ from stanford_alpaca.data.tokenize import ExampleEncoder
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation.metrics import REFERENCES, Evaluation, evaluate
 from stanford_alpaca.evaluation.page import render
-from stanford_alpaca.evaluation.page.curves import curves_of, flags_of, short_names, shown_flags
+from stanford_alpaca.evaluation.page.curves import curves_of, flags_of, shown_flags
 from stanford_alpaca.evaluation.page.transport import view_of
 from stanford_alpaca.evaluation.page.verdicts import table_of
 from stanford_alpaca.evaluation.settings import Settings, read_records
+from stanford_alpaca.evaluation.tables import short_names
 from stanford_alpaca.flags import check_whole, command, exit_on_user_error, words
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.generation.writers import check_outputs
@@ -37,18 +39,22 @@ from stanford_alpaca.objective.head import original_weight
 
 @dataclass(frozen=True)
 class Options:
-    """Writes a page about runs: python -m stanford_alpaca.evaluation.report RUN [RUN ...] --out report.html
+    """Writes a page about runs: python -m stanford_alpaca.evaluation.report RUN [...] --out FILE
 
     Args:
-        runs: folders that training wrote, or base models; the first one's output embedding prices emo for all.
+        runs: folders that training wrote, or base models. The first one's output embedding defines
+            the cost in emo for all.
         out: the page, a file that does not exist yet.
-        data: held-out records with references; by default those of the evaluation, or of the runs' own --eval_path; without
-            any the page has the curves alone.
-        evaluation: a folder that ``metrics --out`` wrote about these models: nothing is generated again.
-        transport_records: of how many records the transport view shows the tokens; 0 leaves it out.
+        data: held-out records with references. By default those of the evaluation, or of the runs'
+            own --eval_path. Without any, the page shows only the curves.
+        evaluation: a folder that ``metrics --out`` wrote about these models. Nothing is generated
+            again.
+        transport_records: the number of records whose tokens the transport view shows. 0 leaves it
+            out.
         limit: evaluates on the first records only.
-        trust_remote_code: runs the code that a checkpoint's folder or repository brings along.
-        verify: reads a large checkpoint again, to compare it with its manifest; one below 2 GiB is always read.
+        trust_remote_code: runs the code that comes with a checkpoint's folder or repository.
+        verify: reads a large checkpoint again to compare it with its manifest. A checkpoint below
+            2 GiB is always read.
     """
 
     runs: tuple[str, ...] = words()
@@ -88,7 +94,8 @@ def write_report(options: Options) -> None:
     )
     if held_out is None:
         say(
-            "the page has the curves alone: give --data FILE, held-out records, to have the models measured and looked into"
+            "the page has the curves alone: give --data FILE, held-out records, "
+            "to have the models measured and looked into"
         )
     elif models and (found is None or options.transport_records):
         settings = (
@@ -112,7 +119,10 @@ run = command(Options, write_report)
 
 
 def has_model(name: str) -> bool:
-    """Whether there is something to load: a run that has not ended has only checkpoints. Hub names are taken at their word."""
+    """Returns whether there is a model to load.
+
+    A run that has not ended has only checkpoints. What is no folder is taken for a hub name.
+    """
     folder = Path(name).expanduser()
     return not folder.is_dir() or any(
         (folder / config).is_file() for config in ("config.json", ADAPTER_CONFIG)
@@ -120,25 +130,37 @@ def has_model(name: str) -> bool:
 
 
 def held_out_of(runs: list[str]) -> str | None:
-    """The one source that the runs were evaluated on while they trained, if there was any."""
+    """Returns the one source that the runs were evaluated on during training, if there was any.
+
+    Raises:
+        UserError: there were several.
+    """
     paths = {str(path) for name in runs for path in flags_of(name).get("eval_path") or []}
     if len(paths) > 1:
         raise UserError(
-            f"the runs had several --eval_path ({', '.join(sorted(paths))}): give --data FILE, to compare them on"
+            f"the runs had several --eval_path ({', '.join(sorted(paths))}): "
+            "give --data FILE, to compare them on"
         )
     return paths.pop() if paths else None
 
 
 def settings_of_runs(data: str, runs: list[str], limit: int | None) -> Settings:
-    """To measure the runs as they were trained; their prompts are those that their tokenizers tell of."""
+    """Returns settings that measure the runs as they were trained.
+
+    Their tokenizers say which prompts they were trained with.
+
+    Raises:
+        UserError: the runs were trained with different lengths or columns.
+    """
     trained = [flags for name in runs if (flags := flags_of(name))]
     chosen: dict[str, Any] = {}
     for flag, default in {"model_max_length": 512, "columns": None}.items():
         values = [run.get(flag, default) for run in trained]
         if any(value != values[0] for value in values):
             raise UserError(
-                f"the runs were trained with different --{flag} ({', '.join(map(str, values))}): measure them with "
-                "stanford_alpaca.evaluation.metrics --out FOLDER, and give --evaluation FOLDER"
+                f"the runs were trained with different --{flag} ({', '.join(map(str, values))}): "
+                "measure them with stanford_alpaca.evaluation.metrics --out FOLDER, "
+                "and give --evaluation FOLDER"
             )
         chosen[flag] = values[0] if values else default
     columns = parse_columns(chosen["columns"] or [])
@@ -146,7 +168,10 @@ def settings_of_runs(data: str, runs: list[str], limit: int | None) -> Settings:
 
 
 def settings_of(evaluation: Evaluation) -> Settings:
-    """What an evaluation was made with, its cost by name, without what this command does not do again."""
+    """Returns the settings of an evaluation, with its cost model by name.
+
+    MAUVE and the oracle are left out, because this command does not compute them again.
+    """
     measured = evaluation.metrics
     cost = measured["settings"]["cost"] or next(iter(measured["results"]))
     return Settings(
@@ -155,21 +180,25 @@ def settings_of(evaluation: Evaluation) -> Settings:
 
 
 def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
-    """What the metrics command wrote, with the names that the models have here. Raises UserError if it is not about them."""
+    """Reads what the metrics command wrote, and gives the models the names that they have here.
+
+    Raises:
+        UserError: the files cannot be read, or are not about these models.
+    """
     try:
         measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        lines = (
-            (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
-        )  # a text may hold other ends of lines
+        # not splitlines: a text may hold other line ends
+        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
         samples = [json.loads(line) for line in lines if line]
         known = {Path(name).expanduser().resolve(): name for name in measured["results"]}
         theirs = {known.get(Path(name).expanduser().resolve(), name): name for name in models}
         for name in theirs:
             if name not in measured["results"]:
                 raise UserError(
-                    f"{folder} is not about {name}, only {', '.join(measured['results'])}: evaluate them together"
+                    f"{folder} is not about {name}, only {', '.join(measured['results'])}: "
+                    "evaluate them together"
                 )
-        for table in ("results", "prompts"):  # the second is younger than some files
+        for table in ("results", "prompts"):  # older files have no prompts
             measured[table] = {
                 theirs.get(name, name): found for name, found in measured.get(table, {}).items()
             }
@@ -189,7 +218,8 @@ def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
-            f"--evaluation {folder}: not what this version's metrics --out writes ({reason}); evaluate again"
+            f"--evaluation {folder}: not what this version's metrics --out writes ({reason}); "
+            "evaluate again"
         ) from None
     return found
 
@@ -197,7 +227,10 @@ def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
 def transport(
     names: list[str], models: list[str], records: Dataset, settings: Settings
 ) -> dict[str, Any]:
-    """The transport view of every run that has a model, at the costs of the evaluation: those of the first one by default."""
+    """Returns the transport view of every run that has a model.
+
+    The costs are those of the evaluation, by default those of the first model.
+    """
     base, _ = load_for_generation(settings.source(settings.cost or models[0]))
     cost = CostEmbedding(original_weight(base))
     del base
@@ -210,9 +243,8 @@ def transport(
         )
         views[name] = view_of(name, model, tokenizer, records, cost, encode)
         del model
-    questions = [{"instruction": "", "input": "", "reference": ""}] * len(
-        records
-    )  # of running text
+    # running text has no questions
+    questions = [{"instruction": "", "input": "", "reference": ""}] * len(records)
     if form != "text":
         questions = [as_shown(record) for record in records]
     return {"records": questions, "runs": [views.get(name) for name in names]}
@@ -225,7 +257,7 @@ def page_data(
     evaluation: Evaluation | None,
     view: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """All that the page shows; runs are told by their place."""
+    """Returns all that the page shows. Runs are identified by their index."""
     short = dict(zip(names, short_names(names), strict=True))
     prompts = {} if evaluation is None else evaluation.metrics["prompts"]
     runs = [
@@ -264,7 +296,7 @@ def page_data(
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     exit_on_user_error(lambda: fire.Fire(run))
 
 

@@ -1,4 +1,7 @@
-"""What decides an evaluation beside the checkpoints: the flags, checked, and the records that they select."""
+"""What decides an evaluation besides the checkpoints.
+
+These are the flags, which are checked here, and the records that they select.
+"""
 
 import re
 from collections.abc import Mapping
@@ -26,28 +29,29 @@ DECODINGS = ("greedy", "sample", "beam")
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags of the commands that evaluate. Raises UserError for what cannot be."""
+    """The flags of the commands that evaluate.
+
+    Raises:
+        UserError: a value is invalid.
+    """
 
     data: str = ""
-    columns: Mapping[str, str] | str = field(
-        default_factory=dict
-    )  # ours to theirs; as typed until it is read
+    # our names -> the names in the data; the text that was typed until it is parsed
+    columns: Mapping[str, str] | str = field(default_factory=dict)
     limit: int | None = None
     documents: str = "auto"  # what begins a document of running text, as in training
-    prefix_words: int | None = (
-        None  # running text: each document is cut after so many words, and continued
-    )
+    # running text: each document is cut after this many words, and continued
+    prefix_words: int | None = None
     continuation_words: int | None = None  # see ``compared_words``
-    cost: str | None = (
-        None  # the model whose output embedding prices emo; None: the first checkpoint
-    )
+    # the model whose output embedding defines the cost in emo; None: the first checkpoint
+    cost: str | None = None
     max_length: int = 512  # tokens of prompt and reference
     max_new_tokens: int = 64
-    prompt_template: str = "auto"  # what each model was trained with
-    special_tokens: str | None = None  # the same
+    prompt_template: str = "auto"  # auto: what each model was trained with
+    special_tokens: str | None = None  # None: what each model was trained with
     batch_size: int = 32
-    decoding: str = "greedy"  # of ``DECODINGS``, with commas
-    seeds: str = "0"  # of sampling, with commas
+    decoding: str = "greedy"  # names of ``DECODINGS``, separated by commas
+    seeds: str = "0"  # of sampling, separated by commas
     num_beams: int = 4
     mauve: str | None = None  # the model whose features are compared
     oracle: str | None = None  # the model that the data were drawn from
@@ -64,12 +68,12 @@ class Settings:
         self.decodings()
 
     def source(self, name: str) -> ModelSource:
-        """How a model of the evaluation is read."""
+        """Returns the source of a model of the evaluation."""
         return ModelSource(name, remote_code=self.trust_remote_code)
 
     @property
     def template(self) -> str:
-        """The template that is asked for: the beginnings of texts have none."""
+        """The prompt template. By default the beginnings of documents get none."""
         return (
             "plain"
             if self.prefix_words is not None and self.prompt_template == "auto"
@@ -78,14 +82,20 @@ class Settings:
 
     @property
     def compared_words(self) -> int | None:
-        """How many words of responses and references are compared; None for all. The continuation of running text has no end:
-        of it they are by default half of max_new_tokens, which most responses reach."""
+        """How many words of responses and references are compared; None for all.
+
+        The continuation of running text has no end. By default half of max_new_tokens words of it
+        are compared, which most responses reach.
+        """
         if self.continuation_words is None and self.prefix_words is not None:
             return max(1, self.max_new_tokens // 2)
         return self.continuation_words
 
     def decodings(self) -> dict[str, list[tuple[Sampling, int]]]:
-        """For every way of decoding that was asked for, how each of its responses is chosen, and the seed."""
+        """Returns the requested ways of decoding.
+
+        Each has, for every response, the settings by which it is chosen and the seed.
+        """
         names = [name.strip() for name in self.decoding.split(",")]
         for name in names:
             if name not in DECODINGS:
@@ -105,9 +115,8 @@ class Settings:
                 f"--seeds {self.seeds} belongs to sampling: add --decoding greedy,sample"
             )
         plain = Sampling(max_new_tokens=self.max_new_tokens)
-        unbiased = Sampling(
-            max_new_tokens=self.max_new_tokens, temperature=1.0
-        )  # nothing cut off, as in the EMO paper
+        # nothing is cut off, as in the EMO paper
+        unbiased = Sampling(max_new_tokens=self.max_new_tokens, temperature=1.0)
         search = Sampling(max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
         ways = {
             "greedy": [(plain, 0)],
@@ -117,21 +126,26 @@ class Settings:
         return {name: ways[name] for name in names}
 
     def named(self, measure: str, decoding: str) -> str:
-        """The name of a measure of responses: with several ways of decoding, theirs too."""
+        """Returns the name of a measure of responses.
+
+        With several ways of decoding it includes the way.
+        """
         return f"{measure} ({decoding})" if len(self.decodings()) > 1 else measure
 
 
 def read_records(names: list[str], settings: Settings, verify: bool = False) -> Dataset:
-    """The records to evaluate on. Everything that could be wrong with them, the checkpoints and the settings is found first.
+    """Returns the records to evaluate on.
+
+    Everything that could be wrong with them, the checkpoints and the settings is checked first.
 
     Raises:
-        UserError: no model, no such data, a prompt that does not fit into a model's context.
+        UserError: no model, no such data, or a prompt that does not fit into a model's context.
     """
     for name in dict.fromkeys([*names, settings.cost or names[0]]):
         check_model(settings.source(name), or_adapter=True, verify=verify)
     models = [settings.source(name) for name in names]
     columns = settings.columns
-    assert not isinstance(columns, str)  # the command has read it
+    assert not isinstance(columns, str)  # the command has parsed them
     check_columns([settings.data], columns)
     records = load_records(settings.data, columns=columns, documents=settings.documents)
     if settings.limit is not None:
@@ -140,12 +154,14 @@ def read_records(names: list[str], settings: Settings, verify: bool = False) -> 
     if settings.prefix_words is not None:
         if not is_text:
             raise UserError(
-                f"--prefix_words cuts running text, and {settings.data} has prompts of its own: leave it out"
+                f"--prefix_words cuts running text, and {settings.data} has prompts of its own: "
+                "leave it out"
             )
         records = continuations(records, settings.prefix_words)
     elif is_text and (settings.decoding != "greedy" or settings.mauve is not None):
         raise UserError(
-            "running text asks nothing: give --prefix_words N to have each document continued after N words"
+            "running text asks nothing: "
+            "give --prefix_words N to have each document continued after N words"
         )
     if settings.oracle is not None:
         check_oracle(settings.source(settings.oracle), models)
@@ -163,9 +179,13 @@ def read_records(names: list[str], settings: Settings, verify: bool = False) -> 
 
 
 def continuations(documents: Dataset, words: int) -> Dataset:
-    """Documents as prompts, their first words, and completions: what follows, from the white space on.
+    """Turns documents into prompts (their first words) and completions (what follows).
 
-    Those without a further word are left out, and counted. Raises UserError if none is left.
+    A completion begins with the white space after the prompt. Documents with no further word are
+    left out, and their number is printed.
+
+    Raises:
+        UserError: no document is left.
     """
     rows = []
     for text in documents["text"]:
@@ -176,6 +196,7 @@ def continuations(documents: Dataset, words: int) -> Dataset:
         raise UserError(f"--prefix_words {words}: no document has a word after so many; give fewer")
     if len(rows) < len(documents):
         say(
-            f"{len(documents) - len(rows)} of {len(documents)} documents have no word after the first {words}: left out"
+            f"{len(documents) - len(rows)} of {len(documents)} documents have no word after "
+            f"the first {words}: left out"
         )
     return Dataset.from_list(rows, features=FORMS["completion"])

@@ -1,22 +1,15 @@
-"""What was measured, for the terminal."""
+"""Formats measures for the terminal."""
 
+from pathlib import Path
 from typing import Any
 
-FEW = (
-    "nll",
-    "emo",
-    "token_accuracy",
-    "ece",
-    "costly_mass",
-    "exact_match",
-    "rouge_l",
-    "mauve",
-)  # where there are many pairs
+# the measures that are shown for several pairs
+FEW = ("nll", "emo", "token_accuracy", "ece", "costly_mass", "exact_match", "rouge_l", "mauve")
 Row = dict[str, Any]
 
 
 def format_results(results: dict[str, dict[str, Row]]) -> str:
-    """Measures down, models across: values with their 95 % intervals."""
+    """Formats values with their 95 % intervals: measures down, models across."""
     measures = list(dict.fromkeys(measure for column in results.values() for measure in column))
     columns = [
         [name, *_cells([column.get(measure) for measure in measures])]
@@ -27,9 +20,11 @@ def format_results(results: dict[str, dict[str, Row]]) -> str:
 
 
 def format_differences(differences: list[Row]) -> str:
-    """A table per pair of models: of three models or fewer every pair, of more each against the first.
+    """Formats a table per pair of models.
 
-    What has no p, a measure of the whole set with one seed, is left out; with several pairs, so is all but ``FEW``.
+    Of three models or fewer every pair is shown, of more each model against the first. Measures
+    without a p are left out, such as those of the whole set with one seed. With several pairs only
+    the measures in ``FEW`` are shown.
     """
     first = differences[0]["minus"] if differences else ""
     shown = (
@@ -51,7 +46,7 @@ def format_differences(differences: list[Row]) -> str:
 
 
 def align(table: list[list[str]]) -> str:
-    """Rows of cells as text: the first column to the left, the others to the right."""
+    """Formats rows of cells, the first column to the left, the others to the right."""
     first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
     return "\n".join(
         "  ".join(
@@ -65,7 +60,7 @@ def align(table: list[list[str]]) -> str:
 
 
 def _cells(column: list[Row | None]) -> list[str]:
-    """Values, and their intervals below each other."""
+    """Returns values with their intervals, aligned below each other."""
     values = [
         "-" if row is None or row["value"] is None else _number(row["value"]) for row in column
     ]
@@ -90,5 +85,18 @@ def _number(value: float, sign: str = "-") -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits; none for thousands, as commas stand between the two ends."""
+    """Formats a number with three digits.
+
+    Thousands get no separators, because a comma stands between the two ends of an interval.
+    """
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """Returns the end of each path, with as few parts as tell all of them apart."""
+    parts = [Path(path).parts or (path,) for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*part[-count:])) for part in parts]
+        if len(set(names)) == len(paths):
+            return names
+    return paths

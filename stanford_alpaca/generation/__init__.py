@@ -1,1 +1,1 @@
-"""Prompts, responses to them, and the files they are written to."""
+"""Prompts, the responses to them, and the files in which both are written."""

@@ -1,4 +1,4 @@
-"""Prompts from a file or the command line, as the model was trained to be asked."""
+"""Reads prompts from a file or the command line, and encodes them as the model was trained."""
 
 import os
 from collections.abc import Mapping
@@ -20,18 +20,24 @@ PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 def encode_prompts(
     config: PreTrainedConfig, encode: PromptEncoder, records: list[dict], max_new_tokens: int
 ) -> list[list[int]]:
-    """Token ids of the prompts, as training saw them. Raises UserError for one that leaves no space for an answer."""
+    """Returns the token ids of the prompts, as ``encode`` writes them.
+
+    Raises:
+        UserError: a prompt is empty, or leaves no room for an answer in the model's context.
+    """
     prompts = encode(records)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     for number, ids in enumerate(prompts, 1):
         if not ids:
             raise UserError(
-                f"prompt {number} is empty, and the tokenizer puts nothing before it: give it a word"
+                f"prompt {number} is empty, and the tokenizer puts nothing before it: "
+                "give it a word"
             )
         if context is not None and len(ids) + max_new_tokens > context:
             raise UserError(
-                f"prompt {number} has {len(ids)} tokens; the model's context leaves room for {context - max_new_tokens} "
-                f"before {max_new_tokens} new ones: shorten it, or ask for fewer new ones"
+                f"prompt {number} has {len(ids)} tokens; the model's context leaves room for "
+                f"{context - max_new_tokens} before {max_new_tokens} new ones: shorten it, "
+                "or ask for fewer new ones"
             )
     return prompts
 
@@ -43,10 +49,12 @@ def check_prompts(
     prompt_template: str = "auto",
     special_tokens: str | None = None,
 ) -> dict[str, str]:
-    """What writes the prompts of each model, in words. Says where a model is asked otherwise than it was trained.
+    """Returns the template of each model's prompts, in words, before any model is loaded.
+
+    Prints a line for each model that is prompted differently than it was trained.
 
     Raises:
-        UserError: a prompt does not fit into the context of every model; before any is loaded.
+        UserError: a prompt does not fit into the context of every model.
     """
     asked: dict[str, str] = {}
     for source in sources:
@@ -68,9 +76,9 @@ def read_prompts(
     input: str | None,
     columns: Mapping[str, str] | None = None,
 ) -> list[dict[str, str]]:
-    """Records from a data file, a text file (one instruction a line), or the command line.
+    """Reads records from a data file, a text file (an instruction per line) or the command line.
 
-    They need no ``output``, and keep AlpacaEval's ``dataset`` if they have it.
+    The records need no ``output``. They keep AlpacaEval's ``dataset`` if they have it.
     """
     if (prompts is None) == (instruction is None):
         raise UserError("give the prompts: --prompts FILE, --instruction TEXT, or --interactive")
@@ -91,15 +99,17 @@ def read_prompts(
         raise UserError(f"--prompts {str(prompts) or 'without a name'}: no such file")
     if file.suffix.lower() in PICKLES:
         raise UserError(
-            f"--prompts {file}: pickles are never opened; give text, an instruction a line, or {', '.join(SUFFIXES)}"
+            f"--prompts {file}: pickles are never opened; give text, an instruction a line, or "
+            f"{', '.join(SUFFIXES)}"
         )
     if file.suffix.lower() in SUFFIXES:
         records = []
         for where, record in read_file(file):
             asked = parse_record(record, where, columns, needs_output=False)
+            # the model continues running text
             records.append(
                 {"prompt": asked["text"], "completion": ""} if "text" in asked else asked
-            )  # a text is continued
+            )
             if isinstance(record, dict) and isinstance(record.get("dataset"), str):
                 records[-1]["dataset"] = record["dataset"]
     else:

@@ -15,7 +15,10 @@ from stanford_alpaca.models.load import ModelSource, fit_vocabulary
 
 
 def plain_generation(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """A model's generation settings without those its folder brought along: what is asked for is what is done."""
+    """Returns generation settings without the defaults that the model's folder brings along.
+
+    Generation then uses only the settings that were asked for.
+    """
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -24,7 +27,11 @@ def plain_generation(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
 
 
 def no_router_loss(model: PreTrainedModel) -> dict[str, bool]:
-    """For ``generate``: a mixture that trains with its router's loss would compute it there, and fail from the second token."""
+    """Returns options for ``generate`` that switch off the router loss of a mixture of experts.
+
+    A mixture that trains with its router loss would compute it in ``generate`` too, and would fail
+    from the second token on.
+    """
     return (
         {"output_router_logits": False}
         if getattr(model.config, "output_router_logits", False)
@@ -32,13 +39,12 @@ def no_router_loss(model: PreTrainedModel) -> dict[str, bool]:
     )
 
 
-@torch.no_grad()  # no inference_mode: weights that ZeRO-3 gathers in it could not be trained any more
+# not inference_mode: weights that ZeRO-3 gathers within it could no longer be trained
+@torch.no_grad()
 def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    records: list[
-        dict
-    ],  # of the forms of ``data.formats``; a last response they may have is not read
+    records: list[dict],  # in any form of ``data.records``; a final response is not read
     sampling: Sampling = Sampling(),
     *,
     encode: PromptEncoder | None = None,
@@ -46,11 +52,15 @@ def generate_batch(
     seed: int = 0,
     synced: bool = False,
 ) -> list[str]:
-    """One response per record, in order. Batches are padded on the left and hold prompts of similar length.
+    """Returns one response per record, in order.
 
-    Prompts are written as the model was trained, unless ``encode`` writes them otherwise. Repeatable:
-    the same arguments give the same text. Under sampling the batch size is one of those arguments. ``synced``: all
-    ranks call this together, and go on until the last one is done, as a sharded model needs it.
+    Batches hold prompts of similar length and are padded on the left. The same arguments give the
+    same text. Under sampling the batch size is one of those arguments.
+
+    Args:
+        encode: writes the prompts; by default as the model was trained.
+        synced: whether all ranks call this together and go on until the last one is done, as a
+            sharded model needs it.
     """
     encode = encode or PromptEncoder(tokenizer)
     prompts = encode_prompts(model.config, encode, records, sampling.max_new_tokens)
@@ -72,7 +82,10 @@ def generate_ids(
     seed: int = 0,
     synced: bool = False,
 ) -> list[list[int]]:
-    """The same for token ids: what follows each prompt, up to the token that ends it, that token included."""
+    """Does the same as ``generate_batch`` for token ids.
+
+    A response runs up to and including the token that ends it.
+    """
     stops = stop_ids(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: list[list[int]] = [[] for _ in prompts]
@@ -106,7 +119,7 @@ def generate_ids(
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> str:
-    """The text up to the first token that ends a response."""
+    """Returns the text up to the first token that ends a response."""
     end = next((i for i, token_id in enumerate(ids) if token_id in stops), len(ids))
     ids = ids[:end]
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -115,9 +128,10 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: l
 def load_for_generation(
     source: ModelSource, may_grow: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint on the GPU in bf16 if there is one, else on the CPU in float32.
+    """Loads a checkpoint: in bf16 on the GPU if there is one, else in float32 on the CPU.
 
-    The vocabulary is made to fit as in training (a base model without a pad token gets one, unless it may not grow).
+    The vocabulary is made to fit as in training. A base model without a pad token gets a new one,
+    unless ``may_grow`` is False.
     """
     gpu = torch.cuda.is_available()
     model = source.load(torch.bfloat16 if gpu else torch.float32)
@@ -138,7 +152,10 @@ def sample_all(
     batch_size: int = 16,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """One sample per record, in the form of ``writers.py``; the checkpoints are loaded one after the other."""
+    """Returns one sample per record, in the form of ``writers.py``.
+
+    The checkpoints are loaded one after the other.
+    """
     responses: dict[str, list[str | list[str]]] = {}
     for source in sources:
         model, tokenizer = load_for_generation(source)

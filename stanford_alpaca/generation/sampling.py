@@ -1,4 +1,4 @@
-"""How the next token is chosen: the flags that generation takes, checked, and as transformers wants them."""
+"""The flags that decide how the next token is chosen, checked and converted for transformers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,20 +23,18 @@ class Sampling:
     """How the next token is chosen. Greedy unless a temperature above 0 is given.
 
     Raises:
-        UserError: a value out of range, or beams together with sampling.
+        UserError: a value is out of range, or beam search is combined with sampling.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0  # the likeliest tokens that have this much probability together
-    typical_p: float = (
-        1.0  # the same, beginning with the tokens whose surprise is nearest to the entropy
-    )
+    top_p: float = 1.0  # the likeliest tokens that together have this probability
+    # like top_p, but starting with the tokens whose surprise is nearest to the entropy
+    typical_p: float = 1.0
     min_p: float = 0.0  # tokens at least this likely, relative to the likeliest
-    repetition_penalty: float = (
-        1.0  # divides positive logits of tokens seen, prompt included; multiplies negative ones
-    )
+    # divides positive logits of tokens in the prompt or the response; multiplies negative ones
+    repetition_penalty: float = 1.0
     num_beams: int = 1
 
     def __post_init__(self) -> None:
@@ -50,7 +48,7 @@ class Sampling:
                 or not low <= value <= high
             ):
                 raise UserError(f"--{name} {value}: give a number from {low:g} to {high:g}")
-        if 0 < self.temperature < 0.001:  # logits over it would not be finite
+        if 0 < self.temperature < 0.001:  # logits divided by it would not be finite
             raise UserError(
                 f"--temperature {self.temperature}: give at least 0.001, or 0 for greedy"
             )
@@ -63,7 +61,10 @@ class Sampling:
     def config(
         self, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int] | None = None
     ) -> GenerationConfig:
-        """What transformers' ``generate`` takes; it wants temperature and penalty as floats."""
+        """Returns the settings for transformers' ``generate``.
+
+        It wants temperature and penalty as floats.
+        """
         chosen: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
             chosen = {"do_sample": True, "temperature": float(self.temperature)}

@@ -1,7 +1,8 @@
-"""How samples are shown and written: the terminal, JSON lines, AlpacaEval's form, a page of Markdown.
+"""Shows and writes samples: on the terminal, as JSON lines, for AlpacaEval, as a page of Markdown.
 
-A sample is a dict with ``instruction``, ``input``, ``reference`` (the last two may be empty), ``dataset`` if its record
-named one, and ``responses``: {checkpoint: text}, or {checkpoint: [text, ...]} where several were drawn per prompt.
+A sample is a dict with ``instruction``, ``input``, ``reference`` and ``responses``. ``input`` and
+``reference`` may be empty. ``responses`` is {checkpoint: text}, or {checkpoint: [text, ...]} if
+several were drawn per prompt. If its record names a ``dataset``, the sample has it too.
 """
 
 import json
@@ -16,29 +17,36 @@ from stanford_alpaca.flags import check_writable
 
 
 def check_outputs(flags: dict[str, str | None]) -> dict[str, Path]:
-    """The files of the flags that were given. Raises UserError unless each is new, can be written, and is its own."""
+    """Returns the files of the flags that were given.
+
+    Raises:
+        UserError: a file exists already, cannot be written, or stands in the place of another one.
+    """
     files: dict[str, Path] = {}
     for flag, name in flags.items():
         if name is None:
             continue
         file = Path(name)
-        if name in ("", "True") or os.path.lexists(
-            file
-        ):  # fire's value for a flag that came without one is True
+        # fire gives True for a flag without a value
+        if name in ("", "True") or os.path.lexists(file):
             raise UserError(f"--{flag} {name}: give the name of a file that does not exist yet")
         check_writable(flag, file)
         for other, taken in files.items():
             here, there = file.resolve(), taken.resolve()
             if here == there or here in there.parents or there in here.parents:
                 raise UserError(
-                    f"--{flag} {file} and --{other} {taken} are in each other's place: give them two files"
+                    f"--{flag} {file} and --{other} {taken} are in each other's place: "
+                    "give them two files"
                 )
         files[flag] = file
     return files
 
 
 def labelled(sample: dict[str, Any]) -> list[tuple[str, int | None, str]]:
-    """Every response of a sample: the checkpoint, a number from 1 on where it gave several, the text."""
+    """Returns every response of a sample as (checkpoint, number, text).
+
+    The number counts from 1. It is None if the checkpoint gave a single response.
+    """
     rows: list[tuple[str, int | None, str]] = []
     for name, texts in sample["responses"].items():
         rows += (
@@ -50,7 +58,7 @@ def labelled(sample: dict[str, Any]) -> list[tuple[str, int | None, str]]:
 
 
 def format_sample(sample: dict[str, Any]) -> str:
-    """A sample for the terminal: the prompt, the reference if there is one, each checkpoint's responses."""
+    """Formats a sample for the terminal: prompt, reference if any, and all responses."""
     lines = [f"instruction: {sample['instruction']}"]
     if sample["input"]:
         lines.append(f"input:       {sample['input']}")
@@ -66,7 +74,7 @@ def format_sample(sample: dict[str, Any]) -> str:
 
 
 def sample_of(record: dict, responses: dict[str, str | list[str]]) -> dict[str, Any]:
-    """The sample of a record of any form and the responses of each checkpoint."""
+    """Returns the sample of a record of any form with the responses of each checkpoint."""
     return (
         as_shown(record)
         | {key: record[key] for key in ("dataset",) if key in record}
@@ -75,12 +83,12 @@ def sample_of(record: dict, responses: dict[str, str | list[str]]) -> dict[str, 
 
 
 def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object a line; the folder is made if it is missing."""
+    """Writes one JSON object per line. A missing folder is created."""
     _write(file, _as_jsonl(rows))
 
 
 def append_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
-    """The same, after what the file holds already."""
+    """Appends one JSON object per line to what the file already holds."""
     _write(file, _as_jsonl(rows), mode="a")
 
 
@@ -89,10 +97,11 @@ def _as_jsonl(rows: list[dict[str, Any]]) -> str:
 
 
 def write_alpaca_eval(file: Path, samples: list[dict[str, Any]]) -> None:
-    """What AlpacaEval takes as ``model_outputs``, from samples of one checkpoint with one response each.
+    """Writes what AlpacaEval takes as ``model_outputs``.
 
-    AlpacaEval finds the answers to compare by the instruction, which there holds the input too, after an empty line. The
-    generator is the name of the checkpoint's folder.
+    The samples come from one checkpoint, with one response each. AlpacaEval finds the answers to
+    compare by the instruction. There it includes the input, after an empty line. The generator is
+    the name of the checkpoint's folder.
     """
     rows = []
     for sample in samples:
@@ -107,7 +116,7 @@ def write_alpaca_eval(file: Path, samples: list[dict[str, Any]]) -> None:
 
 
 def write_markdown(file: Path, samples: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """A page to read: the settings, then each prompt, its reference and the responses."""
+    """Writes a page to read: the settings, then each prompt, its reference and the responses."""
     title = [
         "# Samples",
         ", ".join(f"{code_span(name)} {value}" for name, value in settings.items()),
@@ -116,9 +125,9 @@ def write_markdown(file: Path, samples: list[dict[str, Any]], settings: dict[str
 
 
 def samples_as_markdown(samples: list[dict[str, Any]]) -> str:
-    """Each prompt, its reference and the responses.
+    """Returns each prompt, its reference and the responses as Markdown.
 
-    Every text that is not this function's own stands in a fenced block or a code span, so nothing in it is markup.
+    Every text from outside stands in a fenced block or a code span, so nothing in it is markup.
     """
     page = []
     for number, sample in enumerate(samples, 1):
@@ -135,13 +144,13 @@ def samples_as_markdown(samples: list[dict[str, Any]]) -> str:
 
 
 def fenced(text: str) -> str:
-    """The text as a block of its own; the fence is longer than any run of backticks in it."""
+    """Returns the text as a fenced block. The fence is longer than any run of backticks in it."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}text\n{text}\n{fence}"
 
 
 def code_span(text: str) -> str:
-    """The text, on one line, within a line of Markdown."""
+    """Returns the text as a code span on one line of Markdown."""
     ticks = "`" * (_longest_run(text) + 1)
     pad = " " if "`" in text else ""
     return f"{ticks}{pad}{' '.join(text.split())}{pad}{ticks}"
@@ -153,7 +162,6 @@ def _longest_run(text: str) -> int:
 
 def _write(file: Path, text: str, mode: str = "w") -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open(
-        mode, encoding="utf-8", errors="backslashreplace"
-    ) as stream:  # names of folders need not be UTF-8
+    # names of folders need not be UTF-8
+    with file.open(mode, encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(text)

@@ -1,4 +1,4 @@
-"""The public loss functions: ``emo_loss`` from logits, ``linear_emo_loss`` from hidden states and the output layer."""
+"""The public loss functions: ``emo_loss`` from logits, ``linear_emo_loss`` from hidden states."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ BACKENDS: dict[str, Callable] = {
     "triton": partial(chunked.linear_loss, kernels=triton_kernels),
 }
 REDUCTIONS = ("mean", "sum", "none")
-SUM_TOLERANCE = 1e-3  # what a teacher's probabilities may miss of 1, as rounded ones do
+SUM_TOLERANCE = 1e-3  # how far a sum of a teacher's rounded probabilities may be from 1
 
 
 def emo_loss(
@@ -38,25 +38,32 @@ def emo_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
 ) -> Tensor:  # [] or, unreduced, [...] with 0 at ignored positions
-    """EMO and its relatives from logits; like ``F.cross_entropy`` it does not shift, and ignored targets do not count.
+    """Computes EMO, or another objective, from logits.
+
+    Like ``F.cross_entropy`` it does not shift the labels, and ignored targets do not count.
 
     Args:
-        cost_embedding: rows of any width, usually the pre-trained output embedding; ``None`` for modes without emo. A
-            CostEmbedding is normalised once, a tensor at every call; it is moved to the device of the logits.
-        soft_targets: what to learn in place of ``targets``, which then only tell the positions that count: k token ids and
-            their probabilities, such as a teacher's top k, constants. Each row has to sum to 1 within 1e-3 and is divided by
-            its sum. nll and emo become their expectations; emo is then smallest where p is one token, NOT where it equals
-            the teacher (see ``SoftTargets``), so mode ``emd`` alone does not learn a distribution. Modes that need the
-            probability of one target refuse them: tailr, mixce, dft and the weighting upstream.
+        cost_embedding: rows of any width, usually the pre-trained output embedding; ``None`` for
+            modes without emo. A CostEmbedding is normalised once, a tensor at every call. The cost
+            is moved to the device of the logits.
+        soft_targets: distributions to learn in place of ``targets``: k token ids and their
+            probabilities, such as a teacher's top k. They are constants. ``targets`` then only
+            marks the positions that count. Each row has to sum to 1 within 1e-3 and is divided by
+            its sum. nll and emo become their expectations. Expected emo is smallest where p is one
+            token, NOT where p equals the teacher (see ``SoftTargets``), so mode ``emd`` alone does
+            not learn a distribution. Modes that need the probability of one target refuse soft
+            targets: tailr, mixce, dft, and any mode with the weighting ``upstream``.
         mode: a name, or an ``Objective`` that carries options.
-        token_weights: constants that multiply the loss of each token. ``mean`` still divides by the number of targets.
+        token_weights: constants that multiply the loss of each token. ``mean`` still divides by
+            the number of targets.
 
     Returns:
-        float32 (float64 for float64 logits). A batch without any target gives 0 with zero gradients, not NaN.
+        float32 (float64 for float64 logits). Without any target the loss is 0 and its gradients
+        are zero, not NaN.
 
     Raises:
-        ValueError: shapes that do not fit, a token outside the vocabulary, soft targets that are no probabilities or that the
-            mode refuses, an unknown mode or reduction.
+        ValueError: shapes that do not fit, a token outside the vocabulary, soft targets that are
+            not probabilities or that the mode refuses, an unknown mode or reduction.
     """
     objective, cost, keep = _checked(
         mode, cost_embedding, logits, targets, reduction, ignore_index, logits.shape[-1]
@@ -89,26 +96,37 @@ def linear_emo_loss(
     backend: str = "auto",
     num_items: Tensor | int | None = None,
 ) -> Tensor:  # [] or, unreduced, [...]
-    """Equals ``emo_loss(softcap(logit_scale * (hidden @ weight.T + bias)), targets, cost_embedding)``, in less memory.
+    """Computes ``emo_loss`` from hidden states and the output layer, in less memory.
 
-    Ignored tokens are dropped before the output layer. Gradients reach ``hidden``, ``weight`` and ``bias``, never the cost.
+    Equals ``emo_loss(softcap(logit_scale * (hidden @ weight.T + bias)), targets, cost_embedding)``.
+    Ignored tokens are dropped before the output layer. Gradients reach ``hidden``, ``weight`` and
+    ``bias``, but never the cost.
 
     Args:
         soft_targets, token_weights: as in ``emo_loss``.
         softcap: z becomes softcap * tanh(z / softcap), as in Gemma 2.
-        backend: ``chunked``, ``triton`` (NVIDIA GPUs), ``reference`` (materialises all logits), or ``auto``: the fastest that
-            serves these tensors.
-        num_items: what ``mean`` divides by instead of the targets of this call: the global count of a step, so that
-            losses of micro-batches and ranks add up.
+        backend: ``chunked``, ``triton`` (NVIDIA GPUs), ``reference`` (materialises all logits), or
+            ``auto``, the fastest that serves these tensors.
+        num_items: what ``mean`` divides by in place of this call's number of targets. With the
+            global count of a step, the losses of micro-batches and ranks add up.
 
     Raises:
-        ValueError: as ``emo_loss``, and for a backend that is unknown or cannot serve these tensors.
+        ValueError: as ``emo_loss``, and for a backend that is unknown or cannot serve the tensors.
     """
     head = Head(weight, bias, softcap, logit_scale)
     return linear_loss_and_stats(
-        hidden, head, targets, cost_embedding, mode, soft_targets, token_weights=token_weights,
-        reduction=reduction, ignore_index=ignore_index, backend=backend, num_items=num_items,
-    )[0]  # fmt: skip
+        hidden,
+        head,
+        targets,
+        cost_embedding,
+        mode,
+        soft_targets,
+        token_weights=token_weights,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        backend=backend,
+        num_items=num_items,
+    )[0]
 
 
 def linear_loss_and_stats(
@@ -125,18 +143,18 @@ def linear_loss_and_stats(
     backend: str = "auto",
     num_items: Tensor | int | None = None,
 ) -> tuple[Tensor, TokenStats]:
-    """``linear_emo_loss`` and the detached statistics of the supervised tokens, in the order of the rows.
+    """Returns the loss of ``linear_emo_loss`` and the detached statistics of supervised tokens.
 
-    If a cost is given, log emo is computed whether or not the mode reads it.
+    The statistics are in the order of the rows. If a cost is given, log emo is computed whether or
+    not the mode reads it.
     """
     vocab_size, width = head.weight.shape
     if hidden.shape[-1] != width:
         raise ValueError(
             f"hidden has width {hidden.shape[-1]} but the weight is {tuple(head.weight.shape)}"
         )
-    if head.bias is not None and head.bias.shape != (
-        vocab_size,
-    ):  # a kernel would read past its end
+    # a kernel would read past the end of a bias that is too short
+    if head.bias is not None and head.bias.shape != (vocab_size,):
         raise ValueError(f"bias has shape {tuple(head.bias.shape)}, wanted {(vocab_size,)}")
     sharded_head = isinstance(head.weight, DTensor)
     objective, cost, keep = _checked(
@@ -144,7 +162,7 @@ def linear_loss_and_stats(
     )
     device = hidden.device.type
     kept = hidden[keep]
-    if torch.is_autocast_enabled(device):  # the output layer's own precision under autocast
+    if torch.is_autocast_enabled(device):  # the output layer would run in this precision
         kept = kept.to(torch.get_autocast_dtype(device))
     kept_targets = _kept_targets(targets, soft_targets, keep, objective, kept, vocab_size)
     with torch.autocast(device, enabled=False):  # statistics and costs stay in float32
@@ -157,7 +175,7 @@ def linear_loss_and_stats(
 
 
 def check_backend(name: str) -> None:
-    """Raises ValueError for an unknown one."""
+    """Raises ValueError for an unknown backend."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose from auto, {', '.join(BACKENDS)}")
 
@@ -188,7 +206,7 @@ def _checked(
     vocab_size: int,
     sharded_head: bool = False,
 ) -> tuple[Objective, Cost | None, Tensor]:
-    """The objective, the cost on the right device, and the mask of supervised positions."""
+    """Returns the objective, the cost on the right device, and the mask of supervised positions."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}: choose from {', '.join(REDUCTIONS)}")
     if rows.shape[:-1] != targets.shape:
@@ -219,7 +237,10 @@ def _kept_targets(
     kept: Tensor,
     vocab_size: int,
 ) -> Tensor | SoftTargets:
-    """What the supervised tokens are to become, checked: their targets [N], or distributions in the statistics' dtype."""
+    """Checks the targets of the supervised tokens and returns them.
+
+    They are token ids [N], or soft targets with probabilities in the dtype of the statistics.
+    """
     if soft is None:
         return targets[keep]
     if objective.needs_p:
@@ -235,11 +256,13 @@ def _kept_targets(
     ids, probs = soft
     if ids.shape != probs.shape or ids.shape[:-1] != targets.shape or not ids.shape[-1]:
         raise ValueError(
-            f"soft targets are {tuple(ids.shape)} ids, {tuple(probs.shape)} probs, wanted {(*targets.shape, 'k')}"
+            f"soft targets are {tuple(ids.shape)} ids, {tuple(probs.shape)} probs, "
+            f"wanted {(*targets.shape, 'k')}"
         )
     if ids.is_floating_point() or not probs.is_floating_point():
         raise ValueError(
-            f"soft targets are {ids.dtype} ids and {probs.dtype} probs, wanted integer ids and floating probs"
+            f"soft targets are {ids.dtype} ids and {probs.dtype} probs, "
+            "wanted integer ids and floating probs"
         )
     ids, probs = (
         ids[keep].long(),
@@ -256,7 +279,8 @@ def _kept_targets(
     wrong = (total - 1).abs() > SUM_TOLERANCE
     if wrong.any():
         raise ValueError(
-            f"soft targets sum to {total[wrong][0].item():.4g}, wanted 1: divide the top k by their sum"
+            f"soft targets sum to {total[wrong][0].item():.4g}, wanted 1: "
+            "divide the top k by their sum"
         )
     return SoftTargets(ids, probs / total)
 

@@ -1,8 +1,9 @@
-"""The objectives, each a few lines over two numbers per token: nll and log emo.
+"""The objectives: each is a few lines over two numbers per token, nll and log emo.
 
-sg() in the formulas is ``detach``: weights are constants (EMO paper, section 3.3). A term "weight * emo" is written as
-value.detach() * exp(log_emo - log_emo.detach()): it has the value, its gradient is value * d log_emo, and the ratio
-nll / emo, which overflows float32 when emo is tiny, never appears.
+sg() in the formulas is ``detach``: weights are constants (EMO paper, section 3.3). A term
+"weight * emo" is written as value.detach() * exp(log_emo - log_emo.detach()). It has the value, and
+its gradient is value * d log_emo. The ratio nll / emo never appears, because it overflows float32
+when emo is tiny.
 """
 
 from dataclasses import dataclass
@@ -19,26 +20,28 @@ PUBLISHED_EPSILON = 1e-10  # in the denominators of the published code
 class Objective:
     """What is minimised: a mode and its options. Calling it gives the loss of every token.
 
-    ============ ================================================== ==========================================
-    mode         loss per token                                     source
-    ============ ================================================== ==========================================
-    ``mle``      nll
-    ``emo``      1/2 (nll + sg(nll / emo) emo)                      EMO, MLE-anchored, arXiv 2310.04691
-    ``emo2``     sg(emo / nll) nll + emo                            EMO, EMO-anchored
-    ``emd``      emo                                                the plain upper bound of the distance
-    ``mix``      (1 - w) nll + w emo, w = emo_weight                a fixed mixture
-    ``tailr``    sg(clamp(p / (g + (1 - g) p), floor, 1)) nll       TaiLr, ICLR 2023; p = exp(-nll)
-    ``mixce``    eta nll + (1 - eta) sg(p) nll                      MixCE, ACL 2023
-    ``dft``      sg(p) nll                                          arXiv 2508.05629
-    ============ ================================================== ==========================================
+    ========= ============================================ =====================================
+    mode      loss per token                               source
+    ========= ============================================ =====================================
+    ``mle``   nll
+    ``emo``   1/2 (nll + sg(nll / emo) emo)                EMO, MLE-anchored, arXiv 2310.04691
+    ``emo2``  sg(emo / nll) nll + emo                      EMO, EMO-anchored
+    ``emd``   emo                                          the plain upper bound of the distance
+    ``mix``   (1 - w) nll + w emo, w = emo_weight          a fixed mixture
+    ``tailr`` sg(clamp(p / (g + (1 - g) p), floor, 1)) nll TaiLr, ICLR 2023; p = exp(-nll)
+    ``mixce`` eta nll + (1 - eta) sg(p) nll                MixCE, ACL 2023
+    ``dft``   sg(p) nll                                    arXiv 2508.05629
+    ========= ============================================ =====================================
 
     Args:
-        emo_weighting: ``paper``, or ``upstream``: emo + p_y in place of emo in the weights, as the published LLaMA code
-            has it, with its 1e-10 in the denominators.
-        emo_ratio_cap: an upper bound of nll / emo in mode ``emo``; 3.0 is what the package EMOLoss 0.0.3 uses.
+        emo_weighting: ``paper``, or ``upstream``, which follows the published LLaMA code: the
+            weights use emo + p_y in place of emo, and their denominators get that code's 1e-10.
+        emo_ratio_cap: an upper bound of nll / emo in mode ``emo``. The package EMOLoss 0.0.3 uses
+            3.0.
 
     Raises:
-        ValueError: an unknown mode or weighting, an option out of range, or a weighting or cap that the mode does not have.
+        ValueError: an unknown mode or weighting, an option out of range, or a weighting or cap that
+            the mode does not have.
     """
 
     mode: str = "emo"
@@ -78,7 +81,10 @@ class Objective:
 
     @property
     def needs_p(self) -> bool:
-        """Whether the loss reads p_y = exp(-nll), the probability of one target, which soft targets do not have."""
+        """Whether the loss reads the probability of one target, p_y = exp(-nll).
+
+        Soft targets do not have it.
+        """
         return self.mode in ("tailr", "mixce", "dft") or self.emo_weighting == "upstream"
 
     def __call__(
@@ -86,7 +92,7 @@ class Objective:
         nll: Tensor,  # [N] nats
         log_emo: Tensor | None,  # [N]; may be None where needs_emo is False
     ) -> Tensor:  # [N]
-        """The loss of every token, differentiable in both numbers."""
+        """Returns the loss of every token, differentiable in both numbers."""
         if not self.needs_emo:
             return nll if self.mode == "mle" else self._weight_of_nll(nll.detach()) * nll
         assert log_emo is not None, "this mode needs a cost embedding"
@@ -107,7 +113,7 @@ class Objective:
 
     def _emo(self, nll: Tensor, log_emo: Tensor) -> Tensor:
         anchor, emo = nll.detach(), log_emo.detach().exp()
-        constant = torch.zeros_like(anchor)  # a part of the value without a gradient
+        constant = torch.zeros_like(anchor)  # the part of the value that has no gradient
         if self.emo_weighting == "upstream":
             p = torch.exp(-anchor)
             ratio = anchor / (emo + p + PUBLISHED_EPSILON)
@@ -129,12 +135,12 @@ class Objective:
 
 
 def _with_gradient_of(log_emo: Tensor, value: Tensor) -> Tensor:
-    """A term whose value is ``value`` and whose gradient is value * d log_emo; 0 where emo is 0."""
+    """Returns a term equal to ``value`` with gradient value * d log_emo; 0 where emo is 0."""
     alive = log_emo > -torch.inf
     safe = torch.where(alive, log_emo, 0.0)
     return torch.where(alive, value * torch.exp(safe - safe.detach()), 0.0)
 
 
 def as_objective(mode: "str | Objective") -> Objective:
-    """Accepts what the public functions accept: the name of a mode, or an Objective with options."""
+    """Returns the Objective of a mode's name, or an Objective as it is."""
     return Objective(mode) if isinstance(mode, str) else mode

@@ -1,7 +1,8 @@
-"""Backends that compute the two numbers per token on which every objective rests, and their gradients.
+"""The types that the backends share.
 
-A backend is one function ``linear_loss(hidden, head, targets, cost, objective, reduction)`` that equals
-``reference.linear_loss``; ``reference`` materialises the logits and is the specification.
+A backend computes the two numbers per token on which every objective rests, and their gradients. It
+is one function ``linear_loss(hidden, head, targets, cost, objective, reduction)`` that equals
+``reference.linear_loss``. ``reference`` materialises the logits and is the specification.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,24 +18,27 @@ class TokenStats(NamedTuple):
     """The statistics of N supervised tokens, float32 (float64 if the logits are)."""
 
     nll: Tensor  # [N] negative log-likelihood of the target, in nats; expected under soft targets
-    log_emo: (
-        Tensor | None
-    )  # [N] log of the expected transport cost sum_i p_i c_i; -inf where it is 0; None if not asked for
+    # [N] log of the expected transport cost sum_i p_i c_i; -inf where it is 0; None without a cost
+    log_emo: Tensor | None
 
 
 class SoftTargets(NamedTuple):
     """A distribution tau over k tokens in place of each target, such as the top k of a teacher.
 
-    The statistics become their expectations: nll = sum_j tau_j nll_j and emo = sum_ij p_i tau_j c_ij. The latter is the upper
-    bound of the distance between p and tau: it is smallest where p is one token, that of least expected cost, NOT at p = tau.
+    The statistics become expectations: nll = sum_j tau_j nll_j and emo = sum_ij p_i tau_j c_ij.
+    This emo is an upper bound of the distance between p and tau. It is smallest where p is one
+    token, the token of least expected cost, NOT at p = tau.
     """
 
-    ids: Tensor  # [N, k] token ids; repeated ones add up
+    ids: Tensor  # [N, k] token ids; the probabilities of repeated ids add up
     probs: Tensor  # [N, k] in the dtype of the statistics; every row sums to 1
 
 
 class Head(NamedTuple):
-    """The output layer: z = softcap(logit_scale * (hidden @ weight.T + bias)), softcap(x) = s tanh(x / s)."""
+    """The output layer: z = softcap(logit_scale * (hidden @ weight.T + bias)).
+
+    Here softcap(x) = s tanh(x / s), where s is the field ``softcap``.
+    """
 
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
@@ -42,7 +46,7 @@ class Head(NamedTuple):
     logit_scale: float | None = None
 
     def slope(self, z: Tensor) -> Tensor:
-        """How much the logits z, of any shape, move with hidden @ weight.T."""
+        """Returns the derivative of the logits z, of any shape, by hidden @ weight.T."""
         slope = (
             torch.ones_like(z)
             if self.softcap is None
@@ -52,12 +56,15 @@ class Head(NamedTuple):
 
 
 class Chunk(Protocol):
-    """The logits of n tokens, in float32 (float64 if the product is): what touches [n, V] beside the matrix products."""
+    """The logits of n tokens, in float32 (float64 if the product is).
 
-    top: Tensor  # [n] the greatest logit of the others, once ``statistics`` was called
+    A chunk does all work on [n, V] tensors except the matrix products.
+    """
+
+    top: Tensor  # [n] the greatest logit other than the target's, set by ``statistics``
 
     def at(self, ids: Tensor) -> Tensor:  # [n, k] -> [n, k]
-        """The logits of these tokens; to be asked for first."""
+        """Returns the logits of these tokens. Has to be called before the other methods."""
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """See ``torch_kernels.Chunk.statistics``."""
@@ -73,24 +80,26 @@ class Kernels(Protocol):
 
     @property
     def CHUNK_LOGITS(self) -> Mapping[str, int]:
-        """By the type of a device: how many logits are held at a time."""
+        """How many logits are held at a time, by device type."""
 
     @property
     def COLUMNS(self) -> int | None:
-        """Logits of a token that a chunk is sized for, if not the rows of the weight."""
+        """Logits per token that a chunk is sized for; None: the number of the weight's rows."""
 
     @property
     def Chunk(self) -> Callable[[Tensor, Head, Tensor, CostRows | None], Chunk]:
-        """Makes one of a product [n, V], the output layer, the targets [n] and the rows of their costs."""
+        """Makes a chunk of a product [n, V], the output layer, targets [n] and their cost rows."""
 
 
 LossOfStats = Callable[[Tensor, "Tensor | None"], Tensor]  # ([N] nll, [N] log_emo) -> [N] loss
 
 
 def split_targets(targets: "Tensor | SoftTargets") -> "tuple[Tensor, SoftTargets | None]":
-    """The targets [N] and no rest; if soft, the most probable tokens [N] and the rest: what tau gives to other tokens.
+    """Splits soft targets into the most probable tokens [N] and the rest.
 
-    Written relative to the most probable token, nothing cancels when model and teacher are both confident.
+    The rest is the probability that tau gives to other tokens. Statistics are written relative to
+    the most probable token, so nothing cancels when model and teacher are both confident. Token ids
+    are returned as they are, with None for the rest.
     """
     if not isinstance(targets, SoftTargets):
         return targets, None
@@ -105,6 +114,10 @@ def expected_drop(
     z_top: Tensor,  # [N] those of the most probable tokens
     rest: SoftTargets,
 ) -> Tensor:  # [N]
-    """sum_j tau_j (z_top - z_j): by how much the expected nll exceeds that of the most probable token."""
-    drop = torch.where(rest.probs > 0, z_top[:, None] - z_rest, 0.0)  # a masked logit times 0 is 0
+    """Returns sum_j tau_j (z_top - z_j).
+
+    This is how much the expected nll exceeds the nll of the most probable token.
+    """
+    # without ``where``, a masked logit (-inf) times 0 would be NaN
+    drop = torch.where(rest.probs > 0, z_top[:, None] - z_rest, 0.0)
     return (rest.probs * drop).sum(1)

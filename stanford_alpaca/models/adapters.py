@@ -1,4 +1,7 @@
-"""Where an adapter is, what it was trained on, and whether it can be merged: found out before anything large is read."""
+"""Finds an adapter and its base, and checks that they can be merged.
+
+This happens before anything large is read.
+"""
 
 import json
 from dataclasses import dataclass
@@ -17,46 +20,44 @@ from stanford_alpaca.models.check import check_model, check_place
 from stanford_alpaca.models.identity import BASE, base_has_changed, identify_model, run_of
 from stanford_alpaca.models.load import ADAPTER_CONFIG, ModelSource
 
-MERGED = "merge.json"  # what a merged model holds, and of what base
-READ = [
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    str(ADAPTER_SAFE_WEIGHTS_NAME),
-]  # of a repository on the hub
-WANTED = f"give a folder or hub name with {ADAPTER_CONFIG} and {ADAPTER_SAFE_WEIGHTS_NAME}, or a run that trained with --lora"
+MERGED = "merge.json"  # the file that says what was merged into a model, and what its base was
+# what is downloaded from a repository on the hub
+READ = ["*.json", "*.jinja", "*.model", "*.txt", str(ADAPTER_SAFE_WEIGHTS_NAME)]
+WANTED = (
+    f"give a folder or hub name with {ADAPTER_CONFIG} and {ADAPTER_SAFE_WEIGHTS_NAME}, "
+    "or a run that trained with --lora"
+)
 
 
 @dataclass(frozen=True)
 class Adapter:
     """An adapter that is whole and can be merged."""
 
-    name: str  # as it was asked for
+    name: str  # as the user gave it
     folder: Path
     config: PeftConfig
     sha256: str  # of its weights
-    run: dict[str, Any]  # the record of the run of ours that trained it, else empty
+    run: dict[str, Any]  # record of the run that trained it; empty if it was not one of ours
 
     @property
     def kind(self) -> str:
-        """peft's name for it."""
+        """peft's name for this kind of adapter."""
         return PeftType(self.config.peft_type).value
 
     @property
     def size(self) -> str:
-        """What it is, in words."""
+        """The rank and alpha of LoRA in words, or the kind of another adapter."""
         if self.kind != "LORA":
             return self.kind
         return f"r {self.config.r}, alpha {self.config.lora_alpha:g}"
 
 
 def find_adapter(name: str, cache_dir: str | None = None) -> Adapter:
-    """The adapter in a folder, in a run's newest checkpoint that is whole, or on the hub.
+    """Finds an adapter in a folder, in a run's newest checkpoint that is whole, or on the hub.
 
     Raises:
-        ResumeError: it is damaged.
-        UserError: there is none, or none that can be merged.
+        ResumeError: the adapter is damaged.
+        UserError: there is no adapter, or it cannot be merged.
     """
     place = check_place(name)
     folder = _in_run(place) if place.is_dir() else _download(name, cache_dir)
@@ -66,7 +67,8 @@ def find_adapter(name: str, cache_dir: str | None = None) -> Adapter:
     ):
         if (folder / ADAPTER_WEIGHTS_NAME).is_file():
             raise UserError(
-                f"{name}: {ADAPTER_WEIGHTS_NAME} is a pickle, which could run code, and is not read; {WANTED}"
+                f"{name}: {ADAPTER_WEIGHTS_NAME} is a pickle, which could run code, "
+                f"and is not read; {WANTED}"
             )
         if (folder / "config.json").is_file():
             raise UserError(f"{name}: a whole model, no adapter: nothing to merge; {WANTED}")
@@ -75,7 +77,7 @@ def find_adapter(name: str, cache_dir: str | None = None) -> Adapter:
         raise ResumeError(f"{folder}: {damage}; a checkpoint of its run may be whole")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # no JSON, a kind of adapter that peft does not know
+    except Exception as error:  # not JSON, or unknown to peft
         raise UserError(f"{name}: {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from None
     found = Adapter(
         name,
@@ -96,7 +98,7 @@ def find_adapter(name: str, cache_dir: str | None = None) -> Adapter:
 
 
 def _in_run(place: Path) -> Path:
-    """The folder itself, or the newest whole checkpoint of a run that has not finished there."""
+    """Returns the folder, or its newest whole checkpoint if a run has not finished there."""
     saved = manifest.checkpoints(place)
     unfinished = (place / RUN_FILE).is_file() and not (place / manifest.MANIFEST_FILE).exists()
     if (
@@ -109,7 +111,8 @@ def _in_run(place: Path) -> Path:
         damage = _damage(checkpoint)
         if not damage and (checkpoint / manifest.MANIFEST_FILE).exists():
             say(
-                f"{place}: has not finished; its newest whole checkpoint is taken: {checkpoint.name}"
+                f"{place}: has not finished; "
+                f"its newest whole checkpoint is taken: {checkpoint.name}"
             )
             return checkpoint
         say(f"{checkpoint}: passed over: {damage or 'no manifest'}")
@@ -117,7 +120,7 @@ def _in_run(place: Path) -> Path:
 
 
 def _damage(folder: Path) -> str:
-    """What of a folder with a manifest is not as it was saved."""
+    """Says how a folder with a manifest differs from what was saved, or returns an empty string."""
     return manifest.summary(folder) if (folder / manifest.MANIFEST_FILE).exists() else ""
 
 
@@ -130,14 +133,15 @@ def _download(name: str, cache_dir: str | None) -> Path:
 
 
 def find_base(adapter: Adapter, base: str | None, source: ModelSource) -> ModelSource:
-    """The model that the adapter was trained on.
+    """Returns the model that the adapter was trained on.
 
     Args:
-        base: where it is now, if not where the adapter says. A relative path there may also start from the adapter's folder.
-        source: how to read it; its path does not count.
+        base: where the model is now, if not where the adapter says. A relative path in the adapter
+            may also start from the adapter's folder.
+        source: how to read the model; its path is ignored.
 
     Raises:
-        UserError: it is not there, is not the one, or has this adapter in it already.
+        UserError: the model is missing, is not the right one, or already contains this adapter.
     """
     named = base or adapter.config.base_model_name_or_path
     if not named:
@@ -153,7 +157,8 @@ def find_base(adapter: Adapter, base: str | None, source: ModelSource) -> ModelS
         ) from None
     if adapter.sha256 in merged_into(found):
         raise UserError(
-            f"{found}: already has {adapter.name} in it ({MERGED}); give the model that it was trained on"
+            f"{found}: already has {adapter.name} in it ({MERGED}); "
+            "give the model that it was trained on"
         )
     then = (adapter.run.get(MADE_WITH) or {}).get(BASE)
     recorded = Path(str(adapter.config.base_model_name_or_path)).expanduser()
@@ -161,7 +166,8 @@ def find_base(adapter: Adapter, base: str | None, source: ModelSource) -> ModelS
         then = identify_model(str(recorded), source.cache_dir, weights=True)
     elif not then:
         say(
-            f"{adapter.name}: no record of its run is with it; that {found} is its base follows from layers and shapes alone"
+            f"{adapter.name}: no record of its run is with it; "
+            f"that {found} is its base follows from layers and shapes alone"
         )
     if changed := base_has_changed(adapter.name, found, then, source.cache_dir):
         raise UserError(f"{changed}; give that one with --base")
@@ -169,7 +175,7 @@ def find_base(adapter: Adapter, base: str | None, source: ModelSource) -> ModelS
 
 
 def merged_into(base: str) -> list[str]:
-    """The sha256 of each adapter that was merged into a model."""
+    """Returns the sha256 of each adapter that was merged into a model."""
     file = Path(base).expanduser() / MERGED
     try:
         return (

@@ -1,11 +1,13 @@
-"""Whether a model can be loaded, and whose code would run: found out before anything large is read."""
+"""Checks whether a model can be loaded, and whose code would run, before anything large is read."""
 
 import copy
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
@@ -24,29 +26,27 @@ from stanford_alpaca.models.load import (
     grow_for_adapter,
 )
 
-WRAPPERS = re.compile(
-    r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)"
-)  # peft's
-SIZED = {
-    "weight": 0,
-    "lora_B.weight": 0,
-    "lora_embedding_A": 1,
-}  # tensors of an embedding, and their axis of tokens
+# parts of names that peft adds where it wraps a module
+WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)")
+# tensors of an embedding, each with the axis of its tokens
+SIZED = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}
 
-LONGEST = 250  # characters of a name
+LONGEST = 250  # most characters of a model's name
 
 
 def check_model(
     source: ModelSource,
     *,
     or_adapter: bool = False,
-    weights: bool = True,  # whether its weights are going to be read
+    weights: bool = True,  # whether the weights are going to be read
     verify: bool = False,
 ) -> None:
-    """Raises UserError if there is no causal LM to load, or no adapter of one, before anything larger is read.
+    """Raises UserError if there is no causal LM to load, before anything larger is read.
 
-    A folder with a manifest has to be what was saved (``check_unchanged``, also for ``verify``), and an adapter's base what it
-    was when the adapter was trained. With its ``remote_code`` it says whose code is going to run.
+    With ``or_adapter`` an adapter of a causal LM will do too. A folder with a manifest has to be
+    what was saved (see ``check_unchanged``, also for ``verify``). An adapter's base has to be what
+    it was when the adapter was trained. With the source's ``remote_code``, a line says whose code
+    is going to run.
     """
     path, cache_dir = source.path, source.cache_dir
     place = check_place(path)
@@ -76,25 +76,28 @@ def check_model(
             source.config()
     except UserError:
         raise
-    except Exception as error:  # of the hub, about code
+    except Exception as error:  # from the hub, or about remote code
         raise cannot_load(path, error) from None
 
 
 def check_place(path: str) -> Path:
-    """The path. Raises UserError if it was meant to be a folder, is no hub name, and there is none."""
+    """Returns the path. Raises UserError if it is neither an existing folder nor a hub name."""
     if not path.strip():
         raise UserError(
-            "a model without a name, as of a variable that is not set; give a Hugging Face folder or a hub name"
+            "a model without a name, as of a variable that is not set; "
+            "give a Hugging Face folder or a hub name"
         )
     place = Path(path).expanduser()
     beside = path.startswith((".", "/", "~")) or (
         len(place.parts) > 1 and Path(place.parts[0]).exists()
     )
-    if not exists(place) and len(path) > LONGEST:  # of which file systems say something else
+    # for such a path a file system would report something else
+    if not exists(place) and len(path) > LONGEST:
         raise UserError(f"{path[:40]}...: no folder and no hub name has {len(path)} characters")
     if not place.is_dir() and (beside or len(place.parts) > 2):
         raise UserError(
-            f"{path}: cannot load a model from here (no such folder); give a Hugging Face folder or a hub name"
+            f"{path}: cannot load a model from here (no such folder); "
+            "give a Hugging Face folder or a hub name"
         )
     return place
 
@@ -104,12 +107,13 @@ def _check_weights(folder: Path, pickles: str) -> None:
     found = sorted(folder.glob(pickles))
     if found and not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"{folder}: {found[0].name} is a pickle, which could run code, and is not read; {CONVERT.format(folder)}"
+            f"{folder}: {found[0].name} is a pickle, which could run code, and is not read; "
+            f"{CONVERT.format(folder)}"
         )
 
 
 def _code_of(path: str, cache_dir: str | None) -> list[str]:
-    """The code that a model and its tokenizer bring along, as REPOSITORY: MODULE."""
+    """Lists the code that a model and its tokenizer bring along, as ``REPOSITORY: MODULE.py``."""
     maps = [
         PreTrainedConfig.get_config_dict(path, cache_dir=cache_dir)[0].get("auto_map"),
         get_tokenizer_config(path, cache_dir=cache_dir).get("auto_map"),
@@ -134,18 +138,19 @@ def check_adapter(
     tokens: int = 0,
     verify: bool = False,
 ) -> int:
-    """Whether an adapter's base can be loaded and has the layers that it was trained on.
+    """Checks that an adapter's base can be loaded and has the layers the adapter was trained on.
 
     Args:
         source: the adapter's folder.
-        base: in place of what its configuration names.
-        tokens: rows for a base with fewer, where the adapter has no embedding of its own; by default as ``ModelSource.load`` does it.
+        base: the base to use in place of the one that the adapter's configuration names.
+        tokens: how many rows a smaller base gets where the adapter has no embedding of its own. By
+            default the base grows as in ``ModelSource.load``.
 
     Returns:
-        The rows of the embedding with which the adapter fits.
+        The number of embedding rows with which the adapter fits.
 
     Raises:
-        UserError: it does not.
+        UserError: the adapter does not fit.
     """
     path = source.path
     try:
@@ -156,9 +161,10 @@ def check_adapter(
             raise UserError(f"the base of {path}: {error}; a link at that place will do") from None
         config = PeftConfig.from_pretrained(path)
         if hasattr(config, "init_lora_weights"):
-            config.init_lora_weights = True  # others decompose the weights, which are not read here
+            # other ways decompose the base's weights, which are not read here
+            config.init_lora_weights = True
         with safe_open(Path(path) / ADAPTER_SAFE_WEIGHTS_NAME, "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, no dict
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         model = copy.deepcopy(base.empty())
         own = set(model.state_dict())
         if not tokens:
@@ -171,28 +177,44 @@ def check_adapter(
         )
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # no JSON, no such key, a kind of adapter that peft does not know, a damaged file
+    except Exception as error:  # not JSON, a missing key, unknown to peft, a damaged file
         raise UserError(
-            f"{path}: cannot load this adapter ({first_line(error)}); train it again, or give another"
+            f"{path}: cannot load this adapter ({first_line(error)}); "
+            "train it again, or give another"
         ) from None
-    other = f"{path}: an adapter of another base than {base.path} (which has {rows} tokens)"
-    mend = f"mend base_model_name_or_path in its {ADAPTER_CONFIG}"
-    for name, tensor in wanted.items():
-        if name not in shapes or list(tensor.shape) != list(shapes[name]):
-            has = list(shapes[name]) if name in shapes else "missing"
-            raise UserError(f"{other}: {name} is {has}, wanted {list(tensor.shape)}; {mend}")
-    for name in sorted(shapes.keys() - wanted.keys()):
-        if (
-            _base_name(name) not in own
-        ):  # peft saves copies of the base's embedding beside its own tensors
-            raise UserError(f"{other}: it has no layer for {name}; {mend}")
+    problem = _misfit(wanted, shapes, own)
+    if problem:
+        raise UserError(
+            f"{path}: an adapter of another base than {base.path} (which has {rows} tokens): "
+            f"{problem}; mend base_model_name_or_path in its {ADAPTER_CONFIG}"
+        )
     return fitting
 
 
+def _misfit(wanted: Mapping[str, Tensor], shapes: Mapping[str, list[int]], own: set[str]) -> str:
+    """Returns what of an adapter does not fit its base, in words, or nothing.
+
+    Args:
+        wanted: the tensors that an adapter of this base has.
+        shapes: those that the adapter has.
+        own: the names of the base's own tensors.
+    """
+    for name, tensor in wanted.items():
+        if name not in shapes or list(tensor.shape) != list(shapes[name]):
+            has = list(shapes[name]) if name in shapes else "missing"
+            return f"{name} is {has}, wanted {list(tensor.shape)}"
+    for name in sorted(shapes.keys() - wanted.keys()):
+        # peft saves copies of the base's embedding beside its own tensors
+        if _base_name(name) not in own:
+            return f"it has no layer for {name}"
+    return ""
+
+
 def _rows_of(model: PreTrainedModel, shapes: dict[str, list[int]]) -> int:
-    """Of how many tokens the adapter itself has rows of the embedding or the output layer; 0 if of none."""
+    """Returns for how many tokens the adapter itself has rows of the embedding or output layer.
+
+    This is 0 if it has no such rows.
+    """
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if module in layers]
     axes = {f"{name}.{part}": axis for name in names for part, axis in SIZED.items()}
@@ -201,5 +223,8 @@ def _rows_of(model: PreTrainedModel, shapes: dict[str, list[int]]) -> int:
 
 
 def _base_name(key: str) -> str:
-    """The name in the base of a tensor that peft saved, if it is one of the base's: without what stands around modules."""
+    """Strips peft's wrappers from the name of a saved tensor.
+
+    The result is its name in the base, if it is one of the base's tensors.
+    """
     return WRAPPERS.sub("", key.removeprefix("base_model.model."))

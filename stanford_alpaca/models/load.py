@@ -1,6 +1,7 @@
-"""Loads a tokenizer and a causal LM from a folder or the hub, ready for fine-tuning: float32 weights, a pad token.
+"""Loads a tokenizer and a causal LM from a folder or the hub, ready for fine-tuning.
 
-Code that a model's repository brings along runs only where ``remote_code`` is asked for; pickled weights are never read.
+By default the weights are float32, and the tokenizer has a pad token. Code that a model's
+repository brings along runs only with ``remote_code``. Pickled weights are never read.
 """
 
 import json
@@ -30,17 +31,21 @@ from stanford_alpaca.errors import UserError, first_line, listed
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONVERT = (
-    'if you trust it, convert it once: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+    'if you trust it, convert it once: python -c "from transformers import '
+    "AutoModelForCausalLM as M, AutoTokenizer as T; "
     "[c.from_pretrained('{0}').save_pretrained('CONVERTED') for c in (M, T)]\""
 )
-warnings.filterwarnings(
-    "ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning
-)  # peft asks by the old name
+# peft uses the old name
+warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
 PAD_TOKEN, EOS_TOKEN = "[PAD]", "</s>"  # Alpaca's names for the tokens a tokenizer lacks
 
 
 def base_of(path: str) -> str | None:
-    """What the folder of an adapter names as its base; None for one of a whole model, and for a hub name."""
+    """Returns the base that an adapter's folder names, or None for a whole model or a hub name.
+
+    Raises:
+        UserError: the adapter's configuration names no base.
+    """
     file = Path(path).expanduser() / ADAPTER_CONFIG
     if not file.is_file() or file.with_name("config.json").is_file():
         return None
@@ -57,9 +62,11 @@ class ModelSource:
     """Where a causal LM comes from, and how it is read.
 
     Attributes:
-        path: a Hugging Face folder or a hub name; of an adapter's folder, its base with it is meant.
+        path: a Hugging Face folder or a hub name. An adapter's folder stands for its base with the
+            adapter.
         cache_dir: where the hub's files are kept.
         remote_code: runs code that the model's repository brings along.
+        attn_implementation: the attention implementation of transformers; None for its default.
         from_config: reads the configuration alone and gives the model random weights.
     """
 
@@ -70,11 +77,15 @@ class ModelSource:
     from_config: bool = False
 
     def at(self, path: str) -> "ModelSource":
-        """The same way to read another model."""
+        """Returns a source that reads another model in the same way."""
         return replace(self, path=path)
 
     def config(self) -> PreTrainedConfig:
-        """The configuration; of an adapter, its base's. Raises UserError if there is none."""
+        """Returns the configuration; for an adapter, that of its base.
+
+        Raises:
+            UserError: there is none.
+        """
         path = base_of(self.path) or self.path
         try:
             return AutoConfig.from_pretrained(
@@ -90,9 +101,11 @@ class ModelSource:
         may_grow: bool = True,
         tell: Callable[[str], None] = lambda line: None,
     ) -> PreTrainedTokenizerBase:
-        """The tokenizer, padding on the right. Missing pad and end-of-sequence tokens are added, as Alpaca does, and said.
+        """Returns the tokenizer, which pads on the right.
 
-        With ``may_grow=False`` it gets no new token: the end-of-sequence token pads (padding is masked by length).
+        Missing pad and end-of-sequence tokens are added as Alpaca does it, and ``tell`` gets a line
+        about each. With ``may_grow=False`` the end-of-sequence token serves as a missing pad token
+        (padding is masked by length).
         """
         options = {} if max_length is None else {"model_max_length": max_length}
         try:
@@ -118,7 +131,9 @@ class ModelSource:
         return tokenizer
 
     def load(self, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
-        """The model in ``dtype``: float32 masters by default, whatever the checkpoint holds. ``options`` are transformers'.
+        """Loads the model in ``dtype``, whatever the checkpoint holds; by default float32 masters.
+
+        ``options`` are passed to transformers.
 
         Raises:
             UserError: there is no model, or its weights do not fill its architecture.
@@ -139,13 +154,14 @@ class ModelSource:
                 )
             if wrong := wrong_keys(info):
                 raise UserError(
-                    f"{base or self.path}: its weights do not fill its architecture ({wrong}); give a complete model"
+                    f"{base or self.path}: its weights do not fill its architecture ({wrong}); "
+                    "give a complete model"
                 )
-            if getattr(
-                model, "_hf_peft_config_loaded", False
-            ):  # transformers takes one that lies beside the weights
+            # transformers also loads an adapter that lies beside the weights
+            if getattr(model, "_hf_peft_config_loaded", False):
                 raise UserError(
-                    f"{self.path}: holds a whole model and an adapter beside it; take one of them away"
+                    f"{self.path}: holds a whole model and an adapter beside it; "
+                    "take one of them away"
                 )
             if base is None:
                 return model
@@ -159,15 +175,17 @@ class ModelSource:
             raise cannot_load(self.path, error) from None
 
     def empty(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The architecture, with parameters on the meta device. It is built once: who changes it copies it first."""
+        """Returns the architecture with its parameters on the meta device.
+
+        It is built once per dtype, so copy it before changing it.
+        """
         if dtype not in self._built:
             try:
                 config = AutoConfig.from_pretrained(
                     self.path, cache_dir=self.cache_dir, trust_remote_code=self.remote_code
                 )
-                with init_empty_weights(
-                    include_buffers=False
-                ):  # most buffers are computed, not stored
+                # most buffers are computed, not stored
+                with init_empty_weights(include_buffers=False):
                     model = auto_class(config).from_config(config, **self._options(dtype))
                 model.tie_weights()
             except Exception as error:
@@ -189,9 +207,12 @@ class ModelSource:
 
 
 def load_body(name: str, *, remote_code: bool = False) -> PreTrainedModel:
-    """A model without its output layer, in float32, as features of texts need it. Raises UserError for missing weights.
+    """Loads a model without its output layer, in float32, to compute features of texts.
 
-    Weights of an output layer are left where they are, and a pooling layer that the weights lack is not used.
+    Weights of an output layer are not loaded. A pooling layer without weights is not used.
+
+    Raises:
+        UserError: other weights are missing.
     """
     with no_report():
         model, info = AutoModel.from_pretrained(
@@ -210,7 +231,10 @@ def load_body(name: str, *, remote_code: bool = False) -> PreTrainedModel:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """What loads a model that writes text. Those that see images too, and are saved so, are in a mapping of their own."""
+    """Returns the auto class that loads a model that writes text.
+
+    Models that also see images, and are saved in that form, have a mapping of their own.
+    """
     named = (config.architectures or [""])[0]
     sees = getattr(
         AutoModelForImageTextToText._model_mapping.get(type(config), None), "__name__", None
@@ -224,7 +248,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def unread_parts(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters that no text passes through: those of a model's other senses."""
+    """Returns the names of the parameters that no text passes through, such as those for images."""
     if model.config.get_text_config() is model.config:
         return []
     read = {
@@ -236,7 +260,10 @@ def unread_parts(model: PreTrainedModel) -> list[str]:
 
 
 def grow_for_adapter(base: PreTrainedModel, adapter: str) -> None:
-    """Gives the base a row for each token that was added when the adapter was trained, as training did."""
+    """Adds a row to the base for each token that was added when the adapter was trained.
+
+    The rows are made as in training.
+    """
     if (Path(adapter) / "tokenizer_config.json").is_file():
         fit_vocabulary(base, AutoTokenizer.from_pretrained(adapter))
 
@@ -245,10 +272,13 @@ def grow_for_adapter(base: PreTrainedModel, adapter: str) -> None:
 def fit_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int | None = None
 ) -> int:
-    """Grows the embeddings to ``rows``, by default the tokenizer's size, new ones the mean of the old; never shrinks them.
+    """Grows the embeddings to ``rows``, by default the tokenizer's size, but never shrinks them.
+
+    New rows are the mean of the old ones. The model's pad id is set, and its end-of-sequence id if
+    it has none.
 
     Returns:
-        The number of rows added. Also sets the model's pad and end-of-sequence ids.
+        The number of rows added.
     """
     old = model.get_input_embeddings().weight.shape[0]
     added = max(0, (len(tokenizer) if rows is None else rows) - old)
@@ -264,7 +294,7 @@ def fit_vocabulary(
 
 
 def cannot_load(path: str, error: Exception) -> UserError:
-    """What to raise for what transformers or the hub raised."""
+    """Returns the UserError to raise for an error of transformers or the hub."""
     advice, place = "give a Hugging Face folder or a hub name", Path(path)
     what = first_line(error)
     if "trust_remote_code" in str(error):
@@ -273,7 +303,10 @@ def cannot_load(path: str, error: Exception) -> UserError:
             "read that code, then allow it with --trust_remote_code",
         )
     elif (place / "trainer_state.json").is_file() and not list(place.glob("*.safetensors")):
-        advice = f"make one of this checkpoint's shards: python -m stanford_alpaca.checkpoint export {path} OUT"
+        advice = (
+            "make one of this checkpoint's shards: "
+            f"python -m stanford_alpaca.checkpoint export {path} OUT"
+        )
     elif "safetensors" in what and not place.exists():
         advice = CONVERT.format(path)
     return UserError(f"{path}: cannot load a model from here ({what}); {advice}")

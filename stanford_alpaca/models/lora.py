@@ -1,4 +1,4 @@
-"""Which layers of a model get a LoRA adapter, and the model with it."""
+"""Chooses the layers of a model that get a LoRA adapter, and adds it."""
 
 import re
 from pathlib import Path
@@ -15,17 +15,20 @@ from transformers.pytorch_utils import Conv1D
 from stanford_alpaca.errors import UserError, first_line, nearest
 from stanford_alpaca.models.load import unread_parts
 
-WRAPPED = re.compile(r"\.base_layer(?=\.)")  # what peft puts around an adapted weight
-ALL_LINEAR = "all-linear"  # peft's word
+# the part of a name that peft adds where it wraps a layer
+WRAPPED = re.compile(r"\.base_layer(?=\.)")
+ALL_LINEAR = "all-linear"  # peft's word for all linear layers
 LORA_EMBEDDINGS = ("frozen", "lora", "full")  # what LoRA does to the embedding and the output layer
 
 
 def lora_layers(model: PreTrainedModel, targets: list[str] | None = None) -> list[str]:
-    """Names of the linear layers that get an adapter: those whose names end as ``targets``, by default all that can have one
-    but the output.
+    """Returns the names of the linear layers that get an adapter.
+
+    These are the layers whose names end with one of ``targets``. By default they are all linear
+    layers that can have an adapter, except the output layer.
 
     Raises:
-        UserError: a target that no such layer has.
+        UserError: no such layer has a target's name.
     """
     targets = None if targets == [ALL_LINEAR] else targets
     output, unread = model.get_output_embeddings(), set(unread_parts(model))
@@ -54,7 +57,10 @@ def lora_layers(model: PreTrainedModel, targets: list[str] | None = None) -> lis
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a layer computes what its class says. A router may be a linear layer whose forward returns more (Llama 4's)."""
+    """Returns whether a layer is linear, by its class and by what its forward returns.
+
+    A router may subclass ``nn.Linear`` and return more than one tensor, as Llama 4's does.
+    """
     if not isinstance(module, nn.Linear) or not type(module).__module__.startswith(
         "transformers.models"
     ):
@@ -64,7 +70,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _refused_by_peft(model: PreTrainedModel, name: str) -> bool:
-    """Whether peft gives a layer of this model no adapter: the output projections of Mamba's kind, which its kernels read."""
+    """Returns whether peft gives a layer of this model no adapter.
+
+    It refuses the output projections of Mamba and its kind, whose kernels read the weights.
+    """
     check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
     try:
         return bool(check and check(LoraConfig(), model, name.rpartition(".")[2]))
@@ -73,7 +82,10 @@ def _refused_by_peft(model: PreTrainedModel, name: str) -> bool:
 
 
 def expert_parameters(model: nn.Module) -> list[str]:
-    """Endings of the names of weights that are no layers, as the experts of a mixture are kept: one tensor for all."""
+    """Returns the name endings of experts' weights that are not layers.
+
+    Such models keep the weights of all experts in one tensor.
+    """
     whole = (
         name
         for name, parameter in model.named_parameters()
@@ -90,49 +102,63 @@ def add_lora(
     dropout: float,
     targets: list[str] | None = None,
     embeddings: str = "frozen",  # one of LORA_EMBEDDINGS
-    parameters: list[str] | None = None,  # endings of names of weights that are no layers: experts
+    parameters: list[str] | None = None,  # endings of names, see ``expert_parameters``
 ) -> PeftModel:
-    """The model with a float32 LoRA adapter on its ``lora_layers``, which alone is trained, and what ``embeddings`` adds.
+    """Adds a float32 LoRA adapter to the model's ``lora_layers``.
 
-    The output layer's adapter has no dropout: the loss has to read it as one weight. Embeddings that are tied stay tied.
+    Only the adapter is trained, and what ``embeddings`` adds. The output layer's adapter has no
+    dropout, because the loss has to read the layer as one weight. Tied embeddings stay tied.
 
     Raises:
-        UserError: targets that no layer has, or embeddings that cannot be had.
+        UserError: no layer has a target's name, or the choice of ``embeddings`` is not possible.
     """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     tied = ends[0].weight is ends[1].weight
     names = [name for name, module in model.named_modules() if module in ends]
     if tied and embeddings == "lora":
         raise UserError(
-            "--lora_embeddings lora: the embedding is the output layer, and their adapters would differ; use full"
+            "--lora_embeddings lora: the embedding is the output layer, "
+            "and their adapters would differ; use full"
         )
-    names = names[:1] if tied else names  # the input embedding stands first; peft ties the other
+    names = names[:1] if tied else names  # the input embedding is first; peft ties the other
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=r, lora_alpha=alpha, lora_dropout=dropout,
+        task_type=TaskType.CAUSAL_LM,
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
         target_modules=[*lora_layers(model, targets), *(names if embeddings == "lora" else [])],
         modules_to_save=names if embeddings == "full" else None,
-        ensure_weight_tying=tied and embeddings == "full", target_parameters=parameters,
-    )  # fmt: skip
-    known = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
-    for parameter in parameters or []:
-        if not any(f".{name}".endswith(f".{parameter}") for name in known):
-            found = ", ".join(expert_parameters(model)) or "it has none"
-            raise UserError(
-                f"--lora_target_parameters {parameter}: no weights of experts are named so; choose from: {found}"
-            )
+        ensure_weight_tying=tied and embeddings == "full",
+        target_parameters=parameters,
+    )
+    _check_parameters(model, parameters or [])
     try:
         adapted = get_peft_model(model, config)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(
             f"--lora: peft gives this model no such adapter ({first_line(error)})"
         ) from None
-    if Path(base := str(config.base_model_name_or_path)).is_dir():  # found from any folder
+    # an absolute path is found from any folder
+    if Path(base := str(config.base_model_name_or_path)).is_dir():
         config.base_model_name_or_path = str(Path(base).resolve())
     output = model.get_output_embeddings()
     if tied and embeddings == "full" and not isinstance(output, ModulesToSaveWrapper):
         raise UserError(
-            f"--lora_embeddings full: peft does not keep {names[0]} tied to this model's output layer; leave it frozen"
+            f"--lora_embeddings full: peft does not keep {names[0]} tied to this model's "
+            "output layer; leave it frozen"
         )
     if isinstance(output, LoraLayer):
         output.lora_dropout["default"] = nn.Identity()
     return adapted
+
+
+def _check_parameters(model: PreTrainedModel, endings: list[str]) -> None:
+    """Raises UserError for an ending that no weights of experts have."""
+    known = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    for ending in endings:
+        if not any(f".{name}".endswith(f".{ending}") for name in known):
+            found = ", ".join(expert_parameters(model)) or "it has none"
+            raise UserError(
+                f"--lora_target_parameters {ending}: no weights of experts are named so; "
+                f"choose from: {found}"
+            )

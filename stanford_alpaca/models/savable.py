@@ -1,4 +1,4 @@
-"""What a finished folder has besides its weights, and whether all of it can be saved."""
+"""Prepares what a finished folder has besides its weights, and checks that it can be saved."""
 
 import tempfile
 from typing import Any
@@ -15,9 +15,12 @@ from stanford_alpaca.errors import UserError, first_line
 
 
 def drop_invalid(config: GenerationConfig) -> dict[str, Any]:
-    """Takes out of published settings what keeps them from being saved again, and returns it by name.
+    """Removes published settings that keep the configuration from being saved again.
 
-    A temperature without ``do_sample``, say, which generates as if it were not there.
+    An example is a temperature without ``do_sample``, which has no effect on generation.
+
+    Returns:
+        The removed settings by name.
     """
     usual, dropped = GenerationConfig(), {}
     for name, value in sorted(config.to_diff_dict().items()):
@@ -33,7 +36,7 @@ def drop_invalid(config: GenerationConfig) -> dict[str, Any]:
 
 
 def _wrong_settings(config: GenerationConfig) -> tuple[bool, int]:
-    """Whether the settings cannot be, and how many lines there are about what is wrong."""
+    """Returns whether the settings are impossible, and how many lines say what is wrong."""
     try:
         config.validate(strict=True)
     except ValueError as error:
@@ -43,28 +46,33 @@ def _wrong_settings(config: GenerationConfig) -> tuple[bool, int]:
 
 
 def check_savable(name: str, *parts: Any) -> None:
-    """Raises UserError unless configurations and tokenizer can be saved again: a run would fail when it has trained."""
+    """Raises UserError unless configurations and tokenizer can be saved again.
+
+    Otherwise a run would fail only after it has trained.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
             try:
                 part.save_pretrained(folder)
-            except Exception as error:  # of many kinds: what a configuration holds is anybody's
+            except Exception as error:  # of any kind: a configuration may hold anything
                 raise UserError(
-                    f"{name}: its {type(part).__name__} cannot be saved again ({first_line(error)}); mend it there first"
+                    f"{name}: its {type(part).__name__} cannot be saved again "
+                    f"({first_line(error)}); mend it there first"
                 ) from None
 
 
 def make_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """What a finished folder has besides the weights: stop tokens, and settings that can be saved. Says what is dropped.
+    """Sets the stop tokens, and drops settings that cannot be saved. A line says what is dropped.
 
     Raises:
-        UserError: something cannot be saved again.
+        UserError: something else cannot be saved again.
     """
     set_stops(model.generation_config, tokenizer)
     dropped = drop_invalid(model.generation_config)
     if dropped:
         settings = ", ".join(f"{field} {value}" for field, value in dropped.items())
         say(
-            f"{name}: of its generation_config.json is dropped, because it changes nothing and cannot be saved: {settings}"
+            f"{name}: of its generation_config.json is dropped, "
+            f"because it changes nothing and cannot be saved: {settings}"
         )
     check_savable(name, model.config, model.generation_config, tokenizer)

@@ -1,1 +1,1 @@
-"""The objective inside a model: its output layer, what it needs to know of the model, and its numbers."""
+"""The objective inside a model: its output layer, experiments on the model, and running sums."""

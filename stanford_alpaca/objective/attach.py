@@ -1,4 +1,17 @@
-"""Puts an objective into any Hugging Face causal language model, and takes it out again."""
+"""Attaches an objective to any Hugging Face causal language model, and detaches it again.
+
+Given ``labels``, the model then computes the objective within ``model(**batch)``, so DDP, FSDP and
+ZeRO see an ordinary forward pass. Labels are shifted, and -100 is ignored. The sum of the losses is
+divided by ``num_items_in_batch`` if given, else by the number of targets. ``token_weights``, of the
+labels' shape, multiply the losses of tokens and leave the divisor as it is. No logits are returned.
+Without labels, and in ``generate()``, the model works as before. A Trainer that computes a loss
+from logits (``label_smoothing_factor``, ``compute_loss_func``) never calls this one.
+
+A router's auxiliary loss is kept where the model would add it (``output_router_logits``), and the
+mode does not change it. With ``num_items_in_batch`` it is weighted by this call's share of the
+targets, so that micro-batches and ranks add up to its token-weighted mean. (transformers adds it in
+full for each micro-batch.) A call without targets adds none. The meters leave it out.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -25,8 +38,9 @@ class AttachedObjective:
     """The objective inside a model: ``model.emo_objective``.
 
     Attributes:
-        cost: the frozen CostEmbedding, or this rank's part of it, or None (no cost, or the adaptive one).
-        teacher: where the targets of training come from, or None; evaluation is by the labels.
+        cost: the frozen CostEmbedding, or this rank's part of it. None without a cost, and with the
+            adaptive one.
+        teacher: the source of soft targets in training, or None. Evaluation uses the labels.
         train_meter, eval_meter: sums over the tokens seen with and without gradients.
     """
 
@@ -43,9 +57,8 @@ class AttachedObjective:
         self.teacher = teacher
         self.form, self.objective, self.backend = form, objective, backend
         self.cost: Cost | None = cost
-        self.adaptive = (
-            adaptive  # the kind of the adaptive cost, taken from the live head at every call
-        )
+        # the kind of the adaptive cost, which is read from the live output layer at every call
+        self.adaptive = adaptive
         self.train_meter, self.eval_meter = Meter(), Meter()
         self._model = model
         self._original = model.forward
@@ -62,19 +75,19 @@ class AttachedObjective:
         forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         model.emo_objective = self
         model.forward = MethodType(forward, model)
-        self._computed = False  # in the present call of the model
+        self._computed = False  # whether the current call of the model computed the objective
         self._guard = model.register_forward_hook(check_computed, with_kwargs=True)
 
     @property
     def has_cost(self) -> bool:
-        """Whether emo can be computed: in evaluation it then is, under every mode."""
+        """Whether emo can be computed. If so, evaluation computes it under every mode."""
         return self.cost is not None or self.adaptive is not None
 
     def detach(self) -> None:
         """Restores the model's own forward."""
         self._model.__dict__.pop("forward", None)
         if self._original.__func__ is not type(self._model).forward:
-            self._model.forward = self._original  # somebody had patched the instance before
+            self._model.forward = self._original  # the instance had been patched before
         self._guard.remove()
         self._model.__dict__.pop("emo_objective", None)
 
@@ -101,7 +114,8 @@ class AttachedObjective:
         learning = torch.is_grad_enabled()
         if learning and num_items_in_batch is None and isinstance(head.weight, DTensor):
             raise ValueError(
-                "a sharded output layer needs num_items_in_batch, the targets of all ranks: theirs are one loss"
+                "a sharded output layer needs num_items_in_batch, the targets of all ranks: "
+                "theirs are one loss"
             )
         cost = self.cost
         if self.adaptive is not None:
@@ -109,7 +123,7 @@ class AttachedObjective:
         elif isinstance(cost, CostAlias) and isinstance(head.weight, DTensor):
             cost = live_cost(head.weight, cost.kind)
         if learning and not self.objective.needs_emo:
-            cost = None  # training pays for nothing it does not use
+            cost = None  # training does not compute costs that the mode does not read
         hidden, targets = outputs[0][:, :-1], labels[:, 1:]
         weights = None if token_weights is None else token_weights.view(torch.float32)[:, 1:]
         soft: SoftTargets | None = None
@@ -140,7 +154,10 @@ class AttachedObjective:
 
 
 def live_cost(weight: Tensor, kind: str) -> Cost:
-    """The cost of the output layer as it is now, or this rank's part of it where the layer is sharded by vocabulary."""
+    """Returns the cost of the output layer as it is now.
+
+    If the layer is sharded by vocabulary, it is this rank's part of the cost.
+    """
     if not isinstance(weight, DTensor):
         return CostAlias(lambda: weight) if kind == "cosine" else CostEmbedding(None, kind)
     part = CostEmbedding(weight.to_local(), kind)
@@ -152,18 +169,25 @@ def live_cost(weight: Tensor, kind: str) -> Cost:
 
 
 def check_computed(model: PreTrainedModel, args: tuple, kwargs: dict, outputs: Any) -> None:
-    """A hook after the model's forward. Raises ValueError if it was given labels and did not compute the objective."""
+    """Raises ValueError if the model was given labels but did not compute the objective.
+
+    It is a hook that runs after the model's forward.
+    """
     attached = model.emo_objective
     computed, attached._computed = attached._computed, False
     if kwargs.get("labels") is not None and not computed:
         raise ValueError(
-            "the loss is not that of attach_objective: something has replaced the model's forward since. TRL's SFTTrainer "
-            "does (see examples/trl_sft.py), and so does use_liger_kernel (leave it off)"
+            "the loss is not that of attach_objective: something has replaced the model's forward "
+            "since. TRL's SFTTrainer does (see examples/trl_sft.py), and so does use_liger_kernel "
+            "(leave it off)"
         )
 
 
 def adds_router_loss(model: PreTrainedModel, kwargs: dict) -> bool:
-    """Whether the model adds a router's auxiliary loss to its own in this call, decided as transformers decides it."""
+    """Whether the model adds a router's auxiliary loss to its own in this call.
+
+    transformers decides in the same way.
+    """
     asked = kwargs.get("output_router_logits")
     return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
 
@@ -171,9 +195,10 @@ def adds_router_loss(model: PreTrainedModel, kwargs: dict) -> bool:
 def run_with_own_loss(
     forward: Callable, model: PreTrainedModel, labels: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """The base model's outputs and the model's own, whose loss is what it adds to cross entropy and nothing else.
+    """Returns the outputs of the base model and of the whole model, run without targets.
 
-    Cross entropy summed over no target is 0, so neither the auxiliary loss nor its coefficient has to be known by name.
+    Cross entropy summed over no target is 0, so the whole model's loss is only what it adds to
+    cross entropy. Neither the auxiliary loss nor its coefficient has to be known by name.
     """
     seen = []
     hook = body_of(model).register_forward_hook(
@@ -200,8 +225,9 @@ def check_own_loss(model: PreTrainedModel) -> None:
         )
     if not torch.isfinite(own.loss):
         raise ValueError(
-            f"{type(model).__name__} cannot be served with output_router_logits: its own loss without targets is "
-            f"{own.loss.item()}, so its router's loss cannot be told from cross entropy; set output_router_logits=False"
+            f"{type(model).__name__} cannot be served with output_router_logits: its own loss "
+            f"without targets is {own.loss.item()}, so its router's loss cannot be told from cross "
+            "entropy; set output_router_logits=False"
         )
 
 
@@ -216,36 +242,29 @@ def attach_objective(
     form: HeadForm | None = None,
     **options: Any,
 ) -> AttachedObjective:
-    """Makes a Hugging Face causal LM compute the objective inside its own forward when it is given ``labels``.
+    """Makes a Hugging Face causal LM compute the objective in its forward, if given ``labels``.
 
-    The loss is computed within ``model(**batch)``, so DDP, FSDP and ZeRO see an ordinary forward pass; labels are shifted,
-    -100 is ignored, ``num_items_in_batch`` is honoured, ``token_weights`` (of the labels' shape) multiply the losses of tokens,
-    whose sum is still divided by the number of targets; no logits are returned. Without labels, and in ``generate()``,
-    the model is what it was. What it does to its logits (a scale, a soft cap) is recognised now, see ``recognise_head``.
-    A Trainer that computes a loss from logits (``label_smoothing_factor``, ``compute_loss_func``) never asks for this one.
-
-    A router's auxiliary loss is kept where the model would add it (``output_router_logits``), unchanged by the mode. With
-    ``num_items_in_batch`` it counts by this call's share of the targets, so that micro-batches and ranks add up to its
-    token-weighted mean (transformers adds it in full for each); a call without targets adds none. The meters leave it out.
+    How the model transforms its logits (a scale, a soft cap) is recognised now, as
+    ``recognise_head`` says. The module's docstring says how a call with labels works.
 
     Args:
         mode: ``mle``, ``emo``, ``emo2``, ... (see ``Objective``), or an ``Objective``.
-        cost: ``frozen``: a copy of the output embedding as it is now, or where nothing trains it (LoRA) the embedding itself,
-            without what peft puts beside it; ``adaptive``: the live one, detached, at every step; a [V, D] tensor or
-            CostEmbedding of any width; None for modes without emo.
+        cost: ``frozen``, the output embedding as it is now (see ``frozen_cost``); ``adaptive``, the
+            live one, detached, at every step; a [V, D] tensor or CostEmbedding of any width; or
+            None for modes without emo.
         cost_kind: ``cosine`` or ``identity``.
         backend: as in ``linear_emo_loss``.
-        teacher: gives soft targets in place of the labels' tokens in training; the labels tell which positions count.
-        form: what ``recognise_head`` found on another rank, for a model on the meta device. A frozen cost then has rows on the
-            meta device too, until it is shared.
+        teacher: gives soft targets in training. The labels then only mark positions that count.
+        form: what ``recognise_head`` found on another rank, for a model on the meta device. A
+            frozen cost then has rows on the meta device too, until it is shared.
         options: fields of ``Objective``, e.g. ``emo_weighting="upstream"``.
 
     Returns:
         The AttachedObjective; its ``detach()`` restores the model.
 
     Raises:
-        ValueError: an unknown mode, cost or backend, a cost of another vocabulary, or a model whose logits are not
-            softcap(scale * output layer(last hidden state)).
+        ValueError: an unknown mode, cost or backend, a cost of another vocabulary, or a model whose
+            logits are not softcap(scale * output layer(last hidden state)).
     """
     if hasattr(model, "emo_objective"):
         raise ValueError("this model has an objective already: detach it first")
@@ -255,7 +274,8 @@ def attach_objective(
     objective = mode if isinstance(mode, Objective) else Objective(mode, **options)
     if teacher is not None and objective.needs_p:
         raise ValueError(
-            f"mode {objective.mode} (weighting {objective.emo_weighting}) needs one target, not a teacher's"
+            f"mode {objective.mode} (weighting {objective.emo_weighting}) needs one target, "
+            "not a teacher's"
         )
     if form is None:
         form = recognise_head(model)
@@ -275,10 +295,14 @@ def attach_objective(
 def frozen_cost(
     model: PreTrainedModel, cost: str | Tensor | CostEmbedding | None, kind: str, unit_rows: bool
 ) -> CostEmbedding | None:
-    """The cost that stays as it is now; see ``attach_objective``.
+    """Returns the cost that stays as it is now.
+
+    ``frozen`` copies the output embedding. If nothing trains it (LoRA), the embedding itself is
+    read, without what peft puts beside it. See ``attach_objective`` for the other values.
 
     Args:
-        unit_rows: rows of unit length are needed, as expected costs read them, so that the embedding is always copied.
+        unit_rows: whether rows of unit length are needed, as expected costs read them. The
+            embedding is then always copied.
     """
     if isinstance(cost, Tensor):
         return CostEmbedding(cost, kind)

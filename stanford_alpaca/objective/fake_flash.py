@@ -1,4 +1,7 @@
-"""A stand-in for FlashAttention, so that a model can be probed where it is loaded: on the CPU, in float32."""
+"""A stand-in for FlashAttention, which needs a GPU and 16 bits.
+
+With it, a model can be probed where it is loaded: on the CPU, in float32.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,13 +15,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def uses_flash(model: PreTrainedModel) -> bool:
-    """Whether the model's attention is a FlashAttention of any version."""
+    """Whether the model's attention is any version of FlashAttention."""
     return "flash" in (model.config._attn_implementation or "")
 
 
 @contextlib.contextmanager
 def emulated_flash(model: PreTrainedModel) -> Iterator[None]:
-    """Within it a model that would use FlashAttention uses ``varlen_attention``, on any device and in any dtype."""
+    """Replaces FlashAttention by ``varlen_attention`` while the block runs.
+
+    It works on any device and in any dtype. Models with another attention are left alone.
+    """
     name = model.config._attn_implementation
     if not uses_flash(model):
         yield
@@ -41,7 +47,10 @@ def varlen_attention(
     cu_seq_lens_q: Tensor | None = None,  # [examples + 1]
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention, in each row, or within what ``cu_seq_lens_q`` keeps apart in the rows put one after the other."""
+    """Computes causal attention within each row, or within each example.
+
+    ``cu_seq_lens_q`` says where examples begin and end in the concatenated rows.
+    """
     rows, _, length, _ = query.shape
     if cu_seq_lens_q is None:
         out = F.scaled_dot_product_attention(

@@ -1,7 +1,8 @@
-"""Recognises what a causal LM does around its output layer, by experiment: no class name and no configuration is asked.
+"""Recognises by experiment what a causal LM does around its output layer.
 
-Known values in place of the output layer's output show what the model makes of them: their slope at 0 is the scale, what
-huge ones become is the cap. Whatever else happens on the way shows when the recognised function meets a ramp.
+It reads neither class names nor configurations. It puts known values in place of the output layer's
+output and looks at the logits. Their slope at 0 is the scale, and what huge values become is the
+cap. Two ramps of values then show whether the model does anything else.
 """
 
 import math
@@ -21,26 +22,36 @@ TINY, HUGE = 2.0**-30, 2.0**100  # powers of two, so that multiplying and dividi
 
 
 class HeadForm(NamedTuple):
-    """What a model does to its output layer's output: x -> softcap(logit_scale * x); None where it does not."""
+    """What a model does to its output layer's output: x -> softcap(logit_scale * x).
+
+    A field is None if the model does not apply it.
+    """
 
     softcap: float | None = None
     logit_scale: float | None = None
 
     def head(self, model: PreTrainedModel) -> Head:
-        """The head with the parameters that are the output layer's now, so that gradients reach them."""
+        """Returns the head with the output layer's live parameters, so gradients reach them."""
         return Head(*_effective(output_layer(model)), self.softcap, self.logit_scale)
 
     def of(self, outputs: Tensor) -> Tensor:
-        """The logits that the form makes of the output layer's output."""
+        """Returns the logits of the output layer's output."""
         z = outputs if self.logit_scale is None else outputs * self.logit_scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def __str__(self) -> str:
-        return f"a scale of {self.logit_scale or 1.0:.7g} and {'no cap' if not self.softcap else f'a cap of {self.softcap:.7g}'}"
+        return (
+            f"a scale of {self.logit_scale or 1.0:.7g} and "
+            f"{'no cap' if not self.softcap else f'a cap of {self.softcap:.7g}'}"
+        )
 
 
 def output_layer(model: PreTrainedModel) -> nn.Module:
-    """The output layer of a causal LM: linear, with peft's LoRA or copied by peft to be trained, else ValueError."""
+    """Returns the output layer of a causal LM.
+
+    It is linear. It may have peft's LoRA, or be a copy that peft trains. Raises ValueError for any
+    other layer.
+    """
     layer = model.get_output_embeddings()
     if not isinstance(_original(layer), nn.Linear):
         raise ValueError(
@@ -50,7 +61,7 @@ def output_layer(model: PreTrainedModel) -> nn.Module:
 
 
 def original_weight(model: PreTrainedModel) -> Tensor:  # [V, H]
-    """The output layer's weight without what peft has put beside it."""
+    """Returns the output layer's weight without what peft has put beside it."""
     return _original(output_layer(model)).weight
 
 
@@ -61,7 +72,10 @@ def _original(layer: nn.Module) -> Any:
 
 
 def _effective(layer: Any) -> tuple[Tensor, Tensor | None]:  # [V, H], [V]
-    """Weight and bias of the linear map that the layer is now. LoRA's dropout is no part of it (see ``add_lora``)."""
+    """Returns weight and bias of the linear map that the layer is now.
+
+    LoRA's dropout is not part of it: ``add_lora`` gives the output layer none.
+    """
     original = _original(layer)
     if (
         isinstance(layer, ModulesToSaveWrapper)
@@ -77,34 +91,41 @@ def _effective(layer: Any) -> tuple[Tensor, Tensor | None]:  # [V, H], [V]
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """``recognise_head`` and the live parameters in one: two forward passes of four tokens, so call it once per model."""
+    """Recognises the head and returns it with the live parameters.
+
+    It takes two forward passes of four tokens, so call it once per model.
+    """
     return recognise_head(model).head(model)
 
 
 @torch.no_grad()
 def recognise_head(model: PreTrainedModel) -> HeadForm:
-    """What turns base_model's last hidden state into the model's logits, recognised and verified on four tokens.
+    """Recognises how the last hidden state becomes the logits, and verifies it on four tokens.
 
-    The model may be of any dtype, on any device and in training mode, and is left as it was. It has to be whole: not on the
-    meta device, not sharded. Scale and cap are exact where the model computes with what it is given (the probe is float64);
-    a factor between hidden state and output layer becomes part of the scale, read from float32 hidden states to about 1e-7.
+    The model may have any dtype, be on any device and be in training mode, and is left as it was.
+    It must not be on the meta device or sharded. Scale and cap are exact if the model keeps the
+    dtype of what it is given (the probe is float64). A factor between hidden state and output layer
+    becomes part of the scale. It is read from float32 hidden states to about 1e-7.
 
     Raises:
-        ValueError: the logits are anything but softcap(scale * (hidden @ weight.T + bias)); the message says what was seen.
+        ValueError: the logits are not softcap(scale * (hidden @ weight.T + bias)). The message says
+            what was seen.
     """
     layer = output_layer(model)
     weight, bias = _effective(layer)
     if weight.is_meta or weight.dim() != 2:
         _refuse(
             model,
-            "its output layer is on the meta device or sharded: load it first, and attach before wrapping",
+            "its output layer is on the meta device or sharded: load it first, "
+            "and attach before wrapping",
         )
     sent = _known_values(weight.shape[0], weight.device)
     hidden, received, returned, logits = _probe(model, layer, sent)
     if not _same(returned, F.linear(received, weight, bias)):
         _refuse(
             model,
-            "its output layer returns something else than input @ weight.T + bias (quantised, or with an adapter)",
+            "its output layer returns something else than input @ weight.T + bias "
+            "(quantised, or with an adapter)",
         )
     factor = _factor(model, received, hidden)
     if factor != 1.0 and bias is not None:
@@ -118,8 +139,11 @@ def recognise_head(model: PreTrainedModel) -> HeadForm:
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:
-    """The part whose first output the output layer gets: the base model, or in one that names none (Llama 4) the outermost
-    part that has the embedding and not the output layer."""
+    """Returns the part of the model whose first output goes into the output layer.
+
+    This is the base model. If that contains the output layer (Llama 4), it is the outermost part
+    that has the embedding but not the output layer.
+    """
     body: nn.Module = model.base_model
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     while outer is not None and outer in body.modules():
@@ -139,7 +163,10 @@ def _known_values(
 def _probe(
     model: PreTrainedModel, layer: nn.Module, sent: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last hidden state, the output layer's input and output, and the logits if that output is replaced."""
+    """Runs the model with ``sent`` in place of the output layer's output.
+
+    Returns the last hidden state, the output layer's input and own output, and the logits.
+    """
     calls = []
 
     def replace_output(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
@@ -151,7 +178,8 @@ def _probe(
         hidden = body_of(model)(**inputs, return_dict=True)[0]
         hook = layer.register_forward_hook(replace_output)
         try:
-            with torch.enable_grad():  # shows whether parameters take part behind the output layer
+            # logits that require a gradient show that parameters act after the output layer
+            with torch.enable_grad():
                 logits = model(**inputs, return_dict=True).logits
         finally:
             hook.remove()
@@ -164,13 +192,17 @@ def _probe(
     if logits.shape != sent.shape:
         _refuse(
             model,
-            f"its output layer returns {tuple(sent.shape)} and its logits are {tuple(logits.shape)}",
+            f"its output layer returns {tuple(sent.shape)} "
+            f"and its logits are {tuple(logits.shape)}",
         )
     return hidden, *calls[0], logits
 
 
 def _factor(model: PreTrainedModel, received: Tensor, hidden: Tensor) -> float:
-    """What the last hidden state is multiplied with on its way to the output layer; 1.0 exactly if nothing."""
+    """Returns the factor from the last hidden state to the output layer's input.
+
+    It is exactly 1.0 if they are the same.
+    """
     if hidden.shape == received.shape:
         hidden = hidden.to(received.device)
         if _same(received, hidden):
@@ -183,16 +215,18 @@ def _factor(model: PreTrainedModel, received: Tensor, hidden: Tensor) -> float:
                 return factor
             _refuse(
                 model,
-                f"its output layer receives {factor:.4g} times the last hidden state: load it in float32",
+                f"its output layer receives {factor:.4g} times the last hidden state: "
+                "load it in float32",
             )
     _refuse(
         model,
-        "its output layer receives something else than base_model's first output, the last hidden state",
+        "its output layer receives something else than base_model's first output, "
+        "the last hidden state",
     )
 
 
 def _same(got: Tensor, want: Tensor) -> bool:
-    """Whether two results of the same operations are equal but for their order."""
+    """Whether two results differ only by rounding, as the same operations in another order do."""
     eps = max(torch.finfo(got.dtype).eps, torch.finfo(want.dtype).eps)
     tolerance = 64 * eps if eps < 1e-6 else eps / 4
     return got.shape == want.shape and bool(
@@ -201,13 +235,14 @@ def _same(got: Tensor, want: Tensor) -> bool:
 
 
 def _read(model: PreTrainedModel, sent: Tensor, logits: Tensor) -> HeadForm:
-    """Scale and cap off what became of the known values, and whether they explain every one of them."""
+    """Reads scale and cap from the logits, and checks that they explain all known values."""
     if torch.equal(logits, sent.to(logits.dtype)):
         return HeadForm()
     if torch.finfo(logits.dtype).bits < 32:
         _refuse(
             model,
-            f"it changes its logits and returns them in {logits.dtype}, too coarse to recognise how",
+            f"it changes its logits and returns them in {logits.dtype}, "
+            "too coarse to recognise how",
         )
     tolerance = 64 * torch.finfo(logits.dtype).eps
     got = logits.double()
@@ -215,17 +250,20 @@ def _read(model: PreTrainedModel, sent: Tensor, logits: Tensor) -> HeadForm:
     if not 0 < scale < math.inf:
         _refuse(
             model,
-            f"it does something unknown to its logits: near 0 they are {scale:.7g} times its output layer's output",
+            f"it does something unknown to its logits: near 0 they are {scale:.7g} times "
+            "its output layer's output",
         )
     capped = abs(top - scale * HUGE) > tolerance * abs(top)
     form = HeadForm(top if capped else None, None if abs(scale - 1) <= tolerance else scale)
     want = form.of(sent)
-    wrong = (
-        ((got - want).abs() <= tolerance * want.abs()).logical_not().nonzero()
-    )  # not "above": NaN is wrong, too
+    # not ">", because NaN is wrong, too
+    wrong = ((got - want).abs() <= tolerance * want.abs()).logical_not().nonzero()
     if len(wrong):
         at = tuple(wrong[0].tolist())
-        values = f"{sent[at].item():.7g} would become {want[at].item():.7g} and became {got[at].item():.7g}"
+        values = (
+            f"{sent[at].item():.7g} would become {want[at].item():.7g} "
+            f"and became {got[at].item():.7g}"
+        )
         _refuse(model, f"it does something unknown to its logits: with {form}, {values}")
     return form
 

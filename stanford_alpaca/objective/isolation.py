@@ -1,4 +1,7 @@
-"""Whether a model keeps apart the examples of one row, found by experiment: no class name and no configuration is asked."""
+"""Finds out by experiment whether a model keeps apart the examples of one row.
+
+The answer comes from short forward passes, not from class names.
+"""
 
 import torch
 from torch import Tensor
@@ -11,21 +14,21 @@ from stanford_alpaca.objective.head import body_of
 from stanford_alpaca.objective.probing import probing
 
 SIZES = (5, 7, 3)  # tokens of the examples that a model is probed with
-TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.float64: 1e-6,
-}  # of the difference that seeing each other makes
+# relative to the difference that it makes if examples see each other
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 ROUGH = 0.2  # the same at 16 bits
 
 
 def find_isolation(model: PreTrainedModel, name: str = "model", means: str | None = None) -> str:
-    """What the model keeps the examples of one row apart by (``SegmentCollator.apart_by``): the first that works, or ``means``.
+    """Finds how the model keeps apart the examples of one row (``SegmentCollator.apart_by``).
 
-    Five short forward passes per try. Where FlashAttention is played (see ``probing``), what is shown is that the model passes
-    on what FlashAttention has to be given.
+    Returns ``means`` if given and working, else the first means that works. Each try takes five
+    short forward passes. If FlashAttention is emulated (see ``probing``), they show that the model
+    passes on what FlashAttention has to be given.
 
     Raises:
-        UserError: by none: examples in one row would see each other or other positions, and the loss would not be theirs.
+        UserError: nothing works. Examples in one row would see each other or have wrong positions,
+            so their loss would be wrong.
     """
     attention = model.config._attn_implementation
     own = {"sdpa": ["positions", "mask"], "eager": ["positions", "bias"]}.get(
@@ -41,18 +44,22 @@ def find_isolation(model: PreTrainedModel, name: str = "model", means: str | Non
         except ValueError as error:
             seen.append(str(error))
     raise UserError(
-        f"--packing and --padding_free: the {name} ({type(model).__name__}, attention {attention}) cannot keep apart the "
-        f"examples of one row ({seen[0]}); try another --attn_implementation, or drop the flag"
+        f"--packing and --padding_free: the {name} ({type(model).__name__}, attention {attention}) "
+        f"cannot keep apart the examples of one row ({seen[0]}); try another "
+        "--attn_implementation, or drop the flag"
     )
 
 
 def isolates(model: PreTrainedModel, means: str) -> bool:
-    """Whether three short examples have the hidden states in rows that they have apart. ValueError if the model cannot run."""
+    """Whether three short examples have the same hidden states in shared rows as alone.
+
+    Raises ValueError if the model cannot run.
+    """
     config = model.config.get_text_config()
     if means in ("mask", "bias") and any(
         getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
     ):
-        return False  # such a mask would have to know the window
+        return False  # the collator's masks know no window
     embedding = model.get_input_embeddings().weight
     tokens = torch.arange(sum(SIZES)).mul(7).remainder(embedding.shape[0])
     examples = [ids.tolist() for ids in tokens.split(SIZES)]

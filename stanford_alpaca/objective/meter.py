@@ -20,14 +20,14 @@ class Sums(NamedTuple):
 
 
 class Meter:
-    """Running sums over supervised tokens, kept on the device, float64, until they are drained."""
+    """Running sums over supervised tokens, in float64, on the device until they are drained."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
         self._marked: Tensor | None = None
 
     def add(self, stats: TokenStats, objective: Objective, weights: Tensor | None = None) -> None:
-        """Adds tokens; ``weights`` multiply their losses, and nothing else."""
+        """Adds tokens. ``weights`` multiply their losses, and nothing else."""
         nll = stats.nll.double()
         emo = torch.zeros_like(nll) if stats.log_emo is None else stats.log_emo.double().exp()
         loss = objective(stats.nll, stats.log_emo).double()
@@ -44,7 +44,10 @@ class Meter:
         self._sums = self._marked
 
     def drain(self, device: torch.device | str, over_ranks: bool = False) -> Sums:
-        """The sums so far and a fresh start; ``over_ranks`` costs one all-reduce of 5 float64 on the device."""
+        """Returns the sums so far and starts again from zero.
+
+        ``over_ranks`` takes one all-reduce of 5 float64 numbers on the device.
+        """
         sums = (
             torch.zeros(5, dtype=torch.float64, device=device)
             if self._sums is None

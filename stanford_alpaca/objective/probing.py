@@ -13,7 +13,11 @@ from stanford_alpaca.objective.fake_flash import emulated_flash
 
 @contextlib.contextmanager
 def probing(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, without gradients, FlashAttention played, while the block runs; what goes wrong becomes a ValueError."""
+    """Keeps the model in evaluation mode and without gradients while the block runs.
+
+    FlashAttention is emulated. The training modes are restored at the end. Any error in the block
+    becomes a ValueError.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -29,6 +33,6 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
 
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:  # [1, 4] each
-    """The tokens that a model is probed with."""
+    """Returns the tokens that a model is probed with."""
     ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

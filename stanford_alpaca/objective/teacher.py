@@ -16,14 +16,16 @@ ROWS = 1024  # tokens whose logits are held at a time
 class Teacher:
     """A frozen causal LM of the same vocabulary.
 
-    It is no part of the student: not trained, saved, wrapped or sharded; every rank holds the whole of it.
+    It is not part of the student: it is not trained, saved, wrapped or sharded. Every rank holds
+    the whole of it.
 
     Args:
-        model: any model that ``recognise_head`` serves; put into evaluation mode.
-        top_k: tokens of a distribution; their probabilities are divided by their sum.
+        model: any model that ``recognise_head`` serves. It is put into evaluation mode.
+        top_k: tokens of a distribution. Their probabilities are divided by their sum.
 
     Raises:
-        ValueError: a model whose logits cannot be computed from its output layer, or a top_k out of range.
+        ValueError: a model whose logits cannot be computed from its output layer, or a top_k out of
+            range.
     """
 
     def __init__(self, model: PreTrainedModel, top_k: int = 64):
@@ -38,12 +40,12 @@ class Teacher:
     @torch.no_grad()
     def soft_targets(
         self,
-        keep: Tensor,  # [B, S - 1] bool: the predicted positions whose distributions are asked for
-        vocab_size: int,  # of the student: tokens that only the teacher's padded vocabulary has are left out
+        keep: Tensor,  # [B, S - 1] bool: the predicted positions to return distributions for
+        vocab_size: int,  # the student's; further rows of the teacher, padding, are left out
         *args: Any,
         **inputs: Any,  # as the student's base model takes them
     ) -> SoftTargets:  # [N, k] for the N positions of keep
-        """The teacher's distributions over the next token, float32."""
+        """Returns the teacher's distributions over the next token, in float32."""
         self.model.to(keep.device)
         hidden = body_of(self.model)(*args, **inputs)[0][:, :-1][keep]
         head = self.form.head(self.model)
@@ -57,6 +59,9 @@ class Teacher:
 
 
 def same_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> bool:
-    """Whether every token of the teacher has the same id for the student, which may have more (a padding token)."""
+    """Whether every token of the teacher has the same id for the student.
+
+    The student may have more tokens, such as a padding token.
+    """
     ids = student.get_vocab()
     return all(ids.get(token) == number for token, number in teacher.get_vocab().items())

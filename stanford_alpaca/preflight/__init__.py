@@ -1,1 +1,1 @@
-"""What a run would need: memory, communication and time, from the configuration of a model."""
+"""Estimates a run's memory, communication and time from a model's configuration."""

@@ -1,7 +1,8 @@
-"""What a run would need, from the configuration alone: ``python -m stanford_alpaca.preflight --model_name_or_path M``.
+"""Estimates what a run needs: ``python -m stanford_alpaca.preflight --model_name_or_path M``.
 
-Memory per rank, communication, time and the largest batch for every engine and cost sharding, and which to take.
-Needs no weights and no GPU. The formulas stand in ``estimate.py``; ``anatomy.py`` counts parameters and activations.
+For every engine and cost sharding it prints memory per rank, communication, time and the largest
+batch, and it says which to take. It needs no weights and no GPU. The formulas are in
+``estimate.py``; ``model_profile.py`` counts parameters and activations.
 """
 
 import math
@@ -30,7 +31,7 @@ from stanford_alpaca.training.hardware import PEAK_FLOPS
 RECIPE = 128  # rows per step, as in train_emo.sh
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -104,11 +105,11 @@ class Options:
         return self.nproc * self.nodes
 
     def source(self) -> ModelSource:
-        """How the model is read."""
+        """Returns the source that the model is read from."""
         return ModelSource(self.model_name_or_path, self.cache_dir, self.trust_remote_code)
 
     def check(self) -> None:
-        """Raises UserError for the first flag that cannot be."""
+        """Raises UserError for the first flag with an impossible value."""
         for name, value in vars(self).items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
@@ -127,25 +128,36 @@ class Options:
             )
         if self.mean_tokens is not None and self.mean_tokens > self.model_max_length:
             raise UserError(
-                f"--mean_tokens {self.mean_tokens:g} is more than --model_max_length {self.model_max_length}"
+                f"--mean_tokens {self.mean_tokens:g} is more than "
+                f"--model_max_length {self.model_max_length}"
             )
 
     def setup(self) -> Setup:
-        """The step as it is launched. Raises UserError for a global batch that cannot be had."""
+        """Returns the step as it is launched. Raises UserError for an impossible global batch."""
         at_once = self.per_device_train_batch_size * self.ranks
         rows = self.global_batch or max(at_once, RECIPE // at_once * at_once)
         if rows % at_once:
             raise UserError(
-                f"--global_batch {rows} is no multiple of {at_once} ({self.ranks} ranks of {self.per_device_train_batch_size})"
+                f"--global_batch {rows} is no multiple of {at_once} "
+                f"({self.ranks} ranks of {self.per_device_train_batch_size})"
             )
         return Setup(
-            ranks=self.ranks, batch=self.per_device_train_batch_size, accumulation=rows // at_once,
-            length=self.model_max_length, priced=Objective(self.mode).needs_emo, checkpointing=self.activation_checkpointing,
-            bf16=self.bf16, supervised_share=self.supervised_share, cost_cache_mib=self.cost_cache_mib if self.bf16 else 0,
-        )  # fmt: skip
+            ranks=self.ranks,
+            batch=self.per_device_train_batch_size,
+            accumulation=rows // at_once,
+            length=self.model_max_length,
+            priced=Objective(self.mode).needs_emo,
+            checkpointing=self.activation_checkpointing,
+            bf16=self.bf16,
+            supervised_share=self.supervised_share,
+            cost_cache_mib=self.cost_cache_mib if self.bf16 else 0,
+        )
 
     def engines(self, counts: Parameters) -> list[str]:
-        """Those that the ranks can have, or the one asked for. Raises UserError for flags that do not go together."""
+        """Returns the engines that the ranks can use, or the one asked for.
+
+        Raises UserError for flags that do not go together.
+        """
         possible = (
             ["none", "zero3_offload"]
             if self.ranks == 1
@@ -153,7 +165,8 @@ class Options:
         )
         if self.engine is not None and self.engine not in possible:
             raise UserError(
-                f"--engine {self.engine} with {self.ranks} rank(s): choose from {', '.join(possible)}"
+                f"--engine {self.engine} with {self.ranks} rank(s): "
+                f"choose from {', '.join(possible)}"
             )
         chosen = possible if self.engine is None else [self.engine]
         setup = self.setup()
@@ -161,8 +174,9 @@ class Options:
             self.cost_sharding in shardings_of(name, setup, counts) for name in chosen
         ):
             raise UserError(
-                f"--cost_sharding {self.cost_sharding}: shard needs several ranks, vocab_parallel also engine fsdp and an "
-                "output layer of its own with rows for every rank, replicate and shard a --mode with costs"
+                f"--cost_sharding {self.cost_sharding}: shard needs several ranks, vocab_parallel "
+                "also engine fsdp and an output layer of its own with rows for every rank, "
+                "replicate and shard a --mode with costs"
             )
         return chosen
 
@@ -173,7 +187,7 @@ class _Parser(HfArgumentParser):
 
 
 def parse(argv: list[str]) -> Options:
-    """The flags. Raises UserError for any that is unknown or cannot be."""
+    """Returns the flags. Raises UserError for an unknown flag or an impossible value."""
     parser = _Parser(
         Options, allow_abbrev=False, prog="python -m stanford_alpaca.preflight", description=__doc__
     )
@@ -187,7 +201,10 @@ def parse(argv: list[str]) -> Options:
 
 
 def count_data(options: Options) -> Options:
-    """The options with the number of examples, their mean tokens and the supervised share of --data_path."""
+    """Returns the options with the counts of --data_path.
+
+    These are the number of examples, their mean tokens and the share of supervised tokens.
+    """
     if options.data_path is None:
         return options
     tokenizer = options.source().tokenizer()
@@ -196,7 +213,8 @@ def count_data(options: Options) -> Options:
     counted = statistics_of(encode_records(records, encode), options.model_max_length)
     if not counted["kept"]:
         raise UserError(
-            f"--data_path {options.data_path}: no example has a target within {options.model_max_length} tokens"
+            f"--data_path {options.data_path}: no example has a target within "
+            f"{options.model_max_length} tokens"
         )
     mean = counted["tokens"] / counted["kept"]
     return replace(
@@ -208,7 +226,7 @@ def count_data(options: Options) -> Options:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     exit_on_user_error(lambda: preflight(parse(sys.argv[1:] if argv is None else argv)))
 
 
@@ -220,7 +238,8 @@ def preflight(options: Options) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and options.model_max_length > positions:
         raise UserError(
-            f"--model_max_length {options.model_max_length} is more than the model's {positions} positions"
+            f"--model_max_length {options.model_max_length} is more than "
+            f"the model's {positions} positions"
         )
     setup = options.setup()
     precisions = {precision_of(engine, options.bf16) for engine in ENGINES}
@@ -240,14 +259,21 @@ def preflight(options: Options) -> None:
         return rows_of(anatomies, tried, machine, mean, engines, options.cost_sharding)
 
     plan = Plan(
-        model=options.model_name_or_path, nodes=options.nodes, parameters=counts, setup=setup, machine=machine,
-        mean_tokens=mean, steps=steps_of(options, setup), rows=table(setup), advice=advise(table, setup),
-    )  # fmt: skip
+        model=options.model_name_or_path,
+        nodes=options.nodes,
+        parameters=counts,
+        setup=setup,
+        machine=machine,
+        mean_tokens=mean,
+        steps=steps_of(options, setup),
+        rows=table(setup),
+        advice=advise(table, setup),
+    )
     print(plan.as_json() if options.json else "\n".join(plan.lines()))
 
 
 def steps_of(options: Options, setup: Setup) -> int | None:
-    """Optimizer steps of the run, or None without a number of examples."""
+    """Returns the optimizer steps of the run, or None if the number of examples is unknown."""
     if options.examples is None:
         return None
     rows = options.examples

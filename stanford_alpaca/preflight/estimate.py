@@ -1,10 +1,11 @@
 """Memory, communication and time of a run by engine and cost sharding, in closed form.
 
-Engines shard over all R ranks. Torch's (none, ddp, fsdp) keep float32 weights; DeepSpeed's keep weights and gradients in the
-compute dtype, of c bytes, and float32 masters with the optimizer's state. A rank's memory is that of its worst moment:
+Engines shard over all R ranks. PyTorch's engines (none, ddp, fsdp) keep float32 weights.
+DeepSpeed's engines keep weights and gradients in the compute dtype, with c bytes a number, and
+float32 master weights with the optimizer state. A rank's memory is that of its worst moment:
 
     loss      all activations are held, and a chunk of logits
-    backward  all activations are still held, the first layer from the end is worked on
+    backward  all activations are still held, and the last layer is being processed
     end       no activations, all gradients
     step      the optimizer's own copies
 """
@@ -17,10 +18,9 @@ from stanford_alpaca.losses.backends.chunked import TILE_PRODUCTS
 from stanford_alpaca.losses.backends.torch_kernels import CACHE_LOGITS, CHUNK_LOGITS
 from stanford_alpaca.preflight.model_profile import Anatomy, Parameters
 
-NO_COST = "-"  # in place of a cost sharding where the mode reads no costs
-LIVE = (
-    10**9
-)  # parameters that ZeRO-3 keeps gathered, and those that its optimizer steps at once: DeepSpeed's defaults
+NO_COST = "-"  # in place of a cost sharding if the mode reads no costs
+# DeepSpeed's defaults: parameters that ZeRO-3 keeps gathered, and that its optimizer steps at once
+LIVE = 10**9
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ class Setup:
     bf16: bool = True
     device: str = "cuda"
     supervised_share: float = 1.0
-    unique_share: float = (
-        0.31  # different targets per supervised token: the most seen in 8192 tokens of prose
-    )
+    # different targets per supervised token: the most seen in 8192 tokens of prose
+    unique_share: float = 0.31
     cost_cache_mib: float = 2048
 
     @property
@@ -69,32 +68,32 @@ class Memory(NamedTuple):
 
 
 def precision_of(engine: str, bf16: bool) -> str:
-    """As ``anatomy.describe`` takes it."""
+    """Returns an engine's precision, as ``model_profile.describe`` takes it."""
     if not bf16:
         return "float32"
     return "autocast" if engine in ("none", "ddp") else "bfloat16"
 
 
 def shardings_of(engine: str, setup: Setup, counts: Parameters) -> list[str]:
-    """The cost shardings that can be combined with an engine, the simplest first."""
+    """Returns the cost shardings that go with an engine, the simplest first."""
     some = ["replicate", *(["shard"] if setup.ranks > 1 else [])] if setup.priced else [NO_COST]
-    columns = -(-counts.vocab_size // setup.ranks)  # every rank has to have some
+    columns = -(-counts.vocab_size // setup.ranks)  # every rank needs at least one
     parallel = (
         engine == "fsdp" and not counts.tied and columns * (setup.ranks - 1) < counts.vocab_size
     )
     return [*some, *(["vocab_parallel"] if parallel else [])]
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def peak_memory(anatomy: Anatomy, setup: Setup, engine: str, sharding: str) -> Memory:
-    """The worst moment of a training step, on the rank that has most."""
+    """Returns memory at the worst moment of a training step, on the rank that needs the most."""
     return max(moments(anatomy, setup, engine, sharding).values(), key=lambda memory: memory.total)
 
 
 def moments(anatomy: Anatomy, setup: Setup, engine: str, sharding: str) -> dict[str, Memory]:
-    """Memory at each of the four moments."""
+    """Returns the memory at each of the four moments."""
     counts, saved = anatomy.parameters, anatomy.activations
     weights, optimizer = state(counts.total, setup, engine)
     held, final = gradients(counts, setup, engine, sharding)
@@ -129,7 +128,10 @@ def moments(anatomy: Anatomy, setup: Setup, engine: str, sharding: str) -> dict[
 
 
 def state(total: int, setup: Setup, engine: str) -> tuple[float, float]:
-    """Weights and optimizer (AdamW's two moments; DeepSpeed's masters as well)."""
+    """Returns the bytes of the weights and of the optimizer state.
+
+    The optimizer state is AdamW's two moments and, for DeepSpeed, the master weights.
+    """
     what = ENGINES[engine]
     if what.offload:
         return 0, 0
@@ -144,13 +146,16 @@ def state(total: int, setup: Setup, engine: str) -> tuple[float, float]:
 
 
 def gradients(counts: Parameters, setup: Setup, engine: str, sharding: str) -> tuple[float, float]:
-    """Gradients that are held while a (later) micro-batch runs, and when the last one ends."""
+    """Returns the bytes of gradients during a micro-batch and at the end of the last one.
+
+    With several micro-batches per step, the first number is that of a later micro-batch.
+    """
     what, ranks, several = ENGINES[engine], setup.ranks, setup.accumulation > 1
     if what.offload:
         return 0, 0
-    if (
-        engine == "fsdp"
-    ):  # reduced and sharded at the last micro-batch, until then whole, except for vocab_parallel's head
+    if engine == "fsdp":
+        # gradients are reduced and sharded at the last micro-batch; until then they are whole,
+        # except those of the head under vocab_parallel
         apart = counts.head if sharding == "vocab_parallel" else 0
         whole = 4 * (counts.total - apart) + 4 * apart / ranks
         return (whole, whole) if several else (0, 4 * counts.total / ranks)
@@ -165,35 +170,40 @@ def gradients(counts: Parameters, setup: Setup, engine: str, sharding: str) -> t
 def gathered(
     counts: Parameters, setup: Setup, engine: str, sharding: str
 ) -> tuple[float, float, float]:
-    """Weights gathered from other ranks and gradients in buckets: at the loss, in the first layer's backward, at the end."""
+    """Returns the bytes of weights gathered from other ranks and of gradients in buckets.
+
+    The three numbers are for the moments loss, backward and end.
+    """
     c, what = setup.itemsize, ENGINES[engine]
     if engine == "ddp":  # its buckets are a second copy of the gradients
         return (4 * counts.total,) * 3
-    if (
-        engine == "fsdp"
-    ):  # a unit's weights and gradients, the float32 input of its reduce-scatter, and the next unit's weights
+    if engine == "fsdp":
+        # a unit's weights and gradients, the float32 input of its reduce-scatter, and the next
+        # unit's weights
         embedding, tail = fsdp_units(counts, sharding)
         largest = max(counts.layer, embedding)
         in_layer = (2 * c + 4) * counts.layer + c * counts.layer
         return c * tail, c * tail + in_layer, max(in_layer, (2 * c + 4) * largest)
     if not what.deepspeed:
         return 0, 0, 0
-    buckets = (
-        2 * c * min(counts.width**2, counts.total)
-    )  # two of hidden x hidden: transformers' choice for "auto"
+    # two buckets of hidden x hidden numbers, which transformers sets for "auto"
+    buckets = 2 * c * min(counts.width**2, counts.total)
     live = c * min(counts.total, LIVE) if "w" in what.sharded else 0
     return (live + buckets,) * 3
 
 
 def fsdp_units(counts: Parameters, sharding: str) -> tuple[int, int]:
-    """Parameters of the embedding's unit and of the tail, final norm and output layer, which stays gathered until backward."""
+    """Returns the parameters of the embedding's unit and of the tail.
+
+    The tail is the final norm and the output layer. It stays gathered until the backward pass.
+    """
     if counts.tied:
         return 0, counts.embedding + counts.norm
     return counts.embedding, counts.norm + (0 if sharding == "vocab_parallel" else counts.head)
 
 
 def cost_bytes(counts: Parameters, setup: Setup, sharding: str) -> float:
-    """Float32 rows of the frozen cost, and the bfloat16 rows that are kept between steps."""
+    """Returns the bytes of the frozen cost: float32 rows, and bfloat16 rows kept between steps."""
     if not setup.priced:
         return 0
     rows = 4 * counts.vocab_size * counts.width
@@ -204,7 +214,11 @@ def cost_bytes(counts: Parameters, setup: Setup, sharding: str) -> float:
 
 
 def loss_bytes(counts: Parameters, setup: Setup, engine: str, sharding: str) -> float:
-    """One chunk of the loss: logits, costs of the different targets, slices, gradients of the head and of the hidden states."""
+    """Returns the bytes of one chunk of the loss.
+
+    They are the logits, the costs of the different targets, slices, and the gradients of the head
+    and of the hidden states.
+    """
     c, width = setup.itemsize, counts.width
     parallel = sharding == "vocab_parallel"
     tokens = setup.targets * (setup.ranks if parallel else 1)
@@ -227,7 +241,10 @@ def loss_bytes(counts: Parameters, setup: Setup, engine: str, sharding: str) -> 
 
 
 def step_copies(total: int, setup: Setup, engine: str) -> float:
-    """What the optimizer's step adds: DeepSpeed's gradients in float32; torch's AdamW is fused and adds nothing."""
+    """Returns the bytes that the optimizer's step adds.
+
+    DeepSpeed copies gradients to float32. PyTorch's AdamW is fused and adds nothing.
+    """
     what = ENGINES[engine]
     if not what.deepspeed or what.offload:
         return 0
@@ -236,38 +253,42 @@ def step_copies(total: int, setup: Setup, engine: str) -> float:
 
 
 def host_memory(total: int, setup: Setup, engine: str) -> float:
-    """Bytes of the host's memory that offloading takes, of all ranks together."""
+    """Returns the bytes of host memory that offloading takes, of all ranks together."""
     return total * (setup.itemsize + 12 + 4) if ENGINES[engine].offload else 0
 
 
-# ---- communication and time ------------------------------------------------------------------------------------------------
+# ---- communication and time ----------------------------------------------------------------------
 
 
 def traffic(counts: Parameters, setup: Setup, engine: str, sharding: str) -> float:
-    """Bytes that a rank receives (and sends) per step over rings: an all-gather or reduce-scatter of n bytes moves
-    n (R - 1) / R, an all-reduce twice as much."""
+    """Returns the bytes that a rank receives (and sends) per step, with collectives over rings.
+
+    An all-gather or reduce-scatter of n bytes moves n (R - 1) / R, an all-reduce twice as much.
+    """
     share, c, batches = (setup.ranks - 1) / setup.ranks, setup.itemsize, setup.accumulation
     total = counts.total
     if engine in ("none", "ddp"):
         moved = 8.0 * total
-    elif (
-        engine == "fsdp"
-    ):  # gathers forward and backward, but for the tail; gradients once per step
+    elif engine == "fsdp":
+        # weights are gathered for the forward and the backward pass, the tail's only once;
+        # gradients are reduced once per step
         apart = counts.head if sharding == "vocab_parallel" else 0
         moved = batches * c * (2 * (total - apart) - fsdp_units(counts, sharding)[1]) + 4.0 * (
             total - apart
         )
-    elif (
-        "w" in ENGINES[engine].sharded
-    ):  # gathers forward, and backward what did not stay; gradients
+    elif "w" in ENGINES[engine].sharded:
+        # weights are gathered for the forward pass, and again for the backward pass if they did
+        # not stay; gradients are reduced
         moved = batches * c * (total + max(0, total - LIVE) + total)
-    else:  # DeepSpeed all-reduces gradients here, stage 1 once per step; weights after it
+    else:
+        # DeepSpeed all-reduces gradients here, in stage 1 once per step, and gathers the weights
+        # after the step
         moved = c * (2.0 * total * (1 if engine == "zero1" else batches) + total)
     return share * (moved + batches * loss_traffic(counts, setup, sharding))
 
 
 def loss_traffic(counts: Parameters, setup: Setup, sharding: str) -> float:
-    """The same of the loss of one micro-batch, times R / (R - 1)."""
+    """Returns the same bytes for the loss of one micro-batch, times R / (R - 1)."""
     if sharding == "shard":
         return 4.0 * counts.vocab_size * counts.width
     if sharding != "vocab_parallel":
@@ -279,7 +300,10 @@ def loss_traffic(counts: Parameters, setup: Setup, sharding: str) -> float:
 
 
 def compute_flops(anatomy: Anatomy, setup: Setup, mean_tokens: float) -> float:
-    """Of one rank and step, for rows of ``mean_tokens``; checkpointed layers run forward twice."""
+    """Returns the FLOPs of one rank and step, for rows of ``mean_tokens`` tokens.
+
+    Checkpointed layers run their forward pass twice.
+    """
     linear, quadratic = anatomy.flops
     if setup.checkpointing:
         linear, quadratic = linear + anatomy.layer_flops / 3, quadratic * 4 / 3
@@ -287,7 +311,10 @@ def compute_flops(anatomy: Anatomy, setup: Setup, mean_tokens: float) -> float:
 
 
 def host_traffic(counts: Parameters, setup: Setup, engine: str) -> float:
-    """Bytes per step between host and GPU under offloading: weights for each gather, gradients back."""
+    """Returns the bytes per step between host and GPU under offloading.
+
+    Weights are read for each gather, and gradients are written back.
+    """
     if not ENGINES[engine].offload:
         return 0
     return setup.accumulation * setup.itemsize * 3.0 * counts.total / setup.ranks

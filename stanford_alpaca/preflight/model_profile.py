@@ -1,4 +1,7 @@
-"""A causal LM's parameters by part and the tensors it saves for backward, from its configuration: nothing is allocated."""
+"""A causal LM's parameters by part, and the tensors that it saves for the backward pass.
+
+Both are counted from its configuration, and no memory is allocated for tensors.
+"""
 
 import contextlib
 from dataclasses import dataclass
@@ -15,14 +18,17 @@ from stanford_alpaca.objective.head import body_of
 from stanford_alpaca.training import fsdp
 from stanford_alpaca.training.hardware import EXPERTS, training_flops
 
-OUTSIDE, INPUT = -1, -2  # of the decoder layers
+OUTSIDE, INPUT = -1, -2  # places of tensors, beside the decoder layers' numbers from 0 on
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many there are. FSDP gathers ``embedding``, each layer, and ``norm`` + ``head`` as units."""
+    """Numbers of parameters by part.
 
-    embedding: int  # with positions
+    FSDP gathers these units: ``embedding``, each layer, and ``norm`` + ``head``.
+    """
+
+    embedding: int  # position embeddings included
     layers: int  # all decoder layers together
     layer: int  # the largest one
     norm: int  # what is left
@@ -52,21 +58,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that autograd keeps from the forward pass until the backward pass, without the parameters themselves."""
+    """Bytes that autograd keeps from the forward to the backward pass, without parameters."""
 
     outside: Line  # embedding, rotary tables, mask, final norm
     layers: Line  # all decoder layers together
     layer: Line  # the largest one
-    inputs: Line  # of all layers: what activation checkpointing keeps of them
-    widest: Line  # the largest tensor of them that grows with the batch
+    inputs: Line  # the inputs of all layers, which are what activation checkpointing keeps
+    widest: Line  # the largest of these tensors that grows with the batch
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """All that an estimate has to know about a model."""
+    """What an estimate has to know about a model."""
 
     parameters: Parameters
-    flops: tuple[float, float]  # of training on n tokens: a n + b n^2
+    flops: tuple[float, float]  # (a, b): training on n tokens takes a n + b n^2
     layer_flops: float  # the part of a that is spent in decoder layers
     activations: Activations  # at the length and in the precision asked for
 
@@ -76,8 +82,8 @@ def describe(config: Any, length: int, precision: str, remote_code: bool = False
 
     Args:
         config: a transformers configuration.
-        precision: ``float32``, ``autocast`` (float32 weights, bfloat16 products: none and ddp) or ``bfloat16`` (weights too:
-            fsdp and ZeRO).
+        precision: ``float32``; ``autocast`` (float32 weights and bfloat16 products, as none and ddp
+            have); or ``bfloat16`` (bfloat16 weights too, as fsdp and ZeRO have).
 
     Raises:
         UserError: the model cannot be built or run without its weights.
@@ -102,13 +108,13 @@ def describe(config: Any, length: int, precision: str, remote_code: bool = False
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that FSDP makes units of. Raises UserError for a model without layers."""
+    """Returns the modules that FSDP makes units of. Raises UserError if there are no layers."""
     names = fsdp.decoder_layers(model)
     return [module for module in body_of(model).modules() if type(module).__name__ in names]
 
 
 def count_parameters(model: PreTrainedModel) -> Parameters:
-    """Parameters by part; each is counted once."""
+    """Counts the parameters by part, each once."""
     inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
     everything = sum(p.numel() for p in model.parameters())
@@ -126,12 +132,14 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
 def count_activations(
     config: Any, length: int, precision: str, remote_code: bool = False
 ) -> Activations:
-    """A forward pass of one row and one of two, on fake CPU tensors: attention then takes a kernel that keeps no scores.
+    """Counts activations in a forward pass of one row and in one of two rows.
 
-    Attention gets a mask, as it does for a batch with padding: transformers cannot look into fake tensors.
+    Both run on fake CPU tensors, where attention takes a kernel that keeps no scores. Attention
+    gets a mask, as it does for a batch with padding, because transformers cannot look into fake
+    tensors.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    text = config.get_text_config()  # nothing passes through a model's other senses
+    text = config.get_text_config()  # training runs only the text part
     config = text if type(text) in AutoModelForCausalLM._model_mapping else config
     with FakeTensorMode():
         model = (
@@ -161,9 +169,10 @@ def count_activations(
 
 
 def saved_tensors(model: PreTrainedModel, rows: int, length: int) -> list[tuple[int, int]]:
-    """Place and bytes of each storage that one forward pass of the base model saves for backward, parameters left out.
+    """Returns place and bytes of each storage that a forward pass of the base model saves.
 
-    The place is the number of a decoder layer or OUTSIDE; the layers' inputs are listed once more, as INPUT.
+    These are the storages saved for the backward pass, without parameters. The place is the number
+    of a decoder layer, or OUTSIDE. The layers' inputs are listed once more, as INPUT.
     """
     storages = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
     found: list[tuple[int, int]] = []
@@ -172,7 +181,7 @@ def saved_tensors(model: PreTrainedModel, rows: int, length: int) -> list[tuple[
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in storages:
-            storages[storage._cdata] = storage  # held, so that no other gets its address
+            storages[storage._cdata] = storage  # kept, so that no other storage gets its address
             found.append((place, storage.nbytes()))
         return tensor
 

@@ -1,4 +1,4 @@
-"""Engines and cost shardings side by side, and which to take."""
+"""Compares engines and cost shardings, and recommends one."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,18 +11,18 @@ from stanford_alpaca.training.cost_sharding import PLACES
 from stanford_alpaca.training.hardware import PEAK_FLOPS
 
 GIB = 2**30
-NEARLY = 1.2  # closer than this the assumed rates tell nothing
-USABLE = 0.92  # of a GPU's memory: the rest is for CUDA, NCCL, the allocator's gaps
+NEARLY = 1.2  # the assumed rates are too rough to tell apart times within this factor
+USABLE = 0.92  # share of a GPU's memory; the rest is for CUDA, NCCL and the allocator's gaps
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The ranks' devices and what they are assumed to do."""
+    """The ranks' devices and their assumed rates."""
 
     gpu: str
     gpu_gib: float
     mfu: float
-    link_gb_s: float  # per rank: within a node, or the slower one between nodes
+    link_gb_s: float  # per rank, within a node; with several nodes, the slower rate between them
     host_gb_s: float
 
     @property
@@ -30,7 +30,11 @@ class Machine:
         return USABLE * self.gpu_gib * GIB
 
     def seconds(self, flops: float, moved: float, through_host: float) -> tuple[float, float]:
-        """Of a step, if communication hides behind computation altogether, and if it does not at all."""
+        """Returns the shortest and the longest time of a step.
+
+        In the shortest, communication hides behind computation altogether. In the longest, it does
+        not hide at all.
+        """
         compute = flops / (PEAK_FLOPS[self.gpu] * self.mfu)
         transfer = moved / (self.link_gb_s * 1e9) + through_host / (self.host_gb_s * 1e9)
         return max(compute, transfer), compute + transfer
@@ -58,7 +62,7 @@ def rows_of(
     engines: Iterable[str],
     sharding: str | None,
 ) -> list[Row]:
-    """The table: every engine with every cost sharding it can have, or those asked for."""
+    """Returns the table: every engine with every cost sharding it allows, or those asked for."""
     rows = []
     for engine in engines:
         anatomy = anatomies[precision_of(engine, setup.bf16)]
@@ -91,7 +95,7 @@ def rows_of(
 
 
 def batches_of(setup: Setup) -> list[Setup]:
-    """The same step in micro-batches of every size that divides it."""
+    """Returns the same step in micro-batches of every size that divides its rows per rank."""
     rows = setup.batch * setup.accumulation
     return [
         replace(setup, batch=size, accumulation=rows // size)
@@ -101,14 +105,20 @@ def batches_of(setup: Setup) -> list[Setup]:
 
 
 def recommend(rows: list[Row]) -> Row | None:
-    """The simplest engine and sharding (they stand in that order) that fits and is nearly as fast as the fastest that does."""
+    """Returns the simplest row that fits and is nearly as fast as the fastest row that fits.
+
+    The rows have to be in the order of simplicity.
+    """
     fitting = [row for row in rows if row.fits]
     least = min((row.seconds[1] for row in fitting), default=0.0)
     return next((row for row in fitting if row.seconds[1] <= NEARLY * least), None)
 
 
 def advise(table: Callable[[Setup], list[Row]], setup: Setup) -> str:
-    """What to run. If nothing fits, activation checkpointing, then smaller batches, then more ranks are tried."""
+    """Returns what to run.
+
+    If nothing fits, it tries activation checkpointing, then smaller batches, then more ranks.
+    """
     smaller = [
         replace(tried, checkpointing=True)
         for tried in reversed(batches_of(setup))
@@ -118,7 +128,10 @@ def advise(table: Callable[[Setup], list[Row]], setup: Setup) -> str:
         row = recommend(table(tried))
         if row is not None:
             return flags_of(row, tried, setup)
-    none = f"nothing fits on {setup.ranks} rank(s), even with --activation_checkpointing and one row at a time"
+    none = (
+        f"nothing fits on {setup.ranks} rank(s), even with --activation_checkpointing "
+        "and one row at a time"
+    )
     for ranks in (setup.ranks * 2**power for power in range(1, 11)):
         row = recommend(
             table(replace(setup, batch=1, accumulation=1, checkpointing=True, ranks=ranks))
@@ -129,14 +142,15 @@ def advise(table: Callable[[Setup], list[Row]], setup: Setup) -> str:
 
 
 def flags_of(row: Row, tried: Setup, asked: Setup) -> str:
-    """How a row is launched, and why."""
+    """Returns the flags that launch a row, and the reason for it."""
     flags = f"ENGINE={row.engine} --per_device_train_batch_size {tried.batch}"
     flags += f" --cost_sharding {row.cost_sharding}" if row.cost_sharding in PLACES else ""
     flags += " --activation_checkpointing" if tried.checkpointing else ""
     without = (
         ""
         if tried == asked
-        else f"; without checkpointing {'or with more rows ' * (tried.batch < asked.batch)}nothing fits"
+        else "; without checkpointing "
+        f"{'or with more rows ' * (tried.batch < asked.batch)}nothing fits"
     )
     low, high = row.seconds
     gib = row.memory.total / GIB
@@ -144,17 +158,17 @@ def flags_of(row: Row, tried: Setup, asked: Setup) -> str:
     return f"{flags}: {why}; {gib:.1f} GiB a rank, {low:.3g} to {high:.3g} s a step"
 
 
-# ---- what is printed -------------------------------------------------------------------------------------------------------
+# ---- what is printed -----------------------------------------------------------------------------
 
 COLUMNS = (
-    "engine", "cost", "weights", "gradients", "optimizer", "cost GiB", "activations", "loss", "gather", "total GiB", "fits",
-    "largest batch", "GiB moved/step", "s/step",
+    "engine", "cost", "weights", "gradients", "optimizer", "cost GiB", "activations", "loss",
+    "gather", "total GiB", "fits", "largest batch", "GiB moved/step", "s/step",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An estimate and what it rests on."""
+    """An estimate and its assumptions."""
 
     model: str
     nodes: int
@@ -167,7 +181,7 @@ class Plan:
     advice: str
 
     def lines(self) -> Iterator[str]:
-        """What was assumed, a Markdown table, the advice."""
+        """Yields the assumptions, a Markdown table and the advice."""
         counts, setup, machine = self.parameters, self.setup, self.machine
         sizes = {
             "embeddings": counts.embedding,
@@ -179,12 +193,14 @@ class Plan:
         yield f"{self.model}: {counts.total:,} parameters ({listed}{', tied' * counts.tied})"
         link = "within a node" if self.nodes == 1 else "between nodes"
         yield (
-            f"{setup.ranks} rank(s), {setup.batch} x {setup.accumulation} rows a rank and step, at most {setup.length} tokens, "
-            f"mean {self.mean_tokens:.4g}; {machine.gpu} with {machine.gpu_gib:g} GiB, of which {USABLE:.0%} count"
+            f"{setup.ranks} rank(s), {setup.batch} x {setup.accumulation} rows a rank and step, "
+            f"at most {setup.length} tokens, mean {self.mean_tokens:.4g}; "
+            f"{machine.gpu} with {machine.gpu_gib:g} GiB, of which {USABLE:.0%} count"
         )
         yield (
-            f"assumed: {machine.mfu:.0%} of {PEAK_FLOPS[machine.gpu] / 1e12:g} TFLOP/s, {machine.link_gb_s:g} GB/s a rank "
-            f"{link}, {machine.host_gb_s:g} GB/s to the host; s/step: from all communication hidden to none"
+            f"assumed: {machine.mfu:.0%} of {PEAK_FLOPS[machine.gpu] / 1e12:g} TFLOP/s, "
+            f"{machine.link_gb_s:g} GB/s a rank {link}, {machine.host_gb_s:g} GB/s to the host; "
+            "s/step: from all communication hidden to none"
         )
         yield ""
         yield from aligned(
@@ -192,7 +208,10 @@ class Plan:
         )
         yield ""
         for row in [row for row in self.rows if row.host][:1]:
-            yield f"{row.engine} also takes {row.host / GIB / self.nodes:.0f} GiB of each host's memory"
+            yield (
+                f"{row.engine} also takes {row.host / GIB / self.nodes:.0f} GiB "
+                "of each host's memory"
+            )
         if self.steps:
             yield f"{self.steps:,} steps"
         yield self.advice
@@ -217,7 +236,7 @@ class Plan:
         ]
 
     def as_json(self) -> str:
-        """Everything in bytes and seconds."""
+        """Returns everything as JSON, in bytes and seconds."""
         rows = [
             asdict(row) | {"memory": row.memory._asdict() | {"total": row.memory.total}}
             for row in self.rows
@@ -227,13 +246,13 @@ class Plan:
 
 
 def span(values: Sequence[float]) -> str:
-    """From a to b, or one number if they print the same."""
+    """Returns "a-b", or one number if both print the same."""
     texts = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
     return texts[0] if texts[0] == texts[1] else f"{texts[0]}-{texts[1]}"
 
 
 def aligned(table: list[list[str]]) -> Iterator[str]:
-    """The lines of a Markdown table."""
+    """Yields the lines of a Markdown table."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"

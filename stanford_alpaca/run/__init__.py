@@ -1,1 +1,1 @@
-"""One run of training: its flags, checks, data, model, record, and where it starts."""
+"""One training run: its flags, checks, data, model, record, and where it starts."""

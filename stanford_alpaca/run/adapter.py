@@ -1,4 +1,4 @@
-"""The adapter that a run's flags ask for, and what it trains, in words."""
+"""Builds the LoRA adapter that a run's flags describe, and summarises what it trains."""
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -9,7 +9,11 @@ from stanford_alpaca.run.arguments import LoraArguments
 
 
 def adapt(model: PreTrainedModel, lora: LoraArguments) -> PeftModel:
-    """The model with the adapter that the flags ask for. Raises UserError for one that cannot be had."""
+    """Returns the model with the LoRA adapter that the flags describe.
+
+    Raises:
+        UserError: the model cannot have such an adapter.
+    """
     return add_lora(
         model,
         lora.lora_r,
@@ -22,7 +26,7 @@ def adapt(model: PreTrainedModel, lora: LoraArguments) -> PeftModel:
 
 
 def told_adapter(model: PeftModel) -> str:
-    """What an adapter trains, in a line, and which weights of experts stay frozen."""
+    """Returns one line: what the adapter trains, and which expert weights stay frozen."""
     layers = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     kinds = sorted({name.rpartition(".")[2] for name in layers} - {"base_layer"})
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -38,4 +42,7 @@ def told_adapter(model: PeftModel) -> str:
         else ""
     )
     total = model.num_parameters()
-    return f"LoRA trains {trained:,} of {total:,} parameters, beside {len(layers)} layers ({', '.join(kinds)}){experts}"
+    return (
+        f"LoRA trains {trained:,} of {total:,} parameters, "
+        f"beside {len(layers)} layers ({', '.join(kinds)}){experts}"
+    )

@@ -26,9 +26,10 @@ from stanford_alpaca.run.legacy_flags import read_fsdp_config
 from stanford_alpaca.training.cost_sharding import COST_SHARDINGS
 from stanford_alpaca.training.engines import engine_flags, skip_slow_deepspeed_probes
 
-SECRET = ("hub_token",)  # what no file may hold, least of all one that is pushed to the hub
+# No file may hold the values of these flags, least of all one that is pushed to the hub.
+SECRET = ("hub_token",)
 LESS_IS_BETTER = ("loss", "nll", "emo", "perplexity")
-METRICS = (*LESS_IS_BETTER, "target_prob")  # of every evaluation
+METRICS = (*LESS_IS_BETTER, "target_prob")  # every evaluation reports these
 
 
 @dataclass
@@ -76,7 +77,10 @@ class DataArguments:
     chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "A Jinja file, another model's folder, or a name among the tokenizer's own: implies chat."
+            "help": (
+                "A Jinja file, another model's folder, or a name among the tokenizer's own: "
+                "implies chat."
+            )
         },
     )
     special_tokens: str = choice(
@@ -102,29 +106,44 @@ class DataArguments:
     packing: bool = field(
         default=False,
         metadata={
-            "help": "Several whole examples in a row of --model_max_length tokens; batches count rows."
+            "help": (
+                "Several whole examples in a row of --model_max_length tokens; batches count rows."
+            )
         },
     )
     padding_free: bool = field(
         default=False,
         metadata={
-            "help": "The examples of a micro-batch in one row without padding, best with FlashAttention."
+            "help": (
+                "The examples of a micro-batch in one row without padding, "
+                "best with FlashAttention."
+            )
         },
     )
     block_size: int | None = field(
         default=None,
         metadata={
-            "help": "Cuts running text into blocks of so many tokens, which take the place of --model_max_length."
+            "help": (
+                "Cuts running text into blocks of so many tokens, "
+                "which take the place of --model_max_length."
+            )
         },
     )
     documents: str = choice(
-        *DOCUMENTS, default="auto",
-        help="With --block_size: what begins a document, behind which an end-of-sequence token stands; see the README.",
-    )  # fmt: skip
+        *DOCUMENTS,
+        default="auto",
+        help=(
+            "With --block_size: what begins a document, "
+            "behind which an end-of-sequence token stands; see the README."
+        ),
+    )
     max_sentences: int | None = field(
         default=None,
         metadata={
-            "help": "With --block_size: only the first lines (rows) of each --data_path that are not blank; 0: all."
+            "help": (
+                "With --block_size: only the first lines (rows) of each --data_path "
+                "that are not blank; 0: all."
+            )
         },
     )
     preprocessing_num_workers: int | None = field(
@@ -133,10 +152,10 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.chat_template is not None and self.prompt_template == "auto":
-            self.prompt_template = "chat"  # who gives one wants it used
+            self.prompt_template = "chat"  # a template that is given is meant to be used
 
     def column_names(self) -> dict[str, str]:
-        """--columns as a mapping from our names to those in the files."""
+        """Returns --columns as a mapping from our column names to those in the files."""
         return parse_columns(self.columns or [])
 
 
@@ -165,7 +184,10 @@ class ObjectiveArguments:
     cost_cache_mib: float | None = field(
         default=None,
         metadata={
-            "help": "MiB of bfloat16 cost rows kept between steps; 2048 with bf16 or fp16 on a GPU, else 0."
+            "help": (
+                "MiB of bfloat16 cost rows kept between steps; "
+                "2048 with bf16 or fp16 on a GPU, else 0."
+            )
         },
     )
     cost_sharding: str = choice(
@@ -177,7 +199,10 @@ class ObjectiveArguments:
 
     @property
     def where_costs_live(self) -> str:
-        """--cost_sharding, where auto leaves an embedding whole whose rows are asked to be kept."""
+        """The value of --cost_sharding, except that --cost_cache_mib turns auto into replicate.
+
+        Cost rows can only be cached if every rank holds the whole embedding.
+        """
         return (
             "replicate"
             if self.cost_sharding == "auto" and self.cost_cache_mib
@@ -186,7 +211,7 @@ class ObjectiveArguments:
 
     @property
     def asks_the_model(self) -> bool:
-        """Whether the costs come from the model's own output layer as it is before training."""
+        """Whether the costs come from the model's own output layer, as it is before training."""
         return self.cost == "frozen" and self.cost_kind != "identity"
 
     def objective(self) -> Objective:
@@ -213,7 +238,9 @@ class LoraArguments:
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of linear layers; by default, as by all-linear, all but the output layer."
+            "help": (
+                "Names of linear layers; by default, as by all-linear, all but the output layer."
+            )
         },
     )
     lora_target_parameters: list[str] | None = field(
@@ -236,7 +263,7 @@ class LoraArguments:
 
     @property
     def may_grow(self) -> bool:
-        """Whether tokens that are added get rows that are trained."""
+        """Whether tokens may be added: only if training also updates their embedding rows."""
         return not self.lora or self.lora_embeddings == "full"
 
 
@@ -285,7 +312,10 @@ class TrainingArguments(transformers.TrainingArguments):
     skip_nonfinite: int = field(
         default=0,
         metadata={
-            "help": "How many steps whose loss or gradients are NaN or Inf are skipped before the run ends."
+            "help": (
+                "How many steps whose loss or gradients are NaN or Inf are skipped "
+                "before the run ends."
+            )
         },
     )
     logging_nan_inf_filter: bool = False
@@ -295,9 +325,8 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
-            self.use_cpu = (
-                True  # without it, the ranks of torchrun would train alone, each for itself
-            )
+            # Without use_cpu, ranks started by torchrun would each train alone.
+            self.use_cpu = True
             self.dataloader_pin_memory = False
         given = vars(self)
         self.fsdp, self.deepspeed = engine_flags(self.engine, given["fsdp"], given["deepspeed"])
@@ -314,10 +343,10 @@ class TrainingArguments(transformers.TrainingArguments):
             if str(config.get("version", config.get("fsdp_version", 2))) != "2":
                 raise UserError("--fsdp_config version: only FSDP2 is served here; leave it out")
             if str(config.get("cpu_offload")).lower() == "true" and not self.use_cpu:
-                self.ddp_backend = "cuda:nccl,cpu:gloo"  # gradients are clipped where they lie
-            if (
-                given["activation_checkpointing"] and not self.activation_checkpointing_kwargs
-            ):  # see fsdp.activate_fsdp
+                # Offloaded gradients are clipped on the CPU.
+                self.ddp_backend = "cuda:nccl,cpu:gloo"
+            # activate_fsdp in training/fsdp.py applies this setting.
+            if given["activation_checkpointing"] and not self.activation_checkpointing_kwargs:
                 config["activation_checkpointing"], self.activation_checkpointing = True, False
             self.fsdp_config = config
         if (
@@ -326,23 +355,22 @@ class TrainingArguments(transformers.TrainingArguments):
             and self.per_device_train_batch_size > 0
         ):
             at_once = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-            self.gradient_accumulation_steps = max(
-                1, self.global_batch // at_once
-            )  # which DeepSpeed's configuration repeats
+            # DeepSpeed's configuration is filled in from this value.
+            self.gradient_accumulation_steps = max(1, self.global_batch // at_once)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
         super().__post_init__()
-        if self.fsdp:  # one rank reads the weights, unless the configuration says otherwise
+        if self.fsdp:
+            # Only rank 0 reads the weights, unless --fsdp_config says otherwise.
             asked = str(self.fsdp_config.get("cpu_ram_efficient_loading", True)).lower()
             self.fsdp_plugin_args["cpu_ram_efficient_loading"] = asked == "true"
-            if (
-                not self.save_only_model
-            ):  # what resumes is sharded, what is for users is plain, always
+            # Checkpoints to resume from are always sharded. Models for users are always plain.
+            if not self.save_only_model:
                 self.fsdp_plugin_args["state_dict_type"] = "SHARDED_STATE_DICT"
 
 
 def defaults(*flags: type) -> dict[str, Any]:
-    """What every flag is when it is not given, as JSON has it."""
+    """Returns the default value of every flag, in the types that JSON has."""
     fields = [f for cls in flags for f in dataclasses.fields(cls)]
     values = {
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
@@ -366,9 +394,10 @@ class Run:
     """One run's arguments.
 
     Attributes:
-        flags: what ``run.yaml`` holds: all flags of this package and those of the Trainer that differ from their defaults, but
-            for secrets.
-        made_with: of the run.yaml that --config named, if it had one: what that run was made with.
+        flags: the flags that ``run.yaml`` holds. These are all flags of this package that have a
+            value, the Trainer's flags that differ from their defaults, and the seed. Secrets are
+            left out.
+        made_with: the ``made_with`` section of the file that --config names, or {}.
         notes: lines for the user about flags that were translated.
     """
 
@@ -382,12 +411,12 @@ class Run:
     notes: list[str]
 
     def teacher(self, name: str) -> ModelSource:
-        """How the teacher is read."""
+        """Returns the source that reads the teacher."""
         return ModelSource(name, self.training.cache_dir, self.model.trust_remote_code)
 
     @cached_property
     def source(self) -> ModelSource:
-        """How the model is read."""
+        """The source that reads the model."""
         model = self.model
         return ModelSource(
             model.model_name_or_path,

@@ -1,4 +1,4 @@
-"""What a run's flags make: the model with its objective, its costs and teacher, the collator."""
+"""Builds what a run's flags describe: model, objective, costs, teacher and collator."""
 
 import copy
 from typing import Any
@@ -30,7 +30,11 @@ from stanford_alpaca.run.model_checks import check_positions
 
 
 def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:
-    """What ``attach_objective`` takes as its cost."""
+    """Returns the ``cost`` argument of ``attach_objective``.
+
+    Raises:
+        UserError: --cost would not be used, or names no readable embedding.
+    """
     if args.cost in ("frozen", "adaptive"):
         return args.cost
     if args.cost_kind == "identity":
@@ -39,21 +43,23 @@ def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:
         )
     try:
         return CostEmbedding.from_file(args.cost, args.cost_kind)
-    except Exception as error:  # no such file, no safetensors, no embedding
+    except Exception as error:  # no such file, not safetensors, or no embedding
         raise UserError(
-            f"--cost {args.cost}: not frozen, not adaptive, and no embedding in a safetensors file ({error})"
+            f"--cost {args.cost}: not frozen, not adaptive, "
+            f"and no embedding in a safetensors file ({error})"
         ) from None
 
 
 def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
-    """The teacher that --teacher names. Raises UserError for one that does not fit."""
+    """Returns the teacher that --teacher names, or None. Raises UserError if it does not fit."""
     name = run.model.teacher
     if name is None:
         return None
     source = run.teacher(name)
     if not same_vocabulary(source.tokenizer(), tokenizer):
         raise UserError(
-            f"--teacher {name}: its tokenizer has other ids than that of {run.model.model_name_or_path}"
+            f"--teacher {name}: its tokenizer has other ids than that of "
+            f"{run.model.model_name_or_path}"
         )
     dtype = torch.bfloat16 if run.training.bf16 else torch.float32
     model = source.load(dtype)
@@ -65,10 +71,14 @@ def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None
 
 
 def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) -> PreTrainedModel:
-    """The model with the objective in it. Raises UserError for one that cannot be served.
+    """Returns the model with the objective attached.
 
-    Where the engine shards, rank 0 alone has its weights and costs. The others have its architecture, and get from rank 0 the
-    form of its head, how it generates, and its stored buffers.
+    If the engine shards the weights, only rank 0 reads weights and costs. The other ranks build
+    the architecture without weights. They receive the form of the head, the generation
+    configuration and the stored buffers from rank 0.
+
+    Raises:
+        UserError: the model, its objective or its teacher cannot be used.
     """
     training = run.training
     if not weights_come_from_rank_0(training):
@@ -87,16 +97,15 @@ def make_model(run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool) ->
     model = build_model(run, tokenizer, with_cost, form)
     model.generation_config = generation_config
     model.load_state_dict(buffers, strict=False)
-    materialize_on_cpu(
-        model
-    )  # DeepSpeed takes no meta tensors, and accelerate tells parameters apart by their addresses
+    # DeepSpeed takes no meta tensors, and accelerate tells parameters apart by their addresses.
+    materialize_on_cpu(model)
     return model
 
 
 def build_model(
     run: Run, tokenizer: PreTrainedTokenizerBase, with_cost: bool, form: HeadForm | None = None
 ) -> PreTrainedModel:
-    """The model with the objective in it; with a ``form``, on the meta device."""
+    """Returns the model with the objective attached; with a ``form``, on the meta device."""
     model_args, objective_args = run.model, run.objective
     objective, cost = objective_args.objective(), make_cost(objective_args)
     options, source = precision(run), run.source
@@ -110,16 +119,24 @@ def build_model(
         say(told_adapter(adapted))
     try:
         attach_objective(
-            model, objective, cost if with_cost or objective.needs_emo else None,
-            cost_kind=objective_args.cost_kind, backend=objective_args.loss_backend, teacher=teacher, form=form,
-        )  # fmt: skip
+            model,
+            objective,
+            cost if with_cost or objective.needs_emo else None,
+            cost_kind=objective_args.cost_kind,
+            backend=objective_args.loss_backend,
+            teacher=teacher,
+            form=form,
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     return adapted
 
 
 def freeze_unread(model: PreTrainedModel, name: str) -> None:
-    """Leaves what text does not pass through as it is, and says so: it would get no gradient."""
+    """Freezes parameters that text does not pass through, because they would get no gradient.
+
+    Prints how many they are.
+    """
     unread = unread_parts(model)
     if unread:
         parameters = dict(model.named_parameters())
@@ -128,14 +145,17 @@ def freeze_unread(model: PreTrainedModel, name: str) -> None:
         parts = dict.fromkeys(each.removeprefix("model.").partition(".")[0] for each in unread)
         count = sum(parameters[each].numel() for each in unread)
         say(
-            f"{name}: trained as a model of text; {count:,} parameters stay as they are ({', '.join(parts)})"
+            f"{name}: trained as a model of text; "
+            f"{count:,} parameters stay as they are ({', '.join(parts)})"
         )
 
 
 def precision(run: Run) -> dict[str, Any]:
-    """How ``ModelSource.load`` keeps the weights: as float32 masters, or where LoRA trains none of them as what --bf16 computes with.
+    """Returns the options of ``ModelSource.load`` that decide how weights are stored.
 
-    With --qlora linear layers but the output are in 4 bits (QLoRA, arXiv 2305.14314).
+    Weights are float32 masters. If LoRA trains none of the model's own weights, they have the
+    dtype of the computation instead, which is bfloat16 with --bf16. With --qlora all linear layers
+    but the output layer are in 4 bits (QLoRA, arXiv 2305.14314).
     """
     computed = torch.bfloat16 if run.training.bf16 else torch.float32
     frozen = run.lora.lora and run.lora.lora_embeddings != "full"
@@ -152,9 +172,14 @@ def precision(run: Run) -> dict[str, Any]:
 
 
 def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:
-    """Pads and masks, or with --packing and --padding_free neither. Raises UserError for a model that needs the mask.
+    """Returns the collator of the training and evaluation batches.
 
-    Where rank 0 alone has the weights, it tells the others.
+    By default it pads and masks. With --packing or --padding_free it makes no padding mask; the
+    model then has to keep the examples of one row apart, and a probe finds out how. If only rank 0
+    has the weights, it runs the probe and tells the others.
+
+    Raises:
+        UserError: the model cannot keep the examples of one row apart.
     """
     packing, flat = run.data.packing, run.data.padding_free
     if not packing and not flat:
@@ -167,24 +192,28 @@ def make_collator(run: Run, model: PreTrainedModel, pad_id: int) -> Collator:
             find_isolation(teacher.model, "teacher", means)
         return means
 
-    if weights_come_from_rank_0(run.training):  # the others have no weights to probe
+    if weights_come_from_rank_0(run.training):  # the other ranks have no weights to probe
         means = share_from_rank_0("isolation", probe if run.training.process_index == 0 else None)
     else:
         means = probe()
     if adds_router_loss(model, {}) and not flat:
         raise UserError(
-            "--packing: the router's loss of this model would count the padding of rows; add --padding_free"
+            "--packing: the router's loss of this model would count the padding of rows; "
+            "add --padding_free"
         )
     return SegmentCollator(pad_id, flat, apart_by=means)
 
 
 def cache_costs(cost: CostEmbedding | None, run: Run, examples: Dataset | ExampleStream) -> None:
-    """Keeps rows of a frozen cost from step to step, within --cost_cache_mib."""
+    """Makes a frozen cost keep its rows from step to step, within --cost_cache_mib.
+
+    Raises:
+        UserError: the budget holds not even one row.
+    """
     mib, training = run.objective.cost_cache_mib, run.training
     if mib is None:
-        every_step = (
-            run.objective.objective().needs_emo and run.model.teacher is None
-        )  # else evaluation alone reads rows
+        # Otherwise only evaluation reads cost rows.
+        every_step = run.objective.objective().needs_emo and run.model.teacher is None
         mib = (
             2048
             if every_step and torch.cuda.is_available() and (training.bf16 or training.fp16)
@@ -193,9 +222,8 @@ def cache_costs(cost: CostEmbedding | None, run: Run, examples: Dataset | Exampl
     if cost is None or cost.rows is None or not mib:
         return
     vocab_size, counts = len(cost.rows), None
-    if 2 * vocab_size**2 > mib * 2**20 and isinstance(
-        examples, Dataset
-    ):  # not all rows: the most frequent targets'
+    # If not all bfloat16 rows fit, the rows of the most frequent targets are kept.
+    if 2 * vocab_size**2 > mib * 2**20 and isinstance(examples, Dataset):
         counts = target_counts(examples, vocab_size)
     try:
         cost.cache(mib, counts)

@@ -1,4 +1,4 @@
-"""The examples that a run trains and evaluates on."""
+"""Loads the examples that a run trains and evaluates on."""
 
 import math
 import os
@@ -26,20 +26,23 @@ from stanford_alpaca.run.arguments import DataArguments, TrainingArguments
 def load_data(
     data: DataArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset | ExampleStream, Dataset | None]:
-    """Tokenized training and evaluation examples; the report of each source goes to the terminal.
-
-    The tokenizer gets the prompts of the training examples as its chat template.
-    """
+    """Loads training and evaluation data, prints reports, sets the tokenizer's chat template."""
     loading = Loading(
-        max_length=training.model_max_length, prompt_template=data.prompt_template, special_tokens=data.special_tokens,
-        train_history=data.train_history, columns=data.column_names(),
-        cache_dir=training.cache_dir, num_proc=data.preprocessing_num_workers or len(os.sched_getaffinity(0)),
-        seed=training.seed, shuffle_buffer=data.shuffle_buffer,
-        block_size=data.block_size, documents=data.documents, max_sentences=data.max_sentences or None,
-    )  # fmt: skip
-
+        max_length=training.model_max_length,
+        prompt_template=data.prompt_template,
+        special_tokens=data.special_tokens,
+        train_history=data.train_history,
+        columns=data.column_names(),
+        cache_dir=training.cache_dir,
+        num_proc=data.preprocessing_num_workers or len(os.sched_getaffinity(0)),
+        seed=training.seed,
+        shuffle_buffer=data.shuffle_buffer,
+        block_size=data.block_size,
+        documents=data.documents,
+        max_sentences=data.max_sentences or None,
+    )
     evaluating = replace(loading, max_sentences=None)
-    templates: dict[str, None] = {}  # those that write what is trained
+    templates: dict[str, None] = {}  # those that write the training prompts
 
     def load(paths: list[str], loading: Loading) -> list[Dataset]:
         sources = []
@@ -56,7 +59,7 @@ def load_data(
 
     if data.streaming:
         check_columns([*data.data_path, *(data.eval_path or [])], loading.columns)
-    else:  # before the first record is tokenized, which takes longer
+    else:  # finds bad records before the slow tokenization starts
         check_sources(data.data_path, loading)
         check_sources(data.eval_path or [], evaluating)
     held_out = (
@@ -81,6 +84,7 @@ def load_data(
     return mix(sources, data.data_weights, training.seed), held_out
 
 
+# Makes the chat template that writes the training prompts the tokenizer's own, and says so.
 def _sign(tokenizer: PreTrainedTokenizerBase, templates: list[str], data: DataArguments) -> None:
     told = told_templates(templates, tokenizer, data.chat_template)
     for line in [*told, *sign(tokenizer, templates, data.special_tokens)]:
@@ -88,7 +92,13 @@ def _sign(tokenizer: PreTrainedTokenizerBase, templates: list[str], data: DataAr
 
 
 def hold_out(examples: Dataset, fraction: float, seed: int | None) -> tuple[Dataset, Dataset]:
-    """What is trained on and what is held out: without a seed, the end. Raises UserError if either would be empty."""
+    """Holds out a fraction of the examples: a random one, or without a seed the end.
+
+    Returns the examples to train on and the held-out ones.
+
+    Raises:
+        UserError: one of the parts would be empty.
+    """
     if not 0 < round(len(examples) * fraction) < len(examples):
         raise UserError(
             f"--eval_fraction {fraction} of {len(examples)} examples leaves one side empty"
@@ -96,7 +106,6 @@ def hold_out(examples: Dataset, fraction: float, seed: int | None) -> tuple[Data
     held, order = math.ceil(fraction * len(examples)), np.arange(len(examples))
     if seed is None:
         return examples.select(order[:-held]), examples.select(order[-held:])
-    order = np.random.default_rng(seed).permutation(
-        len(examples)
-    )  # in memory: ``datasets`` would read it from a file again
+    # In memory, because ``datasets`` would read its own permutation back from a file.
+    order = np.random.default_rng(seed).permutation(len(examples))
     return examples.select(order[held:]), examples.select(order[:held])

@@ -1,7 +1,8 @@
-"""Variables of the environment that decide the numbers of a training: refused where a flag says the same, else recorded.
+"""Environment variables that change the numbers of a training run.
 
-A variable of accelerate changes a run behind the back of its record. Those that torch, transformers and their libraries compute
-by have no flag: the record has their values, and a run that goes on with others says so.
+Variables of accelerate are refused: a flag does the same, and the run's record would not show the
+variable. The variables by which torch, transformers and their libraries compute have no flag. The
+record holds their values, and a run that resumes with other values says so.
 """
 
 import os
@@ -10,31 +11,16 @@ from collections.abc import Mapping
 
 from stanford_alpaca.errors import UserError
 
-WORDS = (
-    "1",
-    "true",
-    "yes",
-    "on",
-    "y",
-    "t",
-    "0",
-    "false",
-    "no",
-    "off",
-    "n",
-    "f",
-)  # that accelerate reads as true or false
-OFF = (
-    "",
-    "none",
-    "default",
-    *WORDS[6:],
-)  # values that change nothing, as `accelerate launch` sets them
+# words that accelerate reads as true (the first six) or false
+WORDS = ("1", "true", "yes", "on", "y", "t", "0", "false", "no", "off", "n", "f")
+# values that change nothing; `accelerate launch` sets them
+OFF = ("", "none", "default", *WORDS[6:])
 NEUTRAL = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "auto"),
     "ACCELERATE_GRADIENT_CLIPPING": ("auto",),
 }
-INSTEAD = {  # beginnings of names -> the flags that say it; the first that fits
+# beginning of a name -> the flags to use instead; the first match counts
+INSTEAD = {
     "ACCELERATE_MIXED_PRECISION": "--bf16 or --fp16",
     "ACCELERATE_DYNAMO_": "--torch_compile",
     "ACCELERATE_USE_CPU": "--use_cpu",
@@ -51,11 +37,15 @@ INSTEAD = {  # beginnings of names -> the flags that say it; the first that fits
     "XLA_USE_BF16": "",
     "XLA_DOWNCAST_BF16": "",
 }
-HARMLESS = {  # of accelerate's, those that decide no number: what they say is printed, or true or false
+# accelerate's variables that change no number, with the values they may have; None: any value
+HARMLESS = {
     "ACCELERATE_LOG_LEVEL": ("debug", "info", "warning", "error", "critical"),
-    "ACCELERATE_DEBUG_MODE": WORDS, "ACCELERATE_CPU_AFFINITY": WORDS, "ACCELERATE_ENABLE_RICH": WORDS,
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": WORDS, "ACCELERATE_NUM_PROCESSES": None,
-}  # fmt: skip
+    "ACCELERATE_DEBUG_MODE": WORDS,
+    "ACCELERATE_CPU_AFFINITY": WORDS,
+    "ACCELERATE_ENABLE_RICH": WORDS,
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": WORDS,
+    "ACCELERATE_NUM_PROCESSES": None,
+}
 PRECISION = (
     "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
@@ -63,14 +53,18 @@ PRECISION = (
     "DNNL_DEFAULT_FPMATH_MODE",
 )
 NUMERICS = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TORCH_BLAS_PREFER_CUBLASLT",
-    "TORCH_LINALG_PREFER_CUSOLVER", "PYTORCH_TUNABLEOP_ENABLED", "PYTORCH_TUNABLEOP_FILENAME", "FLASH_ATTENTION_DETERMINISTIC",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG",
+    "CUBLASLT_WORKSPACE_SIZE", "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_LINALG_PREFER_CUSOLVER",
+    "PYTORCH_TUNABLEOP_ENABLED", "PYTORCH_TUNABLEOP_FILENAME", "FLASH_ATTENTION_DETERMINISTIC",
     "TRANSFORMERS_SDPA_FORCE_GQA", "USE_HUB_KERNELS", "TRITON_INTERPRET", "NCCL_ALGO", "NCCL_PROTO",
     "PYTORCH_ENABLE_MPS_FALLBACK", "TORCHINDUCTOR_EMULATE_PRECISION_CASTS",
 )  # fmt: skip
-NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # of a launcher
-READ_AT_IMPORT = {  # by huggingface_hub, datasets, torch and deepspeed, which end in a traceback
+# a launcher sets these
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+# huggingface_hub, datasets, torch and deepspeed read these on import, and a bad value ends in a
+# traceback: name -> a pattern of the values that work, and a description of them
+READ_AT_IMPORT = {
     "HF_HUB_ETAG_TIMEOUT": (r"\d*", "a whole number of seconds"),
     "HF_HUB_DOWNLOAD_TIMEOUT": (r"\d*", "a whole number of seconds"),
     "HF_DATASETS_IN_MEMORY_MAX_SIZE": (r"\d+(\.\d*)?", "a number of bytes"),
@@ -82,7 +76,10 @@ READ_AT_IMPORT = {  # by huggingface_hub, datasets, torch and deepspeed, which e
 
 
 def check_imports(environment: Mapping[str, str] | None = None) -> None:
-    """Raises UserError for a variable with which a library cannot be imported. To be called before any is."""
+    """Raises UserError for a variable whose value keeps a library from being imported.
+
+    Must be called before any of these libraries is imported.
+    """
     for name, (form, wanted) in READ_AT_IMPORT.items():
         value = (os.environ if environment is None else environment).get(name)
         if value is not None and not re.fullmatch(form, value.strip()):
@@ -90,9 +87,10 @@ def check_imports(environment: Mapping[str, str] | None = None) -> None:
 
 
 def check_environment(environment: Mapping[str, str] | None = None) -> None:
-    """Raises UserError for a variable that would change a training in place of a flag, or that cannot be read.
+    """Raises UserError for a variable that would replace a flag, or that has no valid value.
 
-    To be called before transformers reads the flags: it leaves variables of its own.
+    Must be called before transformers reads the flags, because transformers sets such variables
+    itself.
     """
     import torch
 
@@ -113,7 +111,7 @@ def check_environment(environment: Mapping[str, str] | None = None) -> None:
             and value.lower() in WORDS
             and not torch.accelerator.is_available()
         ):
-            continue  # there is nothing else
+            continue  # a CPU is all there is
         if flag is not None and value.lower() not in (*OFF, *NEUTRAL.get(name, ())):
             advice = f"unset it, and give {flag}" if flag else "unset it"
             raise UserError(
@@ -122,6 +120,6 @@ def check_environment(environment: Mapping[str, str] | None = None) -> None:
 
 
 def recorded(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables that numbers depend on, as they are set."""
+    """Returns the variables that are set and that the numbers depend on."""
     of = os.environ if environment is None else environment
     return {name: of[name] for name in (*PRECISION, *NUMERICS) if of.get(name)}

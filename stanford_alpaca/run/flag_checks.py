@@ -1,4 +1,4 @@
-"""What can be found out about a run before anything is loaded or written."""
+"""Checks of a run's flags, made before anything is loaded or written."""
 
 import importlib.util
 import math
@@ -34,23 +34,23 @@ from stanford_alpaca.run.lock import LOCK_FILE
 from stanford_alpaca.run.resolve import accumulation_of, asked_checkpoint
 from stanford_alpaca.run.trainer_flags import check_flags, check_optimizer_flags
 
-FROM_ZERO = (
-    "seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay", "neftune_noise_alpha",
-    "dataloader_num_workers", "skip_nonfinite",
+FROM_ZERO = (  # flags that take 0 or more
+    "seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps",
+    "eval_delay", "neftune_noise_alpha", "dataloader_num_workers", "skip_nonfinite",
 )  # fmt: skip
-FLASH = {
+FLASH = {  # attention implementation -> the package it needs
     "flash_attention_2": "flash_attn",
     "flash_attention_3": "flash_attn_interface",
     "flash_attention_4": "flash_attn",
 }
-ABOVE_ZERO = (
-    "learning_rate", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "sample_steps",
-    "sample_max_new_tokens",
+ABOVE_ZERO = (  # flags that take more than 0
+    "learning_rate", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit",
+    "eval_steps", "sample_steps", "sample_max_new_tokens",
 )  # fmt: skip
 
 
 def check(run: Run) -> None:
-    """Raises UserError for the first thing about a run that cannot be."""
+    """Raises UserError for the first flag, or combination of flags, that cannot work."""
     model, data, lora, training = run.model, run.data, run.lora, run.training
     check_output(training)
     check_batches(training)
@@ -68,7 +68,8 @@ def check(run: Run) -> None:
         lora.lora or model.from_config
     ):
         raise UserError(
-            f"{model.model_name_or_path}: quantized weights cannot be trained; train an adapter with --lora"
+            f"{model.model_name_or_path}: quantized weights cannot be trained; "
+            "train an adapter with --lora"
         )
     if model.teacher is not None:
         check_model(run.teacher(model.teacher))
@@ -77,7 +78,10 @@ def check(run: Run) -> None:
 
 
 def check_attention(name: str | None) -> None:
-    """An attention that transformers has and that can run here; a name with a slash is a kernel on the hub."""
+    """Raises UserError unless transformers has this attention implementation and it can run here.
+
+    A name with a slash is a kernel on the hub. It is not checked.
+    """
     known = sorted(
         {"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)}
     )
@@ -94,12 +98,13 @@ def check_attention(name: str | None) -> None:
         raise UserError(f"--attn_implementation {name} needs an NVIDIA GPU: choose sdpa")
     if all(importlib.util.find_spec(each) is None for each in (package, "kernels")):
         raise UserError(
-            f"--attn_implementation {name} needs a package, {package} or kernels: pip install kernels, or choose sdpa"
+            f"--attn_implementation {name} needs a package, {package} or kernels: "
+            "pip install kernels, or choose sdpa"
         )
 
 
 def check_numbers(training: TrainingArguments) -> None:
-    """Numbers of the Trainer's flags that mean something. NaN never does."""
+    """Raises UserError for a number out of the range of its flag. NaN is always out of range."""
     for name in (*FROM_ZERO, *ABOVE_ZERO):
         value = getattr(training, name)
         if value is None or 0 < value < math.inf or (value == 0 and name in FROM_ZERO):
@@ -109,7 +114,8 @@ def check_numbers(training: TrainingArguments) -> None:
         )
     if training.max_steps != -1 and training.max_steps < 1:
         raise UserError(
-            f"--max_steps {training.max_steps}: give 1 or more, or leave it out and --num_train_epochs counts"
+            f"--max_steps {training.max_steps}: give 1 or more, "
+            "or leave it out and --num_train_epochs counts"
         )
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(training, name) < 1:
@@ -119,7 +125,10 @@ def check_numbers(training: TrainingArguments) -> None:
 
 
 def check_optimizer(training: TrainingArguments) -> None:
-    """An optimizer and a schedule that can be made of their flags; the Trainer makes them when files have been written."""
+    """Raises UserError if no optimizer or learning-rate schedule can be made from the flags.
+
+    The Trainer would find out only after files have been written.
+    """
     try:
         check_optimizer_flags(training)
     except UserError:
@@ -142,12 +151,13 @@ def check_optimizer(training: TrainingArguments) -> None:
     )
     if training.warmup_steps and not warms_up:
         say(
-            f"--warmup_steps {training.warmup_steps:g} changes nothing with --lr_scheduler_type {name}"
+            f"--warmup_steps {training.warmup_steps:g} changes nothing "
+            f"with --lr_scheduler_type {name}"
         )
 
 
 def check_training(training: TrainingArguments, has_eval: bool) -> None:
-    """Flags of the Trainer that do not go together, or would train something else."""
+    """Raises UserError for Trainer flags that are invalid, or exclude or need each other."""
     if training.eval_strategy != "no" and not has_eval:
         raise UserError(
             f"--eval_strategy {training.eval_strategy.value} needs --eval_path or --eval_fraction"
@@ -157,7 +167,8 @@ def check_training(training: TrainingArguments, has_eval: bool) -> None:
         "sequential",
     ):
         raise UserError(
-            f"--balance_lengths and --train_sampling_strategy {training.train_sampling_strategy}: choose one"
+            f"--balance_lengths and --train_sampling_strategy {training.train_sampling_strategy}: "
+            "choose one"
         )
     if training.sample_prompts is None and training.sample_steps is not None:
         raise UserError("--sample_steps needs --sample_prompts FILE")
@@ -166,24 +177,26 @@ def check_training(training: TrainingArguments, has_eval: bool) -> None:
         raise UserError("--save_strategy best needs --metric_for_best_model")
     if (saves_best or training.load_best_model_at_end) and training.eval_strategy == "no":
         raise UserError(
-            "--load_best_model_at_end and --save_strategy best need an --eval_strategy to find the best"
+            "--load_best_model_at_end and --save_strategy best need an --eval_strategy "
+            "to find the best"
         )
     if metric is not None and metric.removeprefix("eval_") not in METRICS:
         near = nearest(metric.removeprefix("eval_"), list(METRICS))
         raise UserError(f"--metric_for_best_model {metric}: choose from {', '.join(METRICS)}{near}")
     try:
         for tracker in get_reporting_integration_callbacks(training.report_to):
-            tracker()  # it says if its package is missing
+            tracker()  # raises if its package is missing
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"--report_to: {error}") from None
 
 
 def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> None:
-    """An objective that can be made of its flags, and for which the costs and the teacher make sense."""
+    """Raises UserError if the objective's flags are invalid, or do not fit costs or teacher."""
     needs = objective.objective()
     if model.from_config and needs.needs_emo and objective.asks_the_model:
         raise UserError(
-            f"--from_config with mode {needs.mode}: a random output layer prices nothing; make a cost embedding with "
+            f"--from_config with mode {needs.mode}: a random output layer prices nothing; "
+            "make a cost embedding with "
             "python -m stanford_alpaca.cost build and give it as --cost PATH"
         )
     if objective.cost_cache_mib is not None:
@@ -199,14 +212,15 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
         raise UserError("--loss_backend triton needs an NVIDIA GPU: choose chunked")
     if model.teacher is not None and needs.needs_p:
         raise UserError(
-            f"--teacher: mode {needs.mode} with weighting {needs.emo_weighting} needs one target, not a distribution"
+            f"--teacher: mode {needs.mode} with weighting {needs.emo_weighting} needs one target, "
+            "not a distribution"
         )
     if model.teacher_top_k < 1:
         raise UserError(f"--teacher_top_k {model.teacher_top_k}: give 1 or more")
 
 
 def check_lora(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> None:
-    """An adapter that can be made of its flags, beside weights that are worth keeping."""
+    """Raises UserError if the adapter's flags are invalid, or its base has random weights."""
     if not lora.lora:
         for name in ("lora_target_modules", "lora_target_parameters", "qlora"):
             if getattr(lora, name):
@@ -215,7 +229,8 @@ def check_lora(model: ModelArguments, lora: LoraArguments, training: TrainingArg
     if lora.qlora:
         if shards_weights(training):
             raise UserError(
-                "--qlora: weights in 4 bits are not sharded here; choose --engine ddp, zero1 or zero2, or none"
+                "--qlora: weights in 4 bits are not sharded here; "
+                "choose --engine ddp, zero1 or zero2, or none"
             )
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(
@@ -233,13 +248,17 @@ def check_lora(model: ModelArguments, lora: LoraArguments, training: TrainingArg
 
 
 def check_cost_sharding(run: Run) -> None:
-    """What --cost_sharding shard and vocab_parallel need; what depends on the model is checked when it is there."""
+    """Raises UserError if --cost_sharding shard or vocab_parallel lacks something it needs.
+
+    What depends on the model is checked by ``shard_cost`` once the model is loaded.
+    """
     asked, objective, training = run.objective.cost_sharding, run.objective, run.training
     if asked in ("auto", "replicate"):
         return
     if training.world_size == 1:
         raise UserError(
-            f"--cost_sharding {asked} needs at least 2 processes: launch with torchrun, or drop the flag"
+            f"--cost_sharding {asked} needs at least 2 processes: launch with torchrun, "
+            "or drop the flag"
         )
     if objective.cost_cache_mib:
         raise UserError(
@@ -247,7 +266,8 @@ def check_cost_sharding(run: Run) -> None:
         )
     if asked == "vocab_parallel" and not training.fsdp:
         raise UserError(
-            "--cost_sharding vocab_parallel needs --engine fsdp: other engines do not shard by vocabulary; use shard"
+            "--cost_sharding vocab_parallel needs --engine fsdp: "
+            "other engines do not shard by vocabulary; use shard"
         )
     if asked == "vocab_parallel" and run.model.teacher is not None:
         raise UserError(
@@ -260,21 +280,20 @@ def check_cost_sharding(run: Run) -> None:
 
 
 def check_hub(training: TrainingArguments) -> None:
-    """A hub that knows the user. What the Trainer pushes of checkpoints holds its arguments, the token among them."""
+    """Raises UserError unless the hub can be reached and knows the user."""
     try:
         with quiet_hub():
             HfApi().whoami(token=training.hub_token)
-    except Exception as error:  # no token, a wrong one, no network
+    except Exception as error:  # no token, a wrong token, or no network
         reason, advice = "the hub does not know you", "run: hf auth login"
-        if any(
-            cls.__name__ == "TransportError" for cls in type(error).__mro__
-        ):  # of the library below the hub's
+        # TransportError belongs to the HTTP library that the hub's client uses.
+        if any(cls.__name__ == "TransportError" for cls in type(error).__mro__):
             reason, advice = "the hub cannot be reached", "try again, or drop the flag"
         raise UserError(f"--push_to_hub: {reason} ({first_line(error)}); {advice}") from None
 
 
 def check_data(data: DataArguments, training: TrainingArguments) -> None:
-    """Weights that fit the sources, and what a stream needs and cannot have."""
+    """Raises UserError for data flags that are invalid, or exclude or need each other."""
     data.column_names()
     weights = data.data_weights
     if data.eval_path is not None and data.eval_fraction is not None:
@@ -285,7 +304,8 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
         len(weights) != len(data.data_path) or min(weights) <= 0 or not math.isfinite(sum(weights))
     ):
         raise UserError(
-            f"--data_weights {weights}: give a number above 0 for each of the {len(data.data_path)} --data_path"
+            f"--data_weights {weights}: give a number above 0 for each of the "
+            f"{len(data.data_path)} --data_path"
         )
     if data.shuffle_buffer < 1:
         raise UserError(f"--shuffle_buffer {data.shuffle_buffer}: give 1 (not shuffled) or more")
@@ -301,12 +321,13 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
             )
         if data.packing or training.balance_lengths:
             raise UserError(
-                "--streaming and --packing or --balance_lengths exclude each other: a stream's lengths are unknown"
+                "--streaming and --packing or --balance_lengths exclude each other: "
+                "a stream's lengths are unknown"
             )
 
 
 def check_blocks(data: DataArguments) -> None:
-    """Blocks that can be cut."""
+    """Raises UserError for invalid flags about blocks of running text."""
     if data.block_size is None:
         if data.max_sentences is not None or data.documents != "auto":
             raise UserError(
@@ -323,7 +344,10 @@ def check_blocks(data: DataArguments) -> None:
 
 
 def check_output(training: TrainingArguments) -> None:
-    """An output folder that can be made, and is new unless a run is resumed; which checkpoint is good is found out later."""
+    """Raises UserError if the output folder cannot be made, or is not empty and no run is resumed.
+
+    Also checks that a checkpoint to resume from exists. Whether it is intact is checked later.
+    """
     output, resume = Path(training.output_dir), asked_checkpoint(training)
     if resume is True and not (output.is_dir() and checkpoints(output)):
         raise UserError(f"--resume_from_checkpoint: no checkpoint in {output}")
@@ -340,13 +364,14 @@ def check_output(training: TrainingArguments) -> None:
         and any(file.name != LOCK_FILE for file in output.iterdir())
     ):
         raise UserError(
-            f"--output_dir {output} is not empty; give another, or --resume auto to go on with its run"
+            f"--output_dir {output} is not empty; "
+            "give another, or --resume auto to go on with its run"
         )
     check_writable("output_dir", output)
 
 
 def check_batches(training: TrainingArguments) -> None:
-    """Processes that found each other, sizes of at least 1, and the accumulation that makes the global batch."""
+    """Raises UserError for batch sizes, or a number of processes, that do not fit other flags."""
     names = (
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
@@ -358,7 +383,8 @@ def check_batches(training: TrainingArguments) -> None:
             raise UserError(f"--{name} {getattr(training, name)}: give 1 or more")
     if training.world_size != int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError(
-            f"launched as {os.environ['WORLD_SIZE']} processes, but {training.world_size} found each other"
+            f"launched as {os.environ['WORLD_SIZE']} processes, "
+            f"but {training.world_size} found each other"
         )
     if training.engine == "ddp" and training.world_size == 1:
         raise UserError(
@@ -366,20 +392,24 @@ def check_batches(training: TrainingArguments) -> None:
         )
     if training.fsdp and "RANK" not in os.environ:
         raise UserError(
-            "--fsdp needs a launcher, also for one process: torchrun --nproc_per_node 1 ...; or drop the flag"
+            "--fsdp needs a launcher, also for one process: torchrun --nproc_per_node 1 ...; "
+            "or drop the flag"
         )
     if training.engine == "none" and training.world_size > 1:
         raise UserError(
-            f"--engine none is one process, and there are {training.world_size}: choose ddp, fsdp, zero1, zero2, zero3"
+            f"--engine none is one process, and there are {training.world_size}: "
+            "choose ddp, fsdp, zero1, zero2, zero3"
         )
     differences = getattr(deepspeed_of(training), "mismatches", [])
-    if differences:  # the Trainer would say so when files have been written
+    if differences:  # the Trainer would say so only after files have been written
         raise UserError(
-            f"--deepspeed contradicts the flags: {', '.join(line.strip(' -') for line in differences)}; write auto there"
+            "--deepspeed contradicts the flags: "
+            f"{', '.join(line.strip(' -') for line in differences)}; write auto there"
         )
     if training.n_gpu > 1:
         raise UserError(
-            f"one process sees {training.n_gpu} GPUs: launch with torchrun, or set CUDA_VISIBLE_DEVICES to one"
+            f"one process sees {training.n_gpu} GPUs: launch with torchrun, "
+            "or set CUDA_VISIBLE_DEVICES to one"
         )
     if training.global_batch is not None:
         per_step = training.train_batch_size * training.world_size
@@ -391,5 +421,6 @@ def check_batches(training: TrainingArguments) -> None:
         accumulation = accumulation_of(training)
         if training.gradient_accumulation_steps not in (1, accumulation):
             raise UserError(
-                f"--global_batch {training.global_batch} asks for --gradient_accumulation_steps {accumulation}"
+                f"--global_batch {training.global_batch} asks for "
+                f"--gradient_accumulation_steps {accumulation}"
             )

@@ -1,4 +1,4 @@
-"""Flags of transformers 4, as Alpaca's published commands use them, in the words of transformers 5."""
+"""Translates the transformers 4 flags of Alpaca's published commands to transformers 5."""
 
 import json
 import shlex
@@ -12,15 +12,18 @@ Tokens = list[str]
 
 
 class Flag(NamedTuple):
-    """One flag of a command line: ``--per-gpu-train-batch-size=4`` has the name per_gpu_train_batch_size, the values ["4"]."""
+    """One flag of a command line.
 
-    name: str  # with underscores; "" for what stands before the first flag
+    ``--per-gpu-train-batch-size=4`` has the name per_gpu_train_batch_size and the values ["4"].
+    """
+
+    name: str  # with underscores; "" for words before the first flag
     values: Tokens
-    tokens: Tokens  # as they were given
+    tokens: Tokens  # as given
 
     @property
     def is_on(self) -> bool:
-        """The value of a switch: ``--flag``, ``--flag True``, ``--flag=1``."""
+        """Whether a switch is on, as with ``--flag``, ``--flag True`` or ``--flag=1``."""
         return not self.values or self.values[0].lower() in ("true", "t", "yes", "y", "1")
 
 
@@ -29,7 +32,7 @@ def renamed(new: str) -> Callable[[Flag], tuple[Tokens, str]]:
 
 
 def choice_of(*tokens: str) -> Callable[[Flag], tuple[Tokens, str]]:
-    """A switch that became a value of another flag."""
+    """Translates a switch that became a value of another flag."""
     return lambda flag: (list(tokens), "") if flag.is_on else ([], "it was off")
 
 
@@ -41,15 +44,15 @@ def _warmup(flag: Flag) -> tuple[Tokens, str]:
     try:
         usable = not flag.values or float(flag.values[0]) < 1
     except ValueError:
-        usable = True  # the parser says what is wrong with it
-    if not usable:  # from 1 on, warmup_steps are steps
+        usable = True  # the parser reports what is wrong with it
+    if not usable:  # from 1 on, warmup_steps would be a number of steps
         raise UserError(
             f"--warmup_ratio {flag.values[0]}: give a share of the steps below 1, or --warmup_steps"
         )
     return ["--warmup_steps", *flag.values], ""
 
 
-# name -> what it is now, and, where it is nothing, why
+# old name -> its translation: the new tokens, and if there are none, the reason
 OLD: dict[str, Callable[[Flag], tuple[Tokens, str]]] = {
     "evaluation_strategy": renamed("eval_strategy"),
     "warmup_ratio": _warmup,
@@ -78,20 +81,20 @@ FSDP_WORDS: dict[str, dict[str, object]] = {
     "full_shard": {"reshard_after_forward": True},
     "shard_grad_op": {"reshard_after_forward": False},
     "offload": {"cpu_offload": True},
-    "auto_wrap": {},  # FSDP2 always does
+    "auto_wrap": {},  # FSDP2 always wraps
     "true": {},
 }
 FSDP = ("fsdp", "fsdp_config", "fsdp_transformer_layer_cls_to_wrap")
 
 
 def translate(argv: Tokens, has_tf32: bool = True) -> tuple[Tokens, list[str]]:
-    """The command line in the words of transformers 5, and a line for every flag that was changed or dropped.
+    """Returns the command line for transformers 5, and a line for every flag changed or dropped.
 
-    Everything else stays as it is and where it is. ``has_tf32`` says whether this machine can compute in TF32: where it
-    cannot, ``--tf32 True`` is dropped.
+    Everything else keeps its value and place. ``has_tf32`` says whether this machine can compute
+    in TF32. If it cannot, ``--tf32 True`` is dropped.
 
     Raises:
-        UserError: an old value that has no counterpart.
+        UserError: an old value has no counterpart.
     """
     new: Tokens = []
     lines: list[str] = []
@@ -118,7 +121,7 @@ def translate(argv: Tokens, has_tf32: bool = True) -> tuple[Tokens, list[str]]:
 
 
 def split_flags(argv: Tokens) -> list[Flag]:
-    """The command line, flag by flag, each with the values that follow it."""
+    """Splits a command line into flags, each with the values that follow it."""
     flags: list[Flag] = []
     for token in argv:
         if token.startswith("--"):
@@ -133,9 +136,9 @@ def split_flags(argv: Tokens) -> list[Flag]:
 
 
 def fsdp_flags(old: dict[str, Flag]) -> Tokens:
-    """``--fsdp --fsdp_config JSON`` for the four flags of transformers 4; nothing where they leave FSDP off.
+    """Returns ``--fsdp --fsdp_config JSON`` for the flags of transformers 4, or [] if FSDP is off.
 
-    A key of a given fsdp_config wins over the flag of the same meaning, as it did.
+    A key of a given fsdp_config wins over the flag of the same meaning, as in transformers 4.
     """
     if "fsdp" not in old:
         return []
@@ -158,7 +161,13 @@ def fsdp_flags(old: dict[str, Flag]) -> Tokens:
 
 
 def read_fsdp_config(text: str) -> dict[str, object]:
-    """What ``--fsdp_config`` takes: JSON, or a file with it. Keys lose a leading ``fsdp_``, as transformers reads them."""
+    """Reads the value of ``--fsdp_config``: a JSON object, or a file with one.
+
+    Keys lose a leading ``fsdp_``, as they do in transformers.
+
+    Raises:
+        UserError: it is neither.
+    """
     try:
         config = json.loads(text if text.startswith("{") else Path(text).read_text())
         return {key.removeprefix("fsdp_"): value for key, value in config.items()}

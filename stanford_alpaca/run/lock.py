@@ -1,4 +1,4 @@
-"""One run writes to an output folder at a time."""
+"""Makes sure that only one run at a time writes to an output folder."""
 
 import contextlib
 import errno
@@ -10,22 +10,24 @@ from pathlib import Path
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError
 
-LOCK_FILE = "_lock"  # a name that the Trainer does not upload
+LOCK_FILE = "_lock"  # the Trainer does not upload files of this name
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-_ours: set[Path] = (
-    set()
-)  # folders that this process is in: a POSIX lock does not keep it from itself
+# Folders that this process has locked: a POSIX lock does not exclude its own process.
+_ours: set[Path] = set()
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other runs from entering with the same folder; the system lets go when a process ends, however it does.
+    """Locks a folder against other runs while the context lasts.
 
-    Of the process alone: its children, which may outlive it, do not inherit a POSIX lock. It would be lost if the process
-    opened and closed the file a second time. The folder is made; if nothing was written to it, it is gone again afterwards.
+    The operating system releases the lock when the process ends, however it ends. Child processes
+    may outlive the run, but they do not inherit a POSIX lock. The process would lose the lock if it
+    opened and closed the lock file a second time.
+
+    The folder is made. If nothing was written to it, it is removed again afterwards.
 
     Raises:
-        UserError: another run is in.
+        UserError: another run has locked the folder.
     """
     if folder.resolve() in _ours:
         raise _taken(folder)
@@ -37,11 +39,11 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # of a disk that fails: what failed before is to be told
+        with contextlib.suppress(OSError):  # a failing disk: report the first error
             file.unlink(missing_ok=True)
         os.close(descriptor)
         _ours.discard(folder.resolve())
-        with contextlib.suppress(OSError):  # not empty
+        with contextlib.suppress(OSError):  # the folder is not empty
             for place in made:
                 place.rmdir()
 
@@ -54,7 +56,8 @@ def _lock(file: Path) -> int:
         except OSError as error:
             if error.errno in NO_LOCKS:
                 say(
-                    f"{file.parent}: its file system has no locks; see to it that no other run writes there"
+                    f"{file.parent}: its file system has no locks; "
+                    "see to it that no other run writes there"
                 )
                 return descriptor
             os.close(descriptor)
@@ -63,7 +66,7 @@ def _lock(file: Path) -> int:
             raise _taken(file.parent) from None
         if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
             return descriptor
-        os.close(descriptor)  # its owner left, and removed it, in the meantime
+        os.close(descriptor)  # meanwhile its owner has removed the file
 
 
 def _taken(folder: Path) -> UserError:

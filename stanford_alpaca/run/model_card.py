@@ -1,6 +1,7 @@
-"""The model card of a finished run."""
+"""Writes the model card of a finished run."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -35,76 +36,64 @@ tokenizer = AutoTokenizer.from_pretrained({path})
 
 {prompts}
 """
-PROMPTS = """\
-Prompts were written with {}. The tokenizer's `chat_template` writes them:
-`tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], add_generation_prompt=True)`."""
+PROMPTS = (
+    "Prompts were written with {}. The tokenizer's `chat_template` writes them:\n"
+    '`tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], '
+    "add_generation_prompt=True)`."
+)
 BLOCKS = "Trained on running text, in blocks of {} tokens: no prompt template."
 
 
 def unit_of(run: Run) -> str:
-    """What a batch counts."""
+    """Returns what a batch counts: blocks, rows or examples."""
     return "blocks" if run.data.block_size else "rows" if run.data.packing else "examples"
 
 
 def write_card(run: Run, metrics: dict[str, float], prompts: str | None) -> None:
-    """Writes the model card, README.md, with what was trained on what, how, and what evaluation said.
+    """Writes the model card, README.md: the base model, the settings and the evaluation.
 
     Args:
-        prompts: what writes the prompts, in words; None for running text.
+        prompts: what wrote the prompts, in words; None for running text.
     """
-    training, output = run.training, Path(run.training.output_dir)
-    per_step = (
-        training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    )
-    rows = {
-        "data": ", ".join(run.data.data_path),
-        **(
-            {"cost": f"{run.objective.cost}, {run.objective.cost_kind}"}
-            if run.objective.objective().needs_emo
-            else {}
-        ),
-        **(
-            {"teacher": f"{run.model.teacher}, top {run.model.teacher_top_k}"}
-            if run.model.teacher
-            else {}
-        ),
-        **(
-            {
-                "LoRA": f"r {run.lora.lora_r}, alpha {run.lora.lora_alpha}, embeddings {run.lora.lora_embeddings}"
-            }
-            if run.lora.lora
-            else {}
-        ),
-        "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
-        f"{unit_of(run)} per step": per_step,
-        "epochs": f"{metrics['epoch']:.4g}" if "epoch" in metrics else "-",
-        **{
-            name.replace("_", " "): f"{value:.4g}"
-            for name, value in metrics.items()
-            if name.startswith("eval_") and not name.endswith(("_per_second", "_runtime"))
-        },
-    }
-    base = run.model.model_name_or_path
+    output, base = Path(run.training.output_dir), run.model.model_name_or_path
     hub_name = None if Path(base).exists() else base
     title = output.resolve().name
+    about = (
+        f"[{base}](https://huggingface.co/{base})" if hub_name else f"`{Path(base).resolve().name}`"
+    )
+    asking = PROMPTS.format(prompts) if prompts else ""
+    if run.data.block_size:
+        asking = BLOCKS.format(run.data.block_size)
+    rows = (f"| {name} | {value.replace('|', '&#124;')} |" for name, value in facts(run, metrics))
     card = CARD.format(
         library="peft" if run.lora.lora else "transformers",
         front=yaml.safe_dump({"base_model": hub_name}) if hub_name else "",
         title=title,
-        base=f"[{base}](https://huggingface.co/{base})"
-        if hub_name
-        else f"`{Path(base).resolve().name}`",
+        base=about,
         done="trained from scratch" if run.model.from_config else "fine-tuned",
         mode=run.objective.mode,
         version=__version__,
-        rows="\n".join(
-            f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows.items()
-        ),
-        path=json.dumps(training.hub_model_id or title, ensure_ascii=False),
-        prompts=BLOCKS.format(size)
-        if (size := run.data.block_size)
-        else PROMPTS.format(prompts)
-        if prompts
-        else "",
+        rows="\n".join(rows),
+        path=json.dumps(run.training.hub_model_id or title, ensure_ascii=False),
+        prompts=asking,
     )
     (output / "README.md").write_text(card, encoding="utf-8")
+
+
+def facts(run: Run, metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
+    """Yields the rows of the card's table: what was trained on what, and the evaluation."""
+    training, lora = run.training, run.lora
+    yield "data", ", ".join(run.data.data_path)
+    if run.objective.objective().needs_emo:
+        yield "cost", f"{run.objective.cost}, {run.objective.cost_kind}"
+    if run.model.teacher:
+        yield "teacher", f"{run.model.teacher}, top {run.model.teacher_top_k}"
+    if lora.lora:
+        yield "LoRA", f"r {lora.lora_r}, alpha {lora.lora_alpha}, embeddings {lora.lora_embeddings}"
+    yield "learning rate", f"{training.learning_rate:g}, {training.lr_scheduler_type.value}"
+    rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    yield f"{unit_of(run)} per step", str(rows)
+    yield "epochs", f"{metrics['epoch']:.4g}" if "epoch" in metrics else "-"
+    for name, value in metrics.items():
+        if name.startswith("eval_") and not name.endswith(("_per_second", "_runtime")):
+            yield name.replace("_", " "), f"{value:.4g}"

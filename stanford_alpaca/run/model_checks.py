@@ -1,4 +1,4 @@
-"""Whether model, tokenizer, flags and disk fit together: found out on the model without its weights."""
+"""Checks that model, tokenizer, flags and disk fit together, on the model without its weights."""
 
 import copy
 from pathlib import Path
@@ -18,9 +18,12 @@ from stanford_alpaca.training.fsdp import decoder_layers
 
 
 def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict]) -> None:
-    """Raises UserError for the first thing that does not fit. Builds the model once on the meta device, reads no weights."""
+    """Raises UserError for the first thing that does not fit.
+
+    Builds the model once on the meta device and reads no weights.
+    """
     training = run.training
-    with loading_whole(training):  # under ZeRO-3 transformers would allocate it
+    with loading_whole(training):  # otherwise transformers would allocate it under ZeRO-3
         model = run.source.empty()
     if training.fsdp:
         decoder_layers(model, dict(training.fsdp_config or {}).get("transformer_layer_cls_to_wrap"))
@@ -50,30 +53,31 @@ def check_positions(model: PreTrainedModel, name: str, run: Run) -> None:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
-    """Raises UserError for the tokenizer of another model, and for tokens that an adapter would leave without a meaning.
+    """Raises UserError for another model's tokenizer, and for new tokens that LoRA would not train.
 
-    Says how many rows the embedding is going to grow by.
+    Prints by how many rows the embedding is going to grow.
     """
     path, rows = run.model.model_name_or_path, model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise UserError(
-            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding {rows} rows: that is another model's "
-            "tokenizer; put the model's own one there"
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding {rows} rows: "
+            "that is another model's tokenizer; put the model's own one there"
         )
     added = len(tokenizer) - rows
     if added > 0 and not run.lora.may_grow:
         raise UserError(
-            f"--lora trains no embedding, and {added} of the tokenizer's tokens have none: add --lora_embeddings full, or drop "
-            "--lora"
+            f"--lora trains no embedding, and {added} of the tokenizer's tokens have none: "
+            "add --lora_embeddings full, or drop --lora"
         )
     if added > 0:
         say(
-            f"{path}: the embedding grows from {rows} rows to the tokenizer's {len(tokenizer)}, new ones the mean of the old"
+            f"{path}: the embedding grows from {rows} rows to the tokenizer's {len(tokenizer)}, "
+            "new ones the mean of the old"
         )
 
 
 def trained_parameters(model: PreTrainedModel, run: Run) -> int:
-    """How many parameters are trained. Raises UserError for LoRA targets that no layer has."""
+    """Returns how many parameters are trained. Raises UserError for LoRA targets no layer has."""
     if not run.lora.lora:
         return sum(p.numel() for p in model.parameters())
     return sum(

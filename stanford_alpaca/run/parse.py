@@ -1,4 +1,4 @@
-"""How a command line and a --config file become the flags of a run."""
+"""Turns a command line and a --config file into the flags of a run."""
 
 import dataclasses
 import json
@@ -23,9 +23,10 @@ class _Parser(HfArgumentParser):
 
 
 def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
-    """The arguments of a run, those of the recipe where they are not given.
+    """Returns the arguments of a run. The recipe has the defaults of flags that are not given.
 
-    Raises UserError for anything argparse or Hugging Face rejects.
+    Raises:
+        UserError: argparse or Hugging Face rejects an argument.
     """
     argv, made_with = with_config(argv)
     argv = [*_not_given(recipe or {}, argv), *argv]
@@ -71,12 +72,15 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
 
 
 def _word(value: Any) -> Any:
-    """A value as YAML can write it: enums are their words."""
+    """Returns a value as YAML can write it: of an enum, its word."""
     return getattr(value, "value", value)
 
 
 def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The command line with the flags of its --config file in front, where those that follow win; and its made_with."""
+    """Expands --config: returns the whole command line, and the file's ``made_with`` section.
+
+    The file's flags come first. Those that the command line has too are left out.
+    """
     places = [
         i for i, token in enumerate(argv) if token == "--config" or token.startswith("--config=")
     ]
@@ -102,7 +106,7 @@ def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _not_given(values: Mapping[str, Any], argv: list[str]) -> list[str]:
-    """The command line of those flags that another one does not have."""
+    """Returns the tokens of the flags in ``values`` that ``argv`` does not have."""
     given = {
         token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")
     }
@@ -120,5 +124,5 @@ def _tokens(flag: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{flag}", *map(str, value)]
     if value is False and flag.replace("-", "_").endswith("_strategy"):
-        value = "no"  # which YAML 1.1 reads as a boolean
+        value = "no"  # YAML 1.1 reads the word no as False
     return [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]

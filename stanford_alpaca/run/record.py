@@ -1,4 +1,7 @@
-"""What a run is: its flags, and what it was made with. ``run.yaml``, from which it repeats, and a model card say so."""
+"""The record of a run: its flags, and what it was made with.
+
+``run.yaml`` and the manifests hold it. A run can be repeated from its ``run.yaml``.
+"""
 
 import importlib.metadata
 import json
@@ -21,66 +24,71 @@ from stanford_alpaca.run.arguments import FLAGS, Run, defaults
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "peft")
 BY_CONTENT = ("model", "teacher", "cost")
-CONFIGS = (
-    "deepspeed",
-    "fsdp_config",
-    "accelerator_config",
-    "chat_template",
-)  # flags that name a file, or a folder with it
+# flags whose value is a file, a folder that holds the file, or the content itself
+CONFIGS = ("deepspeed", "fsdp_config", "accelerator_config", "chat_template")
 CONTENT = "content of --"
 ENVIRONMENT = "environment variable "
-# flags that decide nothing, or are compared by what they lead to
+# flags that do not change the result, or whose content is compared instead (see made_with)
 IRRELEVANT_FLAGS = {
-    "model_name_or_path", "teacher", "cost", "data_path", "eval_path", "output_dir", "resume", "resume_from_checkpoint",
-    "cache_dir", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node",
-    "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
-    "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics", "save_strategy",
-    "save_steps", "save_total_limit", "save_only_model", "sample_prompts", "sample_steps", "sample_max_new_tokens",
-    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push",
-    "hub_revision", "do_train", "do_eval", "do_predict", "local_rank", "ddp_timeout", "skip_nonfinite",
-    "preprocessing_num_workers", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "model_name_or_path", "teacher", "cost", "data_path", "eval_path", "output_dir", "resume",
+    "resume_from_checkpoint", "cache_dir", "logging_strategy", "logging_steps",
+    "logging_first_step", "logging_nan_inf_filter", "log_on_each_node", "log_level",
+    "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
+    "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen",
+    "skip_memory_metrics", "save_strategy", "save_steps", "save_total_limit", "save_only_model",
+    "sample_prompts", "sample_steps", "sample_max_new_tokens", "push_to_hub", "hub_model_id",
+    "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "do_train", "do_eval",
+    "do_predict", "local_rank", "ddp_timeout", "skip_nonfinite", "preprocessing_num_workers",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
 }  # fmt: skip
-# flags that change the order of sums, what is evaluated, or where things are
+# flags that change only rounding, what is evaluated, or where tensors are kept
 NUMERICS_FLAGS = {
-    "engine", "fsdp", "fsdp_config", "deepspeed", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "global_batch", "balance_lengths", "padding_free", "cost_sharding", "cost_cache_mib", "loss_backend",
-    "attn_implementation", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode",
-    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "use_cpu", "use_cache", "ddp_backend",
-    "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "eval_strategy",
-    "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "per_device_eval_batch_size",
+    "engine", "fsdp", "fsdp_config", "deepspeed", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "global_batch", "balance_lengths", "padding_free",
+    "cost_sharding", "cost_cache_mib", "loss_backend", "attn_implementation", "tf32",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "torch_empty_cache_steps", "use_cpu", "use_cache", "ddp_backend", "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "eval_strategy", "eval_steps",
+    "eval_delay", "eval_on_start", "eval_accumulation_steps", "per_device_eval_batch_size",
 }  # fmt: skip
-STREAM_FLAGS = {"dataloader_num_workers"}  # of these, what decides what is drawn from a stream
-BEST_CHECKPOINT_FLAGS = {  # and which checkpoint is the best, of which others go on or which the run ends with
-    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_path", "save_strategy", "save_steps",
+# the irrelevant flags that decide which examples are drawn from a stream
+STREAM_FLAGS = {"dataloader_num_workers"}
+# flags that decide which checkpoint counts as best, and so which weights the run keeps
+BEST_CHECKPOINT_FLAGS = {
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_path", "save_strategy",
+    "save_steps",
 }  # fmt: skip
-# with others a run cannot go on: they decide what the optimizer's state is of, and which example is the next
+# flags that may not change when a run resumes: they decide which parameters the optimizer state
+# belongs to, and which example comes next
 STATE_FLAGS = {
-    "optim", "optim_args", "optim_target_modules", "lora", "qlora", "lora_r", "lora_target_modules", "lora_target_parameters",
-    "lora_embeddings", "seed", "data_seed", "eval_fraction", "data_weights", "streaming", "shuffle_buffer", "columns",
-    "model_max_length", "block_size", "documents", "max_sentences", "packing", "prompt_template", "special_tokens",
-    "train_history", "train_sampling_strategy",
+    "optim", "optim_args", "optim_target_modules", "lora", "qlora", "lora_r", "lora_target_modules",
+    "lora_target_parameters", "lora_embeddings", "seed", "data_seed", "eval_fraction",
+    "data_weights", "streaming", "shuffle_buffer", "columns", "model_max_length", "block_size",
+    "documents", "max_sentences", "packing", "prompt_template", "special_tokens", "train_history",
+    "train_sampling_strategy",
 }  # fmt: skip
-MEASURE_FLAGS = {
-    "metric_for_best_model",
-    "greater_is_better",
-}  # the best value so far is one of theirs
-PLATEAU_FLAGS = {
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-}  # which have lowered the rate on their own
+# the best value so far was measured by these
+MEASURE_FLAGS = {"metric_for_best_model", "greater_is_better"}
+# fixed with reduce_lr_on_plateau, a schedule that has lowered the learning rate on its own
+PLATEAU_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"}
 HEADER = "# Repeat: python -m stanford_alpaca.train --config run.yaml --output_dir ANOTHER\n"
 
 
 def record_of(run: Run) -> dict[str, Any]:
-    """All that decides a run's result, as ``run.yaml`` and manifests hold it. Reads every file of data and base model."""
+    """Returns all that decides a run's result, as ``run.yaml`` and the manifests hold it.
+
+    Reads every file of the data and of the base model.
+    """
     return run.flags | {MADE_WITH: made_with(run)}
 
 
 def made_with(run: Run) -> dict[str, Any]:
-    """Versions, data, models and processes: what the result depends on besides the flags."""
+    """Returns what the result depends on besides the flags.
+
+    These are versions, environment variables, processes, models and data.
+    """
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     paths, training = [*run.data.data_path, *(run.data.eval_path or [])], run.training
     models = {"model": run.model.model_name_or_path} | (
@@ -109,19 +117,25 @@ def made_with(run: Run) -> dict[str, Any]:
 
 
 def digest_of_config(value: str) -> str:
-    """The sha256 of a file (in a folder: of its chat template), or of what was given in place of its name."""
+    """Returns the sha256 of a file, of a folder's chat template, or else of the value itself."""
     inside = (Path(value) / name for name in (CHAT_TEMPLATE_FILE, "tokenizer_config.json"))
-    value = next(
-        (str(file) for file in inside if os.path.isfile(file)), value
-    )  # a name may be too long for a Path
-    return f"sha256:{file_sha256(Path(value)) if os.path.isfile(value) else sha256(str(value).encode()).hexdigest()}"
+    # Not Path.is_file: it raises if the value is too long for a file name.
+    value = next((str(file) for file in inside if os.path.isfile(file)), value)
+    return f"""sha256:{
+        file_sha256(Path(value))
+        if os.path.isfile(value)
+        else sha256(str(value).encode()).hexdigest()
+    }"""
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str], list[str]]:
-    """What differs between two records, a line each: flags that decide the result; what a run cannot go on with, data and
-    models; mere rounding.
+    """Returns what differs between two records, one line for each difference.
 
-    A flag that one of them lacks has its default there: it may be of a later version.
+    A flag that a record lacks has its default there, because a later version may have added it.
+
+    Returns:
+        Flags that decide the result; data, models and flags that may not change when a run
+        resumes; and differences that only change rounding.
     """
     before, now = records = [json.loads(json.dumps(record)) for record in (before, now)]
     flags: list[str] = []
@@ -139,9 +153,8 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
             found = rounding if name in rounds else contents if name in fixed else flags
             found.append(f"--{name} was {_said(was)}, is {_said(is_now)}")
     with_before, with_now = (record.get(MADE_WITH) or {} for record in records)
-    for name in [
-        name for name in {**with_before, **with_now} if name not in ("data", BASE)
-    ]:  # BASE is in the model
+    # The data is compared below. BASE is part of the model.
+    for name in [name for name in {**with_before, **with_now} if name not in ("data", BASE)]:
         was, is_now = with_before.get(name), with_now.get(name)
         if was == is_now:
             continue
@@ -151,9 +164,8 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
         else:
             precision = name.removeprefix(ENVIRONMENT) in environment.PRECISION
             found = flags if precision else rounding
-            if (
-                name == "rows_per_step"
-            ):  # a step counts them, so with others the next example is not known
+            # A run's place in the data is a number of steps. With other steps it is not known.
+            if name == "rows_per_step":
                 found = flags if was is None else contents
             found.append(f"{name} was {_said(was)}, is {_said(is_now)}")
     for flag, found in (
@@ -175,7 +187,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
 
 
 def _fixed(*records: dict[str, Any]) -> set[str]:
-    """Flags with another value of which a run cannot go on."""
+    """Returns the flags that may not change when a run resumes."""
     on_plateau = any(
         record.get("lr_scheduler_type") == "reduce_lr_on_plateau" for record in records
     )
@@ -198,7 +210,10 @@ def _said(value: Any) -> str:
 
 
 def _strict(*records: dict[str, Any]) -> set[str]:
-    """Flags of FREE and ROUNDING that decide the result, because of others."""
+    """Returns the flags of IRRELEVANT_FLAGS and NUMERICS_FLAGS that decide the result here.
+
+    They do so because of other flags: --streaming, or flags that look for the best checkpoint.
+    """
     streams = any(record.get("streaming") for record in records)
     return (STREAM_FLAGS if streams else set()) | (
         BEST_CHECKPOINT_FLAGS if _seeks_best(*records) else set()
@@ -206,7 +221,7 @@ def _strict(*records: dict[str, Any]) -> set[str]:
 
 
 def differences(run: Run, now: dict[str, Any]) -> list[str]:
-    """A line for everything that has changed since the run.yaml that --config named was written."""
+    """Returns a line for each thing that has changed since --config's run.yaml was written."""
     before = run.made_with
     names = [
         *before,
@@ -226,9 +241,11 @@ def differences(run: Run, now: dict[str, Any]) -> list[str]:
 
 
 def write_run(run: Run, record: dict[str, Any]) -> None:
-    """Writes run.yaml into the output folder; a run resumed there with other flags, run-from-CHECKPOINT.yaml.
+    """Writes run.yaml into the output folder.
 
-    Training goes on from here: a model that is there is not this run's, so its manifest goes.
+    A run that resumes there with other flags writes run-from-CHECKPOINT.yaml instead. Training is
+    about to go on, so a finished model in the folder loses its manifest: it is not what this run
+    will end with.
     """
     output, resume = Path(run.training.output_dir), run.training.resume_from_checkpoint
     output.mkdir(parents=True, exist_ok=True)

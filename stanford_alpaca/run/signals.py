@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run that is asked to stop ends at a place from which it can go on."""
+"""Handles SIGTERM and SIGINT: a run that is asked to stop ends where it can resume."""
 
 import contextlib
 import os
@@ -11,27 +11,31 @@ from stanford_alpaca.console import is_main_process
 from stanford_alpaca.errors import Stopped
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT)
-A_HUMAN = 2.0  # seconds after which a signal is not an echo of the first
+A_HUMAN = 2.0  # seconds after which another signal is not an echo of the first
 
 
 class StopRequest:
-    """The first of these signals, remembered while a run trains; before it trains, and at a second Ctrl-C, it ends at once.
+    """Remembers the first SIGTERM or SIGINT that arrives while a run trains.
 
-    Whoever stops a run may signal a rank more than once: terminal or cluster, launcher, script. Processes that are forked
-    while it trains, a data loader's, leave both signals to their parent.
+    Before training starts, either signal ends the process at once. During training, a second
+    Ctrl-C does, if it comes more than A_HUMAN seconds after the first signal. An earlier one may be
+    an echo: the terminal or the cluster, the launcher and a script may each signal the same rank.
+
+    Processes forked during training, such as the workers of a data loader, leave both signals to
+    their parent.
     """
 
     def __init__(self) -> None:
         self.name = ""  # of the signal
         self.training = False
-        self._since = 0.0  # when it came
+        self._since = 0.0  # time.monotonic() when it came
         self._process = os.getpid()
 
     def __bool__(self) -> bool:
         return bool(self.name)
 
     def install(self) -> None:
-        """From now on; only a main thread can."""
+        """Starts to handle the signals. Only the main thread can call this."""
         for number in _HANDLED:
             signal.signal(number, self._handle)
 
@@ -53,13 +57,13 @@ class StopRequest:
 
 
 def ignore_signals() -> None:
-    """From now on they change nothing."""
+    """Makes this process ignore both signals from now on."""
     for number in _HANDLED:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _say(descriptor: int, line: str) -> None:
-    """Past Python's own buffer, which may be in the middle of a line of its own."""
+    """Writes a line past Python's own buffer, which a signal may interrupt in mid-line."""
     if is_main_process():
-        with contextlib.suppress(OSError):  # a terminal that is gone
+        with contextlib.suppress(OSError):  # the terminal is gone
             os.write(descriptor, f"{line}\n".encode())

@@ -1,4 +1,4 @@
-"""Where a run starts: from the beginning, from a checkpoint that is whole and belongs to it, or not at all."""
+"""Decides where a run starts: at the beginning, at an intact checkpoint of its own, or nowhere."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,25 +17,19 @@ from stanford_alpaca.run.lock import LOCK_FILE
 from stanford_alpaca.run.record import changes, record_of
 
 AUTO = "auto"
-OWN = {
-    LOCK_FILE,
-    RUN_FILE,
-    f"{RUN_FILE}.part",
-    STAGING,
-    "samples.jsonl",
-    "runs",
-}  # what there may be before the first checkpoint
+# files and folders that a run may have made before its first checkpoint
+OWN = {LOCK_FILE, RUN_FILE, f"{RUN_FILE}.part", STAGING, "samples.jsonl", "runs"}
 
 
 @dataclass(frozen=True)
 class Start:
-    """What rank 0 found out.
+    """Where a run starts, as rank 0 found out.
 
     Attributes:
-        record: of this run; see ``record_of``.
-        checkpoint: the folder to go on from, or None.
+        record: the record of this run, see ``record_of``.
+        checkpoint: the folder to resume from, or None.
         notes: lines for the user.
-        complete: the output folder already has what this run would make.
+        complete: whether the output folder already holds what this run would make.
     """
 
     record: dict[str, Any]
@@ -45,10 +39,14 @@ class Start:
 
 
 def where_to_start(run: Run) -> Start:
-    """Reads every file of the checkpoint it chooses. For one rank; the output folder must be this run's alone.
+    """Returns where a run starts.
+
+    To be called on one rank, which must have locked the output folder. Reads every file of the
+    checkpoint it chooses.
 
     Raises:
-        ResumeError: nothing that was saved is good, or it is another run's.
+        ResumeError: nothing that was saved is intact, or it belongs to another run.
+        UserError: the flags do not fit what the output folder holds.
     """
     training, output = run.training, Path(run.training.output_dir)
     record, asked, fits = record_of(run), training.resume_from_checkpoint, _fits(training)
@@ -63,7 +61,8 @@ def where_to_start(run: Run) -> Start:
         written = manifest.read(output)["run"]
         if not written:
             raise UserError(
-                f"--output_dir {output} holds a model that no run wrote (merged, or exported); give another"
+                f"--output_dir {output} holds a model that no run wrote (merged, or exported); "
+                "give another"
             )
         _refuse(output, written, record)
         upload = f" (to upload it: hf upload NAME {output})" if training.push_to_hub else ""
@@ -79,7 +78,8 @@ def where_to_start(run: Run) -> Start:
         return replace(start, notes=[*notes, *start.notes])
     if wrong:
         raise ResumeError(
-            f"{output}: the finished model is not what was saved ({wrong}), and there is no checkpoint to make it again from; "
+            f"{output}: the finished model is not what was saved ({wrong}), "
+            "and there is no checkpoint to make it again from; "
             "put right what has changed, or give another --output_dir"
         )
     return _from_none(output, record)
@@ -100,7 +100,8 @@ def _from_named(
     ]
     if newer:
         raise UserError(
-            f"{output} has {newer[0].name}, which is newer than {checkpoint}: give another --output_dir, or take the newer away"
+            f"{output} has {newer[0].name}, which is newer than {checkpoint}: "
+            "give another --output_dir, or take the newer away"
         )
     return _go_on(checkpoint, record, strict=False)
 
@@ -108,14 +109,13 @@ def _from_named(
 def _from_newest(
     output: Path, record: dict[str, Any], fits: Callable[[Path], None], strict: bool
 ) -> Start | None:
-    """The newest checkpoint that is good; None if there is no checkpoint."""
+    """Returns a start at the newest intact checkpoint, or None if there is no checkpoint."""
     broken: list[str] = []
     for folder in manifest.checkpoints(output):
         reason = _reasons(folder, fits)
         if not reason:
-            later = read_run(
-                output, RUN_FILE_FROM.format(folder.name)
-            )  # the user has asked for other flags from there on
+            # This file exists if the user has resumed from here with other flags.
+            later = read_run(output, RUN_FILE_FROM.format(folder.name))
             start = _go_on(
                 folder, record, strict and (later is None or bool(changes(later, record)[0]))
             )
@@ -123,13 +123,14 @@ def _from_newest(
         broken.append(f"{folder.name}: {reason}")
     if broken:
         raise ResumeError(
-            f"{output}: no checkpoint is good ({'; '.join(broken)}); give another --output_dir to start anew"
+            f"{output}: no checkpoint is good ({'; '.join(broken)}); "
+            "give another --output_dir to start anew"
         )
     return None
 
 
 def _from_none(output: Path, record: dict[str, Any]) -> Start:
-    """From the beginning, in a folder that is new or this run's."""
+    """Returns a start at the beginning, in a folder that is new or this run's own."""
     before = read_run(output)
     if before is not None:
         _refuse(
@@ -143,13 +144,17 @@ def _from_none(output: Path, record: dict[str, Any]) -> Start:
         )
     if any(file.name not in OWN for file in output.iterdir()):
         raise UserError(
-            f"--output_dir {output} is not empty, and no run of this command wrote to it; give another"
+            f"--output_dir {output} is not empty, and no run of this command wrote to it; "
+            "give another"
         )
     return Start(record)
 
 
 def _go_on(checkpoint: Path, record: dict[str, Any], strict: bool) -> Start:
-    """A start from a checkpoint that is whole. Flags may differ if the user named it, data and models never."""
+    """Returns a start at an intact checkpoint.
+
+    With ``strict`` no flag that decides the result may differ. Data and models may never differ.
+    """
     before = manifest.read(checkpoint)["run"]
     _refuse(checkpoint, before, record, strict)
     flags, _, rounding = changes(before, record)
@@ -168,12 +173,13 @@ def _refuse(
     matters = [*(flags if strict else []), *contents]
     if matters:
         raise ResumeError(
-            f"{folder} is of another run: {'; '.join(matters)}; give the same command to go on, or another --output_dir{more}"
+            f"{folder} is of another run: {'; '.join(matters)}; "
+            f"give the same command to go on, or another --output_dir{more}"
         )
 
 
 def _fits(training: TrainingArguments) -> Callable[[Path], None]:
-    """Raises UserError for a checkpoint that this run's engine cannot go on from."""
+    """Returns a check that raises UserError if this run's engine cannot use a checkpoint."""
     engine = FSDP if training.fsdp else PLAIN if deepspeed_of(training) is None else ZERO
     stage_3 = engine == ZERO and shards_weights(training)
 
@@ -194,7 +200,7 @@ def _fits(training: TrainingArguments) -> Callable[[Path], None]:
 
 
 def _reasons(checkpoint: Path, fits: Callable[[Path], None]) -> str:
-    """Why a checkpoint is none, or nothing."""
+    """Returns why a checkpoint cannot be used, or an empty string if it can."""
     wrong = manifest.summary(checkpoint)
     if wrong:
         return wrong

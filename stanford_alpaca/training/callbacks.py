@@ -1,4 +1,4 @@
-"""What a run does beside its steps: answers to a few prompts for the terminal, a file and the trackers; a last evaluation."""
+"""Callbacks of a run: sample answers to a few prompts, and an evaluation after the last step."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from stanford_alpaca.training.trainer import EmoTrainer, preserved_rng
 
 
 class SampleCallback(TrainerCallback):
-    """Answers prompts greedily every ``sample_steps`` steps and after the last, into OUTPUT_DIR/samples.jsonl and the trackers.
+    """Answers prompts greedily every ``sample_steps`` steps and after the last step.
 
-    Every rank takes part, because a sharded model needs all of them. Training does not notice: its random states, its mode and
-    its clock are as before.
+    The answers go to the terminal, to OUTPUT_DIR/samples.jsonl and to the trackers. Every rank
+    takes part, because a sharded model needs all of them. Training is not affected: afterwards the
+    random states, the model's mode and the clock are as before.
     """
 
     def __init__(self, trainer: EmoTrainer, prompts: list[dict]):
@@ -39,8 +40,12 @@ class SampleCallback(TrainerCallback):
         model.generation_config = plain_generation(self.trainer.processing_class)
         with self.trainer.watch.paused(), preserved_rng():
             texts = generate_batch(
-                model, self.trainer.processing_class, self.prompts, Sampling(args.sample_max_new_tokens), synced=args.world_size > 1,
-            )  # fmt: skip
+                model,
+                self.trainer.processing_class,
+                self.prompts,
+                Sampling(args.sample_max_new_tokens),
+                synced=args.world_size > 1,
+            )
         model.train(training)
         model.generation_config = generation_config
         samples = [
@@ -59,7 +64,10 @@ class SampleCallback(TrainerCallback):
 
 
 class EvaluateLast(TrainerCallback):
-    """Evaluates after the last step, while the trackers still listen, unless the end of the epoch is about to do it."""
+    """Evaluates after the last step, while the trackers still listen.
+
+    With --eval_strategy epoch, the end of the epoch does this.
+    """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == state.max_steps and args.eval_strategy != IntervalStrategy.EPOCH:
@@ -67,7 +75,7 @@ class EvaluateLast(TrainerCallback):
 
 
 def _track(callback: TrainerCallback, samples: list[dict], step: int) -> None:
-    """Gives samples to a tracker of the Trainer's, if it can show texts."""
+    """Sends samples to one of the Trainer's trackers, if it can show text."""
     name = type(callback).__name__
     if name == "TensorBoardCallback" and callback.tb_writer is not None:
         callback.tb_writer.add_text("samples", samples_as_markdown(samples), step)

@@ -1,4 +1,4 @@
-"""Where a run computes: engines by name, FSDP2 also on CPU, devices, memory."""
+"""Engines by name: the flags that each of them sets, and a check of which one is active."""
 
 import json
 import os
@@ -19,16 +19,19 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def ds_configs() -> Path:
-    """The folder with DeepSpeed's configurations: inside the package that a wheel installs, beside that of a checkout."""
+    """Returns the folder of the DeepSpeed configurations.
+
+    In an installed wheel it is inside the package. In a checkout it is beside the package.
+    """
     inside = PACKAGE / "ds_configs"
     return inside if inside.is_dir() else PACKAGE.parent / "ds_configs"
 
 
 def engine_flags(engine: str | None, fsdp: Any, deepspeed: Any) -> tuple[Any, Any]:
-    """``--fsdp`` and ``--deepspeed`` as the engine's name sets them.
+    """Returns ``--fsdp`` and ``--deepspeed`` as the engine's name sets them.
 
     Raises:
-        UserError: a flag that contradicts the name, or a DeepSpeed configuration that is not where the package is.
+        UserError: a flag contradicts the name, or the engine's DeepSpeed configuration is missing.
     """
     if engine is None:
         if fsdp and deepspeed:
@@ -38,17 +41,19 @@ def engine_flags(engine: str | None, fsdp: Any, deepspeed: Any) -> tuple[Any, An
     zero = str(ds_configs() / f"{engine}.json") if engine.startswith("zero") else None
     if deepspeed not in (None, zero) or (fsdp and engine != "fsdp"):
         raise UserError(
-            f"--engine {engine} and --{'fsdp' if fsdp else 'deepspeed'} exclude each other: drop one"
+            f"--engine {engine} and --{'fsdp' if fsdp else 'deepspeed'} exclude each other: "
+            "drop one"
         )
     if zero is not None and not Path(zero).is_file():
         raise UserError(
-            f"--engine {engine}: no {zero}; copy the repository's ds_configs there, or give --deepspeed FILE"
+            f"--engine {engine}: no {zero}; "
+            "copy the repository's ds_configs there, or give --deepspeed FILE"
         )
     return (fsdp or True) if engine == "fsdp" else None, zero
 
 
 def check_deepspeed(given: Any) -> None:
-    """Raises UserError for a --deepspeed that is no JSON object, nor a file with one."""
+    """Raises UserError unless --deepspeed is a JSON object or a file with one."""
     if not isinstance(given, str):
         return
     text = given.strip()
@@ -76,33 +81,36 @@ def check_deepspeed(given: Any) -> None:
         ) from None
     if not isinstance(value, dict):
         raise UserError(
-            f"--deepspeed {given}: a {type(value).__name__}, wanted an object of DeepSpeed's settings; mend it"
+            f"--deepspeed {given}: a {type(value).__name__}, "
+            "wanted an object of DeepSpeed's settings; mend it"
         )
 
 
 def skip_slow_deepspeed_probes() -> None:
-    """Keeps DeepSpeed on a CPU from two things that take long. Has to come before its engine.
+    """Keeps DeepSpeed on a CPU from two slow steps. Must be called before its engine is made.
 
-    Its all-reduce in shared memory, which only tensor-parallel inference calls: every new environment would compile it, with
-    g++ and for most of a minute. And, where torchrun starts it, a process of numactl for each gradient, to count its devices.
+    The first is to compile its all-reduce in shared memory, which only tensor-parallel inference
+    calls. With g++ this takes most of a minute in every new environment. The second is to start a
+    numactl process for each gradient, to count its devices. DeepSpeed does this under torchrun.
     """
-    import deepspeed  # here, because most runs do without it
+    import deepspeed  # imported here, because most runs do without it
 
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    os.environ.setdefault(
-        "LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")
-    )  # as its own launcher does
+    # DeepSpeed's own launcher sets this variable.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def check_engine(trainer: Any) -> None:
-    """Raises UserError if an engine was asked for and another one, or none, is about to train."""
+    """Raises UserError if the requested engine is not the one that is about to train.
+
+    Also makes DDP on three ranks or more sum each gradient by itself.
+    """
     args, active = trainer.args, active_engine(trainer.model_wrapped)
     wanted = args.engine
     if wanted is None and args.fsdp:
         wanted = "fsdp"
-    elif (
-        wanted is None and args.deepspeed
-    ):  # whether a file of the user's own offloads is not asked
+    # With the user's own DeepSpeed file, offloading is not compared.
+    elif wanted is None and args.deepspeed:
         stage = deepspeed_of(args).get_value("zero_optimization.stage", 0)
         wanted, active = f"zero{stage}", active.removesuffix("_offload")
     if wanted not in (None, active):
@@ -114,10 +122,11 @@ def check_engine(trainer: Any) -> None:
 
 
 def allreduce_each_gradient(model: nn.Module) -> None:
-    """Makes DDP sum each gradient by itself, one all-reduce per parameter, instead of bucket by bucket.
+    """Makes DDP sum each gradient by itself: one all-reduce per parameter, not one per bucket.
 
-    Three ranks or more add in an order that depends on the place in the bucket, and DDP lays its buckets out anew after the
-    first step of every start: a resumed run would differ in the last bits from one that was not interrupted.
+    Three ranks or more add in an order that depends on a gradient's place in its bucket. DDP
+    rearranges its buckets after the first step of every start. So a resumed run would differ in
+    the last bits from one that was not interrupted.
     """
     ddp: Any = getattr(model, "_orig_mod", model)
     share = 1 / torch.distributed.get_world_size()
@@ -134,8 +143,8 @@ def allreduce_each_gradient(model: nn.Module) -> None:
 
 
 def active_engine(model: nn.Module) -> str:
-    """The name of what wraps a model that is ready to be trained."""
-    inner: Any = getattr(model, "_orig_mod", model)  # of a compiled one
+    """Returns the name of the engine that wraps a model which is ready to be trained."""
+    inner: Any = getattr(model, "_orig_mod", model)  # unwraps a compiled model
     if isinstance(model, FSDPModule) or isinstance(inner, FSDPModule):
         return (
             "fsdp"

@@ -1,4 +1,4 @@
-"""FSDP2, also on CPU, with the units and the tied weights that a loss inside the model needs."""
+"""FSDP2, also on a CPU, with the units and tied weights that a loss inside the model needs."""
 
 from typing import Any
 
@@ -31,11 +31,10 @@ def activate_fsdp(trainer: Any) -> None:
     layers = decoder_layers(trainer.model, args.fsdp_config.get("transformer_layer_cls_to_wrap"))
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
-        options = args.fsdp_plugin_args | {
-            "cpu_offload": False
-        }  # all is on the CPU; offloading would pin memory
+        # Everything is on the CPU already, and offloading would pin memory.
+        options = args.fsdp_plugin_args | {"cpu_offload": False}
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**options)
-        # every new AcceleratorState copies PartialState's, so both have to know
+        # Every new AcceleratorState copies PartialState's type, so both have to be set.
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         trainer.is_fsdp_enabled = True
     if state.distributed_type != DistributedType.FSDP:
@@ -43,18 +42,17 @@ def activate_fsdp(trainer: Any) -> None:
     plugin = state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = layers
     wrap_separately(trainer.model, plugin)
-    fsdp_utils._find_final_norm = (
-        final_norm  # accelerate's own does not look into adapted and nested models
-    )
+    # accelerate's own function does not look into adapted and nested models.
+    fsdp_utils._find_final_norm = final_norm
     if isinstance(trainer.model, PeftModel):
         keep_copies_tied(trainer.model)
-    if args.bf16:  # accelerate's own policy would round the loss to bf16 and sum gradients in bf16
+    if args.bf16:
+        # accelerate's own policy would round the loss to bf16 and sum gradients in bf16.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32
         )
-    if (
-        plugin.activation_checkpointing
-    ):  # accelerate's own would compute layers again with other dropout masks
+    if plugin.activation_checkpointing:
+        # accelerate's own would recompute layers with other dropout masks.
         plugin.activation_checkpointing = False
         apply_activation_checkpointing(
             trainer.model, check_fn=lambda module: type(module).__name__ in layers
@@ -62,7 +60,11 @@ def activate_fsdp(trainer: Any) -> None:
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm before the output layer, which is in its unit: so the layer is whole where the loss reads it."""
+    """Returns the norm before the output layer, or None if there is none.
+
+    accelerate puts both into one FSDP unit. When the norm has run, the unit is gathered, so the
+    loss reads the whole output layer.
+    """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         return None
@@ -74,7 +76,7 @@ def final_norm(model: nn.Module) -> nn.Module | None:
 
 
 def keep_copies_tied(model: PeftModel) -> None:
-    """Has accelerate tie the copies of tied embeddings that peft trains, which transformers cannot."""
+    """Makes accelerate tie peft's trained copies of tied embeddings, as transformers cannot."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(outer, ModulesToSaveWrapper) or inner.weight is not outer.weight:
         return
@@ -88,17 +90,21 @@ def keep_copies_tied(model: PeftModel) -> None:
 
 
 def decoder_layers(model: PreTrainedModel, named: list[str] | None = None) -> list[str]:
-    """Classes of the layers that FSDP shards one by one: those named, the model's own list, or its largest stack's.
+    """Returns the class names of the layers that FSDP shards one by one.
+
+    These are the given names, else the model's own list, else the class of the layers in the
+    model's largest stack.
 
     Raises:
-        UserError: a name that no layer has, or a model without a stack of layers of one class.
+        UserError: no layer has a given name, or the model has no stack of layers of one class.
     """
     classes = {type(module).__name__ for module in model.modules()}
     own = sorted(set(model._no_split_modules or []) & classes)
     for name in named or []:
         if name not in classes:
             raise UserError(
-                f"--fsdp_config transformer_layer_cls_to_wrap {name}: the model has no such layer; its own: {', '.join(own)}"
+                f"--fsdp_config transformer_layer_cls_to_wrap {name}: the model has no such layer; "
+                f"its own: {', '.join(own)}"
             )
     if named or own:
         return named or own
@@ -109,7 +115,8 @@ def decoder_layers(model: PreTrainedModel, named: list[str] | None = None) -> li
     ]
     if not stacks:
         raise UserError(
-            "--fsdp: no stack of layers in the model; name their class in --fsdp_config transformer_layer_cls_to_wrap"
+            "--fsdp: no stack of layers in the model; "
+            "name their class in --fsdp_config transformer_layer_cls_to_wrap"
         )
     largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
     return [type(next(iter(largest))).__name__]

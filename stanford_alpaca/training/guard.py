@@ -1,4 +1,7 @@
-"""NaN and Inf in loss, gradients or weights are found by all ranks before an update is made of them; spikes are reported."""
+"""Finds NaN and Inf in loss, gradients and weights before an update, and reports loss spikes.
+
+All ranks come to the same result.
+"""
 
 from collections import deque
 from collections.abc import Callable
@@ -12,33 +15,29 @@ from stanford_alpaca.console import say
 from stanford_alpaca.distributed.shards import Shards, culprits, not_finite
 from stanford_alpaca.errors import UserError
 
-WINDOW, LEAST = (
-    50,
-    20,
-)  # losses that a step's is held against: the last ones, and how many there have to be
-FAR, MORE, RISE = (
-    10,
-    1.5,
-    0.1,
-)  # a spike is so many median absolute deviations, so many times, and so much above the median
-NAMED = 3  # tensors that a message names
-KINDS = ("weights", "loss", "gradients")  # a cause before what follows from it
-Found = dict[str, dict[int, list[str]]]  # by kind and rank the names of what is not finite
+# a step's loss is compared with the last WINDOW losses, once there are at least LEAST of them
+WINDOW, LEAST = 50, 20
+# a spike exceeds their median by FAR median absolute deviations, by the factor MORE, and by RISE
+FAR, MORE, RISE = 10, 1.5, 0.1
+NAMED = 3  # how many tensors a message names
+KINDS = ("weights", "loss", "gradients")  # a cause comes before its consequences
+Found = dict[str, dict[int, list[str]]]  # kind -> rank -> names of what is not finite
 
 
 class Guard:
-    """Decides with all ranks, when a step's gradients are there, whether its update may be made.
+    """Decides on all ranks, once a step's gradients are computed, whether to make its update.
 
-    In fp16 the gradients do not count: the loss scaler meets Inf on its way and leaves those updates out by itself.
+    In fp16 the gradients are not checked. There Inf is to be expected, and the loss scaler skips
+    those updates by itself.
 
-    Collectives: one all-reduce of 5 float64 per step, one of 1 in ``check_weights``; where something is not finite, a few names
-    from every rank.
+    Collectives: one all-reduce of 5 float64 per step, and one of 1 float64 in ``check_weights``.
+    If something is not finite, all ranks exchange a few names.
 
     Attributes:
-        stop_requested: whether this rank would like the run to stop; asked once per step.
-        stop_agreed: whether any rank did in the last step, the same on all.
-        skipping: whether the update of the present step is left out.
-        skipped, spikes: how many steps so far, also before a resume.
+        stop_requested: returns whether this rank wants the run to stop; called once per step.
+        stop_agreed: whether any rank wanted to stop in the last step; the same on all ranks.
+        skipping: whether the update of the present step is skipped.
+        skipped, spikes: how many steps so far, including those before a resume.
     """
 
     def __init__(self, device: torch.device, world_size: int, allowed: int = 0, fp16: bool = False):
@@ -46,16 +45,20 @@ class Guard:
         self.stop_requested: Callable[[], bool] = lambda: False
         self.stop_agreed = self.skipping = False
         self.skipped = self.spikes = 0
-        self._last: deque[float] = deque(maxlen=WINDOW)  # losses of all ranks
+        self._last: deque[float] = deque(maxlen=WINDOW)  # means over all ranks
         self._spiking = False
         self._losses: list[Tensor] = []  # of this rank's micro-batches
 
     def start(
         self, shards: Shards, state: dict[str, Any], compute_again: Callable[[], None] | None = None
     ) -> None:
-        """Before the first step: the model, and the ``state_dict`` of a run that is resumed, or {}.
+        """Prepares for the first step.
 
-        ``compute_again`` makes the step's gradients once more where they are a mean over ranks: each rank's own.
+        Args:
+            shards: this rank's part of the model.
+            state: the ``state_dict`` of the run that is resumed, or {}.
+            compute_again: computes the step's gradients once more, this time each rank's own.
+                Given where the engine averages gradients over the ranks.
         """
         self.shards, self._compute_again = shards, compute_again
         self.skipped, self.spikes = state.get("skipped", 0), state.get("spikes", 0)
@@ -63,7 +66,7 @@ class Guard:
         self._last.extend(state.get("losses", []))
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to survive a resume, as JSON can hold it."""
+        """Returns what has to survive a resume, in types that JSON has."""
         return {
             "skipped": self.skipped,
             "spikes": self.spikes,
@@ -72,23 +75,27 @@ class Guard:
         }
 
     def counts(self) -> dict[str, int]:
-        """What the log says of the run so far: nothing, if nothing was amiss."""
+        """Returns the counts for the log: skipped steps and loss spikes, if there were any."""
         counts = {"skipped_steps": self.skipped, "loss_spikes": self.spikes}
         return {name: count for name, count in counts.items() if count}
 
     def begin(self) -> None:
-        """A new step."""
+        """Starts a new step."""
         self._losses, self.skipping = [], False
 
     def watch(self, loss: Tensor) -> None:
-        """A micro-batch's loss; all of a step, on all ranks, add up to the step's loss times the ranks."""
+        """Takes the loss of a micro-batch.
+
+        The losses of all micro-batches of a step, on all ranks, add up to the step's loss times
+        the number of ranks.
+        """
         self._losses.append(loss.detach())
 
     def may_update(self, step: int) -> bool:
-        """Whether all that the step made is finite on all ranks, or False if it is one of those that may be skipped.
+        """Returns True if all of this step is finite on all ranks, or False if it is skipped.
 
         Raises:
-            UserError: something is not finite; on all ranks.
+            UserError: on all ranks, if something is not finite and the step may not be skipped.
         """
         losses = torch.stack(self._losses).to(self.device, torch.float64)
         finite, zero = losses.isfinite(), losses.new_zeros(())
@@ -110,12 +117,16 @@ class Guard:
             raise UserError(f"step {step}: not finite: {self._names(found)}; {self._advice(found)}")
         self.skipped, self.skipping = self.skipped + 1, True
         say(
-            f"step {step}: not finite: {self._names(found)}; skipped, number {self.skipped} of {self.allowed}"
+            f"step {step}: not finite: {self._names(found)}; "
+            f"skipped, number {self.skipped} of {self.allowed}"
         )
         return False
 
     def check_weights(self, step: int) -> None:
-        """Raises UserError on all ranks if a weight that is trained is not finite. One all-reduce of 1 float64."""
+        """Raises UserError on all ranks if a trained weight is not finite.
+
+        One all-reduce of 1 float64.
+        """
         if any(self._sum(self._bad_weights()[None])):
             found = self._find({})
             raise UserError(
@@ -131,10 +142,13 @@ class Guard:
             torch.distributed.all_reduce(values)
         return values.tolist()
 
-    # ---- what it says --------------------------------------------------------------------------------------------------
+    # ---- what its messages say ----
 
     def _find(self, bad: dict[str, float]) -> Found:
-        """What is not finite, but of gradients only what is no other's consequence. All weights, if they are trained or not."""
+        """Names what is not finite on every rank. Looks at all weights, trained or not.
+
+        Gradients are named only if no weight and no loss explains them.
+        """
         own = {"weights": culprits(self.shards.weights(trained_only=False))}
         if bad.get("loss"):
             own["loss"] = ["the loss"] if not torch.stack(self._losses).isfinite().all() else []
@@ -189,7 +203,10 @@ class Guard:
         if found["weights"]:
             return "go on from an earlier checkpoint, or begin again, with a lower --learning_rate"
         if self.skipped >= self.allowed > 0:
-            return f"the {self.allowed} of --skip_nonfinite are used up: lower --learning_rate, or look at the data"
+            return (
+                f"the {self.allowed} of --skip_nonfinite are used up: lower --learning_rate, "
+                "or look at the data"
+            )
         return "lower --learning_rate, look at the data, or allow --skip_nonfinite N steps"
 
     def _look_for_spike(self, step: int, loss: float) -> None:
@@ -198,9 +215,10 @@ class Guard:
             middle = median(self._last)
             spread = median(abs(value - middle) for value in self._last)
             spiking = loss > max(middle + FAR * spread, MORE * middle, middle + RISE)
-            if spiking and not self._spiking:  # one that stays is said once
+            if spiking and not self._spiking:  # a loss that stays high is reported once
                 say(
-                    f"step {step}: the loss is {loss:.4g}; its median over the last {len(self._last)} steps was {middle:.4g}"
+                    f"step {step}: the loss is {loss:.4g}; "
+                    f"its median over the last {len(self._last)} steps was {middle:.4g}"
                 )
         self.spikes, self._spiking = self.spikes + spiking, spiking
         self._last.append(loss)

@@ -1,4 +1,7 @@
-"""The Hugging Face Trainer with checkpoints that are whole or not there, of any engine, and that stops when it is asked to."""
+"""The Hugging Face Trainer with checkpoints that are complete or absent, under every engine.
+
+It stops when it is asked to.
+"""
 
 import math
 from functools import partial
@@ -26,24 +29,23 @@ from stanford_alpaca.console import say
 from stanford_alpaca.distributed.store import share_from_rank_0
 from stanford_alpaca.errors import ResumeError, Stopped
 
-NUMBERS = (  # flags that are numbers of the optimizer or the schedule
-    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "lr_scheduler_type",
-    "lr_scheduler_kwargs", "max_steps", "num_train_epochs",
+# flags that set numbers of the optimizer or the schedule
+NUMBERS = (
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "max_steps", "num_train_epochs",
 )  # fmt: skip
-HELD = (
-    "weight_decay",
-    "betas",
-    "eps",
-)  # of a group of parameters; what else stands there may be an optimizer's state
-OWED = "owed evaluation"  # in the state of a run that was stopped
+# numbers of a parameter group that follow the flags; its other entries may be optimizer state
+HELD = ("weight_decay", "betas", "eps")
+OWED = "owed evaluation"  # a key in the state of a run that was stopped
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that a run can be taken from at any moment, and given back.
+    """A Trainer that can stop at any step and resume exactly.
 
     Args:
-        record: what the manifests of its checkpoints say of the run.
-        stop: true when this process has been asked to stop; asked after every step and every batch of an evaluation.
+        record: the run's record, which the manifests of its checkpoints hold.
+        stop: true once this process has been asked to stop. It is read after every step and at
+            every batch of an evaluation.
     """
 
     def __init__(
@@ -55,33 +57,35 @@ class ResumableTrainer(Trainer):
         **kwargs: Any,
     ):
         self.record, self.stop = record or {}, stop
-        self.use_cache = getattr(
-            model.config, "use_cache", None
-        )  # of who generates with it; the Trainer turns it off
+        # Saved models keep this value, for generation. The Trainer turns it off while it trains.
+        self.use_cache = getattr(model.config, "use_cache", None)
         self._saved_at = -1  # the step of the last checkpoint
         super().__init__(model, *args, **kwargs)
 
-    # ---- stopping ------------------------------------------------------------------------------------------------------
+    # ---- stopping ----
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Raises Stopped on all ranks if one was asked to stop, when what was trained is saved."""
+        """Raises Stopped on all ranks if one was asked to stop, after saving what was trained."""
         if self.agreed_to_stop():
             self._leave(*args, **kwargs)
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
-        except Stopped:  # within an evaluation, which is left
+        except Stopped:  # raised in an evaluation, which is dropped
             self._leave(*args, **kwargs)
 
     def _leave(self, *args: Any, **kwargs: Any) -> None:
-        """An evaluation that was due is owed: who goes on makes it first, as it may decide which checkpoint is the best."""
+        """Saves a checkpoint and raises Stopped.
+
+        If an evaluation was due, the checkpoint says so. A resumed run makes that evaluation first,
+        because it may decide which checkpoint is the best.
+        """
         step, saves, state = (
             self.state.global_step,
             self.args.save_strategy != SaveStrategy.NO,
             self.state,
         )
-        ended = state.epoch is not None and math.isclose(
-            state.epoch, round(state.epoch)
-        )  # an epoch
+        # whether an epoch has ended
+        ended = state.epoch is not None and math.isclose(state.epoch, round(state.epoch))
         if self.control.should_evaluate or (
             ended and self.args.eval_strategy == IntervalStrategy.EPOCH
         ):
@@ -95,11 +99,12 @@ class ResumableTrainer(Trainer):
         self.callback_handler.on_train_end(self.args, state, self.control)
         saved = f"checkpoint-{step} is saved: the same command with --resume auto goes on from it"
         raise Stopped(
-            f"stopped after step {step}; {saved if saves else 'nothing is saved (--save_strategy no)'}"
+            f"stopped after step {step}; "
+            f"{saved if saves else 'nothing is saved (--save_strategy no)'}"
         )
 
     def agreed_to_stop(self) -> bool:
-        """Whether any rank was asked to, the same on all."""
+        """Returns whether any rank was asked to stop; the same on all ranks."""
         return self._anyone_stops()
 
     def _anyone_stops(self) -> bool:
@@ -117,14 +122,13 @@ class ResumableTrainer(Trainer):
             )
         return super().prediction_step(*args, **kwargs)
 
-    # ---- resuming ------------------------------------------------------------------------------------------------------
+    # ---- resuming ----
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        if (
-            resume_from_checkpoint is not None and self.is_deepspeed_enabled
-        ):  # which would load what it finds
+        # DeepSpeed would load whatever it finds, so the checkpoint is checked first.
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:
             zero.check_parameters(Path(resume_from_checkpoint), self.model)
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
@@ -134,7 +138,10 @@ class ResumableTrainer(Trainer):
         return prepared
 
     def _make_up_evaluation(self, checkpoint: str) -> None:
-        """The one that a stop has left, see ``_leave``; the checkpoint, which may be saved again, is that of the same step."""
+        """Makes the evaluation that a stop has dropped, see ``_leave``.
+
+        It may save the checkpoint again, which is of the same step.
+        """
         owed = self.state.stateful_callbacks.pop(OWED, None)
         if owed is None or self.eval_dataset is None:
             return
@@ -144,11 +151,11 @@ class ResumableTrainer(Trainer):
             self._save_checkpoint(self.model, None)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # a run that is resumed after its last step
+        # A run may be resumed after its last step.
+        if self.state.global_step >= self.state.max_steps:
             say(
-                f"the checkpoint is of step {self.state.global_step} of {self.state.max_steps}: nothing is trained"
+                f"the checkpoint is of step {self.state.global_step} of {self.state.max_steps}: "
+                "nothing is trained"
             )
             self.control.should_training_stop = True
         else:
@@ -157,8 +164,11 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        sharded = kind_of(Path(resume_from_checkpoint)) == FSDP  # into any engine but ZeRO
-        (fsdp if sharded else plain).load_model(model or self.model, Path(resume_from_checkpoint))
+        # FSDP2's shards load into any engine but ZeRO.
+        sharded = kind_of(Path(resume_from_checkpoint)) == FSDP
+        (fsdp if sharded else plain).restore_model(
+            model or self.model, Path(resume_from_checkpoint)
+        )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -177,29 +187,30 @@ class ResumableTrainer(Trainer):
             self._hold_to_flags(manifest.read(Path(checkpoint))["run"])
 
     def _hold_to_flags(self, before: dict[str, Any]) -> None:
-        """Gives the optimizer and the schedule the numbers of this run's flags: the checkpoint brought along those of its own.
+        """Gives the optimizer and the schedule the numbers of this run's flags.
 
-        A schedule that is no function of the step keeps what it has come to; its flags cannot change (``record.FIXED``).
+        They replace the checkpoint's numbers. A schedule that is no function of the step keeps its
+        state, and its flags cannot change (PLATEAU_FLAGS in run/record.py).
         """
-        scheduler: Any = getattr(
-            self.lr_scheduler, "scheduler", self.lr_scheduler
-        )  # accelerate's is around it
+        # accelerate wraps the schedule.
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         follows_steps, groups = isinstance(scheduler, LambdaLR), self.optimizer.param_groups
-        if not self._asked or type(scheduler).__module__.startswith(
-            "deepspeed"
-        ):  # DeepSpeed's configuration has its own
+        # An optimizer or a schedule of DeepSpeed's own takes its numbers from its configuration.
+        if not self._asked or type(scheduler).__module__.startswith("deepspeed"):
             changed = [name for name in NUMBERS if self.record.get(name) != before.get(name)]
             if changed:
                 raise ResumeError(
-                    f"--{changed[0]} has changed, and --deepspeed names an optimizer or a schedule of DeepSpeed's own, which "
-                    "goes on with the checkpoint's; give the same command to go on"
+                    f"--{changed[0]} has changed, and --deepspeed names an optimizer or a schedule "
+                    "of DeepSpeed's own, which goes on with the checkpoint's; "
+                    "give the same command to go on"
                 )
             return
+        # DeepSpeed's optimizer leaves out groups without parameters.
         asked = (
             self._asked
             if len(self._asked) == len(groups)
             else [of for of in self._asked if of["size"]]
-        )  # DeepSpeed's
+        )
         for group, numbers in zip(groups, asked, strict=True):
             group |= {name: numbers[name] for name in HELD if name in numbers}
         if follows_steps:
@@ -214,7 +225,10 @@ class ResumableTrainer(Trainer):
                 group |= {"initial_lr": base, "lr": rate}
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Those of other ranks than there are now would not fit: then they follow from seed and step."""
+        """Restores the random states.
+
+        If the number of ranks has changed they would not fit, so they follow from seed and step.
+        """
         if (
             checkpoint is not None
             and manifest.read(Path(checkpoint))["world_size"] != self.args.world_size
@@ -230,7 +244,8 @@ class ResumableTrainer(Trainer):
             found = manifest.problems(best)
             if found:
                 raise ResumeError(
-                    f"{best}, the best checkpoint: {found[0]}; without --load_best_model_at_end the last is kept"
+                    f"{best}, the best checkpoint: {found[0]}; "
+                    "without --load_best_model_at_end the last is kept"
                 )
             refuse_code(best)
 
@@ -240,7 +255,11 @@ class ResumableTrainer(Trainer):
         self._load_from_checkpoint(str(best))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer would delete all but the best checkpoint also where the last weights are what is to be saved."""
+        """Keeps the Trainer from deleting checkpoints, unless the best model is saved.
+
+        With --save_total_limit 1 it would delete all but the best checkpoint, even if the
+        last weights are saved.
+        """
         limit = self.args.save_total_limit
         if not self.args.load_best_model_at_end:
             self.args.save_total_limit = None
@@ -249,10 +268,10 @@ class ResumableTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
 
-    # ---- saving --------------------------------------------------------------------------------------------------------
+    # ---- saving ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A folder checkpoint-N that is whole, on the disk and has a manifest, or none; see ``Staged``."""
+        """Saves a folder checkpoint-N that is complete and on the disk, or none; see ``Staged``."""
         args, step = self.args, self.state.global_step
         target = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         self.store_flos()
@@ -276,14 +295,21 @@ class ResumableTrainer(Trainer):
         self._saved_at = step
 
     def set_use_cache(self, value: bool | None) -> None:
-        """Of a configuration that has none (its parts have their own), None takes the Trainer's away."""
+        """Sets ``use_cache`` in the model's configuration.
+
+        None removes the Trainer's value from a configuration that had none of its own. The parts
+        of such a configuration have theirs.
+        """
         if value is None:
             vars(self.model.config).pop("use_cache", None)
         else:
             self.model.config.use_cache = value
 
     def _bytes_needed(self) -> int:
-        """Of the next checkpoint: as many as the last one had, or at least those of weights and optimizer."""
+        """Returns the size of the next checkpoint: that of the last one.
+
+        Without a last one, returns the least size of the weights and the optimizer state.
+        """
         try:
             return manifest.size(manifest.checkpoints(Path(str(self.args.output_dir)))[0])
         except (IndexError, ResumeError):
@@ -293,7 +319,11 @@ class ResumableTrainer(Trainer):
             )
 
     def save_finished(self) -> dict[str, Any]:
-        """The finished model into the output folder, when it is whole; what the folder's manifest will say of its files."""
+        """Moves the finished model into the output folder once it is complete.
+
+        Returns:
+            What the folder's manifest will say of its files.
+        """
         staged = Staged(
             Path(str(self.args.output_dir)) / "model", self.args.process_index, self.args.world_size
         )
@@ -309,7 +339,10 @@ class ResumableTrainer(Trainer):
         self.state.save_to_json(str(Path(folder) / TRAINER_STATE_NAME))
 
     def _prepare_engines_files(self, folder: Path) -> None:
-        """What an engine would make where its other ranks wait for the one that cannot."""
+        """Makes folders and files that the engine would otherwise make itself.
+
+        If one rank failed to make them inside the engine, its other ranks would wait for it.
+        """
         if self.is_fsdp_enabled:
             for name in (fsdp.MODEL, fsdp.OPTIMIZER):
                 (folder / name).mkdir(exist_ok=True)
@@ -319,7 +352,11 @@ class ResumableTrainer(Trainer):
             )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """DeepSpeed's ranks wait for one another within it: one that cannot write goes on, and says so when all are through."""
+        """Saves the optimizer and the schedule.
+
+        DeepSpeed's ranks wait for one another while they save. So a rank that cannot write goes
+        on, and raises its error when all ranks are through.
+        """
         if not self.is_deepspeed_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
         engine, failed = self.model_wrapped, []
@@ -333,9 +370,8 @@ class ResumableTrainer(Trainer):
 
         files.save = save_or_go_on
         engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)
-        engine._copy_recovery_script = lambda folder: (
-            None
-        )  # a script of DeepSpeed's, whose work is that of ``export``
+        # ``export`` does the work of DeepSpeed's recovery script.
+        engine._copy_recovery_script = lambda folder: None
         try:
             super()._save_optimizer_and_scheduler(output_dir)
         finally:
@@ -345,13 +381,15 @@ class ResumableTrainer(Trainer):
             raise failed[0]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A plain Hugging Face folder in the masters' dtype (LoRA: peft's) from every engine. Pushed when it is complete.
+        """Saves a plain Hugging Face folder in the masters' dtype (LoRA: peft's) from any engine.
 
-        A checkpoint whose shards will be saved to resume from has no weights beside them: ``export`` makes them.
+        It is pushed later, when the output folder is complete. A checkpoint with shards to resume
+        from gets no plain weights beside them: ``export`` makes them.
         """
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             return super().save_model(output_dir, _internal_call=True)
-        adapter = isinstance(self.model, PeftModel)  # small, so it is always whole
+        # An adapter is small, so it is always saved whole.
+        adapter = isinstance(self.model, PeftModel)
         if not _internal_call or self.args.save_only_model or adapter:
             return self._save(
                 output_dir, full_state_dict(self.model, self.args.should_save, trained_only=adapter)
@@ -361,30 +399,32 @@ class ResumableTrainer(Trainer):
                 part.save_pretrained(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Without training_args.bin: a pickle that nobody here reads, with the hub's token in it."""
+        """Saves the model and the tokenizer, but not training_args.bin.
+
+        That file is a pickle that nobody here reads, and it holds the hub's token.
+        """
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        only = (
-            {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        )  # but for those that are trained
+        # peft then saves only those embedding layers that are trained.
+        only = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
         model.save_pretrained(folder, state_dict=state_dict, **only)
         if only:
-            (folder / "README.md").unlink(
-                missing_ok=True
-            )  # peft's card: a run writes its own when all else is hashed
-            model.generation_config.save_pretrained(folder)  # which peft leaves to the base
+            # peft's model card. The run writes its own when all other files are hashed.
+            (folder / "README.md").unlink(missing_ok=True)
+            model.generation_config.save_pretrained(folder)  # peft does not save it
         self.processing_class.save_pretrained(folder)
-        # ZeRO's model may be in bfloat16, the weights written are the masters; an adapter has no such configuration
+        # ZeRO's model may be in bfloat16, but the weights that are written are the masters. An
+        # adapter has no configuration of this kind.
         if state_dict and not isinstance(model, PeftModel):
             self.model.config.dtype = next(iter(state_dict.values())).dtype
             self.model.config.save_pretrained(folder)
 
 
 def _numbers_of(group: dict[str, Any]) -> dict[str, Any]:
-    """What an optimizer was made with for a group of parameters, and how many there are in it."""
+    """Returns the numbers that an optimizer has for a parameter group, and the group's size."""
     return {name: group[name] for name in ("lr", *HELD) if name in group} | {
         "size": len(group["params"])
     }

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with what EMO needs and no more: its numbers in the log, token-weighted evaluation."""
+"""The Hugging Face Trainer with what EMO needs: its log entries and token-weighted evaluation."""
 
 import contextlib
 import math
@@ -38,19 +38,27 @@ from stanford_alpaca.training.stopwatch import Stopwatch
 class EmoTrainer(ResumableTrainer):
     """A Trainer for a model with an attached objective and one of our collators.
 
-    Each log entry of training also has ``nll``, ``emo`` (where the mode computes it), ``target_prob`` (means over the
-    supervised tokens of all ranks since the last entry), ``supervised_tokens_per_s`` (all ranks together, without the first
-    step, evaluation and saves) and, at 16 bits on a device of known peak, ``mfu``, this rank's model FLOPs utilisation.
-    With packed rows it has ``examples``: how many a step saw, on average since the last entry.
-    Evaluation sums over the supervised tokens of all ranks and divides once, so it does not depend on batch size or world
-    size. The training set is filled up to whole global batches with fully masked rows,
-    which the sampler shuffles in: no example is seen twice or dropped, whatever the world size.
+    Each log entry of training also has:
 
-    No update is made of what is not finite, see ``Guard``; a step that is skipped leaves no trace in the log's means. The log
-    has ``skipped_steps`` and ``loss_spikes``, both since the run began, once there are any.
+    - ``nll``, ``target_prob`` and, where the mode computes it, ``emo``: means over the supervised
+      tokens of all ranks since the last entry.
+    - ``supervised_tokens_per_s``: of all ranks together, without the first step, evaluation and
+      saves.
+    - ``mfu``, at 16 bits on a device of known peak: this rank's model FLOPs utilisation.
+    - ``examples``, with packed rows: how many a step saw, on average since the last entry.
+    - ``skipped_steps`` and ``loss_spikes``, once there are any: both since the run began.
 
-    Collectives of its own: one all-reduce of 5 float64 per step (``Guard``: it also carries whether any rank was asked to
-    stop), per log entry and per evaluation, of 1 more per entry with packed rows.
+    Evaluation sums over the supervised tokens of all ranks and divides once, so it does not depend
+    on batch size or world size. The training set is filled up to whole global batches with fully
+    masked rows, which the sampler shuffles in. So no example is seen twice or dropped, whatever the
+    world size.
+
+    No update is made from what is not finite, see ``Guard``. A skipped step leaves no trace in the
+    log's means.
+
+    Collectives of its own: one all-reduce of 5 float64 per step, per log entry and per evaluation.
+    That of a step is the ``Guard``'s, and also carries whether any rank was asked to stop. With
+    packed rows, a log entry has one more of 1 float64.
     """
 
     data_collator: Collator
@@ -58,26 +66,24 @@ class EmoTrainer(ResumableTrainer):
 
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
-        self.model_accepts_loss_kwargs = (
-            True  # the objective does, whatever the model's own forward says
-        )
+        # The objective accepts them, whatever the model's own forward says.
+        self.model_accepts_loss_kwargs = True
         self.emo: AttachedObjective = self.accelerator.unwrap_model(self.model).emo_objective
         self.watch = Stopwatch()
         self.guard = Guard(
             self.args.device, self.args.world_size, self.args.skip_nonfinite, fp16=self.args.fp16
         )
         self.guard.stop_requested = lambda: bool(self.stop)
-        self._steps = 0  # of this call of train()
-        self._tokens: Any = 0  # the targets of its steps, without the first step's
-        self._flops: Any = 0.0  # the same of this rank's work
+        self._steps = 0  # the steps of this call of train()
+        self._tokens: Any = 0  # the targets of these steps, without the first step's
+        self._flops: Any = 0.0  # this rank's FLOPs in these steps, without the first step's
         self._packed = isinstance(self.train_dataset, PackedExamples)
-        self._examples: Any = 0  # this rank's, of the steps since the last log entry
-        self._logged_steps = 0  # steps at the last log entry
+        self._examples: Any = 0  # this rank's examples since the last log entry
+        self._logged_steps = 0  # the value of _steps at the last log entry
         self._peak = peak_flops() if self.args.bf16 or self.args.fp16 else None
         self._linear, self._quadratic = training_flops(self.model) if self._peak else (0.0, 0.0)
-        if isinstance(
-            self.train_dataset, Dataset | PackedExamples
-        ):  # a stream has no end to fill up
+        # A stream has no end to fill up.
+        if isinstance(self.train_dataset, Dataset | PackedExamples):
             batch = (
                 self.args.train_batch_size
                 * self.args.gradient_accumulation_steps
@@ -89,26 +95,24 @@ class EmoTrainer(ResumableTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if (
-            self.is_deepspeed_enabled
-        ):  # else accelerate takes it from DeepSpeed's configuration, and warns
+        if self.is_deepspeed_enabled:
+            # Otherwise accelerate takes it from DeepSpeed's configuration, and warns.
             self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
             restrict_deepspeed()
         activate_fsdp(self)
 
-    # ---- training ------------------------------------------------------------------------------------------------------
+    # ---- training ----
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if self._steps == 0:
             check_engine(self)
             self._start_guard()
         if self._steps == 1:
-            self.watch.start()  # the first step, with its warming up, has ended
+            self.watch.start()  # the first step, with its warm-up, has ended
         samples, num_items = super().get_batch_samples(*args, **kwargs)
         if self._steps >= 1:
-            self._tokens = (
-                self._tokens + num_items
-            )  # a tensor on the device: no synchronisation here
+            # A tensor on the device, so this does not synchronise.
+            self._tokens = self._tokens + num_items
             if self._peak:
                 sums = [count_tokens(sample) for sample in samples]
                 self._flops = self._flops + sum(
@@ -129,7 +133,7 @@ class EmoTrainer(ResumableTrainer):
             self._compute_again if isinstance(self.model_wrapped, DistributedDataParallel) else None
         )
         self.guard.start(shards, self.state.stateful_callbacks.get("guard", {}), again)
-        if zero is not None:  # whose backward pass makes the update
+        if zero is not None:  # DeepSpeed's backward pass makes the update
             gate_step(zero, lambda: self.guard.may_update(self.state.global_step + 1))
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -148,24 +152,22 @@ class EmoTrainer(ResumableTrainer):
             return loss
         self._tr_loss.copy_(self._loss_before)
         self.emo.train_meter.back()
-        self._globalstep_last_logged += 1  # means are over the steps that count
+        self._globalstep_last_logged += 1  # the log's means leave out skipped steps
         self._initial_global_step += 1
         return torch.zeros_like(loss)
 
     def _drop_gradients(self) -> None:
         for parameter in self.model_wrapped.parameters():
             if parameter.grad is not None and self.args.fp16:
-                parameter.grad.fill_(math.nan)  # the loss scaler does the skipping
+                parameter.grad.fill_(math.nan)  # makes the loss scaler skip the update
             else:
-                parameter.grad = (
-                    None  # so that an optimizer leaves all as it is, its moments and its decay too
-                )
-        self._mixed_mesh_grads = (
-            None  # which the Trainer would find out from gradients that are not there
-        )
+                # Without a gradient the optimizer changes nothing: no weight decay, no moments.
+                parameter.grad = None
+        # The Trainer works this out from the gradients, and there are none now.
+        self._mixed_mesh_grads = None
 
     def _compute_again(self) -> None:
-        """The gradients of the present step once more, but each rank's own, where DDP has averaged them."""
+        """Computes this step's gradients again: each rank's own, not DDP's mean over the ranks."""
         model, (samples, num_items) = self.model_wrapped, self._batch
         model.zero_grad()
         with preserved_rng(), self.accelerator.no_sync(model):
@@ -174,24 +176,29 @@ class EmoTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        if (
-            self.args.balance_lengths
-        ):  # after accelerate has chosen the sampler, so that the shuffling is the same
-            batches = getattr(
-                loader.batch_sampler, "batch_sampler", loader.batch_sampler
-            )  # of all ranks
+        # This comes after accelerate has chosen the sampler, so the shuffling stays the same.
+        if self.args.balance_lengths:
+            # the batch sampler of all ranks
+            batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)
             data, args = self.train_dataset, self.args
             lengths = data.row_lengths() if self._packed else example_lengths(data)
             loader.set_sampler(
                 BalancedSampler(
-                    batches.sampler, lengths, args.train_batch_size, args.world_size, args.gradient_accumulation_steps,
+                    batches.sampler,
+                    lengths,
+                    args.train_batch_size,
+                    args.world_size,
+                    args.gradient_accumulation_steps,
                     padded=isinstance(self.data_collator, PadCollator),
                 )
-            )  # fmt: skip
+            )
         return loader
 
     def examples_per_step(self) -> float:
-        """Examples of all ranks in a step, on average since the last call; one all-reduce of 1 float64."""
+        """Returns the mean number of examples in a step, over all ranks, since the last call.
+
+        One all-reduce of 1 float64.
+        """
         examples = torch.as_tensor(self._examples, dtype=torch.float64, device=self.args.device)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(examples)
@@ -200,7 +207,7 @@ class EmoTrainer(ResumableTrainer):
         return float(examples) / steps
 
     def supervised_tokens_per_s(self) -> float | None:
-        """Targets that entered the loss on all ranks per second of training, or None in the first step."""
+        """Returns all ranks' supervised tokens per second of training; None in the first step."""
         return float(self._tokens) / self.watch.seconds if self.watch.seconds > 0 else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -208,7 +215,7 @@ class EmoTrainer(ResumableTrainer):
             sums = self.emo.train_meter.drain(self.args.device, over_ranks=self.args.world_size > 1)
             if sums.tokens:
                 logs["nll"] = sums.nll / sums.tokens
-                if self.emo.teacher is None:  # else exp(-nll) is no probability
+                if self.emo.teacher is None:  # with a teacher, exp(-nll) is no probability
                     logs["target_prob"] = sums.target_prob / sums.tokens
                 if self.emo.objective.needs_emo:
                     logs["emo"] = sums.emo / sums.tokens
@@ -236,11 +243,11 @@ class EmoTrainer(ResumableTrainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def save_finished(self) -> dict[str, Any]:
-        if self._steps:  # else it is what was loaded
+        if self._steps:  # otherwise the weights are those that were loaded
             self.guard.check_weights(self.state.global_step)
         return super().save_finished()
 
-    # ---- evaluation ----------------------------------------------------------------------------------------------------
+    # ---- evaluation ----
 
     def evaluation_loop(
         self,
@@ -250,12 +257,10 @@ class EmoTrainer(ResumableTrainer):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> EvalLoopOutput:
-        """Token-weighted: loss, nll, perplexity, target_prob and, with a cost, emo."""
+        """Returns token-weighted loss, nll, perplexity, target_prob and, with a cost, emo."""
         self.emo.eval_meter.drain("cpu")
-        with (
-            self.watch.paused(),
-            preserved_rng(),
-        ):  # a run that is resumed after it is as one that was not
+        # Random states are kept, so a run resumed after an evaluation goes on as if uninterrupted.
+        with self.watch.paused(), preserved_rng():
             output = super().evaluation_loop(
                 dataloader,
                 description,
@@ -282,34 +287,36 @@ class EmoTrainer(ResumableTrainer):
             pad_to_multiple(dataset, batch, self.data_collator.pad_id)
         )
 
-    # ---- the hub -------------------------------------------------------------------------------------------------------
+    # ---- the hub ----
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         with _hub(
-            f"--hub_model_id {self.args.hub_model_id}: there is no such repository and it cannot be made"
+            f"--hub_model_id {self.args.hub_model_id}: "
+            "there is no such repository and it cannot be made"
         ):
             super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         with _hub(
-            f"--push_to_hub: the model is complete in {self.args.output_dir}, but could not be uploaded"
+            f"--push_to_hub: the model is complete in {self.args.output_dir}, "
+            "but could not be uploaded"
         ):
             return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """What goes to the hub with the model, unless the output folder has a better one."""
+        """Writes the Trainer's model card, unless the output folder already has the run's own."""
         if not (Path(str(self.args.output_dir)) / "README.md").exists():
             super().create_model_card(*args, **kwargs)
 
 
 def preserved_rng() -> contextlib.AbstractContextManager:
-    """Within it random numbers may be drawn; afterwards it is as if none had been."""
+    """Returns a context that restores the random states at its end."""
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 @contextlib.contextmanager
 def _hub(message: str) -> Iterator[None]:
-    """Makes of what the hub's client raises a UserError: no network, no permission, no space."""
+    """Turns errors of the hub's client into a UserError: no network, no permission, no space."""
     try:
         yield
     except Exception as error:

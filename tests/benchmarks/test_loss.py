@@ -1,6 +1,7 @@
-"""The benchmark of the loss, on a tiny shape: that contenders compute what they are named for, and what is printed and kept.
+"""Tests the benchmark of the loss on a tiny shape.
 
-Measuring processes are replaced by this one.
+Checks that contenders compute what they are named for, and what is printed and kept. Measuring
+processes are replaced by this process.
 """
 
 import json
@@ -34,7 +35,7 @@ FLAGS = {
 
 
 class Here:
-    """An executor that runs what is submitted at once."""
+    """An executor that runs what is submitted immediately, in this process."""
 
     def submit(self, function, *arguments):
         future = Future()
@@ -78,9 +79,8 @@ def test_a_contender_computes_what_it_is_named_for(name):
         expected = cross_entropy(same.hidden @ same.weight.T, same.targets)
     ours.backward()
     expected.backward()
-    tolerance = (
-        {"rtol": 1e-2, "atol": 1e-3} if kind == "cached" else {"rtol": 1e-3, "atol": 1e-6}
-    )  # cached rows are bf16
+    # cached cost rows are in bf16
+    tolerance = {"rtol": 1e-2, "atol": 1e-3} if kind == "cached" else {"rtol": 1e-3, "atol": 1e-6}
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(batch.hidden.grad, same.hidden.grad, **tolerance)
     torch.testing.assert_close(batch.weight.grad, same.weight.grad, **tolerance)
@@ -100,14 +100,22 @@ def test_the_batch_looks_like_a_language_models():
 
 def test_every_contender_has_its_row_and_its_line_of_json(here, tmp_path, capsys):
     loss.run(results=str(tmp_path), **FLAGS)
-    loss.run(results=str(tmp_path), **FLAGS)  # takes the place of the first
+    loss.run(results=str(tmp_path), **FLAGS)  # replaces the rows of the first run
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "loss-cpu.jsonl").read_text().splitlines()]
     assert sorted(row["contender"] for row in rows) == sorted(["floor", *CONTENDERS])
     assert "N=64 H=16 V=300 float32, Zipf-distributed targets, 54.7 % unique" in out
     for row in rows:
-        assert row["case"] == {"shape": "own", "hidden": 16, "vocab": 300, "tokens": 64, "device": "cpu", "dtype": "float32",
-                               "targets": "zipf", "unique_targets": 0.5469}  # fmt: skip
+        assert row["case"] == {
+            "shape": "own",
+            "hidden": 16,
+            "vocab": 300,
+            "tokens": 64,
+            "device": "cpu",
+            "dtype": "float32",
+            "targets": "zipf",
+            "unique_targets": 0.5469,
+        }
         assert os.uname().nodename not in json.dumps(row["machine"])
         if "left_out" in row:
             assert f"left out: {row['contender']}: {row['left_out']}" in out
@@ -140,13 +148,15 @@ def test_ratios_are_of_ours_with_the_launcher_to_the_others_at_their_best(capsys
         "| chunked-frozen | 0.8000 (0.0000-9.0000) | 1.2500 (0.0000-9.0000) | 12 | 9 | 3 "
     )
     assert lines[-1].endswith("| 0.62 | 1.25 | 0.31 | 1.25 | 40 % |")
-    assert lines[3].endswith("| 1.00 | 2.00 | 0.50 | 2.00 | 25 % |")  # plain: at its better one
+    # plain counts under its faster allocator
+    assert lines[3].endswith("| 1.00 | 2.00 | 0.50 | 2.00 | 25 % |")
 
 
 def test_peak_memory_of_plain_cross_entropy():
     case = replace(TINY, hidden=8, vocab=32000, tokens=512)
     peaks = measure.cpu_peak(measure.Setup(case, (), threads=1), "plain")
-    logits = 512 * 32000 * 4 / 2**20  # log-probabilities, their gradient and that of the logits
+    # log-probabilities, their gradient, and the gradient of the logits
+    logits = 512 * 32000 * 4 / 2**20
     assert peaks["peak_tensors_mib"] == pytest.approx(3 * logits, rel=1e-3)
     assert 2.9 * logits < peaks["peak_extra_mib"] < 3.5 * logits
     assert abs(peaks["kept_mib"]) < 1
@@ -159,8 +169,14 @@ def test_a_frozen_cost_is_kept_between_steps():
 
 
 def test_the_allocator_settings_take_effect():
-    """Freed blocks stay: what is allocated again faults no more than a few pages in."""
-    code = "import resource\nfor _ in range(8): b'x' * 2**26\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    """Freed blocks stay with the process.
+
+    So allocating them again causes only a few page faults.
+    """
+    code = (
+        "import resource\nfor _ in range(8): b'x' * 2**26\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    )
 
     def faults(variables):
         environment = {

@@ -1,4 +1,7 @@
-"""The sweep over modes: what is run, what is kept, what the tables say. Training itself is replaced by fixed figures."""
+"""Tests the sweep over modes: what is run, what is kept, and what the tables show.
+
+Fixed figures replace training.
+"""
 
 import json
 
@@ -7,13 +10,25 @@ import pytest
 from benchmarks import modes
 from stanford_alpaca.errors import UserError
 
-FIGURES = {"nll": 0.5, "emo": 0.125, "token_accuracy": 0.75, "norm_first": 4.0, "norm_p10": 0.5, "norm_median": 1.0,
-           "norm_p90": 2.0, "clipped": 0.5, "steps": 2}  # fmt: skip
+FIGURES = {
+    "nll": 0.5,
+    "emo": 0.125,
+    "token_accuracy": 0.75,
+    "norm_first": 4.0,
+    "norm_p10": 0.5,
+    "norm_median": 1.0,
+    "norm_p90": 2.0,
+    "clipped": 0.5,
+    "steps": 2,
+}
 
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The runs that were made: exact match is seed / 100, ten points more at the higher learning rate."""
+    """Returns the list of runs that were made.
+
+    Exact match is seed / 100, and ten points higher at the higher learning rate.
+    """
     made = []
 
     def one_run(*key):

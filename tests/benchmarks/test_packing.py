@@ -1,4 +1,4 @@
-"""The layouts of the packing benchmark hold the same work."""
+"""Checks that the layouts of the packing benchmark hold the same work."""
 
 import re
 

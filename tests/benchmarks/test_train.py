@@ -1,4 +1,7 @@
-"""The benchmark of full training counts the same for TRL and for us, and what it says of traffic is what ranks received."""
+"""Tests the benchmark of full training.
+
+It counts the same targets for TRL and for us. Its traffic figures are what ranks received.
+"""
 
 import json
 
@@ -15,7 +18,7 @@ SHAPE = Shape(layers=1, hidden=16, vocab=400)
 
 @pytest.fixture
 def inputs(root, tmp_path):
-    """A folder with 8 records, one global batch, of answers of several lengths."""
+    """A folder with 8 records, one global batch, whose answers have several lengths."""
     assert (
         make_inputs(tmp_path, str(root / "data" / "instructions" / "train.json"), 15, 8, 256, SHAPE)
         == 8
@@ -26,9 +29,8 @@ def inputs(root, tmp_path):
 def test_trl_and_we_count_the_same_targets_and_not_those_of_the_first_step(inputs):
     tokenizer = AutoTokenizer.from_pretrained(inputs / MODEL)
     records = json.loads((inputs / RECORDS).read_text())
-    epoch = sum(
-        len(tokenizer(record["output"])["input_ids"]) + 1 for record in records
-    )  # and the end of sequence
+    # plus the end-of-sequence token
+    epoch = sum(len(tokenizer(record["output"])["input_ids"]) + 1 for record in records)
     for contender in ("trl", "emo-padding_free"):
         (figures,) = run_everywhere(Job(contender, str(inputs), 3, 8, 256, "cpu", 1))
         assert figures["targets"] == 2 * epoch
@@ -39,19 +41,28 @@ def test_two_processes_count_what_they_receive(inputs):
     job = Job("emo", str(inputs), 2, 4, 256, "cpu", 1, 2, "ddp", count=True)
     ranks = run_everywhere(job)
     row = scaling_row(job, ranks, SHAPE.config(256))
-    assert row["targets"] == sum(
-        rank["targets"] for rank in ranks
-    )  # an epoch is one step: the counted one has them too
-    assert (
-        row["bytes_by_kind"]["all-reduce"] == row["estimated_bytes"] + 40
-    )  # gradients in float32, over a ring; the guard
+    # An epoch is one step, so the counted step has the same targets.
+    assert row["targets"] == sum(rank["targets"] for rank in ranks)
+    # Gradients in float32, over a ring; the other 40 bytes are the guard's.
+    assert row["bytes_by_kind"]["all-reduce"] == row["estimated_bytes"] + 40
     assert row["bytes"] == pytest.approx(row["estimated_bytes"], rel=1e-2)
 
 
 def test_the_table_sets_ours_against_the_like_of_it():
     def row(name, **rates):
-        runs = {place: [{"tokens_per_s": rate, "seconds": 2.0, "targets": 40, "positions": 90, "peak_mib": 7.4, "steps": 4}]
-                for place, rate in rates.items()}  # fmt: skip
+        runs = {
+            place: [
+                {
+                    "tokens_per_s": rate,
+                    "seconds": 2.0,
+                    "targets": 40,
+                    "positions": 90,
+                    "peak_mib": 7.4,
+                    "steps": 4,
+                }
+            ]
+            for place, rate in rates.items()
+        }
         return {"contender": name, "runs": runs}
 
     rows = [
@@ -71,9 +82,8 @@ def test_the_paper_estimate_reaches_1024():
     }
     received = {key: cells[:3] for key, cells in lines.items()}
     assert received["| fsdp", "replicate"] == ["46.94", "52.81", "53.59"]
-    assert (
-        received["| fsdp", "vocab_parallel"][2] == "-"
-    )  # 32000 rows leave nothing to some of 1024 ranks
+    # With 1024 ranks, some would get none of the 32000 rows.
+    assert received["| fsdp", "vocab_parallel"][2] == "-"
 
 
 def test_mistakes_are_told_before_anything_is_measured(tmp_path):

@@ -1,4 +1,4 @@
-"""The manifest: what it finds, and that it is not led out of its folder."""
+"""The manifest: which damage it finds, and that it refuses paths outside its folder."""
 
 import json
 
@@ -10,7 +10,7 @@ from stanford_alpaca.errors import ResumeError
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint of two files, one in a folder of its own."""
+    """Returns a checkpoint of two files, one of them in a subfolder."""
     place = tmp_path / "checkpoint-3"
     (place / "part").mkdir(parents=True)
     (place / "a.pt").write_bytes(b"first")
@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 def change_entry(folder, name, **changes):
-    """Rewrites the manifest, with a sum that fits."""
+    """Changes one entry of the manifest and writes a matching checksum."""
     content = manifest.read(folder)
     content["files"][name] = content["files"].get(name, {"bytes": 1, "sha256": ""}) | changes
     del content["sum"]
@@ -37,8 +37,9 @@ def test_a_whole_folder_has_no_problems_and_says_what_it_is(folder):
     content = manifest.read(folder)
     assert (content["step"], content["run"]) == (3, {"seed": 1})
     assert content["files"]["part/b.distcp"] == {
-        "bytes": 6, "sha256": "16367aacb67a4a017c8da8ab95682ccb390863780f7114dda0a0e0c55644c7c4"
-    }  # fmt: skip
+        "bytes": 6,
+        "sha256": "16367aacb67a4a017c8da8ab95682ccb390863780f7114dda0a0e0c55644c7c4",
+    }
     assert manifest.size(folder) == 11
     (folder / "notes.txt").write_text("a user's")
     assert manifest.problems(folder) == []

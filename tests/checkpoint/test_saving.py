@@ -1,4 +1,7 @@
-"""Staging: whole or not at all, old ones kept until the new one is there, errors of disks in words."""
+"""Staging: a checkpoint appears whole or not at all, and disk errors are reported in words.
+
+An old checkpoint stays until the new one is there.
+"""
 
 import errno
 import os
@@ -26,7 +29,7 @@ def save(target, text="new"):
 def test_a_folder_appears_when_it_is_whole_and_replaces_what_was_there(tmp_path):
     target = tmp_path / "checkpoint-2"
     (tmp_path / ".deleting-checkpoint-1").mkdir()
-    (tmp_path / ".saving" / "checkpoint-1").mkdir(parents=True)  # of a run that was killed
+    (tmp_path / ".saving" / "checkpoint-1").mkdir(parents=True)  # left by a killed run
     staged = Staged(target, 0, 1)
     staged.write(lambda: (staged.folder / "a.txt").write_text("old"))
     assert not target.exists()
@@ -36,9 +39,8 @@ def test_a_folder_appears_when_it_is_whole_and_replaces_what_was_there(tmp_path)
     assert (target / "a.txt").read_text() == "new" and os.listdir(tmp_path) == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize(
-    "name", ["remove", "flush_folders"]
-)  # killed before the old one goes, and when it has gone
+# The run is killed after the old folder has been removed, or before.
+@pytest.mark.parametrize("name", ["remove", "flush_folders"])
 def test_a_checkpoint_that_is_replaced_is_there_whenever_the_run_is_killed(
     tmp_path, monkeypatch, name
 ):
@@ -80,7 +82,8 @@ def test_what_the_disk_refuses_is_one_line_and_leaves_what_was_saved(tmp_path, w
     staged = Staged(tmp_path / "checkpoint-2", 0, 1)
     with pytest.raises(
         UserError,
-        match=rf"checkpoint-2: cannot be saved \(.*{reason}.*nothing that was saved before has changed",
+        match=rf"checkpoint-2: cannot be saved \(.*{reason}.*"
+        r"nothing that was saved before has changed",
     ):
         staged.write(write)
     assert manifest.problems(good) == [] and not (tmp_path / "checkpoint-2").exists()
@@ -136,8 +139,8 @@ def test_all_ranks_write_and_all_hear_of_the_one_that_could_not(tmp_path):
         (1, 2, [], 4, [2, 4]),
         (2, 1, [], 4, [1, 4]),
         (2, 4, [], 4, [3, 4]),
-        (2, None, [3], 4, [2, 4]),  # the damaged one takes no place
-        (1, None, [], 3, [3, 4]),  # a newer one, whose bits may be wrong: it was passed over
+        (2, None, [3], 4, [2, 4]),  # a damaged checkpoint does not count towards the limit
+        (1, None, [], 3, [3, 4]),  # a newer checkpoint that the run did not resume from is kept
         (2, None, [4], 3, [2, 3, 4]),
     ],
 )
@@ -178,7 +181,10 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_said(tmp_path, monkeypatch,
 
 
 def train_on_a_full_disk(argv, ranks_and_names):
-    """What the run says that cannot make a file or folder of these names, each on its rank."""
+    """Returns the error of a run that cannot create these files or folders.
+
+    Each pair is the rank on which the name is refused, and the name.
+    """
 
     def refuse(event, args):
         saving = (
@@ -187,9 +193,8 @@ def train_on_a_full_disk(argv, ranks_and_names):
             and f"{os.sep}out{os.sep}" in str(args[0])
         )
         if saving and (torch.distributed.get_rank(), Path(str(args[0])).name) in ranks_and_names:
-            raise RuntimeError(
-                "No space left on device"
-            )  # mkdir overlooks an OSError where another rank was faster
+            # Not an OSError: mkdir ignores one if another rank has made the folder.
+            raise RuntimeError("No space left on device")
 
     sys.addaudithook(refuse)
     try:
@@ -214,7 +219,7 @@ def test_no_rank_waits_for_one_whose_disk_is_full(arguments, monkeypatch, engine
 
 
 @pytest.mark.parametrize(
-    "name", ["train.write_run", "callbacks.append_jsonl", "train.manifest.write"]
+    "name", ["train.write_run", "training.callbacks.append_jsonl", "train.manifest.write"]
 )
 def test_a_full_disk_is_a_line_also_beside_checkpoints(arguments, monkeypatch, tmp_path, name):
     monkeypatch.setattr(f"stanford_alpaca.{name}", full)

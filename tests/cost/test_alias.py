@@ -1,4 +1,4 @@
-"""The cost of a weight that somebody else keeps: equal costs, no copy, read when asked."""
+"""CostAlias: it gives the costs of a copy, copies nothing, and reads the weight at each call."""
 
 import pytest
 import torch
@@ -9,9 +9,8 @@ from stanford_alpaca.cost import embedding as module
 TARGETS = torch.tensor([3, 0, 3, 5])
 
 
-def awkward(
-    dtype: torch.dtype,
-) -> torch.Tensor:  # [11, 6] rows of all lengths, equal ones, a row of zeros
+# Rows [11, 6] of very different norms. Two of them are parallel, and one is all zeros.
+def awkward(dtype: torch.dtype) -> torch.Tensor:
     weight = (
         torch.randn(11, 6, dtype=torch.float64)
         * torch.logspace(-4, 3, 11, dtype=torch.float64)[:, None]
@@ -48,7 +47,7 @@ def test_nothing_is_copied_and_a_weight_that_moves_is_followed():
     held[0] = torch.randn(11, 6, requires_grad=True)
     assert alias.rows.data_ptr() == held[0].data_ptr() and not alias.rows.requires_grad
     want = alias.costs(TARGETS, 11)
-    held[0] = held[0].detach().clone()  # as an engine that gathers it anew
+    held[0] = held[0].detach().clone()  # as when an engine gathers the weight anew
     assert alias.to("cpu").rows.data_ptr() == held[0].data_ptr()
     assert torch.equal(alias.costs(TARGETS, 11), want)
 

@@ -1,4 +1,7 @@
-"""The command: what it reads, what it writes, that training takes it, and what it refuses."""
+"""The command ``python -m stanford_alpaca.cost``: what it reads and writes, and what it refuses.
+
+Training accepts its file.
+"""
 
 import json
 import subprocess
@@ -33,7 +36,10 @@ def story(tmp_path):
 
 @pytest.fixture(autouse=True)
 def files(root, tmp_path, story, monkeypatch):
-    """In a folder of its own: a text of answers, in which some tokens of the vocabulary do not stand, and broken files."""
+    """Writes input files into a fresh folder, which becomes the current one.
+
+    The text of answers does not contain every token of the vocabulary. Some files are broken.
+    """
     monkeypatch.chdir(tmp_path)
     records = json.loads((root / "data" / "instructions" / "train.json").read_text())[:400]
     story.write_text("\n".join(record["output"] for record in records))
@@ -57,7 +63,8 @@ def files(root, tmp_path, story, monkeypatch):
         ("a.json", '[{"text": "one\\n\\ntwo", "id": 7}]', ["one\n\ntwo"]),
         (
             "a.jsonl",
-            '{"instruction": "i", "output": "o"}\n{"instruction": "i", "input": "n", "output": "o"}',
+            '{"instruction": "i", "output": "o"}\n'
+            '{"instruction": "i", "input": "n", "output": "o"}',
             ["i\no", "i\nn\no"],
         ),
     ],
@@ -142,8 +149,14 @@ def test_rare_tokens_get_zeros(base):
 
 def test_training_takes_the_file(base, root, tmp_path):
     build(text="story.txt", tokenizer=base, out="cost.safetensors", width=16)
-    flags = f"--model_name_or_path {base} --data_path records.json --output_dir out --cache_dir cache --mode mix --max_steps 2"
-    more = "--cost cost.safetensors --per_device_train_batch_size 4 --logging_steps 1 --save_strategy no --disable_tqdm True"
+    flags = (
+        f"--model_name_or_path {base} --data_path records.json --output_dir out "
+        "--cache_dir cache --mode mix --max_steps 2"
+    )
+    more = (
+        "--cost cost.safetensors --per_device_train_batch_size 4 --logging_steps 1 "
+        "--save_strategy no --disable_tqdm True"
+    )
     train([*flags.split(), *more.split()])
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert all(0 < entry["emo"] < 1 for entry in log[:2]) and log[0]["emo"] != log[1]["emo"]
@@ -238,11 +251,15 @@ def test_the_command_line(base, tmp_path, monkeypatch, capsys):
 
 
 def test_the_loss_imports_nothing_that_builds(root):
-    code = "import sys, stanford_alpaca.cost; print(sorted(n for n in sys.modules if n.startswith('stanford_alpaca.') and "
-    code += "n.split('.')[1] in ('cost', 'data', 'model')))"
+    code = (
+        "import sys, stanford_alpaca.cost; "
+        "print(sorted(n for n in sys.modules if n.startswith('stanford_alpaca.') and "
+    )
+    code += "n.split('.')[1] in ('cost', 'data', 'models')))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout.replace("'", chr(34))) == [
-        "stanford_alpaca.cost", *(f"stanford_alpaca.cost.{name}" for name in ("alias", "cache", "embedding", "sharded"))
-    ]  # fmt: skip
+        "stanford_alpaca.cost",
+        *(f"stanford_alpaca.cost.{name}" for name in ("alias", "cache", "embedding", "sharded")),
+    ]

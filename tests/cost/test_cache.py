@@ -1,4 +1,7 @@
-"""Rows of a frozen cost that are kept: what they are worth, which they are, and that nothing depends on what came before."""
+"""The cache of a frozen cost's rows: how exact the rows are, and which rows are kept.
+
+Results do not depend on earlier calls.
+"""
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from stanford_alpaca import linear_emo_loss
 from stanford_alpaca.cost import CostEmbedding
 
 V = 40
-ROWS_MIB = 2 * V / 2**20  # a row in bfloat16
+ROWS_MIB = 2 * V / 2**20  # MiB of one row in bfloat16
 
 
 @pytest.fixture
@@ -18,7 +21,7 @@ def embedding():
 
 
 def computed(cost, monkeypatch):
-    """The tokens whose rows the cost computes from now on, in a list."""
+    """Returns a list that collects the tokens whose rows the cost computes from now on."""
     seen, compute = [], cost._compute
     monkeypatch.setattr(
         cost, "_compute", lambda tokens: seen.extend(tokens.tolist()) or compute(tokens)
@@ -32,7 +35,7 @@ def test_every_cost_is_within_a_256th_and_zeros_stay_zero(embedding):
         cost.costs(tokens, V)
         for cost in (CostEmbedding(embedding), CostEmbedding(embedding).cache(1))
     )
-    assert (kept - exact).abs().max() > 0  # they are rounded
+    assert (kept - exact).abs().max() > 0  # the kept rows are rounded
     assert ((kept - exact).abs() <= exact / 256).all()
     assert kept[3, 4] == 0 and (kept.diagonal() == 0).all()
 
@@ -57,7 +60,8 @@ def test_emo_is_within_a_256th_and_so_is_the_gradient_of_its_term(embedding, bac
     (_, exact), (_, kept) = (
         run(cost, "emo") for cost in (CostEmbedding(embedding), CostEmbedding(embedding).cache(1))
     )
-    # half of nll (pi - p), where pi is known within a factor of (1 + 1/256) / (1 - 1/256)
+    # The EMO term's gradient is nll (pi - p) / 2, and the rounded costs give pi within a factor of
+    # (1 + 1/256) / (1 - 1/256).
     assert ((kept - exact).abs().sum(1) <= 0.5 * nll / 127).all()
 
 
@@ -135,7 +139,7 @@ def test_costs_are_exact_products_where_others_are_asked_to_be_fast(embedding, m
     monkeypatch.setattr(
         torch, "addmm", lambda *a, **k: during.append(products.fp32_precision) or addmm(*a, **k)
     )
-    products.fp32_precision = "bf16"  # on a GPU: --tf32
+    products.fp32_precision = "bf16"  # the CPU's counterpart of --tf32
     try:
         CostEmbedding(embedding).costs(torch.tensor([1]), V)
         assert (during, products.fp32_precision) == (["ieee"], "bf16")

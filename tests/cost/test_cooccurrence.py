@@ -1,4 +1,7 @@
-"""Counts and mutual information against dictionaries; rows against what the text says."""
+"""Co-occurrence counts and mutual information equal plain dictionaries.
+
+The rows follow what the text says.
+"""
 
 import math
 import random
@@ -67,7 +70,11 @@ def cosine(rows, a, b):
 
 @pytest.fixture
 def company():
-    """10 and 11 stand between 1..4, 12 between 5..8, all at random; 13 is seen once, 14 never."""
+    """Returns pair and token counts of random documents over 15 tokens.
+
+    Tokens 10 and 11 stand between tokens 1..4, and token 12 between 5..8. Token 13 occurs once, and
+    token 14 never.
+    """
     rng = random.Random(0)
     documents = [[rng.randint(1, 4), rng.choice([10, 11]), rng.randint(1, 4)] for _ in range(200)]
     documents += [[rng.randint(5, 8), 12, rng.randint(5, 8)] for _ in range(200)]
@@ -85,7 +92,10 @@ def test_tokens_in_the_same_company_are_near(company):
 
 
 def test_all_the_columns_give_back_the_mutual_information(company):
-    """U S U' of all but one singular value: the cosines of rows U S^1/2 are those of a full decomposition."""
+    """The rows are U S^1/2 of all singular values but one.
+
+    Their inner products equal those of a full decomposition cut to as many columns.
+    """
     pairs, counts = company
     rows, explained = embed(pairs, counts > 0, TextSettings(width=11))
     u, s, _ = np.linalg.svd(positive_pmi(pairs).toarray())
@@ -106,7 +116,10 @@ def test_unwanted_tokens_are_nobodys_company(company):
 
 
 def test_rows_that_the_kept_columns_say_nothing_about_are_zero():
-    """Two groups that never meet: one column holds the stronger, and the other one's rows would be rounding errors."""
+    """Two groups of tokens never meet, and one column holds the stronger group.
+
+    The rows of the other group would be rounding errors, so they must be zero.
+    """
     pairs, counts = count_pairs([[[1, 2]] * 50 + [[3, 4]] * 2], 5, 1)
     rows, _ = embed(pairs, counts > 0, TextSettings(width=1))
     assert sorted(rows.any(axis=1).tolist()) == [False, False, False, True, True]

@@ -1,4 +1,4 @@
-"""Cost embeddings from files."""
+"""Reading cost embeddings from files."""
 
 import pytest
 import torch

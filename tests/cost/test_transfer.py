@@ -1,4 +1,4 @@
-"""A head's rows for another tokenizer, against means taken by hand."""
+"""Transferring an output layer's rows to another tokenizer, compared with means taken by hand."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,10 @@ LETTERS = ["c", "a", "t", "h", "e", "s", "x"]
 def bpe(
     start: list[str], merges: list[tuple[str, str]], kind: str = "bytes", **special: str
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer with these first tokens, then what the merges make. ``kind``: spaces as Ġ (bytes) or as ▁ (metaspace)."""
+    """Returns a tokenizer with these first tokens, followed by the tokens that the merges make.
+
+    ``kind``: spaces are written as Ġ (``bytes``) or as ▁ (``metaspace``).
+    """
     tokens = [*start, *(a + b for a, b in merges)]
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=special.get("unk_token")))
@@ -41,7 +44,7 @@ def source():
 
 @pytest.fixture
 def head(source):
-    """Distinct powers of two: every mean says which rows it is made of."""
+    """Returns a diagonal of distinct powers of two, so that a mean shows its source rows."""
     return np.eye(len(source), dtype=np.float32) * 2.0 ** np.arange(len(source), dtype=np.float32)
 
 
@@ -80,18 +83,14 @@ def test_another_tokenizer_gives_same_texts_means_and_roles(source, head, kind):
         assert np.array_equal(row[name], own[name]), name
     assert np.array_equal(row[space], own["Ġ"])
     assert np.array_equal(row[f"{space}the"], own["Ġthe"])
-    np.testing.assert_array_equal(
-        row["cat"], (own["c"] + own["at"]) / 2
-    )  # the source merges a t, not c a
+    # The source merges "a" and "t", not "c" and "a".
+    np.testing.assert_array_equal(row["cat"], (own["c"] + own["at"]) / 2)
     np.testing.assert_array_equal(row[f"{space}cat"], (own["Ġ"] + own["c"] + own["at"]) / 3)
     np.testing.assert_array_equal(row["ca"], (own["c"] + own["a"]) / 2)
     np.testing.assert_array_equal(row["te"], (own["t"] + own["e"]) / 2)
     assert np.array_equal(row["[END]"], own["</s>"]) and np.array_equal(row["[GO]"], own["<s>"])
-    for name in (
-        "[FILL]",
-        "z",
-        "<|x|>",
-    ):  # no such role, unknown to the source, special without a role
+    # The source has no pad token and does not know "z", and "<|x|>" is special without a role.
+    for name in ("[FILL]", "z", "<|x|>"):
         assert not row[name].any(), name
     assert not rows[-1].any()
     assert matches == Matches(exact=11, averaged=4, special=2, zero=4)
@@ -123,7 +122,11 @@ def test_a_source_that_puts_a_space_first_splits_as_within_text():
 
 
 def test_parts_of_characters_match_by_name_and_nothing_else():
-    """ByteLevel writes byte 0xC3 as Ã, and the replacement character, which decoding puts for parts, as ï ¿ ½."""
+    """ByteLevel writes byte 0xC3 as Ã.
+
+    Decoding replaces a part of a character by the replacement character, which ByteLevel writes as
+    ï ¿ ½.
+    """
     one = bpe(["</s>", "a", "Ċ", "Ã", "©", "ï", "¿", "½"], [("Ã", "©")], eos_token="</s>")
     two = bpe(["</s>", "b", "©", "Ã", "ð"], [], eos_token="</s>")
     head = np.diag(np.arange(1, 10, dtype=np.float32))

@@ -1,4 +1,4 @@
-"""Balancing: a step's examples stay a step's examples, and ranks and micro-batches get about as much to do."""
+"""Balancing: each step keeps its examples, and ranks and micro-batches get about equal work."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,10 @@ def balanced(padded: bool, epoch: int = 0) -> BalancedSampler:
 
 
 def dealt(make, epoch: int) -> np.ndarray:
-    """[steps, accumulation, ranks, batch] indices as accelerate deals them out; each rank has a sampler of its own."""
+    """Returns [steps, accumulation, ranks, batch] indices as accelerate deals them out.
+
+    Each rank has its own sampler.
+    """
     shards = [
         BatchSamplerShard(BatchSampler(make(epoch), BATCH, False), RANKS, rank)
         for rank in range(RANKS)
@@ -52,28 +55,27 @@ def test_tokens_of_ranks_and_micro_batches_are_nearly_equal_without_padding():
         LENGTHS[dealt(shuffled, 0)].sum(-1),
         LENGTHS[dealt(lambda e: balanced(False, e), 0)].sum(-1),
     )
-    for sums in (lambda x: x, lambda x: x.sum(1)):  # of micro-batches, of ranks in a step
+    for sums in (lambda x: x, lambda x: x.sum(1)):  # per micro-batch, per rank in a step
         assert np.ptp(sums(ours), axis=-1).max() < 0.2 * np.ptp(sums(plain), axis=-1).max()
     assert np.ptp(ours.sum(1), axis=-1).max() <= 0.02 * ours.sum(1).mean()
 
 
 def test_with_padding_micro_batches_have_similar_lengths_and_ranks_the_same_to_do():
     plain, ours = dealt(shuffled, 0), dealt(lambda e: balanced(True, e), 0)
-    cost = [
-        LENGTHS[order].max(-1) * BATCH for order in (plain, ours)
-    ]  # padded tokens [steps, accumulation, ranks]
+    # Padded tokens, [steps, accumulation, ranks].
+    cost = [LENGTHS[order].max(-1) * BATCH for order in (plain, ours)]
     assert cost[1].sum() < 0.7 * cost[0].sum()
     assert np.ptp(cost[1].sum(1), axis=-1).max() < 0.2 * np.ptp(cost[0].sum(1), axis=-1).max()
 
 
 def test_orders_by_hand():
     lengths = np.array([1, 8, 2, 7, 3, 6, 4, 5])
-    # pairs of equal sums 9: the longest with the shortest
+    # The longest is paired with the shortest, so every pair sums to 9.
     assert lengths[balanced_order(lengths, 2, 2, padded=False)].reshape(4, 2).sum(1).tolist() == [
         9,
         9,
         9,
         9,
     ]
-    # neighbours together; the rank that had the longest first has the shortest then
+    # Neighbours stay together. The rank that gets the longest first gets the shortest next.
     assert lengths[balanced_order(lengths, 2, 2, padded=True)].tolist() == [8, 7, 6, 5, 2, 1, 4, 3]

@@ -1,4 +1,7 @@
-"""Padding by length, positions that restart, and the masked rows that fill up a batch."""
+"""Collators: padding is masked by length, and positions restart at each example.
+
+Masked rows fill up an incomplete batch.
+"""
 
 import torch
 from datasets import Dataset

@@ -1,4 +1,7 @@
-"""Blocks of running text: every token a target once, documents apart, whatever the length of the blocks."""
+"""Blocks of running text: every token is a target once, and documents are kept apart.
+
+Both hold for every length of the blocks.
+"""
 
 from itertools import pairwise
 
@@ -45,7 +48,7 @@ def test_every_token_is_a_target_once_in_its_order(documents, size):
     )
     assert blocks[0]["input_ids"][0] == 1
     for before, block in pairwise(blocks):
-        assert block["input_ids"][0] == before["input_ids"][-1]  # context, and no target again
+        assert block["input_ids"][0] == before["input_ids"][-1]  # context, not a target again
         assert block["labels"][0] == -100
 
 
@@ -108,7 +111,7 @@ def test_long_documents_are_tokenized_in_parts_that_end_with_a_line(
 
 
 def test_a_tokenizer_that_begins_with_a_space_puts_one_at_the_beginning_only(tmp_path, monkeypatch):
-    """As Llama 2's: the ids do not depend on where a long document is cut."""
+    """The ids do not depend on where a long document is cut. Llama 2 has such a tokenizer."""
     text = "\n".join(f"\n  Line {i} of the sea.\nIt ends." for i in range(30))
     model = models.BPE(byte_fallback=True, unk_token="<unk>")
     backend = Tokenizer(model)

@@ -1,4 +1,4 @@
-"""Tables on the disk: damage is found and mended, and a cache that cannot be used is one line."""
+"""Cached tables: damage is found and repaired, and an unusable cache is a one-line error."""
 
 import errno
 import json
@@ -75,7 +75,7 @@ def test_a_damaged_table_is_made_again(tmp_path, tokenizer, capsys, damage, tabl
 
 @pytest.mark.parametrize("table", ["generator-*.arrow", "tokenized-*.arrow"])
 def test_a_table_without_a_check_is_made_again(tmp_path, tokenizer, capsys, table):
-    """As one is left whose run was killed before the check was written."""
+    """A run that is killed before it writes the check leaves such a table."""
     (tmp_path / "data.json").write_text(json.dumps(RECORDS))
     wanted = examples(tmp_path, tokenizer)[:]
     for check in (tmp_path / "cache").rglob("*.check.json"):
@@ -87,7 +87,10 @@ def test_a_table_without_a_check_is_made_again(tmp_path, tokenizer, capsys, tabl
 
 def test_processes_that_start_together_make_a_table_once(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(RECORDS))
-    code = "import sys; from stanford_alpaca.data.formats import load_records; print(len(load_records(*sys.argv[1:])))"
+    code = (
+        "import sys; from stanford_alpaca.data.formats import load_records; "
+        "print(len(load_records(*sys.argv[1:])))"
+    )
     command = [sys.executable, "-c", code, str(tmp_path / "data.json"), str(tmp_path / "cache")]
     started = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -119,7 +122,10 @@ def test_a_saved_set_that_ends_early_is_refused(tmp_path):
 def test_a_file_in_the_place_of_the_cache_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "data.json").write_text(json.dumps(RECORDS[:3]))
     (tmp_path / "cache").write_text("no folder")
-    wanted = r"cache: the cache of data cannot be used \(.*\); name another folder: --cache_dir FOLDER, or HF_DATASETS_CACHE="
+    wanted = (
+        r"cache: the cache of data cannot be used \(.*\); name another folder: "
+        r"--cache_dir FOLDER, or HF_DATASETS_CACHE="
+    )
     with pytest.raises(UserError, match=wanted):
         load_records(tmp_path / "data.json", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

@@ -1,4 +1,7 @@
-"""Multi-turn masks: ids and labels against a construction of their own, turn by turn, on templates of several kinds."""
+"""Masks of multi-turn chats: ids and labels equal a separate, turn-by-turn construction.
+
+The chat templates are of several kinds.
+"""
 
 import pytest
 from transformers import AutoTokenizer
@@ -7,7 +10,8 @@ from stanford_alpaca.data.encode import TextEncoder
 from stanford_alpaca.data.tokenize import EMPTY, FILLED, IGNORE_INDEX, KEPT, REFUSED, ExampleEncoder
 
 CHATML = """{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['role'] == 'assistant' %}GENERATION{{- message['content'] + '<|im_end|>' }}ENDGENERATION
+{%- if message['role'] == 'assistant' %}GENERATION\
+{{- message['content'] + '<|im_end|>' }}ENDGENERATION
 {%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}{{- '\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 TEMPLATES = {
@@ -15,22 +19,28 @@ TEMPLATES = {
     "chatml marked by its author": CHATML.replace("ENDGENERATION", "{% endgeneration %}").replace(
         "GENERATION", "{% generation %}"
     ),
-    # the system prompt within the first question, texts stripped, no generation prompt, as Llama 2 writes it
+    # As Llama 2 writes it: the system prompt stands in the first question, texts are stripped, and
+    # there is no generation prompt.
     "inst": """{%- if messages[0]['role'] == 'system' %}
 {%- set loop_messages = messages[1:] %}{%- set system = messages[0]['content'] %}
 {%- else %}{%- set loop_messages = messages %}{%- set system = false %}{%- endif %}
 {%- for message in loop_messages %}
-{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate!') }}{%- endif %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('Roles must alternate!') }}{%- endif %}
 {%- if message['role'] == 'user' %}
 {%- set content = message['content'] %}
-{%- if loop.first and system %}{%- set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content %}{%- endif %}
+{%- if loop.first and system %}\
+{%- set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content %}{%- endif %}
 {{- bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
 {%- else %}{{- ' ' + message['content'].strip() + ' ' + eos_token }}{%- endif %}{%- endfor %}""",
-    # no system prompt, another name for the assistant, as Gemma writes it
+    # As Gemma writes it: there is no system prompt, and the assistant has another name.
     "turns": """{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{%- endif %}
-{%- for message in messages %}{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
-{{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{%- endfor %}
+{%- if messages[0]['role'] == 'system' %}\
+{{ raise_exception('System role not supported') }}{%- endif %}
+{%- for message in messages %}\
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+{{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}\
+{%- endfor %}
 {%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}""",
 }
 CONVERSATIONS = [
@@ -87,7 +97,10 @@ def example(tokenizer, conversation, max_length=512, **options):
 
 
 def turn_by_turn(tokenizer, conversation):
-    """Every turn rendered and tokenized by transformers: what a longer conversation adds after the generation prompt."""
+    """Returns ids and labels of a conversation that transformers renders turn by turn.
+
+    An answer is what the longer conversation adds after the generation prompt.
+    """
 
     def ids(messages, prompt):
         return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True)[
@@ -106,7 +119,7 @@ def turn_by_turn(tokenizer, conversation):
             continue
         start, stop = len(ids(messages[:i], True)), len(ids(messages[: i + 1], False))
         while whole[stop - 1] not in ends:
-            stop -= 1  # what the template writes after the turn
+            stop -= 1  # leaves out what the template writes after the turn
         labels[start:stop] = whole[start:stop]
     return whole, labels
 
@@ -118,7 +131,7 @@ def test_masks_equal_a_rendering_turn_by_turn(with_template, name, system):
     for conversation in CONVERSATIONS:
         conversation = [SYSTEM, *conversation] if system else conversation
         row = example(tokenizer, conversation)
-        if name == "turns" and system:  # refused there: it goes before the first question
+        if name == "turns" and system:  # refused, so it goes before the first question
             conversation = [("user", f"{SYSTEM[1]}\n\n{conversation[1][1]}"), *conversation[2:]]
         ids, labels = turn_by_turn(tokenizer, conversation)
         assert row["input_ids"] == ids
@@ -136,7 +149,7 @@ def test_masks_equal_a_rendering_turn_by_turn(with_template, name, system):
 
 
 def trained_texts(tokenizer, row):
-    """The trained stretches, decoded."""
+    """Returns the decoded stretches of trained tokens."""
     texts, ids = [], []
     for label in [*row["labels"], IGNORE_INDEX]:
         if label != IGNORE_INDEX:
@@ -148,11 +161,15 @@ def trained_texts(tokenizer, row):
 
 
 def test_a_prompt_that_moves_with_the_last_turn(with_template):
-    """The system prompt stands in the last question (as Mistral has it): earlier prompts are no prefixes of the whole."""
+    """The system prompt stands in the last question, as in Mistral's template.
+
+    Earlier prompts are therefore no prefixes of the whole.
+    """
     tokenizer = with_template(
         """{%- set ns = namespace(system='') %}{{- bos_token }}{%- for message in messages %}
 {%- if message['role'] == 'system' %}{%- set ns.system = message['content'] + '\\n\\n' %}
-{%- elif message['role'] == 'user' %}{%- set last = loop.last or loop.index == messages | length - 1 %}
+{%- elif message['role'] == 'user' %}\
+{%- set last = loop.last or loop.index == messages | length - 1 %}
 {{- '[INST] ' + (ns.system if last else '') + message['content'] + '[/INST]' }}
 {%- else %}{{- ' ' + message['content'] + eos_token }}{%- endif %}{%- endfor %}"""
     )
@@ -162,14 +179,15 @@ def test_a_prompt_that_moves_with_the_last_turn(with_template):
 
 
 def test_a_thought_that_is_dropped_from_the_history(with_template):
-    """Earlier reasoning is removed and the last answer gets an empty one, as Qwen3's template does."""
+    """Earlier reasoning is removed and the last answer gets an empty thought, as in Qwen3."""
     tokenizer = with_template(
         """{%- for message in messages %}{%- set content = message['content'] %}
 {%- if message['role'] == 'assistant' %}
 {%- set thought = '' %}{%- if '</think>' in content %}
 {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
 {%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}
-{%- if loop.last %}{%- set content = '<think>\\n' + thought + '\\n</think>\\n\\n' + content %}{%- endif %}{%- endif %}
+{%- if loop.last %}\
+{%- set content = '<think>\\n' + thought + '\\n</think>\\n\\n' + content %}{%- endif %}{%- endif %}
 {{- '<|im_start|>' + message['role'] + '\\n' + content + '<|im_end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
     )
@@ -189,7 +207,8 @@ def test_a_thought_that_is_dropped_from_the_history(with_template):
 
 def test_a_template_without_end_tokens_gets_the_end_of_sequence(with_template):
     tokenizer = with_template(
-        """{%- for message in messages %}{{- message['role'] | title + ': ' + message['content'] + '\\n\\n' }}{%- endfor %}
+        """{%- for message in messages %}\
+{{- message['role'] | title + ': ' + message['content'] + '\\n\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- 'Assistant:' }}{%- endif %}"""
     )
     row = example(tokenizer, CONVERSATIONS[0])
@@ -215,10 +234,11 @@ def test_special_token_text_in_messages_stays_text(with_template):
 
 def test_what_becomes_of_odd_conversations(with_template):
     tokenizer = with_template(TEMPLATES["inst"])
+    # The trained tokens are " b", " " and </s>.
     assert (
         example(tokenizer, [("user", "a"), ("assistant", "b"), ("user", "waits")])["supervised"]
         == 3
-    )  # " b", " ", </s>
+    )
     assert example(tokenizer, [("user", "a")])["fate"] == EMPTY
     assert example(tokenizer, [("user", "a"), ("assistant", "")])["fate"] == EMPTY
     assert (

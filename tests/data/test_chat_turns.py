@@ -1,4 +1,7 @@
-"""What the assistant writes where a template makes its turns hard to find; the habits of published templates, in short."""
+"""Which text is trained where a template makes the assistant's turns hard to find.
+
+Short templates imitate the habits of published ones.
+"""
 
 import pytest
 from tokenizers import AddedToken, normalizers, processors
@@ -18,29 +21,36 @@ def loop(body: str, after: str = ASK, before: str = "") -> str:
     return f"{before}{{% for m in messages %}}{body}{{% endfor %}}{after}"
 
 
-# the last answer gets a thought (Qwen3), the prompt opens one that training leaves out (R1), only the last turn has no line
-# break behind it (OLMo 2), a system prompt in the last message (Mistral), the prompt is asked for within the loop (Granite),
-# the next turn's token ends a turn (GLM), a look at how a question ends (Qwen3)
-THINKS = loop("{% set t = '<think></think>' if loop.last and m.role == 'assistant' else '' %}{{ '<|' + m.role + '|>' + t + "
-              "m.content + '<|end|>' }}")  # fmt: skip
+# Qwen3: the last answer gets a thought.
+THINKS = loop(
+    "{% set t = '<think></think>' if loop.last and m.role == 'assistant' else '' %}"
+    "{{ '<|' + m.role + '|>' + t + m.content + '<|end|>' }}"
+)
+# R1: the generation prompt opens a thought that training leaves out.
 ASKS_FOR_THOUGHT = loop(f"{{{{ {TURN} }}}}", ASK.replace("t|>{", "t|><think>{"))
+# OLMo 2: only the last turn has no line break after it.
 LAST_DIFFERS = loop(f"{{{{ {TURN} + ('' if loop.last else '\\n') }}}}")
+# Mistral: the system prompt stands in the last message.
 SYSTEM_LAST = loop(
     "{% if m.role == 'system' %}{% set ns.s = m.content + ' ' %}{% elif m.role == 'user' %}"
     "{{ '<|user|>' + (ns.s if loop.last else '') + m.content + '<|system|>' }}{% else %}"
     "{{ ' ' + m.content + '<|end|>' }}{% endif %}",
-    "", "{% set ns = namespace(s='') %}",
-)  # fmt: skip
+    "",
+    "{% set ns = namespace(s='') %}",
+)
+# Granite: the generation prompt is written within the loop.
 ASKS_IN_LOOP = (
-    "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}<|system|>{{ messages[0].content if "
-    "messages[0].role == 'system' }}<|end|>{% for m in rest %}{{ "
-    + TURN
-    + " }}{% if loop.last and add_generation_prompt %}"
+    "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}"
+    "<|system|>{{ messages[0].content if messages[0].role == 'system' }}<|end|>"
+    "{% for m in rest %}{{ " + TURN + " }}{% if loop.last and add_generation_prompt %}"
     "<|assistant|>{% endif %}{% endfor %}"
 )
+# GLM: a turn ends with the first token of the next one.
 NO_END = loop("{{ '<|' + m.role + '|>' + m.content }}")
+# Qwen3: the template looks at how a question ends.
 LOOKS = loop(
-    "{% set t = '!' if m.content.endswith('</r>') else '' %}{{ '<|' + m.role + '|>' + t + m.content + '<|end|>' }}"
+    "{% set t = '!' if m.content.endswith('</r>') else '' %}"
+    "{{ '<|' + m.role + '|>' + t + m.content + '<|end|>' }}"
 )
 HABITS = [  # template, turns (u: user, a: assistant, s: system), what is trained
     (THINKS, "a:one u:b a:two", ["one<|end|>", "<think></think>two<|end|>"]),
@@ -123,7 +133,7 @@ def test_special_tokens_that_overlap_stay_text(tokenizer, names):
 
 
 def test_a_special_token_within_the_merges_of_others(tokenizer):
-    """A longer piece of the vocabulary is made of the special one."""
+    """The special token is also part of a longer piece of the vocabulary."""
     merges = [
         pair.split(" ") if isinstance(pair, str) else pair
         for pair in _state(tokenizer)["model"]["merges"]

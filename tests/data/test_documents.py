@@ -1,4 +1,4 @@
-"""Which lines and rows make a document, from text, gzipped text and records."""
+"""Documents from text, gzipped text and records: which lines and rows make one document."""
 
 import gzip
 import json
@@ -38,9 +38,10 @@ def texts(path, tmp_path, **options):
 def test_the_rules_on_lines_and_on_rows(tmp_path, rule, want):
     (tmp_path / "a.txt").write_text("\n".join(WIKITEXT))
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress("\n".join(WIKITEXT).encode()))
+    # Each row ends with a line break, as on the hub.
     (tmp_path / "a.jsonl").write_text(
         "\n".join(json.dumps({"text": f"{row}\n"}) for row in WIKITEXT)
-    )  # as the hub has them
+    )
     for name in ("a.txt", "a.txt.gz"):
         assert texts(tmp_path / name, tmp_path, documents=rule) == want
     rows = texts(tmp_path / "a.jsonl", tmp_path, documents=rule)
@@ -55,10 +56,8 @@ def test_auto_without_titles_a_text_file_is_a_document_and_a_row_is_one(tmp_path
     (tmp_path / "texts" / "c.jsonl").write_text(
         '{"text": "four\\n"}\n{"text": " "}\n{"text": "five"}\n'
     )
-    assert texts(tmp_path / "texts", tmp_path, documents="auto") == [
-        "four\n",
-        "five",
-    ]  # text beside data is about them
+    # Text files beside data files describe the data and are not read.
+    assert texts(tmp_path / "texts", tmp_path, documents="auto") == ["four\n", "five"]
     assert texts(tmp_path / "texts", tmp_path) == ["four\n", " ", "five"]
 
 

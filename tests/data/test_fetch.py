@@ -1,4 +1,7 @@
-"""The published data sets: what is kept of them, what is written, and what is said when the hub is out of reach."""
+"""Fetching published data sets: which columns are kept, what is written, and the errors.
+
+One of the errors is that of a hub that cannot be reached.
+"""
 
 import json
 import sys
@@ -29,7 +32,7 @@ ROWS = [
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub with two small sets; the names that were asked for."""
+    """Replaces the hub, and returns the list of the names and splits that were asked for."""
     asked = []
 
     def load_dataset(name, split, cache_dir, streaming):
@@ -53,9 +56,10 @@ def test_a_set_is_written_in_alpacas_form(hub, capsys, name, hub_name, file):
     assert hub == [(hub_name, "train")]
     want = [{column: row[column] for column in ("instruction", "input", "output")} for row in ROWS]
     assert json.loads(Path(file).read_text()) == want
+    # Training can read the file.
     assert list(formats.load_records(file, "cache")) == [
         row | {"system": "", "more": ""} for row in want
-    ]  # training reads it
+    ]
     printed = capsys.readouterr().out
     assert hub_name in printed and "CC BY-NC 4.0" in printed and "2 records" in printed
     assert f"sha256 {sha256(Path(file).read_bytes()).hexdigest()}" in printed
@@ -86,7 +90,7 @@ def test_what_goes_wrong_is_one_line_and_nothing_is_written(
     (tmp_path / "file").write_text("kept")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fetch", *arguments])
-    with pytest.raises(SystemExit) as ended:  # HF_HUB_OFFLINE stands for a hub out of reach
+    with pytest.raises(SystemExit) as ended:  # HF_HUB_OFFLINE makes the hub unreachable
         fetch.main()
     assert ended.value.code == 2
     (line,) = capfd.readouterr().err.strip().splitlines()

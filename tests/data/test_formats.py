@@ -1,4 +1,4 @@
-"""What is read from files, and what each kind of broken file says."""
+"""Reading data files: which records come out, and the error for each kind of broken file."""
 
 import json
 import re
@@ -23,7 +23,7 @@ ROWS = [
 
 
 def plain(records):
-    """Records without what they say beside their columns, which is nothing."""
+    """Checks that the column ``more`` of records and messages is empty, and removes it."""
 
     def without(row):
         assert not row.pop("more"), row
@@ -278,7 +278,7 @@ def test_a_hub_sets_configuration_stands_behind_a_colon_and_its_rows_are_joined(
 
 
 def test_a_hub_set_goes_the_same_way(tmp_path, monkeypatch):
-    """The hub is out of reach here; what it would return is not."""
+    """The hub cannot be reached here, so data sets in memory stand for what it would return."""
     from stanford_alpaca.data import formats
 
     hub = {
@@ -305,7 +305,7 @@ def test_a_hub_set_goes_the_same_way(tmp_path, monkeypatch):
         load_records("null/output")
 
 
-# ---- sources -----------------------------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -443,7 +443,7 @@ def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
 
 
 def test_wide_records_take_no_longer_for_their_width(tmp_path):
-    """With a look at all names before for each name, these would take minutes."""
+    """These would take minutes if each name were compared with all names before it."""
     (tmp_path / "a.json").write_text(
         "[" + json.dumps({f"k{i}": 0 for i in range(120_000)})[:-1] + ', "k5": 1}]'
     )

@@ -1,4 +1,7 @@
-"""The shipped instruction set: what its script makes, in the promised numbers, and nothing held out is trained on."""
+"""The shipped instruction set: its script makes exactly these files, with the promised sizes.
+
+Nothing that is held out is in the training set.
+"""
 
 import json
 import runpy
@@ -26,7 +29,10 @@ def test_sizes_families_and_inputs(sets):
 
 
 def test_nothing_held_out_is_in_the_training_set_in_other_words(sets):
-    """The id names the content whatever the wording; and no question with its answer's words in another order."""
+    """The id names the content, whatever the wording.
+
+    Within a family, no held-out answer has the words of a training answer, in any order.
+    """
     trained = {record["id"] for record in sets["train"]}
     assert not trained & {record["id"] for record in sets["held_out"]}
     texts = {(record["instruction"], record["input"]) for record in sets["train"]}
@@ -64,7 +70,10 @@ def test_held_out_synonyms_are_not_trained_as_replacements(sets):
 
 
 def test_every_content_is_its_own(root, monkeypatch):
-    """No word of the lexicon stands in two synonym pairs or twice in a family of facts: every question has one answer."""
+    """Every question has one answer.
+
+    No word of the lexicon stands in two synonym pairs, or twice in a family of facts.
+    """
     world = runpy.run_path(str(root / "data" / "world.py"))
     for name in ("SYNONYMS", "ANTONYMS", "CAPITALS"):
         counts = Counter(word for pair in world[name] for word in pair)

@@ -1,4 +1,7 @@
-"""What a record says beside its texts: weights, reasoning, tools, history; and that what is not read is named."""
+"""Fields of a record beside its texts: weights, reasoning, tools and history.
+
+Fields that are not read are named.
+"""
 
 import json
 
@@ -15,7 +18,8 @@ from stanford_alpaca.errors import UserError
 from tests.helpers import trained_texts
 
 CHAT = (
-    "{% for m in messages %}{{ m.role + ':\\n' + m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    "{% for m in messages %}{{ m.role + ':\\n' + m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
 )
 USER, ANSWER = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}
@@ -45,7 +49,7 @@ def encoded(tokenizer, record, form=None, template="auto", reading="text", **opt
     }
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -92,7 +96,7 @@ def test_weights_of_turns_and_records_multiply(tokenizer):
         {"prompt": "a", "completion": "b"},
         {"text": "a b"},
     ):
-        row = encoded(tokenizer, record | {"weight": "0.25"})  # as CSV has it
+        row = encoded(tokenizer, record | {"weight": "0.25"})  # a string, as from CSV
         assert {
             w
             for label, w in zip(row["labels"], row["weights"], strict=True)
@@ -119,10 +123,10 @@ def test_what_is_no_weight_is_something_else():
     record = parse_record({"messages": [{**USER, "weight": 2}, ANSWER]}, "here")
     assert more_of(record) == {"unused": ["messages.weight"]}
     record = parse_record({"messages": [{**USER, "weight": 1}, {**ANSWER, "weight": True}]}, "here")
-    assert more_of(record) == {}  # they say nothing
+    assert more_of(record) == {}  # these weights change nothing
 
 
-# ---- conversations --------------------------------------------------------------------------------------------------
+# ---- conversations -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("completion", [[ANSWER], "This."])
@@ -181,14 +185,15 @@ def test_messages_as_json_or_as_columns(tmp_path, as_text):
         parse_record({"messages": "hello"}, "here")
 
 
-# ---- reasoning and tools --------------------------------------------------------------------------------------------
+# ---- reasoning and tools -------------------------------------------------------------------------
 
 
 def test_reasoning_without_a_place_is_counted(tokenizer):
     record = {"messages": [USER, {**ANSWER, "reasoning_content": "Hm."}]}
     (note,) = encoded(tokenizer, record)["notes"]
     assert note.startswith(
-        "the template leaves out the reasoning of the last answer, and all of it is lost; --chat_template"
+        "the template leaves out the reasoning of the last answer, "
+        "and all of it is lost; --chat_template"
     )
     (note,) = encoded(tokenizer, record, template="alpaca")["notes"]
     assert note.startswith("the reasoning of a turn has no place in this template")
@@ -267,7 +272,7 @@ def test_nulls_that_a_table_adds_are_no_arguments(tmp_path):
     ]
 
 
-# ---- what is not read -----------------------------------------------------------------------------------------------
+# ---- what is not read ----------------------------------------------------------------------------
 
 
 def test_fields_that_are_not_read_are_named_and_counted(tokenizer, tmp_path):
@@ -297,7 +302,7 @@ def test_fields_that_are_not_read_are_named_and_counted(tokenizer, tmp_path):
     ) == {"unused": ["output"]}
 
 
-# ---- special tokens -------------------------------------------------------------------------------------------------
+# ---- special tokens ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -306,8 +311,10 @@ def thinking(tokenizer):
         {"additional_special_tokens": ["<think>", "</think>", "<|python_tag|>"]}
     )
     tokenizer.chat_template = (
-        "{% for m in messages %}{% set c = m.content.split('</think>')[-1] if not loop.last else m.content %}"
-        "{{ m.role + ':\\n' + c + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+        "{% for m in messages %}"
+        "{% set c = m.content.split('</think>')[-1] if not loop.last else m.content %}"
+        "{{ m.role + ':\\n' + c + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
     return tokenizer
 
@@ -317,9 +324,8 @@ def test_tags_that_mark_reasoning_are_tokens_in_answers_and_reach_the_template(t
     user = {"role": "user", "content": "a <think> b"}
     row = encoded(thinking, {"messages": [user, answer, user, answer]}, template="chat")
     open_id, close_id = thinking.convert_tokens_to_ids(["<think>", "</think>"])
-    assert (
-        row["input_ids"].count(open_id) == row["input_ids"].count(close_id) == 1
-    )  # the user's stay text
+    # The tags in the user's messages stay text.
+    assert row["input_ids"].count(open_id) == row["input_ids"].count(close_id) == 1
     assert trained_texts(thinking, row["labels"]) == ["This.</s>", "<think>Hm.</think>This.</s>"]
     assert any(
         note.startswith("'<think>' in a field is text, not the special token")
@@ -347,7 +353,7 @@ def test_texts_that_are_rendered_already(thinking):
         row["input_ids"]
         == thinking(record["prompt"] + record["completion"], add_special_tokens=False)["input_ids"]
     )
-    assert row["input_ids"].count(0) == row["input_ids"].count(1) == 1  # neither is doubled
+    assert row["input_ids"].count(0) == row["input_ids"].count(1) == 1  # neither token is doubled
     assert trained_texts(thinking, row["labels"]) == [" <|python_tag|>b</s>"] and not row["notes"]
     as_text = encoded(thinking, record)
     assert tag not in as_text["input_ids"] and as_text["input_ids"].count(1) == 1
@@ -367,11 +373,11 @@ def test_texts_that_are_rendered_already(thinking):
     assert tag in row["labels"]
 
 
-# ---- ends -----------------------------------------------------------------------------------------------------------
+# ---- ends ----------------------------------------------------------------------------------------
 
 
 def test_a_token_that_reaches_past_the_end_of_an_answer_is_not_trained(tokenizer):
-    """The turn ends with text of which the tokenizer makes one token with the answer's last letters."""
+    """The answer's last letters and the text that ends the turn form one token."""
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role + ':\\n' + m.content + 'uction\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:\n{% endif %}"
@@ -394,8 +400,8 @@ def test_an_end_of_turn_token_that_the_author_leaves_out_is_trained_and_said(tok
     row = encoded(tokenizer, {"messages": [USER, {**ANSWER, "weight": 0.5}, USER, ANSWER]})
     assert trained_texts(tokenizer, row["labels"]) == ["This.</s>", "This.</s>"]
     assert (
-        row["notes"][0]
-        == "the template's {% generation %} marks leave the end-of-turn token out: it is trained too"
+        row["notes"][0] == "the template's {% generation %} marks leave the end-of-turn token out: "
+        "it is trained too"
     )
     assert sorted(
         {w for label, w in zip(row["labels"], row["weights"], strict=True) if label != IGNORE_INDEX}
@@ -433,7 +439,8 @@ def test_columns_of_unequal_lengths_are_refused():
     columns = {"role": ["user", "assistant"], "content": ["a", "b", "c"]}
     with pytest.raises(
         UserError,
-        match="here: 'messages': an object of lists of several lengths, wanted one for each message",
+        match="here: 'messages': an object of lists of several lengths, "
+        "wanted one for each message",
     ):
         parse_record({"messages": columns}, "here")
 

@@ -1,4 +1,7 @@
-"""Best fit: every example in exactly one row, none split, rows nearly full, and what a row is when it is read."""
+"""Best-fit packing: every example is whole and in exactly one row, and rows are nearly full.
+
+A row reads as its examples, one after the other.
+"""
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ def test_every_example_is_in_one_row_and_no_two_rows_could_be_one(lengths, capac
 
 
 def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
-    """The sums of the rows, with a search through all of them."""
+    """Returns the sorted sums of the rows, searching all rows for each example."""
     sums: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [i for i, total in enumerate(sums) if total + length <= capacity]

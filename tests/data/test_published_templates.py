@@ -1,4 +1,7 @@
-"""Masks and ids under published chat templates: TRL's package has originals, and twins that its authors marked for training."""
+"""Ids and masks under published chat templates.
+
+TRL's package has the originals, and twins of them that its authors marked for training.
+"""
 
 import json
 import re
@@ -16,28 +19,29 @@ from tests.helpers import trained_texts
 FOLDER = files("trl") / "chat_templates"
 WIDE = "\uff5c"  # DeepSeek's bar
 NAMES = re.compile(
-    rf"<\|[^<>|\s]{{2,40}}\|>|<\|[a-z_]+>|<[a-z_]+\|>|<{WIDE}[^<>]{{2,40}}{WIDE}>|<(?:start|end)_of_turn>|<end_of_utterance>"
+    rf"<\|[^<>|\s]{{2,40}}\|>|<\|[a-z_]+>|<[a-z_]+\|>|<{WIDE}[^<>]{{2,40}}{WIDE}>"
+    r"|<(?:start|end)_of_turn>|<end_of_utterance>"
 )
 PLAIN = [
-    "cohere", "cohere2", "deepseek_r1_distill", "deepseekv3", "gemma", "gemma3", "gptoss", "lfm2", "lfm2_v2", "llama3",
-    "muse_glimmer", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "phi3", "phi3_5", "qwen2_5", "qwen3",
-    "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "qwen3_instruct_2507", "diffusion_gemma",
+    "cohere", "cohere2", "deepseek_r1_distill", "deepseekv3", "gemma", "gemma3", "gptoss",
+    "lfm2", "lfm2_v2", "llama3", "muse_glimmer", "nemotron_3_nano", "nemotron_3_super",
+    "nemotron_3_ultra", "phi3", "phi3_5", "qwen2_5", "qwen3", "qwen3_5_think", "qwen3_5_nothink",
+    "qwen3_6", "qwen3_8", "qwen3_instruct_2507", "diffusion_gemma",
 ]  # fmt: skip
 REASON = [
-    "gptoss", "muse_glimmer", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "qwen3", "qwen3_5_think",
-    "qwen3_5_nothink", "qwen3_6", "qwen3_8", "diffusion_gemma", "glm4moe",
+    "gptoss", "muse_glimmer", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "qwen3",
+    "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "diffusion_gemma", "glm4moe",
 ]  # fmt: skip
 CALLS = [
-    "deepseekv3", "gptoss", "lfm2_v2", "muse_glimmer", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "qwen2_5",
-    "qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "qwen3_instruct_2507",
+    "deepseekv3", "gptoss", "lfm2_v2", "muse_glimmer", "nemotron_3_nano", "nemotron_3_super",
+    "nemotron_3_ultra", "qwen2_5", "qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6",
+    "qwen3_8", "qwen3_instruct_2507",
 ]  # fmt: skip
-IMAGES = (
-    "idefics3_training",
-    "llava_next_training",
-    "smolvlm_training",
-)  # whose messages are lists of parts
+# In these templates a message's content is a list of parts.
+IMAGES = ("idefics3_training", "llava_next_training", "smolvlm_training")
 NO_CALLS = ["cohere", "gemma3", "lfm2", "llama3", "phi3", "qwen2_5_vl"]
-SMOLLM2 = (  # says who it is where there is no system prompt, as SmolLM2-Instruct's does
+# As in SmolLM2-Instruct, a default system prompt stands where the messages have none.
+SMOLLM2 = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
     "{{ '<|im_start|>system\\nYou are SmolLM.<|im_end|>\\n' }}{% endif %}"
     "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
@@ -86,7 +90,7 @@ def template_of(name):
 
 @pytest.fixture
 def tokenizer_with(root):
-    """The shipped tokenizer with a published template, and its special tokens."""
+    """Returns a function that gives the shipped tokenizer a template and its special tokens."""
 
     def make(template):
         tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
@@ -111,7 +115,7 @@ def encoded(tokenizer, record):
 
 
 def marked(tokenizer, name, messages, tools=None):
-    """What TRL's twin of a template marks, rendered and masked by transformers."""
+    """Returns the texts that TRL's twin of a template marks, as transformers renders them."""
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     found = tokenizer.apply_chat_template(
         messages, tools=tools, chat_template=template_of(f"{name}_training"), **options
@@ -121,7 +125,11 @@ def marked(tokenizer, name, messages, tools=None):
 
 
 def check(tokenizer, name, messages, tools=None, written=None):
-    """Ids are transformers' own; trained is what the twin marks, without the generation prompt and what follows the turn."""
+    """Checks ids and trained texts, and returns the trained texts.
+
+    The ids equal those of transformers. The trained texts are what the twin marks, without the
+    generation prompt and without what follows the turn.
+    """
     encode, row = encoded(tokenizer, {"messages": messages} | ({"tools": tools} if tools else {}))
     assert row["fate"] == KEPT, row["refusal"]
     own = tokenizer.apply_chat_template(written or messages, tools=tools, tokenize=True)[
@@ -154,9 +162,8 @@ def test_answers_are_what_the_twin_marks(tokenizer_with, name):
     )
     check(tokenizer, name, [USER, ANSWER, *AGAIN])
     trained = check(tokenizer, name, SPACE)
-    assert ["One" in text for text in trained] == [True, False] and "Two" in trained[
-        1
-    ]  # no first word is lost
+    # No first word is lost.
+    assert ["One" in text for text in trained] == [True, False] and "Two" in trained[1]
     if name not in ("gemma", "phi3_5"):
         check(tokenizer, name, [{"role": "system", "content": "Be brief."}, USER, ANSWER])
 
@@ -170,12 +177,12 @@ def test_reasoning_is_trained_where_the_template_writes_it(tokenizer_with, name)
         )
         (trained,) = trained_texts(tokenizer, row["labels"])
         assert trained.index("Of size, more than most.") < trained.index("Large.")
-        if name == "qwen3_5_nothink":  # whose prompt says that there is no thought
+        if name == "qwen3_5_nothink":  # its prompt closes the thought at once
             assert row["notes"].pop().startswith("the answer does not follow the generation prompt")
         assert not row["notes"]
-    if (
-        name != "glm4moe"
-    ):  # its turns end with the next one's first token, for which the last gets the end of sequence here
+    # A turn of GLM ends with the first token of the next turn. The last turn gets the
+    # end-of-sequence token here, so its ids differ from those of transformers.
+    if name != "glm4moe":
         check(tokenizer, name, [USER, THOUGHT])
     _, row = encoded(tokenizer, {"messages": [USER, THOUGHT, *AGAIN]})
     kept = "Of size" in tokenizer.decode(row["input_ids"])
@@ -185,9 +192,8 @@ def test_reasoning_is_trained_where_the_template_writes_it(tokenizer_with, name)
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_of_tools_are_trained_as_turns(tokenizer_with, name):
     tokenizer, written = tokenizer_with(template_of(name)), None
-    if (
-        name == "deepseekv3"
-    ):  # which puts arguments into text as they are, and leaves the list of tools out
+    # DeepSeek-V3's template writes arguments as they are, and leaves out the list of tools.
+    if name == "deepseekv3":
         as_text = {**CALL, "function": {"name": "add", "arguments": '{"a": 1}'}}
         written = [
             {**message, "tool_calls": [as_text]} if "tool_calls" in message else message
@@ -245,7 +251,7 @@ TWINS = sorted(
 
 @pytest.mark.parametrize("name", [name for name in TWINS if name not in IMAGES])
 def test_an_authors_marks_are_taken_at_their_word(tokenizer_with, name):
-    """Some mark an answer in several blocks, some its end in one of its own."""
+    """Some authors mark an answer in several blocks, others mark its end in a separate block."""
     tokenizer = tokenizer_with(template_of(name))
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     for messages in (
@@ -298,7 +304,7 @@ def test_a_block_is_that_of_its_answer_where_the_template_cuts_thoughts_out(toke
     ("name", "said"), [("gemma4", False), ("deepseekv3", False), ("diffusion_gemma", True)]
 )
 def test_an_answer_is_compared_with_the_prompt_for_it(tokenizer_with, name, said):
-    """Behind a result of a tool Gemma 4 asks for nothing."""
+    """Gemma 4's template writes no generation prompt after the result of a tool."""
     tokenizer, written = tokenizer_with(template_of(name)), CALLING
     if name == "deepseekv3":
         calls = [{**CALL, "function": {**CALL["function"], "arguments": '{"a": 1}'}}]
@@ -386,15 +392,15 @@ def test_tools_reach_the_template_in_the_form_that_it_reads(tokenizer_with, name
     _, bare = encoded(tokenizer, {"messages": [USER, ANSWER], "tools": [TOOL["function"]]})
     _, whole = encoded(tokenizer, {"messages": [USER, ANSWER], "tools": [TOOL]})
     assert bare["fate"] == KEPT and "Adds." in tokenizer.decode(bare["input_ids"])
-    assert (bare["input_ids"] == whole["input_ids"]) == (
-        name != "qwen3"
-    )  # which writes a tool as it is
+    # Qwen3's template writes a tool as it is given.
+    assert (bare["input_ids"] == whole["input_ids"]) == (name != "qwen3")
 
 
 def test_what_a_template_leaves_out_of_calls_and_messages_is_said(tokenizer_with):
     tokenizer = tokenizer_with(
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}{% for c in m.tool_calls or [] %}"
-        "{{ c.function.name }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+        "{{ '<|im_end|>\\n' }}{% endfor %}"
     )
     _, row = encoded(tokenizer, {"messages": CALLING})
     assert row["fate"] == KEPT and "the template leaves out the arguments of a call" in row["notes"]
@@ -408,8 +414,8 @@ def test_a_system_message_that_moves_is_said(tokenizer_with):
         {"messages": [{"role": "system", "content": "Be."}, USER, ANSWER]},
     )
     assert (
-        "the template takes no system message: it is put before the question, as it has to be when served"
-        in row["notes"]
+        "the template takes no system message: it is put before the question, "
+        "as it has to be when served" in row["notes"]
     )
 
 
@@ -442,11 +448,15 @@ def test_the_tools_of_a_record_reach_the_prompt(tokenizer_with):
 @pytest.mark.parametrize(
     ("name", "endings"),
     [
-        ("gptoss", ["<|return|>", "<|call|>"]), ("phi3", ["<|end|>"]), ("cohere2", ["<|END_OF_TURN_TOKEN|>"]),
-        ("qwen3", ["<|im_end|>"]), ("glm4moe", []), ("gemma", ["<end_of_turn>"]),
+        ("gptoss", ["<|return|>", "<|call|>"]),
+        ("phi3", ["<|end|>"]),
+        ("cohere2", ["<|END_OF_TURN_TOKEN|>"]),
+        ("qwen3", ["<|im_end|>"]),
+        ("glm4moe", []),
+        ("gemma", ["<end_of_turn>"]),
         ("diffusion_gemma", ["<turn|>", "<|tool_response>"]),
     ],
-)  # fmt: skip
+)
 def test_the_tokens_that_end_a_response(tokenizer_with, name, endings):
     tokenizer = tokenizer_with(template_of(name))
     assert stop_ids(tokenizer) == [
@@ -457,7 +467,10 @@ def test_the_tokens_that_end_a_response(tokenizer_with, name, endings):
 
 def test_an_ending_may_look_like_a_closing_tag(tokenizer_with):
     ask = "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
-    turns = "{% for m in messages %}{{ '<turn>' + m.role + '\\n' + m.content + '</turn>\\n' }}{% endfor %}"
+    turns = (
+        "{% for m in messages %}"
+        "{{ '<turn>' + m.role + '\\n' + m.content + '</turn>\\n' }}{% endfor %}"
+    )
     tokenizer = tokenizer_with(turns + ask)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "</turn>"]})
     assert stop_ids(tokenizer) == [
@@ -469,7 +482,7 @@ def test_an_ending_may_look_like_a_closing_tag(tokenizer_with):
 
 
 def test_line_breaks_that_are_tokens_end_nothing(tokenizer_with):
-    """Gemma's tokenizer has them as added tokens; its template ends turns with one."""
+    """Gemma's tokenizer has line breaks as added tokens, and its template ends turns with one."""
     tokenizer = tokenizer_with(
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
     )
@@ -505,7 +518,7 @@ def test_what_a_template_strips_from_an_answer_is_said(tokenizer_with, name):
         "the answer does not follow the generation prompt {!r}, which is what generation continues"
     )
     assert row["notes"] == [wanted.format(f"<{WIDE}Assistant{WIDE}><think>\n")]
-    qwen = tokenizer_with(template_of("qwen3"))  # writes the same thought in its own way
+    qwen = tokenizer_with(template_of("qwen3"))  # it writes the same thought in its own form
     _, row = encoded(
         qwen,
         {"messages": [USER, {"role": "assistant", "content": "<think>Of size.</think>Large."}]},

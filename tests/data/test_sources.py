@@ -1,4 +1,7 @@
-"""Several sources, weights and streams: which examples come out, how often, and in what order for how many processes."""
+"""Several sources, weights and streams: which examples come out, how often, and in what order.
+
+The batches are the same for every number of processes.
+"""
 
 import json
 from collections import Counter
@@ -20,7 +23,7 @@ def tokenizer(root):
 @pytest.fixture
 def make_source(tmp_path):
     def make(name: str, count: int, files: int = 1) -> str:
-        """A folder of JSON lines whose texts are NAME 0, NAME 1, ..."""
+        """Returns a folder of JSON lines whose texts are NAME 0, NAME 1, ..."""
         folder = tmp_path / name
         folder.mkdir()
         for part in range(files):
@@ -55,12 +58,13 @@ def test_weights_are_shares_and_the_small_source_starts_again(tokenizer, make_so
         for name, count in (("a", 300), ("b", 10))
     ]
     drawn = texts(mix(sources, [3.0, 1.0], 7), tokenizer)
-    assert {f"a {i}" for i in range(300)} <= set(drawn)  # until every source has been seen
+    assert {f"a {i}" for i in range(300)} <= set(drawn)  # until each source is used up
     share = sum(text.startswith("a") for text in drawn) / len(drawn)
     assert share == pytest.approx(0.75, abs=0.08)
     counts = Counter(text for text in drawn if text.startswith("b"))
     assert max(counts.values()) - min(counts.values()) <= 1 and min(counts.values()) >= 5
-    assert drawn == texts(mix(sources, [30.0, 10.0], 7), tokenizer)  # proportions, and repeatable
+    # Only the proportions of the weights count, and the order can be repeated.
+    assert drawn == texts(mix(sources, [30.0, 10.0], 7), tokenizer)
 
 
 def stream(paths, tokenizer, tmp_path, weights=None, buffer=4):
@@ -75,20 +79,19 @@ def test_a_stream_holds_every_example_each_round_and_is_read_as_it_goes(
     from stanford_alpaca.data import formats
 
     path, read = make_source("a", 3000, files=4), []
-    canonical = formats.canonical
+    parse = formats.parse_record
     monkeypatch.setattr(
-        formats, "canonical", lambda *args, **kw: (read.append(1), canonical(*args, **kw))[1]
+        formats, "parse_record", lambda *args, **kw: (read.append(1), parse(*args, **kw))[1]
     )
     examples = iter(stream([path], tokenizer, tmp_path, buffer=8))
     rounds = [next(examples) for _ in range(5)]
-    assert len(read) < 1500  # no more than a batch of each file
+    assert len(read) < 1500  # at most one batch of each file
     rounds = texts([*rounds, *(next(examples) for _ in range(5995))], tokenizer)
     assert sorted(rounds[:3000]) != rounds[:3000]
     counts = Counter(rounds)
     assert set(counts) == {f"a {i}" for i in range(3000)} and set(counts.values()) <= {1, 2, 3}
-    assert (
-        sum(count != 2 for count in counts.values()) <= 16
-    )  # the buffer mixes the end of a round with the next
+    # The shuffle buffer mixes the end of a round with the next one.
+    assert sum(count != 2 for count in counts.values()) <= 16
 
 
 def test_ranks_take_their_parts_of_the_same_batches(tokenizer, make_source, tmp_path):

@@ -1,4 +1,7 @@
-"""The prompts that a model was trained with: written into its tokenizer, served by transformers, followed by this package."""
+"""The prompts that a model was trained with are saved in its tokenizer.
+
+Transformers writes them from its chat template, and this package follows them.
+"""
 
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
@@ -17,7 +20,7 @@ from stanford_alpaca.data.templates import (
 )
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.errors import UserError
-from tests.data.test_tokenize import tokenizers  # noqa: F401 - three kinds
+from tests.data.test_tokenize import tokenizers  # noqa: F401 - a fixture
 
 KINDS = ["sentencepiece", "byte-level", "unigram"]
 CHAT = (
@@ -27,17 +30,25 @@ CHAT = (
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED = [
     ({"instruction": "Add.", "output": "x"}, [{"role": "user", "content": "Add."}]),
-    ({"instruction": "Add.", "input": "1\n and 2"}, [{"role": "user", "content": "Add.\n\n### Input:\n1\n and 2"}]),
-    ({"instruction": "Ünïcode ☃ 漢字", "system": "Be brief."}, [SYSTEM, {"role": "user", "content": "Ünïcode ☃ 漢字"}]),
+    (
+        {"instruction": "Add.", "input": "1\n and 2"},
+        [{"role": "user", "content": "Add.\n\n### Input:\n1\n and 2"}],
+    ),
+    (
+        {"instruction": "Ünïcode ☃ 漢字", "system": "Be brief."},
+        [SYSTEM, {"role": "user", "content": "Ünïcode ☃ 漢字"}],
+    ),
     (
         {"instruction": "c", "input": "d", "history": [["a", " b "], ["", "e"]]},
         [
-            {"role": "user", "content": "a"}, {"role": "assistant", "content": " b "},
-            {"role": "user", "content": ""}, {"role": "assistant", "content": "e"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": " b "},
+            {"role": "user", "content": ""},
+            {"role": "assistant", "content": "e"},
             {"role": "user", "content": "c\n\n### Input:\nd"},
         ],
     ),
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -60,7 +71,11 @@ def asked_as_trained(tokenizer, record, turns=alpaca_turns):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_writes_alpacas_prompts_as_training_did(tokenizers, kind, tmp_path):  # noqa: F811
+def test_transformers_writes_alpacas_prompts_as_training_did(
+    tokenizers,  # noqa: F811
+    kind,
+    tmp_path,
+):
     tokenizers[kind].save_pretrained(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     assert sign(tokenizer, ["alpaca"]) == []
@@ -78,7 +93,11 @@ def test_transformers_writes_alpacas_prompts_as_training_did(tokenizers, kind, t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_writes_prompts_that_stand_alone_as_training_did(tokenizers, kind, tmp_path):  # noqa: F811
+def test_transformers_writes_prompts_that_stand_alone_as_training_did(
+    tokenizers,  # noqa: F811
+    kind,
+    tmp_path,
+):
     tokenizers[kind].save_pretrained(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     assert sign(tokenizer, ["plain"]) == []
@@ -111,10 +130,8 @@ def test_a_tokenizer_that_puts_no_token_before_texts_gets_none(tokenizer):
 def test_what_was_trained_is_followed_and_something_else_can_be_asked_for(tokenizer):
     tokenizer.chat_template = CHAT
     assert trained_prompts(tokenizer) is None
-    assert follow(tokenizer, "alpaca", "auto", None) == (
-        "alpaca",
-        "text",
-    )  # somebody else's, as training takes it
+    # The chat template is not signed, so the prompts are those that training would choose.
+    assert follow(tokenizer, "alpaca", "auto", None) == ("alpaca", "text")
     assert follow(tokenizer, "chat", "auto", None) == ("chat", "text")
     sign(tokenizer, ["chat"], "parse")
     assert tokenizer.chat_template == CHAT and trained_prompts(tokenizer) == ("chat", "parse")
@@ -124,7 +141,7 @@ def test_what_was_trained_is_followed_and_something_else_can_be_asked_for(tokeni
     assert follow(tokenizer, "alpaca", "alpaca", "text") == ("alpaca", "text")
     asked = PromptEncoder(tokenizer)([{"instruction": "Add.", "input": "1"}])
     assert asked == [ids_of(tokenizer, [{"role": "user", "content": "Add.\n\n1"}])]
-    tokenizer.chat_template += " "  # somebody has trained it on
+    tokenizer.chat_template += " "  # as if somebody else had changed it
     assert trained_prompts(tokenizer) is None and follow(tokenizer, "alpaca", "auto", None) == (
         "alpaca",
         "text",
@@ -144,29 +161,29 @@ def test_a_model_of_alpacas_prompts_is_trained_on_with_them(tokenizer):
         in told_templates(["alpaca"], tokenizer)[0]
     )
     assert sign(tokenizer, ["alpaca"]) == [
-        "the saved chat_template writes the prompts that are trained; the tokenizer's own is not kept"
+        "the saved chat_template writes the prompts that are trained; "
+        "the tokenizer's own is not kept"
     ]
-    sign(tokenizer, ["plain"])  # whose Jinja is no chat template to train chats with
+    sign(tokenizer, ["plain"])  # its Jinja cannot train chats
     assert resolve_template("auto", "chat", tokenizer) == "alpaca"
     tokenizer.chat_template = {"default": CHAT}
     sign(tokenizer, ["chat"])
-    assert tokenizer.chat_template == CHAT  # as it is read back
+    assert tokenizer.chat_template == CHAT  # as a saved tokenizer is read back
 
 
 def test_several_templates_leave_the_one_that_serves_most_and_a_line(tokenizer):
     (line,) = sign(tokenizer, ["plain", "alpaca"])
     assert (
-        line
-        == "several templates write the prompts (alpaca, plain): the saved chat_template is Alpaca's"
+        line == "several templates write the prompts (alpaca, plain): "
+        "the saved chat_template is Alpaca's"
     )
     assert follow(tokenizer, "completion", "auto", None).template == "plain"
     assert follow(tokenizer, "alpaca", "auto", None).template == "alpaca"
     tokenizer.chat_template = CHAT
     (line,) = sign(tokenizer, ["alpaca", "chat"])
     assert "the tokenizer's own" in line and tokenizer.chat_template == CHAT
-    assert (
-        sign(tokenizer, []) == [] and trained_prompts(tokenizer) is not None
-    )  # running text changes nothing
+    # Training on running text changes nothing.
+    assert sign(tokenizer, []) == [] and trained_prompts(tokenizer) is not None
 
 
 def test_named_templates_keep_their_names(tokenizer, tmp_path):
@@ -187,7 +204,8 @@ def test_a_chat_template_is_given_as_a_file_a_folder_or_a_name(tokenizer, root, 
     fresh.chat_template = {"rag": CHAT + "r", "tool_use": CHAT + "t"}
     with pytest.raises(
         UserError,
-        match="chat templates named rag, tool_use, and none is the default: choose one with --chat_template NAME",
+        match="chat templates named rag, tool_use, and none is the default: "
+        "choose one with --chat_template NAME",
     ):
         PromptEncoder(fresh, "chat")([{"instruction": "a", "input": ""}])
     with pytest.raises(
@@ -253,10 +271,14 @@ def test_a_model_asked_otherwise_than_it_was_trained(tokenizer):
     tokenizer.chat_template = CHAT
     sign(tokenizer, ["alpaca", "chat"])
     for asked, said in (
-        (("auto", None), ""), (("chat", None), ""),
+        (("auto", None), ""),
+        (("chat", None), ""),
         (("auto", "parse"), "trained with --special_tokens text, asked here with parse"),
-        (("alpaca", None), "trained with the tokenizer's chat template, asked here with Alpaca's template"),
-    ):  # fmt: skip
+        (
+            ("alpaca", None),
+            "trained with the tokenizer's chat template, asked here with Alpaca's template",
+        ),
+    ):
         encode = PromptEncoder(tokenizer, *asked)
         encode([{"messages": [{"role": "user", "content": "a"}]}])
         assert encode.otherwise == {"chat": said}

@@ -1,4 +1,7 @@
-"""Ids and labels against the original Alpaca recipe, on three kinds of tokenizer, and the rules it does not have."""
+"""Ids and labels equal those of the original Alpaca recipe, on three kinds of tokenizer.
+
+Also tested are the rules that the recipe does not have.
+"""
 
 import io
 import json
@@ -34,22 +37,29 @@ RECORDS = [
 
 
 def sentencepiece_model(kind: str) -> bytes:
-    """A trained sentencepiece model: ``bpe`` with byte fallback, or ``unigram``."""
+    """Trains a sentencepiece model: ``bpe`` with byte fallback, or ``unigram``."""
     import sentencepiece
 
     texts = [format_prompt(record) + record["output"] for record in RECORDS] * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=400, model_type=kind,
-        byte_fallback=kind == "bpe", hard_vocab_limit=False, pad_id=-1, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-    )  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=400,
+        model_type=kind,
+        byte_fallback=kind == "bpe",
+        hard_vocab_limit=False,
+        pad_id=-1,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
     return model.getvalue()
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory, root):
-    """The three kinds, loaded from folders as users' are."""
+    """Returns tokenizers of the three kinds, loaded from folders as a user's would be."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -85,7 +95,11 @@ def tokenizers(tmp_path_factory, root):
 
 
 def alpaca(record, tokenizer, max_length):
-    """The original recipe in its own terms: encode all with the end-of-sequence text, encode the prompt, mask its length."""
+    """Returns ids and labels as the original recipe makes them.
+
+    It encodes prompt, response and end-of-sequence text together, encodes the prompt alone, and
+    masks as many tokens as the prompt has.
+    """
     prompt = format_prompt(record)
     ids = tokenizer(
         prompt + record["output"] + tokenizer.eos_token, truncation=True, max_length=max_length
@@ -134,13 +148,8 @@ def test_special_token_text_stays_text(tokenizers, kind):
 
 
 def test_a_straddling_token_is_counted_and_not_trained():
-    offsets = [
-        (0, 0),
-        (0, 4),
-        (4, 7),
-        (7, 9),
-        (9, 13),
-    ]  # the third holds the prompt's last character and the response's first
+    # The third token holds the prompt's last character and the response's first.
+    offsets = [(0, 0), (0, 4), (4, 7), (7, 9), (9, 13)]
     row = label_spans([1, 10, 11, 12, 2], offsets, [(5, 13)], 512)
     assert row["labels"] == [-100, -100, -100, 12, 2]
     assert row["straddling"] and row["length"] == row["full_length"] == 5
@@ -151,9 +160,8 @@ def test_tokens_of_several_spans_and_what_a_cut_leaves():
     offsets = [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 12)]
     row = label_spans([10, 11, 12, 13, 14, 15], offsets, [(2, 4), (8, 10)], 512)
     assert row["labels"] == [-100, 11, -100, -100, 14, -100] and not row["straddling"]
-    row = label_spans(
-        [10, 11, 12, 13, 14, 15], offsets, [(2, 5), (7, 12)], 5
-    )  # one token goes past the first span's end
+    # One token reaches past the first span's end.
+    row = label_spans([10, 11, 12, 13, 14, 15], offsets, [(2, 5), (7, 12)], 5)
     assert row["labels"] == [-100, 11, -100, -100, 14] and row["straddling"]
     assert (row["length"], row["full_length"], row["supervised"], row["full_supervised"]) == (
         5,
@@ -244,7 +252,7 @@ def test_parallel_and_serial_agree_and_the_cache_serves(tokenizers, tmp_path, mo
 
     again = formats.load_records(file, str(tmp_path / "cache"))
     assert again._fingerprint == records._fingerprint
-    monkeypatch.setattr(tokenize, "label_spans", None)  # would fail if anything were tokenized anew
+    monkeypatch.setattr(tokenize, "label_spans", None)  # fails if anything is tokenized again
     monkeypatch.setattr(tokenize, "PARALLEL_FROM", 10)
     cached, _ = tokenize_records(again, tokenizers["byte-level"], 512, num_proc=2)
     assert list(cached) == list(serial)

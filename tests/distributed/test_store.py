@@ -1,4 +1,8 @@
-"""Loading in turn: the others wait past any timeout, one failure ends all, and ranks with other data are told."""
+"""Tests loading in turn.
+
+The other ranks wait past any timeout, one failure ends all of them, and ranks with different data
+are reported.
+"""
 
 import time
 from datetime import timedelta
@@ -16,7 +20,10 @@ PER_MACHINE = 2
 
 
 def turn(folder: str, failing: int | None, odd: int | None) -> str | tuple[str, list[str]]:
-    """One rank's data and those that had loaded before it, or what it ended with."""
+    """Loads in turn on one rank.
+
+    Returns its data and the names of the ranks that loaded before it, or the text of its error.
+    """
     torch.distributed.init_process_group("gloo")
     torch.distributed.distributed_c10d._set_pg_timeout(
         timedelta(seconds=1), torch.distributed.group.WORLD
@@ -26,9 +33,8 @@ def turn(folder: str, failing: int | None, odd: int | None) -> str | tuple[str, 
     def load() -> tuple[str, list[str]]:
         before = sorted(file.name for file in Path(folder).iterdir())
         if failing is not None:
-            turns.time.sleep = lambda seconds: (
-                None
-            )  # those that say nothing would wait for those that speak
+            # Ranks without the error would sleep, so that the failing rank speaks first.
+            turns.time.sleep = lambda seconds: None
         if rank == failing:
             raise UserError("data.json: no such file")
         if failing is None and rank % PER_MACHINE == 0:
@@ -62,7 +68,10 @@ def test_ranks_with_different_data_are_an_error(tmp_path):
 
 
 def look_after_a_restart() -> tuple[bool, bool]:
-    """Whether a rank finds what another one has said, and whether it still does in a new process group on the same store."""
+    """Returns whether a rank finds what another one wrote to the store.
+
+    The second value is the same after a restart: in a new process group on the same store.
+    """
     start_gloo()
     if torch.distributed.get_rank() == 0:
         fresh_store("word").set("said", "before")

@@ -1,4 +1,7 @@
-"""Where the engine shards, rank 0 alone reads weights and costs; what it finds, and what fails there, reaches all ranks."""
+"""Tests loading by rank 0 alone, where the engine shards the weights.
+
+Only rank 0 reads weights and costs. What it finds, and its errors, reach all ranks.
+"""
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from tests.ranks import run_ranks
 
 
 def made(argv: list[str]):
-    """What this rank has before the engine takes over, and whether it read the weights."""
+    """Returns what this rank has before the engine takes over, and whether it read the weights."""
     read, load = [], ModelSource.load
     ModelSource.load = lambda *args, **kwargs: read.append(args) or load(*args, **kwargs)
     run = parse(argv)
@@ -48,14 +51,15 @@ def test_one_rank_reads_and_the_others_get_what_it_found(arguments):
     )
     assert read and not read_too and before == "cpu" and before_too == "meta"
     assert torch.equal(rows, rows_too) and devices == {"cpu"} and found == found_too
-    assert [result[0] for result in run_ranks(2, made, arguments())] == [
-        True,
-        True,
-    ]  # DDP holds it on all ranks anyway
+    # DDP holds the whole model on all ranks anyway.
+    assert [result[0] for result in run_ranks(2, made, arguments())] == [True, True]
 
 
 def learned(argv: list[str]):
-    """The stored buffers of the model that this rank trains, and whether one rank reads for all."""
+    """Returns the stored buffers of the model that this rank trains.
+
+    Also returns whether one rank reads the weights for all.
+    """
     run = parse(argv)
     resolve(run)
     with loading_whole(run.training):

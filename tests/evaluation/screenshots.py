@@ -1,6 +1,9 @@
-"""Pictures of a report for the README: ``python -m tests.evaluation.screenshots REPORT FOLDER`` (needs chromium and Pillow).
+"""Takes pictures of a report for the README.
 
-The transport view of the first run, light and dark, and on a phone.
+Usage: ``python -m tests.evaluation.screenshots REPORT FOLDER``
+
+They show the transport view of the first run: light, dark, and on a phone. The script needs
+chromium, Playwright and Pillow.
 """
 
 import io
@@ -13,7 +16,7 @@ from playwright.sync_api import sync_playwright
 
 from tests.evaluation.test_page import NAMES
 
-PICTURES = {  # name: scheme, width, height, device pixels a pixel
+PICTURES = {  # name: scheme, width, height, device pixels per CSS pixel
     "report-light.png": ("light", 1280, 1240, 1.5),
     "report-dark.png": ("dark", 1280, 1240, 1.5),
     "report-phone.png": ("light", 360, 740, 2),
@@ -21,7 +24,7 @@ PICTURES = {  # name: scheme, width, height, device pixels a pixel
 
 
 def main(report: Path, folder: Path) -> None:
-    """Takes the pictures; the folder is made if it is missing."""
+    """Takes the pictures, and makes the folder if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     path = next(filter(None, map(shutil.which, NAMES)))
     with sync_playwright() as playwright:

@@ -1,4 +1,4 @@
-"""The few-shot command: what it writes and prints follows from its predictions, and what it refuses."""
+"""The few-shot command: its results follow from its predictions, and it refuses bad flags."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def written(task: dict, text: str, label: int) -> str:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two small tasks."""
+    """Writes two small tasks and returns their folder."""
     for name, sets in (("train", TRAIN), ("test", TEST)):
         for task, rows in sets.items():
             lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
@@ -73,8 +73,14 @@ def test_every_prediction_follows_from_what_is_written(folder, base, tmp_path, c
         and "2 examples by TF-IDF" in printed
     )
     assert [(row["task"], row["seed"], row["item"]) for row in rows] == [
-        ("rt", None, 0), ("rt", None, 1), ("rt", None, 2), ("trec", None, 0), ("trec", None, 1)]  # fmt: skip
-    assert rows[0]["examples"] == [3, 0]  # a word in common each, the latter of fewer words
+        ("rt", None, 0),
+        ("rt", None, 1),
+        ("rt", None, 2),
+        ("trec", None, 0),
+        ("trec", None, 1),
+    ]
+    # Each example shares one word with the text, and the second example has fewer words.
+    assert rows[0]["examples"] == [3, 0]
     model, tokenizer = load_for_generation(ModelSource(base))
     for row in rows:
         task = results["tasks"][row["task"]]
@@ -104,8 +110,18 @@ def test_every_prediction_follows_from_what_is_written(folder, base, tmp_path, c
 
 
 def test_seeds_pools_and_the_score_of_whole_prompts(folder, base, tmp_path, capsys):
-    run(base, data_dir=folder, tasks="rt", shots=2, pool=3, retriever="model", seeds="4,5", score="perplexity",
-        out=str(tmp_path / "out"), limit=2)  # fmt: skip
+    run(
+        base,
+        data_dir=folder,
+        tasks="rt",
+        shots=2,
+        pool=3,
+        retriever="model",
+        seeds="4,5",
+        score="perplexity",
+        out=str(tmp_path / "out"),
+        limit=2,
+    )
     results, rows = results_of(tmp_path / "out")
     assert [(row["seed"], row["item"]) for row in rows] == [(4, 0), (4, 1), (5, 0), (5, 1)]
     assert len({index for row in rows[:2] for index in row["examples"]}) <= 3
@@ -126,7 +142,7 @@ def test_seeds_pools_and_the_score_of_whole_prompts(folder, base, tmp_path, caps
 
 
 def run_script(script: Path, flags: list[str], printed: Path) -> None:
-    """``python icl.py``, in a process that has imported everything before."""
+    """Runs ``python icl.py`` in a process that has already imported everything."""
     sys.argv = [str(script), *flags]
     with printed.open("w") as file, contextlib.redirect_stdout(file):
         runpy.run_path(str(script), run_name="__main__")
@@ -137,8 +153,20 @@ def test_two_models_from_the_top_level(root, folder, base, make_model, tmp_path)
     make_model("gpt2", vocab_size=2048, positions=256).save_pretrained(other)
     tokenizer = AutoTokenizer.from_pretrained(base, pad_token=None)
     tokenizer.save_pretrained(other)
-    flags = ["--model_path", base, f"--model_path={other}", "--data_dir", folder, "--shots=2", "--retriever", "random",
-             "--seeds", "0,1", "--out", str(tmp_path / "out")]  # fmt: skip
+    flags = [
+        "--model_path",
+        base,
+        f"--model_path={other}",
+        "--data_dir",
+        folder,
+        "--shots=2",
+        "--retriever",
+        "random",
+        "--seeds",
+        "0,1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     run_ranks(1, run_script, root / "icl.py", flags, tmp_path / "printed", launched=False)
     results, rows = results_of(tmp_path / "out")
     assert [row["model"] for row in rows] == [base] * 10 + [str(other)] * 10
@@ -150,9 +178,8 @@ def test_two_models_from_the_top_level(root, folder, base, make_model, tmp_path)
     ]
     context, endings = split_stem(tokenizer(texts)["input_ids"], 0)
     (want,) = plain(AutoModelForCausalLM.from_pretrained(other), [Choices(context, endings, [])])
-    assert rows[10]["scores"] == pytest.approx(
-        want, abs=1e-5
-    )  # no pad token that would take probability
+    # No pad token was added, which would take probability from the others.
+    assert rows[10]["scores"] == pytest.approx(want, abs=1e-5)
     compared = results[f"against {base}"][str(other)]
     accuracy = {name: results["accuracy"][name]["rt"] for name in (base, str(other))}
     assert compared["rt"]["mean"] == pytest.approx(

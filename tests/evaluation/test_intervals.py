@@ -1,4 +1,4 @@
-"""Intervals cover what they should; paired differences see what unpaired ones do not."""
+"""Intervals have the right width, and paired differences find what unpaired ones miss."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,7 @@
-"""The example task for lm-eval: its questions are right, and lm-eval answers them as this package scores them."""
+"""The example task for lm-eval: its questions are right.
+
+lm-eval answers them as this package scores them.
+"""
 
 import json
 import runpy
@@ -46,9 +49,11 @@ def test_lm_eval_runs_it_offline(root, questions, make_model, monkeypatch):
         make_model("llama", vocab_size=2048),
     ):
         found = lm_eval.simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16), tasks=["word_facts"], bootstrap_iters=0,
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
+            tasks=["word_facts"],
+            bootstrap_iters=0,
             task_manager=TaskManager(include_path="examples/lm_eval", include_defaults=False),
-        )  # fmt: skip
+        )
         prompts = [
             [f"{row['beginning']} {word}" for word in row["choices"]] for row in questions[0]
         ]

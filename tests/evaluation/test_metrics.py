@@ -1,4 +1,7 @@
-"""The evaluation command: what it writes and prints, of instructions, of running text and of its continuations."""
+"""The evaluation command: what it writes and prints for instructions and for running text.
+
+Running text is scored in blocks, or continued from its first words.
+"""
 
 import importlib.util
 import json
@@ -30,7 +33,7 @@ def base(root):
 
 @pytest.fixture
 def data(root, tmp_path):
-    """Twelve of the held-out records, and as running text."""
+    """Writes twelve held-out records and a file of running text, and returns the first file."""
     records = json.loads((root / "data" / "instructions" / "held_out.json").read_text())[:12]
     (tmp_path / "data.json").write_text(json.dumps(records))
     (tmp_path / "text.txt").write_text(
@@ -41,7 +44,7 @@ def data(root, tmp_path):
 
 @pytest.fixture
 def other(base, tmp_path):
-    """The base model with other weights in its last layers."""
+    """Saves the base model with other weights in its last layer, and returns its folder."""
     model, tokenizer = load_for_generation(ModelSource(base))
     torch.nn.init.normal_(model.model.layers[-1].mlp.down_proj.weight, std=0.05)
     model.save_pretrained(tmp_path / "other")
@@ -164,9 +167,8 @@ def test_running_text_is_cut_after_words_whatever_the_tokenizer(base, tmp_path, 
         {"prompt": " The  king of", "completion": "\nthe north is old.", "more": ""},
         {"prompt": "The river runs", "completion": " to the sea ", "more": ""},
     ]
-    assert (
-        "1 of 3 documents have no word after the first 3" in capsys.readouterr().out
-    )  # blank rows are no documents
+    # Blank rows are no documents.
+    assert "1 of 3 documents have no word after the first 3" in capsys.readouterr().out
     with pytest.raises(UserError, match="no document has a word after so many"):
         continuations(records.rename_column("prompt", "text"), 9)
     run(
@@ -191,7 +193,7 @@ def test_running_text_is_cut_after_words_whatever_the_tokenizer(base, tmp_path, 
     )
 
 
-# ---- MAUVE -----------------------------------------------------------------------------------------------------------------
+# ---- MAUVE ---------------------------------------------------------------------------------------
 
 
 def test_features_are_the_last_state_of_a_causal_model_and_the_mean_of_an_encoder(base, tmp_path):
@@ -254,7 +256,7 @@ def test_mauve_in_the_command(base, root, tmp_path, monkeypatch, capsys):
         run(base, data=data, limit=20, mauve=base)
 
 
-# ---- tables and comparisons ------------------------------------------------------------------------------------------------
+# ---- tables and comparisons ----------------------------------------------------------------------
 
 
 def test_only_what_has_the_same_items_is_compared_and_nan_is_null():
@@ -320,7 +322,7 @@ def test_of_four_models_the_first_is_compared_with_each():
         ["nll", *"-0.2500 -0.5000 to -0.0123 0.0200".split()],
         ["rouge", "l", "(beam)", *"-0.2500 -0.5000 to -0.0123 0.0200".split()],
         [],
-    ]  # fmt: skip
+    ]
     assert len(
         format_differences(pairs[:3]).split(" minus ")
     ) == 4 and "length" in format_differences(pairs[:1])

@@ -1,4 +1,7 @@
-"""The report's page in a real browser: it asks for nothing, runs nothing of its data, and shows what the data says."""
+"""The report's page in a real browser: it shows what the data says and requests nothing else.
+
+Nothing in the data is run as code.
+"""
 
 import json
 import os
@@ -8,7 +11,7 @@ import pytest
 
 from stanford_alpaca.evaluation.page import render
 
-pytestmark = pytest.mark.xdist_group("browser")  # one for all
+pytestmark = pytest.mark.xdist_group("browser")  # all tests share one browser
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 PIECES = {0: "</s>", 1: " Paris", 2: " Rome", 3: NASTY}
@@ -17,12 +20,21 @@ MANY = 300  # samples
 
 def token(place, text, p, nll, emo):
     top = [[place, p, 0.0], [2, 0.9 - p, 0.5]]
-    return {"id": place, "text": text, "nll": nll, "emo": emo, "p": p, "rank": 1, "mean_cost": 1.0, "top": top,
-            "rest": [0.1, emo - (0.9 - p) * 0.5]}  # fmt: skip
+    return {
+        "id": place,
+        "text": text,
+        "nll": nll,
+        "emo": emo,
+        "p": p,
+        "rank": 1,
+        "mean_cost": 1.0,
+        "top": top,
+        "rest": [0.1, emo - (0.9 - p) * 0.5],
+    }
 
 
 def view(p):
-    """Two records of three tokens each."""
+    """Returns a transport view of two records with three tokens each."""
     records = [
         [
             token(1, "It is Paris", p, 1.25, 0.5),
@@ -40,33 +52,74 @@ def view(p):
 
 
 def sample(i):
-    """Of three answers the first is right and the second is wrong, or the second is the first."""
+    """Returns a record with one answer of the first run and two of the second.
+
+    The first run's answer is right if ``i`` is odd. The second run's first answer is right if 3
+    divides ``i``, and its second answer is wrong.
+    """
     wrong = "A red fish." if i % 3 else "A blue fish."
-    return {"instruction": f"Question q{i:03}", "input": NASTY, "reference": "A blue fish.", "decoding": "greedy",
-            "responses": ["A blue fish." if i % 2 else NASTY, [wrong, "Another."]]}  # fmt: skip
+    return {
+        "instruction": f"Question q{i:03}",
+        "input": NASTY,
+        "reference": "A blue fish.",
+        "decoding": "greedy",
+        "responses": ["A blue fish." if i % 2 else NASTY, [wrong, "Another."]],
+    }
 
 
 DATA = {
     "version": "0",
     "runs": [
         {"name": NASTY, "path": NASTY, "flags": {}, "curves": None, "model": True},
-        {"name": "emo", "path": "out/emo", "flags": {"mode": "emo"}, "model": True,
-         "curves": {"loss": [[2, 3.0], [4, 1.5]], "learning_rate": [[2, 1e-4], [4, 0.0]], "eval_loss": [[4, 1.25]]}},
+        {
+            "name": "emo",
+            "path": "out/emo",
+            "flags": {"mode": "emo"},
+            "model": True,
+            "curves": {
+                "loss": [[2, 3.0], [4, 1.5]],
+                "learning_rate": [[2, 1e-4], [4, 0.0]],
+                "eval_loss": [[4, 1.25]],
+            },
+        },
     ],
     "evaluation": {
-        "data": NASTY, "records": MANY, "pairs": [[1, 0]],
+        "data": NASTY,
+        "records": MANY,
+        "pairs": [[1, 0]],
         "rows": [
-            {"measure": "nll", "better": -1, "cells": [[2.0, 1.5, 2.5], [1.0, 0.5, 1.5]], "references": None, "best": 1},
-            {"measure": "rouge_l (greedy)", "better": 1, "cells": [None, [0.5, 0.5, 0.5]], "references": None, "best": None},
+            {
+                "measure": "nll",
+                "better": -1,
+                "cells": [[2.0, 1.5, 2.5], [1.0, 0.5, 1.5]],
+                "references": None,
+                "best": 1,
+            },
+            {
+                "measure": "rouge_l (greedy)",
+                "better": 1,
+                "cells": [None, [0.5, 0.5, 0.5]],
+                "references": None,
+                "best": None,
+            },
         ],
-        "differences": [{"measure": "nll", "better": -1, "cells": [{"mean": -1.0, "low": -1.5, "high": -0.5, "p": 0.01}]}],
+        "differences": [
+            {
+                "measure": "nll",
+                "better": -1,
+                "cells": [{"mean": -1.0, "low": -1.5, "high": -0.5, "p": 0.01}],
+            }
+        ],
     },
     "samples": [sample(i) for i in range(MANY)] + [sample(1) | {"decoding": "beam"}],
     "transport": {
-        "records": [{"instruction": NASTY, "input": "", "reference": ""}, {"instruction": "b", "input": "", "reference": ""}],
+        "records": [
+            {"instruction": NASTY, "input": "", "reference": ""},
+            {"instruction": "b", "input": "", "reference": ""},
+        ],
         "runs": [view(0.5), view(0.25)],
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +145,10 @@ def file(tmp_path_factory):
 
 @pytest.fixture
 def open_page(browser, file):
-    """Opens the page as asked; in the end nothing must have gone wrong in it, and nothing been asked for but the file."""
+    """Returns a function that opens the page with the given browser options.
+
+    At the end it checks that the page raised no error and requested only the file.
+    """
     wrong, asked, contexts = [], [], []
 
     def open_(**options):
@@ -175,7 +231,7 @@ def test_the_transport_view_shows_a_token_and_arrow_keys_move(open_page):
     chosen = page.locator('.token[aria-selected="true"]')
 
     def panel():
-        """nll and emo, and the products with their sum, as the page has them."""
+        """Checks that the shown products add up to the shown sum, and returns the nll and emo."""
         figures = page.locator(".figures dd").all_inner_texts()
         products = page.locator(".meter.product").evaluate_all(
             "cells => cells.map(cell => Number(cell.dataset.value))"
@@ -184,10 +240,8 @@ def test_the_transport_view_shows_a_token_and_arrow_keys_move(open_page):
         assert sum(products) == pytest.approx(total)
         return figures[:2]
 
-    assert chosen.inner_text() == NASTY and panel() == [
-        "4.000",
-        "0.7500",
-    ]  # the worst of the first record
+    # The worst token of the first record is chosen.
+    assert chosen.inner_text() == NASTY and panel() == ["4.000", "0.7500"]
     assert page.locator(".meter.p").evaluate_all(
         "cells => cells.map(cell => Number(cell.dataset.value))"
     ) == [0.25, 0.65, 0.1]
@@ -269,8 +323,10 @@ CONTRAST = """() => {
   for (const option of document.querySelectorAll(".token")) option.style.setProperty("--heat", 1);
   const seen = {};
   for (const node of document.querySelectorAll("main *, .bar *, footer")) {
-    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
-    if (!own || node.closest("svg, .hidden, [hidden], noscript") || !node.getClientRects().length) continue;
+    const own = [...node.childNodes].some((child) => \
+child.nodeType === 3 && child.textContent.trim());
+    if (!own || node.closest("svg, .hidden, [hidden], noscript") || \
+!node.getClientRects().length) continue;
     const [a, b] = [luminance(getComputedStyle(node).color), behind(node)];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     const name = `${node.tagName}.${node.className}`;
@@ -304,7 +360,10 @@ def test_it_fits_a_phone_and_works_by_keyboard(open_page):
     assert page.evaluate("document.activeElement.id") == "main"
     page.locator(".token").nth(3).tap()
     assert page.locator('.token[aria-selected="true"]').get_attribute("data-record") == "1"
-    unnamed = "nodes => nodes.filter((node) => !(node.labels?.length || node.textContent.trim() || node.ariaLabel)).length"
+    unnamed = (
+        "nodes => nodes.filter((node) => "
+        "!(node.labels?.length || node.textContent.trim() || node.ariaLabel)).length"
+    )
     assert page.locator("button, input, [role=slider]").evaluate_all(unnamed) == 0
 
 

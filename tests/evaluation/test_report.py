@@ -1,4 +1,7 @@
-"""The report's data: sums of the transport view against the oracle, which model is the best, curves, and what is refused."""
+"""The report's data: the sums of the transport view equal those of the float64 oracle.
+
+Also tested are the choice of the best model, the curves, and the errors.
+"""
 
 import json
 import re
@@ -12,11 +15,12 @@ from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.data.tokenize import ExampleEncoder
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.page import as_block
-from stanford_alpaca.evaluation.page.curves import curves_of, short_names, shown_flags
+from stanford_alpaca.evaluation.page.curves import curves_of, shown_flags
 from stanford_alpaca.evaluation.page.transport import view_of
 from stanford_alpaca.evaluation.page.verdicts import better, table_of
 from stanford_alpaca.evaluation.report import run, settings_of_runs
 from stanford_alpaca.evaluation.settings import Settings
+from stanford_alpaca.evaluation.tables import short_names
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.models.load import ModelSource
 from tests.helpers import refusal
@@ -46,7 +50,10 @@ def compared(mean, p):
 
 
 def write_evaluation(folder, models, data="held.json"):
-    """What ``metrics --out`` writes, of made-up numbers: each model is better than those before it."""
+    """Writes what ``metrics --out`` writes, with made-up numbers.
+
+    Each model is better than those before it.
+    """
     folder.mkdir()
     results = {
         model: {"nll": measured(3.0 - i, 2.5 - i, 3.5 - i), "length": measured(4.0)}
@@ -65,16 +72,21 @@ def write_evaluation(folder, models, data="held.json"):
     }
     (folder / "metrics.json").write_text(json.dumps(found))
     rows = [
-        {"instruction": r["instruction"], "input": r["input"], "reference": r["output"], "decoding": "greedy",
-         "responses": {model: f"{model} {i}" for model in models}}
+        {
+            "instruction": r["instruction"],
+            "input": r["input"],
+            "reference": r["output"],
+            "decoding": "greedy",
+            "responses": {model: f"{model} {i}" for model in models},
+        }
         for i, r in enumerate(RECORDS)
-    ]  # fmt: skip
+    ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 
 
 def block(page):
-    """The data that a page holds."""
+    """Returns the data that a page holds."""
     return json.loads(
         re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
     )
@@ -143,13 +155,22 @@ def test_the_best_is_the_one_that_beats_every_other_by_more_than_chance():
     pairs = [(1, 0), (2, 0), (2, 1)]
     models = ["a", "b", "c"]
     evaluation = {
-        "results": {model: {name: measured(value[i]) for name, value in values.items()} for i, model in enumerate(models)},
+        "results": {
+            model: {name: measured(value[i]) for name, value in values.items()}
+            for i, model in enumerate(models)
+        },
         "differences": [
-            {"model": models[m], "minus": models[n], "measures": {
-                name: compared(value[m] - value[n], ps[name][k]) for name, value in values.items()}}
+            {
+                "model": models[m],
+                "minus": models[n],
+                "measures": {
+                    name: compared(value[m] - value[n], ps[name][k])
+                    for name, value in values.items()
+                },
+            }
             for k, (m, n) in enumerate(pairs)
         ],
-    }  # fmt: skip
+    }
     table = table_of(evaluation, models)
     assert [row["best"] for row in table["rows"]] == [2, None, 2, None]
     assert table["pairs"] == [[1, 0], [2, 0], [2, 1]] and table["differences"][0]["cells"][
@@ -209,8 +230,9 @@ def test_the_command_writes_a_page_of_what_there_is(root, tmp_path, data, monkey
     run(base, str(unfinished), out=str(out), evaluation=evaluation, transport_records=1)
     found = block(out.read_text())
     assert [(r["name"], r["model"], r["curves"]) for r in found["runs"]] == [
-        ("tiny-base", True, None), ("unfinished", False, {"loss": [[2, 1.5]]}),
-    ]  # fmt: skip
+        ("tiny-base", True, None),
+        ("unfinished", False, {"loss": [[2, 1.5]]}),
+    ]
     assert found["evaluation"]["rows"][0]["cells"] == [[3.0, 2.5, 3.5], None]
     assert [sample["responses"] for sample in found["samples"]] == [
         [f"{base} 0", None],
@@ -226,9 +248,8 @@ def test_the_command_writes_a_page_of_what_there_is(root, tmp_path, data, monkey
     nll = next(row["cells"][0][0] for row in found["evaluation"]["rows"] if row["measure"] == "nll")
     assert nll == pytest.approx(sum(token["nll"] for token in tokens) / len(tokens), rel=1e-4)
 
-    run(
-        base, str(unfinished), out=str(tmp_path / "curves.html")
-    )  # no held-out records are known: no model is loaded
+    # No held-out records are known, so no model is loaded.
+    run(base, str(unfinished), out=str(tmp_path / "curves.html"))
     found = block((tmp_path / "curves.html").read_text())
     assert found["evaluation"] is found["transport"] is None and found["runs"][1]["curves"] == {
         "loss": [[2, 1.5]]

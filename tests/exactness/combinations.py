@@ -1,4 +1,7 @@
-"""Which engines, shardings and batches are compared: every pair of values that can be had together occurs."""
+"""Which combinations of engine, sharding and batch are compared with one process.
+
+Every pair of values that is allowed together occurs in one of them.
+"""
 
 from collections import Counter
 from itertools import combinations, product
@@ -6,7 +9,7 @@ from typing import NamedTuple
 
 
 class Combination(NamedTuple):
-    """One run that has to equal one process with the same global batch."""
+    """One run that must equal a single process with the same global batch."""
 
     engine: str
     cost: str  # --cost_sharding
@@ -36,21 +39,25 @@ EXCLUDED = (
 
 
 def allowed(c: Combination) -> bool:
-    """Whether the training command accepts it."""
+    """Returns whether the training command accepts the combination."""
     if c.cost == "vocab_parallel" and c.engine != "fsdp":
         return False
     return c.processes > 1 or (c.engine != "ddp" and c.cost == "replicate")
 
 
 def parts(c: Combination) -> set[tuple]:
-    """What a combination covers: its pairs of values, and engine, cost sharding and number of processes together."""
+    """Returns what a combination covers.
+
+    These are its pairs of values, and its engine, cost sharding and number of processes together.
+    """
     return {*combinations(enumerate(c), 2), ("together", *c[:3])}
 
 
 def covering() -> list[Combination]:
-    """A few combinations that cover all parts of all allowed ones, chosen greedily and always the same.
+    """Returns a few combinations that cover all parts of all allowed ones.
 
-    Among those that cover equally much, the one whose parts are rarest so far.
+    The choice is greedy and always the same. Among combinations that cover equally many missing
+    parts, it takes the one whose parts are the rarest so far.
     """
     candidates = [c for c in map(Combination._make, product(*DIMENSIONS)) if allowed(c)]
     missing = set().union(*map(parts, candidates))

@@ -1,7 +1,10 @@
-"""Every engine trains what one process trains: ``python tests/exactness/run.py [--only TEXT] [--json FILE]``.
+"""Checks that every engine trains what one process trains.
 
-Runs the combinations of ``combinations.py`` on CPU, with gloo, in float32, and compares each step's loss and gradient norm with
-those of one process without an engine and the same global batch. Exit status 1 if two runs are not equal.
+Usage: ``python tests/exactness/run.py [--only TEXT] [--json FILE]``
+
+Runs the combinations of ``combinations.py`` on CPU, with gloo, in float32. Compares the loss and
+gradient norm of each step with those of one process that has no engine and the same global batch.
+The exit status is 1 if two runs are not equal.
 """
 
 import argparse
@@ -16,23 +19,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONWARNINGS"] = (
-    "ignore:resource_tracker"  # ranks end at once: what they leave is their parent's to clean up
-)
+# Ranks exit without cleaning up their shared resources: the parent does it.
+os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
 
 from tests.exactness.combinations import EXCLUDED, Combination, covering
 from tests.helpers import steps
 from tests.ranks import RanksFailed, run_ranks
 
 STEPS, GLOBAL_BATCH = 10, 16
-LOSS, NORM = (
-    1e-5,
-    1e-4,
-)  # equal runs: absolute difference of the loss, relative one of the gradient norm
+# Runs are equal within these differences: absolute in the loss, relative in the gradient norm.
+LOSS, NORM = 1e-5, 1e-4
 
 
 def write_inputs(folder: Path) -> None:
-    """A random llama with an output layer of its own, and two data sets for it."""
+    """Writes a random Llama with an untied output layer, and two data sets for it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -64,19 +64,34 @@ def write_inputs(folder: Path) -> None:
 
 
 def argv(folder: Path, c: Combination) -> list[str]:
-    """The command line of a combination; of a reference if its engine is ``none``."""
+    """Returns the command line of a combination, or of a reference if its engine is ``none``."""
     flags = {
-        "model_name_or_path": folder / "model", "data_path": folder / f"{c.targets}.json", "cache_dir": folder / "cache",
-        "output_dir": folder / str(c), "mode": "emo", "cost_sharding": c.cost, "max_steps": STEPS, "global_batch": GLOBAL_BATCH,
-        "per_device_train_batch_size": GLOBAL_BATCH // c.processes // c.accumulation, "learning_rate": 3e-3,
-        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "lora": c.trained == "lora", "engine": c.engine,
-        "packing": c.rows == "packed", "model_max_length": 256,
-    }  # fmt: skip
+        "model_name_or_path": folder / "model",
+        "data_path": folder / f"{c.targets}.json",
+        "cache_dir": folder / "cache",
+        "output_dir": folder / str(c),
+        "mode": "emo",
+        "cost_sharding": c.cost,
+        "max_steps": STEPS,
+        "global_batch": GLOBAL_BATCH,
+        "per_device_train_batch_size": GLOBAL_BATCH // c.processes // c.accumulation,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "lora": c.trained == "lora",
+        "engine": c.engine,
+        "packing": c.rows == "packed",
+        "model_max_length": 256,
+    }
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
 def run(folder: Path, c: Combination) -> list[dict]:
-    """What a run logged at each step. One that has run before, as a reference, is read and not repeated."""
+    """Returns what a run logged at each step.
+
+    A run that was made before, such as a reference, is read and not repeated.
+    """
     from stanford_alpaca.train import train
 
     if not (folder / str(c)).exists():
@@ -85,12 +100,14 @@ def run(folder: Path, c: Combination) -> list[dict]:
 
 
 def deviations(folder: Path, c: Combination) -> tuple[float, float]:
-    """The greatest differences from one process over all steps: of the loss, and of the gradient norm (relative)."""
+    """Returns the greatest differences from one process over all steps.
+
+    These are the absolute difference of the loss and the relative one of the gradient norm.
+    """
     reference = run(folder, Combination("none", "replicate", 1, 1, c.targets, c.trained, c.rows))
     pairs = list(zip(reference, run(folder, c), strict=True))
-    assert (
-        len(pairs) == STEPS and reference[-1]["loss"] < reference[0]["loss"] - 0.1
-    )  # something was learned
+    # The reference has learned something.
+    assert len(pairs) == STEPS and reference[-1]["loss"] < reference[0]["loss"] - 0.1
     loss = max(abs(one["loss"] - two["loss"]) for one, two in pairs)
     return loss, max(
         abs(one["grad_norm"] - two["grad_norm"]) / one["grad_norm"] for one, two in pairs
@@ -130,7 +147,8 @@ def main() -> int:
             )
     equal = sum(row["equal"] for row in rows)
     print(
-        f"{equal} of {len(rows)} equal: losses within {LOSS:g}, gradient norms within {NORM:g} relative, {STEPS} steps each"
+        f"{equal} of {len(rows)} equal: losses within {LOSS:g}, "
+        f"gradient norms within {NORM:g} relative, {STEPS} steps each"
     )
     print("all pairs of values but for " + "; ".join(EXCLUDED))
     if options.json:

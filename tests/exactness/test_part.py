@@ -1,4 +1,4 @@
-"""A part of ``python tests/exactness/run.py``, and that its combinations are what it says."""
+"""A part of ``python tests/exactness/run.py``, and checks of its combinations."""
 
 from itertools import combinations, product
 
@@ -43,7 +43,10 @@ def test_every_pair_that_can_be_had_occurs():
 
 
 def test_some_micro_batches_have_no_target_at_all(folder):
-    """Of 32 rows in micro-batches of one, 11 are masked; and the lengths of the others' responses differ much."""
+    """The 21 records are filled up to 32 rows, so 11 rows are masked.
+
+    In micro-batches of one row, 11 have no target. The other responses differ a lot in length.
+    """
     import json
 
     lengths = [

@@ -1,4 +1,7 @@
-"""Tables that a run had cached, damaged before the same run is made again: they are made anew, and nothing else changes."""
+"""Cached tables that are damaged before the same run is made again.
+
+They are made anew, and nothing else changes.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +30,7 @@ def flipped(content: bytearray, share: float) -> bytearray:
 def damaged(
     world: World, out: Path, setting: Setting, damage: Callable, table: str, share: float
 ) -> None:
-    """The second of two equal runs finds the first one's table damaged."""
+    """Checks that the second of two equal runs finds the first one's damaged table."""
     first, cache = out.with_name("first"), out.with_name("cache")
     world.finish(setting, first, cache_dir=cache)
     (file,) = cache.rglob(table)
@@ -43,7 +46,10 @@ def caches(rng: Random) -> list[Case]:
         for damage in (zeros, cut, flipped):
             for table in TABLES:
                 share = rng.random()
-                what = f"{setting.name}, {damage.__name__} from {share:.3f} of {table.partition('-')[0]}"
+                what = (
+                    f"{setting.name}, {damage.__name__} from {share:.3f} "
+                    f"of {table.partition('-')[0]}"
+                )
                 cases.append(case(what, damaged, setting, damage, table, share))
     return cases
 

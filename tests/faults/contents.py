@@ -1,4 +1,4 @@
-"""Checkpoints whose files hold code, or other weights than this run's, under a manifest that was made to match."""
+"""Checkpoints whose files hold code, or other weights than the run's, with a matching manifest."""
 
 import os
 import pickle
@@ -35,7 +35,7 @@ class Payload:
 
 
 def sign_again(folder: Path) -> None:
-    """A manifest that matches the files as they are now."""
+    """Writes a manifest that matches the files as they are now."""
     about = {
         name: value
         for name, value in manifest.read(folder).items()
@@ -45,22 +45,28 @@ def sign_again(folder: Path) -> None:
 
 
 def own_copy(world: World, setting: Setting, out: Path) -> Path:
-    """A run's folder with the checkpoint of step 4 alone, whose files are no links."""
+    """Copies a run's folder with the checkpoint of step 4 alone, and returns that checkpoint.
+
+    Its files are copies, not hard links.
+    """
     usual = world.reference(setting, save_total_limit=None)
     world.copy(usual, out, only=[])
     return Path(shutil.copytree(usual / f"checkpoint-{STEP}", out / f"checkpoint-{STEP}"))
 
 
-# ---- code ------------------------------------------------------------------------------------------------------------
+# ---- code ----------------------------------------------------------------------------------------
 
 
 def in_torch_file(name: str, folder: Path, code: Payload) -> None:
-    """Beside what the file holds, if it is one that a checkpoint has."""
+    """Puts the code into a torch file.
+
+    The file keeps its content, except that DeepSpeed's state files then hold the code alone.
+    """
     file = next(iter(folder.rglob(name)), folder / name)
     content = torch.load(file, weights_only=False) if file.exists() and "states" not in name else {}
     content["payload"] = code
     torch.save(content, file)
-    if name.endswith("model.bin"):  # the weights are there and nowhere else
+    if name.endswith("model.bin"):  # the weights must be in this file alone
         file.with_suffix(".safetensors" if name.startswith("adapter") else ".none").unlink(
             missing_ok=True
         )
@@ -75,7 +81,7 @@ def in_metadata(part: str, folder: Path, code: Payload) -> None:
 
 
 def in_value(part: str, folder: Path, code: Payload) -> None:
-    """In place of the first value that is no tensor."""
+    """Puts the code in place of the first value that is no tensor."""
     entries = fsdp.Reader(folder / part).read_metadata().state_dict_metadata
     state = read_shards(folder / part)
     state[
@@ -90,7 +96,7 @@ def write_shards(state: dict[str, Any], folder: Path) -> None:
 
 
 def look_after(checkpoint: Path, out: Path) -> None:
-    """In a process of its own: every command that reads a checkpoint."""
+    """Runs every command that reads a checkpoint. It is called in a separate process."""
     from stanford_alpaca import generate
     from stanford_alpaca.checkpoint import __main__ as command
 
@@ -154,7 +160,7 @@ def payloads(rng: Random) -> list[Case]:
     ]
 
 
-# ---- other weights ---------------------------------------------------------------------------------------------------
+# ---- other weights -------------------------------------------------------------------------------
 
 Weights = dict[str, torch.Tensor]
 
@@ -179,7 +185,7 @@ def other_vocabulary(weights: Weights, key: str) -> None:
 
 
 def change_weights(checkpoint: Path, change: Callable[[Weights, str], None], part: str) -> None:
-    """Of the key whose name has this part, in what the engine wrote."""
+    """Changes the weight whose name contains ``part``, in the file that the engine wrote."""
     if (checkpoint / fsdp.MODEL).is_dir():
         weights = read_shards(checkpoint / fsdp.MODEL)
         change(weights, next(name for name in weights if part in name))

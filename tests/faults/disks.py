@@ -1,4 +1,4 @@
-"""Disks that are full, fail, or cannot be written to, and files that were damaged since they were saved."""
+"""Disks that are full, failing or read-only, and files that were damaged after they were saved."""
 
 import contextlib
 import shutil
@@ -28,11 +28,14 @@ from tests.faults.hooks import Fault, Hooks
 from tests.faults.kills import disk_event
 from tests.faults.world import World
 
-FULL, DAMAGED = 2, 3  # exit statuses of rank 0; the others end with one of them
+FULL, DAMAGED = 2, 3  # exit statuses of rank 0; other ranks end with one of the two
 
 
 def refused_disk(ended, out: Path) -> None:
-    """All ranks ended in one line and the status of a user's mistake, and what was saved before is good."""
+    """Checks that all ranks failed with one error line, rank 0 with the status of a user error.
+
+    What was saved before must be good.
+    """
     check(
         ended.statuses[0] == FULL and all(ended.statuses),
         f"statuses {ended.statuses}\n{ended.text[-3000:]}",
@@ -43,7 +46,7 @@ def refused_disk(ended, out: Path) -> None:
 
 
 def failing_disk(rng: Random) -> list[Case]:
-    """Errors at any change of the disk from a save on, disks that are too small, and disks that are read-only."""
+    """Makes the disk fail from a change in a save on, or makes it too small or read-only."""
 
     def fails(
         world: World, out: Path, setting: Setting, error: str, rank: int, share: float
@@ -74,7 +77,10 @@ def failing_disk(rng: Random) -> list[Case]:
             )
         )
     for setting, looks in ((PLAIN, True), (PLAIN, False), (LORA, False), (FSDP, False)):
-        what = f"{setting.name}, room for a checkpoint and a half{'' if looks else ', which nobody foresees'}"
+        what = (
+            f"{setting.name}, room for a checkpoint and a half"
+            f"{'' if looks else ', which nobody foresees'}"
+        )
         cases.append(case(what, too_small, setting, looks))
     return cases + [
         case(f"{setting.name}, a disk that has become read-only", read_only, setting)
@@ -83,7 +89,7 @@ def failing_disk(rng: Random) -> list[Case]:
 
 
 def overlook(hooks: Hooks) -> None:
-    """In the child: there is always room, until something is written."""
+    """Makes the disk seem empty in the child process, so that only a write finds it full."""
     usage = shutil.disk_usage
     shutil.disk_usage = lambda path: usage(path)._replace(free=2**60)
 
@@ -110,7 +116,10 @@ def read_only(world: World, out: Path, setting: Setting) -> None:
 
 @contextlib.contextmanager
 def mounted(out: Path, options: str) -> Iterator[Callable[[str], None]]:
-    """The output folder on a disk of its own, and a function that mounts it again with other options."""
+    """Mounts the output folder as a disk of its own.
+
+    Yields a function that mounts it again with other options.
+    """
 
     def mount(*arguments: str) -> None:
         done = subprocess.run(["mount", *arguments, str(out)], capture_output=True, text=True)
@@ -125,7 +134,7 @@ def mounted(out: Path, options: str) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", "-l", str(out)], check=True)
 
 
-# ---- damaged files ---------------------------------------------------------------------------------------------------
+# ---- damaged files -------------------------------------------------------------------------------
 
 
 def deleted(file: Path, rng: Random, other: Path) -> None:
@@ -147,14 +156,20 @@ def flipped(file: Path, rng: Random, other: Path) -> None:
 
 
 def zeroed(file: Path, rng: Random, other: Path) -> None:
-    """The end of it, as a file system leaves what it did not write; at least a byte changes."""
+    """Zeroes the end of a file, as a file system leaves what it did not write.
+
+    At least one byte changes.
+    """
     content = file.read_bytes()
     start = min(rng.randrange(len(content)), len(content.rstrip(b"\0")) - 1)
     file.write_bytes(content[:start] + bytes(len(content) - start))
 
 
 def swapped(file: Path, rng: Random, other: Path) -> None:
-    """With the file of the same name in the other checkpoint, or with another file of this one if that is equal."""
+    """Replaces a file by the file of the same name in the other checkpoint.
+
+    If the two are equal, another file of the same checkpoint is taken.
+    """
     found = [other / file.name, *sorted(path for path in file.parent.iterdir() if path.is_file())]
     file.write_bytes(
         next(
@@ -172,7 +187,11 @@ ENGINES = (PLAIN, LORA, DDP, FSDP, FSDP_LORA, ZERO2)
 def damaged(
     world: World, out: Path, setting: Setting, share: float, harm: Callable, seed: int, alone: bool
 ) -> None:
-    """A file of the newest checkpoint, that far through the list of its files; with an older one to fall back to, or none."""
+    """Damages a file of the newest checkpoint, and checks what the next run does.
+
+    ``share`` chooses the file by its place in the list of files. The run has an older checkpoint to
+    fall back to, unless ``alone``.
+    """
     usual = world.reference(setting, save_total_limit=None)
     world.copy(usual, out, only=[4] if alone else [2, 4])
     newest, older = out / "checkpoint-4", usual / "checkpoint-2"
@@ -195,9 +214,8 @@ def damaged(
         check(manifest.list_saved(out) == before, f"{name}: the output folder has changed")
         return
     ended = world.finish(setting, out, save_total_limit=None)
-    named = (
-        "" if name == manifest.MANIFEST_FILE and harm is swapped else name
-    )  # then all the others differ
+    # With the other checkpoint's manifest, it is the other files that seem to be damaged.
+    named = "" if name == manifest.MANIFEST_FILE and harm is swapped else name
     lines = [
         line
         for line in ended.text.splitlines()
@@ -216,7 +234,10 @@ def damage(rng: Random) -> list[Case]:
             number % 7 == 6,
         )
         share, seed = round((number // 6 + rng.random()) / 10, 3), rng.randrange(2**32)
-        what = f"{setting.name}, the file {share} through the list {harm.__name__}{', the only checkpoint' if alone else ''}"
+        what = (
+            f"{setting.name}, the file {share} through the list {harm.__name__}"
+            f"{', the only checkpoint' if alone else ''}"
+        )
         cases.append(case(what, damaged, setting, share, harm, seed, alone))
     return cases
 

@@ -1,4 +1,7 @@
-"""Data files and command lines that are nearly right, by seed, and what a run makes of them before it would train."""
+"""Data files and command lines that are nearly right, drawn by seed.
+
+A run reads each of them, and ends before it would load a model.
+"""
 
 import csv
 import json
@@ -78,11 +81,19 @@ RECORDS: list[dict] = [
 
 
 class Hang(BaseException):
-    """No outcome in time. No Exception, which the code under test might turn into a line."""
+    """There was no outcome in time.
+
+    This is not an Exception, because the code under test might turn one into an error line.
+    """
 
 
 def outcome(case: Callable[[], object], limit: int = LIMIT) -> str:
-    """``ok`` or ``refused``. Raises whatever else comes, Hang if nothing does, AssertionError for a bad refusal."""
+    """Runs a case and returns ``ok`` or ``refused``. Any other exception of the case is raised.
+
+    Raises:
+        Hang: if there is no outcome in time.
+        AssertionError: for a refusal without a clear line.
+    """
     printed = StringIO()
     try:
         with _alarm(limit), redirect_stdout(printed), redirect_stderr(printed):
@@ -97,7 +108,10 @@ def outcome(case: Callable[[], object], limit: int = LIMIT) -> str:
 
 
 def check_file(file: Path) -> Callable[[], object]:
-    """A run's way with a data file, until its examples are there; and that of a file of prompts."""
+    """Returns a case that reads a data file as a run does, until its examples are there.
+
+    A ``.txt`` file is read as a file of prompts.
+    """
 
     def case() -> None:
         read_prompts(str(file), None, None) if file.suffix == ".txt" else check_command(
@@ -108,7 +122,7 @@ def check_file(file: Path) -> Callable[[], object]:
 
 
 def check_command(argv: list[str]) -> Callable[[], object]:
-    """All that a run does before it loads a model."""
+    """Returns a case that does all that a run does before it loads a model."""
 
     def case() -> None:
         run = parse(argv)
@@ -141,14 +155,14 @@ def _alarm(seconds: int) -> Iterator[None]:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
         os.environ.clear()
-        os.environ.update(environment)  # transformers' arguments set some
+        os.environ.update(environment)  # transformers' arguments set variables
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 def fuzz_json(seed: int, folder: Path) -> Path:
-    """A data file with one to three mutations, of the values or of the bytes."""
+    """Writes a data file with up to four mutations of its values and bytes."""
     rng = random.Random(seed)
     form = rng.choice(RECORDS)
     records: list = [json.loads(json.dumps(form)) for _ in range(rng.randint(1, 5))]
@@ -164,7 +178,7 @@ def fuzz_json(seed: int, folder: Path) -> Path:
 
 
 def _written(rng: random.Random, records: list, suffix: str) -> bytes:
-    """The records as a file of this kind, as far as they can be that, in some encoding."""
+    """Returns the records in a file format, as far as it can hold them, in some encoding."""
     if suffix == ".parquet":
         buffer = BytesIO()
         with suppress(Exception):  # values that no table can hold
@@ -189,7 +203,7 @@ def _written(rng: random.Random, records: list, suffix: str) -> bytes:
 
 
 def _mutate_value(rng: random.Random, records: list) -> None:
-    """Changes a place of the records: another value, a key less, more or renamed, deep nesting."""
+    """Changes one place of the records: the value, a dropped or renamed key, or deep nesting."""
     place: object = records
     while rng.random() < 0.75:
         inner = (
@@ -255,7 +269,7 @@ def _insert(rng: random.Random, content: bytes) -> bytes:
 
 
 def _double(rng: random.Random, content: bytes) -> bytes:
-    """Doubles a piece, so that keys or records stand twice."""
+    """Doubles a piece of the content, so that keys or records stand there twice."""
     start = rng.randint(0, len(content))
     end = rng.randint(start, len(content))
     return content[:end] + content[start:end] + content[end:]
@@ -264,14 +278,16 @@ def _double(rng: random.Random, content: bytes) -> bytes:
 BYTES: list[Callable[[random.Random, bytes], bytes]] = [_flip, _truncate, _insert, _double]
 
 
-# ---- command lines ---------------------------------------------------------------------------------------------------------
+# ---- command lines -------------------------------------------------------------------------------
 
 OWN = tuple(cls for cls in CLASSES if cls is not TrainingArguments)
 ACTIONS = {action.dest: action for action in HfArgumentParser(CLASSES)._actions}
 FLAGS = sorted({field.name for cls in CLASSES for field in fields(cls)})
-FEW = sorted({field.name for cls in OWN for field in fields(cls)} | {field.name for field in fields(TrainingArguments)} - {
-    field.name for field in fields(HfTrainingArguments)
-})  # fmt: skip
+FEW = sorted(
+    {field.name for cls in OWN for field in fields(cls)}
+    | {field.name for field in fields(TrainingArguments)}
+    - {field.name for field in fields(HfTrainingArguments)}
+)
 GOOD = ["1", "2", "4", "0.5", "True", "False", "emo", "mle", "linear"]
 NUMBERS = [
     "0",
@@ -308,24 +324,41 @@ TEXTS = [
     "=",
     "../..",
 ]
-NEVER = {  # what would reach beyond the case: files, the network, a debugger, other processes
-    "output_dir", "cache_dir", "push_to_hub", "hub_model_id", "deepspeed", "ddp_backend", "preprocessing_num_workers",
+# Flags that reach beyond the case: to files, the network, a debugger, or other processes.
+NEVER = {
+    "output_dir",
+    "cache_dir",
+    "push_to_hub",
+    "hub_model_id",
+    "deepspeed",
+    "ddp_backend",
+    "preprocessing_num_workers",
     "project",
-}  # fmt: skip
+}
 
 
 def plain_argv(data: Path) -> list[str]:
-    """A valid command line."""
+    """Returns a valid command line."""
     values = {
-        "model_name_or_path": BASE, "data_path": data, "output_dir": data.parent / "out", "cache_dir": data.parent / "cache",
-        "mode": "emo", "max_steps": 3, "global_batch": 8, "learning_rate": 1e-3, "save_strategy": "no",
+        "model_name_or_path": BASE,
+        "data_path": data,
+        "output_dir": data.parent / "out",
+        "cache_dir": data.parent / "cache",
+        "mode": "emo",
+        "max_steps": 3,
+        "global_batch": 8,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
         "preprocessing_num_workers": 1,
-    }  # fmt: skip
+    }
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
 def fuzz_argv(seed: int, folder: Path) -> list[str]:
-    """A command line with one to three mutations; its data, valid, and its --config are written into the folder."""
+    """Returns a command line with one to three mutations.
+
+    Its data file, which is valid, and its ``--config`` file are written into the folder.
+    """
     rng = random.Random(seed)
     data = folder / "valid.json"
     if not data.exists():
@@ -353,7 +386,7 @@ def _name(rng: random.Random) -> str:
 
 
 def _value(rng: random.Random, name: str = "") -> str:
-    """A value for a flag: more often than not one of its kind."""
+    """Returns a value for a flag, more often than not one of its type."""
     action = ACTIONS.get(name)
     if action is not None and rng.random() < 0.7:
         if action.choices:
@@ -368,7 +401,7 @@ def _value(rng: random.Random, name: str = "") -> str:
 
 
 def _change(rng: random.Random, argv: list[str]) -> list[str]:
-    """Another value for a flag that is there, but for where the run would write."""
+    """Changes the value of a flag that is there, unless the flag is in ``NEVER``."""
     places = [i for i in range(1, len(argv), 2) if argv[i - 1][2:] not in NEVER]
     place = rng.choice(places)
     return [*argv[:place], _value(rng, argv[place - 1][2:]), *argv[place + 1 :]]
@@ -401,7 +434,7 @@ def _drop(rng: random.Random, argv: list[str]) -> list[str]:
 
 
 def _stray(rng: random.Random, argv: list[str]) -> list[str]:
-    """A stray word somewhere."""
+    """Inserts a stray word between two flags."""
     place = 2 * rng.randrange(len(argv) // 2)
     return [*argv[:place], _value(rng), *argv[place:]]
 

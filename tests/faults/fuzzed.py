@@ -1,4 +1,7 @@
-"""Fuzzed data files and command lines, each in a process of its own: accepted, or refused in one line, in time."""
+"""Fuzzed data files and command lines, each in a process of its own.
+
+Each is accepted, or refused in one line, in time.
+"""
 
 from pathlib import Path
 from random import Random
@@ -9,7 +12,7 @@ from tests.ranks import RanksFailed, run_ranks
 
 
 def try_one(kind: str, seed: int, folder: Path) -> str:
-    """In the child: what becomes of it."""
+    """Returns the outcome of one case. It is called in the child process."""
     from tests.faults.fuzz import check_command, check_file, fuzz_argv, fuzz_json, outcome
 
     folder.mkdir(parents=True)

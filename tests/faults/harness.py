@@ -1,4 +1,4 @@
-"""What the rows share: settings of a run, cases, and how two runs are compared."""
+"""What the rows share: settings of a run, cases, and the comparison of two runs."""
 
 import json
 from collections.abc import Callable
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Lost(AssertionError):
-    """What had to hold did not."""
+    """Something that must hold did not."""
 
 
 class NotHere(Exception):
-    """This machine does not let the harness inject it."""
+    """This machine does not let the harness inject the fault."""
 
 
 def check(holds: Any, message: str) -> None:
@@ -28,7 +28,7 @@ def check(holds: Any, message: str) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """What trains: the number of ranks, and its flags."""
+    """A kind of training run: its number of ranks and its flags."""
 
     name: str
     ranks: int
@@ -51,7 +51,13 @@ SETTINGS = (PLAIN, LORA, DDP, FSDP, FSDP_LORA, ZERO2)
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: exit statuses by rank (minus the signal), what they printed, seconds from the first end to the last."""
+    """How a run ended.
+
+    Args:
+        statuses: exit statuses by rank; a negative one is minus the signal that killed the rank.
+        text: what the ranks printed.
+        rest_took: seconds from the end of the first rank to the end of the last one.
+    """
 
     statuses: list[int]
     text: str
@@ -70,14 +76,17 @@ Check = Callable[["World", Path], None]
 
 @dataclass(frozen=True)
 class Case:
-    """One injection: what it is, and the check that raises if it does not hold; it may use ``out`` and what lies beside it."""
+    """One injection: its description, and the check, which raises if something does not hold.
+
+    The check may use ``out`` and the files beside it.
+    """
 
     what: str
     holds: Check
 
 
 def case(what: str, function: Callable, *args: Any, **kwargs: Any) -> Case:
-    """``function(world, out, *args)`` as a case."""
+    """Returns ``function(world, out, *args, **kwargs)`` as a case."""
     return Case(what, lambda world, out: function(world, out, *args, **kwargs))
 
 
@@ -108,7 +117,11 @@ def exact(one: Path, two: Path, over_ranks: bool = False) -> None:
 
 
 def seen(out: Path, over_ranks: bool = False) -> dict[Any, list]:
-    """The rows of each step by rank, or of all ranks together, each time that the step was made."""
+    """Returns the rows that each step saw, each time that the step was made.
+
+    The keys are pairs of step and rank. With ``over_ranks`` they are steps, and the rows of all
+    ranks are joined.
+    """
     rows: dict[Any, dict[int, set]] = {}
     for file in out.parent.glob(f"{out.name}.seen*"):
         rank = int(file.name.rpartition("seen")[2])
@@ -127,7 +140,7 @@ def seen(out: Path, over_ranks: bool = False) -> dict[Any, list]:
 
 
 def valid_checkpoints(out: Path) -> list[str]:
-    """Names of the checkpoints, the newest first. Raises Lost if one of them does not verify."""
+    """Returns the names of the checkpoints, the newest first. Raises Lost if one is damaged."""
     from stanford_alpaca.checkpoint import manifest
 
     found = manifest.checkpoints(out)

@@ -1,4 +1,4 @@
-"""What goes wrong inside a rank, and where: the package has no switches for it."""
+"""Faults inside a rank, and the points where they happen. The package has no switches for them."""
 
 import errno
 import itertools
@@ -14,20 +14,25 @@ from pathlib import Path
 from typing import Any
 
 POINTS = ("load", "fetch", "step", "save", "evaluation", "disk")
-FAILS = ("EIO", "ENOSPC", "EROFS")  # from then on, always
+FAILS = ("EIO", "ENOSPC", "EROFS")  # these last from the given point on
 REMOVES = ("os.remove", "os.rmdir")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """``do`` happens to ``ranks`` (None: to all) when they come to the point ``where`` for the ``at``-th time, from 0 on.
+    """Something that happens to some ranks when they come to a point for the ``at``-th time.
 
     Args:
-        do: ``kill``, ``term``, a name of ``errno``, ``wait`` (until a file ``go`` is beside the output folder), or ``count``:
-            nothing, but what the rank does on the disk is listed in a file beside the output folder.
-        where: ``load`` the data, ``fetch`` a batch, ``step`` (of a micro-batch), ``save`` (a checkpoint's start),
-            ``evaluation`` (of a batch), or ``disk``: open for writing, write, fsync, rename or remove in the output folder.
-        once: not again in a run that is started again.
+        do: what happens. ``kill`` and ``term`` send a signal, and a name of ``errno`` raises that
+            error. ``wait`` waits until there is a file ``go`` beside the output folder. ``count``
+            only lists what the rank does on the disk, in a file beside the output folder.
+        where: the point. ``load`` is before the data is loaded, ``fetch`` before a batch is
+            collated, ``step`` before a micro-batch, ``save`` before a checkpoint, and
+            ``evaluation`` before a batch of an evaluation. ``disk`` is before a file in the output
+            folder is opened for writing, written, flushed by fsync, renamed or removed.
+        at: how often the rank has come to the point before; the first time is 0.
+        ranks: the ranks it happens to; None means all.
+        once: it does not happen again in a run that is started again.
     """
 
     do: str
@@ -52,7 +57,10 @@ class Hooks:
     def come(
         self, point: str, what: str = "", broken: Callable[[], Exception] | None = None
     ) -> None:
-        """Called at every point; ``broken`` makes the error with which a failing disk shows there."""
+        """Counts a visit of a point, and lets the fault happen if it belongs there.
+
+        ``broken`` makes the error that a failing disk causes at this point.
+        """
         fault, count = self.fault, next(self.counts[point])
         if self.log is not None and point == "disk":
             self.log.write(what + "\n")
@@ -84,7 +92,10 @@ class Hooks:
             time.sleep(0.01)
 
     def install(self) -> None:
-        """Points in the run, a record of the rows that each step sees, and points on the disk if the fault is there."""
+        """Puts the points into the run, and records the rows that each step sees.
+
+        Points on the disk are added only if the fault is there.
+        """
         from stanford_alpaca import train
         from stanford_alpaca.data.batching import PadCollator
         from stanford_alpaca.training.trainer import EmoTrainer
@@ -108,7 +119,10 @@ class Hooks:
             self.watch_disk()
 
     def watch_disk(self) -> None:
-        """Points at Python's audit events, at fsync, and before and amid what torch and safetensors write."""
+        """Puts points at Python's audit events, at fsync, and into two functions that write files.
+
+        These are the functions with which torch and safetensors write.
+        """
         import safetensors.torch
         import torch
         from safetensors import SafetensorError
@@ -121,7 +135,7 @@ class Hooks:
             )
             if writing or event == "os.rename":
                 self.change(event, args[0])
-            elif event in REMOVES:  # of a whole tree by descriptors
+            elif event in REMOVES:  # rmtree removes by directory descriptor
                 parent = f"/proc/self/fd/{args[1]}"
                 self.change(
                     event,
@@ -156,7 +170,7 @@ class Hooks:
             self.write_in_two(module, name, place, error)
 
     def change(self, what: str, path: Any, broken: Callable[[], Exception] | None = None) -> None:
-        """A point on the disk, if the path is in the output folder."""
+        """Visits the point ``disk`` if the path is in the output folder."""
         folder = f"{self.out.absolute()}/"
         if (
             f"{os.path.abspath(path) if isinstance(path, str | os.PathLike) else path}/".startswith(
@@ -169,7 +183,10 @@ class Hooks:
     def write_in_two(
         self, module: Any, name: str, place: int, error: Callable[[], Exception]
     ) -> None:
-        """Points before a function that writes a whole file by itself, and when a half of it stands there."""
+        """Puts two points into a function that writes a whole file by itself.
+
+        One is before the write, and one is where half of the file is there.
+        """
         write = getattr(module, name)
 
         def halved(*args: Any, **kwargs: Any) -> None:
@@ -191,7 +208,7 @@ class Hooks:
 
 
 def before(owner: Any, name: str, call: Callable[..., None]) -> None:
-    """Calls ``call`` with the arguments of a function or method before it."""
+    """Replaces a function or method by one that first calls ``call`` with the same arguments."""
     function = getattr(owner, name)
 
     def both(*args: Any, **kwargs: Any) -> Any:
@@ -202,12 +219,12 @@ def before(owner: Any, name: str, call: Callable[..., None]) -> None:
 
 
 def beside(out: Path, name: str) -> Path:
-    """A file of the harness about a run, outside its output folder."""
+    """Returns the path of a harness file about a run, beside the run's output folder."""
     return out.with_name(f"{out.name}.{name}")
 
 
 def rows_of(batch: dict) -> list[list[int]]:
-    """The rows of a padded batch, without padding."""
+    """Returns the rows of a padded batch, without padding."""
     return [
         ids[mask.bool()].tolist()
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)

@@ -1,4 +1,4 @@
-"""Processes that end: all at once, at every change of the disk, one of several."""
+"""Killed processes: all at once, at a change of the disk, or one of several."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ KILLED = -9
 
 
 def equal_runs(rng: Random) -> list[Case]:
-    """Five runs of each engine: what all other rows compare with is no accident."""
+    """Runs each setting five times: the result that all other rows compare with is repeatable."""
 
     def five(world: World, out: Path, setting: Setting) -> None:
         for number in range(5):
@@ -43,7 +43,10 @@ def equal_runs(rng: Random) -> list[Case]:
 
 
 def kill_group(rng: Random) -> list[Case]:
-    """All ranks at once, at any time: so long after the start, or after a step has begun; every fifth run a second time."""
+    """Kills all ranks at once, some time after the start or after a step has begun.
+
+    Every fifth run is killed a second time.
+    """
 
     def killed(world: World, out: Path, setting: Setting, times: list[tuple[int, float]]) -> None:
         def reached(step: int) -> bool:
@@ -76,7 +79,7 @@ def kill_group(rng: Random) -> list[Case]:
 
 
 def kill_save(rng: Random) -> list[Case]:
-    """At each change of the disk from a save on, evenly spread over those that a run of the setting makes."""
+    """Kills at changes of the disk, evenly spread from the second save to the third."""
 
     def killed(world: World, out: Path, setting: Setting, rank: int, share: float) -> None:
         at, what = disk_event(world, setting, rank, share)
@@ -111,7 +114,10 @@ SECOND_SAVE = 4  # the step of the second of three saves
 
 
 def disk_event(world: World, setting: Setting, rank: int, share: float) -> tuple[int, str]:
-    """The number of a change of the disk, that far through the second save and what follows it, and what it is."""
+    """Returns the number and the description of a change of the disk.
+
+    ``share`` says how far the change is from the second save (0) to the third save (1).
+    """
     run = world.reference(setting, fault=Fault("count", "disk", 0))
     events = beside(run, f"disk{rank}").read_text().splitlines()
     second = [number for number, event in enumerate(events) if f"checkpoint-{SECOND_SAVE}" in event]
@@ -122,7 +128,7 @@ def disk_event(world: World, setting: Setting, rank: int, share: float) -> tuple
 
 
 def kill_one(rng: Random) -> list[Case]:
-    """One of two or three ranks; some of them under the launcher, which starts them again."""
+    """Kills one of two or three ranks. In some cases the launcher starts the ranks again."""
 
     def killed(world: World, out: Path, setting: Setting, where: str, at: int, rank: int) -> None:
         changes = (
@@ -138,7 +144,7 @@ def kill_one(rng: Random) -> list[Case]:
         )
         check(0 not in ended.statuses, f"a rank ended with 0: {ended.statuses}")
         check(ended.rest_took < 60, f"the others took {ended.rest_took:.0f} s")
-        batches = -(-9 // (2 * setting.ranks))  # of an evaluation
+        batches = -(-9 // (2 * setting.ranks))  # batches in an evaluation
         steps = {
             "step": at // 2,
             "fetch": at // 2,
@@ -176,7 +182,10 @@ def kill_one(rng: Random) -> list[Case]:
 
 
 def restarted(world: World, out: Path, setting: Setting, where: str, at: int) -> None:
-    """The launcher starts all ranks again when one was killed; the run ends by itself, as if nothing had happened."""
+    """Checks that the launcher starts all ranks again after one was killed.
+
+    The run then ends by itself, as if nothing had happened.
+    """
     done = launch(world, out, setting, where, at, restarts=1)
     check(
         done.returncode == 0,
@@ -187,7 +196,10 @@ def restarted(world: World, out: Path, setting: Setting, where: str, at: int) ->
 
 
 def left_alone(world: World, out: Path) -> None:
-    """A rank that does not even notice, as one that waits for a device, does not keep the run from ending."""
+    """Checks that the run ends although one rank does not notice that another was killed.
+
+    The one that does not notice hangs, as if it waited for a device.
+    """
     done = launch(world, out, DDP, "hang", 7, restarts=0)
     died = beside(out, "acted1").stat().st_mtime
     check(done.returncode not in (0, 2), f"status {done.returncode}")
@@ -212,8 +224,12 @@ def launch(
     out.parent.mkdir(parents=True)
     return subprocess.run(
         [*launcher, str(script), where, str(at), *world.argv(setting, out)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=LIMIT,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
 
 
 ROWS = {

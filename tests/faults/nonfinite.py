@@ -19,16 +19,17 @@ from tests.faults.hooks import Hooks, beside, rows_of
 from tests.faults.world import World
 from tests.helpers import steps
 
-STEP = 4  # in which the number appears; the last checkpoint before it is of step 2
+STEP = 4  # the step of the non-finite number; the last checkpoint before it is of step 2
 MICRO_BATCHES = 2
-LOSS, NORM = (
-    1e-5,
-    1e-4,
-)  # equal runs: absolute difference of the loss, relative one of the gradient norm
+# Runs are equal within these differences: absolute in the loss, relative in the gradient norm.
+LOSS, NORM = 1e-5, 1e-4
 
 
 class NotFinite:
-    """In the child: puts a value where it is to be in step ``STEP``, and writes down the weights before that and at the end."""
+    """Puts a non-finite value into step ``STEP`` of the child process.
+
+    It writes down digests of the weights before that step and at the end of the run.
+    """
 
     def __init__(self, hooks: Hooks, what: str, value: str, ranks: tuple[int, ...] | None):
         self.what, self.value, self.here = what, float(value), ranks is None or hooks.rank in ranks
@@ -85,7 +86,7 @@ class NotFinite:
         local.view(-1)[0] = self.value
 
     def write(self) -> None:
-        """A digest of each weight, or of this rank's shard of it."""
+        """Writes a digest of each weight, or of this rank's shard of it."""
         found = {}
         for name, weight in self.trainer.model.named_parameters():
             local = weight.to_local() if hasattr(weight, "to_local") else weight
@@ -133,7 +134,7 @@ def nonfinite(rng: Random) -> list[Case]:
             [("loss", None), ("gradient", None), ("loss", last), ("weight", None)]
         ):
             value = ("nan", "inf")[(number + other) % 2]
-            if setting.ranks == 1 and ranks:  # there is no other
+            if setting.ranks == 1 and ranks:  # there is no other rank
                 ranks, value = None, "inf"
             to = f", rank {ranks[0]} alone" if ranks else ""
             cases.append(
@@ -148,7 +149,11 @@ TENSOR = {"gradient": "layers.0.mlp.down_proj.weight", "weight": "layers.1.self_
 
 
 def change_rows(hooks: Hooks, rows: list[list[int]], how: str) -> None:
-    """In the child: masks the targets of these rows, drops the rows from their batches, or skips the step that has them."""
+    """Changes these rows in the child process.
+
+    ``how`` is ``mask`` (mask their targets), ``drop`` (drop them from their batches), or ``skip``
+    (skip step ``STEP``, which has them).
+    """
     collate, step, chosen = (
         PadCollator.__call__,
         EmoTrainer.training_step,
@@ -179,16 +184,14 @@ def masked_rows(rng: Random) -> list[Case]:
             "learning_rate": 0.1,
             "optim": "sgd",
         }
-        changes |= {
-            "lr_scheduler_type": "constant",
-            "save_strategy": "no",
-            "max_steps": 5,
-        }  # an epoch: each row once
+        # Five steps are an epoch, so that each row occurs once.
+        changes |= {"lr_scheduler_type": "constant", "save_strategy": "no", "max_steps": 5}
         rows = chosen(world, setting, which, changes)
         without = out.with_name("without")
         whole = which == "a whole batch"
         world.finish(setting, out, more=partial(change_rows, rows=rows, how="mask"), **changes)
-        # a rank whose rows are all gone could not take part: one process trains on the rest, in the same steps
+        # A rank without rows could not take part, so one process trains on the rest, in the same
+        # steps.
         alone = PLAIN if which == "a rank's" else setting
         world.finish(
             alone,
@@ -205,7 +208,8 @@ def masked_rows(rng: Random) -> list[Case]:
             close = close and abs(one["grad_norm"] - two["grad_norm"]) <= NORM * two["grad_norm"]
             check(
                 close,
-                f"step {one['step']}: {one['loss']}, {one['grad_norm']}; without: {two['loss']}, {two['grad_norm']}",
+                f"step {one['step']}: {one['loss']}, {one['grad_norm']}; "
+                f"without: {two['loss']}, {two['grad_norm']}",
             )
         check(len({one["loss"] for one, _ in pairs}) == len(pairs), "nothing was learned")
 
@@ -217,7 +221,10 @@ def masked_rows(rng: Random) -> list[Case]:
 
 
 def chosen(world: World, setting: Setting, which: str, changes: dict[str, Any]) -> list[list[int]]:
-    """The rows of step ``STEP`` to mask: one, the last micro-batch of one process (all of a rank's), or all."""
+    """Returns the rows of step ``STEP`` to mask: one row, a rank's rows, or all rows.
+
+    If there is one process, a rank's rows are those of the last micro-batch.
+    """
     usual = world.reference(setting, more=record_rows, **changes)
     ranks = [
         json.loads(beside(usual, f"rows{rank}").read_text().splitlines()[STEP - 1])
@@ -236,7 +243,7 @@ def chosen(world: World, setting: Setting, which: str, changes: dict[str, Any]) 
 
 
 def record_rows(hooks: Hooks) -> None:
-    """In the child: writes down the ids of every step's rows, by micro-batch."""
+    """Writes down the ids of every step's rows, by micro-batch, in the child process."""
     fetch, file = EmoTrainer.get_batch_samples, beside(hooks.out, f"rows{hooks.rank}").open("w")
 
     def recorded(trainer, *args: Any, **kwargs: Any):

@@ -1,4 +1,4 @@
-"""Processes of a run: waiting for them, ending them, reading what they printed."""
+"""Processes of a run: waiting for them, killing them, and reading what they printed."""
 
 import threading
 import time
@@ -9,12 +9,12 @@ from typing import Any
 
 from tests.faults.harness import check
 
-LIMIT = 600.0  # seconds that a run may take: a guard against hanging, no measurement
+LIMIT = 600.0  # seconds that a run may take: a guard against hanging, not a measurement
 LOCK = threading.RLock()  # processes are started and reaped by one thread at a time
 
 
 def wait_until(holds: Callable[[], Any]) -> None:
-    """Looks again and again. Raises Lost if it takes too long."""
+    """Waits until ``holds()`` is true. Raises Lost if it takes too long."""
     end = time.monotonic() + LIMIT
     while not holds():
         check(time.monotonic() < end, "waited in vain")
@@ -22,7 +22,7 @@ def wait_until(holds: Callable[[], Any]) -> None:
 
 
 def wait_for(processes: list, count: int, seconds: float) -> bool:
-    """Whether so many of the processes have ended within that time."""
+    """Returns whether ``count`` of the processes ended within so many seconds."""
     end, left = time.monotonic() + seconds, {process.sentinel for process in processes}
     while len(processes) - len(left) < count:
         ready = wait(list(left), timeout=max(0.0, end - time.monotonic()))
@@ -33,7 +33,7 @@ def wait_for(processes: list, count: int, seconds: float) -> bool:
 
 
 def kill(processes: list) -> None:
-    """Ends all of them at once, and waits for that."""
+    """Kills all the processes at once, and waits until they have ended."""
     with LOCK:
         for process in processes:
             process.kill()

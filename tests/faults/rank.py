@@ -1,6 +1,8 @@
-"""A rank under a real launcher: ``rank.py WHERE AT FLAGS OF THE TRAINING COMMAND`` kills rank 1 there, once.
+"""Runs the training command as a rank under a real launcher, and kills rank 1 once.
 
-With ``hang`` as the place it is in a step, and rank 0 waits in that step for good.
+Usage: ``rank.py WHERE AT FLAGS OF THE TRAINING COMMAND``
+
+If WHERE is ``hang``, rank 1 is killed in a step, and rank 0 waits in that step forever.
 """
 
 import os

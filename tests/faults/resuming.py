@@ -1,4 +1,4 @@
-"""Going on from every step, on other numbers of processes, and beside another run of the same folder."""
+"""Resuming: from every step, with other numbers of processes, and beside another run."""
 
 from pathlib import Path
 from random import Random
@@ -27,11 +27,11 @@ from tests.faults.stops import STOPPED
 from tests.faults.world import World
 from tests.helpers import steps
 
-LOSS = 1e-5  # equal runs: absolute difference of a step's loss
+LOSS = 1e-5  # greatest absolute difference of a step's loss between equal runs
 
 
 def resume_everywhere(rng: Random) -> list[Case]:
-    """A run that saves after each of nine steps, and one that goes on from each of its first eight."""
+    """Compares a run that saves after each of nine steps with runs resumed from its first eight."""
 
     def goes_on(world: World, out: Path, setting: Setting, accumulation: int, step: int) -> None:
         micro = GLOBAL // accumulation // setting.ranks
@@ -58,11 +58,11 @@ def resume_everywhere(rng: Random) -> list[Case]:
     ]
 
 
-GLOBAL = 6  # divides by 1 and 2 processes times 1 and 3 micro-batches
+GLOBAL = 6  # divisible by 1 and 2 processes times 1 and 3 micro-batches
 
 
 def other_sizes(rng: Random) -> list[Case]:
-    """Stopped after two steps and after four, and gone on with as many processes as the plan says."""
+    """Stops runs after two and four steps, and resumes them with other numbers of processes."""
 
     def resized(
         world: World,
@@ -110,7 +110,7 @@ def other_sizes(rng: Random) -> list[Case]:
 
 
 def two_runs(rng: Random) -> list[Case]:
-    """The second one is started while the first waits in a step."""
+    """Starts a second run in the folder while the first one waits in a step."""
 
     def refused(world: World, out: Path, setting: Setting, at: int) -> None:
         def second() -> None:

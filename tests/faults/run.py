@@ -1,6 +1,9 @@
-"""Injects what goes wrong in training runs, and checks what holds: ``python tests/faults/run.py [--full] [--only ROW]``.
+"""Injects faults into training runs and checks what must hold.
 
-Without ``--full`` a fixed part of each row. A case is drawn from the seed and its number alone. Exit status 1 if one is lost.
+Usage: ``python tests/faults/run.py [--full] [--only ROW]``
+
+Without ``--full`` a fixed part of each row is run. A case is drawn from the seed and its number
+alone. The exit status is 1 if a case is lost.
 """
 
 import argparse
@@ -19,9 +22,12 @@ from random import Random
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 ENVIRONMENT = {
-    "PYTHONWARNINGS": "ignore:resource_tracker", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu",
-}  # fmt: skip
+    "PYTHONWARNINGS": "ignore:resource_tracker",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "DS_ACCELERATOR": "cpu",
+}
 os.environ.update(ENVIRONMENT)
 
 from tests.faults import caches, contents, disks, fuzzed, kills, nonfinite, resuming, stops
@@ -30,25 +36,24 @@ from tests.faults.world import World
 
 THEMES = (kills, stops, disks, caches, contents, resuming, nonfinite, fuzzed)
 ROWS: dict[str, Row] = {name: row for theme in THEMES for name, row in theme.ROWS.items()}
-PART, MOST = (
-    10,
-    10,
-)  # without --full, one case of so many, and no more than these (test_fuzz.py tries more, and quicker)
+# Without --full, one case in PART is run, and at most MOST of a row. test_fuzz.py tries more inputs
+# in less time.
+PART, MOST = 10, 10
 SEED = 0
 
 
 def cases_of(row: str, seed: int) -> list[Case]:
-    """All cases of a row, which follow from the seed alone."""
+    """Returns all cases of a row, which follow from the seed alone."""
     return ROWS[row](Random(f"{row} {seed}"))
 
 
 def part_of(count: int) -> list[int]:
-    """Numbers of the cases that are run without ``--full``: always the same."""
+    """Returns the numbers of the cases that are run without ``--full``; they never change."""
     return sorted(Random(count).sample(range(count), min(MOST, -(-count // PART))))
 
 
 def hold(world: World, row: str, seed: int, number: int) -> str | None:
-    """Runs one case: None if it holds, else what does not."""
+    """Runs one case. Returns None if it holds, or else what does not hold."""
     case = cases_of(row, seed)[number]
     folder = world.folder / "cases" / f"{row.replace(' ', '-')}-{number}"
     try:
@@ -64,7 +69,7 @@ def hold(world: World, row: str, seed: int, number: int) -> str | None:
 
 
 def shortened(text: str) -> str:
-    """The first line of what a run left, and its last ones without progress bars."""
+    """Returns the first line of a text and its last twelve, without progress bars."""
     first, *rest = [line for line in text.splitlines() if line.strip() and "it/s]" not in line]
     return "\n    ".join([first, *rest[-12:]])
 
@@ -113,7 +118,8 @@ def main() -> int:
             )
             for number, outcome in lost.items():
                 print(
-                    f"  lost: {outcome}\n  again: python {Path(__file__).relative_to(ROOT)} --seed {options.seed} ",
+                    f"  lost: {outcome}\n  again: python {Path(__file__).relative_to(ROOT)} "
+                    f"--seed {options.seed} ",
                     end="",
                 )
                 print(f'--only "{row}" --case {number}', flush=True)

@@ -1,4 +1,7 @@
-"""What a checkpoint holds, value by value, so that two of them can be compared: files of equal values may differ in bytes."""
+"""Digests of a checkpoint's values, so that two checkpoints can be compared.
+
+Files of equal values may differ in their bytes.
+"""
 
 import json
 import threading
@@ -15,15 +18,17 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from stanford_alpaca.checkpoint import fsdp, manifest, pickles
 
-ALLOWING = (
-    threading.Lock()
-)  # what torch's restricted unpickler allows is the process's, and cases run in threads
-CLOCK = ("supervised_tokens_per_s", "runtime", "per_second", "train_loss")  # what no two runs share
+# What torch's restricted unpickler allows is set for the whole process, and cases run in threads.
+ALLOWING = threading.Lock()
+CLOCK = ("supervised_tokens_per_s", "runtime", "per_second", "train_loss")  # differ in every run
 ABOUT_PLACES = ("best_model_checkpoint", "train_batch_size")
 
 
 def values(folder: Path) -> dict[str, str]:
-    """``FILE:NAME`` of every value in a checkpoint -> its digest; the clock and the folder's own name are left out."""
+    """Returns the digest of every value in a checkpoint, by ``FILE:NAME``.
+
+    Times and the folder's own name are left out.
+    """
     found: dict[str, str] = {}
     for name in manifest.list_saved(folder):
         for key, value in _walk(_read(folder / name)):
@@ -35,14 +40,14 @@ def values(folder: Path) -> dict[str, str]:
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """Names of the values in which two checkpoints differ."""
+    """Returns the names of the values in which two checkpoints differ."""
     a, b = values(one), values(two)
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
 def _read(file: Path) -> Any:
     if file.suffix in (".distcp", ".metadata") or file.name == ".metadata":
-        return {}  # read as a whole
+        return {}  # read_shards reads all of these at once
     if file.suffix == ".safetensors":
         return load_file(file)
     if file.suffix in (".pt", ".pth", ".bin"):
@@ -50,9 +55,8 @@ def _read(file: Path) -> Any:
             return pickles.load(file)
     if file.name == "trainer_state.json":
         state = json.loads(file.read_text())
-        steps = [
-            entry for entry in state.pop("log_history") if "loss" in entry
-        ]  # an evaluation may be left by a signal
+        # Evaluations are left out, because a signal may interrupt one.
+        steps = [entry for entry in state.pop("log_history") if "loss" in entry]
         logs = [{k: v for k, v in entry.items() if not k.endswith(CLOCK)} for entry in steps]
         return {k: v for k, v in state.items() if k not in ABOUT_PLACES} | {"log_history": logs}
     if file.suffix == ".json":
@@ -91,7 +95,7 @@ def _walk(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
         yield place, sha256(about + data).hexdigest()[:16]
     elif hasattr(value, "tobytes"):
         yield place, sha256(value.tobytes()).hexdigest()[:16]
-    elif type(value) is pickles._Inert:  # of DeepSpeed's bookkeeping
+    elif type(value) is pickles._Inert:  # DeepSpeed's bookkeeping
         yield place, type(value).__name__
     else:
         yield place, sha256(repr(value).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A scheduler's signal: the run saves what it has and ends, and goes on from there."""
+"""A scheduler's signal: the run saves what it has, ends, and can be resumed from there."""
 
 from pathlib import Path
 from random import Random
@@ -22,7 +22,7 @@ STOPPED = 75
 
 
 def sigterm(rng: Random) -> list[Case]:
-    """A scheduler's signal, to all ranks or to one."""
+    """Sends a scheduler's signal to all ranks or to one."""
 
     def stopped(
         world: World,

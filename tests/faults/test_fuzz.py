@@ -1,4 +1,4 @@
-"""A tenth of the fuzzing: nothing but success or one line."""
+"""A small part of the fuzzing: each input succeeds or is refused in one line."""
 
 from collections import Counter
 

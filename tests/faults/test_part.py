@@ -1,4 +1,4 @@
-"""A fixed part of ``python tests/faults/run.py --full``, and that its cases are what it says."""
+"""A fixed part of ``python tests/faults/run.py --full``, and checks of its cases."""
 
 import pytest
 
@@ -6,11 +6,23 @@ from tests.faults.run import ROWS, SEED, cases_of, hold, part_of
 from tests.faults.world import World
 
 COUNTS = {
-    "five equal runs": 6, "kill the group": 100, "kill in a save": 60, "kill one rank": 20, "SIGTERM": 24,
-    "full and failing disks": 20, "damaged files": 60, "pickled code": 12, "wrong weights": 15, "resume at every step": 100,
-    "other world sizes": 12, "two runs in a folder": 4, "damaged caches": 18, "NaN and Inf": 12, "fully masked rows": 9,
+    "five equal runs": 6,
+    "kill the group": 100,
+    "kill in a save": 60,
+    "kill one rank": 20,
+    "SIGTERM": 24,
+    "full and failing disks": 20,
+    "damaged files": 60,
+    "pickled code": 12,
+    "wrong weights": 15,
+    "resume at every step": 100,
+    "other world sizes": 12,
+    "two runs in a folder": 4,
+    "damaged caches": 18,
+    "NaN and Inf": 12,
+    "fully masked rows": 9,
     "fuzzed inputs": 1000,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

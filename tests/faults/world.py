@@ -1,4 +1,7 @@
-"""Runs of the training command that something is done to, and what they leave; all ranks are forked from a warm process."""
+"""Runs of the training command into which faults are injected, and what they leave.
+
+All ranks are forked from a warm process.
+"""
 
 import json
 import os
@@ -22,7 +25,8 @@ from tests.ranks import start_ranks
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_STEPS = 6, 2
 
-BASES: dict[str, dict] = {  # models by name; sure: the same on any number of processes
+# Models by name. "sure" has no dropout, so that it trains the same on any number of processes.
+BASES: dict[str, dict] = {
     "base": {"attention_dropout": 0.1},
     "other-base": {"attention_dropout": 0.1},
     "wide-base": {"attention_dropout": 0.1, "vocab_size": 2080},
@@ -33,7 +37,7 @@ BASES: dict[str, dict] = {  # models by name; sure: the same on any number of pr
 def command(
     argv: list[str], out: str, fault: Fault | None, more: Callable[[Hooks], None] | None
 ) -> None:
-    """One rank: the training command, with the exit status that it ends with."""
+    """Runs the training command as one rank, and exits with its status."""
     from stanford_alpaca import flags, train
 
     status = 1
@@ -42,9 +46,8 @@ def command(
             signal.signal(
                 number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
             )
-        flags.time.sleep = (
-            pause  # rank 1 waits there so that a launcher hears rank 0 first: nobody listens here
-        )
+        # Rank 1 sleeps there so that a launcher hears of rank 0 first. There is no launcher here.
+        flags.time.sleep = pause
         hooks = Hooks(fault, Path(out))
         hooks.install()
         if more is not None:
@@ -63,13 +66,16 @@ def command(
 
 
 def pause(seconds: float, sleep: Callable[[float], None] = time.sleep) -> None:
-    """``time.sleep`` for ranks without a launcher."""
+    """Sleeps like ``time.sleep``, but for at most 0.2 s, in ranks without a launcher."""
     sleep(min(seconds, 0.2))
 
 
 @dataclass
 class World:
-    """A folder with a model, data, and references: runs that nothing was done to, each made once."""
+    """A folder with models, data and references.
+
+    A reference is a run without a fault. Each reference is made once.
+    """
 
     folder: Path
     made: set[Path] = field(default_factory=set)
@@ -102,21 +108,32 @@ class World:
             model.save_pretrained(self.folder / name)
             tokenizer.save_pretrained(self.folder / name)
         records = json.loads((ROOT / "data" / "instructions" / "train.json").read_text())
-        (self.folder / "train.json").write_text(
-            json.dumps(records[:36])
-        )  # fillers in an epoch; the last step within one
+        # 36 records need fillers in an epoch, and the last step lies within an epoch.
+        (self.folder / "train.json").write_text(json.dumps(records[:36]))
         (self.folder / "held.json").write_text(json.dumps(records[36:45]))
 
     def argv(self, setting: Setting, out: Path, **changes: Any) -> list[str]:
-        """The command line of a run. A change that is None drops the flag."""
+        """Returns the command line of a run. A change that is None drops the flag."""
         at_once = max(1, 4 // setting.ranks)  # two micro-batches in a step
         flags = {
-            "model_name_or_path": self.folder / "base", "data_path": self.folder / "train.json",
-            "cache_dir": self.folder / "cache", "output_dir": out, "mode": "emo", "max_steps": STEPS,
-            "global_batch": 2 * at_once * setting.ranks, "per_device_train_batch_size": at_once,
-            "per_device_eval_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "steps",
-            "save_steps": SAVE_STEPS, "save_total_limit": 2, "model_max_length": 256, "disable_tqdm": True, "resume": "auto",
-        } | changes  # fmt: skip
+            "model_name_or_path": self.folder / "base",
+            "data_path": self.folder / "train.json",
+            "cache_dir": self.folder / "cache",
+            "output_dir": out,
+            "mode": "emo",
+            "max_steps": STEPS,
+            "global_batch": 2 * at_once * setting.ranks,
+            "per_device_train_batch_size": at_once,
+            "per_device_eval_batch_size": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": SAVE_STEPS,
+            "save_total_limit": 2,
+            "model_max_length": 256,
+            "disable_tqdm": True,
+            "resume": "auto",
+        } | changes
         given = [
             text
             for name, value in flags.items()
@@ -139,9 +156,9 @@ class World:
         """Trains into ``out``.
 
         Args:
-            kill_after: seconds after which all ranks are killed, counted from the end of ``meanwhile``.
-            together: the death of one rank is that of all: their machine lost its power.
-            more: further hooks; picklable.
+            kill_after: all ranks are killed so many seconds after ``meanwhile`` has returned.
+            together: all ranks are killed when one has died, as if their machine had lost power.
+            more: installs further hooks; it must be picklable.
             meanwhile: is called once all ranks have been started.
         """
         argv, number = (
@@ -174,7 +191,7 @@ class World:
         return Ended(statuses, read(outputs), ended - first_end)
 
     def finish(self, setting: Setting, out: Path, **kwargs: Any) -> Ended:
-        """Runs until the end, and checks that it gets there."""
+        """Trains until the end, and checks that every rank ended with status 0."""
         ended = self.run(setting, out, **kwargs)
         check(
             set(ended.statuses) == {0},
@@ -185,7 +202,10 @@ class World:
     def reference(
         self, setting: Setting, fault: Fault | None = None, more: Any = None, **changes: Any
     ) -> Path:
-        """The output folder of a run that nothing happened to; with the fault ``count``, of one that says what it wrote."""
+        """Returns the output folder of a run to which nothing happened.
+
+        The fault ``count`` makes it list what it writes.
+        """
         about = sha256(repr((setting, fault, more, sorted(changes.items()))).encode()).hexdigest()[
             :8
         ]
@@ -199,8 +219,10 @@ class World:
         return out
 
     def copy(self, run: Path, out: Path, only: Sequence[int] | None = None) -> Path:
-        """Copies a run's folder with all checkpoints or those of some steps, by hard links, without the final model, and what
-        it says of the steps up to the last of them. What changes a file of the copy has to replace it.
+        """Copies a run's folder with all checkpoints, or with those of the steps ``only``.
+
+        The final model is not copied. The rows that the run saw are copied up to the last copied
+        checkpoint. Checkpoint files are hard links, so a file must be replaced and not written to.
         """
         from stanford_alpaca.checkpoint import manifest
 

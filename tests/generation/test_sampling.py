@@ -1,4 +1,4 @@
-"""Each setting does what its definition says, against decoding by hand from the model's logits."""
+"""Checks each sampling setting against decoding by hand from the model's logits."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def tokenizer(root):
 
 @pytest.fixture
 def model(make_model):
-    """A random model that is sure enough of itself to say different things."""
+    """A random model with sharp enough distributions to write different texts."""
     model = make_model("llama", vocab_size=2048, positions=512)
     with torch.no_grad():
         model.lm_head.weight.mul_(40)
@@ -31,7 +31,10 @@ def model(make_model):
 
 
 def by_hand(model, tokenizer, choose):
-    """Token ids of the responses; ``choose`` takes the logits [V] and all ids so far, and gives the next id."""
+    """Decodes by hand and returns the token ids of the responses.
+
+    ``choose`` takes the logits [V] and all ids so far, and returns the next id.
+    """
     responses = []
     for record in RECORDS:
         ids = tokenizer(format_prompt(record))["input_ids"]
@@ -70,7 +73,8 @@ def most_typical(temperature):
         logs = (logits / temperature).log_softmax(0)
         entropy = -(logs.exp() * logs).sum()
         token = (-logs - entropy).abs().argmin()
-        assert logs[token].exp() > 0.001  # so it alone has the mass that the test asks for
+        # so this token alone reaches the mass that the test asks for
+        assert logs[token].exp() > 0.001
         return token
 
     return choose
@@ -78,9 +82,8 @@ def most_typical(temperature):
 
 def test_min_p_of_one_leaves_the_likeliest_token(model, tokenizer):
     want = texts(tokenizer, by_hand(model, tokenizer, greedy))
-    assert (
-        generated(model, tokenizer, temperature=2, min_p=1) == want
-    )  # whole numbers, as a shell gives them
+    # Whole numbers, as they come from a shell.
+    assert generated(model, tokenizer, temperature=2, min_p=1) == want
     assert generated(model, tokenizer, temperature=2, min_p=0) != want
 
 
@@ -93,7 +96,7 @@ def test_the_smallest_typical_p_leaves_the_token_nearest_to_the_entropy(model, t
 
 
 def test_repetition_penalty_in_greedy_decoding_and_in_sampling(model, tokenizer):
-    with torch.no_grad():  # the token just read becomes the likeliest next one
+    with torch.no_grad():  # the last token read becomes the likeliest next one
         model.lm_head.weight.copy_(20 * model.get_input_embeddings().weight)
     plain, mild, harsh = (by_hand(model, tokenizer, penalised(penalty)) for penalty in (1, 2, 100))
     once, some, all_new = (len(set(ids)) for ids in (plain[0], mild[0], harsh[0]))

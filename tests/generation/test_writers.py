@@ -1,4 +1,8 @@
-"""Samples as text: any text comes back out of the page as it went in, and files are checked before they are written."""
+"""Tests samples as text.
+
+Any text comes back out of the page unchanged, and output files are checked before anything is
+written.
+"""
 
 import json
 import re
@@ -24,7 +28,7 @@ SAMPLE = {
 
 
 def blocks(page):
-    """The fenced blocks' contents by CommonMark's rule, and the lines that are not in one."""
+    """Returns the contents of fenced blocks by CommonMark's rule, and the lines outside of them."""
     found, outside, fence, block = [], [], None, []
     for line in page.split("\n"):
         ticks = re.fullmatch(r" {0,3}(`{3,})([^`]*)", line)
@@ -81,7 +85,8 @@ def test_the_terminal_numbers_several_responses_side_by_side():
     assert format_sample(SAMPLE) == "instruction: Say it.\n  a    | One.\n  long | Two.\n"
     drawn = SAMPLE | {"responses": {"a": ["One.", "Two."], "long": ["Three.", "Four."]}}
     assert format_sample(drawn) == (
-        "instruction: Say it.\n  a 1    | One.\n  a 2    | Two.\n  long 1 | Three.\n  long 2 | Four.\n"
+        "instruction: Say it.\n  a 1    | One.\n  a 2    | Two.\n"
+        "  long 1 | Three.\n  long 2 | Four.\n"
     )
 
 

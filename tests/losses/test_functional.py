@@ -1,4 +1,7 @@
-"""The public functions: reductions, ignored targets, and the authors' package where it is accurate."""
+"""The public functions: reductions, ignored targets and bad arguments.
+
+They equal the authors' package where that is accurate.
+"""
 
 from types import SimpleNamespace
 
@@ -14,7 +17,10 @@ from stanford_alpaca.losses import functional as linear
 
 @pytest.fixture
 def batch():
-    """Hidden states [3, 7, 10], weight [30, 10], targets [3, 7] with ignored ones, embedding [30, 6]."""
+    """Returns hidden states [3, 7, 10], weight [30, 10], targets [3, 7] and embedding [30, 6].
+
+    Some targets are ignored.
+    """
     targets = torch.randint(30, (3, 7))
     targets[0, :4] = targets[2] = -100
     return torch.randn(3, 7, 10), torch.randn(30, 10), targets, torch.randn(30, 6)

@@ -1,4 +1,7 @@
-"""Soft targets through the public functions: which rows count, what is refused, and that a student reaches its teacher."""
+"""Soft targets through the public functions: which rows count, and what is refused.
+
+A student that trains on them reaches its teacher.
+"""
 
 import pytest
 import torch
@@ -9,7 +12,11 @@ from stanford_alpaca import Objective, SoftTargets, emo_loss, linear_emo_loss
 
 @pytest.fixture
 def batch():
-    """Hidden states [3, 7, 10], weight [30, 10], targets [3, 7], some ignored, embedding [30, 6], soft targets [3, 7, 4]."""
+    """Returns tensors of a batch, in which some targets are ignored.
+
+    They are hidden states [3, 7, 10], weight [30, 10], targets [3, 7], embedding [30, 6] and soft
+    targets [3, 7, 4].
+    """
     targets = torch.randint(30, (3, 7))
     targets[0, :4] = targets[2] = -100
     soft = SoftTargets(torch.randint(30, (3, 7, 4)), torch.rand(3, 7, 4).softmax(-1))
@@ -129,7 +136,8 @@ def test_what_needs_the_probability_of_one_target_is_refused(batch, mode):
     hidden, weight, targets, embedding, soft = batch
     with pytest.raises(
         ValueError,
-        match="needs the probability of one target: soft targets work with mle, emo, emo2, emd and mix",
+        match="needs the probability of one target: "
+        "soft targets work with mle, emo, emo2, emd and mix",
     ):
         linear_emo_loss(hidden, weight, targets, embedding, soft, mode=mode)
 

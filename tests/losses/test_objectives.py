@@ -1,4 +1,4 @@
-"""The identities between the objectives that hold exactly."""
+"""Identities between the objectives that hold exactly."""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""Soft targets in both backends against explicit sums over pairs of tokens in float64, and against hard targets."""
+"""Soft targets in two backends equal explicit float64 sums over pairs of tokens.
+
+One-hot soft targets equal hard targets.
+"""
 
 import pytest
 import torch
@@ -23,21 +26,20 @@ SERVED = {
 
 @pytest.fixture(params=[reference, chunked], ids=["reference", "chunked"])
 def backend(request, monkeypatch):
-    monkeypatch.setitem(
-        torch_kernels.CHUNK_LOGITS, "cpu", 16 * V
-    )  # 16 rows at a time: several chunks and a remainder
+    # A chunk has 16 rows, so there are several chunks and a remainder.
+    monkeypatch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * V)
     return request.param
 
 
 def pair_costs(embedding: torch.Tensor | None) -> torch.Tensor:
-    """[V, V] in float64, pair by pair; ``None`` for identity."""
+    """Returns the costs [V, V] in float64, pair by pair. ``None`` means the identity cost."""
     costs = torch.ones(V, V, dtype=torch.float64)
     if embedding is not None:
         directed = embedding.any(1)
         units = embedding.double()[directed] / embedding.double()[directed].norm(
             dim=1, keepdim=True
         )
-        distances = (units[:, None] - units).square().sum(2) / 2  # differences: no cancellation
+        distances = (units[:, None] - units).square().sum(2) / 2  # nothing cancels
         costs[directed[:, None] & directed] = torch.where(
             distances < 1e-6, 0.0, distances
         ).flatten()
@@ -45,16 +47,20 @@ def pair_costs(embedding: torch.Tensor | None) -> torch.Tensor:
 
 
 def naive(hidden, weight, bias, soft, costs, objective, softcap=None, logit_scale=1.0):
-    """Loss, nll, emo of every token and the gradients of the summed loss: sums over i and j as they are written."""
+    """Returns loss, nll and emo of every token, and the gradients of the summed loss.
+
+    The sums over i and j are computed as the formula states them.
+    """
     leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
     z = logit_scale * (leaves[0] @ leaves[1].T + leaves[2])
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     log_p = z - z.exp().sum(1, keepdim=True).log()
     tau = soft.probs.double()
     nll = -(tau * log_p.gather(1, soft.ids)).sum(1)
+    # The sum runs over i and j.
     emo = (log_p.exp()[:, :, None] * tau[:, None, :] * costs[:, soft.ids].transpose(0, 1)).sum(
         (1, 2)
-    )  # over i and j
+    )
     ratio = (nll / emo).detach()
     loss = {
         "mle": nll,
@@ -75,8 +81,11 @@ def ours(backend, hidden, weight, bias, targets, cost, objective, reduction="sum
 
 
 def problem(dtype=torch.float32):
-    """Hidden states, weight, bias, a teacher with repeated ids and entries without probability, and an embedding with
-    duplicates and rows of zeros, several of which the teacher names."""
+    """Returns hidden states, weight, bias, a teacher and an embedding.
+
+    The teacher has repeated ids and entries without probability. The embedding has duplicates and
+    rows of zeros, and the teacher names several of them.
+    """
     ids, probs = torch.randint(V, (N, K)), torch.rand(N, K, dtype=dtype) ** 4
     ids[:4] = torch.tensor([[3, 4, 5, 3, 9], [38, 39, 1, 38, 2], [7, 7, 7, 7, 7], [39, 0, 0, 4, 4]])
     probs[4:9, 2:] = 0
@@ -158,7 +167,7 @@ def test_gradient_given_float32_logits_where_model_and_teacher_are_confident(
     logits.scatter_(
         1, ids[:, :1], logits.logsumexp(1, keepdim=True) - torch.tensor(one_minus_p).logit()
     )
-    eye, zeros = torch.eye(V), torch.zeros(V)  # logits @ identity: the logits, exactly
+    eye, zeros = torch.eye(V), torch.zeros(V)  # logits @ identity is exactly the logits
     want = exact_gradient(logits, ids, probs, pair_costs(embedding), mode)
     soft = SoftTargets(ids, probs.float())
     result = ours(backend, logits, eye, zeros, soft, CostEmbedding(embedding), Objective(mode))
@@ -167,8 +176,11 @@ def test_gradient_given_float32_logits_where_model_and_teacher_are_confident(
 
 
 def exact_gradient(logits, ids, probs, costs, mode):
-    """The gradient of the logits in float64, from d nll = p - tau and d emo = p (c - emo), where nearly equal numbers are
-    subtracted as sums over the tokens other than the most probable one, ids[:, 0]."""
+    """Returns the gradient of the logits in float64, from d nll = p - tau and d emo = p (c - emo).
+
+    Differences of nearly equal numbers are computed as sums over the tokens other than the most
+    probable one, ids[:, 0].
+    """
     top, rest = ids[:, :1], probs.clone()
     rest[:, 0] = 0
     p = torch.softmax(logits.double(), 1)
@@ -192,7 +204,7 @@ def test_expected_costs_keep_their_digits_at_a_teacher_that_is_nearly_sure():
         probs = torch.full((4, 1), away)
         ours = cost.costs(ids[:, 0], V, (ids[:, 1:], probs)).double()
         want = (1 - away) * pairs[ids[:, 0]] + away * pairs[ids[:, 1]]
-        assert (ours - want).abs().max() <= 1e-6  # what is below ZERO_BELOW is 0
+        assert (ours - want).abs().max() <= 1e-6  # costs below ZERO_BELOW are 0
         rows = torch.arange(4)
         torch.testing.assert_close(ours[rows, ids[:, 0]], want[rows, ids[:, 0]], rtol=1e-6, atol=0)
         assert ours[3, 3] == 0 and ours[3, 4] == 0  # duplicates of each other
@@ -222,8 +234,15 @@ def test_bfloat16_hidden_states_err_as_pytorch_does():
         torch.nn.functional.cross_entropy((h @ w.T).float(), dense, reduction="sum").backward()
         return [h.grad.double(), w.grad.double()]
 
-    exact = ours(reference, hidden.double(), weight.double(), bias.double(), SoftTargets(soft.ids, soft.probs.double()),
-                 cost, SERVED["emo"])[3]  # fmt: skip
+    exact = ours(
+        reference,
+        hidden.double(),
+        weight.double(),
+        bias.double(),
+        SoftTargets(soft.ids, soft.probs.double()),
+        cost,
+        SERVED["emo"],
+    )[3]
     low = ours(
         chunked, hidden.bfloat16(), weight.bfloat16(), bias.bfloat16(), soft, cost, SERVED["emo"]
     )[3]
@@ -254,11 +273,11 @@ def test_chunked_never_holds_more_than_a_chunk_of_logits(monkeypatch):
     monkeypatch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * V)
     with LargestTensor() as seen:
         ours(chunked, *leaves, soft, CostEmbedding(embedding), SERVED["emo"])
-    assert seen.numel == 13 * V  # 37 rows in three chunks: neither [N, V] nor [chunk, k, V]
+    assert seen.numel == 13 * V  # 37 rows in 3 chunks, never [N, V] or [chunk, k, V]
 
 
 class LargestTensor(TorchDispatchMode):
-    """The size of the largest tensor that an operation returned."""
+    """Records the size of the largest tensor that an operation returned."""
 
     numel = 0
 

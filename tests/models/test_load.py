@@ -1,4 +1,8 @@
-"""Loading for fine-tuning: float32 weights, missing special tokens, a vocabulary that grows by the mean."""
+"""Tests loading for fine-tuning.
+
+Weights are float32, missing special tokens are added, and new vocabulary rows are the mean of the
+old ones.
+"""
 
 import json
 
@@ -14,7 +18,7 @@ from stanford_alpaca.models.savable import make_savable
 
 @pytest.fixture
 def folder(tmp_path, root, make_model):
-    """A bfloat16 GPT-2 (tied head) with a tokenizer that has neither pad nor end-of-sequence token."""
+    """A bfloat16 GPT-2 (tied head) whose tokenizer lacks pad and end-of-sequence tokens."""
     tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
     tokenizer.pad_token = tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""LoRA: what is trained, what is written, and that it is what peft loads, from every engine."""
+"""Tests LoRA: what is trained and written, and that peft loads it, with every engine."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def nll_of(model, tokenizer, held: Path, max_length: int = 512) -> float:
-    """The mean nll of the targets, a record at a time, by the model's own loss."""
+    """Returns the mean nll of the targets by the model's own loss, one record at a time."""
     examples, _ = tokenize_records(
         load_records(str(held), str(held.parent / "cache")), tokenizer, max_length
     )
@@ -54,7 +54,10 @@ def nll_of(model, tokenizer, held: Path, max_length: int = 512) -> float:
 
 
 def assert_plain_adapter(folder: Path, base: Path, held: Path) -> None:
-    """The folder holds an adapter and nothing of the base, and its nll on the evaluation data is the one that was logged."""
+    """Checks that the folder holds an adapter and nothing of the base.
+
+    Its nll on the evaluation data has to be the logged one.
+    """
     assert not (folder / "model.safetensors").exists() and not (folder / "config.json").exists()
     assert not list(folder.glob("*.bin"))
     assert json.loads((folder / "adapter_config.json").read_text())[
@@ -95,20 +98,22 @@ def test_one_process_trains_the_adapter_alone_and_writes_what_peft_loads(argumen
     assert manifest.problems(out) == []
     ids = torch.arange(20)[None]
     want = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)(ids).logits
-    torch.testing.assert_close(
-        ModelSource(str(out)).load().eval()(ids).logits, want
-    )  # what generate and metrics load
+    # ModelSource is what generate and metrics load.
+    torch.testing.assert_close(ModelSource(str(out)).load().eval()(ids).logits, want)
 
 
 def test_the_objective_inside_peft_is_that_of_the_merged_model(make_model):
-    """Also: what is frozen gets no gradient, the guard against another forward still watches, and detaching works."""
+    """Also checks the gradients, the guard and detaching.
+
+    Frozen weights get no gradient. The guard against a replaced forward still works.
+    """
     for family in ("llama", "gpt2"):
         model = make_model(family)
         handle = attach_objective(model, "emo")
         adapted = add_lora(model, r=3, alpha=6, dropout=0.0)
         for name, parameter in adapted.named_parameters():
             assert parameter.requires_grad == ("lora_" in name)
-            if "lora_B" in name:  # 0 at first
+            if "lora_B" in name:  # lora_B is 0 at first
                 torch.nn.init.normal_(parameter, std=0.3)
         assert not hasattr(model.get_output_embeddings(), "lora_A")
         ids = torch.randint(3, 97, (2, 9))
@@ -128,7 +133,7 @@ def test_the_objective_inside_peft_is_that_of_the_merged_model(make_model):
         ):
             patch.setattr(model, "forward", lambda **inputs: None)
             adapted(input_ids=ids, labels=ids)
-        frozen = make_model(family)  # its costs are those before the adapter
+        frozen = make_model(family)  # its costs come from the weights without the adapter
         cost = handle.cost
         handle.detach()
         merged = adapted.merge_and_unload()
@@ -206,7 +211,10 @@ def test_no_token_is_added_for_an_adapter(arguments, tmp_path, root):
 @pytest.mark.parametrize("embeddings", ["lora", "full"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_trained_output_layer_is_in_the_loss_and_not_in_the_costs(make_model, family, embeddings):
-    """The loss and its gradients are those of the model's own logits; the costs those before training, without a copy."""
+    """The loss and its gradients come from the model's own logits.
+
+    The costs come from the weights before training, without a copy.
+    """
     model = make_model(family)
     if family == "gemma3" and embeddings == "lora":  # tied
         with pytest.raises(
@@ -218,7 +226,7 @@ def test_a_trained_output_layer_is_in_the_loss_and_not_in_the_costs(make_model, 
     adapted = add_lora(model, r=3, alpha=6, dropout=0.5, embeddings=embeddings)
     handle = attach_objective(model, "emo")
     assert isinstance(handle.cost, CostAlias)
-    adapted.eval()  # the hidden layers' dropout; the output layer's adapter has none
+    adapted.eval()  # turns off the hidden layers' dropout; the output layer's adapter has none
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name or "lora_embedding" in name or "modules_to_save" in name:
@@ -249,7 +257,11 @@ def test_a_trained_output_layer_is_in_the_loss_and_not_in_the_costs(make_model, 
 
 
 def test_a_frozen_output_layer_costs_no_gradient_and_no_copy(make_model, monkeypatch):
-    """What the loss computes: with all weights trained a product for the layer's gradient in each chunk, with LoRA none."""
+    """Watches what the loss computes in each chunk.
+
+    With all weights trained there is a product for the output layer's gradient. With LoRA there is
+    none.
+    """
     products, through = [], chunked._through_head
     monkeypatch.setattr(
         chunked,
@@ -277,18 +289,26 @@ def test_a_frozen_output_layer_costs_no_gradient_and_no_copy(make_model, monkeyp
 def test_trained_embeddings_and_added_tokens_go_through_files(
     arguments, make_model, tmp_path, root, engine, family
 ):
-    """Trained whole, with tokens that the base has not: what is written is what was trained, for peft and for us."""
+    """Trains whole embeddings, with tokens that the base lacks.
+
+    peft and our loader both read exactly what was trained.
+    """
     base = tmp_path / "base"
-    make_model(family, vocab_size=2048, positions=512).save_pretrained(
-        base
-    )  # gemma3's embedding is its output layer
+    # gemma3's embedding is tied to its output layer.
+    make_model(family, vocab_size=2048, positions=512).save_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
     tokenizer.add_tokens(["<one>", "<two>", "<three>"])
     tokenizer.save_pretrained(base)
     argv = arguments(
-        "--lora", model_name_or_path=base, lora_embeddings="full", eval_path=tmp_path / "held.json", save_strategy="steps",
-        save_steps=2, max_steps=3, **({"engine": engine} if engine else {}),
-    )  # fmt: skip
+        "--lora",
+        model_name_or_path=base,
+        lora_embeddings="full",
+        eval_path=tmp_path / "held.json",
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=3,
+        **({"engine": engine} if engine else {}),
+    )
     run_ranks(2, train, argv) if engine else train(argv)
     out = tmp_path / "out"
     adapter = adapter_of(out)
@@ -321,9 +341,11 @@ def test_trained_embeddings_and_added_tokens_go_through_files(
 
 def test_frozen_weights_have_the_precision_that_is_computed_with(arguments, tmp_path):
     for flags, dtype in (
-        (["--lora", "--bf16"], torch.bfloat16), (["--lora"], torch.float32), (["--bf16"], torch.float32),
+        (["--lora", "--bf16"], torch.bfloat16),
+        (["--lora"], torch.float32),
+        (["--bf16"], torch.float32),
         (["--lora", "--bf16", "--lora_embeddings", "full"], torch.float32),
-    ):  # fmt: skip
+    ):
         assert precision(parse(arguments(*flags))) == {"dtype": dtype}
     train(arguments("--lora", "--bf16", max_steps=1))
     assert {tensor.dtype for tensor in adapter_of(tmp_path / "out").values()} == {torch.float32}
@@ -335,7 +357,7 @@ def test_frozen_weights_have_the_precision_that_is_computed_with(arguments, tmp_
 
 def test_four_bits_are_what_is_trained_beside(make_model, arguments, tmp_path, root):
     pytest.importorskip("bitsandbytes", reason="--qlora needs bitsandbytes, which is not installed")
-    base = tmp_path / "base"  # of a width that bitsandbytes' blocks divide
+    base = tmp_path / "base"  # its width is divisible by the block size of bitsandbytes
     make_model(
         "llama", vocab_size=2048, hidden_size=64, intermediate_size=128, initializer_range=0.2
     ).save_pretrained(base)
@@ -402,8 +424,12 @@ def test_nonsense_is_one_line_and_nothing_is_written(arguments, tmp_path, change
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 DECODER = SMALL | {
-    "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-}  # fmt: skip
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
 KINDS = {
     "Mamba": (
         SMALL | {"state_size": 4},
@@ -415,16 +441,23 @@ KINDS = {
     ),
     "FalconH1": (
         DECODER | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4},
-        "4,960 of 34,984 parameters, beside 16 layers (down_proj, gate_proj, in_proj, k_proj, o_proj, q_proj, up_proj, v_proj)",
+        (
+            "4,960 of 34,984 parameters, beside 16 layers (down_proj, gate_proj, in_proj, k_proj, "
+            "o_proj, q_proj, up_proj, v_proj)"
+        ),
     ),
     "Falcon": (
         SMALL | {"num_attention_heads": 4},
-        "3,712 of 27,456 parameters, beside 8 layers (dense, dense_4h_to_h, dense_h_to_4h, query_key_value)",
+        (
+            "3,712 of 27,456 parameters, beside 8 layers (dense, dense_4h_to_h, dense_h_to_4h, "
+            "query_key_value)"
+        ),
     ),
     "Mixtral": (
         DECODER | {"num_local_experts": 2, "num_experts_per_tok": 1},
-        "1,792 of 36,896 parameters, beside 8 layers (k_proj, o_proj, q_proj, v_proj); experts stay frozen "
-        "(experts.down_proj, experts.gate_up_proj): --lora_target_parameters reaches them",
+        "1,792 of 36,896 parameters, beside 8 layers (k_proj, o_proj, q_proj, v_proj); experts "
+        "stay frozen (experts.down_proj, experts.gate_up_proj): --lora_target_parameters reaches "
+        "them",
     ),
 }
 

@@ -1,4 +1,8 @@
-"""Merging: the merged model is the model with its adapter, in logits, also read again; what is refused, and says why."""
+"""Tests merging an adapter.
+
+The merged model has the logits of the base with its adapter, also when it is read again from disk.
+What cannot be merged is refused with a reason.
+"""
 
 import importlib.util
 import json
@@ -27,7 +31,7 @@ IDS = torch.arange(3, 2043, 12)[None, :96]
 
 @pytest.fixture
 def make_base(make_model, root, tmp_path):
-    """A random model of the tiny base's vocabulary in a folder with its tokenizer."""
+    """Saves a random model with the tiny base's vocabulary and tokenizer in a folder."""
 
     def make(family: str = "llama", name: str = "base", **changes) -> Path:
         make_model(family, 2048, **changes).save_pretrained(tmp_path / name)
@@ -38,7 +42,7 @@ def make_base(make_model, root, tmp_path):
 
 
 def load(folder: Path):
-    """The merged model, as its users read it; no key may be missing or foreign."""
+    """Loads the merged model as its users do. No key may be missing or unexpected."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
@@ -53,7 +57,10 @@ def with_added(added: int) -> torch.Tensor:
 
 
 def make_adapter(base: Path, folder: Path, added: int = 0, **config) -> torch.Tensor:
-    """Saves a random adapter and returns the logits of the base with it on IDS and the ``added`` tokens."""
+    """Saves a random adapter.
+
+    Returns the logits of the base with this adapter, on IDS and the ``added`` tokens.
+    """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
     if added:
@@ -74,7 +81,7 @@ def make_adapter(base: Path, folder: Path, added: int = 0, **config) -> torch.Te
     return logits
 
 
-CASES = {  # family, the adapter, whether embedding and output layer are tied afterwards
+CASES = {  # family, adapter config, whether embedding and output layer are tied afterwards
     "linear layers": ("llama", {}, False),
     "dora": (
         "llama",
@@ -108,7 +115,10 @@ def test_merged_is_unmerged(make_base, tmp_path, capsys, family, config, tied):
     merge_lora.run(str(adapter), str(out))
     line = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(
-        rf"merged r 4, alpha 8 into \d+ layers.* of {base}; logits .* saved the float32 model to {out}",
+        (
+            rf"merged r 4, alpha 8 into \d+ layers.* of {base}; logits .* saved the float32 model "
+            rf"to {out}"
+        ),
         line,
     )
     model = load(out)
@@ -183,9 +193,8 @@ def test_a_quantized_base_is_written_out(make_base, tmp_path):
     quantized.save_pretrained(base)
     AutoTokenizer.from_pretrained(full).save_pretrained(base)
     make_adapter(full, adapter)
-    with pytest.raises(
-        UserError, match="not the base that"
-    ):  # the one that it names is there, and is another
+    # The base that the adapter names exists, and it is a different one.
+    with pytest.raises(UserError, match="not the base that"):
         merge_lora.run(str(adapter), str(out), base=str(base))
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(
@@ -205,7 +214,10 @@ def test_a_quantized_base_is_written_out(make_base, tmp_path):
 
 
 def test_a_run_its_checkpoints_and_a_base_that_has_moved(make_base, tmp_path, capsys):
-    """As runs leave them: a manifest with the identity of the base; a damaged checkpoint is passed over."""
+    """Each checkpoint has a manifest with the identity of the base, as runs leave it.
+
+    A damaged checkpoint is skipped.
+    """
     base, run = make_base(), tmp_path / "run"
     record = {"made_with": {BASE: identify_model(str(base), weights=True)}}
     wants = {step: make_adapter(base, run / f"checkpoint-{step}") for step in (2, 10, 30)}
@@ -284,9 +296,8 @@ def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(
     config = json.loads((adapter / "adapter_config.json").read_text()) | {
         "base_model_name_or_path": "gone/away"
     }
-    (adapter / "adapter_config.json").write_text(
-        json.dumps(config)
-    )  # so layers and shapes are all that is left to compare
+    # now only layers and shapes are left to compare
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
     assert "an adapter of another base" in refused(adapter, out, base=str(wider))
     shallower = make_base(name="shallower", num_hidden_layers=1)
     assert "it has no layer for base_model.model.model.layers.1." in refused(
@@ -317,9 +328,9 @@ def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(
             shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2**30, 2**30, 2**10)
         )
         assert (
-            "the merged model needs 1 MiB, and 0 MiB are free; make room, or write a smaller --dtype"
-            in refused(adapter, out)
-        )
+            "the merged model needs 1 MiB, and 0 MiB are free; make room, or write a smaller "
+            "--dtype"
+        ) in refused(adapter, out)
     (tmp_path / "out.part").mkdir()
     with pytest.raises(UserError, match=r"out\.part: left by a command that did not end"):
         merge_lora.run(str(adapter), str(out))
@@ -357,9 +368,8 @@ def test_other_logits_after_merging_or_writing_are_refused(make_base, tmp_path, 
 
 def test_the_script(make_base, tmp_path, root):
     base, adapter, out = make_base(), tmp_path / "adapter", tmp_path / "out"
-    (base / "generation_config.json").write_text(
-        '{"temperature": 0.6, "eos_token_id": 2}'
-    )  # which is saved after no change
+    # These settings are inconsistent, so they cannot be saved unchanged.
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 2}')
     want = make_adapter(base, adapter)
     environment = {**os.environ, "PYTHON": sys.executable}
     command = ["bash", str(root / "merge.sh"), str(adapter), str(out), "--dtype", "bfloat16"]

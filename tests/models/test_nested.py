@@ -1,4 +1,7 @@
-"""Models whose configuration is nested, because they have other senses too: trained, merged and asked as models of text."""
+"""Tests multimodal models, whose configuration is nested.
+
+They are trained, merged and queried as text models.
+"""
 
 import json
 
@@ -18,14 +21,26 @@ from tests.helpers import steps
 from tests.ranks import run_ranks
 
 TEXT = {
-    "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "pad_token_id": 2, "bos_token_id": 0,
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 2,
+    "bos_token_id": 0,
     "eos_token_id": 1,
-}  # fmt: skip
+}
 IMAGE = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
     "patch_size": 14,
-}  # fmt: skip
+}
 QWEN = {
     "depth": 1,
     "hidden_size": 32,
@@ -130,7 +145,10 @@ def test_runs_resume_and_adapters_merge(arguments, base, tmp_path):
 
 @pytest.mark.parametrize("base", ["Llama4"], indirect=True)
 def test_sharded_runs_take_the_same_steps(arguments, base, tmp_path):
-    """Their final norm, with which FSDP has to gather the output layer, lies deeper than in others."""
+    """Llama4's final norm lies deeper in the model than in other architectures.
+
+    FSDP has to gather it together with the output layer.
+    """
     settings = SHORT | {"save_strategy": "no"}
     train(arguments(model_name_or_path=base, output_dir=tmp_path / "one", **settings))
     run_ranks(
@@ -146,12 +164,26 @@ def test_sharded_runs_take_the_same_steps(arguments, base, tmp_path):
 @pytest.mark.parametrize(
     ("record", "refused"),
     [
-        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "a.png"}, {"type": "text", "text": "What?"}]}]},
-         "message 1: 'content' holds a part of type 'image', and text alone is trained"),
-        ({"messages": [{"role": "user", "content": "<image>What?"}], "images": ["a.png"]},
-         "line 1: has images, and text alone is trained; take the field or the record out"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image", "url": "a.png"},
+                            {"type": "text", "text": "What?"},
+                        ],
+                    }
+                ]
+            },
+            "message 1: 'content' holds a part of type 'image', and text alone is trained",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "<image>What?"}], "images": ["a.png"]},
+            "line 1: has images, and text alone is trained; take the field or the record out",
+        ),
     ],
-)  # fmt: skip
+)
 def test_images_are_refused_in_a_line(arguments, tmp_path, record, refused):
     record["messages"].append({"role": "assistant", "content": "A cat."})
     (tmp_path / "images.jsonl").write_text(json.dumps(record))

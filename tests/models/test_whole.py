@@ -1,4 +1,8 @@
-"""Weights that do not fill their architecture, and folders that are not what was saved: one line in every command."""
+"""Tests incomplete models.
+
+Weights that do not fill their architecture, and folders that changed after they were saved, give a
+one-line error in every command.
+"""
 
 import json
 import shutil
@@ -56,7 +60,7 @@ def reshape(tensors):
 
 
 def finish(folder: Path, **about) -> None:
-    """Leaves a manifest, as a run does that has finished."""
+    """Writes a manifest, as a finished run does."""
     files = manifest.entries_of(folder, manifest.list_saved(folder))
     manifest.write(folder, files, {"step": 1, **about})
 
@@ -96,7 +100,7 @@ def test_weights_that_do_not_fill_the_architecture_are_refused(untied, change, s
         match=f"untied: its weights do not fill its architecture {said}; give a complete model",
     ):
         ModelSource(str(untied)).load()
-    assert not caplog.records  # no table of transformers' own
+    assert not caplog.records  # transformers does not print its own table
     ModelSource(str(untied), from_config=True).load()
 
 
@@ -122,7 +126,7 @@ def test_training_does_not_either(untied, arguments, root, flags):
 
 
 def test_tied_and_older_weights_fill_it(make_model, tmp_path):
-    model = make_model("gpt2", vocab_size=2048)  # tied: the file has one of the two
+    model = make_model("gpt2", vocab_size=2048)  # tied: the file holds only one of the two weights
     model.save_pretrained(tmp_path)
     rewrite(
         tmp_path,
@@ -141,7 +145,7 @@ def test_features_are_not_of_random_weights(untied):
         load_featuriser(ModelSource(str(untied)))
 
 
-# ---- what was saved, and what an adapter was trained on ------------------------------------------------------------------
+# ---- what was saved, and what an adapter was trained on ------------------------------------------
 
 
 @pytest.mark.parametrize("command", COMMANDS)

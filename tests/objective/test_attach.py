@@ -1,4 +1,7 @@
-"""An attached objective: the reference's loss and gradients inside the model, and the model unharmed."""
+"""Tests an attached objective.
+
+Loss and gradients inside the model are the reference's, and the model is otherwise unchanged.
+"""
 
 import copy
 
@@ -8,12 +11,12 @@ import torch
 from stanford_alpaca import Objective, attach_objective, emo_loss
 from stanford_alpaca.cost import CostEmbedding
 
-ROUTER_COEFFICIENT = 0.5  # of the family mixtral-routed
+ROUTER_COEFFICIENT = 0.5  # router_aux_loss_coef of the family mixtral-routed
 
 
 @pytest.fixture
 def batch():
-    """Ids, a mask with right padding, and labels with a masked prompt: [3, 12]."""
+    """Returns ids, a mask with right padding, and labels with a masked prompt: [3, 12]."""
     ids = torch.randint(3, 97, (3, 12))
     mask = torch.ones_like(ids)
     labels = ids.clone()
@@ -31,9 +34,7 @@ def gradients(model):
 def test_loss_and_gradients_are_those_of_the_logits(make_model, batch, family, cost):
     plain, attached = make_model(family), make_model(family)
     embedding = plain.get_output_embeddings().weight.detach().clone()
-    if (
-        cost == "frozen"
-    ):  # the cost is the embedding before training, whatever the weights are later
+    if cost == "frozen":  # computed from the embedding now; later changes do not matter
         attach_objective(attached, "emo", cost)
     with torch.no_grad():
         for model in (plain, attached):
@@ -63,9 +64,8 @@ def test_mle_equals_the_models_own_loss(make_model, batch, family):
     counted = model(**batch, num_items_in_batch=torch.tensor(31)).loss
     attach_objective(model, "mle", None)
     torch.testing.assert_close(model(**batch).loss, want, rtol=1e-5, atol=1e-6)
-    if (
-        family != "mixtral-routed"
-    ):  # transformers adds the router's loss in full to every micro-batch
+    # transformers adds the whole router loss to every micro-batch
+    if family != "mixtral-routed":
         torch.testing.assert_close(
             model(**batch, num_items_in_batch=torch.tensor(31)).loss, counted, rtol=1e-5, atol=1e-6
         )
@@ -140,9 +140,8 @@ def test_the_routers_loss_of_micro_batches_adds_up_by_their_targets(make_model, 
     for name, grad in theirs.items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-3, atol=1e-6)
     sums = handle.train_meter.drain("cpu")
-    assert sums.loss / sums.tokens == pytest.approx(
-        nll.item(), rel=1e-5
-    )  # the meters know the objective only
+    # The meters count the objective only, without the router's loss.
+    assert sums.loss / sums.tokens == pytest.approx(nll.item(), rel=1e-5)
 
 
 def test_the_routers_loss_is_added_when_the_model_would_add_it(make_model, batch):

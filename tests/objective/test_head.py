@@ -1,4 +1,4 @@
-"""What a model does around its output layer is recognised exactly or refused."""
+"""Tests that what a model does around its output layer is recognized exactly or refused."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ IDS = torch.tensor([[5, 4, 90, 17, 8]])
 
 
 def altered(model, change):
-    """The model as a subclass that changes its logits."""
+    """Returns the model as a subclass that changes its logits."""
 
     class Altered(type(model)):
         def forward(self, *args, **kwargs):
@@ -108,17 +108,13 @@ SCALE = nn.Parameter(torch.tensor(2.0))
             "unknown to its logits: with a scale of 1 and a cap of 50, .* would become",
         ),
         (lambda z: z.clamp(-1e6, 1e6), "unknown to its logits"),
-        (
-            lambda z: z + torch.linspace(0, 1e-9, 97),
-            "unknown to its logits",
-        ),  # a bias of each token
+        # a different bias for each token
+        (lambda z: z + torch.linspace(0, 1e-9, 97), "unknown to its logits"),
         (lambda z: z * torch.linspace(1, 1 + 1e-6, 97), "unknown to its logits"),
         (lambda z: z.log_softmax(-1), "unknown to its logits"),
         (lambda z: z.masked_fill(torch.arange(97) == 96, -torch.inf), "unknown to its logits"),
-        (
-            lambda z: torch.cat([z[:, :1], 2 * z[:, 1:]], 1),
-            "unknown to its logits",
-        ),  # one position differs
+        # all positions but the first are scaled
+        (lambda z: torch.cat([z[:, :1], 2 * z[:, 1:]], 1), "unknown to its logits"),
         (lambda z: z * torch.nan, "unknown to its logits"),
         (lambda z: -z, "near 0 they are -1 times its output layer's output"),
         (lambda z: z * 0, "unknown to its logits"),
@@ -133,9 +129,8 @@ def test_what_is_not_recognised_is_refused(make_model, change, message):
 
 
 def test_an_infinite_scale_is_refused(make_model):
-    with pytest.raises(
-        ValueError, match="near 0 they are inf times"
-    ):  # 96 tokens: no 0 in the ramp, so no NaN either
+    # With 96 tokens the ramp has no 0, so there is no NaN either.
+    with pytest.raises(ValueError, match="near 0 they are inf times"):
         recognise_head(altered(make_model("llama", vocab_size=96), lambda z: z * torch.inf))
 
 
@@ -151,12 +146,11 @@ def test_layers_that_are_not_what_they_seem_are_refused(make_model):
     with pytest.raises(ValueError, match="something else than base_model's first output"):
         recognise_head(model)
     model = make_model("llama")
-    model.base_model_prefix = "lm_head"  # a base_model that is not the body
+    model.base_model_prefix = "lm_head"  # then base_model is not the body of the model
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be probed"):
         recognise_head(model)
-    model.base_model_prefix = (
-        "nothing"  # then transformers' base_model is the model itself, and the body is looked for
-    )
+    # Then transformers' base_model is the model itself, so the body has to be searched for.
+    model.base_model_prefix = "nothing"
     assert recognise_head(model) == HeadForm()
     model = make_model("llama")
     model.lm_head = nn.Sequential(model.lm_head)

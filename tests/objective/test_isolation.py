@@ -1,4 +1,7 @@
-"""Examples in one row are to each other what they are apart: loss, nll and gradients; or the model is refused."""
+"""Tests that examples packed in one row do not see each other.
+
+Loss, nll and gradients are the same as for separate rows, or the model is refused.
+"""
 
 import pytest
 import torch
@@ -28,7 +31,7 @@ def packed(examples):
 
 
 def step(model, batch):
-    """Loss, sum of nll and gradients of one batch."""
+    """Returns loss, sum of nll, and gradients of one batch."""
     handle = attach_objective(model, "emo")
     model.zero_grad()
     loss = model(**batch, num_items_in_batch=torch.tensor(29)).loss
@@ -71,7 +74,7 @@ def test_packed_and_padding_free_are_what_padded_is(
 ):
     model = make_model(family, attn_implementation=attention, **changes)
     assert find_isolation(model) == means
-    model.train()  # where a cache or a checkpoint would matter
+    model.train()  # a cache or activation checkpointing would matter in this mode
     want = step(model, PadCollator(0)(examples))
     assert_same(model, want, SegmentCollator(0, apart_by=means)(packed(examples)))
     assert_same(model, want, SegmentCollator(0, flat=True, apart_by=means)(examples))
@@ -79,7 +82,7 @@ def test_packed_and_padding_free_are_what_padded_is(
 
 def test_a_teacher_keeps_examples_apart_too(make_model, examples):
     teacher = Teacher(make_model("gpt2", attn_implementation="sdpa"), 5)
-    assert teacher.model.config.use_cache  # with a cache it would read no positions
+    assert teacher.model.config.use_cache  # with a cache, the teacher would ignore positions
     losses = []
     for batch in (PadCollator(0)(examples), SegmentCollator(0)(packed(examples))):
         model = make_model("llama")
@@ -100,7 +103,10 @@ def varlen(
     causal=False,
     window_size=(-1, -1),
 ):
-    """FlashAttention's function by its contract: every stretch of [tokens, heads, D] by itself."""
+    """Does what FlashAttention's varlen function promises.
+
+    It attends within each segment of [tokens, heads, D] separately.
+    """
     assert (
         causal
         and torch.equal(cu_seqlens_q, cu_seqlens_k)
@@ -128,7 +134,10 @@ CALLS: list[list[int]] = []
 def test_flash_attention_is_told_where_examples_begin(
     make_model, examples, monkeypatch, family, changes
 ):
-    """transformers' way to FlashAttention, with a function of its contract at the end: no GPU is at hand."""
+    """Runs transformers' path to FlashAttention.
+
+    A function with the same contract replaces FlashAttention, because no GPU is available.
+    """
     process = modeling_flash_attention_utils._lazy_define_process_function(varlen)
     found = ((None, varlen, None, None, None), (process, None))
     monkeypatch.setattr(
@@ -138,7 +147,8 @@ def test_flash_attention_is_told_where_examples_begin(
     want = step(model, PadCollator(0)(examples))
     model.config._attn_implementation = "flash_attention_2"
     CALLS.clear()
-    assert find_isolation(model) == "cu_seq_lens" and not CALLS  # found without it
+    # found without calling FlashAttention
+    assert find_isolation(model) == "cu_seq_lens" and not CALLS
     assert_same(model, want, SegmentCollator(0, apart_by="cu_seq_lens")(packed(examples)))
     assert CALLS[0] == [0, 9, 13, 20, 22, 34, *range(35, 41)]
     CALLS.clear()
@@ -155,9 +165,8 @@ def test_models_that_would_mix_examples_are_refused(make_model):
         find_isolation(AutoModelForCausalLM.from_config(config), "teacher")
     with pytest.raises(UserError, match="they see each other"):
         find_isolation(make_model("opt"), means="positions")
-    with pytest.raises(
-        UserError, match="they see each other"
-    ):  # a mask that does not know the window
+    # This mask does not know the window.
+    with pytest.raises(UserError, match="they see each other"):
         find_isolation(make_model("mistral", **WINDOW), means="mask")
 
 

@@ -1,4 +1,4 @@
-"""Soft targets from a teacher: the loss against transformers' own logits of both models."""
+"""Tests soft targets from a teacher against transformers' own logits of both models."""
 
 import pytest
 import torch
@@ -19,10 +19,8 @@ def batch():
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_loss_is_cross_entropy_to_the_teachers_distribution(make_model, batch, family):
-    student, teacher = (
-        make_model("llama"),
-        make_model(family, vocab_size=101),
-    )  # padded: four tokens more
+    # The teacher's vocabulary is padded by four tokens.
+    student, teacher = make_model("llama"), make_model(family, vocab_size=101)
     labels = batch.pop("labels")
     keep = labels[:, 1:] != -100
     with torch.no_grad():

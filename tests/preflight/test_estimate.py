@@ -1,8 +1,8 @@
-"""Memory and communication by hand, for a model of 6010 parameters on four ranks."""
+"""Checks memory and communication by hand, for a model of 6010 parameters on four ranks."""
 
 import pytest
 
-from stanford_alpaca.preflight.estimate import (  # fmt: skip
+from stanford_alpaca.preflight.estimate import (
     Setup,
     compute_flops,
     host_memory,
@@ -89,7 +89,7 @@ def test_cost(sharding, cost):
 
 
 def test_the_loss_holds_a_chunk_the_gradient_and_copies():
-    rows = 16 * 100  # all tokens are one chunk
+    rows = 16 * 100  # all tokens fit in one chunk
     logits, costs, slices = rows * (4 + 2), 4 * rows * 0.31, 2 * 4 * rows
     hidden = 3 * 16 * 10 * 2
     assert (
@@ -136,7 +136,7 @@ def test_a_tied_head_is_gathered_once_with_the_norm():
 
 def test_shardings_need_ranks_costs_and_rows():
     assert shardings_of("zero2", SETUP, COUNTS) == ["replicate", "shard"]
-    many = Setup(**vars(SETUP) | {"ranks": 64})  # two rows each for 50 of them
+    many = Setup(**vars(SETUP) | {"ranks": 64})  # 50 ranks get two rows each, and 14 get none
     assert shardings_of("fsdp", many, COUNTS) == ["replicate", "shard"]
     free = Setup(**vars(SETUP) | {"priced": False})
     assert shardings_of("fsdp", free, COUNTS) == ["-", "vocab_parallel"] and shardings_of(

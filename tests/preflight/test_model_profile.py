@@ -1,4 +1,7 @@
-"""Parameters and saved activations, from the configuration alone, against a real model's."""
+"""Tests parameter counts and saved activations.
+
+They come from the configuration alone, and are compared with a real model.
+"""
 
 import pytest
 import torch
@@ -44,7 +47,10 @@ def test_every_parameter_is_in_one_part(make_model, name):
 
 
 def saved_by(model, rows: int, length: int, precision: str) -> int:
-    """Bytes of the storages that a real forward pass over a padded batch saves, parameters left out."""
+    """Returns the bytes that a real forward pass over a padded batch saves.
+
+    Storages of parameters are left out.
+    """
     own, held = {p.data_ptr() for p in model.parameters()}, {}
 
     def pack(tensor):
@@ -88,7 +94,7 @@ def test_activations_are_those_of_a_real_run(make_model, name, precision):
 
 def test_what_cannot_be_estimated_is_an_error(make_model):
     model = make_model("llama")
-    model._no_split_modules = []  # then they are found as FSDP finds them
+    model._no_split_modules = []  # then the layers are found as FSDP finds them
     assert decoder_layers(model) == list(model.model.layers)
     with pytest.raises(UserError, match="cannot be estimated from its configuration"):
         describe(T5Config(), 16, "float32")

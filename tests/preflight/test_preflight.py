@@ -1,4 +1,4 @@
-"""The preflight's table, its advice, and what it refuses."""
+"""Tests the preflight's table, its advice, and what it refuses."""
 
 import json
 import re
@@ -23,13 +23,14 @@ MACHINE = Machine(gpu="A100", gpu_gib=80, mfu=0.5, link_gb_s=100, host_gb_s=10)
 
 @pytest.fixture
 def folder(make_model, tmp_path):
-    make_model("llama", positions=1024).config.save_pretrained(tmp_path / "model")  # and no weights
+    # Only the configuration is saved, no weights.
+    make_model("llama", positions=1024).config.save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
 
 @pytest.fixture
 def table(make_model):
-    """Makes the rows of a tiny LLaMA on GPUs of so many bytes."""
+    """Makes the rows of a tiny LLaMA on GPUs with the given number of bytes."""
     config = make_model("llama").config
     anatomies = {name: describe(config, 32, name) for name in ("autocast", "bfloat16")}
 
@@ -102,13 +103,15 @@ def test_advice_takes_what_fits_and_then_what_saves_memory(table):
 
 def test_the_command_needs_a_configuration_and_no_weights(folder, capsys):
     main(
-        f"--model_name_or_path {folder} --nproc 4 --mode emo --model_max_length 64 --examples 1000 --gpu H100".split()
+        (
+            f"--model_name_or_path {folder} --nproc 4 --mode emo --model_max_length 64 --examples "
+            "1000 --gpu H100"
+        ).split()
     )
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("| ")]
-    assert [line.split()[1] for line in lines[1:]].count(
-        "fsdp"
-    ) == 3  # replicate, shard, vocab_parallel
+    # with the cost shardings replicate, shard and vocab_parallel
+    assert [line.split()[1] for line in lines[1:]].count("fsdp") == 3
     assert (
         "4 rank(s), 4 x 8 rows" in printed
         and "40% of 989 TFLOP/s, 200 GB/s a rank within a node" in printed
@@ -131,9 +134,8 @@ def test_a_thousand_ranks(folder, capsys):
     flags = f"--model_name_or_path {folder} --nproc 8 --nodes 128 --mode emo --model_max_length 64"
     main(f"{flags} --json".split())
     read = json.loads(capsys.readouterr().out)
-    assert (
-        read["setup"]["ranks"] == 1024 and read["setup"]["accumulation"] == 1
-    )  # 4096 rows are more than 128
+    # The ranks' 4096 rows are more than the default global batch of 128.
+    assert read["setup"]["ranks"] == 1024 and read["setup"]["accumulation"] == 1
     fsdp = next(
         row for row in read["rows"] if (row["engine"], row["cost_sharding"]) == ("fsdp", "shard")
     )
@@ -146,16 +148,23 @@ def test_steps():
     options = Options("m", examples=1000, mean_tokens=128, num_train_epochs=3)
     setup = Setup(ranks=4, batch=4, accumulation=8, length=512, priced=False)
     assert steps_of(options, setup) == 24
-    assert steps_of(replace(options, packing=True), setup) == 6  # 250 full rows are two steps
+    # 250 full rows take two steps an epoch.
+    assert steps_of(replace(options, packing=True), setup) == 6
     assert steps_of(Options("m"), setup) is None
 
 
 def test_data_is_counted_as_training_counts_it(root, tmp_path):
-    rows = [{"instruction": "Add.", "output": "three"}, {"instruction": "Talk.", "output": "word " * 60},
-            {"instruction": "Nothing.", "output": ""}]  # fmt: skip
+    rows = [
+        {"instruction": "Add.", "output": "three"},
+        {"instruction": "Talk.", "output": "word " * 60},
+        {"instruction": "Nothing.", "output": ""},
+    ]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     options = parse(
-        f"--model_name_or_path {root}/data/tiny-base --data_path {tmp_path}/data.json --cache_dir {tmp_path}".split()
+        (
+            f"--model_name_or_path {root}/data/tiny-base --data_path {tmp_path}/data.json "
+            f"--cache_dir {tmp_path}"
+        ).split()
     )
     counted = count_data(options)
     assert counted.examples == 2 and 0.3 < counted.supervised_share < 0.9
@@ -246,12 +255,22 @@ def bytes_of(argv: list[str]) -> int:
 
 
 def test_ranks_send_what_was_estimated(root, tmp_path, arguments):
-    """A second step adds its bytes: two micro-batches' gathers, one reduction, and the eight bytes that count the targets."""
+    """Measures the bytes that a second step adds.
+
+    They are the gathers of two micro-batches, one reduction, and eight bytes that count the
+    targets.
+    """
     steps = [
-        arguments("--fsdp", max_steps=number, global_batch=None, gradient_accumulation_steps=2, cost_sharding="shard",
-                  output_dir=tmp_path / f"out{number}")
+        arguments(
+            "--fsdp",
+            max_steps=number,
+            global_batch=None,
+            gradient_accumulation_steps=2,
+            cost_sharding="shard",
+            output_dir=tmp_path / f"out{number}",
+        )
         for number in (1, 2)
-    ]  # fmt: skip
+    ]
     one, two = (run_ranks(2, bytes_of, argv)[0] for argv in steps)
     counts = describe(
         ModelSource(str(root / "data" / "tiny-base")).config(), 16, "float32"

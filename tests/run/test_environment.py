@@ -1,4 +1,4 @@
-"""Variables of the environment that decide numbers: refused, or recorded and compared."""
+"""Tests environment variables that change numbers. They are refused, or recorded and compared."""
 
 import os
 import subprocess
@@ -44,12 +44,21 @@ def test_what_a_flag_says_is_refused(name, value, advice, monkeypatch):
 def test_what_launchers_set_is_taken():
     check_environment(
         {
-            "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_DYNAMO_MODE": "default",
-            "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False", "ACCELERATE_USE_CPU": "False", "ACCELERATE_CPU_AFFINITY": "0",
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "WORLD_SIZE": "2",
-            "RANK": "1", "ACCELERATE_LOG_LEVEL": "INFO", "OMP_NUM_THREADS": "1", "HF_HOME": "anywhere",
+            "ACCELERATE_MIXED_PRECISION": "no",
+            "ACCELERATE_DYNAMO_BACKEND": "NO",
+            "ACCELERATE_DYNAMO_MODE": "default",
+            "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+            "ACCELERATE_USE_CPU": "False",
+            "ACCELERATE_CPU_AFFINITY": "0",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+            "WORLD_SIZE": "2",
+            "RANK": "1",
+            "ACCELERATE_LOG_LEVEL": "INFO",
+            "OMP_NUM_THREADS": "1",
+            "HF_HOME": "anywhere",
         }
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,9 +102,9 @@ def test_a_command_ends_in_one_line_before_it_imports_anything():
         command, env={**os.environ, "HF_HUB_ETAG_TIMEOUT": "soon"}, capture_output=True, text=True
     )
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert (
-        ended.stderr
-        == "error: HF_HUB_ETAG_TIMEOUT=soon in the environment: give a whole number of seconds, or unset it\n"
+    assert ended.stderr == (
+        "error: HF_HUB_ETAG_TIMEOUT=soon in the environment: give a whole number of seconds, "
+        "or unset it\n"
     )
 
 

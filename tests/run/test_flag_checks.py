@@ -1,4 +1,4 @@
-"""What is refused before anything is loaded or written."""
+"""Tests what is refused before anything is loaded or written."""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""Alpaca's published commands run as they were printed: what each of their flags becomes, and that they train."""
+"""Tests Alpaca's published commands as they were printed.
+
+Checks what each of their flags becomes, and that the commands train.
+"""
 
 import json
 import os
@@ -37,31 +40,52 @@ def config(**keys) -> str:
         ("--per-gpu-eval-batch-size=4", "--per_device_eval_batch_size 4"),
         ("--gradient_checkpointing", "--activation_checkpointing"),
         ("--gradient_checkpointing False", "--activation_checkpointing False"),
-        ("--gradient_checkpointing_kwargs '{\"a\": 1}'", "--activation_checkpointing_kwargs '{\"a\": 1}'"),
+        (
+            "--gradient_checkpointing_kwargs '{\"a\": 1}'",
+            "--activation_checkpointing_kwargs '{\"a\": 1}'",
+        ),
         ("--no_cuda", "--use_cpu"),
         ("--push_to_hub_model_id me/it", "--hub_model_id me/it"),
         ("--adafactor True", "--optim adafactor"),
         ("--group_by_length", "--train_sampling_strategy group_by_length"),
         ("--include_inputs_for_metrics True", "--include_for_metrics inputs"),
-        (f"--fsdp 'full_shard auto_wrap' {CLASS}",
-         config(reshard_after_forward=True, transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])),
-        (f"--fsdp='full_shard auto_wrap offload' {CLASS.replace('_', '-').replace('wrap L', 'wrap=L')}",
-         config(reshard_after_forward=True, cpu_offload=True, transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])),
+        (
+            f"--fsdp 'full_shard auto_wrap' {CLASS}",
+            config(reshard_after_forward=True, transformer_layer_cls_to_wrap=["LlamaDecoderLayer"]),
+        ),
+        (
+            (
+                "--fsdp='full_shard auto_wrap offload' "
+                f"{CLASS.replace('_', '-').replace('wrap L', 'wrap=L')}"
+            ),
+            config(
+                reshard_after_forward=True,
+                cpu_offload=True,
+                transformer_layer_cls_to_wrap=["LlamaDecoderLayer"],
+            ),
+        ),
         ("--fsdp shard_grad_op", config(reshard_after_forward=False)),
         ("--fsdp True", "--fsdp"),
         (f"--fsdp {CLASS}", config(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])),
-        (f"--fsdp {CLASS},Other", config(transformer_layer_cls_to_wrap=["LlamaDecoderLayer", "Other"])),
-        ("--fsdp 'full_shard auto_wrap' --fsdp_config '{\"fsdp_version\": 2, \"reshard_after_forward\": false}'",
-         config(reshard_after_forward=False, version=2)),
+        (
+            f"--fsdp {CLASS},Other",
+            config(transformer_layer_cls_to_wrap=["LlamaDecoderLayer", "Other"]),
+        ),
+        (
+            (
+                "--fsdp 'full_shard auto_wrap' --fsdp_config '{\"fsdp_version\": 2, "
+                '"reshard_after_forward": false}\''
+            ),
+            config(reshard_after_forward=False, version=2),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_flag_with_a_successor_is_read_as_it_and_says_so(old, new):
     translated, (line,) = translate(["--seed", "1", *shlex.split(old), "--logging_steps=2"])
     assert sorted(translated) == sorted(["--seed", "1", *shlex.split(new), "--logging_steps=2"])
     assert line == f"{shlex.join(shlex.split(old))} is read as {new}"
-    parse(
-        ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", *shlex.split(new)]
-    )  # the parser knows it
+    # The parser knows the new flag.
+    parse(["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", *shlex.split(new)])
 
 
 @pytest.mark.parametrize(
@@ -99,7 +123,8 @@ def test_a_flag_without_meaning_is_dropped_and_says_why(old, why):
 
 def test_the_words_of_transformers_5_stay_as_they_are():
     argv = shlex.split(
-        "--learning_rate -1 --fsdp --fsdp_config file.json --bf16=True --tf32 True --report_to all --tf32 False"
+        "--learning_rate -1 --fsdp --fsdp_config file.json --bf16=True --tf32 True "
+        "--report_to all --tf32 False"
     )
     assert translate(argv) == (argv, [])
     assert translate(["--tf32", "False"], has_tf32=False) == (["--tf32", "False"], [])
@@ -152,7 +177,8 @@ def test_a_removed_flag_without_successor_is_unknown():
         )
 
 
-# Alpaca's README, section Fine-tuning: only what stands in <> there is filled in; the engine's flags stand where {engine} is
+# Alpaca's README, section Fine-tuning. Only the parts in <> there are filled in. {engine} stands
+# for the engine's flags.
 ALPACA = """torchrun --nproc_per_node=2 --master_port={port} train.py \\
     --model_name_or_path {model} \\
     --data_path ./alpaca_data.json \\
@@ -171,14 +197,21 @@ ALPACA = """torchrun --nproc_per_node=2 --master_port={port} train.py \\
     --warmup_ratio 0.03 \\
     {engine} \\
     --tf32 True"""
-FSDP = """--lr_scheduler_type "cosine" --logging_steps 1 --fsdp "{fsdp}" --fsdp_transformer_layer_cls_to_wrap '{layer}'"""
-DEEPSPEED = """--deepspeed "./configs/default_offload_opt_param.json" --logging_steps 1"""  # logs, so that there is what to check
+FSDP = (
+    '--lr_scheduler_type "cosine" --logging_steps 1 --fsdp "{fsdp}" '
+    "--fsdp_transformer_layer_cls_to_wrap '{layer}'"
+)
+# --logging_steps is added, so that there are losses to check.
+DEEPSPEED = """--deepspeed "./configs/default_offload_opt_param.json" --logging_steps 1"""
 
 
 @pytest.fixture
 def run_alpaca(root, tmp_path, monkeypatch):
-    """Runs the published command with 24 records, from a folder where train.py is the package's; ``warm``: what torchrun would
-    start, in processes that have imported everything before."""
+    """Runs the published command with 24 records.
+
+    It runs in a folder where train.py is the package's. With ``warm``, the processes that torchrun
+    would start are forked from one that has imported everything.
+    """
     monkeypatch.chdir(tmp_path)
     records = json.loads((root / "data" / "instructions" / "train.json").read_text())[:24]
     (tmp_path / "alpaca_data.json").write_text(json.dumps(records))
@@ -211,10 +244,14 @@ def run_alpaca(root, tmp_path, monkeypatch):
 
 
 def equals_one_process(tmp_path, model):
-    """The run's steps and model against one process in bfloat16 that sees the same global batch."""
+    """Compares the run's steps and model with one process in bfloat16.
+
+    That process sees the same global batch.
+    """
     flags = ["--model_name_or_path", str(model), "--data_path", str(tmp_path / "alpaca_data.json")]
     flags += shlex.split(
-        "--bf16 True --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --num_train_epochs 3"
+        "--bf16 True --per_device_train_batch_size 8 --gradient_accumulation_steps 8 "
+        "--num_train_epochs 3"
     )
     flags += shlex.split(
         "--learning_rate 2e-5 --warmup_steps 0.03 --lr_scheduler_type cosine --logging_steps 1"
@@ -235,9 +272,8 @@ def equals_one_process(tmp_path, model):
         assert one["loss"] == pytest.approx(two["loss"], rel=2e-3)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-2)
         assert one["learning_rate"] == two["learning_rate"]
-    assert list(
-        (tmp_path / "out" / "checkpoint-3").glob("pytorch_model_fsdp*")
-    )  # only FSDP leaves it to resume from
+    # Only FSDP writes this for resuming.
+    assert list((tmp_path / "out" / "checkpoint-3").glob("pytorch_model_fsdp*"))
 
 
 def test_alpacas_llama_command_as_printed(run_alpaca, tmp_path, root):
@@ -258,7 +294,7 @@ def test_alpacas_llama_command_as_printed(run_alpaca, tmp_path, root):
 
 @pytest.fixture
 def tiny_opt(root, tmp_path):
-    """A random OPT. FSDP2 warns of views that its layers return."""
+    """A random OPT. FSDP2 warns about views that its layers return."""
     shape = {
         "hidden_size": 32,
         "ffn_dim": 64,
@@ -284,9 +320,10 @@ def test_alpacas_opt_command_as_printed_and_its_offload_variant(run_alpaca, tmp_
 
 
 def test_alpacas_deepspeed_command_as_printed(run_alpaca, tmp_path, root):
-    """ZeRO-3 with both offloads, all else from the command line, as in Alpaca's own file.
+    """Uses ZeRO-3 with both offloads and all else from the command line, like Alpaca's file.
 
-    ``torch_adam`` is the test's: DeepSpeed's CPU optimizer would be compiled for minutes.
+    Only ``torch_adam`` is added for this test: compiling DeepSpeed's CPU optimizer would take
+    minutes.
     """
     auto = dict.fromkeys(["lr", "betas", "eps", "weight_decay"], "auto")
     warmup = dict.fromkeys(
@@ -331,8 +368,9 @@ def test_alpacas_deepspeed_command_as_printed(run_alpaca, tmp_path, root):
     run_alpaca(root / "data" / "tiny-base", DEEPSPEED, warm=True)
     first, *_, last = steps(tmp_path / "out")
     assert (first["step"], last["step"]) == (1, 3)
-    assert first["loss"] == pytest.approx(2.977, rel=2e-3)  # as with FSDP
-    # DeepSpeed's warm-up leaves one step at 2e-5, and Adam's first step is the learning rate; it starts from bfloat16
+    assert first["loss"] == pytest.approx(2.977, rel=2e-3)  # the same as with FSDP
+    # DeepSpeed's warm-up leaves one step at 2e-5, and the size of Adam's first step is the learning
+    # rate. Training starts from bfloat16 weights.
     before = (
         load_file(root / "data" / "tiny-base" / "model.safetensors")["model.embed_tokens.weight"]
         .bfloat16()
@@ -340,9 +378,8 @@ def test_alpacas_deepspeed_command_as_printed(run_alpaca, tmp_path, root):
     )
     after = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
     assert (after - before).abs().max().item() == pytest.approx(2e-5, rel=0.01)
-    assert list(
-        (tmp_path / "out" / "checkpoint-3").glob("global_step3/zero_pp_rank_1*")
-    )  # a shard of each rank
+    # Each rank writes a shard.
+    assert list((tmp_path / "out" / "checkpoint-3").glob("global_step3/zero_pp_rank_1*"))
 
 
 def test_a_layer_the_model_does_not_have_is_one_line(tmp_path, tiny_opt):

@@ -1,4 +1,4 @@
-"""One run at a time in an output folder."""
+"""Tests that only one run at a time uses an output folder."""
 
 import errno
 import fcntl
@@ -11,7 +11,7 @@ import pytest
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.run.lock import LOCK_FILE, locked
 
-LINES = ["import os", "from pathlib import Path", "from stanford_alpaca.run.lock import held"]
+LINES = ["import os", "from pathlib import Path", "from stanford_alpaca.run.lock import locked"]
 
 
 def script(*lines):
@@ -24,7 +24,7 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
         with pytest.raises(UserError, match="another run writes here"), locked(folder):
             pass
         second = subprocess.run(
-            script(f"with held(Path({str(folder)!r})): pass"), capture_output=True, text=True
+            script(f"with locked(Path({str(folder)!r})): pass"), capture_output=True, text=True
         )
         assert "another run writes here" in second.stderr
         (folder / "model").write_text("x")
@@ -36,7 +36,7 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
 
 
 def test_a_killed_run_keeps_nobody_out_and_nothing_written_is_nothing_left(tmp_path):
-    code = f"with held(Path({str(tmp_path / 'out')!r})): os.kill(os.getpid(), 9)"
+    code = f"with locked(Path({str(tmp_path / 'out')!r})): os.kill(os.getpid(), 9)"
     assert subprocess.run(script(code)).returncode == -9
     assert os.listdir(tmp_path / "out") == [LOCK_FILE]
     with pytest.raises(ZeroDivisionError), locked(tmp_path / "out"):
@@ -48,9 +48,9 @@ def test_a_killed_run_keeps_nobody_out_and_nothing_written_is_nothing_left(tmp_p
 
 
 def test_what_a_killed_run_has_forked_keeps_nobody_out(tmp_path):
-    child = "    os.read(0, 1), os._exit(0)"  # until its input is closed
+    child = "    os.read(0, 1), os._exit(0)"  # waits until its input is closed
     lines = [
-        f"with held(Path({str(tmp_path)!r})):",
+        f"with locked(Path({str(tmp_path)!r})):",
         "  if os.fork() == 0:",
         child,
         "  os.kill(os.getpid(), 9)",

@@ -1,4 +1,7 @@
-"""Where a run starts: what counts as the same run, what is passed over, what is complete."""
+"""Tests where a run starts.
+
+Checks what counts as the same run, which checkpoints are skipped, and when a run is complete.
+"""
 
 import json
 import shutil
@@ -46,12 +49,8 @@ STREAM, BEST = {"streaming": True}, {"load_best_model_at_end": True}
         ({"learning_rate": None}, ["--learning_rate was 0.001, is not given"], [], []),
         ({"lora": True}, [], ["--lora was False, is True"], []),
         ({"seed": 1}, [], ["--seed was 42, is 1"], []),
-        (
-            {"lora": False, "lr_scheduler_type": "linear"},
-            [],
-            [],
-            [],
-        ),  # as they are when they are not given
+        # the defaults, given explicitly
+        ({"lora": False, "lr_scheduler_type": "linear"}, [], [], []),
         ({"engine": "fsdp"}, [], [], ["--engine was ddp, is fsdp"]),
         (
             {
@@ -68,12 +67,13 @@ STREAM, BEST = {"streaming": True}, {"load_best_model_at_end": True}
         ({"made_with": MADE | {"torch": "3"}}, [], [], ["torch was 2, is 3"]),
         ({"made_with": MADE | {"model": "y"}}, [], ["the model has changed"], []),
         ({"made_with": MADE | {"rows_per_step": 8}}, ["rows_per_step was not given, is 8"], [], []),
+        # the same data in another place
         (
             {"data_path": ["c.json"], "made_with": MADE | {"data": {"c.json": "d"}}},
             [],
             [],
             [],
-        ),  # moved
+        ),
         (
             {"made_with": MADE | {"content of --deepspeed": "x"}},
             [],
@@ -90,15 +90,24 @@ def test_what_makes_another_run_of_it(change, flags, contents, rounding):
 @pytest.mark.parametrize(
     ("common", "change", "flags", "contents"),
     [
-        (BEST, {"metric_for_best_model": "emo"}, [], ["--metric_for_best_model was not given, is emo"]),
+        (
+            BEST,
+            {"metric_for_best_model": "emo"},
+            [],
+            ["--metric_for_best_model was not given, is emo"],
+        ),
         (STREAM, {"dataloader_num_workers": 2}, ["--dataloader_num_workers was 0, is 2"], []),
         (BEST, {"save_steps": 2}, ["--save_steps was 500, is 2"], []),
         (BEST, {"eval_path": ["b.json"]}, [], ["--eval_path was not given, is b.json"]),
         ({}, {"save_strategy": "best"}, ["--save_strategy was steps, is best"], []),
-        ({"made_with": MADE | {"content of --deepspeed": "x"}}, {"made_with": MADE | {"content of --deepspeed": "y"}}, [],
-         ["the content of --deepspeed has changed"]),
+        (
+            {"made_with": MADE | {"content of --deepspeed": "x"}},
+            {"made_with": MADE | {"content of --deepspeed": "y"}},
+            [],
+            ["the content of --deepspeed has changed"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_decides_the_result_because_of_others(common, change, flags, contents):
     assert changes(RECORD | common, RECORD | common | change) == (flags, contents, [])
 
@@ -123,7 +132,10 @@ def test_what_a_file_of_settings_holds_is_in_the_record(arguments, tmp_path):
 
 @pytest.fixture
 def interrupted(arguments, tmp_path):
-    """A run of three steps with a checkpoint of each, as if killed at the end: no model in the output folder."""
+    """A run of three steps with a checkpoint of each, as if killed at the end.
+
+    Its output folder has no model. Returns a function that makes its argv with changes.
+    """
     settings = {"save_strategy": "steps", "save_steps": 1, "resume": "auto"}
     train(arguments(**settings))
     shutil.copytree(tmp_path / "out", tmp_path / "whole")
@@ -180,11 +192,12 @@ def test_another_runs_folder_is_refused_with_a_diff(interrupted, tmp_path):
     assert before == {
         file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()
     }
-    asked = {"resume": None, "resume_from_checkpoint": True}  # by name: said, and done
+    # with --resume_from_checkpoint, changes are printed and accepted
+    asked = {"resume": None, "resume_from_checkpoint": True}
     named = {"resume": None, "resume_from_checkpoint": tmp_path / "out" / "checkpoint-3"}
     for change, line in [
         ({"per_device_train_batch_size": 8, "global_batch": 8}, "rows_per_step was 16, is 8"),
-        ({"seed": 3}, "--seed was 42, is 3"),  # another order of the examples
+        ({"seed": 3}, "--seed was 42, is 3"),  # changes the order of the examples
         ({"optim": "adafactor"}, "--optim was adamw_torch_fused, is adafactor"),
         ({"lora": True}, "--lora was False, is True"),
     ]:
@@ -222,7 +235,7 @@ def test_where_nothing_is_good_it_ends_and_says_why(interrupted, tmp_path):
 
 def test_a_folder_without_checkpoints_has_to_be_this_runs(arguments, tmp_path, capsys):
     train(arguments(resume="auto", save_strategy="no", max_steps=1))
-    (tmp_path / "out" / manifest.MANIFEST_FILE).unlink()  # killed before its end
+    (tmp_path / "out" / manifest.MANIFEST_FILE).unlink()  # as if killed before its end
     with pytest.raises(ResumeError, match=r"--learning_rate was 0\.001, is 0\.5"):
         train(arguments(resume="auto", max_steps=1, learning_rate=0.5))
     (tmp_path / "foreign").mkdir()
@@ -236,7 +249,7 @@ def test_a_folder_without_checkpoints_has_to_be_this_runs(arguments, tmp_path, c
 
 
 class Stop:
-    """Asked to stop in the step, or evaluation batch, with this number."""
+    """Requests a stop in the step, or evaluation batch, with this number."""
 
     def __init__(self, when):
         self.when, self.asked, self.training = when, 0, False
@@ -249,11 +262,14 @@ class Stop:
         return self.asked >= self.when
 
 
-@pytest.mark.parametrize("when", [3, 4])  # in the last step; in the evaluation after it
+@pytest.mark.parametrize("when", [3, 4])  # in the last step, or in the evaluation after it
 def test_stopped_at_the_end_it_makes_up_for_the_evaluation_and_trains_no_more(
     arguments, tmp_path, monkeypatch, when
 ):
-    """The third and last step is within an epoch, and its evaluation decides which checkpoint is saved."""
+    """The third and last step lies within an epoch.
+
+    Its evaluation decides which checkpoint is saved.
+    """
     settings = {
         "save_strategy": "steps",
         "save_steps": 3,
@@ -322,7 +338,7 @@ def test_a_finished_run_that_goes_on_and_is_killed_goes_on_again(
 ):
     more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
     train(arguments(**more | {"max_steps": 2}))
-    killed_at = [2, 3]  # before the first checkpoint of its own, and after it
+    killed_at = [2, 3]  # before the resumed run's first checkpoint, and after it
     for resume, last in (
         ({"resume_from_checkpoint": True}, killed_at[0]),
         ({"resume": "auto"}, killed_at[1]),
@@ -384,7 +400,10 @@ def test_a_record_that_was_half_written_locks_nobody_out(arguments, tmp_path):
 
 
 def sign(checkpoint, **changes):
-    """A manifest for the files as they are, which says something else of the run; None: nothing."""
+    """Writes a manifest for the files as they are now.
+
+    ``changes`` replace what it says about the run; None removes an entry.
+    """
     about = (
         manifest.read(checkpoint) | {name: None for name in ("version", "files", "sum")} | changes
     )
@@ -419,19 +438,25 @@ def test_what_is_not_a_runs_under_a_manifest_that_fits_is_refused(interrupted, t
         (lambda: sign(checkpoint, run="mine"), "manifest.json: damaged"),
         (lambda: sign(checkpoint, run=record | {"made_with": []}), "the model has changed"),
         (lambda: sign(checkpoint, run=record | {"made_with": "x"}), "manifest.json: damaged"),
-        (lambda: sign(checkpoint, run=record | {"made_with": {"data": ["x"]}}), "manifest.json: damaged"),
+        (
+            lambda: sign(checkpoint, run=record | {"made_with": {"data": ["x"]}}),
+            "manifest.json: damaged",
+        ),
         (lambda: sign(checkpoint, run=record | {"data_path": [["x"]]}), "manifest.json: damaged"),
         (lambda: sign(checkpoint, step=None), "manifest.json: cannot be read .KeyError"),
         (lambda: sign(checkpoint, world_size=None), "does not say how many processes"),
         (lambda: sign(checkpoint, world_size="2"), "manifest.json: damaged"),
         (lambda: without(checkpoint, "scheduler.pt"), "has no scheduler.pt"),
         (lambda: without(checkpoint, "rng_state.pth"), "has no rng_state.pth"),
-        (lambda: state(checkpoint, global_step=2), "trainer_state.json: not what the Trainer writes at step 3"),
+        (
+            lambda: state(checkpoint, global_step=2),
+            "trainer_state.json: not what the Trainer writes at step 3",
+        ),
         (lambda: state(checkpoint, log_history=7), "trainer_state.json: "),
         (lambda: state(checkpoint, log_history=[{}]), "trainer_state.json: cannot be read"),
         (lambda: state(checkpoint, best_model_checkpoint=7), "trainer_state.json: not what"),
         (lambda: state(checkpoint, train_batch_sizes=7), "trainer_state.json: cannot be read"),
-    ]:  # fmt: skip
+    ]:
         harm()
         with pytest.raises(ResumeError, match=message):
             where_to_start(run)

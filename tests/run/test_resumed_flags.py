@@ -1,4 +1,7 @@
-"""A run that goes on with other flags: their numbers hold from its first step on, and those that cannot are refused."""
+"""Tests runs that resume with other flags.
+
+The new numbers hold from the first resumed step on. Flags that cannot change are refused.
+"""
 
 import dataclasses
 import json
@@ -20,7 +23,11 @@ SAVED = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "consta
 
 @pytest.fixture
 def trained(arguments, tmp_path):
-    """A run of two steps with a checkpoint of each; returns the argv that goes on from the first, for a step unless told."""
+    """A run of two steps with a checkpoint of each.
+
+    Returns a function that makes the argv of a run that resumes from the first, by default for one
+    step.
+    """
     train(arguments(**SAVED))
 
     def going_on(name, *flags, **changes):
@@ -40,7 +47,7 @@ def weights(folder):
 
 
 def moved(tmp_path, name):
-    """By how much the second step has moved the weights."""
+    """Returns by how much the second step has moved the weights."""
     before, after = weights(tmp_path / "out" / "checkpoint-1"), weights(tmp_path / name)
     return {key: after[key] - before[key] for key in before}
 
@@ -185,10 +192,16 @@ def test_every_engine_holds_to_the_flags(arguments, tmp_path, engine, lora):
 
 def test_deepspeeds_own_optimizer_goes_on_with_its_numbers_or_not_at_all(arguments, tmp_path):
     config = {
-        "zero_optimization": {"stage": 2}, "gradient_accumulation_steps": "auto", "train_micro_batch_size_per_gpu": "auto",
-        "gradient_clipping": "auto", "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto", "warmup_min_lr": 0}},
-    }  # fmt: skip
+        "zero_optimization": {"stage": 2},
+        "gradient_accumulation_steps": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_clipping": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto", "warmup_min_lr": 0},
+        },
+    }
     (tmp_path / "zero.json").write_text(json.dumps(config))
     settings = {
         "deepspeed": tmp_path / "zero.json",
@@ -215,7 +228,7 @@ def refused(argv, message):
         train(argv)
 
 
-# ---- flags that would do nothing ------------------------------------------------------------------------------------------
+# ---- flags that would do nothing -----------------------------------------------------------------
 
 
 def test_every_flag_of_the_trainer_is_honoured_or_refused():

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, one and several, before and while a run trains."""
+"""Tests SIGTERM and SIGINT, one and several, before and during training."""
 
 import signal
 
@@ -29,12 +29,12 @@ def test_in_training_it_is_remembered_and_echoes_count_for_nothing(stop, capfd, 
     stop.training = True
     assert not stop
     signal.raise_signal(signal.SIGINT)
-    signal.raise_signal(signal.SIGINT)  # the launcher's, of the same Ctrl-C
+    signal.raise_signal(signal.SIGINT)  # from the launcher, for the same Ctrl-C
     signal.raise_signal(signal.SIGTERM)
     assert stop and stop.name == "SIGINT"
     assert capfd.readouterr().out.count("stopping after this step") == 1
     monkeypatch.setattr(signals, "A_HUMAN", 0)
-    signal.raise_signal(signal.SIGTERM)  # a cluster may repeat it as often as it likes
+    signal.raise_signal(signal.SIGTERM)  # a cluster may repeat it any number of times
     with pytest.raises(SystemExit) as end:
         signal.raise_signal(signal.SIGINT)
     assert end.value.code == 75

@@ -1,4 +1,7 @@
-"""Where the costs live changes nothing but memory and traffic; what cannot be had is refused."""
+"""Tests where the costs live.
+
+It changes nothing but memory and traffic. Impossible settings are refused.
+"""
 
 import json
 from pathlib import Path
@@ -99,7 +102,11 @@ def test_auto_shards_large_embeddings_where_the_engine_shards(make_model, monkey
 
 
 def observed(argv: list[str]) -> dict:
-    """A run on this rank: the cost's rows in its last step, and whether the output layer was ever gathered."""
+    """Trains on this rank.
+
+    Returns the cost's rows in the last step, the shape of this rank's output layer, and whether the
+    output layer was ever gathered.
+    """
     from stanford_alpaca.training import trainer
 
     seen, log = {}, trainer.EmoTrainer.log
@@ -158,7 +165,7 @@ def test_a_resumed_vocab_parallel_run_has_the_costs_of_the_base(arguments, tmp_p
 
 
 def test_a_sharded_output_layer_in_bf16_takes_several_micro_batches(arguments, tmp_path):
-    """FSDP sums other gradients in float32, and here has none to sum."""
+    """FSDP sums gradients in float32, except for this layer, which has none to sum."""
     settings = {"bf16": True, "per_device_train_batch_size": 4, "engine": "fsdp"}
     for how in ("replicate", "vocab_parallel"):
         run_ranks(2, train, arguments(output_dir=tmp_path / how, cost_sharding=how, **settings))
@@ -170,7 +177,10 @@ def test_a_sharded_output_layer_in_bf16_takes_several_micro_batches(arguments, t
 
 
 def test_other_objectives_with_a_sharded_output_layer(arguments, tmp_path):
-    """The adaptive cost reads the live parts; identity and mle need none. Samples while training gather it for a moment."""
+    """The adaptive cost reads the live shards; identity and mle need no rows.
+
+    Samples during training gather the output layer temporarily.
+    """
     (tmp_path / "prompts.txt").write_text("What is another word for big?\n")
     for name, changes in {
         "adaptive": {

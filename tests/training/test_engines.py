@@ -1,4 +1,8 @@
-"""Engines: what FSDP shards, in which precision it computes, and that another engine than the one asked for is an error."""
+"""Tests engines.
+
+Checks what FSDP shards and in which precision it computes. If the active engine is not the
+requested one, that is an error.
+"""
 
 import os
 from types import SimpleNamespace
@@ -20,7 +24,7 @@ from tests.ranks import run_ranks
 
 
 class Stack(nn.Module):
-    """Two layers of one class, of which nothing says that they are layers."""
+    """Two modules of one class, without any hint that they are layers."""
 
     _no_split_modules = None
 
@@ -40,7 +44,7 @@ class Stack(nn.Module):
 def test_decoder_layers_are_found_without_naming_a_class(make_model):
     model = make_model("llama")
     assert decoder_layers(model) == ["LlamaDecoderLayer"]
-    model._no_split_modules = {"LlamaDecoderLayer", "VisionLayer"}  # that this model does not have
+    model._no_split_modules = {"LlamaDecoderLayer", "VisionLayer"}  # this model has no VisionLayer
     assert decoder_layers(model) == ["LlamaDecoderLayer"]
     model._no_split_modules = None
     assert decoder_layers(model) == ["LlamaDecoderLayer"]
@@ -81,7 +85,7 @@ def filled_in(folder: str) -> list[int]:
     args = TrainingArguments(
         output_dir=folder, engine="zero2", per_device_train_batch_size=2, global_batch=16
     )
-    deepspeed.init_distributed("gloo")  # as its engine does
+    deepspeed.init_distributed("gloo")  # as DeepSpeed's engine does
     assert get_accelerator().device_count() == 2 and torch.distributed.get_world_size() == 2
     config = args.hf_deepspeed_config.config
     return [
@@ -102,7 +106,11 @@ def test_deepspeed_knows_what_the_global_batch_makes_of_the_accumulation_and_com
 
 
 def sharded_step(folder: str) -> tuple:
-    """One step of FSDP2 in bf16 on this rank: the output, its shard of the gradient and the weights, dtypes, layers."""
+    """Runs one step of FSDP2 in bf16 on this rank.
+
+    Returns the output, the first layer's whole gradient and weight, their dtypes, and whether each
+    layer is an FSDP unit.
+    """
     from accelerate import Accelerator
     from torch.distributed.fsdp import FSDPModule
 
@@ -135,15 +143,14 @@ def test_fsdp_computes_in_bf16_with_float32_masters_and_sums(tmp_path):
         run_ranks(2, sharded_step, str(tmp_path))
     ):
         assert y == [[2 * 2.0 ** (-9 * rank)] * 2]  # the weights are 1 in bfloat16
-        assert (
-            gradient == [[1 + 2**-9, 0.0]] * 2
-        )  # the mean of 2 and 2^-8: in bfloat16 it would be 1
+        # The mean of 2 and 2^-8. In bfloat16 it would be 1.
+        assert gradient == [[1 + 2**-9, 0.0]] * 2
         assert master == [[1 + 2**-9] * 2] * 2
         assert dtypes == ["torch.float32"] * 2 and units == [True, True]
 
 
 def counted_run(argv: list[str]) -> int:
-    """Trains, and counts how often a layer's MLP was computed."""
+    """Trains and returns how often a layer's MLP was computed."""
     from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
     from stanford_alpaca.train import train
@@ -160,9 +167,10 @@ def counted_run(argv: list[str]) -> int:
 
 
 def test_fsdp_recomputes_layers_with_the_same_dropout(arguments, tmp_path, root):
+    # GPT-2's default dropout is 0.1.
     config = AutoConfig.for_model(
         "gpt2", vocab_size=2048, n_embd=32, n_layer=2, n_head=4, n_positions=512
-    )  # dropout 0.1
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(root / "data" / "tiny-base").save_pretrained(tmp_path / "gpt2")
     settings = {"model_name_or_path": tmp_path / "gpt2", "engine": "fsdp", "max_steps": 2}
@@ -172,7 +180,7 @@ def test_fsdp_recomputes_layers_with_the_same_dropout(arguments, tmp_path, root)
         counted_run,
         arguments(output_dir=tmp_path / "again", activation_checkpointing=True, **settings),
     )
-    micro_batches = 2 * 2  # steps, accumulation
+    micro_batches = 2 * 2  # steps times accumulation
     assert plain[0] < again[0] == plain[0] + micro_batches * config.n_layer
     for one, two in zip(steps(tmp_path / "plain"), steps(tmp_path / "again"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)

@@ -1,4 +1,7 @@
-"""Nothing that is not finite becomes an update: faults in loss, gradients and weights, by hand, under every engine."""
+"""Tests that non-finite values never become an update.
+
+Faults are put into loss, gradients and weights by hand, with every engine.
+"""
 
 import json
 import math
@@ -23,10 +26,11 @@ NORM = "model.norm.weight"
 
 
 def faulty(fault: str, value: float, at: tuple[int, ...], rank: int) -> type[EmoTrainer]:
-    """A trainer with a fault in its loss, a gradient, a weight, or none, at some steps of one rank.
+    """Returns a trainer class with a fault in its loss, a gradient or a weight.
 
-    That rank also asks to stop in these steps. ``after`` says of every one of them whether this rank's weights were the same
-    bits after it and whether all ranks knew of the wish to stop.
+    The fault occurs in the steps ``at`` on one rank. That rank also asks to stop in these steps.
+    For each of them, ``after`` says whether this rank's weights were unchanged bit for bit after
+    the step, and whether all ranks knew about the stop request.
     """
 
     class Faulty(EmoTrainer):
@@ -56,7 +60,7 @@ def faulty(fault: str, value: float, at: tuple[int, ...], rank: int) -> type[Emo
             return samples
 
         def _leave(self, *args, **kwargs) -> None:
-            """What comes of the wish to stop is tested elsewhere."""
+            """Does nothing: other tests check what a stop request leads to."""
 
         def look(self) -> None:
             if getattr(self, "before", None) is not None:
@@ -104,7 +108,7 @@ def faulty(fault: str, value: float, at: tuple[int, ...], rank: int) -> type[Emo
 def spoilt_runs(
     runs: list[tuple[list[str], str, float, tuple[int, ...], int]],
 ) -> list[tuple[str, list]]:
-    """What each run ended with, and what was after its faulty steps."""
+    """Returns the error message of each run, and what ``after`` says of its faulty steps."""
     results = []
     for argv, *fault in runs:
         command.EmoTrainer = faulty(*fault)
@@ -125,9 +129,11 @@ def test_every_rank_stops_before_the_update_and_names_the_culprit(arguments, tmp
     names = ("loss", "inf", "gradient", "weight")
     argv = {name: arguments(output_dir=tmp_path / name, engine="ddp", **SAVED) for name in names}
     runs = [
-        (argv["loss"], "loss", math.nan, (2,), 1), (argv["inf"], "loss", math.inf, (2,), 0),
-        (argv["gradient"], "gradient", math.nan, (2,), 1), (argv["weight"], "weight", math.inf, (2,), 1),
-    ]  # fmt: skip
+        (argv["loss"], "loss", math.nan, (2,), 1),
+        (argv["inf"], "loss", math.inf, (2,), 0),
+        (argv["gradient"], "gradient", math.nan, (2,), 1),
+        (argv["weight"], "weight", math.inf, (2,), 1),
+    ]
     for results in run_ranks(2, spoilt_runs, runs):
         (loss, inf, gradient, weight), after = zip(*results, strict=True)
         assert loss == f"step 2: not finite: the loss on rank 1{ADVICE}"
@@ -151,9 +157,10 @@ def test_sharded_engines_stop_and_skip_alike(arguments, tmp_path, engine):
     }
     skips = arguments(output_dir=tmp_path / "skips", engine=engine, skip_nonfinite=2, max_steps=4)
     runs = [
-        (argv["gradient"], "gradient", math.inf, (2,), 1), (argv["weight"], "weight", math.nan, (2,), 0),
+        (argv["gradient"], "gradient", math.inf, (2,), 1),
+        (argv["weight"], "weight", math.nan, (2,), 0),
         (skips, "loss", math.nan, (2, 3), 1),
-    ]  # fmt: skip
+    ]
     for results in run_ranks(2, spoilt_runs, runs):
         (gradient, weight, skipped), after = zip(*results, strict=True)
         assert gradient.startswith(f"step 2: not finite: the gradient of {NORM} in the shard of ")
@@ -166,7 +173,7 @@ def test_sharded_engines_stop_and_skip_alike(arguments, tmp_path, engine):
 
 
 class Blind(EmoTrainer):
-    """Takes no update from the second step's gradients, which are finite."""
+    """A trainer that ignores the second step's gradients, which are finite."""
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
@@ -212,7 +219,7 @@ def test_a_skipped_step_leaves_no_trace_and_is_counted_across_a_resume(
         != pytest.approx(results[1])
     )
 
-    # logged every other step, the mean is the other step's own
+    # When every other step is logged, the mean is that of the one good step.
     monkeypatch.setattr(command, "EmoTrainer", faulty("loss", math.nan, (2,), 0))
     command.train(
         arguments(
@@ -243,7 +250,10 @@ def test_a_frozen_weight_is_named_though_only_the_loss_shows_it(arguments, monke
     monkeypatch.setattr(command, "EmoTrainer", faulty("weight", math.nan, (2,), 0))
     with pytest.raises(
         UserError,
-        match=rf"step 2: not finite: the weight \S*{NORM}; the loss; go on from an earlier checkpoint",
+        match=(
+            rf"step 2: not finite: the weight \S*{NORM}; the loss; "
+            "go on from an earlier checkpoint"
+        ),
     ):
         command.train(arguments("--lora", skip_nonfinite=5))
     assert command.EmoTrainer.after == [(True, True)]
@@ -263,7 +273,8 @@ def feed(guard: Guard, losses: list[float]) -> None:
 
 
 def test_a_spike_is_said_once_and_counted_across_a_resume(capsys):
-    falling = [2 + 8 / step + 0.1 * math.sin(step) for step in range(1, 61)]  # as training does
+    # like the losses of a training run
+    falling = [2 + 8 / step + 0.1 * math.sin(step) for step in range(1, 61)]
     guard = guard_of(nn.Linear(1, 1))
     feed(guard, [1.0, 9.0, *falling])
     assert capsys.readouterr().out == "" and guard.counts() == {}
@@ -282,7 +293,7 @@ def test_a_spike_is_said_once_and_counted_across_a_resume(capsys):
 def test_weights_are_checked_before_they_are_saved():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
     guard = guard_of(model)
-    model[1].weight.data[0, 0] = math.nan  # as it was loaded
+    model[1].weight.data[0, 0] = math.nan  # a frozen weight may be non-finite as loaded
     guard.check_weights(7)
     model[0].bias.data[1] = -math.inf
     with pytest.raises(
@@ -290,7 +301,7 @@ def test_weights_are_checked_before_they_are_saved():
     ):
         guard.check_weights(7)
     guard.begin()
-    guard.watch(torch.tensor(1.0))  # of a batch that does not use the weight
+    guard.watch(torch.tensor(1.0))  # the loss of a batch that does not use the weight
     with pytest.raises(
         UserError, match=r"^step 8: not finite: the weight 0\.bias, 1\.weight; go on from"
     ):

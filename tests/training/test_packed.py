@@ -1,4 +1,7 @@
-"""Runs with --packing, --padding_free and --balance_lengths: the same losses as without, on one process and on two."""
+"""Tests runs with --packing, --padding_free and --balance_lengths.
+
+Their losses are the same as without these flags, on one process and on two.
+"""
 
 from types import SimpleNamespace
 
@@ -23,12 +26,18 @@ def assert_same_steps(one, two):
 
 
 def test_a_step_over_all_rows_is_one_over_all_examples(arguments, tmp_path, capsys):
-    """40 examples are one global batch, whether in 40 rows or, filled up, in fewer."""
+    """40 examples are one global batch.
+
+    They take 40 rows, or fewer rows that are filled up.
+    """
     (tmp_path / "prompts.txt").write_text("Name a bird.\n")
     settings = {
-        "model_max_length": 192, "per_device_train_batch_size": 8, "global_batch": 40, "max_steps": 2,
+        "model_max_length": 192,
+        "per_device_train_batch_size": 8,
+        "global_batch": 40,
+        "max_steps": 2,
         "eval_path": tmp_path / "held.json",
-    }  # fmt: skip
+    }
     train(arguments(output_dir=tmp_path / "plain", **settings))
     samples = {
         "sample_prompts": tmp_path / "prompts.txt",
@@ -51,10 +60,8 @@ def test_a_step_over_all_rows_is_one_over_all_examples(arguments, tmp_path, caps
 
 
 def test_balanced_runs_take_the_same_steps_and_resume(arguments, tmp_path):
-    settings = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 4,
-    }  # an epoch has 3 steps, the last filled up
+    # An epoch has 3 steps, the last one filled up.
+    settings = {"per_device_train_batch_size": 2, "max_steps": 4}
     train(arguments(output_dir=tmp_path / "plain", **settings))
     saving = {"save_strategy": "steps", "save_steps": 2}
     train(arguments("--balance_lengths", output_dir=tmp_path / "balanced", **settings, **saving))
@@ -111,9 +118,8 @@ def test_collators_are_what_the_model_and_the_teacher_heed(make_model):
     ) == ("bias", False, True)
     model = make_model("llama")
     attach_objective(model, "mle", teacher=Teacher(make_model("opt"), 5))
-    with pytest.raises(
-        UserError, match=r"the teacher \(OPTForCausalLM"
-    ):  # it would need another mask than the student
+    # The teacher would need another mask than the student.
+    with pytest.raises(UserError, match=r"the teacher \(OPTForCausalLM"):
         collator(True, False)
     model = make_model("mixtral-routed")
     attach_objective(model, "mle")

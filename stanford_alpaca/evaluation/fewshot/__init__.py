@@ -1,1 +1,1 @@
-"""Few-shot evaluation: tasks, examples, prompts, scores and answers."""
+"""Few-shot evaluation: tasks, examples, prompts, scores and predictions."""

@@ -1,4 +1,4 @@
-"""From predictions to accuracies over seeds, comparisons of models, and tables of both."""
+"""Turns predictions into accuracies over seeds, comparisons of models, and tables of both."""
 
 from typing import Any
 
@@ -8,13 +8,15 @@ from stanford_alpaca.evaluation.intervals import PAIRED_RESAMPLES, mcnemar, pair
 from stanford_alpaca.evaluation.tables import align
 
 MEAN = "mean of tasks"
-Right = dict[
-    str, np.ndarray
-]  # of a model: task -> [seeds, items], 1 where the prediction is the label, else 0
+# of a model: task -> [seeds, items], 1 where the prediction is the label, else 0
+Right = dict[str, np.ndarray]
 
 
 def right_by_task(rows: list[dict[str, Any]]) -> Right:
-    """A model's predictions, counted; rows are in the order of seeds and items."""
+    """Returns which of a model's predictions are right.
+
+    The rows are in the order of seeds and items.
+    """
     found: dict[str, dict[Any, list[bool]]] = {}
     for row in rows:
         found.setdefault(row["task"], {}).setdefault(row["seed"], []).append(
@@ -24,14 +26,18 @@ def right_by_task(rows: list[dict[str, Any]]) -> Right:
 
 
 def accuracies(right: Right) -> dict[str, list[float]]:
-    """For every task and for their mean: the accuracy with each seed."""
+    """Returns the accuracy with each seed, for every task and for the mean of tasks."""
     found = {task: values.mean(1) for task, values in right.items()}
     found |= {MEAN: np.mean(list(found.values()), axis=0)} if len(found) > 1 else {}
     return {task: values.tolist() for task, values in found.items()}
 
 
 def compare(first: Right, other: Right) -> dict[str, dict[str, float]]:
-    """For every task and for their mean: what the other model gains on the first, and how sure that is."""
+    """Returns what the other model gains on the first, for every task and for the mean of tasks.
+
+    Each gain has an interval and a p-value. With a single seed, a task also has the p-value of
+    McNemar's test.
+    """
     gains = {task: (other[task] - first[task]).mean(0) for task in first}
     sets = {task: [gain] for task, gain in gains.items()} | (
         {MEAN: list(gains.values())} if len(gains) > 1 else {}
@@ -44,7 +50,10 @@ def compare(first: Right, other: Right) -> dict[str, dict[str, float]]:
 
 
 def accuracy_table(columns: dict[str, dict[str, list[float]]]) -> str:
-    """Tasks down, models across: percent right, mean and standard deviation over seeds."""
+    """Returns a table of percent right: tasks down, models across.
+
+    With several seeds a cell holds the mean and the standard deviation over them.
+    """
     tasks = list(next(iter(columns.values())))
     return align(
         [
@@ -60,7 +69,7 @@ def _percent(values: list[float]) -> str:
 
 
 def comparison_table(first: str, other: str, found: dict[str, dict[str, float]]) -> str:
-    """What ``compare`` found."""
+    """Returns what ``compare`` found as a table."""
     head = [
         "",
         "difference",
@@ -83,4 +92,7 @@ def comparison_table(first: str, other: str, found: dict[str, dict[str, float]])
                 *mcnemar_p,
             ]
         )
-    return f"{other} against {first}, paired bootstrap over test items, {PAIRED_RESAMPLES:,} resamples:\n{align(table)}"
+    return (
+        f"{other} against {first}, paired bootstrap over test items, "
+        f"{PAIRED_RESAMPLES:,} resamples:\n{align(table)}"
+    )

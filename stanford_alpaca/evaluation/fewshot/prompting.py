@@ -1,4 +1,7 @@
-"""From examples and a question to token ids: a prompt per class, split where the classes part."""
+"""Turns examples and a question into token ids.
+
+There is one prompt per class, split where the classes begin to differ.
+"""
 
 from typing import NamedTuple
 
@@ -14,12 +17,12 @@ class Choices(NamedTuple):
     """The prompts of a test item, one per class: ``context + endings[c]``."""
 
     context: list[int]  # tokens that all classes share, at least one
-    endings: list[list[int]]  # of each class the others, at least one
-    examples: list[int]  # the training examples in the prompt, the nearest last
+    endings: list[list[int]]  # the other tokens of each class, at least one
+    examples: list[int]  # the training records in the prompt, the nearest last
 
 
 def write_prompts(data: TaskData, item: int, examples: list[int]) -> list[str]:
-    """The text of the prompt for every class."""
+    """Returns the text of the prompt for every class."""
     shots = [data.task.write(data.train.texts[i], data.train.labels[i]) for i in examples]
     text = data.test.texts[item]
     return [
@@ -29,14 +32,22 @@ def write_prompts(data: TaskData, item: int, examples: list[int]) -> list[str]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of whole prompts, with the token that the tokenizer puts before a text, but none that it puts after it."""
+    """Returns the token ids of whole prompts.
+
+    The token that the tokenizer puts before a text is kept. The end-of-sequence token that it may
+    put after a text is dropped.
+    """
     rows = tokenizer(texts, verbose=False)["input_ids"]
     closes = tokenizer("a", verbose=False)["input_ids"][-1] == tokenizer.eos_token_id
     return [row[:-1] for row in rows] if closes else rows
 
 
 def split_stem(rows: list[list[int]], first_token: int) -> tuple[list[int], list[list[int]]]:
-    """Context and endings of prompts. Each ending has a token; if nothing is left before, ``first_token`` is put there."""
+    """Splits prompts into their common context and their endings.
+
+    Each ending has at least one token. If the prompts have no token in common, the context is
+    ``first_token``.
+    """
     shared = 0
     shortest = min(map(len, rows))
     while shared < shortest - 1 and len({row[shared] for row in rows}) == 1:
@@ -50,10 +61,13 @@ def encode_choices(
     examples: list[list[int]],
     positions: int | None,
 ) -> list[Choices]:
-    """The prompts of all test items. What does not fit into ``positions`` loses its least similar examples, the first ones.
+    """Returns the prompts of all test items.
+
+    A prompt that does not fit into ``positions`` loses its first examples, which are the least
+    similar ones.
 
     Raises:
-        UserError: an item that does not fit without any example.
+        UserError: an item does not fit even without examples.
     """
     count = len(data.task.classes)
     first_token = (
@@ -67,8 +81,9 @@ def encode_choices(
         while positions is not None and max(map(len, own)) > positions:
             if not ids:
                 raise UserError(
-                    f"task {data.task.name}: test record {item + 1} has {max(map(len, own))} tokens without any example, and "
-                    f"the model has {positions} positions: shorten it, or take another model"
+                    f"task {data.task.name}: test record {item + 1} has {max(map(len, own))} "
+                    f"tokens without any example, and the model has {positions} positions: "
+                    "shorten it, or take another model"
                 )
             ids = ids[1:]
             own = encode(tokenizer, write_prompts(data, item, ids))

@@ -1,4 +1,8 @@
-"""Chooses each test item's examples: at random, the same for all, or the most similar training records, the nearest last."""
+"""Chooses the examples of each test item.
+
+They are drawn at random, the same for all items, or the most similar training records. The most
+similar one comes last.
+"""
 
 import importlib.util
 from collections.abc import Callable
@@ -17,20 +21,23 @@ from stanford_alpaca.evaluation.fewshot.scoring import batches
 from stanford_alpaca.models.load import load_body
 from stanford_alpaca.objective.head import body_of
 
-SIMILAR = ("sentence", "tfidf", "bm25", "model")  # they compare texts; those below draw
+SIMILAR = ("sentence", "tfidf", "bm25", "model")  # these compare texts; the others draw
 RETRIEVERS = (*SIMILAR, "random", "fixed")
 ENCODER = "sentence-transformers/all-mpnet-base-v2"
-ROWS = 256  # test items that are compared with the whole training set at a time
-TOKENS = 4096  # of a batch of texts
+ROWS = 256  # test items compared with the whole training set at a time
+TOKENS = 4096  # in a batch of texts
 
-Features = Any  # [N, D] of texts, an array or a sparse one: the similarity of two texts is the product of their rows
-Featurize = Callable[
-    [list[str], list[str]], tuple[Features, Features]
-]  # training texts, test texts
+# [N, D] of texts, dense or sparse: the similarity of two texts is the product of their rows
+Features = Any
+# from training texts and test texts
+Featurize = Callable[[list[str], list[str]], tuple[Features, Features]]
 
 
 def draw(retriever: str, seed: int, items: int, size: int, shots: int) -> list[list[int]]:
-    """Examples out of ``size`` for each item: ``random`` draws for each by itself, ``fixed`` once for all."""
+    """Draws examples out of ``size`` for each item.
+
+    ``random`` draws for each item separately, ``fixed`` once for all.
+    """
     if retriever == "fixed":
         return [np.random.default_rng(seed).choice(size, shots, replace=False).tolist()] * items
     return [
@@ -40,14 +47,17 @@ def draw(retriever: str, seed: int, items: int, size: int, shots: int) -> list[l
 
 
 def draw_pool(seed: int, size: int, pool: int) -> np.ndarray:  # [pool]
-    """The training records among which the nearest are looked for."""
+    """Draws the training records among which the nearest are searched."""
     return np.sort(np.random.default_rng(seed).choice(size, pool, replace=False))
 
 
 def nearest_examples(
     train: Features, test: Features, shots: int, pool: np.ndarray | None = None
 ) -> list[list[int]]:
-    """For every test row the ``shots`` most similar training rows (of the pool), the most similar last; of equals the first."""
+    """Returns the ``shots`` most similar training rows for every test row, the most similar last.
+
+    With a ``pool``, only its rows are compared. Of equally similar rows the first are taken.
+    """
     places = np.arange(train.shape[0]) if pool is None else pool
     keys, chosen = train[places], []
     for start in range(0, test.shape[0] if shots else 0, ROWS):
@@ -62,7 +72,7 @@ def nearest_examples(
 
 
 def tfidf(train: list[str], test: list[str]) -> tuple[Features, Features]:
-    """Words and pairs of words by TF-IDF; the product is the cosine."""
+    """Returns TF-IDF features of words and pairs of words. Their product is the cosine."""
     vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
     return vectors.fit_transform(train), vectors.transform(test)
 
@@ -70,7 +80,10 @@ def tfidf(train: list[str], test: list[str]) -> tuple[Features, Features]:
 def bm25(
     train: list[str], test: list[str], k1: float = 1.2, b: float = 0.75
 ) -> tuple[Features, Features]:
-    """Okapi BM25 of words, with the always positive idf log(1 + (N - n + 0.5) / (n + 0.5)), as Lucene has it."""
+    """Returns features of words whose product is Okapi BM25.
+
+    The idf is log(1 + (N - n + 0.5) / (n + 0.5)), as in Lucene. It is always positive.
+    """
     words = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
     counts = words.fit_transform(train).astype(np.float64).tocoo()
     lengths = np.bincount(counts.row, counts.data, len(train))
@@ -82,21 +95,27 @@ def bm25(
 
 
 def load_encoder(name: str) -> Featurize:
-    """Sentence embeddings of unit length. Raises UserError if the package or the encoder cannot be had."""
+    """Returns a function that computes sentence embeddings of unit length.
+
+    Raises:
+        UserError: the package is not installed, or the encoder cannot be loaded.
+    """
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
-            "--retriever sentence needs sentence-transformers: pip install sentence-transformers, or take tfidf"
+            "--retriever sentence needs sentence-transformers: "
+            "pip install sentence-transformers, or take tfidf"
         )
-    from sentence_transformers import SentenceTransformer  # seconds to import
+    from sentence_transformers import SentenceTransformer  # takes seconds to import
 
     try:
         with quiet_hub():
             model = SentenceTransformer(name, model_kwargs={"use_safetensors": True})
             if hasattr(model[0], "auto_model"):
-                load_body(name)  # which refuses weights that are not all there
-    except Exception as error:  # not found, no network, no such kind of model
+                load_body(name)  # raises an error if weights are missing
+    except Exception as error:  # not found, no network, an unknown kind of model
         raise UserError(
-            f"--encoder {name}: cannot be loaded ({first_line(error)}); give a folder, or take tfidf"
+            f"--encoder {name}: cannot be loaded ({first_line(error)}); "
+            "give a folder, or take tfidf"
         ) from None
 
     def features(texts: list[str]) -> np.ndarray:
@@ -106,7 +125,10 @@ def load_encoder(name: str) -> Featurize:
 
 
 def means_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Featurize:
-    """The evaluated model's own embeddings: the mean over a text's tokens of its last hidden states, of unit length."""
+    """Returns a function that computes embeddings with the evaluated model itself.
+
+    An embedding is the mean of the last hidden states over a text's tokens, scaled to unit length.
+    """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def features(texts: list[str]) -> np.ndarray:
@@ -125,10 +147,14 @@ def embed(
     last: bool = False,
     **options: Any,  # for the model
 ) -> np.ndarray:  # [N, D] float32
-    """The mean over a text's first ``positions`` tokens of its last hidden states, or the state at the last one of them."""
+    """Returns the mean of the last hidden states over a text's first ``positions`` tokens.
+
+    With ``last`` it returns the state at the last of these tokens.
+    """
+    # an empty text consists of this token
     first_token = next(
         (i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), 0
-    )  # of an empty text
+    )
     rows = [row[:positions] or [first_token] for row in encode(tokenizer, texts)]
     found = [np.empty(0)] * len(rows)
     for batch in tqdm(list(batches([*map(len, rows)], None, TOKENS)), desc="Embedding"):

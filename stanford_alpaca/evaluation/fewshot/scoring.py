@@ -1,6 +1,8 @@
-"""Log-likelihoods of the endings of prompts: what prompts share is computed once, batches hold similar lengths.
+"""Log-likelihoods of the endings of prompts.
 
-``plain`` is the specification, a prompt at a time. Which of the faster ways gives the same numbers is found by experiment.
+``plain`` is the specification and scores one prompt at a time. The faster ways compute once what
+prompts share, and their batches hold prompts of similar lengths. An experiment decides which of
+them gives the same numbers.
 """
 
 import contextlib
@@ -22,18 +24,19 @@ from stanford_alpaca.losses.types import Head
 from stanford_alpaca.objective.head import body_of, head_of
 
 ROWS = 1024  # tokens whose logits are held at a time
-STEM = 16  # tokens that all items share, from which on they are computed once
-TOKENS = {
-    "cpu": 768,
-    "cuda": 4096,
-}  # of a batch's contexts: what a core's cache holds; what the cache of a 7B model takes
+STEM = 16  # if all items share this many tokens, the shared tokens are computed once
+# tokens in the contexts of a batch, limited by a core's cache and by the KV cache of a 7B model
+TOKENS = {"cpu": 768, "cuda": 4096}
 
-Scores = list[list[float]]  # of every item and class
+Scores = list[list[float]]  # for every item and class
 
 
 @torch.inference_mode()
 def plain(model: PreTrainedModel, choices: list[Choices], whole: bool = False) -> Scores:
-    """log p of every ending given its context, in nats; ``whole``: of every prompt given its first token."""
+    """Returns log p of every ending given its context, in nats.
+
+    With ``whole`` it returns log p of every prompt given its first token.
+    """
     scores = []
     for context, endings, _ in choices:
         start, row = 1 if whole else len(context), []
@@ -58,7 +61,12 @@ def score(
     whole: bool = False,
     name: str = "",
 ) -> Scores:
-    """``plain(model, choices, whole)``, fast. ``batch_size`` items at a time, by default by ``TOKENS``; a bar of this name."""
+    """Computes ``plain(model, choices, whole)`` faster.
+
+    Args:
+        batch_size: items at a time, by default as many as ``TOKENS`` allows.
+        name: the label of the progress bar.
+    """
     model.eval()
     take = choose_way(model, choices, whole)
     scores: Scores = [[] for _ in choices]
@@ -73,7 +81,10 @@ def score(
 
 
 def batches(lengths: list[int], batch_size: int | None, tokens: int) -> Iterator[list[int]]:
-    """Indices of items of similar lengths, the longest first: ``batch_size`` of them, or what ``tokens`` hold with padding."""
+    """Yields indices of items of similar lengths, the longest first.
+
+    A batch has ``batch_size`` items, or as many as fit into ``tokens`` including padding.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         count = batch_size or max(1, tokens // max(1, lengths[order[0]]))
@@ -84,7 +95,11 @@ def batches(lengths: list[int], batch_size: int | None, tokens: int) -> Iterator
 def choose_way(
     model: PreTrainedModel, choices: list[Choices], whole: bool
 ) -> Callable[[list[Choices]], Scores]:
-    """The fastest way that scores the longest and the shortest item together as ``plain`` does. Says what does not work."""
+    """Returns the fastest way that gives the same scores as ``plain``.
+
+    Each way is tried on the longest and the shortest item together. Prints a line for each way that
+    does not work.
+    """
     lengths = [len(item.context) for item in choices]
     extremes = [choices[lengths.index(pick(lengths))] for pick in (max, min)]
     sample = [
@@ -107,38 +122,36 @@ def choose_way(
             if gap <= tolerance + tolerance / 100 * want.abs().max().item():
                 return way
             reason = f"log-likelihoods move by {gap:.2g}"
-        except (
-            Exception
-        ) as error:  # whatever an architecture raises that has no cache, or another kind
+        except Exception as error:
+            # architectures without a cache, or with another kind of cache, raise errors of any type
             reason = first_line(error)
         say(f"{type(model).__name__}: {name} does not work here ({reason}); done without")
     return lambda batch: plain(model, batch, whole)
 
 
 def common_start(rows: list[list[int]]) -> list[int]:
-    """What all rows begin with."""
-    least, most = min(rows), max(rows)  # what these two share lies between them in every other
+    """Returns the tokens that all rows begin with."""
+    least, most = min(rows), max(rows)  # every other row lies between and shares what they share
     return least[
         : next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))
     ]
 
 
 class Scorer:
-    """Faster ways than ``plain`` with one model."""
+    """Scores with one model in faster ways than ``plain``."""
 
     def __init__(self, model: PreTrainedModel, whole: bool):
         self.whole, self.device = whole, model.device
         self.head: Head | None = None
         self.body: nn.Module = model
-        with contextlib.suppress(
-            ValueError
-        ):  # an output layer of another kind: the model's own logits then, of all tokens
+        # for another kind of output layer, the model itself computes the logits of all tokens
+        with contextlib.suppress(ValueError):
             self.head, self.body = head_of(model), body_of(model)
         self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         self.started: tuple[list[int], Any, Tensor, Tensor] | None = None
 
     def padded(self, batch: list[Choices]) -> Scores:
-        """Whole prompts side by side, padded on the right."""
+        """Scores whole prompts side by side, padded on the right."""
         prompts = [item.context + ending for item in batch for ending in item.endings]
         starts = torch.tensor(
             [1 if self.whole else len(item.context) for item in batch for _ in item.endings]
@@ -152,7 +165,11 @@ class Scorer:
         return [[next(sums) for _ in item.endings] for item in batch]
 
     def shared(self, batch: list[Choices], stem: list[int] = []) -> Scores:  # noqa: B006
-        """The contexts once, padded on the left, behind what all begin with; from their cache each class's ending."""
+        """Scores the contexts once, then each class's ending from their cache.
+
+        The contexts are padded on the left. They follow ``stem``, the tokens that all of them begin
+        with, which is also computed once.
+        """
         ids, own = self._pad([item.context[len(stem) :] for item in batch], left=True)
         positions = len(stem) + (own.cumsum(1) - 1).clamp_min(0)
         mask = torch.cat([own.new_ones(len(batch), len(stem)), own], 1)
@@ -161,9 +178,8 @@ class Scorer:
             cache, total, log_p = self._after(stem)
             cache.batch_repeat_interleave(len(batch))
             if self.whole:
-                first = ids.gather(1, (own == 0).sum(1, keepdim=True)).squeeze(
-                    1
-                )  # of each row, the padding aside
+                # the first token of each row after its padding
+                first = ids.gather(1, (own == 0).sum(1, keepdim=True)).squeeze(1)
                 before += total + log_p[first]
         states, cache = self._run(ids, mask, positions, past_key_values=cache, use_cache=True)
         if self.whole:
@@ -198,7 +214,12 @@ class Scorer:
         return scores
 
     def _after(self, stem: list[int]) -> tuple[Any, Tensor, Tensor]:
-        """A copy of the cache behind the stem, the log p of its tokens [], and of every token that may follow [V]."""
+        """Returns what the model computes for the stem.
+
+        Returns:
+            A copy of the cache after the stem, the log p of the stem's tokens [], and the log p of
+            every token that may follow [V].
+        """
         if self.started is None or self.started[0] != stem:
             ids, mask = self._pad([stem])
             states, cache = self._run(ids, mask, use_cache=True)
@@ -207,7 +228,7 @@ class Scorer:
         return copy.deepcopy(self.started[1]), *self.started[2:]
 
     def _pad(self, rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
-        """Ids and mask [rows, longest]. Padding is a token like another, behind a mask."""
+        """Returns ids and mask [rows, longest]. Padding is an ordinary token behind a mask."""
         longest = max(map(len, rows))
         ids = [
             [0] * (longest - len(row)) + row if left else row + [0] * (longest - len(row))
@@ -221,7 +242,10 @@ class Scorer:
     def _run(
         self, ids: Tensor, mask: Tensor, positions: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Any]:
-        """What the output layer takes [B, T, H], or the logits where it is not known, and the cache."""
+        """Returns the output layer's input [B, T, H] and the cache.
+
+        If the output layer is not known, logits take the place of its input.
+        """
         if positions is not None and self.takes_positions:
             options["position_ids"] = positions
         out = self.body(input_ids=ids, attention_mask=mask, return_dict=True, **options)
@@ -232,9 +256,12 @@ class Scorer:
         return logits.float().log_softmax(1)
 
     def _sums(
-        self, states: Tensor, targets: Tensor, scored: Tensor
-    ) -> Tensor:  # [B, T, H], [B, T], [B, T] -> [B] float64
-        """The sum of log p over the scored tokens of each row."""
+        self,
+        states: Tensor,  # [B, T, H]
+        targets: Tensor,  # [B, T]
+        scored: Tensor,  # [B, T]
+    ) -> Tensor:  # [B] float64
+        """Returns the sum of log p over the scored tokens of each row."""
         picked = [
             self._log_p(rows).gather(1, wanted[:, None]).squeeze(1)
             for rows, wanted in zip(

@@ -1,4 +1,8 @@
-"""Classification tasks: a template and classes from ``templates/TASK.yaml``, texts and labels from files or the hub."""
+"""Classification tasks.
+
+A task's template and classes come from ``templates/TASK.yaml``, its texts and labels from files or
+the hub.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -20,26 +24,26 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Task:
-    """What a file of ``templates/`` says. A label is the number of its class, from 0 on."""
+    """A task as its file in ``templates/`` says. A label is the number of its class, from 0 on."""
 
     name: str
     template: str  # with {text} and {label}
     classes: list[str]  # the words that stand for the labels
-    hub: str | None = None  # a set on the hub, with its config and revision
+    hub: str | None = None  # a data set on the hub, with its config and revision
     config: str | None = None
     revision: str | None = None
     train: str = "train"  # names of its splits
     test: str = "test"
-    text: str = "text"  # and of its columns
+    text: str = "text"  # names of its columns
     label: str = "label"
 
     def write(self, text: str, label: int) -> str:
-        """A text with its class in words."""
+        """Returns a text with its class in words."""
         return self.template.format(text=text, label=self.classes[label])
 
 
 class Split(NamedTuple):
-    """Records, as columns."""
+    """Records as columns."""
 
     texts: list[str]
     labels: list[int]
@@ -53,19 +57,28 @@ class TaskData(NamedTuple):
     test: Split
 
     def described(self) -> dict[str, Any]:
-        """What the results say of it."""
+        """Returns what the results say about the task."""
         about = {"template": self.task.template, "classes": self.task.classes}
-        return about | {name: {"records": len(split.texts), "sha256": digest(split)} for name, split in self._asdict().items()
-                        if isinstance(split, Split)}  # fmt: skip
+        return about | {
+            name: {"records": len(split.texts), "sha256": digest(split)}
+            for name, split in self._asdict().items()
+            if isinstance(split, Split)
+        }
 
 
 def digest(split: Split) -> str:
-    """A sha256 over texts and labels."""
+    """Returns a SHA-256 over texts and labels."""
     return sha256(repr(list(zip(*split, strict=True))).encode()).hexdigest()
 
 
 def read_tasks(own: Path | None = None) -> dict[str, Task]:
-    """All tasks by name: the package's, and those of a folder of one's own, which win. Raises UserError for a bad file."""
+    """Reads all tasks by name.
+
+    They are the package's own and those of the user's folder ``own``, which win.
+
+    Raises:
+        UserError: the folder does not exist, or a file is bad.
+    """
     if own is not None and not own.is_dir():
         raise UserError(f"--templates {own}: no such folder; give one with a YAML file per task")
     files = [
@@ -92,7 +105,8 @@ def _read_task(file: Path) -> Task:
     for name in values:
         if name not in known:
             raise UserError(
-                f"{file}: unknown field {name}{nearest(str(name), known)}; known are {', '.join(known)}"
+                f"{file}: unknown field {name}{nearest(str(name), known)}; "
+                f"known are {', '.join(known)}"
             )
     if places != {"text", "label"}:
         raise UserError(
@@ -100,7 +114,8 @@ def _read_task(file: Path) -> Task:
         )
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise UserError(
-            f"{file}: classes is {classes!r}; wanted a list of words, in quotes where YAML reads them as something else"
+            f"{file}: classes is {classes!r}; wanted a list of words, "
+            "in quotes where YAML reads them as something else"
         )
     if (
         len(classes) < 2
@@ -114,10 +129,15 @@ def _read_task(file: Path) -> Task:
 
 
 def choose_tasks(asked: str | None, known: dict[str, Task], folder: Path | None) -> list[Task]:
-    """The tasks of these names, with commas; by default those that the folder has files of, or all that the hub has."""
+    """Returns the tasks of these names, which are separated by commas.
+
+    By default it returns those that the folder has files of, or without a folder all that the hub
+    has.
+    """
     if folder is not None and not folder.is_dir():
         raise UserError(
-            f"--data_dir {folder}: no such folder; give one with TASK_train.jsonl and TASK_test.jsonl"
+            f"--data_dir {folder}: no such folder; "
+            "give one with TASK_train.jsonl and TASK_test.jsonl"
         )
     names = None if asked is None else [name.strip() for name in asked.strip("()[]").split(",")]
     if names is None and folder is not None:
@@ -126,12 +146,14 @@ def choose_tasks(asked: str | None, known: dict[str, Task], folder: Path | None)
         ]
         if not names:
             raise UserError(
-                f"--data_dir {folder}: no TASK_train.jsonl with TASK_test.jsonl; tasks are {', '.join(known)}"
+                f"--data_dir {folder}: no TASK_train.jsonl with TASK_test.jsonl; "
+                f"tasks are {', '.join(known)}"
             )
     for name in names or []:
         if name not in known:
             raise UserError(
-                f"--tasks {name}: no such task{nearest(name, list(known))}; choose from {', '.join(known)}"
+                f"--tasks {name}: no such task{nearest(name, list(known))}; "
+                f"choose from {', '.join(known)}"
             )
     return (
         [known[name] for name in dict.fromkeys(names)]
@@ -141,15 +163,16 @@ def choose_tasks(asked: str | None, known: dict[str, Task], folder: Path | None)
 
 
 def local_files(folder: Path, name: str) -> tuple[Path, Path]:
-    """A task's files in a folder: train, test."""
+    """Returns a task's train and test files in a folder."""
     return folder / f"{name}_train.jsonl", folder / f"{name}_test.jsonl"
 
 
 def load_task(task: Task, folder: Path | None = None, limit: int | None = None) -> TaskData:
-    """The records, from a folder or the hub; of the test set the first ``limit``.
+    """Loads the records from a folder or the hub, and of the test set only the first ``limit``.
 
     Raises:
-        UserError: no files, no network, an empty file, a record without a text or with a label of no class.
+        UserError: no files, no network, an empty file, a record without text, or a label of no
+            class.
     """
     if folder is None:
         train, test = (_from_hub(task, split) for split in (task.train, task.test))
@@ -184,7 +207,11 @@ def _from_hub(task: Task, split: str) -> Split:
 
 
 def checked(task: Task, values: Iterable[Placed], source: str) -> Split:
-    """The texts and labels of records. Raises UserError for the first bad one, and if there is none."""
+    """Returns the texts and labels of records.
+
+    Raises:
+        UserError: a record is bad (the first one is named), or there is none.
+    """
     texts, labels = [], []
     for where, value in values:
         text, label = (

@@ -1,1 +1,1 @@
-"""What is measured: of references, of responses, against an oracle, and of whole sets of texts."""
+"""Measures of references, of responses, against an oracle, and of whole sets of texts."""

@@ -1,4 +1,7 @@
-"""Teacher forcing: what a model makes of every token of the references, in sums per record from which the measures follow."""
+"""Teacher forcing: how a model predicts every token of the references.
+
+The results are sums per record, from which the measures follow.
+"""
 
 from typing import NamedTuple
 
@@ -17,21 +20,24 @@ from stanford_alpaca.losses.backends import reference
 from stanford_alpaca.objective.head import body_of, head_of
 
 ROWS = 1024  # supervised tokens whose logits are held at a time
-BINS = 15  # of equal width, of the top-1 probability
+BINS = 15  # bins of the top-1 probability, of equal width
 
 
 class Forced(NamedTuple):
-    """Sums over the supervised tokens of each record, float64; zeros for a record without any."""
+    """Float64 sums over the supervised tokens of each record. A record without any has zeros."""
 
     tokens: np.ndarray  # [n]
     nll: np.ndarray  # [n]
     emo: np.ndarray  # [n]
     correct: np.ndarray  # [n]
-    costly: np.ndarray  # [n]
-    bins: np.ndarray  # [n, BINS, 3] tokens, their top-1 probability, whether it was right
+    costly: np.ndarray  # [n] the probability of costly tokens
+    bins: np.ndarray  # [n, BINS, 3] tokens, their top-1 probability, how many were right
 
     def measures(self) -> dict[str, Items | int]:
-        """Means per supervised token, perplexity and calibration error: sums first, then one division, also in a resample."""
+        """Returns means per supervised token, perplexity and calibration error.
+
+        Sums are taken first and divided once, in a resample too.
+        """
         return {
             "nll": mean_of(self.nll, self.tokens),
             "emo": mean_of(self.emo, self.tokens),
@@ -51,9 +57,12 @@ def teacher_forced(
     cost: CostEmbedding,
     batch_size: int = 16,
 ) -> Forced:
-    """The sums of every example. The batch size does not matter.
+    """Returns the sums of every example. They do not depend on the batch size.
 
-    The model's logits are computed for supervised tokens only; ValueError if ``recognise_head`` does not know its head.
+    The model's logits are computed for supervised tokens only.
+
+    Raises:
+        ValueError: ``recognise_head`` does not know the model's output layer.
     """
     collate, device = PadCollator(tokenizer.pad_token_id), model.device
     cost.to(device)
@@ -89,10 +98,16 @@ def teacher_forced(
 
 
 def _of_tokens(
-    logits: Tensor, targets: Tensor, cost: CostEmbedding
-) -> Tensor:  # [N, V], [N] -> [N, 6] float64
-    """Of every token 1, nll, emo, whether the most probable token is the target, the probability of costly tokens, and that
-    of the most probable one. Costly is what costs at least the mean over the vocabulary: no nearer than an average token."""
+    logits: Tensor,  # [N, V]
+    targets: Tensor,  # [N]
+    cost: CostEmbedding,
+) -> Tensor:  # [N, 6] float64
+    """Returns six numbers for every token.
+
+    They are 1, nll, emo, whether the most probable token is the target, the probability of costly
+    tokens, and the probability of the most probable token. A token is costly if it costs at least
+    the mean over the vocabulary: it is no nearer than an average token.
+    """
     stats = reference.token_stats(logits, targets, cost)
     assert stats.log_emo is not None
     costs = cost.costs(targets, logits.shape[1])
@@ -115,6 +130,9 @@ def _perplexity(sums: np.ndarray) -> np.ndarray:  # [..., 2]
 
 
 def _calibration_error(sums: np.ndarray) -> np.ndarray:  # [..., BINS * 3]
-    """Guo et al. 2017, equation 3: |accuracy - confidence|, averaged over the tokens' bins."""
+    """Returns the expected calibration error (Guo et al. 2017, equation 3).
+
+    It is |accuracy - confidence|, averaged over the tokens' bins.
+    """
     tokens, confidence, right = np.moveaxis(sums.reshape(*sums.shape[:-1], BINS, 3), -1, 0)
     return np.abs(confidence - right).sum(-1) / np.maximum(tokens.sum(-1), 1)

@@ -1,14 +1,18 @@
-"""A checkpoint against the model that the data were drawn from: their next-token distributions, over the whole vocabulary.
+"""Compares a checkpoint with the oracle, the model that the data were drawn from.
 
-With p the checkpoint's distribution and q the oracle's, at every supervised position of a reference:
+Their next-token distributions are compared over the whole vocabulary. With p the checkpoint's
+distribution and q the oracle's, at every supervised position of a reference:
 
     forward_cross_entropy = -sum_i q_i log p_i      reverse_cross_entropy = -sum_i p_i log q_i
     total_variation       = 1/2 sum_i |p_i - q_i|   transport_cost        = sum_ij p_i q_j c_ij
 
-``transport_cost`` is the exact expectation of emo over the oracle's tokens: the cost of the independent coupling, and so an
-upper bound of ``optimal_transport``, the least cost of any coupling of p and q (the earth mover's distance; a linear
-program, solved for some positions). Of responses, ``oracle_perplexity``: exp of the mean nll that the oracle gives to
-their tokens.
+``transport_cost`` is the exact expectation of emo over the oracle's tokens. It is the cost of the
+independent coupling, and so an upper bound of ``optimal_transport``, the least cost of any coupling
+of p and q (the earth mover's distance). That is a linear program, which is solved for some
+positions only.
+
+``oracle_perplexity`` is a measure of responses: exp of the mean nll that the oracle gives to their
+tokens.
 """
 
 import importlib.util
@@ -31,13 +35,19 @@ from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.objective.head import body_of, head_of
 
-LEFT_OUT = 1e-3  # probability that optimal transport leaves out of each distribution: changes it by at most 4 * LEFT_OUT
-MOST = 2048  # tokens of each that it moves, where that needs more: the program grows with their product
+# the probability that optimal transport leaves out of each distribution: this changes its cost by
+# at most 4 * LEFT_OUT
+LEFT_OUT = 1e-3
+# the most tokens of each distribution that it moves: the program grows with their product
+MOST = 2048
 EXACT = ("forward_cross_entropy", "reverse_cross_entropy", "total_variation", "transport_cost")
 
 
 def check_oracle(oracle: ModelSource, models: list[ModelSource]) -> None:
-    """Raises UserError unless the models have the oracle's tokens and POT is installed; before any is loaded."""
+    """Raises UserError unless POT is installed and the models have the oracle's tokens.
+
+    It runs before any model is loaded.
+    """
     if importlib.util.find_spec("ot") is None:
         raise UserError("--oracle needs a package of its own: pip install POT")
     check_model(oracle)
@@ -60,10 +70,11 @@ def distances(
     batch_size: int = 16,
     seed: int = 0,
 ) -> dict[str, Items]:
-    """The measures above, an item per example.
+    """Returns the distances of the module's docstring, with an item per example.
 
     Args:
-        positions: how many supervised positions optimal transport is solved at; equal numbers and seeds choose the same.
+        positions: how many supervised positions optimal transport is solved at. Equal numbers and
+            seeds choose the same positions.
     """
     counts = np.array(
         [sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in examples]
@@ -90,7 +101,7 @@ def oracle_perplexity(
     pad_token_id: int,
     batch_size: int = 16,
 ) -> Items:
-    """How likely the oracle finds the responses; an item per response."""
+    """Returns how likely the oracle finds the responses, with an item per response."""
     labels = [
         [IGNORE_INDEX] * len(ids) + response
         for ids, response in zip(prompts, responses, strict=True)
@@ -105,8 +116,11 @@ def oracle_perplexity(
 
 
 def optimal_transport(p: Tensor, q: Tensor, cost: CostEmbedding) -> float:  # [V], [V]
-    """The least expected cost of turning p into q, without LEFT_OUT of each (more of it where MOST tokens lack more)."""
-    import ot  # POT; seconds to import
+    """Returns the least expected cost of turning p into q.
+
+    At most LEFT_OUT of each is left out, or more where MOST tokens do not hold the rest.
+    """
+    import ot  # POT; takes seconds to import
 
     (rows, mass), (columns, wanted) = _most(p), _most(q)
     prices = cost.costs(rows, len(p))[:, columns].double().cpu().numpy()
@@ -114,8 +128,10 @@ def optimal_transport(p: Tensor, q: Tensor, cost: CostEmbedding) -> float:  # [V
 
 
 def _exact(
-    p: Tensor, q: Tensor, cost: CostEmbedding
-) -> Tensor:  # [n, V] log probabilities -> [n, 4]
+    p: Tensor,  # [n, V] log probabilities
+    q: Tensor,  # [n, V] log probabilities
+    cost: CostEmbedding,
+) -> Tensor:  # [n, 4]
     forward, reverse = (
         -torch.where(one > -torch.inf, one.exp() * other, 0.0).sum(1)
         for one, other in ((q, p), (p, q))
@@ -124,7 +140,7 @@ def _exact(
     variation = (p - q).abs().sum(1) / 2
     if cost.rows is None or cost.directed is None:
         transport = 1 - (p * q).sum(1)
-    else:  # sum_ij p_i q_j (1 - u_i . u_j); a row of zeros costs itself nothing
+    else:  # sum_ij p_i q_j (1 - u_i . u_j); a row of zeros has no cost to itself
         with full_precision(p.device.type):
             transport = (
                 1 - ((p @ cost.rows) * (q @ cost.rows)).sum(1) - (p * q)[:, ~cost.directed].sum(1)
@@ -132,9 +148,8 @@ def _exact(
     return torch.stack([forward, reverse, variation, transport.clamp(min=0)], 1).double()
 
 
-def _most(
-    p: Tensor,
-) -> tuple[Tensor, Tensor]:  # [V] -> ids [k], their float64 probabilities, made to sum to 1
+# [V] -> ids [k], their float64 probabilities [k], made to sum to 1
+def _most(p: Tensor) -> tuple[Tensor, Tensor]:
     ordered, ids = p.double().sort(descending=True)
     keep = min(int((ordered.cumsum(0) < (1 - LEFT_OUT) * ordered.sum()).sum()) + 1, MOST)
     return ids[:keep], ordered[:keep] / ordered[:keep].sum()
@@ -143,7 +158,7 @@ def _most(
 def _distributions(
     models: list[PreTrainedModel], examples: Dataset, pad_token_id: int, batch_size: int
 ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-    """For every example its number, targets [n] and each model's log probabilities [n, V] at them."""
+    """Yields every example's number, targets [n], and each model's log probabilities [n, V]."""
     collate, heads = PadCollator(pad_token_id), [head_of(model.eval()) for model in models]
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     for start in range(0, len(order), batch_size):

@@ -1,4 +1,7 @@
-"""Measures of responses as texts: against their references, and by themselves. Words are what stands between white space."""
+"""Measures of responses as texts: against their references, and by themselves.
+
+White space separates words.
+"""
 
 import re
 from collections import Counter
@@ -9,18 +12,20 @@ import numpy as np
 
 from stanford_alpaca.evaluation.intervals import Items, Replicates, mean_of
 
-ROUGE = {
-    "rouge_1": "rouge1",
-    "rouge_2": "rouge2",
-    "rouge_l": "rougeL",
-}  # our names and rouge-score's
+# our names and rouge-score's
+ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 
 
 def against_references(
-    responses: list[list[str]], references: list[str]
-) -> dict[str, Items]:  # [seeds][n], [n]
-    """Exact match (white space around it aside) and F1 of ROUGE (Lin 2004): means over texts, each over its seeds."""
-    from rouge_score.rouge_scorer import RougeScorer  # a second to import
+    responses: list[list[str]],  # [seeds][n]
+    references: list[str],  # [n]
+) -> dict[str, Items]:
+    """Returns exact match and F1 of ROUGE (Lin 2004).
+
+    They are means over texts, and the value of a text is a mean over its seeds. Exact match ignores
+    leading and trailing white space.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second to import
 
     scorer = RougeScorer(list(ROUGE.values()), tokenizer=_Words())
     found = {name: np.zeros(len(references)) for name in ("exact_match", *ROUGE)}
@@ -34,7 +39,10 @@ def against_references(
 
 
 def by_themselves(responses: list[list[str]]) -> dict[str, Items | Replicates]:  # [seeds][n]
-    """Variety, repetition and length. Of the whole set are distinct-2 and self-BLEU: a value per seed."""
+    """Returns measures of variety, repetition and length.
+
+    Distinct-2 and self-BLEU are measures of the whole set, with a value per seed.
+    """
     return {
         "distinct_2": Replicates(np.array([distinct(texts, 2) for texts in responses])),
         "self_bleu": Replicates(np.array([self_bleu(texts) for texts in responses])),
@@ -48,7 +56,10 @@ def by_themselves(responses: list[list[str]]) -> dict[str, Items | Replicates]: 
 
 
 def exact_match(responses: list[str], references: list[str]) -> float:
-    """The share of responses that are the reference, leading and trailing white space aside."""
+    """Returns the share of responses that equal the reference.
+
+    Leading and trailing white space is ignored.
+    """
     equal = sum(
         response.strip() == text.strip()
         for response, text in zip(responses, references, strict=True)
@@ -57,22 +68,33 @@ def exact_match(responses: list[str], references: list[str]) -> float:
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """The share of the n-grams of all texts that are different ones (Li et al. 2016); NaN if there are none."""
+    """Returns the share of different n-grams among the n-grams of all texts (Li et al. 2016).
+
+    It is NaN if there are none.
+    """
     grams = [gram for text in texts for gram in _ngrams(text, n)]
     return len(set(grams)) / len(grams) if grams else np.nan
 
 
 def repetition(text: str, n: int) -> float:
-    """The share of a text's n-grams that repeat an earlier one of it (Welleck et al. 2020); 0 if it is too short for any."""
+    """Returns the share of a text's n-grams that repeat an earlier one in it (Welleck et al. 2020).
+
+    It is 0 if the text is too short for any.
+    """
     grams = list(_ngrams(text, n))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def self_bleu(texts: list[str]) -> float:
-    """The mean BLEU of each text with all others as its references (Zhu et al. 2018), 0 to 1; NaN of fewer than two texts.
+    """Returns the mean BLEU of each text with all others as its references (Zhu et al. 2018).
 
-    equals np.mean([BLEU(effective_order=True).sentence_score(text, others).score / 100]), sacrebleu's, in linear time: a
-    text's n-gram is matched as often as the others' largest count allows, which the two largest counts of all texts tell.
+    It lies between 0 and 1, and is NaN for fewer than two texts. In linear time it computes, with
+    sacrebleu's BLEU:
+
+        np.mean([BLEU(effective_order=True).sentence_score(text, others).score / 100])
+
+    A text's n-gram is matched at most as often as it occurs in any one of the others. The two
+    largest counts over all texts give that limit.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.helpers import extract_all_word_ngrams
@@ -107,13 +129,16 @@ def self_bleu(texts: list[str]) -> float:
 
 
 def first_words(text: str, words: int) -> str:
-    """The text up to the end of its word of this number; the whole text if it has fewer."""
+    """Returns the text up to the end of this many words.
+
+    If it has fewer, the whole text is returned.
+    """
     ends = [match.end() for match in islice(re.finditer(r"\S+", text), words)]
     return text[: ends[-1]] if len(ends) == words else text
 
 
 class _Words:
-    """rouge-score's own tokenizer for ASCII; letters and digits of other scripts count here too."""
+    """Like rouge-score's own tokenizer for ASCII, but keeps letters and digits of all scripts."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"[^\W_]+", text.lower())

@@ -1,7 +1,8 @@
-"""The report's page: ``page.html`` with its style, its scripts and the data in it, so that it asks for nothing else.
+"""Renders the report's page, a single file that loads nothing else.
 
-Whatever the data holds stays text: it stands in a block that is no script, the scripts make text nodes of it only, and the
-page's policy lets no style and no script run but those whose hashes it names.
+It is ``page.html`` with its style, its scripts and the data inside. Whatever the data holds stays
+text. The data stands in a block that is no script, and the scripts only make text nodes of it. The
+page's content security policy allows only the style and the script whose hashes it names.
 """
 
 import json
@@ -10,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+# joined into one script, in this order
 SCRIPTS = (
     "page.js",
     "curves.js",
@@ -18,14 +20,17 @@ SCRIPTS = (
     "map.js",
     "panel.js",
     "transport.js",
-)  # one script, in this order
+)
 ESCAPED = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page as a text. The data must be JSON without NaN or infinity: ValueError otherwise."""
+    """Returns the page as text. Raises ValueError if the data holds NaN or infinity."""
     style, script = _read("page.css"), "".join(map(_read, SCRIPTS))
-    policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
     parts = {"policy": policy, "style": style, "script": script, "data": as_block(data)}
     head, *rest = _read("page.html").split("{{")
     return head + "".join(
@@ -34,7 +39,7 @@ def render(data: dict[str, Any]) -> str:
 
 
 def as_block(data: dict[str, Any]) -> str:
-    """JSON in which nothing can end the element that it stands in."""
+    """Returns the data as JSON in which nothing can end the element that holds it."""
     return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(
         ESCAPED
     )

@@ -1,4 +1,4 @@
-"""What training left behind in a run's folder: its curves and the flags that tell runs apart."""
+"""What training left in a run's folder: its curves and the flags that tell runs apart."""
 
 import json
 import math
@@ -12,24 +12,20 @@ from stanford_alpaca.errors import UserError, first_line
 
 STATE, FLAGS = "trainer_state.json", "run.yaml"
 CURVES = ("loss", "nll", "emo", "learning_rate", "eval_loss", "eval_nll", "eval_emo")
-POINTS = 600  # of a curve; of longer ones, means of as many log entries as it takes
+POINTS = 600  # the most points of a curve; longer ones show means of several log entries
 TOLD = ("mode", "model_name_or_path", "learning_rate", "global_batch")
-TOLD_APART = (
-    "data_path",
-    "cost",
-    "cost_kind",
-    "emo_weighting",
-    "emo_weight",
-    "lora",
-    "seed",
-)  # only where runs differ
+# shown only if runs differ in them
+TOLD_APART = ("data_path", "cost", "cost_kind", "emo_weighting", "emo_weight", "lora", "seed")
 
 Points = list[list[float]]  # [step, value]
 
 
 def curves_of(run: str) -> dict[str, Points] | None:
-    """The curves that the run logged, those without a point left out; of a run that has not ended, its newest checkpoint's.
-    None where there is no log."""
+    """Returns the curves that the run logged, or None if there is no log.
+
+    Curves without a point are left out. For a run that has not ended, they come from its newest
+    checkpoint.
+    """
     folder = Path(run).expanduser()
     file = next(
         (place / STATE for place in [folder, *checkpoints(folder)] if (place / STATE).is_file()),
@@ -55,14 +51,20 @@ def curves_of(run: str) -> dict[str, Points] | None:
 
 
 def thinned(points: Points, most: int = POINTS) -> Points:
-    """At most so many points: means of equally many neighbours, at the step of the last of them."""
+    """Returns at most ``most`` points.
+
+    Each is the mean of equally many neighbours, at the step of the last of them.
+    """
     size = -(-len(points) // most)
     parts = [points[i : i + size] for i in range(0, len(points), size or 1)]
     return [[part[-1][0], sum(value for _, value in part) / len(part)] for part in parts]
 
 
 def flags_of(run: str) -> dict[str, Any]:
-    """The flags of the run's run.yaml; none for what training did not write."""
+    """Returns the flags in the run's run.yaml.
+
+    They are empty if training did not write the folder.
+    """
     file = Path(run).expanduser() / FLAGS
     if not file.is_file():
         return {}
@@ -74,19 +76,9 @@ def flags_of(run: str) -> dict[str, Any]:
 
 
 def shown_flags(flags: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the flags of each run those that a reader wants to see."""
+    """Returns for each run the flags that the page shows."""
     trained = [run for run in flags if run]
     apart = [name for name in TOLD_APART if len({str(run.get(name)) for run in trained}) > 1]
     return [
         {name: run[name] for name in (*TOLD, *apart) if run.get(name) is not None} for run in flags
     ]
-
-
-def short_names(paths: list[str]) -> list[str]:
-    """The end of each path, as few folders of it as tell them all apart."""
-    parts = [Path(path).parts or (path,) for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = [str(Path(*part[-count:])) for part in parts]
-        if len(set(names)) == len(paths):
-            return names
-    return paths

@@ -1,6 +1,8 @@
-"""The transport view of a model: of every reference token, what was predicted in its place, how likely, and at what cost.
+"""The transport view of a model.
 
-emo of a token is sum_i p_i c_i over the vocabulary; the view holds its largest shares by probability, and the rest as one.
+For every reference token it holds what the model predicted in its place, how likely, and at what
+cost. The emo of a token is sum_i p_i c_i over the vocabulary. The view holds the terms of the
+likeliest predictions, and the sum of all others.
 """
 
 from typing import Any, NamedTuple
@@ -17,29 +19,39 @@ from stanford_alpaca.losses.backends import reference
 from stanford_alpaca.losses.types import Head
 from stanford_alpaca.objective.head import body_of, head_of
 
-TOP = 8  # predictions, and neighbours, that are shown of a token
+TOP = 8  # predictions and neighbours that are shown for a token
 ROWS = 256  # tokens whose logits and costs are held at a time
 
 
 class Tokens(NamedTuple):
-    """N supervised tokens as a model predicts them, teacher-forced; all of float but ids and rank."""
+    """N supervised tokens as a model predicts them under teacher forcing.
+
+    All tensors hold floats, except for the ids and the rank.
+    """
 
     nll: Tensor  # [N]
-    emo: Tensor  # [N] the sum of all products p c
-    p: Tensor  # [N] of the target
-    rank: Tensor  # [N] of the target among the predictions, from 1 on
-    mean_cost: Tensor  # [N] of the vocabulary: what a random prediction would cost
+    emo: Tensor  # [N] the sum of p c over the vocabulary
+    p: Tensor  # [N] probability of the target
+    rank: Tensor  # [N] rank of the target among the predictions, from 1 on
+    mean_cost: Tensor  # [N] mean over the vocabulary: what a random prediction would cost
     top_ids: Tensor  # [N, k] the likeliest predictions
     top_p: Tensor  # [N, k]
     top_cost: Tensor  # [N, k]
-    rest_p: Tensor  # [N] of all others
-    rest_emo: Tensor  # [N] the sum of the others' products
+    rest_p: Tensor  # [N] probability of all other predictions
+    rest_emo: Tensor  # [N] the sum of p c over all other predictions
 
 
 def predicted(
-    hidden: Tensor, head: Head, targets: Tensor, cost: CostEmbedding, top: int = TOP
-) -> Tokens:  # [N, H], [N]
-    """What stands in place of each target. The rest is summed by itself: nothing is subtracted."""
+    hidden: Tensor,  # [N, H]
+    head: Head,
+    targets: Tensor,  # [N]
+    cost: CostEmbedding,
+    top: int = TOP,
+) -> Tokens:
+    """Returns what the model predicts in place of each target.
+
+    The rest is a sum of its own. It is not computed as a difference.
+    """
     logits = reference.logits_of(hidden, head).float()
     stats = reference.token_stats(logits, targets, cost)
     assert stats.log_emo is not None
@@ -47,27 +59,39 @@ def predicted(
     top_p, top_ids = p.topk(min(top, p.shape[1]), 1)
     p_target, others = p.gather(1, targets[:, None]), p.scatter(1, top_ids, 0.0)
     return Tokens(
-        nll=stats.nll, emo=stats.log_emo.exp(), p=p_target.squeeze(1), rank=(p > p_target).sum(1) + 1, mean_cost=costs.mean(1),
-        top_ids=top_ids, top_p=top_p, top_cost=costs.gather(1, top_ids),
-        rest_p=others.sum(1), rest_emo=(others * costs).sum(1),
-    )  # fmt: skip
+        nll=stats.nll,
+        emo=stats.log_emo.exp(),
+        p=p_target.squeeze(1),
+        rank=(p > p_target).sum(1) + 1,
+        mean_cost=costs.mean(1),
+        top_ids=top_ids,
+        top_p=top_p,
+        top_cost=costs.gather(1, top_ids),
+        rest_p=others.sum(1),
+        rest_emo=(others * costs).sum(1),
+    )
 
 
 @torch.inference_mode()
 def view_of(
-    name: str,  # of the model, for messages
+    name: str,  # the model's name, for messages
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    records: Dataset,  # with references, of any form
+    records: Dataset,  # of any form, with references
     cost: CostEmbedding,
     encode: ExampleEncoder,
     top: int = TOP,
 ) -> dict[str, Any]:
-    """The view as JSON: ``records``, a list of tokens each (``_shown``); ``pieces``, the text of every id that occurs;
-    ``neighbours``, of every target the nearest others as [id, cost], and how many ``tokens`` the vocabulary has.
+    """Returns the view as JSON.
+
+    Returns:
+        ``records``: a list of tokens for each record (``_shown``).
+        ``pieces``: the text of every id that occurs.
+        ``neighbours``: for every target the nearest other tokens as [id, cost].
+        ``tokens``: how many tokens the vocabulary has.
 
     Raises:
-        UserError: a model whose output layer is not understood, or does not fit the cost.
+        UserError: the model's output layer is not understood, or does not fit the cost.
     """
     model.eval()
     try:
@@ -109,17 +133,19 @@ def view_of(
 
 
 def targets_of(encode: ExampleEncoder, record: dict) -> tuple[list[int], dict[int, str]]:
-    """The token ids of a record, and the text of every supervised place in it: with white space that belongs to no
-    token; empty for the end of a response, and for all but the first part of a character."""
+    """Returns the token ids of a record, and the text of every supervised position.
+
+    The texts include white space that belongs to no token. The text is empty for the end of a
+    response, and for every part of a character but the first.
+    """
     text, _, offsets, row = encode.in_parts(record)
     texts, end = {}, None
     for place, label in enumerate(row["labels"]):
         if label == IGNORE_INDEX or place == 0:
             continue
         start, stop = offsets[place]
-        again = (
-            end is not None and row["labels"][place - 1] == IGNORE_INDEX
-        )  # another response of a conversation
+        # whether another response of a conversation begins
+        again = end is not None and row["labels"][place - 1] == IGNORE_INDEX
         texts[place] = ("\n\n" if again else "") + text[
             start if again or end is None else end : stop
         ]
@@ -132,7 +158,10 @@ def targets_of(encode: ExampleEncoder, record: dict) -> tuple[list[int], dict[in
 def neighbours(
     targets: set[int], cost: CostEmbedding, vocab_size: int, top: int = TOP
 ) -> dict[int, list[list[float]]]:
-    """Of every target the ids that cost least to move to it, with their cost, the nearest first; itself is none."""
+    """Returns for every target the ids that cost least to move to it, with their cost.
+
+    The nearest come first. A target is not its own neighbour.
+    """
     near = {}
     device = "cpu" if cost.rows is None else cost.rows.device
     for part in torch.tensor(sorted(targets), dtype=torch.long, device=device).split(ROWS):
@@ -144,7 +173,10 @@ def neighbours(
 
 
 def piece_of(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token as text, with the space it begins with; what is no text by itself (a part of a character) as its name."""
+    """Returns a token as text, with the space it begins with.
+
+    A token that is no text by itself (a part of a character) is returned as its name.
+    """
     name = str(tokenizer.convert_ids_to_tokens(token_id) or f"[{token_id}]")
     text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
     if not text or "\ufffd" in text:
@@ -153,12 +185,15 @@ def piece_of(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 
 
 def rounded(value: float) -> float:
-    """Six significant digits: what a page has to show, in a third of the characters."""
+    """Rounds to six significant digits: enough for the page, in a third of the characters."""
     return float(f"{value:.6g}")
 
 
 def _shown(tokens: Tokens, targets: list[int], texts: list[str]) -> list[dict[str, Any]]:
-    """One dict a token: ``top`` has [id, p, cost] a prediction, ``rest`` [p, sum of the products] of all others."""
+    """Returns one dict per token.
+
+    ``top`` has [id, p, cost] for each prediction, ``rest`` has [p, sum of p c] of all others.
+    """
     plain = [[rounded(value) for value in column.tolist()] for column in tokens[:5]]
     tops = zip(
         tokens.top_ids.tolist(), tokens.top_p.tolist(), tokens.top_cost.tolist(), strict=True
@@ -167,9 +202,15 @@ def _shown(tokens: Tokens, targets: list[int], texts: list[str]) -> list[dict[st
     rows = zip(targets, texts, *plain, tops, rests, strict=True)
     return [
         {
-            "id": target, "text": text, "nll": nll, "emo": emo, "p": p, "rank": int(rank), "mean_cost": mean,
+            "id": target,
+            "text": text,
+            "nll": nll,
+            "emo": emo,
+            "p": p,
+            "rank": int(rank),
+            "mean_cost": mean,
             "top": [[i, rounded(q), rounded(c)] for i, q, c in zip(*top, strict=True)],
             "rest": [rounded(value) for value in rest],
         }
         for target, text, nll, emo, p, rank, mean, top, rest in rows
-    ]  # fmt: skip
+    ]

@@ -1,16 +1,16 @@
-"""The measures of several models as a table: which is the best, where that is more than chance, and their differences."""
+"""The measures of several models as a table, and their differences.
+
+The table says which model is the best, where that is more than chance.
+"""
 
 from typing import Any
 
-HIGHER = (
-    "token_accuracy",
-    "exact_match",
-    "mauve",
-    "rouge_",
-)  # what these begin with is better if it is higher
+# measures whose names start with one of these are better if higher
+HIGHER = ("token_accuracy", "exact_match", "mauve", "rouge_")
+# these measures are better if lower
 LOWER = (
-    "nll", "emo", "perplexity", "ece", "costly_mass", "oracle_perplexity", "forward_cross_entropy", "reverse_cross_entropy",
-    "total_variation", "transport_cost", "optimal_transport",
+    "nll", "emo", "perplexity", "ece", "costly_mass", "oracle_perplexity", "forward_cross_entropy",
+    "reverse_cross_entropy", "total_variation", "transport_cost", "optimal_transport",
 )  # fmt: skip
 SIGNIFICANT = 0.05
 
@@ -18,17 +18,23 @@ Measures = dict[str, dict[str, Any]]
 
 
 def better(measure: str) -> int:
-    """1 where higher is better, -1 where lower is, 0 where neither is."""
+    """Returns 1 if higher is better, -1 if lower is better, and 0 if neither is."""
     return 1 if measure.startswith(HIGHER) else -1 if measure.partition(" (")[0] in LOWER else 0
 
 
 def table_of(evaluation: dict[str, Any], models: list[str], references: str = "") -> dict[str, Any]:
-    """The rows of both tables, columns by the place in ``models``; ``references``: the name of what was measured of them.
+    """Returns the rows of both tables, with columns in the order of ``models``.
+
+    Args:
+        references: the name under which the references were measured.
 
     Returns:
-        ``rows``: {measure, better, cells: [value, low, high] or null for each model, references: the same, best: the place of
-        the model that differs from every other for the better with p < SIGNIFICANT, or null}; ``pairs``: [model, minus] for
-        each column of ``differences``: {measure, better, cells: {mean, low, high, p} or null}, of measures that were compared.
+        ``rows``: {measure, better, cells, references, best} for each measure. ``cells`` has [value,
+            low, high] or null for each model, and ``references`` is such a cell. ``best`` is the
+            index of the model that is better than every other with p < SIGNIFICANT, or null.
+        ``pairs``: [model, minus] for each column of ``differences``.
+        ``differences``: {measure, better, cells} for each measure that was compared. ``cells`` has
+            {mean, low, high, p} or null for each pair.
     """
     results = [evaluation["results"].get(model, {}) for model in models]
     theirs = evaluation["results"].get(references, {})
@@ -72,7 +78,7 @@ def _cell(measured: dict[str, float | None] | None) -> list[float | None] | None
 def _best(
     measure: str, places: list[int], pairs: list[list[int]], found: list[Measures]
 ) -> int | None:
-    """The model that beats each of the others, if there is one."""
+    """Returns the index of the model that beats each of the others, if there is one."""
     beats: dict[int, set[int]] = {place: set() for place in places}
     for (model, minus), measured in zip(pairs, found, strict=True):
         difference = measured.get(measure)

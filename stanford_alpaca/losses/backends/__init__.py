@@ -1,1 +1,1 @@
-"""Statistics of each token and their gradients: as specified, in chunks, by kernels, or over a sharded vocabulary."""
+"""Backends of the loss: the reference, chunks with PyTorch or Triton kernels, vocabulary shards."""

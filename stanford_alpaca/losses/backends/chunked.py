@@ -1,17 +1,26 @@
-"""The reference in constant memory: a chunk of tokens at a time, gradients by hand.
+"""The loss in chunks of tokens, with gradients computed by hand.
 
-Equals ``reference.linear_loss``. An objective sees two numbers per token, so its derivatives a = dL/dnll and
-b = dL/dlog_emo are [chunk] vectors. With others and w, the sums over i != y of exp z_i and c_i exp z_i, m = log others - z_y:
+Equals ``reference.linear_loss``, but the memory for logits does not grow with the number of tokens.
+An objective sees two numbers per token, so its derivatives a = dL/dnll and b = dL/dlog_emo are
+[chunk] vectors. Let others and w be the sums over i != y of exp z_i and of c_i exp z_i, and let
+m = log others - z_y. Then:
 
-    nll = softplus(m)     p_i = exp(z_i) / others sigmoid(m)     log emo = log w - log others + logsigmoid(m)
-    dL/dz_i = (a - b) p_i + b pi_i,   pi_i = c_i exp(z_i) / w     dL/dz_y = -a sigmoid(m) - b sigmoid(-m)
+    nll     = softplus(m)
+    log emo = log w - log others + logsigmoid(m)
+    p_i     = exp(z_i) / others * sigmoid(m)
+    pi_i    = c_i exp(z_i) / w
+    dL/dz_i = (a - b) p_i + b pi_i
+    dL/dz_y = -a sigmoid(m) - b sigmoid(-m)
 
-With soft targets y is the most probable token; what tau gives to others is taken off their gradients, and c_y is not 0.
+With soft targets, y is the most probable token. What tau gives to other tokens is subtracted from
+their gradients, and c_y is not 0.
 
-What touches [chunk, V] beside the matrix products is a ``Chunk``: torch_kernels.py or triton_kernels.py.
-When the loss is summed, the gradients are computed in the forward pass (three matrix products). With reduction "none", and in
-float16, whose range needs the loss scale that arrives later, the chunks are computed once more in the backward pass. Tokens
-are taken in the order of their targets: equal targets, whose costs are the same row, stand together.
+A ``Chunk``, from torch_kernels.py or triton_kernels.py, does all work on [chunk, V] except the
+matrix products. When the loss is summed, the gradients are computed in the forward pass (three
+matrix products). In two cases the chunks are computed again in the backward pass: with reduction
+"none", and in float16, whose range needs the loss scale that arrives only then. Tokens are
+processed in the order of their targets, so that equal targets, which share a row of costs, stand
+together.
 """
 
 import math
@@ -35,9 +44,8 @@ from stanford_alpaca.losses.types import (
     split_targets,
 )
 
-TILE_PRODUCTS = (
-    2**25
-)  # entries of the gradient of the weight that are computed at a time in a lower precision
+# entries of the weight's gradient that are computed at a time in a lower precision
+TILE_PRODUCTS = 2**25
 
 
 def linear_loss(
@@ -50,8 +58,11 @@ def linear_loss(
     token_weights: Tensor | None = None,  # [N] constants that multiply the losses
     kernels: Kernels = torch_kernels,
 ) -> tuple[Tensor, TokenStats]:
-    """The loss, [] or [N], and the detached statistics. Extra memory: two or three [chunk, V] tensors in float32, the
-    gradients (that of the weight in float32) and, under mixed precision, a copy of the weight."""
+    """Returns the loss, [] or [N], and the detached statistics.
+
+    Extra memory: two or three [chunk, V] tensors in float32, the gradients (the weight's in
+    float32) and, under mixed precision, a copy of the weight.
+    """
     job = _Job(head, targets, cost, objective, token_weights, kernels)
     if torch.is_grad_enabled():
         loss, nll, log_emo = _ChunkedLoss.apply(hidden, head.weight, head.bias, job, reduction)
@@ -66,7 +77,7 @@ def linear_loss(
 
 
 class _Result:
-    """What a pass over the chunks fills in, row by row."""
+    """The results of a pass over the chunks, filled in row by row."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
@@ -75,15 +86,14 @@ class _Result:
         rows = hidden.new_empty(hidden.shape[0], dtype=exact)
         self.loss, self.nll, self.log_emo = rows, torch.empty_like(rows), torch.empty_like(rows)
         self.d_hidden = torch.empty_like(hidden) if needs[0] else None
-        self.d_weight = (
-            torch.zeros_like(weight, dtype=exact) if needs[1] else None
-        )  # accumulated in float32
+        # accumulated in float32
+        self.d_weight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
         self.d_bias = torch.zeros_like(bias, dtype=exact) if needs[2] and bias is not None else None
         self.learning = any(g is not None for g in (self.d_hidden, self.d_weight, self.d_bias))
 
 
 class _Job:
-    """The arguments of one loss that are not differentiated, and the pass over its chunks."""
+    """The arguments of a loss that are not differentiated, and the pass over its chunks."""
 
     def __init__(
         self,
@@ -103,9 +113,8 @@ class _Job:
             token_weights,
             kernels,
         )
-        shared = (
-            cost is not None and cost.rows is not None and self.rest is None
-        )  # equal targets have one row of costs
+        # equal targets share a row of costs
+        shared = cost is not None and cost.rows is not None and self.rest is None
         self.order = (
             self.targets.argsort(stable=True)
             if shared
@@ -119,17 +128,16 @@ class _Job:
         weight: Tensor,
         bias: Tensor | None,
         needs: tuple[bool, bool, bool] = (False, False, False),  # gradients of hidden, weight, bias
-        upstream: Tensor
-        | None = None,  # [N] gradient that arrives at each token's loss; None for ones
+        # [N] the gradient that arrives at each token's loss; None for ones
+        upstream: Tensor | None = None,
     ) -> _Result:
         out = _Result(hidden, weight, bias, needs)
         head = Head(weight.to(hidden.dtype), bias, self.softcap, self.logit_scale)
         limits = self.kernels.CHUNK_LOGITS
         most = max(16, limits.get(hidden.device.type, limits["cuda"]) // self.columns)
         chunks = max(1, math.ceil(len(hidden) / most))
-        for rows in self.order.split(
-            max(1, math.ceil(len(hidden) / chunks))
-        ):  # all of nearly one size
+        # chunks of nearly equal size
+        for rows in self.order.split(max(1, math.ceil(len(hidden) / chunks))):
             self._chunk(hidden[rows], head, rows, out, upstream)
         return out
 
@@ -174,7 +182,7 @@ class _Job:
         p_others, p_y = margin.sigmoid(), (-margin).sigmoid()
         g_y = -a * p_others - b * p_y
         alpha = (a - b) * p_others if costs is not None else -g_y
-        if rest is not None:  # minus the sum of the others, tau included
+        if rest is not None:  # minus the sum of the other logits' gradients, tau's share included
             g_y = a * rest.probs.sum(1) - alpha
             if log_w is not None and log_w_all is not None:
                 g_y -= torch.where(b != 0, b * torch.exp(log_w - log_w_all), 0.0)
@@ -186,7 +194,7 @@ class _Job:
     def _costs(self, y: Tensor, rest: SoftTargets | None, vocab_size: int) -> CostRows | None:
         if self.cost is None or rest is None:
             return None if self.cost is None else self.cost.unique_rows(y)
-        assert isinstance(self.cost, CostEmbedding)  # vocab_parallel.py takes no soft targets
+        assert isinstance(self.cost, CostEmbedding)  # vocab_parallel.py refuses soft targets
         return CostRows(self.cost.costs(y, vocab_size, rest), torch.arange(len(y), device=y.device))
 
 
@@ -199,7 +207,7 @@ def _through_head(g: Tensor, h: Tensor, weight: Tensor, rows: Tensor, out: _Resu
         return
     if out.d_weight.dtype == h.dtype:
         out.d_weight.addmm_(g.T, h)
-    else:  # a product in the lower precision, added in the higher one
+    else:  # multiply in the lower precision, accumulate in the higher one
         step = max(1, TILE_PRODUCTS // h.shape[1])
         for tile in range(0, len(weight), step):
             out.d_weight[tile : tile + step] += g[:, tile : tile + step].T @ h
@@ -208,7 +216,10 @@ def _through_head(g: Tensor, h: Tensor, weight: Tensor, rows: Tensor, out: _Resu
 def _derivatives(
     objective: LossOfStats, nll: Tensor, log_emo: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each token and its derivatives by nll and by log emo, all [n]; b is 0 where emo is 0."""
+    """Returns each token's loss and its derivatives a by nll and b by log emo, all [n].
+
+    b is 0 where emo is 0.
+    """
     with torch.enable_grad():
         leaves = [nll.detach().requires_grad_()]
         if log_emo is not None:

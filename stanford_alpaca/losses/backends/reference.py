@@ -1,12 +1,14 @@
 """The specification: statistics from materialised logits, differentiated by autograd.
 
-Everything stays in log space. The published implementations compute 1 - <sum_i p_i e_i, e_y>, which subtracts nearly equal
-numbers as soon as the model is confident; here, given the costs, nothing is subtracted that could cancel:
+Everything stays in log space. The published implementations compute 1 - <sum_i p_i e_i, e_y>, which
+subtracts nearly equal numbers as soon as the model is confident. Here, once the costs are given, no
+subtraction cancels:
 
     nll     = log(1 + exp(logsumexp_{i != y}(z_i) - z_y))
     log emo = logsumexp_i(z_i + log c_i) - logsumexp_i(z_i)
 
-With soft targets, c_i = sum_j tau_j c_ij, y is the most probable token of tau, and sum_j tau_j (z_y - z_j) is added to nll.
+With soft targets, c_i = sum_j tau_j c_ij, y is the most probable token of tau, and nll gets the
+additional term sum_j tau_j (z_y - z_j).
 """
 
 import torch
@@ -28,9 +30,10 @@ def token_stats(
     targets: Tensor | SoftTargets,  # [N] token ids, or distributions
     cost: CostEmbedding | None,
 ) -> TokenStats:
-    """nll and, if a cost is given, log emo of every token. Differentiable in the logits.
+    """Returns nll and, if a cost is given, log emo of every token. Differentiable in the logits.
 
-    emo = 0 (log emo = -inf, without gradient) where no token with a cost above 0 has any probability.
+    If no token with a cost above 0 has any probability, emo is 0: log emo is -inf, without a
+    gradient.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
     targets, rest = split_targets(targets)
@@ -40,24 +43,24 @@ def token_stats(
     nll = torch.logaddexp(margin, torch.zeros_like(margin))
     if rest is not None:
         nll = nll + expected_drop(z.gather(1, rest.ids), z.gather(1, column).squeeze(1), rest)
-        # y is reached at a cost now: its gradient by autograd, pi_y - p_y, would cancel; this way it is minus the others' sum
+        # c_y is above 0 now, and autograd's gradient of z_y, pi_y - p_y, would cancel. With logits
+        # relative to z_y, it is minus the sum of the other logits' gradients.
         z = (z - z.gather(1, column)).scatter(1, column, 0.0)
     if cost is None:
         return TokenStats(nll, None)
 
     costs = cost.costs(targets, z.shape[1], rest).to(z.dtype)  # [N, V]
     costly = (costs > 0) & (z > -torch.inf)
-    free = ~costly.any(dim=1)  # nothing that costs anything can be reached
+    free = ~costly.any(dim=1)  # no token with a cost has any probability
     weighted = torch.where(costly, z + costs.log(), -torch.inf)
-    weighted = torch.where(
-        free[:, None], torch.zeros_like(z), weighted
-    )  # keeps the gradient of free rows finite
+    # keeps the gradient of free rows finite
+    weighted = torch.where(free[:, None], torch.zeros_like(z), weighted)
     log_emo = weighted.logsumexp(1) - z.logsumexp(1)
     return TokenStats(nll, torch.where(free, -torch.inf, log_emo))
 
 
 def logits_of(hidden: Tensor, head: Head) -> Tensor:  # [N, H] -> [N, V] in the dtype of hidden
-    """The logits of an output layer, in the working precision of ``hidden``."""
+    """Returns the logits of an output layer, computed in the dtype of ``hidden``."""
     logits = hidden @ head.weight.to(hidden.dtype).T
     if head.bias is not None:
         logits = logits + head.bias.to(hidden.dtype)
@@ -77,7 +80,7 @@ def linear_loss(
     reduction: str,  # "sum" or "none"
     token_weights: Tensor | None = None,  # [N] constants that multiply the losses
 ) -> tuple[Tensor, TokenStats]:
-    """The loss, [] or [N], and the detached statistics."""
+    """Returns the loss, [] or [N], and the detached statistics."""
     stats = token_stats(logits_of(hidden, head), targets, cost)
     loss = objective(*stats)
     loss = loss if token_weights is None else loss * token_weights

@@ -1,7 +1,8 @@
-"""What touches [n, V] beside the matrix products, in PyTorch: the statistics of n tokens and the gradient of their logits.
+"""All work on [n, V] except the matrix products, in PyTorch: statistics and logits' gradient.
 
-Both are sums over the tokens other than the target y, of terms that are not negative: nothing cancels where the model is sure.
-One exponential per logit is all it takes, and no logarithm of the costs.
+Both are sums of non-negative terms over the tokens other than the target y, so nothing cancels
+where the model is confident. One exponential per logit is enough. Logarithms of the costs are taken
+only in rows whose sums underflow.
 """
 
 from collections.abc import Iterator
@@ -12,26 +13,25 @@ from torch import Tensor
 from stanford_alpaca.cost import CostRows
 from stanford_alpaca.losses.types import Head
 
-CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # held at a time: 96 MiB and 512 MiB in float32
-COLUMNS = None  # a chunk is sized for the rows of the weight
-CACHE_LOGITS = {
-    "cpu": 2**20,
-    "cuda": 2**25,
-}  # worked on at a time: on a CPU what stays in its caches
-UNDERFLOW = (
-    1e-25  # relative to the greatest of the others: below it sums may have lost terms to underflow
-)
+CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # logits held at a time: 96 and 512 MiB in float32
+COLUMNS = None  # a chunk is sized for as many logits per token as the weight has rows
+# logits worked on at a time: on a CPU, as many as stay in its caches
+CACHE_LOGITS = {"cpu": 2**20, "cuda": 2**25}
+# sums below this, relative to exp of the greatest other logit, may have lost terms to underflow
+UNDERFLOW = 1e-25
 
 
 class Chunk:
-    """The logits z = softcap(logit_scale * (product + bias)) of n tokens, in float32 (float64 if the product is).
+    """The logits z = softcap(logit_scale * (product + bias)) of n tokens.
 
-    ``at`` comes first, as needed, then ``statistics``, ``gradient`` last: each overwrites what the one before has left.
+    They are float32, or float64 if the product is. The methods have to be called in this order:
+    ``at``, if needed, then ``statistics``, then ``gradient``. Each overwrites what the one before
+    has used.
     """
 
     def __init__(
         self,
-        product: Tensor,  # [n, V] hidden @ weight.T, which is overwritten
+        product: Tensor,  # [n, V] hidden @ weight.T; it is overwritten
         head: Head,
         targets: Tensor,  # [n]
         costs: CostRows | None,
@@ -50,29 +50,32 @@ class Chunk:
             costs,
             head,
         )
-        self._slope: Tensor | None = (
-            None if head.softcap is None else head.slope(z)
-        )  # [n, V], while z is there
-        self._underflown: list[tuple[Tensor, Tensor]] = []  # rows, and their z + log c
+        # [n, V], computed before z is overwritten
+        self._slope: Tensor | None = None if head.softcap is None else head.slope(z)
+        self._underflown: list[tuple[Tensor, Tensor]] = []  # rows and their z - top + log c
 
     def at(self, ids: Tensor) -> Tensor:  # [n, k] -> [n, k]
-        """The logits of these tokens; before ``statistics``."""
+        """Returns the logits of these tokens. Has to be called before ``statistics``."""
         return self._z.gather(1, ids)
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``gap``: z_y, ``others``: log sum_{i != y} exp z_i and, with costs, ``log_w``: log sum_{i != y} c_i exp z_i; all [n].
+        """Returns ``gap``, ``others`` and ``log_w``, all [n].
 
-        All are relative to the greatest z_i of the others, so that they keep their digits however large the logits are.
-        ``others`` is -inf where there are no others, ``log_w`` where there are none that cost anything.
+            gap     z_y
+            others  log sum_{i != y} exp z_i
+            log_w   log sum_{i != y} c_i exp z_i, or None without costs
+
+        All are relative to ``top``, the greatest z_i other than z_y, so they keep their digits
+        however large the logits are. ``others`` is -inf if all other logits are -inf. ``log_w`` is
+        -inf if this holds for all other tokens with a cost.
         """
         z_y = self._z.gather(1, self._y).squeeze(1)
         z = self._z.scatter_(1, self._y, -torch.inf)
         self.top, total, log_w = (torch.empty_like(z_y) for _ in range(3))
         top = self.top
         for rows in self._slices():
-            top[rows] = (
-                z[rows].amax(1).clamp_min_(torch.finfo(z.dtype).min)
-            )  # finite even where there are no others
+            # finite even if all other logits are -inf
+            top[rows] = z[rows].amax(1).clamp_min_(torch.finfo(z.dtype).min)
             shifted = z[rows] - top[rows, None]
             e = torch.exp(shifted, out=z[rows])
             total[rows] = e.sum(1)
@@ -85,9 +88,7 @@ class Chunk:
         w = torch.mul(e, c).sum(1)
         lost = (w < UNDERFLOW).nonzero().squeeze(1)
         log_w = w.log_()
-        if len(
-            lost
-        ):  # what costs anything is out of reach, or its exponentials are: once more with logarithms
+        if len(lost):  # sums that are 0 or have underflowed are computed again with logarithms
             logs = c[lost].log_().add_(shifted[lost])
             log_w[lost] = logs.logsumexp(1)
             self._underflown.append((rows.start + lost, logs))
@@ -95,15 +96,17 @@ class Chunk:
 
     def gradient(
         self,
-        others: Tensor,  # [n] as from statistics
-        log_w: Tensor | None,  # [n] as from statistics, or greater
+        others: Tensor,  # [n] as ``statistics`` returns it
+        log_w: Tensor | None,  # [n] as ``statistics`` returns it, or greater
         alpha: Tensor,  # [n]
         beta: Tensor,  # [n]; 0 where log_w is -inf
         g_y: Tensor,  # [n]
-    ) -> Tensor:  # [n, V]: the product, overwritten
-        """dz_i / dproduct_i times g_y for y, times alpha exp(z_i - others) + beta c_i exp(z_i - log_w) for the others.
+    ) -> Tensor:  # [n, V] the product, overwritten
+        """Returns the gradient for the product.
 
-        Without costs log_w and beta are not read.
+        Entry y is g_y dz_y / dproduct_y. Any other entry i is
+        (alpha exp(z_i - others) + beta c_i exp(z_i - log_w)) dz_i / dproduct_i.
+        Without costs, log_w and beta are not read.
         """
         g = self._z
         scale = torch.where(others > -torch.inf, alpha * torch.exp(-others), 0.0)

@@ -1,11 +1,13 @@
-"""``torch_kernels.Chunk`` in two Triton kernels: each reads the logits once, and the second writes their gradient over them.
+"""``torch_kernels.Chunk`` in two Triton kernels: one for the statistics, one for the gradient.
 
-One program goes along a row, block by block, and computes in float32. Every lane keeps a log-sum-exp of its own, as a highest
-value and a sum relative to it, with one exp per logit; the lanes are merged once, at the end of the row. The logits that cost
-something have a highest value of their own: they may all lie so far below the rest that exp would lose them.
+Each kernel reads the logits once, and the second overwrites them with their gradient. One program
+processes one row, block by block, in float32. Every lane keeps its own log-sum-exp, as a maximum
+and a sum relative to it, with one exp per logit. The lanes are merged once, at the end of the row.
+The logits of tokens with a cost have a maximum of their own: they may all lie so far below the rest
+that exp relative to the overall maximum would underflow.
 """
 
-from __future__ import annotations  # without triton there is no tl
+from __future__ import annotations  # ``tl`` is not defined without triton
 
 from typing import Any
 
@@ -18,24 +20,26 @@ from stanford_alpaca.losses.types import Head
 try:
     import triton
     import triton.language as tl
-except ImportError:  # builds of torch for CPUs do not bring it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
 jit = triton.jit if triton else lambda kernel: kernel
-INTERPRETED = (
-    triton is not None and triton.knobs.runtime.interpret
-)  # TRITON_INTERPRET=1 now, when the kernels are decorated
+# whether TRITON_INTERPRET=1 is set now: what counts is its value when the kernels are decorated
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 CHUNK_LOGITS = {"cuda": 2**28}  # logits held at a time: 512 MiB in bfloat16
-COLUMNS = None  # a chunk is sized for the rows of the weight
+COLUMNS = None  # a chunk is sized for as many logits per token as the weight has rows
 BLOCK, WARPS = 2048, 8  # 8 logits per thread: 16 bytes in bfloat16
 
 
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:
-    """Why these kernels cannot serve a head's input and its weight, in one line; None if they can."""
+    """Returns, in one line, why these kernels cannot serve a head's input and weight, or None."""
     if triton is None:
         return "triton is not installed (builds of torch for CUDA bring it)"
     if not INTERPRETED and not (hidden.is_cuda and weight.is_cuda):
-        return f"the hidden states are on {hidden.device} and the head is on {weight.device}: Triton needs both on a GPU"
+        return (
+            f"the hidden states are on {hidden.device} and the head is on {weight.device}: "
+            "Triton needs both on a GPU"
+        )
     if not INTERPRETED and torch.cuda.get_device_capability(hidden.device) < (8, 0):
         return "this GPU is older than compute capability 8.0, the least that Triton serves"
     if hidden.dtype == torch.float64:
@@ -44,11 +48,15 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
 
 
 class Chunk:
-    """The logits z = softcap(logit_scale * (product + bias)) of n tokens, in float32, though never stored as such."""
+    """The logits z = softcap(logit_scale * (product + bias)) of n tokens.
+
+    They are computed in float32 but never stored in it.
+    """
 
     def __init__(
         self,
-        product: Tensor,  # [n, V] hidden @ weight.T in bfloat16, float16 or float32; ``gradient`` overwrites it
+        # [n, V] hidden @ weight.T in bfloat16, float16 or float32; ``gradient`` overwrites it
+        product: Tensor,
         head: Head,  # its weight is not read
         targets: Tensor,  # [n] int64
         costs: CostRows | None,
@@ -63,7 +71,7 @@ class Chunk:
         self.which = None if costs is None else costs.which.contiguous()
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As ``torch_kernels.Chunk.statistics``, [n] float32."""
+        """Returns the same as ``torch_kernels.Chunk.statistics``, [n] float32."""
         z_y = self.at(self.targets[:, None]).squeeze(1)
         self.top, others = torch.empty_like(z_y), torch.empty_like(z_y)
         log_w = None if self.table is None else torch.empty_like(z_y)
@@ -71,7 +79,7 @@ class Chunk:
         return z_y - self.top, others, log_w
 
     def at(self, ids: Tensor) -> Tensor:  # [n, k] token ids -> [n, k] float32
-        """The logits of these tokens; to be asked for before ``gradient``."""
+        """Returns the logits of these tokens. Has to be called before ``gradient``."""
         z = self.product.gather(1, ids).float()
         if self.bias is not None:
             z += self.bias[ids]
@@ -82,7 +90,10 @@ class Chunk:
     def gradient(
         self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor | None, g_y: Tensor
     ) -> Tensor:
-        """As ``torch_kernels.Chunk.gradient``. Without costs neither log_w nor beta is read."""
+        """Returns the same as ``torch_kernels.Chunk.gradient``.
+
+        Without costs, log_w and beta are not read.
+        """
         vectors = (
             None if x is None else x.contiguous()
             for x in (self.top, others, log_w, alpha, beta, g_y)
@@ -96,22 +107,41 @@ class Chunk:
         logits = (self.product, self.product.stride(0), self.bias, self.scale, self.softcap)
         with torch.cuda.device_of(self.product):  # Triton launches on the current device
             kernel[(n,)](
-                *logits, self.targets, *costs, *vectors, vocab_size, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
-            )  # fmt: skip
+                *logits,
+                self.targets,
+                *costs,
+                *vectors,
+                vocab_size,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )
 
 
 @jit
 def _statistics(
-    product, stride, bias, scale, softcap, targets, table, table_stride, which, tops, others, log_w, V, BLOCK: tl.constexpr
-):  # fmt: skip
+    product,
+    stride,
+    bias,
+    scale,
+    softcap,
+    targets,
+    table,
+    table_stride,
+    which,
+    tops,
+    others,
+    log_w,
+    V,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)  # n * V may exceed 2^31
     product += row * stride
     target = tl.load(targets + row).to(tl.int32)
     if table is not None:
         table += tl.load(which + row) * table_stride
-    top = tl.full(
-        [BLOCK], -3.4028234663852886e38, tl.float32
-    )  # the lowest finite one: -inf - -inf is NaN
+    # the lowest finite float32, because -inf - -inf is NaN
+    top = tl.full([BLOCK], -3.4028234663852886e38, tl.float32)
     total = tl.full([BLOCK], 0, tl.float32)
     top_w, total_w = top, total
     for start in range(0, V, BLOCK):
@@ -133,9 +163,24 @@ def _statistics(
 
 @jit
 def _gradient(
-    product, stride, bias, scale, softcap, targets, table, table_stride, which, tops, others, log_w, alpha, beta, g_y, V,
+    product,
+    stride,
+    bias,
+    scale,
+    softcap,
+    targets,
+    table,
+    table_stride,
+    which,
+    tops,
+    others,
+    log_w,
+    alpha,
+    beta,
+    g_y,
+    V,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     product += row * stride
     target, at_target = tl.load(targets + row).to(tl.int32), tl.load(g_y + row)
@@ -156,7 +201,7 @@ def _gradient(
 
 @jit
 def _logits(product, bias, scale, softcap, cols, inside):
-    """A block of logits, and their derivatives by the product."""
+    """Returns a block of logits and their derivatives by the product."""
     z, slope = tl.load(product + cols, mask=inside, other=0).to(tl.float32), 1.0
     if bias is not None:
         z += tl.load(bias + cols, mask=inside, other=0).to(tl.float32)
@@ -170,16 +215,22 @@ def _logits(product, bias, scale, softcap, cols, inside):
 
 @jit
 def _costly(z, c):
-    """The logits that cost something, -inf for the others; 1 / c has to be finite, since exp(z - log_w) comes near it."""
+    """Returns the logits of tokens with a cost, and -inf for the others.
+
+    The threshold keeps 1 / c finite, because exp(z - log_w) can come near it.
+    """
     return tl.where(c > 1.2e-38, z, float("-inf"))
 
 
 @jit
 def _tanh(x):
-    """tanh and its derivative to a few units in the last place; the hardware's own tanh has 11 bits."""
+    """Returns tanh and its derivative to a few units in the last place.
+
+    The hardware's own tanh has 11 bits.
+    """
     e = _exp(-2 * tl.abs(x))
     inverse = 1 / (1 + e)
-    t = (1 - e) * inverse  # cancels where x is small
+    t = (1 - e) * inverse  # cancels where x is small: there the series is used
     u = x * x
     series = x * (1 + u * (-1 / 3 + u * (2 / 15 + u * (-17 / 315 + u * (62 / 2835)))))
     return tl.where(u < 1 / 16, series, tl.where(x < 0, -t, t)), 4 * e * inverse * inverse
@@ -187,14 +238,13 @@ def _tanh(x):
 
 @jit
 def _exp(x):
-    return tl.exp2(
-        1.4426950408889634 * x
-    )  # as tl.exp, but without three instructions for results below 1e-38
+    # like tl.exp, but without three instructions for results below 1e-38
+    return tl.exp2(1.4426950408889634 * x)
 
 
 @jit
 def _add(top, total, z, weight):
-    """total exp(top) + weight exp(z), again as a pair (top, total)."""
+    """Returns total exp(top) + weight exp(z), again as a pair (top, total)."""
     rise = z - top
     e = _exp(-tl.abs(rise))
     return tl.maximum(top, z), tl.where(rise > 0, total * e + weight, total + weight * e)
@@ -202,12 +252,15 @@ def _add(top, total, z, weight):
 
 @jit
 def _merge(top, total, top_2, total_2):
-    """total exp(top) + total_2 exp(top_2), again as a pair (top, total)."""
+    """Returns total exp(top) + total_2 exp(top_2), again as a pair (top, total)."""
     highest = tl.maximum(top, top_2)
     return highest, total * _exp(top - highest) + total_2 * _exp(top_2 - highest)
 
 
 @jit
 def _finite(log_sum):
-    """0 in place of the log of an empty sum: exp(-inf - 0) is the 0 that exp(-inf - -inf) is not."""
+    """Returns 0 for the log of an empty sum.
+
+    exp(-inf - 0) is 0, as it should be, and exp(-inf - -inf) would be NaN.
+    """
     return tl.where(log_sum == float("-inf"), 0.0, log_sum)

@@ -1,17 +1,22 @@
-"""The loss where the output layer and the costs stay sharded by vocabulary: hidden states travel, not weights.
+"""The loss with output layer and costs sharded by vocabulary: ranks exchange hidden states.
 
-Every rank takes the tokens of all ranks through its own rows of the vocabulary (Megatron-LM, arXiv 1909.08053, section 3), in
-the chunks of chunked.py. Each statistic is a sum of non-negative terms over the vocabulary, so the ranks' parts add up; nothing
-else of the mathematics changes.
+No weights are exchanged. Every rank multiplies the tokens of all ranks with its own rows of the
+output layer (Megatron-LM, arXiv 1909.08053, section 3), in the chunks of chunked.py. Each statistic
+is a sum of non-negative terms over the vocabulary, so the ranks' partial sums add up. The rest of
+the mathematics does not change.
 
-Collectives of one call on R ranks of n supervised tokens (the most that one has, N = R n in all), width H, costs of width D:
+Collectives of one call on R ranks. Let n be the most supervised tokens that a rank has, N = R n,
+H the width of the hidden states and D that of the costs:
 
-    forward    all-gather 1 int64 of each rank, then [n, H] hidden states in their dtype, then n targets (int64)
+    forward    all-gather 1 int64 of each rank
+               all-gather [n, H] hidden states in their dtype, n targets (int64) and, if given,
+               n token weights
                each chunk of c tokens with u different targets:
-               all-reduce [u, D] rows of the costs, all-reduce max [2, c], all-reduce sum [3, c] (float32)
+               all-reduce [u, D] rows of the costs, max [2, c] and sum [3, c] (float32)
     backward   reduce-scatter [N, H] gradients of the hidden states (float32)
 
-Without costs there are no rows, and one row less of maxima and sums; without gradients no backward pass.
+Without costs, no rows are reduced, and the max and the sum have one row less. Without gradients
+there is no backward pass.
 """
 
 from collections.abc import Callable
@@ -30,22 +35,25 @@ from stanford_alpaca.losses.types import Chunk, Head, Kernels, LossOfStats, Soft
 
 
 def linear_loss(
-    hidden: Tensor,  # [n, H] this rank's tokens; n differs from rank to rank
-    head: Head,  # DTensors: the weight [V, H] sharded by rows
+    hidden: Tensor,  # [n, H] this rank's tokens; n differs between ranks
+    head: Head,  # its parameters are DTensors, the weight [V, H] sharded by rows
     targets: Tensor | SoftTargets,  # [n]
-    cost: Cost | None,  # an identity, or of the same shards
+    cost: Cost | None,  # an identity cost, or one sharded as the head is
     objective: LossOfStats,
     reduction: str,  # "sum"
     token_weights: Tensor | None = None,
     kernels: Kernels = torch_kernels,
 ) -> tuple[Tensor, TokenStats]:
-    """``reference.linear_loss`` of this rank's tokens. All ranks call it together, and backward too where they learn.
+    """Computes ``reference.linear_loss`` of this rank's tokens.
 
-    The gradient that arrives must be equal on all ranks, as it is after a division by the global count of targets. That of the
-    head's rows is the mean over ranks, as FSDP makes it for other weights, and complete: nothing is left to be reduced.
+    All ranks have to call it together, and its backward pass too if they train. The gradient that
+    arrives must be equal on all ranks, as it is after a division by the global count of targets.
+    The gradient of the head's rows is the mean over ranks, as FSDP makes it for other weights. It
+    is complete, and nothing is left to be reduced.
 
     Raises:
-        ValueError: reduction "none", soft targets, costs that are not sharded, or a head that is sharded otherwise.
+        ValueError: reduction "none", soft targets, costs that are not sharded, or a head that is
+            not sharded by vocabulary.
     """
     if reduction != "sum":
         raise ValueError("a sharded output layer has no unreduced loss: use reduction mean or sum")
@@ -70,30 +78,44 @@ def linear_loss(
         if part is not None and part.requires_grad:
             part.register_hook(lambda grad: grad / ranks)
     total, stats = chunked.linear_loss(
-        everyone, Head(weight, bias, head.softcap, head.logit_scale), goals, cost, objective, "sum", weights,
+        everyone,
+        Head(weight, bias, head.softcap, head.logit_scale),
+        goals,
+        cost,
+        objective,
+        "sum",
+        weights,
         kernels=_Kernels(kernels, columns, group),
-    )  # fmt: skip
+    )
     own = slice(tokens.start, tokens.start + len(hidden))
     stats = TokenStats(stats.nll[own], None if stats.log_emo is None else stats.log_emo[own])
     with torch.no_grad():
         loss = objective(*stats)
         loss = (loss if token_weights is None else loss * token_weights).sum()
-    return loss + (total - total.detach()), stats  # this rank's value with the gradient of all
+    # the value of this rank's loss with the gradient of all ranks' loss
+    return loss + (total - total.detach()), stats
 
 
 def _local(head: Head, device: torch.device) -> tuple[Tensor, Tensor | None, dist.ProcessGroup]:
-    """This rank's rows of the weight and the bias, on the device if they were offloaded, and the group that shares them."""
+    """Returns this rank's rows of weight and bias, and the process group that shares them.
+
+    Offloaded rows are moved to the device.
+    """
     weight = head.weight
     if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
         raise ValueError(
-            f"wanted an output layer sharded by vocabulary over one group of ranks, not {type(weight).__name__}"
+            "wanted an output layer sharded by vocabulary over one group of ranks, "
+            f"not {type(weight).__name__}"
         )
     bias = None if head.bias is None else head.bias.to_local().to(device)  # type: ignore[attr-defined]
     return weight.to_local().to(device), bias, weight.device_mesh.get_group()
 
 
 class _Tokens:
-    """The supervised tokens of all ranks: how many each has, and where this rank's stand. One all-gather, one wait."""
+    """The supervised tokens of all ranks: how many each rank has, and where this rank's start.
+
+    Making one takes one all-gather and one wait for the device.
+    """
 
     def __init__(self, count: int, group: dist.ProcessGroup, device: torch.device):
         counts = all_gather(torch.tensor([count], device=device), group)
@@ -103,12 +125,14 @@ class _Tokens:
             max(numbers),
             sum(numbers[: dist.get_rank(group)]),
         )
-        self._keep = (
-            torch.arange(self.most, device=device) < counts[:, None]
-        ).flatten()  # [R * most]
+        # [R * most] False for padding
+        self._keep = (torch.arange(self.most, device=device) < counts[:, None]).flatten()
 
     def gather(self, own: Tensor) -> Tensor:  # [n, ...] -> [N, ...]
-        """Of all ranks, in their order. One all-gather of the most that a rank has, if any has some."""
+        """Returns the rows of all ranks, in the order of the ranks.
+
+        Takes one all-gather of ``most`` rows from each rank, and nothing if no rank has tokens.
+        """
         if self.most == 0:
             return own
         padded = own.new_zeros(self.most, *own.shape[1:]).index_copy(
@@ -118,7 +142,10 @@ class _Tokens:
 
 
 class _GatherRows(torch.autograd.Function):
-    """[n, ...] of each rank -> [R n, ...] on all; backward sums what the ranks have for each, in float32."""
+    """Gathers [n, ...] of each rank to [R n, ...] on all ranks.
+
+    Backward sums the ranks' gradients of each row, in float32 (float64 for float64 gradients).
+    """
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -133,13 +160,14 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _Kernels:
-    """The kernels that serve one shard: each rank has ``columns`` of the vocabulary, the last ones fewer."""
+    """The kernels that serve one shard of the vocabulary.
+
+    Each rank has ``columns`` tokens of the vocabulary; the last ranks may have fewer.
+    """
 
     def __init__(self, kernels: Kernels, columns: int, group: dist.ProcessGroup):
-        self.CHUNK_LOGITS, self.COLUMNS = (
-            kernels.CHUNK_LOGITS,
-            columns,
-        )  # equal on all ranks, as chunks have to be
+        # equal on all ranks, so that all ranks make the same chunks
+        self.CHUNK_LOGITS, self.COLUMNS = kernels.CHUNK_LOGITS, columns
         self._kernels, self._start, self._group = kernels, columns * dist.get_rank(group), group
 
     def Chunk(
@@ -150,10 +178,11 @@ class _Kernels:
 
 
 class _Chunk:
-    """A Chunk whose logits stand on all ranks: statistics and gradient of the whole, from this rank's columns.
+    """A Chunk of logits that are sharded over the ranks.
 
-    Where the target stands on another rank, this rank's first column is given to the kernels as the target, and what they leave
-    out for it is put back: everything here is a sum.
+    It has this rank's columns. ``statistics`` covers the whole vocabulary, and ``gradient`` is that
+    of this rank's columns. Where another rank has the target, the kernels are given this rank's
+    first column as the target. They leave that column out of their sums, so it is added here.
     """
 
     def __init__(
@@ -171,21 +200,22 @@ class _Chunk:
         self._group, self._costs = group, costs
         local = torch.where(self._mine, local, 0)
         self._chunk = chunk(product, head, local, costs)
-        self._z = self._chunk.at(local[:, None]).squeeze(
-            1
-        )  # [c] of the target, or of the first column
+        # [c] the logit of the target, or of the first column
+        self._z = self._chunk.at(local[:, None]).squeeze(1)
         self._log_c = (
             None if costs is None else costs.table[:, 0].to(self._z.dtype).log()[costs.which]
         )
 
     def at(self, ids: Tensor) -> Tensor:
-        """This rank's part of ``statistics`` needs no other logits, and soft targets are refused."""
+        """Returns the logits that were kept, whatever the ids: no others are needed here.
+
+        Only soft targets would need others, and they are refused.
+        """
         return self._z[:, None]
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        _, others, log_w = (
-            self._chunk.statistics()
-        )  # relative to the greatest of this rank's others
+        # relative to this rank's greatest logit other than the target's
+        _, others, log_w = self._chunk.statistics()
         self._own_top = self._chunk.top
         top = torch.where(self._mine, self._own_top, torch.maximum(self._own_top, self._z))
         first = torch.where(self._mine, -torch.inf, self._z - top)
@@ -196,9 +226,8 @@ class _Chunk:
         else:
             log_w = torch.logaddexp(log_w + (self._own_top - top), first + self._log_c)
             self.top, top_w = self._maximum(torch.stack([top, log_w + top]))
-            lead = torch.where(
-                top_w > -torch.inf, top_w - self.top, 0.0
-            )  # log w may lie far below: a maximum of its own
+            # log w may lie far below the logits, so it has a maximum of its own
+            lead = torch.where(top_w > -torch.inf, top_w - self.top, 0.0)
             down = top - self.top
             parts = [torch.exp(others + down), torch.exp(log_w + down - lead)]
         sums = torch.stack([*parts, torch.where(self._mine, self._z - self.top, 0.0)])

@@ -1,4 +1,4 @@
-"""Examples: the nearest ones, by hand-computed similarities; drawn ones, by their seeds."""
+"""Choosing few-shot examples: the nearest by similarities computed by hand, or drawn by seed."""
 
 import math
 import sys
@@ -45,7 +45,7 @@ def test_words_in_common_make_texts_similar(featurize):
 def test_bm25_by_its_formula():
     train, test = bm25(["a b b", "a c"], ["b b c"])
     found = (test @ train.T).toarray()
-    idf = math.log(1 + 1.5 / 1.5)  # one of two texts has the word
+    idf = math.log(1 + 1.5 / 1.5)  # one of the two texts has the word
 
     def weight(count, length):
         return idf * count * 2.2 / (count + 1.2 * (0.25 + 0.75 * length / 2.5))
@@ -95,7 +95,7 @@ def test_seeds_draw_others_and_the_same_seed_the_same():
     drawn = draw("random", 0, 4, 50, 8)
     assert drawn == draw("random", 0, 4, 50, 8) != draw("random", 1, 4, 50, 8)
     assert len({tuple(row) for row in drawn}) == 4 and all(len({*row}) == 8 for row in drawn)
-    assert drawn[:2] == draw("random", 0, 2, 50, 8)  # --limit changes nobody's examples
+    assert drawn[:2] == draw("random", 0, 2, 50, 8)  # --limit does not change the examples
     fixed = draw("fixed", 0, 3, 50, 8)
     assert fixed == [fixed[0]] * 3 and fixed != draw("fixed", 1, 3, 50, 8)
     pools = [draw_pool(seed, 50, 10).tolist() for seed in (0, 0, 1)]

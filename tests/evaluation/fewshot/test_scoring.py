@@ -1,4 +1,7 @@
-"""Fast scoring against the plain loop, prompts against hand-written ones, and both against lm-eval."""
+"""Few-shot scoring: the fast ways equal the plain loop, and prompts equal hand-written ones.
+
+The log-likelihoods equal those of lm-eval.
+"""
 
 from importlib.util import find_spec
 
@@ -26,7 +29,10 @@ REVIEWS = Task("reviews", "Review: {text}\nSentiment: {label}", ["negative", "po
 
 
 def made_up(stem: int) -> list[Choices]:
-    """Items of different lengths with endings of one and of several tokens, behind a common beginning."""
+    """Returns items of different lengths behind a common start of ``stem`` tokens.
+
+    Their endings have one or several tokens.
+    """
     random = torch.Generator().manual_seed(0)
 
     def ids(count):
@@ -58,13 +64,12 @@ def test_every_fast_way_gives_the_plain_loops_scores(make_model, family, whole, 
         with torch.inference_mode():
             starts = common_start([item.context for item in choices])[:stem]
             found = [scorer.padded(choices), scorer.shared(choices), scorer.shared(choices, starts)]
-            found.append(
-                scorer.shared(choices[1:], starts)
-            )  # from the kept cache, which the call before left as it was
+            # This call reads the kept cache, which the call before must not have changed.
+            found.append(scorer.shared(choices[1:], starts))
         for scores in found:
             assert furthest(scores, want[-len(scores) :]) < 1e-4
         assert furthest(score(model, choices, 3, whole), want) < 1e-4
-    assert capsys.readouterr().out == ""  # nothing was done without
+    assert capsys.readouterr().out == ""  # no fast way was given up
 
 
 def test_the_plain_loop_is_the_sum_of_the_logarithms(make_model):
@@ -89,9 +94,8 @@ def test_what_a_model_cannot_do_is_found_and_said(make_model, monkeypatch, capsy
         and "MambaForCausalLM: sharing what the classes share does not work here" in said
     )
 
-    window = make_model(
-        "mistral", sliding_window=8, initializer_range=0.3
-    )  # padding behind the stem moves its window
+    # Padding behind the stem moves the sliding window.
+    window = make_model("mistral", sliding_window=8, initializer_range=0.3)
     assert furthest(score(window, choices), plain(window, choices)) < 1e-4
     llama = make_model("llama", initializer_range=0.3)
     monkeypatch.setattr(
@@ -119,18 +123,15 @@ def test_an_output_layer_that_is_not_recognised_gives_the_models_own_logits(
 
 def test_batches_and_common_starts():
     assert list(batches([5, 9, 2, 9], 3, 0)) == [[1, 3, 0], [2]]
-    assert list(batches([5, 9, 2, 3], None, 10)) == [
-        [1],
-        [0, 3],
-        [2],
-    ]  # with padding: 9, then 2 x 5, then 2
+    # With padding the batches have 9, 2 x 5 and 2 tokens.
+    assert list(batches([5, 9, 2, 3], None, 10)) == [[1], [0, 3], [2]]
     assert common_start([[1, 2, 3], [1, 2], [1, 2, 4]]) == [1, 2] and common_start([[1], [2]]) == []
 
 
 def test_prompts_part_where_the_classes_do():
     assert split_stem([[1, 5, 6], [1, 5, 7, 8]], 9) == ([1, 5], [[6], [7, 8]])
     assert split_stem([[1, 5], [1, 5, 7]], 9) == ([1], [[5], [5, 7]])  # each ending keeps a token
-    assert split_stem([[5], [6]], 9) == ([9], [[5], [6]])  # and something stands before it
+    assert split_stem([[5], [6]], 9) == ([9], [[5], [6]])  # and a token stands before it
 
 
 @pytest.fixture(scope="module")

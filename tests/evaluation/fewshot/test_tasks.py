@@ -1,4 +1,4 @@
-"""Tasks: the files of the package, records from files and from the hub, and what is refused."""
+"""Few-shot tasks: the package's task files, records from files and from the hub, and errors."""
 
 import json
 

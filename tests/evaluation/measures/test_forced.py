@@ -1,4 +1,4 @@
-"""Teacher-forced measures against plain computations."""
+"""Teacher-forced measures equal plain computations."""
 
 import json
 
@@ -30,7 +30,8 @@ def test_the_numbers_and_that_batches_do_not_matter(root, tmp_path, exact, make_
         teacher_forced(model, tokenizer, examples, CostEmbedding(embedding), batch_size=size)
         for size in (1, 4, 9)
     ]
-    want, tops = [], []  # of every record the sums over its tokens
+    # The sums over each record's tokens, and each token's greatest probability with its hit.
+    want, tops = [], []
     for example in examples:
         labels = torch.tensor(example["labels"])[1:]
         with torch.no_grad():
@@ -54,15 +55,15 @@ def test_the_numbers_and_that_batches_do_not_matter(root, tmp_path, exact, make_
 
 
 def plain_ece(top: np.ndarray, hit: np.ndarray) -> float:
-    """A loop over the bins, with means and shares as the paper writes them."""
+    """Returns the calibration error by a loop over the bins, as the paper writes it."""
     bins = [(top > b / BINS) & (top <= (b + 1) / BINS) for b in range(BINS)]
     return sum(of.mean() * abs(hit[of].mean() - top[of].mean()) for of in bins if of.any())
 
 
 def test_calibration_error_by_hand():
-    bins = np.zeros(
-        (2, BINS, 3)
-    )  # two records share the last bin: right 3 times of 4 at 0.95; the other bin is exact
+    # Two records share the last bin: 3 of its 4 tokens are right, at a confidence of 0.95. The
+    # other bin is exact.
+    bins = np.zeros((2, BINS, 3))
     bins[0, 14], bins[1, 14], bins[1, 7] = [1, 0.95, 1], [3, 2.85, 2], [4, 2, 2]
     ones = np.ones(2)
     assert Forced(ones, ones, ones, ones, ones, bins).measures()["ece"].value == pytest.approx(
@@ -72,14 +73,14 @@ def test_calibration_error_by_hand():
 
 def test_a_record_without_a_target_counts_nothing_but_keeps_its_place(make_model):
     model, cost = make_model("llama"), CostEmbedding(None, "identity")
+    # A row's first token is no target.
     examples = Dataset.from_dict(
         {
             "input_ids": [[], [5, 6, 7], [5, 6]],
             "labels": [[], [-100, 6, 7], [5, -100]],
-        }  # a first token is no target
+        }
     )
     found = teacher_forced(model, type("Tokenizer", (), {"pad_token_id": 0}), examples, cost)
     assert found.tokens.tolist() == [0, 2, 0] and found.nll[[0, 2]].tolist() == [0, 0]
-    assert (
-        found.costly[1] == pytest.approx(found.emo[1], rel=1e-5) and found.emo[1] > 1.5
-    )  # all others cost 1: 1 - p_y
+    # All tokens but the target cost 1, so both are sums of 1 - p_y.
+    assert found.costly[1] == pytest.approx(found.emo[1], rel=1e-5) and found.emo[1] > 1.5

@@ -1,4 +1,4 @@
-"""Measures of texts by hand, and self-BLEU against sacrebleu itself."""
+"""Measures of texts equal values computed by hand, and self-BLEU equals sacrebleu's."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_rouge_and_exact_match_by_hand():
     }
     assert found["exact_match"].tolist() == [0, 1, 0]
     assert found["rouge_1"] == pytest.approx([5 / 6, 1, 0])
-    assert found["rouge_2"] == pytest.approx([3 / 5, 1, 0])  # the cat, on the, the mat
+    assert found["rouge_2"] == pytest.approx([3 / 5, 1, 0])  # shared: the cat, on the, the mat
     assert found["rouge_l"] == pytest.approx([5 / 6, 1, 0])
     swapped = against_references([["on the mat sat the cat"]], references[:1])
     assert swapped["rouge_1"].value == 1 and swapped["rouge_l"].value == pytest.approx(1 / 2)
@@ -45,9 +45,9 @@ def test_rouge_is_rouge_scores_own_on_ascii_and_knows_other_letters():
 
 
 def test_distinct_repetition_and_length_by_hand():
-    assert distinct(["a b a b", "a b"], 2) == 2 / 4  # ab ba ab, ab
+    assert distinct(["a b a b", "a b"], 2) == 2 / 4  # bigrams: ab ba ab, ab
     assert np.isnan(distinct(["a", ""], 2))
-    assert repetition("a b a b a b", 4) == pytest.approx(1 / 3)  # abab baba abab
+    assert repetition("a b a b a b", 4) == pytest.approx(1 / 3)  # 4-grams: abab baba abab
     assert (repetition("a b c", 4), repetition("", 4)) == (0, 0)
     found = by_themselves([["a b a b a b", "c"], ["a b", "c d"]])
     assert found["repetition_4"].sums[:, 0] == pytest.approx([1 / 6, 0])

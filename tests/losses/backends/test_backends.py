@@ -1,7 +1,8 @@
-"""Every backend through the public function against the reference in float64, on logits that no backend can round.
+"""Every backend equals the float64 reference, through the public function.
 
-Hidden states are rows of the identity or small whole numbers, and so are weights: products are exact in float32, whatever their
-order, and what is compared is what each backend makes of them.
+Hidden states and weights are rows of the identity or small whole numbers. Their products are exact
+in float32, in any order of summation, so the logits of all backends are the same. What is compared
+is what each backend computes from them.
 """
 
 from functools import partial
@@ -20,9 +21,8 @@ from tests.helpers import triton_kernels
 
 BACKENDS = ["reference", "chunked", "triton"]
 SOFT_MODES = ("mle", "emo", "emo2", "emd", "mix")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # numpy's in Triton's interpreter: log(0), overflows to inf
+# In Triton's interpreter numpy warns of log(0) and of overflows to inf.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,9 +31,8 @@ def small_chunks_and_interpreted_kernels():
     if interpreted.triton is None:
         pytest.skip("triton is not installed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            torch_kernels.CHUNK_LOGITS, "cpu", 16 * 20
-        )  # 16 rows of 20 logits: several chunks and a remainder
+        # A chunk has 16 rows of 20 logits, so there are several chunks and a remainder.
+        patch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * 20)
         patch.setitem(torch_kernels.CACHE_LOGITS, "cpu", 5 * 20)
         patch.setattr(interpreted, "CHUNK_LOGITS", {"cuda": 16 * 20})
         patch.setattr(interpreted, "BLOCK", 16)
@@ -43,7 +42,7 @@ def small_chunks_and_interpreted_kernels():
 
 
 def loss_and_gradients(dtype, hidden, weight, targets, cost, soft=None, upstream=None, **options):
-    """Loss, and the gradients of hidden states, weight and, if there is one, bias, in float64."""
+    """Returns the loss and the gradients of hidden states, weight and any bias, in float64."""
     leaves = [
         x.detach().to(dtype).requires_grad_()
         for x in (hidden, weight, options.pop("bias", None))
@@ -69,7 +68,10 @@ def whole(low, high, *shape):
 
 
 def problem(n=20, vocab=20, width=6):
-    """Whole numbers, a fifth of the targets ignored, an embedding with duplicates and rows of zeros among the targets."""
+    """Returns tensors of whole numbers and an embedding. A fifth of the targets is ignored.
+
+    Some targets have duplicates in the embedding, and some have a row of zeros.
+    """
     targets = torch.where(torch.rand(n) < 0.2, -100, torch.randint(vocab, (n,)))
     embedding = torch.randn(vocab, 5)
     embedding[3], embedding[-2:] = 2 * embedding[4], 0
@@ -82,15 +84,28 @@ def problem(n=20, vocab=20, width=6):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("mode", [*MODES, Objective("emo", "upstream"), Objective("emo2", "upstream"),
-                                  Objective("emo", emo_ratio_cap=0.7)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "mode",
+    [
+        *MODES,
+        Objective("emo", "upstream"),
+        Objective("emo2", "upstream"),
+        Objective("emo", emo_ratio_cap=0.7),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_mode_with_bias_softcap_scale_and_weights(backend, mode, reduction):
     tensors, embedding = problem()
     options = {
-        "mode": mode, "reduction": reduction, "bias": whole(-2, 2, 20) / 4, "softcap": 3.0, "logit_scale": 0.75,
-        "token_weights": torch.rand(20), "upstream": torch.rand(20) if reduction == "none" else None,
-    }  # fmt: skip
+        "mode": mode,
+        "reduction": reduction,
+        "bias": whole(-2, 2, 20) / 4,
+        "softcap": 3.0,
+        "logit_scale": 0.75,
+        "token_weights": torch.rand(20),
+        "upstream": torch.rand(20) if reduction == "none" else None,
+    }
     want = loss_and_gradients(
         torch.float64,
         **tensors,
@@ -133,7 +148,10 @@ def test_every_kind_of_cost(backend, kind, soft):
 
 
 def exact_error(dtype, mode, backend, one_minus_p):
-    """The greatest relative error of a token's gradient, given its logits: they are hidden @ identity."""
+    """Returns the greatest relative error of a token's gradient, given its logits.
+
+    The logits are hidden @ identity.
+    """
     targets, embedding = torch.randint(20, (30,)), torch.randn(20, 8)
     logits = 3 * torch.randn(30, 20)
     if one_minus_p is not None:
@@ -195,7 +213,7 @@ def test_through_the_head_the_error_is_at_most_twice_that_of_cross_entropy(
             torch.float64, *args, CostEmbedding(embedding.double()), backend="reference", mode=mode
         )
         got = loss_and_gradients(dtype, *args, CostEmbedding(embedding), backend=backend, mode=mode)
-        # Triton's interpreter cuts bfloat16 off where a GPU rounds
+        # Triton's interpreter truncates to bfloat16 where a GPU rounds.
         factor = 4 if backend == "triton" and dtype == torch.bfloat16 else 2
         for a, b, error in zip(got[1], want[1], allowed, strict=True):
             assert (a - b).norm() / b.norm() <= factor * error + 1e-6
@@ -206,27 +224,32 @@ def test_costs_that_begin_far_below_the_logits_that_cost_nothing(backend):
     embedding = torch.randn(20, 5)
     embedding[1] = embedding[0]
     logits = torch.randn(6, 20)
-    logits[:, 2:] -= torch.tensor([0.0, 50, 80, 120, 500, 5000])[
-        :, None
-    ]  # duplicates 0 and 1 share the probability
+    # The duplicates 0 and 1 share the probability.
+    logits[:, 2:] -= torch.tensor([0.0, 50, 80, 120, 500, 5000])[:, None]
     args = (logits, torch.eye(20), torch.zeros(6, dtype=torch.long))
     want = loss_and_gradients(
         torch.float64, *args, CostEmbedding(embedding.double()), backend="reference"
     )
     result = loss_and_gradients(torch.float32, *args, CostEmbedding(embedding), backend=backend)
-    assert_near(result, want, rtol=5e-4)  # the last digit of a logit of 5000
-    nowhere = CostEmbedding(torch.ones(20, 5))  # nothing costs anything: no EMO term
+    assert_near(result, want, rtol=5e-4)  # float32's last digit of a logit of 5000
+    nowhere = CostEmbedding(torch.ones(20, 5))  # no costs, so no EMO term
     want = loss_and_gradients(torch.float64, *args, nowhere, backend="reference")
     assert_near(loss_and_gradients(torch.float32, *args, nowhere, backend=backend), want, rtol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    n=st.integers(0, 20), vocab=st.integers(1, 40), width=st.integers(1, 5), scale=st.sampled_from([2**-8, 1, 32, 4096]),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), mode=st.sampled_from(MODES),
-    kind=st.sampled_from(["cosine", "cached", "identity"]), soft=st.booleans(), masked=st.sampled_from([0.0, 0.5, 1.0]),
+    n=st.integers(0, 20),
+    vocab=st.integers(1, 40),
+    width=st.integers(1, 5),
+    scale=st.sampled_from([2**-8, 1, 32, 4096]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    mode=st.sampled_from(MODES),
+    kind=st.sampled_from(["cosine", "cached", "identity"]),
+    soft=st.booleans(),
+    masked=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 10**6),
-)  # fmt: skip
+)
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_random_problems(backend, n, vocab, width, scale, dtype, mode, kind, soft, masked, seed):
     torch.manual_seed(seed)
@@ -241,14 +264,18 @@ def test_random_problems(backend, n, vocab, width, scale, dtype, mode, kind, sof
         dtype = torch.float32
 
     def run(dtype, backend):
-        cost = {"cosine": CostEmbedding(embedding.double()), "cached": CostEmbedding(embedding).cache(1.0),
-                "identity": CostEmbedding(None, "identity")}[kind]  # fmt: skip
+        cost = {
+            "cosine": CostEmbedding(embedding.double()),
+            "cached": CostEmbedding(embedding).cache(1.0),
+            "identity": CostEmbedding(None, "identity"),
+        }[kind]
         args = (hidden, weight, targets, cost, given_soft)
         return loss_and_gradients(dtype, *args, mode=mode, reduction="sum", backend=backend)
 
     rtol = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     want = run(torch.float64, "reference")
-    # what is 0 but for rounding: of b pi - b p, where b may be half of nll, which grows with the scale
+    # A gradient b pi - b p may be 0 except for rounding. There b may be half of nll, which grows
+    # with the scale.
     rounding = (
         {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
         * n

@@ -1,4 +1,7 @@
-"""``chunked``: degenerate cases, what it computes and what it does not, memory. (test_backends.py has modes and options.)"""
+"""``chunked``: degenerate cases, what it computes and what it leaves out, precision and memory.
+
+The modes and options are tested in test_backends.py.
+"""
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from stanford_alpaca.losses.types import Head
 def run(
     backend, hidden, weight, bias, targets, cost, objective, reduction="sum", upstream=None, **head
 ):
-    """Loss, statistics and the gradients of hidden, weight and bias."""
+    """Returns loss, statistics and the gradients of hidden, weight and bias."""
     leaves = [
         x.detach().clone().requires_grad_() if x is not None else None
         for x in (hidden, weight, bias)
@@ -39,9 +42,8 @@ def assert_equal(one, two, rtol=2e-4, atol=2e-6):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setitem(
-        torch_kernels.CHUNK_LOGITS, "cpu", 16 * 50
-    )  # 16 rows at a time: several chunks and a remainder
+    # A chunk has 16 rows of 50 logits, so there are several chunks and a remainder.
+    monkeypatch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * 50)
 
 
 def problem(n=50, vocab=50, width=12):
@@ -160,7 +162,7 @@ def test_the_gradient_of_a_bfloat16_weight_is_accumulated_in_float32():
         run(backend, hidden.to(dtype), weight.to(dtype), None, targets, None, Objective("mle"))[2]
         for backend, dtype in ((reference, torch.float64), (chunked, torch.bfloat16))
     )
-    assert (ours.double() - true).norm() <= 5e-3 * true.norm()  # 250 chunks
+    assert (ours.double() - true).norm() <= 5e-3 * true.norm()  # a sum over 250 chunks
 
 
 def test_float16_keeps_its_range_for_the_scaled_gradient():
@@ -170,7 +172,8 @@ def test_float16_keeps_its_range_for_the_scaled_gradient():
     )
     weight = torch.zeros(50, 2, requires_grad=True)
     loss, _ = chunked.linear_loss(hidden, Head(weight), targets, None, Objective("mle"), "sum")
-    (d_weight,) = torch.autograd.grad(loss / 6000, weight)  # the sum alone is 88200
+    # Before the division the sum is 88200, which float16 cannot hold.
+    (d_weight,) = torch.autograd.grad(loss / 6000, weight)
     torch.testing.assert_close(d_weight[0], torch.full((2,), -14.7), rtol=1e-3, atol=0)
 
     hidden, weight = (
@@ -178,9 +181,8 @@ def test_float16_keeps_its_range_for_the_scaled_gradient():
         torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
     )
     loss, _ = chunked.linear_loss(hidden, Head(weight), targets[:1], None, Objective("mle"), "sum")
-    (d_hidden,) = torch.autograd.grad(
-        loss * 65536, hidden
-    )  # 4e-8 is 0 in float16 and what a multiple of 6e-8 it is
+    # Without the scale the gradient is 4e-8, and float16 has only multiples of 6e-8 there.
+    (d_hidden,) = torch.autograd.grad(loss * 65536, hidden)
     p = 65536 * torch.tensor(-17.0).sigmoid()
     torch.testing.assert_close(d_hidden.float(), torch.stack([-p, p])[None], rtol=1e-3, atol=0)
 
@@ -214,7 +216,7 @@ def test_costs_are_computed_once_for_equal_targets(monkeypatch):
         cost, "_compute", lambda tokens: computed.extend(tokens.tolist()) or compute(tokens)
     )
     chunked.linear_loss(hidden, Head(weight, bias), targets, cost, Objective("emo"), "sum")
-    assert computed == [3, 7, 9, 40]  # 16 rows of each, 16 rows in a chunk
+    assert computed == [3, 7, 9, 40]  # each target has 4 rows in each of 4 chunks
 
 
 @pytest.mark.parametrize(("mode", "softcap"), [("mle", None), ("emo", None), ("emo", 5.0)])
@@ -232,26 +234,30 @@ def test_extra_memory_is_one_chunk_whatever_the_number_of_tokens(mode, softcap, 
         )
 
     chunk_mib = 16 * 2000 * 4 / 2**20
-    assert abs(peak(400) - peak(48)) < 0.3 * chunk_mib  # 352 hidden states and their statistics
-    assert (
-        peak(400) < (3 if softcap is None else 4) * chunk_mib
-    )  # logits, costs, a block's scratch, the gradient of the weight; slopes
+    # The difference is 352 hidden states and their statistics.
+    assert abs(peak(400) - peak(48)) < 0.3 * chunk_mib
+    # Memory holds the logits, the costs, a block's scratch and the weight's gradient. A softcap
+    # adds the slopes.
+    assert peak(400) < (3 if softcap is None else 4) * chunk_mib
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.integers(0, 40), vocab=st.integers(2, 60), width=st.integers(1, 9), scale=st.sampled_from([1e-3, 1.0, 30.0]),
-    mode=st.sampled_from(MODES), seed=st.integers(0, 10**6),
-)  # fmt: skip
+    n=st.integers(0, 40),
+    vocab=st.integers(2, 60),
+    width=st.integers(1, 9),
+    scale=st.sampled_from([1e-3, 1.0, 30.0]),
+    mode=st.sampled_from(MODES),
+    seed=st.integers(0, 10**6),
+)
 def test_random_shapes_and_scales(n, vocab, width, scale, mode, seed):
     torch.manual_seed(seed)
     hidden, weight = (
         torch.randn(n, width, dtype=torch.float64),
         scale * torch.randn(vocab, width, dtype=torch.float64),
     )
-    embedding = torch.randint(
-        -1, 2, (vocab, 3), dtype=torch.float64
-    )  # many duplicates and zero rows
+    # The embedding has many duplicates and rows of zeros.
+    embedding = torch.randint(-1, 2, (vocab, 3), dtype=torch.float64)
     args = (
         hidden,
         weight,

@@ -1,4 +1,7 @@
-"""The specification, and ``chunked`` beside it, against the naive float64 oracle: values, gradients, degenerate cases."""
+"""The specification and ``chunked`` against the naive float64 oracle.
+
+Values, gradients and degenerate cases are compared.
+"""
 
 import math
 
@@ -13,7 +16,7 @@ from stanford_alpaca.losses.types import Head
 
 
 def confident(vocab: int, one_minus_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 logits [8, V] whose targets have about the probability 1 - one_minus_p."""
+    """Returns float32 logits [8, V] and targets [8] of about the probability 1 - one_minus_p."""
     logits = torch.randn(8, vocab)
     targets = torch.randint(vocab, (8,))
     rest = logits.double().scatter(1, targets[:, None], -torch.inf).logsumexp(1)
@@ -24,7 +27,10 @@ def confident(vocab: int, one_minus_p: float) -> tuple[torch.Tensor, torch.Tenso
 
 
 def gradients(objective: Objective, nll, emo, p, costs, targets) -> torch.Tensor:
-    """The gradient of the sum of the paper's losses in float64, from d nll = p - 1[y] and d emo = p (c - emo)."""
+    """Returns the gradient of the sum of the paper's losses, in float64.
+
+    It is computed from d nll = p - 1[y] and d emo = p (c - emo).
+    """
     hot = torch.nn.functional.one_hot(targets, p.shape[1]).double()
     others = (p * (1 - hot)).sum(1)
     d_nll = p * (1 - hot) - hot * others[:, None]
@@ -46,15 +52,14 @@ def test_gradient_given_float32_logits_is_exact_to_1e_5(exact, backend, mode, on
     embedding[-3:] = 0  # a padded vocabulary
     logits, targets = confident(vocab, one_minus_p)
     targets_of_interest = [5, vocab - 1]
-    for row, y in enumerate(
-        targets_of_interest
-    ):  # a target with duplicates, a target that is a zero row
+    # One target has duplicates, and the other one has a row of zeros.
+    for row, y in enumerate(targets_of_interest):
         logits[row, [targets[row].item(), y]] = logits[row, [y, targets[row].item()]]
         targets[row] = y
     logits.requires_grad_()
     nll, emo, p, costs = exact(logits.detach(), targets, embedding)
     objective = Objective(mode)
-    head = Head(torch.eye(vocab))  # logits @ identity: the logits, exactly
+    head = Head(torch.eye(vocab))  # logits @ identity is exactly the logits
     loss, stats = backend.linear_loss(
         logits, head, targets, CostEmbedding(embedding), objective, "sum"
     )
@@ -78,9 +83,8 @@ def test_the_published_formula_has_no_correct_digit_where_ours_is_exact(exact):
 
 
 def test_duplicates_cost_exactly_nothing_whatever_their_length():
-    embedding = (
-        torch.randn(40, 3000) ** 5
-    )  # heavy tails, where 1 - cos of equal directions is noisiest
+    # 1 - cos of equal directions is the noisiest for heavy tails.
+    embedding = torch.randn(40, 3000) ** 5
     embedding = torch.cat([embedding, 0.37 * embedding])
     costs = CostEmbedding(embedding).costs(torch.arange(40), 80)
     assert (costs[:, 40:].diagonal() == 0).all() and (costs[:, :40].diagonal() == 0).all()
@@ -90,9 +94,8 @@ def test_duplicates_cost_exactly_nothing_whatever_their_length():
 def test_costs_of_tiny_rows_and_under_autocast():
     embedding = torch.randn(60, 8)
     embedding[5] = embedding[6] + 1e-2 * torch.randn(8)
-    embedding[7] = 1e-23 * torch.randn(
-        8
-    )  # squares underflow float32, the direction is there all the same
+    # The squares underflow in float32, but the row still has a direction.
+    embedding[7] = 1e-23 * torch.randn(8)
     units = embedding.double() / embedding.double().norm(dim=1, keepdim=True)
     want = 1 - units[[6, 7]] @ units.T
     with torch.autocast("cpu", torch.bfloat16):
@@ -130,7 +133,7 @@ def test_all_mass_on_duplicates_gives_no_emo_and_no_emo_gradient():
 
 def test_underflow_of_both_numbers_is_zero():
     logits = torch.zeros(1, 5)
-    logits[0, 2] = 500.0  # 1 - p_y is about e^-500: no float32
+    logits[0, 2] = 500.0  # 1 - p_y is about e^-500, which float32 cannot hold
     logits.requires_grad_()
     stats = token_stats(logits, torch.tensor([2]), CostEmbedding(torch.randn(5, 3)))
     for mode in ("emo", "emo2", "emd", "mix", "mle"):

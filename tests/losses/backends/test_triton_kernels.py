@@ -1,4 +1,7 @@
-"""Triton's kernels under its interpreter, on the CPU, against a direct evaluation in float64; and compiled for GPUs."""
+"""The Triton kernels equal a direct evaluation in float64, and they compile for GPUs.
+
+They run on the CPU, in Triton's interpreter.
+"""
 
 import re
 import subprocess
@@ -14,9 +17,8 @@ from stanford_alpaca.losses.types import Head
 from tests.helpers import triton_kernels
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # numpy's, of overflows to -inf and of log(0)
+# In Triton's interpreter numpy warns of log(0) and of overflows to -inf.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 INF = torch.inf
 FULL_HEAD = {"bias": True, "logit_scale": 1.7, "softcap": 5.0}
 
@@ -26,7 +28,7 @@ kernels.BLOCK = 16  # several blocks at tiny vocabularies
 
 
 def exact_logits(product, head):
-    """z and dz/dproduct in float64."""
+    """Returns z and dz/dproduct in float64."""
     x = product.double().requires_grad_()
     z = x if head.bias is None else x + head.bias.double()
     z = z if head.logit_scale is None else z * head.logit_scale
@@ -35,7 +37,7 @@ def exact_logits(product, head):
 
 
 def exact_gradient(z, slope, targets, costs, others, log_w, alpha, beta, g_y):
-    """From logits, others and log_w relative to one another."""
+    """Returns the gradient of the product. Logits, others and log_w are relative to one number."""
     others, log_w, alpha, beta, g_y = (
         None if x is None else x.double()[:, None] for x in (others, log_w, alpha, beta, g_y)
     )
@@ -47,24 +49,22 @@ def exact_gradient(z, slope, targets, costs, others, log_w, alpha, beta, g_y):
 
 
 def check(product, targets, costs=None, head=None, raise_others=0.0, raise_log_w=0.0, below=0.0):
-    """statistics, at and gradient, each against float64."""
+    """Compares ``statistics``, ``at`` and ``gradient`` with float64, and returns the statistics."""
     head, targets = head or Head(None), torch.as_tensor(targets)
     n, vocab = product.shape
     z, slope = exact_logits(product, head)
     c = None if costs is None else costs.table[costs.which].double()
     rest = z.scatter(1, targets[:, None], -INF)
     largest = z[z > -INF].abs().max().item() if (z > -INF).any() else 0.0
-    rounding = 1e-6 + 4 * torch.finfo(torch.float32).eps * largest * (
-        head != Head(None)
-    )  # of the logits themselves
+    # A head rounds the logits themselves.
+    rounding = 1e-6 + 4 * torch.finfo(torch.float32).eps * largest * (head != Head(None))
 
     chunk = kernels.Chunk(product, head, targets, costs)
     ids = torch.randint(vocab, (n, 3))
     torch.testing.assert_close(chunk.at(ids).double(), z.gather(1, ids), rtol=1e-6, atol=rounding)
     gap, others, log_w = chunk.statistics()
-    top = rest.amax(1, keepdim=True).clamp_min(
-        torch.finfo(torch.float32).min
-    )  # all are relative to it
+    # All statistics are relative to the greatest other logit.
+    top = rest.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     z, rest = z - top, rest - top
     torch.testing.assert_close(
         gap.double(), z.gather(1, targets[:, None]).squeeze(1), rtol=1e-6, atol=rounding
@@ -83,14 +83,14 @@ def check(product, targets, costs=None, head=None, raise_others=0.0, raise_log_w
     want = exact_gradient(z, slope, targets, c, others, log_w, alpha, beta, g_y)
     got = chunk.gradient(others, log_w, alpha, beta, g_y)
     assert got.dtype == product.dtype and got.data_ptr() == product.data_ptr()
-    # the interpreter cuts bfloat16 off where a GPU rounds, and alpha and beta may differ in sign
+    # Triton's interpreter truncates to bfloat16 where a GPU rounds. The terms of alpha and beta may
+    # cancel, because the two may differ in sign.
     eps, cancels = (
         torch.finfo(got.dtype).eps,
         0.0 if costs is None else (alpha.abs() + beta.abs()).max().item(),
     )
-    rtol = (
-        1e-5 + 4 * rounding + (eps if eps > 1e-6 else 0.0) + 1e-7 * below
-    )  # the last digit of what is so far below
+    # The last term is the last digit of a logit that is so far below the others.
+    rtol = 1e-5 + 4 * rounding + (eps if eps > 1e-6 else 0.0) + 1e-7 * below
     torch.testing.assert_close(
         got.double(),
         want,
@@ -101,7 +101,7 @@ def check(product, targets, costs=None, head=None, raise_others=0.0, raise_log_w
 
 
 def problem(dtype=torch.float32, vocab=37, n=5, cost_dtype=torch.float32, **form):
-    """A product of n rows, targets, costs of three rows of which some entries are 0, and a head."""
+    """Returns a product of n rows, targets, costs of three rows with some zeros, and a head."""
     costs = torch.rand(3, vocab).to(cost_dtype)
     costs[:, ::5] = 0
     bias = torch.randn(vocab).to(dtype) if form.pop("bias", False) else None
@@ -140,9 +140,14 @@ def test_sums_from_outside():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    vocab=st.integers(1, 50), n=st.integers(1, 4), scale=st.sampled_from([1e-3, 1.0, 30.0, 1e4]), masked=st.floats(0, 1),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]), free=st.floats(0, 1), seed=st.integers(0, 10**6),
-)  # fmt: skip
+    vocab=st.integers(1, 50),
+    n=st.integers(1, 4),
+    scale=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
+    masked=st.floats(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    free=st.floats(0, 1),
+    seed=st.integers(0, 10**6),
+)
 def test_random_shapes_scales_and_masks(vocab, n, scale, masked, dtype, free, seed):
     torch.manual_seed(seed)
     product = (
@@ -184,7 +189,7 @@ def test_masked_blocks_and_targets():
     product[0, :40] = product[1, 20:] = product[2, 7] = -INF
     costs = CostRows(torch.rand(1, 60), torch.zeros(3, dtype=torch.long))
     check(product.clone(), [3, 3, 7], costs)
-    check(product, [3, 3, 7], costs, Head(None, softcap=4.0))  # which makes -4 of them
+    check(product, [3, 3, 7], costs, Head(None, softcap=4.0))  # the cap turns -inf into -4
 
 
 def test_costly_tokens_a_hundred_nats_and_more_below_the_others():
@@ -207,7 +212,7 @@ def test_tiny_costs():
     chunk = kernels.Chunk(
         product, Head(None), targets, CostRows(torch.full_like(table, 1e-40), which)
     )
-    _, others, log_w = chunk.statistics()  # 1 / c is not finite: such costs are 0
+    _, others, log_w = chunk.statistics()  # a cost counts as 0 if 1 / c is not finite
     assert (log_w == -INF).all()
     assert chunk.gradient(others, others - 89, *torch.ones(3, 5)).isfinite().all()
 
@@ -262,7 +267,10 @@ def test_vectors_that_are_not_contiguous():
 
 
 def test_softcap_near_zero_and_far_out():
-    """Where 1 - exp(-2x) and 1 - tanh(x)^2 cancel: the relative errors of z and its slope stay those of float32."""
+    """The relative errors of z and its slope stay those of float32.
+
+    This holds even where 1 - exp(-2x) and 1 - tanh(x)^2 cancel.
+    """
     x = torch.cat([torch.logspace(-7, 1.4, 24), -torch.logspace(-7, 1.4, 24)])[:, None]  # z / s
     product, head = torch.cat([1e4 * x, torch.full_like(x, -INF)], 1), Head(None, softcap=1e4)
     z, slope = exact_logits(product, head)[0], torch.cosh(x.double()) ** -2
@@ -292,7 +300,7 @@ def test_which_tensors_are_refused(monkeypatch):
 
 
 class NoDevice:
-    """A driver of a GPU that is not there: enough to compile for it."""
+    """A driver of a GPU that is not there. It is enough to compile for that GPU."""
 
     def __init__(self, capability: int):
         self.target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
@@ -327,12 +335,11 @@ def test_what_is_launched_compiles_without_spilling_registers(capability, monkey
         chunk.gradient(ones, ones, ones, ones, ones)
     assert [kernel.name for kernel in compiled] == ["_statistics", "_gradient"] * 2
     for kernel in compiled:
-        assert re.search(r"arith.muli .* : i64", kernel.asm["ttir"])  # the row's offset
+        assert re.search(r"arith.muli .* : i64", kernel.asm["ttir"])  # the row's offset has 64 bits
         assert not re.search(r"arith.muli .* : i32", kernel.asm["ttir"])
         (tmp_path / "cubin").write_bytes(kernel.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", tmp_path / "cubin"]
-        assert (
-            "gradient" not in kernel.name or "cvt.rn.bf16" in kernel.asm["ptx"]
-        )  # rounds to the nearest
+        # The gradient is rounded to the nearest bfloat16.
+        assert "gradient" not in kernel.name or "cvt.rn.bf16" in kernel.asm["ptx"]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert f"{kernel.name}:" in usage and "STACK:0 " in usage and "LOCAL:0 " in usage

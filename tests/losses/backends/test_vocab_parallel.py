@@ -1,4 +1,7 @@
-"""The output layer sharded by vocabulary equals the whole one, in value and gradient, and moves what its docstring says."""
+"""An output layer sharded by vocabulary equals the whole one, in value and gradient.
+
+Its collectives move as many bytes as the docstring of vocab_parallel.py says.
+"""
 
 import itertools
 
@@ -13,13 +16,16 @@ from stanford_alpaca.losses.functional import linear_loss_and_stats
 from stanford_alpaca.losses.types import Head, SoftTargets
 from tests.ranks import run_ranks, start_gloo
 
-VOCABULARY, WIDTH = 23, 5  # 23 rows do not divide by 2 or 3
+VOCABULARY, WIDTH = 23, 5  # 23 is divisible neither by 2 nor by 3
 COUNTS = (7, 0, 4)  # supervised tokens of each rank
 HEADS = {"plain": (None, None), "capped": (2.0, 0.5), "huge": (None, 3000.0)}
 
 
 def problem(bias: bool):
-    """Hidden states of three ranks, a head, rows of a cost with a duplicate and a row of zeros, targets, in float64."""
+    """Returns hidden states of three ranks, weight, bias, rows of a cost, and targets, in float64.
+
+    The rows of the cost have a duplicate and a row of zeros.
+    """
     make = torch.Generator().manual_seed(3)
     hidden = torch.randn(sum(COUNTS), WIDTH, generator=make, dtype=torch.float64)
     weight = torch.randn(VOCABULARY, WIDTH, generator=make, dtype=torch.float64)
@@ -55,7 +61,10 @@ def whole(case, dtype):
 
 
 def part(cases, dtype):
-    """Of each case, on this rank: its loss, its statistics, and the gradients of its hidden states and of its rows."""
+    """Returns this rank's loss, statistics and gradients for each case.
+
+    The gradients are those of its hidden states and of the gathered weight and bias.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -84,17 +93,18 @@ def part(cases, dtype):
             num_items=100,
         )
         loss.backward()
-        grads = [
-            None if x is None else x.grad.full_tensor() * ranks for x in sharded
-        ]  # FSDP's mean
+        # The gradient of the head is the mean over ranks, as with FSDP.
+        grads = [None if x is None else x.grad.full_tensor() * ranks for x in sharded]
         results.append((loss.detach(), stats, [h.grad, *grads]))
     return results
 
 
 CASES = [
     *itertools.product(("mle", "emo", "emo2", "mix"), ("cosine", "identity"), HEADS, (False,)),
-    ("emo", "cosine", "plain", True), ("emo", "cosine", "capped", True), ("tailr", "identity", "plain", False),
-]  # fmt: skip
+    ("emo", "cosine", "plain", True),
+    ("emo", "cosine", "capped", True),
+    ("tailr", "identity", "plain", False),
+]
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(3, torch.float64), (2, torch.float32)])
@@ -106,7 +116,7 @@ def test_equals_the_reference(monkeypatch, ranks, dtype):
     parts = run_ranks(ranks, part, CASES, dtype)
     for number, case in enumerate(CASES):
         if dtype == torch.float32 and case[2] == "huge":
-            continue  # the product itself has no more than 3 digits then
+            continue  # the product itself is exact to 3 digits only
         loss, stats, (d_hidden, *grads) = whole(case, dtype)
         mine = [results[number] for results in parts]
         torch.testing.assert_close(sum(result[0] for result in mine), loss, **tolerance)
@@ -125,14 +135,17 @@ def test_equals_the_reference(monkeypatch, ranks, dtype):
 
 
 def moved():
-    """Calls and bytes of one loss with its backward pass."""
+    """Returns the calls and bytes of one loss with its backward pass."""
     with Traffic() as traffic:
         part([("emo", "cosine", "plain", False)], torch.float32)
     return traffic.calls, traffic.bytes
 
 
 def test_it_moves_what_the_docstring_says():
-    """2 ranks of at most n = 7 tokens, N = 14, c = 11 in one chunk: each receives half of what is gathered or scattered."""
+    """There are 2 ranks with at most n = 7 tokens, so N = 14, and one chunk of c = 11 tokens.
+
+    Each rank receives half of what is gathered or scattered.
+    """
     different = len(problem(False)[4].unique())
     for calls, received in run_ranks(2, moved):
         assert (calls["all-gather"], calls["all-reduce"], calls["reduce-scatter"]) == (3, 3, 1)
@@ -179,13 +192,13 @@ def test_what_it_cannot_do_is_refused():
         "by vocabulary",
         "too small",
     )
-    for messages in run_ranks(2, refusals):  # on all ranks, or the others would wait
+    for messages in run_ranks(2, refusals):  # all ranks refuse, or some would wait
         for message, want in zip(messages, parts, strict=True):
             assert want in message
 
 
 def gathered(rows: torch.Tensor, from_rank_0: bool = False):
-    """The rows that this rank keeps, those that it gathers, and what came in."""
+    """Returns the rows that this rank keeps, what it gathers, and the calls and bytes of that."""
     start_gloo()
     own = rows if dist.get_rank() == 0 or not from_rank_0 else rows.to("meta")
     cost = ShardedCost(CostEmbedding(own), from_rank_0=from_rank_0)

@@ -1,0 +1,47 @@
+"""The shape of the package: what keeps it readable in one sitting."""
+
+import ast
+from pathlib import Path
+
+AT_THE_DOOR = 10  # modules beside the folders
+LINES, PARAMETERS = 60, 8  # of a function
+MANY_PARAMETERS = ("losses/functional.py", "losses/backends/triton_kernels.py")
+
+
+def functions(package: Path):
+    for file in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield file.relative_to(package).as_posix(), node
+
+
+def test_few_modules_stand_at_the_packages_top(root):
+    names = {file.name for file in (root / "stanford_alpaca").glob("*.py")} - {"__init__.py"}
+    assert len(names) <= AT_THE_DOOR, names
+
+
+def test_functions_are_short(root):
+    lengths = {
+        f"{file}:{node.name}": node.end_lineno - node.lineno + 1
+        for file, node in functions(root / "stanford_alpaca")
+    }
+    assert len(lengths) > 1000
+    assert {name: length for name, length in lengths.items() if length > LINES} == {}
+
+
+def test_parameter_lists_are_short_but_of_losses_and_kernels(root):
+    found = {}
+    for file, node in functions(root / "stanford_alpaca"):
+        given = node.args
+        names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+        count = len([name for name in names if name not in ("self", "cls")])
+        if count > PARAMETERS and file not in MANY_PARAMETERS:
+            found[f"{file}:{node.name}"] = count
+    assert found == {}
+
+
+def test_tests_stand_where_what_they_test_stands(root):
+    """A folder of the package has a folder of tests with its name."""
+    package, tests = root / "stanford_alpaca", root / "tests"
+    folders = {path.name for path in package.iterdir() if (path / "__init__.py").is_file()}
+    assert folders <= {path.name for path in tests.iterdir() if path.is_dir()}
