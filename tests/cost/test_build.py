@@ -261,5 +261,8 @@ def test_the_loss_imports_nothing_that_builds(root):
     )
     assert json.loads(done.stdout.replace("'", chr(34))) == [
         "stanford_alpaca.cost",
-        *(f"stanford_alpaca.cost.{name}" for name in ("alias", "cache", "embedding", "sharded")),
+        *(
+            f"stanford_alpaca.cost.{name}"
+            for name in ("alias", "cache", "embedding", "sharded", "types")
+        ),
     ]
