@@ -86,12 +86,6 @@ def clone(root, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def done():
-    """The commands that have run: a page that repeats one finds its outputs there."""
-    return set()
-
-
-@pytest.fixture(scope="module")
 def environment():
     bin_folder = str(Path(sys.executable).parent)
     return os.environ | {"PYTHON": sys.executable, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
@@ -107,12 +101,14 @@ def run_module(argv: list[str]) -> None:
             raise AssertionError(f"exit status {end.code}") from None
 
 
-@pytest.mark.xdist_group("pages")
-@pytest.mark.parametrize("page", PAGES)
-def test_the_commands_run_in_their_order(page, clone, environment, done, monkeypatch):
+def test_the_commands_run_in_their_order(clone, environment, monkeypatch):
+    """A command that several pages have runs once, and its outputs are there for all."""
     monkeypatch.chdir(clone)
-    for line in [line for line in commands(page) if line not in done]:
-        done.add(line)
+    pages: dict[str, str] = {}  # command -> the first page that has it
+    for page in PAGES:
+        for line in commands(page):
+            pages.setdefault(line, page)
+    for line, page in pages.items():
         if line.startswith("python -m "):
             run_ranks(1, run_module, shlex.split(runnable(line))[2:], launched=False)
             continue
@@ -125,7 +121,8 @@ def test_the_commands_run_in_their_order(page, clone, environment, done, monkeyp
             text=True,
             stdin=subprocess.DEVNULL,
         )
-        assert ended.returncode == 0, f"{line}\n{ended.stdout[-1500:]}\n{ended.stderr[-3000:]}"
+        said = f"{page}: {line}\n{ended.stdout[-1500:]}\n{ended.stderr[-3000:]}"
+        assert ended.returncode == 0, said
         if line == "bash train_emo.sh":
             check_demonstration(ended.stdout)
 
