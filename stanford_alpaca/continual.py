@@ -50,7 +50,12 @@ def recipe(argv: list[str], world_size: int) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Runs the command."""
     processes = os.environ.get("WORLD_SIZE", "1")
     # ``train`` refuses a WORLD_SIZE that is no number.
     train.main(recipe(sys.argv[1:], int(processes) if processes.isdecimal() else 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.console import keep_secret
 from stanford_alpaca.errors import UserError, first_line, nearest
 from stanford_alpaca.run.arguments import FLAGS, SECRET, Run
+from stanford_alpaca.run.help import help_text
 from stanford_alpaca.run.legacy_flags import split_flags, translate
 
 
@@ -28,6 +30,9 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
     Raises:
         UserError: argparse or Hugging Face rejects an argument.
     """
+    if {"-h", "--help", "--help-all"} & set(argv):
+        print(help_text(everything="--help-all" in argv))
+        sys.exit(0)
     argv, made_with = with_config(argv)
     argv = [*_not_given(recipe or {}, argv), *argv]
     keep_secret(
