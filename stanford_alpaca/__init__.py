@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Objective", "SoftTargets", "attach_objective", "emo_loss", "linear_emo_loss"]
 
-if Path(sys.argv[0] if sys.argv else "").name in ("-m", "emo"):
+if Path(sys.argv[0] if sys.argv else "").name in ("-m", "emo", "train.py", "icl.py"):
     exit_on_user_error(check_imports)  # a command starts: one line and its exit status
+    if not sys.stderr.isatty():  # no bars in pipes, in files, and in continuous integration
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 else:
     check_imports()
 

@@ -21,14 +21,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.checkpoint.saving import write_together
 from stanford_alpaca.console import say
 from stanford_alpaca.data.packing import PackedExamples
-from stanford_alpaca.data.sources import digest
+from stanford_alpaca.data.sources import ExampleStream, digest
 from stanford_alpaca.data.templates import IN_WORDS, trained_prompts, use_chat_template
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.distributed.exits import exit_after_barrier, exit_now, is_lost_rank
@@ -37,6 +37,7 @@ from stanford_alpaca.distributed.weights import loading_whole
 from stanford_alpaca.errors import Stopped, first_line
 from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generation.prompts import encode_prompts, read_prompts
+from stanford_alpaca.run import summary
 from stanford_alpaca.run.arguments import Run
 from stanford_alpaca.run.build import cache_costs, make_collator, make_model
 from stanford_alpaca.run.data import load_data
@@ -53,6 +54,7 @@ from stanford_alpaca.run.start import Start, where_to_start
 from stanford_alpaca.training.callbacks import EvaluateLast, SampleCallback
 from stanford_alpaca.training.cost_sharding import shard_cost
 from stanford_alpaca.training.hardware import peak_memory_mib
+from stanford_alpaca.training.progress import Progress
 from stanford_alpaca.training.trainer import EmoTrainer
 
 
@@ -120,7 +122,8 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     prices = not (run.model.from_config and run.objective.asks_the_model)
     with loading_whole(args):
         model = make_model(run, tokenizer, with_cost=eval_examples is not None and prices)
-    if shard_cost(model, run.objective.where_costs_live, args) == "replicate":
+    sharding = shard_cost(model, run.objective.where_costs_live, args)
+    if sharding == "replicate":
         cache_costs(model.emo_objective.cost, run, train_examples)
     collator = make_collator(run, model, tokenizer.pad_token_id)
     if run.data.packing:
@@ -136,6 +139,9 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
         record=start.record,
         stop=stop,
     )
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(Progress(run.objective.mode))
     if eval_examples is not None:
         trainer.add_callback(EvaluateLast())
     if prompts:
@@ -145,12 +151,8 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
         args.world_size,
         lambda: write_run(run, start.record) if args.should_save else None,
     )
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    rows = " rows" if run.data.packing else ""
-    say(
-        f"mode {run.objective.mode}, cost {run.objective.cost}, {args.world_size} process(es), "
-        f"global batch {per_step}{rows}"
-    )
+    count = None if isinstance(train_examples, ExampleStream) else len(train_examples)
+    summary.show(run, trainer, sharding, count)
     stop.training = True
     metrics = trainer.train(resume_from_checkpoint=start.checkpoint).metrics
     finish(run, trainer, metrics)

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from stanford_alpaca.checkpoint.keys import no_report, wrong_keys
 from stanford_alpaca.errors import UserError, first_line, listed
@@ -36,6 +37,7 @@ CONVERT = (
     "[c.from_pretrained('{0}').save_pretrained('CONVERTED') for c in (M, T)]\""
 )
 # peft uses the old name
+logging.disable_progress_bar()  # reading and writing weights needs no bar
 warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
 PAD_TOKEN, EOS_TOKEN = "[PAD]", "</s>"  # Alpaca's names for the tokens a tokenizer lacks
 

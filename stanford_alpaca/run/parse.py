@@ -18,6 +18,52 @@ from stanford_alpaca.run.arguments import FLAGS, SECRET, Run
 from stanford_alpaca.run.help import help_text
 from stanford_alpaca.run.legacy_flags import split_flags, translate
 
+FOREIGN = {  # what Axolotl, TRL and LLaMA-Factory call it -> what it is here
+    "base_model": "--model_name_or_path",
+    "model": "--model_name_or_path",
+    "datasets": "--data_path",
+    "dataset": "--data_path",
+    "dataset_name": "--data_path",
+    "dataset_dir": "--data_path",
+    "test_datasets": "--eval_path",
+    "val_set_size": "--eval_fraction",
+    "val_size": "--eval_fraction",
+    "micro_batch_size": "--per_device_train_batch_size",
+    "eval_batch_size": "--per_device_eval_batch_size",
+    "num_epochs": "--num_train_epochs",
+    "sequence_len": "--model_max_length",
+    "max_seq_length": "--model_max_length",
+    "max_length": "--model_max_length",
+    "cutoff_len": "--model_max_length",
+    "optimizer": "--optim",
+    "lr_scheduler": "--lr_scheduler_type",
+    "sample_packing": "--packing",
+    "pad_to_sequence_len": "--packing",
+    "adapter": "--lora True",
+    "finetuning_type": "--lora True",
+    "use_peft": "--lora True",
+    "lora_rank": "--lora_r",
+    "lora_target": "--lora_target_modules",
+    "lora_target_linear": "--lora_target_modules all-linear",
+    "lora_modules_to_save": "--lora_embeddings full",
+    "load_in_4bit": "--qlora True",
+    "quantization_bit": "--qlora True",
+    "flash_attention": "--attn_implementation flash_attention_2",
+    "flash_attn": "--attn_implementation",
+    "gradient_clipping": "--max_grad_norm",
+    "wandb_project": "--report_to wandb",
+    "saves_per_epoch": "--save_steps",
+    "evals_per_epoch": "--eval_steps",
+    "template": "--chat_template",
+    "chat_template_path": "--chat_template",
+    "roles_to_train": "nothing: every assistant turn is trained",
+    "train_on_inputs": "nothing: prompts are masked",
+    "assistant_only_loss": "nothing: every assistant turn is trained",
+    "completion_only_loss": "nothing: prompts are masked",
+    "hub_model_name": "--hub_model_id",
+    "loss_type": "--mode",
+}
+
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:  # type: ignore[override]
@@ -51,7 +97,9 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
             *(option for action in parser._actions for option in action.option_strings),
         ]
         name = unknown[0].split("=")[0]
-        raise UserError(f"unknown argument {name}{nearest(name, known)}")
+        hint = FOREIGN.get(name.lstrip("-").replace("-", "_"))
+        said = f"; did you mean {hint}?" if hint else nearest(name, known)
+        raise UserError(f"unknown argument {name}{said}")
     own = {f.name for cls in FLAGS for f in dataclasses.fields(cls)} - {
         f.name for f in dataclasses.fields(transformers.TrainingArguments)
     }

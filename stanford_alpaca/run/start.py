@@ -15,10 +15,11 @@ from stanford_alpaca.errors import ResumeError, UserError
 from stanford_alpaca.run.arguments import Run, TrainingArguments
 from stanford_alpaca.run.lock import LOCK_FILE
 from stanford_alpaca.run.record import changes, record_of
+from stanford_alpaca.training.progress import LOG_FILE
 
 AUTO = "auto"
 # files and folders that a run may have made before its first checkpoint
-OWN = {LOCK_FILE, RUN_FILE, f"{RUN_FILE}.part", STAGING, "samples.jsonl", "runs"}
+OWN = {LOCK_FILE, RUN_FILE, f"{RUN_FILE}.part", STAGING, "samples.jsonl", LOG_FILE, "runs"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""The summary of a run before its first step: one screen."""
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from stanford_alpaca.console import is_main_process
+from stanford_alpaca.cost import CostAlias, CostEmbedding, ShardedCost
+from stanford_alpaca.data.templates import IN_WORDS, trained_prompts
+from stanford_alpaca.run.arguments import Run
+from stanford_alpaca.training.trainer import EmoTrainer
+
+MIB = 2**20
+
+
+def rows(run: Run, trainer: EmoTrainer, sharding: str, examples: int | None) -> dict[str, str]:
+    """Returns what the summary says, in order.
+
+    Args:
+        sharding: where the frozen costs are, as ``shard_cost`` has chosen.
+        examples: how many are trained on, None for a stream.
+    """
+    args, model = run.training, trainer.accelerator.unwrap_model(trainer.model)
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    unit = "rows" if run.data.packing else "blocks" if run.data.block_size else "examples"
+    prompts = trained_prompts(trainer.processing_class)
+    said = {
+        "model": f"{run.model.model_name_or_path}, {_parameters(model)}",
+        "objective": f"{run.objective.mode}, {_cost(run, model, sharding)}",
+        "data": _data(run, trainer, unit, examples),
+        "prompts": IN_WORDS[prompts.template] if prompts else "none: running text",
+        "batch": f"{batch} {unit} a step: {args.per_device_train_batch_size} on each of "
+        f"{args.world_size} process(es), {args.gradient_accumulation_steps} at a time",
+        "engine": f"{_engine(run)}, {_precision(run)}",
+        "output": str(args.output_dir),
+    }
+    return said
+
+
+def show(run: Run, trainer: EmoTrainer, sharding: str, examples: int | None) -> None:
+    """Prints the summary from one rank."""
+    if not is_main_process():
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows(run, trainer, sharding, examples).items():
+        table.add_row(name, value)
+    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+
+
+def _parameters(model: PreTrainedModel) -> str:
+    total = sum(_size(parameter) for parameter in model.parameters())
+    trained = sum(_size(p) for p in model.parameters() if p.requires_grad)
+    return f"{trained:,} of {total:,} parameters are trained"
+
+
+def _size(parameter: torch.Tensor) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3's is empty here
+
+
+def _cost(run: Run, model: PreTrainedModel, sharding: str) -> str:
+    emo = getattr(model, "emo_objective", None) or model.get_base_model().emo_objective
+    if emo.adaptive is not None:
+        return "costs of the live output layer"
+    if not run.objective.objective().needs_emo:
+        return "no costs"
+    if run.objective.cost_kind == "identity":
+        return "every wrong token costs 1"
+    kind = f"{run.objective.cost} {run.objective.cost_kind} costs"
+    if isinstance(emo.cost, CostAlias):
+        return f"{kind} in the frozen output layer, no copy"
+    assert isinstance(emo.cost, CostEmbedding | ShardedCost) and emo.cost.rows is not None
+    return f"{kind}, {sharding}, {emo.cost.rows.nbytes / MIB:,.0f} MiB a process"
+
+
+def _data(run: Run, trainer: EmoTrainer, unit: str, count: int | None) -> str:
+    args, steps = run.training, trainer.args.max_steps
+    if count is None:
+        return f"a stream, {steps:,} steps"
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if steps <= 0:
+        steps = -(-count // per_step) * args.num_train_epochs
+    held = f", {len(trainer.eval_dataset):,} held out" if trainer.eval_dataset is not None else ""
+    return f"{count:,} {unit}{held}, {steps:,.0f} steps"
+
+
+def _engine(run: Run) -> str:
+    args = run.training
+    if args.engine:
+        return args.engine
+    if args.fsdp:
+        return "fsdp"
+    return "deepspeed" if args.deepspeed else "none" if args.world_size == 1 else "ddp"
+
+
+def _precision(run: Run) -> str:
+    args = run.training
+    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    return f"{computed} on {args.device.type}"

@@ -1,0 +1,65 @@
+"""What a run prints and writes while it trains."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from stanford_alpaca.train import train
+from stanford_alpaca.training.progress import COLUMNS, LOG_FILE, Progress, in_words
+
+
+def test_a_run_logs_in_columns_and_as_json(arguments, capsys, tmp_path):
+    train(
+        arguments(mode="emo", max_steps=3, logging_steps=1, save_strategy="no", eval_fraction=0.2)
+    )
+    printed = capsys.readouterr().out
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    written = [json.loads(line) for line in (tmp_path / "out" / LOG_FILE).read_text().splitlines()]
+    assert [entry["step"] for entry in written if "loss" in entry] == [1, 2, 3]
+    for mine, theirs in zip(written, state, strict=False):
+        assert {name: mine[name] for name in ("step", *theirs)} == {"step": mine["step"], **theirs}
+    lines = printed.splitlines()
+    heads = next(n for n, line in enumerate(lines) if line.split()[:3] == ["step", "epoch", "loss"])
+    names, row = lines[heads].split(), lines[heads + 1].split()
+    assert len(names) == len(row) and row[0] == "1"
+    assert float(row[names.index("nll")]) == pytest.approx(written[0]["nll"], rel=1e-3)
+    assert (
+        "evaluation at step 3: loss " in printed and "mode emo: the loss has the value" in printed
+    )
+    assert "{'loss'" not in printed
+
+
+def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(tmp_path):
+    file = tmp_path / LOG_FILE
+    file.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + "{half")
+    state = SimpleNamespace(is_world_process_zero=True, global_step=2, max_steps=4)
+    args = SimpleNamespace(output_dir=tmp_path, disable_tqdm=True)
+    progress = Progress("mle")
+    progress.on_train_begin(args, state, None)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+
+
+def test_a_file_that_cannot_be_written_ends_no_training(tmp_path, capsys):
+    (tmp_path / LOG_FILE).mkdir()
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1, max_steps=4)
+    args = SimpleNamespace(output_dir=tmp_path, disable_tqdm=True)
+    progress = Progress("mle")
+    progress.on_train_begin(args, state, None)
+    for _ in range(2):
+        progress.on_log(args, state, None, logs={"loss": 1.0})
+    printed = capsys.readouterr().out
+    assert printed.count("cannot be written to") == 1 and printed.count("loss") == 1
+
+
+def test_every_column_holds_its_widest_value():
+    progress, printed = Progress("mle"), []
+    progress._say = printed.append
+    entry = dict.fromkeys(COLUMNS, 123456.0) | {"learning_rate": 2e-5, "mfu": 0.41}
+    progress._row(entry)
+    assert len(printed[0].split()) == len(printed[1].split()) == len(COLUMNS)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(12.4, "12 s"), (600, "10 min"), (9000, "2.5 h")])
+def test_durations(seconds, said):
+    assert in_words(seconds) == said
