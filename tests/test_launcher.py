@@ -39,7 +39,7 @@ def launch(root, tmp_path):
 def test_the_real_form_with_the_published_recipe(launch, tmp_path):
     done = launch("data/tiny-base", "emo", "--max_steps", 1)
     assert done.returncode == 0, done.stderr
-    assert "mode emo, cost frozen, 1 process(es), global batch 128" in done.stdout
+    assert "128 examples a step: 4 on each of 1 process(es), 32 at a time" in done.stdout
     assert f"checkpoint: {tmp_path / 'out'}" in done.stdout
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["train_batch_size"] == 4

@@ -288,7 +288,7 @@ def test_alpacas_llama_command_as_printed(run_alpaca, tmp_path, root):
         "--tf32",
         "--fsdp",
     ]
-    assert "mode mle, cost frozen, 2 process(es), global batch 64" in printed
+    assert "64 examples a step: " in printed and "on each of 2 process(es)" in printed
     equals_one_process(tmp_path, root / "data" / "tiny-base")
 
 
