@@ -240,7 +240,7 @@ def test_all_sources_are_checked_before_the_first_is_tokenized(
 ):
     (tmp_path / "a.jsonl").write_text(GOOD)
     (tmp_path / "b.jsonl").write_text(f"{GOOD}\n[")
-    monkeypatch.setattr("stanford_alpaca.train.load_source", lambda *_: pytest.fail("tokenized"))
+    monkeypatch.setattr("stanford_alpaca.run.data.load_source", lambda *_: pytest.fail("tokenized"))
     argv = [
         *arguments(data_path=None),
         "--data_path",
