@@ -3,8 +3,8 @@
 # This is the present PYTHON (or python3) if its packages lie in the version ranges of
 # pyproject.toml. Otherwise it is that of .venv, which is made if needed.
 
-satisfied() { # whether interpreter $1 has what pyproject.toml asks for, with the extra $2
-    "$1" - "$ROOT/pyproject.toml" "$2" 2>/dev/null <<'PYTHON'
+satisfied() { # whether interpreter $1 has what pyproject.toml asks for, with the extras after it
+    "$1" - "$ROOT/pyproject.toml" "${@:2}" 2>/dev/null <<'PYTHON'
 import importlib.metadata
 import sys
 import tomllib
@@ -12,7 +12,8 @@ import tomllib
 from packaging.requirements import Requirement
 
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
-wanted = project["dependencies"] + project["optional-dependencies"].get(sys.argv[2], [])
+extras = project["optional-dependencies"]
+wanted = project["dependencies"] + [one for name in sys.argv[2:] for one in extras[name]]
 for requirement in map(Requirement, wanted):
     version = importlib.metadata.version(requirement.name)  # raises where the package is missing
     assert requirement.specifier.contains(version, prereleases=True), (requirement, version)
@@ -20,7 +21,7 @@ PYTHON
 }
 
 ensure_env() {
-    local extra=none file arguments=()
+    local extra=eval file arguments=()
     for file in "$@"; do
         arguments+=(-r "$ROOT/$file")
         [ "$file" = tests/requirements.txt ] && extra=test

@@ -1,5 +1,6 @@
 """Declares and checks the flags of commands, and ends a command that was given a wrong one."""
 
+import importlib.util
 import signal
 import sys
 import tempfile
@@ -17,6 +18,12 @@ from stanford_alpaca.console import is_main_process, printable
 from stanford_alpaca.errors import UserError, nearest
 
 T = TypeVar("T")
+# modules of the extra ``eval`` -> what is installed
+PACKAGES = {
+    "sklearn": "scikit-learn",
+    "rouge_score": "rouge-score",
+    "sacrebleu": "sacrebleu",
+}
 
 
 def exit_on_user_error(command: Callable[[], Any]) -> Any:
@@ -124,6 +131,18 @@ def refuse_unknown(unknown: dict[str, Any], command: Callable) -> None:
             f"unknown argument --{name}"
             f"{nearest(f'--{name}', [f'--{known}' for known in signature(command).parameters])}"
         )
+
+
+def check_packages(what: str, *modules: str) -> None:
+    """Raises UserError for a package of the extra ``eval`` that is not installed.
+
+    Args:
+        what: what needs it, as a flag or in words.
+        modules: the names that are imported.
+    """
+    missing = [PACKAGES[name] for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{what} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

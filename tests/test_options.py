@@ -259,14 +259,14 @@ def test_samples_while_training_change_nothing_and_reach_file_and_tracker(
     rows = [
         json.loads(line) for line in (tmp_path / "shown" / "samples.jsonl").read_text().splitlines()
     ]
-    assert [row["step"] for row in rows] == [2, 2, 3, 3]
+    assert [row["step"] for row in rows] == [0, 0, 2, 2, 3, 3]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     from stanford_alpaca.generation.responses import generate_batch
     from stanford_alpaca.generation.sampling import Sampling
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     (text,) = generate_batch(model, tokenizer, [{"instruction": "Name a bird."}], Sampling(5))
-    assert rows[3]["responses"] == {"step 3": text}
+    assert rows[5]["responses"] == {"step 3": text}
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -279,7 +279,7 @@ def test_samples_while_training_change_nothing_and_reach_file_and_tracker(
         [e["nll"] for e in steps(tmp_path / "shown")]
     )
     texts = board.Tensors("samples/text_summary")
-    assert [event.step for event in texts] == [2, 3] and b"Name a bird." in texts[
+    assert [event.step for event in texts] == [0, 2, 3] and b"Name a bird." in texts[
         0
     ].tensor_proto.string_val[0]
 

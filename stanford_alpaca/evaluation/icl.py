@@ -45,7 +45,14 @@ from stanford_alpaca.evaluation.fewshot.retrieval import (
 )
 from stanford_alpaca.evaluation.fewshot.tasks import TaskData, choose_tasks, load_task, read_tasks
 from stanford_alpaca.evaluation.tables import short_names
-from stanford_alpaca.flags import check_whole, check_writable, command, exit_on_user_error, word
+from stanford_alpaca.flags import (
+    check_packages,
+    check_whole,
+    check_writable,
+    command,
+    exit_on_user_error,
+    word,
+)
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
@@ -198,6 +205,8 @@ def _settings(options: Options) -> FewShotSettings:
             f"--pool {pool}: {retriever} draws from all training records; drop it, or choose from "
             f"{', '.join(SIMILAR)}"
         )
+    if retriever in ("tfidf", "bm25"):
+        check_packages(f"--retriever {retriever}", "sklearn")
     same = shots == 0 or (retriever in SIMILAR and pool is None)
     return FewShotSettings(
         shots, retriever, pool, [None] if same else list(numbers), score, options.batch_size

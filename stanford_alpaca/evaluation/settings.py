@@ -18,7 +18,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.measures.mauve import check_mauve
 from stanford_alpaca.evaluation.measures.oracle import check_oracle
 from stanford_alpaca.evaluation.measures.texts import first_words
-from stanford_alpaca.flags import check_whole
+from stanford_alpaca.flags import check_packages, check_whole
 from stanford_alpaca.generation.prompts import check_prompts
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.models.check import check_model
@@ -141,6 +141,7 @@ def read_records(names: list[str], settings: Settings, verify: bool = False) -> 
     Raises:
         UserError: no model, no such data, or a prompt that does not fit into a model's context.
     """
+    check_packages("measuring responses", "rouge_score", "sacrebleu")
     for name in dict.fromkeys([*names, settings.cost or names[0]]):
         check_model(settings.source(name), or_adapter=True, verify=verify)
     models = [settings.source(name) for name in names]

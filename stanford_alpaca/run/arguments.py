@@ -261,6 +261,9 @@ class LoraArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        self.lora = self.lora or self.qlora
+
     @property
     def may_grow(self) -> bool:
         """Whether tokens may be added: only if training also updates their embedding rows."""

@@ -222,7 +222,7 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
 def check_lora(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> None:
     """Raises UserError if the adapter's flags are invalid, or its base has random weights."""
     if not lora.lora:
-        for name in ("lora_target_modules", "lora_target_parameters", "qlora"):
+        for name in ("lora_target_modules", "lora_target_parameters"):
             if getattr(lora, name):
                 raise UserError(f"--{name} needs --lora")
         return

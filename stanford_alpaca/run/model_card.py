@@ -1,20 +1,19 @@
 """Writes the model card of a finished run."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from stanford_alpaca import __version__
 from stanford_alpaca.run.arguments import Run
 
 CARD = """\
 ---
-library_name: {library}
-pipeline_tag: text-generation
-tags: [emo, sft]
-{front}---
+{front}
+---
 
 # {title}
 
@@ -41,6 +40,7 @@ PROMPTS = (
     '`tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], '
     "add_generation_prompt=True)`."
 )
+REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 BLOCKS = "Trained on running text, in blocks of {} tokens: no prompt template."
 
 
@@ -56,7 +56,7 @@ def write_card(run: Run, metrics: dict[str, float], prompts: str | None) -> None
         prompts: what wrote the prompts, in words; None for running text.
     """
     output, base = Path(run.training.output_dir), run.model.model_name_or_path
-    hub_name = None if Path(base).exists() else base
+    hub_name = base if _is_hub_name(base) else None
     title = output.resolve().name
     about = (
         f"[{base}](https://huggingface.co/{base})" if hub_name else f"`{Path(base).resolve().name}`"
@@ -66,8 +66,7 @@ def write_card(run: Run, metrics: dict[str, float], prompts: str | None) -> None
         asking = BLOCKS.format(run.data.block_size)
     rows = (f"| {name} | {value.replace('|', '&#124;')} |" for name, value in facts(run, metrics))
     card = CARD.format(
-        library="peft" if run.lora.lora else "transformers",
-        front=yaml.safe_dump({"base_model": hub_name}) if hub_name else "",
+        front=front_matter(run).to_yaml(),
         title=title,
         base=about,
         done="trained from scratch" if run.model.from_config else "fine-tuned",
@@ -80,10 +79,34 @@ def write_card(run: Run, metrics: dict[str, float], prompts: str | None) -> None
     (output / "README.md").write_text(card, encoding="utf-8")
 
 
+def front_matter(run: Run) -> ModelCardData:
+    """Returns what the hub reads of a card. It names hub repositories, and no local path."""
+    base, paths = run.model.model_name_or_path, run.data.data_path
+    sets = [path.partition(":")[0] for path in paths if _is_hub_name(path.partition(":")[0])]
+    return ModelCardData(
+        library_name="peft" if run.lora.lora else "transformers",
+        pipeline_tag="text-generation",
+        tags=["emo", "sft", *(["lora"] if run.lora.lora else [])],
+        base_model=base if _is_hub_name(base) else None,
+        datasets=sets or None,
+    )
+
+
+def _is_hub_name(name: str) -> bool:
+    """Returns whether a name is a repository's: NAME or OWNER/NAME, and nothing on this disk."""
+    return not Path(name).exists() and bool(REPO_ID.fullmatch(name))
+
+
 def facts(run: Run, metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
     """Yields the rows of the card's table: what was trained on what, and the evaluation."""
     training, lora = run.training, run.lora
-    yield "data", ", ".join(run.data.data_path)
+    yield (
+        "data",
+        ", ".join(
+            path if _is_hub_name(path.partition(":")[0]) else Path(path).name
+            for path in run.data.data_path
+        ),
+    )
     if run.objective.objective().needs_emo:
         yield "cost", f"{run.objective.cost}, {run.objective.cost_kind}"
     if run.model.teacher:

@@ -9,6 +9,7 @@ from stanford_alpaca.console import is_main_process
 from stanford_alpaca.cost import CostAlias, CostEmbedding, ShardedCost
 from stanford_alpaca.data.templates import IN_WORDS, trained_prompts
 from stanford_alpaca.run.arguments import Run
+from stanford_alpaca.run.model_card import unit_of
 from stanford_alpaca.training.trainer import EmoTrainer
 
 MIB = 2**20
@@ -23,7 +24,7 @@ def rows(run: Run, trainer: EmoTrainer, sharding: str, examples: int | None) -> 
     """
     args, model = run.training, trainer.accelerator.unwrap_model(trainer.model)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    unit = "rows" if run.data.packing else "blocks" if run.data.block_size else "examples"
+    unit = unit_of(run)
     prompts = trained_prompts(trainer.processing_class)
     said = {
         "model": f"{run.model.model_name_or_path}, {_parameters(model)}",

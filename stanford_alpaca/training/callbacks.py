@@ -19,7 +19,7 @@ from stanford_alpaca.training.trainer import EmoTrainer, preserved_rng
 
 
 class SampleCallback(TrainerCallback):
-    """Answers prompts greedily every ``sample_steps`` steps and after the last step.
+    """Answers prompts greedily before the first step, every ``sample_steps`` steps, and last.
 
     The answers go to the terminal, to OUTPUT_DIR/samples.jsonl and to the trackers. Every rank
     takes part, because a sharded model needs all of them. Training is not affected: afterwards the
@@ -28,6 +28,10 @@ class SampleCallback(TrainerCallback):
 
     def __init__(self, trainer: EmoTrainer, prompts: list[dict]):
         self.trainer, self.prompts = trainer, prompts
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.sample(0)  # what there is to compare with
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step

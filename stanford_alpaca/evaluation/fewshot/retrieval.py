@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +17,7 @@ from stanford_alpaca.console import quiet_hub
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation.fewshot.prompting import encode
 from stanford_alpaca.evaluation.fewshot.scoring import batches
+from stanford_alpaca.flags import check_packages
 from stanford_alpaca.models.load import load_body
 from stanford_alpaca.objective.head import body_of
 
@@ -73,6 +73,9 @@ def nearest_examples(
 
 def tfidf(train: list[str], test: list[str]) -> tuple[Features, Features]:
     """Returns TF-IDF features of words and pairs of words. Their product is the cosine."""
+    check_packages("--retriever tfidf", "sklearn")
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
     return vectors.fit_transform(train), vectors.transform(test)
 
@@ -84,6 +87,9 @@ def bm25(
 
     The idf is log(1 + (N - n + 0.5) / (n + 0.5)), as in Lucene. It is always positive.
     """
+    check_packages("--retriever bm25", "sklearn")
+    from sklearn.feature_extraction.text import CountVectorizer
+
     words = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
     counts = words.fit_transform(train).astype(np.float64).tocoo()
     lengths = np.bincount(counts.row, counts.data, len(train))

@@ -47,7 +47,10 @@ def curves_of(run: str) -> dict[str, Points] | None:
         raise UserError(
             f"{file}: no training log ({first_line(error)}); remove it, or train again"
         ) from None
-    return {name: points for name, points in drawn.items() if points}
+    # In mode emo the loss has the value of nll: one curve is enough.
+    same = ("loss", "eval_loss") if flags_of(run).get("mode") == "emo" else ()
+    twice = {name for name in same if drawn[name.replace("loss", "nll")]}
+    return {name: points for name, points in drawn.items() if points and name not in twice}
 
 
 def thinned(points: Points, most: int = POINTS) -> Points:

@@ -6,6 +6,7 @@ const FILTERS = {
   equal: ["some right", (row) => row.right.some(Boolean)],
   none: ["none right", (row) => !row.right.some(Boolean)],
 };
+const CLOSE = 0.4; // share of letters that two texts have in common, from which on their differences are marked
 const LONGEST = 1e6; // word pairs that are compared; what differs beyond that is marked as a whole
 
 function drawSamples(box) {
@@ -89,12 +90,19 @@ function wordDiff(base, text) {
   let end = 0;
   while (end < a.length - start && end < b.length - start && a[a.length - 1 - end] === b[b.length - 1 - end]) end++;
   const middle = common(a.slice(start, a.length - end), b.slice(start, b.length - end));
+  const alike = [...a.slice(0, start), ...a.slice(a.length - end), ...middle.filter(([kind]) => kind === "same").map(([, words]) => words)];
+  if (letters(alike) < CLOSE * Math.max(letters(a), letters(b))) return [text]; // nothing to see in two texts that say other things
   const nodes = [b.slice(0, start).join("")];
   for (const [kind, words] of middle) {
     const inside = words.trim() ? words : null;
     nodes.push(kind === "same" || !inside ? (kind === "del" ? "" : words) : el(kind, { text: words }));
   }
   return [...nodes, b.slice(b.length - end).join("")];
+}
+
+/** How many letters there are, white space left out. */
+function letters(words) {
+  return words.join("").replace(/\s/g, "").length;
 }
 
 /** A longest common subsequence as runs of [same | del | ins, words]. */
