@@ -22,4 +22,4 @@ export PYTHON HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=${DS_
 "$PYTHON" -m mypy
 "$PYTHON" -c "from importlinter.cli import lint_imports_command; lint_imports_command()" \
     --no-logo --no-cache
-exec "$PYTHON" -m pytest -n "$WORKERS" --dist loadgroup "$@"
+exec "$PYTHON" -m pytest -n "$WORKERS" --dist worksteal "$@"

@@ -1,11 +1,9 @@
 """The summary of a run before its first step: one screen."""
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
-from stanford_alpaca.console import is_main_process
+from stanford_alpaca.console import say
 from stanford_alpaca.cost import CostAlias, CostEmbedding, ShardedCost
 from stanford_alpaca.data.templates import IN_WORDS, trained_prompts
 from stanford_alpaca.run.arguments import Run
@@ -40,13 +38,9 @@ def rows(run: Run, trainer: EmoTrainer, sharding: str, examples: int | None) -> 
 
 
 def show(run: Run, trainer: EmoTrainer, sharding: str, examples: int | None) -> None:
-    """Prints the summary from one rank."""
-    if not is_main_process():
-        return
-    table = Table(box=None, show_header=False, pad_edge=False)
+    """Prints the summary."""
     for name, value in rows(run, trainer, sharding, examples).items():
-        table.add_row(name, value)
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+        say(f"{name:<11}{value}")
 
 
 def _parameters(model: PreTrainedModel) -> str:

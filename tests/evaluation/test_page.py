@@ -11,7 +11,6 @@ import pytest
 
 from stanford_alpaca.evaluation.page import render
 
-pytestmark = pytest.mark.xdist_group("browser")  # all tests share one browser
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 PIECES = {0: "</s>", 1: " Paris", 2: " Rome", 3: NASTY}
