@@ -35,9 +35,9 @@ asked=$(flag --output_dir "$@")
 OUTPUT=${asked:-$OUTPUT}
 ensure_env requirements.txt
 
-where_to_run "$@"
-launch stanford_alpaca.continual --model_name_or_path "$MODEL_PATH" --output_dir "$OUTPUT" \
-    "${PRECISION[@]}" "${ENGINE_FLAGS[@]}" "${RESUME[@]}" "$@"
+export NPROC ENGINE
+where_to_run -- --model_name_or_path "$MODEL_PATH" --output_dir "$OUTPUT" "$@"
+launch stanford_alpaca.continual "${FLAGS[@]}"
 
 if [ -f "$OUTPUT/adapter_config.json" ]; then
     printf 'adapter: %s\nmerge it: bash %q %q %q\n' \

@@ -6,6 +6,8 @@
 #       samples and a report. All this takes a few minutes on two CPU cores.
 #       With another objective: DEMO_MODE=mle bash train_emo.sh
 #
+#   bash train_emo.sh --config run.yaml [train flags]
+#       The same for a recipe in a file of lines `flag: value`.
 #   bash train_emo.sh MODEL_PATH [MODE] [train flags]
 #       Trains your model with the published recipe. MODEL_PATH is a folder or a hub name.
 #       MODE is emo (default), mle, emo2, emd, mix, tailr, mixce or dft.
@@ -42,44 +44,38 @@ if [ $# -eq 0 ]; then
         --global_batch 32 --per_device_train_batch_size 8 --balance_lengths True \
         --logging_steps 20 --save_strategy no
 fi
-MODEL_PATH=$1
-[ "${MODEL_PATH#-}" = "$MODEL_PATH" ] || \
-    die "$MODEL_PATH: give MODEL_PATH first, then the mode, then flags"
-shift
-MODE=emo
-if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then MODE=$1; shift; fi
-
-where_to_run "$@"
-
-# ---- the published recipe has 128 examples a step ----
-BATCH=()
-if [ -z "$(flag --global_batch "$@")$(flag --gradient_accumulation_steps "$@")" ]; then
-    per_device=$(flag --per_device_train_batch_size "$@")
-    [[ ${per_device:=4} =~ ^[1-9][0-9]*$ ]] || \
-        die "--per_device_train_batch_size $per_device: give 1 or more"
-    at_once=$((per_device * NPROC))
-    global=$((at_once > 128 ? at_once : 128 / at_once * at_once))
-    [ "$global" -eq 128 ] || \
-        echo "global batch $global: 128 cannot be had from $NPROC processes of $per_device"
-    BATCH=(--global_batch "$global")
+case "$1" in
+    --config | --config=*) ;; # the file names the model and the mode
+    -*) die "$1: give MODEL_PATH first, then the mode, then flags; or --config FILE" ;;
+    *)
+        mode=emo
+        if [ $# -gt 1 ] && [ "${2#-}" = "$2" ]; then mode=$2; fi
+        model=$1
+        if [ $# -gt 1 ] && [ "${2#-}" = "$2" ]; then shift; fi
+        shift
+        set -- --model_name_or_path "$model" --mode "$mode" "$@" ;;
+esac
+if [ -n "${DATA_PATH+set}" ] && [ -z "$(flag --data_path "$@")" ]; then
+    set -- "$@" --data_path "$DATA_PATH"
+fi
+if [ -n "${OUTPUT_DIR:-}" ] && [ -z "$(flag --output_dir "$@")" ]; then
+    set -- "$@" --output_dir "$OUTPUT_DIR"
 fi
 
 # ---- train ----
-DATA_PATH=${DATA_PATH-$ROOT/data/instructions/train.json}
-if [ -z "${OUTPUT_DIR:-}" ]; then
-    OUTPUT_DIR=$(default_output "$MODEL_PATH" "$MODE")
+export NPROC ENGINE
+where_to_run --recipe published -- "$@"
+[ -n "$DATA" ] || [ -n "${DATA_PATH+set}" ] || \
+    FLAGS+=(--data_path "$ROOT/data/instructions/train.json")
+if [ -z "$OUTPUT_DIR" ]; then
+    OUTPUT_DIR=$(default_output "$MODEL_PATH" "${MODE:-mle}")
     if [ -n "$DEMO" ]; then # each run of the demo gets a new folder
         n=1 first=$OUTPUT_DIR
         while [ -e "$OUTPUT_DIR" ]; do n=$((n + 1)); OUTPUT_DIR=$first-$n; done
     fi
+    FLAGS+=(--output_dir "$OUTPUT_DIR")
 fi
-launch stanford_alpaca.train --model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" \
-    --output_dir "$OUTPUT_DIR" --mode "$MODE" \
-    --num_train_epochs 3 --per_device_train_batch_size 4 \
-    --learning_rate 2e-5 --lr_scheduler_type cosine \
-    --warmup_steps 0.03 --weight_decay 0 --model_max_length 512 --logging_steps 1 \
-    --save_strategy steps --save_steps 2000 --save_total_limit 1 \
-    "${PRECISION[@]}" "${ENGINE_FLAGS[@]}" "${BATCH[@]}" "${RESUME[@]}" "$@"
+launch stanford_alpaca.train "${FLAGS[@]}"
 
 # ---- look at it ----
 if [ "${REPORT:-}" = no ]; then REPORT=; else REPORT=$OUTPUT_DIR/report.html; fi

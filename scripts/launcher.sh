@@ -26,49 +26,13 @@ default_output() { # prints the output folder for model $1 and suffix $2
     echo "$ROOT/output/$(basename "$name")-$2"
 }
 
-# Sets NPROC and ENGINE, from the environment, the GPUs and the training flags. Also sets
-# ENGINE_FLAGS, PRECISION and RESUME, the flags that follow from them.
+# `where_to_run [--recipe published] -- FLAGS`: chooses what the flags, a --config file among them,
+# and the environment leave open. Sets FLAGS, the whole command line, NPROC and LAUNCHED, and what
+# the flags say as MODEL_PATH, MODE, DATA and OUTPUT_DIR. See stanford_alpaca/run/where.py.
 where_to_run() {
-    local gpus bf16
-    case " $* " in *" --config "* | *" --config="*)
-        die "--config holds a whole recipe, as this script does:" \
-            "use python -m stanford_alpaca.train --config FILE" ;;
-    esac
-    read -r gpus bf16 < <("$PYTHON" -c "
-import torch
-count = torch.cuda.device_count()
-print(count, int(count > 0 and torch.cuda.is_bf16_supported(including_emulation=False)))")
-    NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
-    [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC: give a number of processes"
-    if [ "$NPROC" -eq 1 ] && [ "$gpus" -gt 1 ]; then # one process gets the first visible GPU
-        CUDA_VISIBLE_DEVICES=$(cut -d, -f1 <<<"${CUDA_VISIBLE_DEVICES:-0}")
-        export CUDA_VISIBLE_DEVICES
-    fi
-    case " $* " in
-        *" --engine"[\ =]* | *" --fsdp"[\ =]* | *" --deepspeed"[\ =]*) # the flags choose it
-            [ -z "${ENGINE:-}" ] || die "ENGINE=$ENGINE and --engine, --fsdp or --deepspeed" \
-                "exclude each other: drop one"
-            ENGINE_FLAGS=() ;;
-        *)
-            if [ "$NPROC" -eq 1 ]; then ENGINE=${ENGINE:-none}
-            elif [ "$gpus" -gt 0 ]; then ENGINE=${ENGINE:-fsdp}
-            else ENGINE=${ENGINE:-ddp}; fi
-            ENGINE_FLAGS=(--engine "$ENGINE") ;;
-    esac
-    PRECISION=()
-    if [ "$gpus" -gt 0 ]; then
-        [ "$bf16" -eq 0 ] || PRECISION=(--bf16 True)
-    else
-        export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = $(nproc) / NPROC) > 0 ? n : 1))}
-        # With these thresholds glibc keeps the memory of freed tensors (see benchmarks/LOG.md).
-        export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
-        export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
-    fi
-    RESUME=(--resume auto)
-    case " $* " in # the flags choose it
-        *" --resume"[_\ =]* | *" --resume-from-checkpoint"[\ =]*) RESUME=() ;;
-    esac
+    local answer
+    answer=$("$PYTHON" -m stanford_alpaca.run.where "$@") || exit $?
+    eval "$answer"
 }
 
 # Runs `python -m MODULE ARGUMENTS...` on NPROC processes. If its status is not 0, the launcher ends
@@ -77,7 +41,7 @@ launch() {
     local module=$1 training status=0
     shift
     local command=("$PYTHON" -m "$module")
-    if [ "$NPROC" -gt 1 ] || [ "${ENGINE:-}" != none ]; then
+    if [ -n "$LAUNCHED" ]; then
         command=("$PYTHON" -m stanford_alpaca.launch --standalone --nproc_per_node "$NPROC" \
             -m "$module")
     fi

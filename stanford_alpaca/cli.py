@@ -6,6 +6,7 @@ answers without importing torch.
 
 import ast
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +40,7 @@ COMMANDS = {
     "fetch": Command("data.fetch", "download a published instruction set"),
     "launch": Command("launch", "torchrun with a clean end"),
 }
+CHOOSES = ("train", "continual")  # processes, engine, precision and resuming, as the launchers do
 HELP = ("-h", "--help", "help")
 
 
@@ -73,6 +75,10 @@ def run(argv: list[str]) -> None:
     if rest and rest[0] in HELP[:2] and (text := help_of(name)):
         print(text)
         return
+    if name in CHOOSES and "RANK" not in os.environ and not {*HELP, "--help-all"} & {*rest}:
+        from stanford_alpaca.run import where
+
+        where.start(f"stanford_alpaca.{command.module}", rest)
     sys.argv = [f"emo {name}", *rest, *command.more]
     importlib.import_module(f"stanford_alpaca.{command.module}").main()
 

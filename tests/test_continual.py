@@ -165,7 +165,7 @@ def test_sixteen_blocks_make_a_step(argv, world_size, want, capsys):
         ({"data_path": "no.txt"}, "no.txt: no such file"),
         ({"data_path": "data/instructions/train.json"}, "--block_size cuts running text"),
         ({"eval_fraction": 0.001}, "leaves one side empty"),
-        ({"qlora": True, "lora": False}, "--qlora needs --lora"),
+        ({"lora_target_modules": "q_proj", "lora": False}, "--lora_target_modules needs --lora"),
     ],
     ids=str,
 )

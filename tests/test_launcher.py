@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_from_inside_the_package_folder_with_two_processes_and_an_inexact_batch(
     )
     assert done.returncode == 0, done.stderr
     assert "global batch 96: 128 cannot be had from 2 processes of 24" in done.stdout
-    assert "mode dft, cost frozen, 2 process(es), global batch 96" in done.stdout
+    assert "96 examples a step: 24 on each of 2 process(es), 2 at a time" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -100,3 +101,18 @@ def test_help_is_the_header(launch):
         "bash train_emo.sh MODEL_PATH [MODE] [train flags]" in done.stdout
         and "OUTPUT_DIR" in done.stdout
     )
+
+
+def test_a_recipe_in_a_file(launch, root, tmp_path):
+    """The file's values win over the published recipe, the command line's over the file's."""
+    (tmp_path / "run.yaml").write_text(
+        f"model_name_or_path: {root}/data/tiny-base\nmode: dft\nglobal_batch: 8\nmax_steps: 5\n"
+        "learning_rate: 1.0e-3\n"
+    )
+    done = launch("--config", tmp_path / "run.yaml", "--max_steps", 1, REPORT="no")
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint: {tmp_path / 'out'}" in done.stdout
+    record = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    given = {name: record[name] for name in ("mode", "global_batch", "max_steps", "learning_rate")}
+    assert given == {"mode": "dft", "global_batch": 8, "max_steps": 1, "learning_rate": 1e-3}
+    assert record["lr_scheduler_type"] == "cosine" and record["resume"] == "auto"

@@ -207,7 +207,8 @@ def test_the_model_card_says_what_was_done(arguments, tmp_path):
         f"| eval loss | {loss:.4g} |" in card
         and "`tiny-base`, fine-tuned with the objective `emo`" in card
     )
-    assert f"| data | {tmp_path / 'train.json'} |" in card and "| cost | frozen, cosine |" in card
+    assert "| data | train.json |" in card and "| cost | frozen, cosine |" in card
+    assert str(tmp_path) not in card
 
 
 def test_the_model_card_of_odd_names(arguments, tmp_path):

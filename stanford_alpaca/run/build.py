@@ -128,6 +128,10 @@ def build_model(
             form=form,
         )
     except ValueError as error:
+        if run.lora.qlora and "cannot be probed" in str(error):
+            raise UserError(
+                f"--qlora: bitsandbytes cannot compute with layers of this model's widths ({error})"
+            ) from None
         raise UserError(str(error)) from None
     return adapted
 

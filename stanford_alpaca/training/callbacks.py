@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
 from transformers import IntervalStrategy, TrainerCallback
 
 from stanford_alpaca.checkpoint.saving import write_together
 from stanford_alpaca.console import say
+from stanford_alpaca.distributed.engine import deepspeed_of, shards_weights
 from stanford_alpaca.generation.responses import generate_batch, plain_generation
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.generation.writers import (
@@ -19,7 +21,8 @@ from stanford_alpaca.training.trainer import EmoTrainer, preserved_rng
 
 
 class SampleCallback(TrainerCallback):
-    """Answers prompts greedily before the first step, every ``sample_steps`` steps, and last.
+    """Answers prompts greedily before the first step (not under ZeRO-3), every ``sample_steps``
+    steps, and after the last one.
 
     The answers go to the terminal, to OUTPUT_DIR/samples.jsonl and to the trackers. Every rank
     takes part, because a sharded model needs all of them. Training is not affected: afterwards the
@@ -30,7 +33,9 @@ class SampleCallback(TrainerCallback):
         self.trainer, self.prompts = trainer, prompts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
+        # ZeRO-3 gathers no weights before its first step.
+        zero3 = deepspeed_of(args) is not None and shards_weights(args)
+        if state.global_step == 0 and not zero3:
             self.sample(0)  # what there is to compare with
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -50,6 +55,9 @@ class SampleCallback(TrainerCallback):
                 Sampling(args.sample_max_new_tokens),
                 synced=args.world_size > 1,
             )
+        for part in model.modules():  # the outermost stays gathered after a forward pass
+            if isinstance(part, FSDPModule):
+                part.reshard()
         model.train(training)
         model.generation_config = generation_config
         samples = [

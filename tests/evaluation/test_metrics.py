@@ -229,6 +229,11 @@ def test_mauve_is_one_of_equal_clouds_and_nearly_none_of_distant_ones():
     assert near > 0.99 and mauve(cloud, cloud + 100) < 0.1
 
 
+def without(find, missing):
+    """Finds all modules but one."""
+    return lambda name, *more: None if name == missing else find(name, *more)
+
+
 def test_mauve_in_the_command(base, root, tmp_path, monkeypatch, capsys):
     data = str(root / "data" / "instructions" / "held_out.json")
     seen = []
@@ -251,9 +256,13 @@ def test_mauve_in_the_command(base, root, tmp_path, monkeypatch, capsys):
         )
     with pytest.raises(UserError, match="19 texts are too few"):
         run(base, data=data, limit=19, mauve=base)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", without(find, "mauve"))
     with pytest.raises(UserError, match="pip install mauve-text"):
         run(base, data=data, limit=20, mauve=base)
+    monkeypatch.setattr(importlib.util, "find_spec", without(find, "sacrebleu"))
+    with pytest.raises(UserError, match="needs sacrebleu: pip install sacrebleu"):
+        run(base, data=data, limit=20)
 
 
 # ---- tables and comparisons ----------------------------------------------------------------------

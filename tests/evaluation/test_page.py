@@ -220,7 +220,8 @@ def test_differences_are_marked_against_the_reference_or_the_first_run(open_page
     page.get_by_label("Search").fill("q002")
     page.locator('input[name="against"][value="first"]').check()
     assert page.locator(".answer").nth(1).locator("ins, del").count() == 0
-    assert "<img" in "".join(page.locator(".answer").nth(2).locator("del").all_inner_texts())
+    # texts that have too little in common are shown as they are
+    assert page.locator(".answer").nth(2).locator("ins, del").count() == 0
     page.get_by_label("nothing").check()
     assert page.locator("ins, del").count() == 0
 

@@ -215,5 +215,5 @@ def test_other_objectives_with_a_sharded_output_layer(arguments, tmp_path):
         ):
             assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
             assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
-    assert len(Path(tmp_path / "adaptive-2" / "samples.jsonl").read_text().splitlines()) == 3
+    assert len(Path(tmp_path / "adaptive-2" / "samples.jsonl").read_text().splitlines()) == 4
     assert json.loads((tmp_path / "mle-2" / "train_results.json").read_text())["train_loss"] > 0
