@@ -1,6 +1,6 @@
-"""Fills in what the flags leave open: here, once, and nowhere else.
+"""Fills in what the flags leave open, after the checks, which only look.
 
-The checks before this step only look. The code after it only reads.
+``start_from`` follows once the checkpoint to start from is known.
 """
 
 from stanford_alpaca.distributed.weights import stored_buffers

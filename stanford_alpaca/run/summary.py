@@ -4,8 +4,9 @@ import torch
 from transformers import PreTrainedModel
 
 from stanford_alpaca.console import say
-from stanford_alpaca.cost import CostAlias, CostEmbedding, ShardedCost
+from stanford_alpaca.cost import CostAlias
 from stanford_alpaca.data.templates import IN_WORDS, trained_prompts
+from stanford_alpaca.distributed.engine import deepspeed_of
 from stanford_alpaca.run.arguments import Run
 from stanford_alpaca.run.model_card import unit_of
 from stanford_alpaca.training.trainer import EmoTrainer
@@ -64,8 +65,8 @@ def _cost(run: Run, model: PreTrainedModel, sharding: str) -> str:
     kind = f"{run.objective.cost} {run.objective.cost_kind} costs"
     if isinstance(emo.cost, CostAlias):
         return f"{kind} in the frozen output layer, no copy"
-    assert isinstance(emo.cost, CostEmbedding | ShardedCost) and emo.cost.rows is not None
-    return f"{kind}, {sharding}, {emo.cost.rows.nbytes / MIB:,.0f} MiB a process"
+    size = 0 if emo.cost is None or emo.cost.rows is None else emo.cost.rows.nbytes / MIB
+    return f"{kind}, {sharding}, {size:,.0f} MiB a process"
 
 
 def _data(run: Run, trainer: EmoTrainer, unit: str, count: int | None) -> str:
@@ -85,7 +86,9 @@ def _engine(run: Run) -> str:
         return args.engine
     if args.fsdp:
         return "fsdp"
-    return "deepspeed" if args.deepspeed else "none" if args.world_size == 1 else "ddp"
+    if (config := deepspeed_of(args)) is not None:
+        return f"zero{config.get_value('zero_optimization.stage', 0)}"
+    return "none" if args.world_size == 1 else "ddp"
 
 
 def _precision(run: Run) -> str:
