@@ -40,7 +40,7 @@ def launch(root, tmp_path):
 def test_the_real_form_with_the_published_recipe(launch, tmp_path):
     done = launch("data/tiny-base", "emo", "--max_steps", 1)
     assert done.returncode == 0, done.stderr
-    assert "128 examples a step: 4 on each of 1 process(es), 32 at a time" in done.stdout
+    assert "128 examples a step: 4 on each of 1 process(es), 32 micro-batch(es)" in done.stdout
     assert f"checkpoint: {tmp_path / 'out'}" in done.stdout
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["train_batch_size"] == 4
@@ -65,7 +65,7 @@ def test_from_inside_the_package_folder_with_two_processes_and_an_inexact_batch(
     )
     assert done.returncode == 0, done.stderr
     assert "global batch 96: 128 cannot be had from 2 processes of 24" in done.stdout
-    assert "96 examples a step: 24 on each of 2 process(es), 2 at a time" in done.stdout
+    assert "96 examples a step: 24 on each of 2 process(es), 2 micro-batch(es)" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def rows(run: Run, trainer: EmoTrainer, sharding: str, examples: int | None) -> 
         "data": _data(run, trainer, unit, examples),
         "prompts": IN_WORDS[prompts.template] if prompts else "none: running text",
         "batch": f"{batch} {unit} a step: {args.per_device_train_batch_size} on each of "
-        f"{args.world_size} process(es), {args.gradient_accumulation_steps} at a time",
+        f"{args.world_size} process(es), {args.gradient_accumulation_steps} micro-batch(es)",
         "engine": f"{_engine(run)}, {_precision(run)}",
         "output": str(args.output_dir),
     }
