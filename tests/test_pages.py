@@ -71,7 +71,8 @@ def clone(root, tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / name, folder / name)
     shutil.copytree(root / "data" / "tiny-base", folder / "my-model")
-    prose = (root / "SECURITY.md").read_text(encoding="utf-8").splitlines()
+    pages = [root / "SECURITY.md", *sorted((root / "docs").glob("*.md"))]
+    prose = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
     (folder / "text.txt").write_text("\n".join(line for line in prose if len(line.split()) > 12))
     chats = [
         {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": "Yes."}]}
