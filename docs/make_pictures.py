@@ -25,7 +25,7 @@ from stanford_alpaca.models.load import ModelSource  # noqa: E402
 
 BASE = ROOT / "data" / "tiny-base"
 RECORD = {"instruction": "What is another word for big?", "input": "", "output": ""}
-TARGET = "large"  # the token in whose place the models are asked
+TARGET = "Another"  # the first token of the reference, in whose place the models are asked
 SHOWN = 8  # tokens of a model
 
 
@@ -67,14 +67,15 @@ def mass(runs: list[Path], file: Path) -> None:
     models = [BASE, *runs]
     base = ModelSource(str(BASE)).load()
     cost = CostEmbedding(base.get_output_embeddings().weight)
-    figure, row = plt.subplots(1, len(models), figsize=(3.4 * len(models), 3), sharex=True)
+    figure, row = plt.subplots(
+        1, len(models), figsize=(4.4 * len(models), 3), sharex=True, layout="constrained"
+    )
     for axes, folder in zip(row, models, strict=True):
         source = ModelSource(str(folder))
         tokenizer = source.tokenizer()
         (prompt,) = PromptEncoder(tokenizer)([RECORD])
         (target,) = tokenizer(TARGET, add_special_tokens=False)["input_ids"][:1]
-        start = tokenizer("Another word for big is", add_special_tokens=False)["input_ids"]
-        probs = source.load()(torch.tensor([prompt + start])).logits[0, -1].softmax(-1)
+        probs = source.load()(torch.tensor([prompt])).logits[0, -1].softmax(-1)
         prices = cost.costs(torch.tensor([target]), len(probs))[0]
         top, ids = probs.topk(SHOWN)
         colors = plt.cm.viridis_r(prices[ids].clamp(0, 1).numpy())
