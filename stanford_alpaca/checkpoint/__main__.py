@@ -1,44 +1,48 @@
-"""Verifies, lists and exports checkpoints.
-
-Usage: ``python -m stanford_alpaca.checkpoint verify|list DIR``, ``... export DIR OUT``.
-"""
+"""The command that verifies, lists and exports checkpoints."""
 
 import re
 import sys
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import fire
-from fire.decorators import SetParseFns
 from transformers.utils import logging
 
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.export import export
 from stanford_alpaca.errors import ResumeError, UserError
-from stanford_alpaca.flags import check_writable, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import check_writable, command, exit_on_user_error, words
 
 
-@SetParseFns(str, str)
-def export_checkpoint(
-    checkpoint: str | None = None, out: str | None = None, *more: Any, **unknown: Any
-) -> None:
-    """Exports a checkpoint of any engine as a plain Hugging Face folder.
+@dataclass(frozen=True)
+class Options:
+    """Verifies, lists and exports checkpoints.
 
-    Usage: python -m stanford_alpaca.checkpoint export DIR OUT
+    python -m stanford_alpaca.checkpoint verify DIR
+    python -m stanford_alpaca.checkpoint list DIR
+    python -m stanford_alpaca.checkpoint export CHECKPOINT OUT
 
-    It needs no GPU, but memory for the model's float32 weights.
+    verify reads every file; the exit status is 3 if a checkpoint is damaged. list reads no
+    contents. Each takes a folder checkpoint-N, or the output folder of a run. export writes a
+    checkpoint of any engine as a plain Hugging Face folder. It needs no GPU, but memory for the
+    model's float32 weights.
 
     Args:
-        checkpoint: a folder checkpoint-N of a run.
-        out: where to write the model and its tokenizer: a new or empty folder.
+        paths: the folder. For export, a checkpoint-N and a new or empty folder to write to.
     """
-    refuse_unknown(unknown, export_checkpoint)
-    if checkpoint is None or out is None or more:
+
+    paths: tuple[str, ...] = words()
+
+
+def export_checkpoint(options: Options) -> None:
+    """Writes a checkpoint as a plain folder, and prints where."""
+    if len(options.paths) != 2:
         raise UserError(
             "give a checkpoint and a folder to write: "
             "python -m stanford_alpaca.checkpoint export DIR OUT"
         )
+    checkpoint, out = options.paths
     source, target = Path(checkpoint).expanduser(), Path(out).expanduser().absolute()
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
@@ -49,19 +53,9 @@ def export_checkpoint(
     print(export(source, target))
 
 
-@SetParseFns(str)
-def verify(folder: str | None = None, *more: Any, **unknown: Any) -> None:
-    """Reads every file of one checkpoint, or of all checkpoints in a run's output folder.
-
-    Usage: python -m stanford_alpaca.checkpoint verify DIR
-
-    The exit status is 3 if a checkpoint is damaged.
-
-    Args:
-        folder: a folder checkpoint-N, or the output folder of a run.
-    """
-    refuse_unknown(unknown, verify)
-    places = _places(folder, more)
+def verify(options: Options) -> None:
+    """Prints what is wrong with each checkpoint. Raises ResumeError if one is damaged."""
+    places = _places(options.paths)
     broken = 0
     for place in places:
         found = manifest.problems(place)
@@ -71,18 +65,11 @@ def verify(folder: str | None = None, *more: Any, **unknown: Any) -> None:
         raise ResumeError(f"{broken} of {len(places)} damaged")
 
 
-@SetParseFns(str)
-def list_checkpoints(folder: str | None = None, *more: Any, **unknown: Any) -> None:
-    """Lists the checkpoints of a run without reading their contents.
-
-    Usage: python -m stanford_alpaca.checkpoint list DIR
-
-    Args:
-        folder: the output folder of a run, or a folder checkpoint-N.
-    """
-    refuse_unknown(unknown, list_checkpoints)
+def list_checkpoints(options: Options) -> None:
+    """Prints a line for each checkpoint."""
+    places = _places(options.paths)
     print(f"{'step':>8} {'processes':>9} {'MiB':>10}  {'saved':16}  folder")
-    for place in _places(folder, more):
+    for place in places:
         found = manifest.summary(place, contents=False)
         if found:
             print(f"{'':>8} {'':>9} {'':>10}  {'':16}  {place}: {found}")
@@ -97,18 +84,18 @@ def list_checkpoints(folder: str | None = None, *more: Any, **unknown: Any) -> N
         )
 
 
-def _places(folder: str | None, more: tuple) -> list[Path]:
+def _places(paths: tuple[str, ...]) -> list[Path]:
     """Returns the folders that should have a manifest, the oldest first.
 
-    These are each checkpoint-N inside ``folder``, then ``folder`` itself if it has a manifest or is
-    named checkpoint-N.
+    These are each checkpoint-N inside the one folder given, then that folder itself if it has a
+    manifest or is named checkpoint-N.
 
     Raises:
         UserError: not exactly one folder is given, or there is no checkpoint in it.
     """
-    if folder is None or more:
+    if len(paths) != 1:
         raise UserError("give one folder: a checkpoint-N, or the output folder of a run")
-    place = Path(folder).expanduser()
+    place = Path(paths[0]).expanduser()
     if not place.is_dir():
         raise UserError(f"{place}: no such folder")
     below = manifest.checkpoints(place)[::-1]
@@ -123,7 +110,11 @@ def _places(folder: str | None, more: tuple) -> list[Path]:
     return [*below, *own]
 
 
-COMMANDS = {"verify": verify, "list": list_checkpoints, "export": export_checkpoint}
+COMMANDS = {
+    "verify": command(Options, verify),
+    "list": command(Options, list_checkpoints),
+    "export": command(Options, export_checkpoint),
+}
 
 
 def main() -> None:
@@ -132,10 +123,11 @@ def main() -> None:
 
 
 def _run() -> None:
-    if not sys.argv[1:] or sys.argv[1] not in (*COMMANDS, "--help"):
+    if sys.argv[1:2] == ["--help"]:
+        sys.argv[1:] = ["list", "--help"]  # one help for all
+    if not sys.argv[1:] or sys.argv[1] not in COMMANDS:
         raise UserError(
-            f"give a command ({', '.join(COMMANDS)}): "
-            "python -m stanford_alpaca.checkpoint export --help"
+            f"give a command ({', '.join(COMMANDS)}): python -m stanford_alpaca.checkpoint --help"
         )
     fire.Fire(COMMANDS)
 

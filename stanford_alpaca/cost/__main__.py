@@ -136,7 +136,9 @@ def main() -> None:
 
 
 def _run() -> None:
-    if sys.argv[1:2] not in (["build"], ["--help"]):
+    if sys.argv[1:2] == ["--help"]:
+        sys.argv[1:] = ["build", "--help"]
+    if sys.argv[1:2] != ["build"]:
         raise UserError("give a command: python -m stanford_alpaca.cost build --help")
     fire.Fire({"build": build})
 
