@@ -16,6 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
 from stanford_alpaca.flags import exit_on_user_error
 
+# flags: an evaluation and a checkpoint after each step, and the best of them at the end
+BEST_OF_EACH_STEP = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+}
+
 
 def history(folder: Path) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]

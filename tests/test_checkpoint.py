@@ -26,7 +26,7 @@ from stanford_alpaca.checkpoint.kinds import FSDP, PLAIN, ZERO, check_resumable
 from stanford_alpaca.checkpoint.pickles import refuse_code, restrict_deepspeed
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.train import train
-from tests.helpers import evaluations, steps
+from tests.helpers import BEST_OF_EACH_STEP, evaluations, steps
 from tests.ranks import run_ranks, start_gloo
 
 
@@ -283,14 +283,8 @@ def test_four_ranks_of_fsdp_go_on_as_two_as_one_and_without_fsdp(
 def test_the_best_of_sharded_checkpoints_is_kept_and_saved(arguments, make_model, root, tmp_path):
     model = odd_model(make_model, root, tmp_path / "odd")
     settings = {
+        **BEST_OF_EACH_STEP,
         "eval_path": tmp_path / "held.json",
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_strategy": "steps",
-    }
-    settings |= {
-        "save_steps": 1,
-        "load_best_model_at_end": True,
         "learning_rate": 0.3,
         "save_total_limit": 1,
     }

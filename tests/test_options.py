@@ -27,7 +27,7 @@ from stanford_alpaca.run.model_card import write_card
 from stanford_alpaca.run.parse import parse
 from stanford_alpaca.train import evaluation_of, train
 from stanford_alpaca.training import hardware, trainer
-from tests.helpers import evaluations, steps
+from tests.helpers import BEST_OF_EACH_STEP, evaluations, steps
 
 
 def same_weights(one: Path, two: Path) -> bool:
@@ -566,14 +566,8 @@ def test_neftune_disturbs_training_and_not_evaluation(arguments, tmp_path):
 @pytest.mark.parametrize("metric", ["emo", "target_prob"])
 def test_the_best_checkpoint_by_any_metric_is_what_is_saved(arguments, tmp_path, metric):
     settings = {
+        **BEST_OF_EACH_STEP,
         "eval_path": tmp_path / "held.json",
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_strategy": "steps",
-    }
-    settings |= {
-        "save_steps": 1,
-        "load_best_model_at_end": True,
         "metric_for_best_model": metric,
         "learning_rate": 0.02,
     }

@@ -276,13 +276,12 @@ def test_stopped_at_the_end_it_makes_up_for_the_evaluation_and_trains_no_more(
         "eval_steps": 3,
         "eval_strategy": "steps",
         "resume": "auto",
-    }
-    settings |= {
         "eval_path": tmp_path / "held.json",
         "load_best_model_at_end": True,
         "per_device_train_batch_size": 2,
+        "global_batch": 4,
+        "lr_scheduler_type": "constant",
     }
-    settings |= {"global_batch": 4, "lr_scheduler_type": "constant"}
     train(arguments(**settings, output_dir=tmp_path / "whole"))
     with monkeypatch.context() as patch:
         patch.setattr(command, "StopRequest", lambda: Stop(when))
