@@ -1,11 +1,13 @@
 """Declares and checks the flags of commands, and ends a command that was given a wrong one."""
 
 import importlib.util
+import math
+import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, field, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -45,6 +47,9 @@ def exit_on_user_error(command: Callable[[], Any]) -> Any:
         message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]
         print(f"error: {' '.join(printable(message).split())}", file=sys.stderr, flush=True)
         sys.exit(error.status)
+    except BrokenPipeError:  # the reader of a pipe, as head, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def word() -> Any:
@@ -86,6 +91,8 @@ def command(options: type, run: Callable[[Any], None]) -> Callable[..., None]:
     def called(*given: Any, **flags: Any) -> None:
         bound = known.bind(*given, **flags).arguments
         refuse_unknown(bound.pop("unknown", {}), called)
+        for each in parameters:
+            check_switch(each.name, each.annotation, bound.get(each.name, False))
         run(
             options(
                 **{
@@ -145,10 +152,33 @@ def check_packages(what: str, *modules: str) -> None:
         raise UserError(f"{what} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
+def check_switch(name: str, kind: Any, value: Any) -> None:
+    """Raises UserError for a ``bool`` with another value, which would count as true."""
+    if kind is bool and not isinstance(value, bool):
+        raise UserError(f"--{name} {value}: give True, False, or the flag alone")
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raises UserError for a flag with a word that is not known. None is no word."""
+    known = list(known)
+    if value is not None and value not in known:
+        raise UserError(
+            f"--{name} {value}: choose from {', '.join(known)}{nearest(str(value), known)}"
+        )
+
+
 def check_whole(name: str, value: Any, least: int) -> None:
     """Raises UserError unless the flag's value is an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"--{name} {value}: give a whole number from {least} on")
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raises UserError unless the flag's value is a number between the bounds, these included."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and low <= value <= high):
+        bounds = f"from {low:g} {'on' if high == math.inf else f'to {high:g}'}"
+        raise UserError(f"--{name} {value}: give a number {bounds}")
 
 
 def check_writable(name: str, path: Path) -> None:

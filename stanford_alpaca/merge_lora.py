@@ -13,7 +13,14 @@ import fire
 from transformers.utils import logging
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.flags import check_writable, command, exit_on_user_error, word, words
+from stanford_alpaca.flags import (
+    check_choice,
+    check_writable,
+    command,
+    exit_on_user_error,
+    word,
+    words,
+)
 from stanford_alpaca.models.adapters import find_adapter, find_base
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.models.merge import DTYPES, merge
@@ -48,8 +55,7 @@ def merge_adapter(options: Options) -> None:
     """Checks the flags, finds the adapter and its base, and writes the merged model."""
     if options.adapter is None or options.output is None or options.more:
         raise UserError("give an adapter and a folder to write: ADAPTER_OR_RUN OUTPUT")
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise UserError(f"--dtype {options.dtype}: choose from {', '.join(DTYPES)}")
+    check_choice("dtype", options.dtype, DTYPES)
     target = Path(options.output).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not an empty folder; give another")

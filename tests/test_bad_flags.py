@@ -17,8 +17,7 @@ from transformers import AutoTokenizer
 from stanford_alpaca import generate, preview
 from stanford_alpaca.checkpoint import space
 from stanford_alpaca.evaluation import metrics
-from stanford_alpaca.preflight.__main__ import parse as parse_preflight
-from stanford_alpaca.preflight.__main__ import preflight as estimate
+from stanford_alpaca.preflight.__main__ import run as estimate
 from stanford_alpaca.train import train
 from tests.helpers import refusal
 from tests.ranks import run_ranks
@@ -436,11 +435,7 @@ def commands(model: str) -> dict[str, object]:
         "generate": lambda **flags: generate.run(model, **ask, **flags),
         "metrics": lambda **flags: metrics.run(model, data="field.json", limit=1, **flags),
         "preview": lambda **flags: preview.run(model, data="field.json", **flags),
-        "preflight": lambda **flags: estimate(
-            parse_preflight(
-                ["--model_name_or_path", model, *(["--trust_remote_code"] if flags else [])]
-            )
-        ),
+        "preflight": lambda **flags: estimate(model_name_or_path=model, **flags),
     }
 
 

@@ -1,8 +1,9 @@
 """Engines by name, and which of them shard or offload a model."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import TrainingArguments
+if TYPE_CHECKING:  # it takes seconds to import, and preflight does not need it
+    from transformers import TrainingArguments
 
 
 class Engine(NamedTuple):
@@ -25,12 +26,12 @@ ENGINES = {  # the simplest first
 }
 
 
-def deepspeed_of(training: TrainingArguments) -> Any:
+def deepspeed_of(training: "TrainingArguments") -> Any:
     """Returns DeepSpeed's configuration as transformers has read it, or None for other engines."""
     return getattr(training, "hf_deepspeed_config", None)
 
 
-def shards_weights(training: TrainingArguments) -> bool:
+def shards_weights(training: "TrainingArguments") -> bool:
     """Returns whether the engine shards the weights over the ranks, as FSDP2 and ZeRO-3 do."""
     config = deepspeed_of(training)
     return bool(training.fsdp) or (config is not None and config.is_zero3())

@@ -18,7 +18,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.measures.mauve import check_mauve
 from stanford_alpaca.evaluation.measures.oracle import check_oracle
 from stanford_alpaca.evaluation.measures.texts import first_words
-from stanford_alpaca.flags import check_packages, check_whole
+from stanford_alpaca.flags import check_choice, check_packages, check_whole
 from stanford_alpaca.generation.prompts import check_prompts
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.models.check import check_model
@@ -63,8 +63,7 @@ class Settings:
         for name, least in (("batch_size", 1), ("max_length", 2), ("num_beams", 2)):
             check_whole(name, getattr(self, name), least)
         check_template(self.prompt_template, self.special_tokens or "text")
-        if self.documents not in DOCUMENTS:
-            raise UserError(f"--documents {self.documents}: choose from {', '.join(DOCUMENTS)}")
+        check_choice("documents", self.documents, DOCUMENTS)
         self.decodings()
 
     def source(self, name: str) -> ModelSource:

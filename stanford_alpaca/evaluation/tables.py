@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from stanford_alpaca.evaluation.intervals import FEWEST
+
 # the measures that are shown for several pairs
 FEW = ("nll", "emo", "token_accuracy", "ece", "costly_mass", "exact_match", "rouge_l", "mauve")
+TOO_FEW = f"no intervals: they need at least {FEWEST} records that a measure applies to"
 Row = dict[str, Any]
 
 
@@ -41,7 +44,8 @@ def format_differences(differences: list[Row]) -> str:
                 table.append(
                     [measure.replace("_", " "), mean, f"{low} to {high}", f"{found['p']:.4f}"]
                 )
-        tables.append(f"{pair['model']} minus {pair['minus']}:\n{align(table)}")
+        rows = align(table) if len(table) > 1 else TOO_FEW
+        tables.append(f"{pair['model']} minus {pair['minus']}:\n{rows}")
     return "\n\n".join(tables)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.flags import check_whole
+from stanford_alpaca.flags import check_number, check_whole
 
 GIVE_TEMPERATURE = "give --temperature too, 1.0 for example"
 RANGES = {
@@ -41,13 +41,7 @@ class Sampling:
         for name, least in (("max_new_tokens", 1), ("top_k", 0), ("num_beams", 1)):
             check_whole(name, getattr(self, name), least)
         for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if (
-                not isinstance(value, int | float)
-                or isinstance(value, bool)
-                or not low <= value <= high
-            ):
-                raise UserError(f"--{name} {value}: give a number from {low:g} to {high:g}")
+            check_number(name, getattr(self, name), low, high)
         if 0 < self.temperature < 0.001:  # logits divided by it would not be finite
             raise UserError(
                 f"--temperature {self.temperature}: give at least 0.001, or 0 for greedy"

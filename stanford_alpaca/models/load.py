@@ -297,8 +297,13 @@ def fit_vocabulary(
 
 def cannot_load(path: str, error: Exception) -> UserError:
     """Returns the UserError to raise for an error of transformers or the hub."""
-    advice, place = "give a Hugging Face folder or a hub name", Path(path)
-    what = first_line(error)
+    place, what = Path(path).expanduser(), first_line(error)
+    fault, advice = "cannot load a model from here", "give a Hugging Face folder or a hub name"
+    if (place / "config.json").is_file():
+        fault, advice = (
+            "transformers cannot load the model in this folder",
+            "mend it or give another",
+        )
     if "trust_remote_code" in str(error):
         what, advice = (
             "it runs code of its own",
@@ -311,4 +316,4 @@ def cannot_load(path: str, error: Exception) -> UserError:
         )
     elif "safetensors" in what and not place.exists():
         advice = CONVERT.format(path)
-    return UserError(f"{path}: cannot load a model from here ({what}); {advice}")
+    return UserError(f"{path}: {fault} ({what}); {advice}")

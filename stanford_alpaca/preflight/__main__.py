@@ -6,19 +6,20 @@ batch, and it says which to take. It needs no weights and no GPU. The formulas a
 """
 
 import math
-import sys
-from dataclasses import dataclass, field, replace
-from typing import NoReturn
+from dataclasses import dataclass, fields, replace
+from typing import get_args
 
-from transformers import HfArgumentParser
+import fire
 
-from stanford_alpaca.data.formats import load_records
-from stanford_alpaca.data.records import form_of
-from stanford_alpaca.data.statistics import WHOLE, statistics_of
-from stanford_alpaca.data.tokenize import ExampleEncoder, encode_records
 from stanford_alpaca.distributed.engine import ENGINES
-from stanford_alpaca.errors import UserError, nearest
-from stanford_alpaca.flags import choice, exit_on_user_error
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import (
+    check_choice,
+    check_number,
+    check_whole,
+    command,
+    exit_on_user_error,
+)
 from stanford_alpaca.losses.objectives import MODES, Objective
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
@@ -29,76 +30,76 @@ from stanford_alpaca.training.cost_sharding import PLACES
 from stanford_alpaca.training.hardware import PEAK_FLOPS
 
 RECIPE = 128  # rows per step, as in train_emo.sh
+CHOICES = {"mode": MODES, "engine": ENGINES, "cost_sharding": PLACES, "gpu": PEAK_FLOPS}
+SHARES = ("supervised_share", "mfu")
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
-    model_name_or_path: str = field(
-        metadata={"help": "A folder, of which config.json is enough, or a hub name."}
-    )
-    nproc: int = field(default=1, metadata={"help": "Ranks of a node."})
-    nodes: int = field(default=1, metadata={"help": "Nodes."})
-    mode: str = choice(*MODES, default="mle", help="The objective.")
-    engine: str | None = field(
-        default=None, metadata={"choices": list(ENGINES), "help": "Restricts the table to it."}
-    )
-    cost_sharding: str | None = field(
-        default=None, metadata={"choices": list(PLACES), "help": "Restricts the table to it."}
-    )
-    per_device_train_batch_size: int = field(
-        default=4, metadata={"help": "Rows of a micro-batch on one rank."}
-    )
-    global_batch: int | None = field(
-        default=None, metadata={"help": "Rows per step; 128 or near, as in train_emo.sh."}
-    )
-    model_max_length: int = field(
-        default=512, metadata={"help": "Tokens of the longest row, for which memory has to last."}
-    )
-    activation_checkpointing: bool = field(
-        default=False, metadata={"help": "Keeps each layer's input and computes it again."}
-    )
-    packing: bool = field(default=False, metadata={"help": "Every row is filled with examples."})
-    bf16: bool = field(default=True, metadata={"help": "Computes in bfloat16."})
-    cost_cache_mib: float = field(
-        default=2048, metadata={"help": "MiB of cost rows kept between steps, if replicated."}
-    )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs."})
-    examples: int | None = field(
-        default=None, metadata={"help": "Examples of an epoch; without them no time for the run."}
-    )
-    mean_tokens: float | None = field(
-        default=None, metadata={"help": "Of an example; default: every row is full."}
-    )
-    supervised_share: float = field(default=1.0, metadata={"help": "Of the tokens."})
-    data_path: str | None = field(
-        default=None, metadata={"help": "Counts the three above: needs the model's tokenizer."}
-    )
-    gpu: str = choice(*PEAK_FLOPS, default="A100", help="Whose peak counts.")
-    gpu_gib: float = field(default=80.0, metadata={"help": "Memory of a GPU in GiB."})
-    mfu: float = field(
-        default=0.4, metadata={"help": "Share of the peak that is assumed to be reached."}
-    )
-    intra_gb_s: float = field(
-        default=200.0, metadata={"help": "GB/s of a rank assumed within a node (NVLink)."}
-    )
-    inter_gb_s: float = field(
-        default=25.0, metadata={"help": "GB/s of a rank assumed between nodes (InfiniBand)."}
-    )
-    host_gb_s: float = field(
-        default=25.0, metadata={"help": "GB/s of a rank assumed to the host's memory (PCIe)."}
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where the hub's models are kept."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Runs the code that the model's repository brings along."}
-    )
-    json: bool = field(
-        default=False, metadata={"help": "Prints the same as JSON, in bytes and seconds."}
-    )
+    """Estimates what a run needs: python -m stanford_alpaca.preflight --model_name_or_path M ...
+
+    Args:
+        model_name_or_path: a folder, of which config.json is enough, or a hub name.
+        nproc: ranks of a node, 1 by default.
+        nodes: nodes, 1 by default.
+        mode: the objective, as in training; mle by default.
+        engine: restricts the table to none, ddp, fsdp, zero1, zero2, zero3 or zero3_offload.
+        cost_sharding: restricts the table to replicate, shard or vocab_parallel.
+        per_device_train_batch_size: rows of a micro-batch on one rank, 4 by default.
+        global_batch: rows per step. By default 128 or near, as in train_emo.sh.
+        model_max_length: tokens of the longest row, for which memory has to last; 512 by default.
+        activation_checkpointing: keeps each layer's input and computes the rest again.
+        packing: every row is filled with examples.
+        bf16: computes in bfloat16, as by default. --bf16 False computes in float32.
+        cost_cache_mib: MiB of cost rows kept between steps, if replicated; 2048 by default.
+        num_train_epochs: epochs, 3 by default.
+        examples: examples of an epoch. Without them there is no time for the run.
+        mean_tokens: tokens of an example. By default every row is full.
+        supervised_share: supervised tokens as a share of all, 1 by default.
+        data_path: counts the three above in training data. It needs the model's tokenizer.
+        gpu: whose peak counts, A100 by default: one of
+            B200, H200, H100 PCIe, H100, L40S, L40, L4, A100, A10G, A10, RTX 6000 Ada, RTX 4090, RTX
+            3090.
+        gpu_gib: memory of a GPU in GiB, 80 by default.
+        mfu: share of the peak that is assumed to be reached, 0.4 by default.
+        intra_gb_s: GB/s of a rank assumed within a node (NVLink), 200 by default.
+        inter_gb_s: GB/s of a rank assumed between nodes (InfiniBand), 25 by default.
+        host_gb_s: GB/s of a rank assumed to the host's memory (PCIe), 25 by default.
+        cache_dir: where the hub's models are kept.
+        trust_remote_code: runs the code that the model's repository brings along.
+        json: prints the same as JSON, in bytes and seconds.
+    """
+
+    model_name_or_path: str = ""
+    nproc: int = 1
+    nodes: int = 1
+    mode: str = "mle"
+    engine: str | None = None
+    cost_sharding: str | None = None
+    per_device_train_batch_size: int = 4
+    global_batch: int | None = None
+    model_max_length: int = 512
+    activation_checkpointing: bool = False
+    packing: bool = False
+    bf16: bool = True
+    cost_cache_mib: float = 2048
+    num_train_epochs: float = 3.0
+    examples: int | None = None
+    mean_tokens: float | None = None
+    supervised_share: float = 1.0
+    data_path: str | None = None
+    gpu: str = "A100"
+    gpu_gib: float = 80.0
+    mfu: float = 0.4
+    intra_gb_s: float = 200.0
+    inter_gb_s: float = 25.0
+    host_gb_s: float = 25.0
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+    json: bool = False
 
     @property
     def ranks(self) -> int:
@@ -110,16 +111,19 @@ class Options:
 
     def check(self) -> None:
         """Raises UserError for the first flag with an impossible value."""
-        for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+        if not self.model_name_or_path:
+            raise UserError("give --model_name_or_path: a folder or a hub name")
+        for name, values in CHOICES.items():
+            check_choice(name, getattr(self, name), values)
+        for each in fields(self):
+            value, kinds = getattr(self, each.name), {each.type, *get_args(each.type)}
+            if value is None or not kinds & {int, float}:
                 continue
-            least = 0 if name == "cost_cache_mib" else None
-            if not (value > 0 or value == least) or not math.isfinite(value):
-                raise UserError(
-                    f"--{name} {value}: give a number {'from 0 on' if least == 0 else 'above 0'}"
-                )
-        if self.supervised_share > 1 or self.mfu > 1:
-            raise UserError("--supervised_share and --mfu are shares: give at most 1")
+            if int in kinds:
+                check_whole(each.name, value, 1)
+            else:
+                low = 0 if each.name == "cost_cache_mib" else 1e-6
+                check_number(each.name, value, low, 1 if each.name in SHARES else math.inf)
         if self.data_path is not None and (
             self.examples is not None or self.mean_tokens is not None
         ):
@@ -181,25 +185,6 @@ class Options:
         return chosen
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:  # type: ignore[override]
-        raise UserError(message)
-
-
-def parse(argv: list[str]) -> Options:
-    """Returns the flags. Raises UserError for an unknown flag or an impossible value."""
-    parser = _Parser(
-        Options, allow_abbrev=False, prog="python -m stanford_alpaca.preflight", description=__doc__
-    )
-    options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        name = unknown[0].split("=")[0]
-        raise UserError(f"unknown argument {name}{nearest(name, known)}")
-    options.check()
-    return options
-
-
 def count_data(options: Options) -> Options:
     """Returns the options with the counts of --data_path.
 
@@ -207,6 +192,12 @@ def count_data(options: Options) -> Options:
     """
     if options.data_path is None:
         return options
+    # they import the library of data sets, which nothing else here needs
+    from stanford_alpaca.data.formats import load_records
+    from stanford_alpaca.data.records import form_of
+    from stanford_alpaca.data.statistics import WHOLE, statistics_of
+    from stanford_alpaca.data.tokenize import ExampleEncoder, encode_records
+
     tokenizer = options.source().tokenizer()
     records = load_records(options.data_path, options.cache_dir)
     encode = ExampleEncoder.of(tokenizer, form_of(records.column_names), WHOLE)
@@ -225,13 +216,9 @@ def count_data(options: Options) -> Options:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command."""
-    exit_on_user_error(lambda: preflight(parse(sys.argv[1:] if argv is None else argv)))
-
-
 def preflight(options: Options) -> None:
     """Prints the estimate."""
+    options.check()
     source = options.source()
     check_model(source, weights=False)
     options, config = count_data(options), source.config()
@@ -283,6 +270,14 @@ def steps_of(options: Options, setup: Setup) -> int | None:
         math.ceil(rows / (setup.batch * setup.accumulation * setup.ranks))
         * options.num_train_epochs
     )
+
+
+run = command(Options, preflight)
+
+
+def main() -> None:
+    """Runs the command."""
+    exit_on_user_error(lambda: fire.Fire(run))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stanford_alpaca.errors import UserError, first_line
@@ -18,6 +19,7 @@ from stanford_alpaca.objective.head import body_of
 from stanford_alpaca.training import fsdp
 from stanford_alpaca.training.hardware import EXPERTS, training_flops
 
+SCALARS = (bool, int, float, str, type(None))
 OUTSIDE, INPUT = -1, -2  # places of tensors, beside the decoder layers' numbers from 0 on
 
 
@@ -136,7 +138,7 @@ def count_activations(
 
     Both run on fake CPU tensors, where attention takes a kernel that keeps no scores. Attention
     gets a mask, as it does for a batch with padding, because transformers cannot look into fake
-    tensors.
+    tensors. Of equal layers, two run.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     text = config.get_text_config()  # training runs only the text part
@@ -190,12 +192,20 @@ def saved_tensors(model: PreTrainedModel, rows: int, length: int) -> list[tuple[
         place, hidden = number, args[0] if args else kwargs["hidden_states"]
         found.append((INPUT, hidden.untyped_storage().nbytes()))
 
-    def leave(*_: Any) -> None:
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
         nonlocal place
-        place = OUTSIDE
+        outputs[place], place = output, OUTSIDE
 
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    layers = decoder_layers(model)
+    outputs: dict[int, Any] = {}
+    twins = twins_of(layers, model.config)
+    for number, twin in twins.items():
+        layers[number].forward = lambda *_, like=twin, **__: tree_map(copied, outputs[like])
     with contextlib.ExitStack() as stack:
-        for number, layer in enumerate(decoder_layers(model)):
+        for number, layer in enumerate(layers):
             hook = layer.register_forward_pre_hook(
                 lambda _, args, kwargs, n=number: enter(n, args, kwargs), with_kwargs=True
             )
@@ -205,4 +215,21 @@ def saved_tensors(model: PreTrainedModel, rows: int, length: int) -> list[tuple[
         ids = torch.zeros(rows, length, dtype=torch.long)
         mask = torch.ones(rows, length, dtype=torch.long)
         body_of(model)(input_ids=ids, attention_mask=mask, use_cache=False)
-    return found
+    in_twins = [(n, size) for n, twin in twins.items() for at, size in found if at == twin]
+    return found + in_twins
+
+
+def twins_of(layers: list[nn.Module], config: Any) -> dict[int, int]:
+    """Returns, for layers that need not run, the number of an earlier layer that saves the same.
+
+    That is the second layer of the kind: the first also saves what all share, as the mask.
+    """
+    kinds: dict[Any, list[int]] = {}
+    types = getattr(config, "layer_types", None) or [None] * len(layers)
+    for number, (layer, kind) in enumerate(zip(layers, types, strict=True)):
+        settings = [
+            {k: v for k, v in vars(m).items() if k != "layer_idx" and isinstance(v, SCALARS)}
+            for m in layer.modules()
+        ]
+        kinds.setdefault((str(layer), str(settings), kind), []).append(number)
+    return {number: like[1] for like in kinds.values() for number in like[2:]}

@@ -1,20 +1,18 @@
-"""Turns a command line and a --config file into the flags of a run."""
+"""Turns a command line into the flags of a run."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import transformers
-import yaml
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.console import keep_secret
-from stanford_alpaca.errors import UserError, first_line, nearest
+from stanford_alpaca.errors import UserError, nearest
 from stanford_alpaca.run.arguments import FLAGS, SECRET, Run
+from stanford_alpaca.run.config_file import not_given, with_config
 from stanford_alpaca.run.help import help_text
 from stanford_alpaca.run.legacy_flags import split_flags, translate
 
@@ -80,7 +78,7 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
         print(help_text(everything="--help-all" in argv))
         sys.exit(0)
     argv, made_with = with_config(argv)
-    argv = [*_not_given(recipe or {}, argv), *argv]
+    argv = [*not_given(recipe or {}, argv), *argv]
     keep_secret(
         *(value for flag in split_flags(argv) if flag.name in SECRET for value in flag.values)
     )
@@ -127,55 +125,3 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
 def _word(value: Any) -> Any:
     """Returns a value as YAML can write it: of an enum, its word."""
     return getattr(value, "value", value)
-
-
-def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Expands --config: returns the whole command line, and the file's ``made_with`` section.
-
-    The file's flags come first. Those that the command line has too are left out.
-    """
-    places = [
-        i for i, token in enumerate(argv) if token == "--config" or token.startswith("--config=")
-    ]
-    if not places:
-        return argv, {}
-    if len(places) > 1:
-        raise UserError("--config was given twice: put all into one file")
-    (place,) = places
-    separate = argv[place] == "--config"
-    if separate and len(argv) == place + 1:
-        raise UserError("--config needs the name of a YAML file")
-    name = argv[place + 1] if separate else argv[place].partition("=")[2]
-    rest = argv[:place] + argv[place + (2 if separate else 1) :]
-    try:
-        with open(name, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--config {name}: cannot be read ({first_line(error)})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {name}: wanted a line 'flag: value' for each flag")
-    made_with = values.pop(MADE_WITH, {})
-    return _not_given(values, rest) + rest, made_with if isinstance(made_with, dict) else {}
-
-
-def _not_given(values: Mapping[str, Any], argv: list[str]) -> list[str]:
-    """Returns the tokens of the flags in ``values`` that ``argv`` does not have."""
-    given = {
-        token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")
-    }
-    return [
-        text
-        for flag, value in values.items()
-        if flag not in given
-        for text in _tokens(str(flag), value)
-    ]
-
-
-def _tokens(flag: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [f"--{flag}", *map(str, value)]
-    if value is False and flag.replace("-", "_").endswith("_strategy"):
-        value = "no"  # YAML 1.1 reads the word no as False
-    return [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import exit_on_user_error
+from stanford_alpaca.run.config_file import with_config
 from stanford_alpaca.run.legacy_flags import split_flags
-from stanford_alpaca.run.parse import with_config
 
 STEP = 128  # examples of a step in the published recipe
 PUBLISHED = {

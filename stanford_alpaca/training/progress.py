@@ -96,12 +96,13 @@ class Progress(TrainerCallback):
             self._bar = None
 
     def _row(self, entry: Mapping[str, Any]) -> None:
-        names = [name for name in COLUMNS if name in entry]
+        present = {*entry, *self._names, "supervised_tokens_per_s"}  # which the first step lacks
+        names = [name for name in COLUMNS if name in present]
         if names != self._names or self._rows >= AGAIN:
             self._names, self._rows = names, 0
             self._say(" ".join(f"{COLUMNS[name][0]:>{COLUMNS[name][1]}}" for name in names))
         self._rows += 1
-        self._say(" ".join(_cell(entry[name], *COLUMNS[name][1:]) for name in names))
+        self._say(" ".join(_cell(entry.get(name, "-"), *COLUMNS[name][1:]) for name in names))
 
     def _say(self, line: str) -> None:
         if self._bar is None:

@@ -332,6 +332,10 @@ def test_of_four_models_the_first_is_compared_with_each():
         ["rouge", "l", "(beam)", *"-0.2500 -0.5000 to -0.0123 0.0200".split()],
         [],
     ]
+    alone = [{**pairs[0], "measures": {"mauve": dict.fromkeys(found)}}]
+    assert format_differences(alone) == (
+        "b minus a:\nno intervals: they need at least 10 records that a measure applies to"
+    )
     assert len(
         format_differences(pairs[:3]).split(" minus ")
     ) == 4 and "length" in format_differences(pairs[:1])

@@ -9,11 +9,13 @@ from transformers import AutoModelForCausalLM, T5Config
 
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.load import ModelSource
+from stanford_alpaca.preflight import model_profile
 from stanford_alpaca.preflight.model_profile import (
     count_activations,
     count_parameters,
     decoder_layers,
     describe,
+    twins_of,
 )
 
 SERVED = ("llama", "qwen3", "gpt2", "gemma2", "opt", "mixtral")
@@ -90,6 +92,16 @@ def test_activations_are_those_of_a_real_run(make_model, name, precision):
     width = model.config.hidden_size
     assert counted.inputs.of(3) == 2 * 3 * 24 * width * (2 if precision == "bfloat16" else 4)
     assert counted.layer.of(3) == pytest.approx(counted.layers.of(3) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])  # gemma2's layers alternate
+def test_equal_layers_that_do_not_run_are_counted(make_model, name, precision, monkeypatch):
+    config = make_model(name, num_hidden_layers=7, layer_types=None).config
+    counted = count_activations(config, 24, precision)
+    assert len(twins_of(decoder_layers(make_model(name, num_hidden_layers=7)), config)) in (3, 5)
+    monkeypatch.setattr(model_profile, "twins_of", lambda *_: {})
+    assert count_activations(config, 24, precision) == counted
 
 
 def test_what_cannot_be_estimated_is_an_error(make_model):

@@ -11,7 +11,7 @@ from benchmarks.traffic import Traffic
 from stanford_alpaca.distributed.engine import ENGINES
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight import plans
-from stanford_alpaca.preflight.__main__ import Options, count_data, main, parse, steps_of
+from stanford_alpaca.preflight.__main__ import Options, count_data, main, steps_of
 from stanford_alpaca.preflight.estimate import Setup, peak_memory, traffic
 from stanford_alpaca.preflight.model_profile import describe
 from stanford_alpaca.preflight.plans import GIB, Machine, advise, batches_of, recommend, rows_of
@@ -19,6 +19,13 @@ from stanford_alpaca.train import train
 from tests.ranks import run_ranks
 
 MACHINE = Machine(gpu="A100", gpu_gib=80, mfu=0.5, link_gb_s=100, host_gb_s=10)
+
+
+def command(argv: list[str]) -> None:
+    """Runs the command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["preflight", *argv])
+        main()
 
 
 @pytest.fixture
@@ -102,7 +109,7 @@ def test_advice_takes_what_fits_and_then_what_saves_memory(table):
 
 
 def test_the_command_needs_a_configuration_and_no_weights(folder, capsys):
-    main(
+    command(
         (
             f"--model_name_or_path {folder} --nproc 4 --mode emo --model_max_length 64 --examples "
             "1000 --gpu H100"
@@ -122,7 +129,9 @@ def test_the_command_needs_a_configuration_and_no_weights(folder, capsys):
 
 
 def test_json_has_every_engine_and_bytes(folder, capsys):
-    main(f"--model_name_or_path {folder} --nproc 2 --mode emo --model_max_length 64 --json".split())
+    command(
+        f"--model_name_or_path {folder} --nproc 2 --mode emo --model_max_length 64 --json".split()
+    )
     read = json.loads(capsys.readouterr().out)
     assert {row["engine"] for row in read["rows"]} == set(ENGINES) - {"none"}
     ddp = read["rows"][0]["memory"]
@@ -132,7 +141,7 @@ def test_json_has_every_engine_and_bytes(folder, capsys):
 
 def test_a_thousand_ranks(folder, capsys):
     flags = f"--model_name_or_path {folder} --nproc 8 --nodes 128 --mode emo --model_max_length 64"
-    main(f"{flags} --json".split())
+    command(f"{flags} --json".split())
     read = json.loads(capsys.readouterr().out)
     # The ranks' 4096 rows are more than the default global batch of 128.
     assert read["setup"]["ranks"] == 1024 and read["setup"]["accumulation"] == 1
@@ -140,7 +149,7 @@ def test_a_thousand_ranks(folder, capsys):
         row for row in read["rows"] if (row["engine"], row["cost_sharding"]) == ("fsdp", "shard")
     )
     assert fsdp["memory"]["weights"] == 4 * read["parameters"]["total"] / 1024
-    main(flags.split())
+    command(flags.split())
     assert "25 GB/s a rank between nodes" in capsys.readouterr().out
 
 
@@ -160,11 +169,8 @@ def test_data_is_counted_as_training_counts_it(root, tmp_path):
         {"instruction": "Nothing.", "output": ""},
     ]
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    options = parse(
-        (
-            f"--model_name_or_path {root}/data/tiny-base --data_path {tmp_path}/data.json "
-            f"--cache_dir {tmp_path}"
-        ).split()
+    options = Options(
+        f"{root}/data/tiny-base", data_path=f"{tmp_path}/data.json", cache_dir=str(tmp_path)
     )
     counted = count_data(options)
     assert counted.examples == 2 and 0.3 < counted.supervised_share < 0.9
@@ -184,15 +190,14 @@ def test_activation_checkpointing_and_no_costs_save_memory(make_model):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--nproc 0", "--nproc 0: give a number above 0"),
-        ("--nproc 2.5", "invalid int value"),
-        ("--gpu_gib nan", "--gpu_gib nan: give a number above 0"),
-        (
-            "--engine zero4",
-            "argument --engine: invalid choice: 'zero4' .choose from '?none'?, '?ddp'?",
-        ),
-        ("--gpu V100", "argument --gpu: invalid choice: 'V100' .choose from"),
-        ("--mode enmo", "argument --mode: invalid choice"),
+        ("--nproc 0", "--nproc 0: give a whole number from 1 on"),
+        ("--nproc 2.5", "--nproc 2.5: give a whole number from 1 on"),
+        ("--gpu_gib nan", "--gpu_gib nan: give a number from 1e-06 on"),
+        ("--gpu_gib much", "--gpu_gib much: give a number from 1e-06 on"),
+        ("--packing perhaps", "--packing perhaps: give True, False, or the flag alone"),
+        ("--engine zero4", "--engine zero4: choose from none, ddp, fsdp"),
+        ("--gpu V100", "--gpu V100: choose from B200, H200"),
+        ("--mode enmo", "--mode enmo: choose from .*; did you mean emo"),
         ("--ngpu 4", "unknown argument --ngpu"),
         ("--nproc 4 --engine none", "--engine none with 4 rank.s.: choose from ddp, fsdp"),
         ("--nproc 4 --global_batch 100", "--global_batch 100 is no multiple of 16 .4 ranks of 4."),
@@ -206,7 +211,7 @@ def test_activation_checkpointing_and_no_costs_save_memory(make_model):
             "--model_max_length 4096 is more than the model's 1024 positions",
         ),
         ("--mean_tokens 600", "--mean_tokens 600 is more than --model_max_length 512"),
-        ("--supervised_share 40", "are shares: give at most 1"),
+        ("--supervised_share 40", "--supervised_share 40: give a number from 1e-06 to 1"),
         ("--data_path x.json --examples 3", "give one or the other"),
         ("--model_max_length 64 --data_path none.json", "cannot load a model|no such file"),
         ("--model_name_or_path ./none", "cannot load a model"),
@@ -214,7 +219,7 @@ def test_activation_checkpointing_and_no_costs_save_memory(make_model):
 )
 def test_refusals_are_one_line(folder, capsys, flags, message):
     with pytest.raises(SystemExit) as ended:
-        main(["--model_name_or_path", folder, *flags.split()])
+        command(["--model_name_or_path", folder, *flags.split()])
     printed = capsys.readouterr()
     assert ended.value.code == 2 and printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -89,3 +90,14 @@ def test_bash_gets_every_word_as_it_was():
     assert words[:2] == ["a b'c$(d)", "1"]
     assert words[-8:] == [*FLAGS[:4], *odd] and "" not in words
     assert shlex.join(odd) in lines
+
+
+def test_a_launcher_waits_for_torch_alone(tmp_path):
+    (tmp_path / "run.yaml").write_text("mode: dft\n")
+    code = (
+        "import sys; from stanford_alpaca.run import where; "
+        f"sys.argv[1:] = ['--', '--config', {str(tmp_path / 'run.yaml')!r}]; where.main(); "
+        "assert not {'transformers', 'peft', 'datasets', 'accelerate'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "MODE=dft" in done.stdout, done.stderr

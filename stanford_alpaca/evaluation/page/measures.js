@@ -12,6 +12,7 @@ function drawMeasures(box) {
     el("tr", {}, measureName(row), ...shown.map((i) => measureCell(row, row.cells[i], i)),
       theirs ? measureCell(row, row.references, null) : null, wide ? el("td", { class: "forest" }, forest(row, shown)) : null);
   box.append(scrolling("Measures with intervals", el("table", { class: "measures" }, el("thead", {}, head), ...grouped(found.rows, line))));
+  if (found.pairs.length && !found.differences.length) box.append(note("There are too few records for the intervals of differences."));
   if (!found.differences.length) return;
   const columns = found.pairs.map(([model, minus]) =>
     el("th", { scope: "col" }, el("span", { class: "pair" }, runName(model), " minus ", runName(minus))));

@@ -33,8 +33,8 @@ def table_of(evaluation: dict[str, Any], models: list[str], references: str = ""
             low, high] or null for each model, and ``references`` is such a cell. ``best`` is the
             index of the model that is better than every other with p < SIGNIFICANT, or null.
         ``pairs``: [model, minus] for each column of ``differences``.
-        ``differences``: {measure, better, cells} for each measure that was compared. ``cells`` has
-            {mean, low, high, p} or null for each pair.
+        ``differences``: {measure, better, cells} for each measure with an interval for a pair.
+            ``cells`` has {mean, low, high, p} or null for each pair.
     """
     results = [evaluation["results"].get(model, {}) for model in models]
     theirs = evaluation["results"].get(references, {})
@@ -66,7 +66,7 @@ def table_of(evaluation: dict[str, Any], models: list[str], references: str = ""
             "cells": [measured.get(name) for measured in found],
         }
         for name in measures
-        if any(name in measured for measured in found)
+        if any((measured.get(name) or {}).get("p") is not None for measured in found)
     ]
     return {"rows": rows, "pairs": pairs, "differences": differences}
 
