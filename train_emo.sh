@@ -5,6 +5,7 @@
 #       Trains the embedded base model on the shipped instructions. Then makes a table before/after,
 #       samples and a report. All this takes a few minutes on two CPU cores.
 #       With another objective: DEMO_MODE=mle bash train_emo.sh
+#       For a shorter look: DEMO_EPOCHS=1 bash train_emo.sh
 #
 #   bash train_emo.sh --config run.yaml [train flags]
 #       The same for a recipe in a file of lines `flag: value`.
@@ -40,8 +41,8 @@ DEMO=
 if [ $# -eq 0 ]; then
     DEMO=1
     NPROC=1 ENGINE=none
-    set -- "$ROOT/data/tiny-base" "${DEMO_MODE:-emo}" --learning_rate 4e-4 --num_train_epochs 6 \
-        --global_batch 32 --per_device_train_batch_size 8 --balance_lengths True \
+    set -- "$ROOT/data/tiny-base" "${DEMO_MODE:-emo}" --learning_rate 4e-4 \
+        --num_train_epochs "${DEMO_EPOCHS:-6}" --global_batch 32 --per_device_train_batch_size 8 --balance_lengths True \
         --logging_steps 20 --save_strategy no
 fi
 case "$1" in

@@ -20,7 +20,8 @@ from tests.ranks import run_ranks
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = ["README.md", "docs/quickstart.md"]
 PAGES = FIRST
-if os.environ.get("EMO_PAGES") == "all":
+SHORT = os.environ.get("EMO_PAGES") != "all"  # one epoch of the demonstration in place of six
+if not SHORT:
     others = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
     PAGES = [*FIRST, *(page for page in others if page not in FIRST)]
 # this very run; what needs a network; what tests/evaluation/test_lm_eval.py runs
@@ -57,6 +58,10 @@ def runnable(line: str) -> str:
     for name, stand_in in STAND_INS.items():
         line = line.replace(name, stand_in)
     ends = "--max_steps 1" if "--save_steps" in line else "--max_steps 1 --save_strategy no"
+    if line.startswith("bash train_emo.sh data/tiny-base mle") or (
+        trains and "_batch" not in line and "train_emo.sh" in line
+    ):
+        ends += " --global_batch 8"
     return f"{line} {ends}" if trains else line
 
 
@@ -114,6 +119,7 @@ def test_the_commands_run_in_their_order(clone, environment, monkeypatch):
             run_ranks(1, run_module, shlex.split(runnable(line))[2:], launched=False)
             continue
         report = {} if line == "bash train_emo.sh" else {"REPORT": "no"}  # seconds less each
+        report |= {"DEMO_EPOCHS": "1"} if SHORT else {}
         ended = subprocess.run(
             ["bash", "-c", runnable(line)],
             cwd=clone,
@@ -133,7 +139,7 @@ def test_the_front_page_begins_with_the_demonstration():
 
 
 def check_demonstration(out: str) -> None:
-    """The table has the promised rows, and exact match rose from below 10 % to at least 60 %."""
+    """The table has the promised rows, and exact match rose from below 10 % to 60 %, or 30 %."""
     lines = out.partition(" minus ")[0].splitlines()  # a table of differences follows
     # values come with intervals: 0.68 [0.62, 0.74]
     table = [re.split(" {2,}", line.strip()) for line in lines]
@@ -143,7 +149,7 @@ def check_demonstration(out: str) -> None:
     for measure in (*wanted, "peak memory, MiB"):
         assert measure in rows, measure
     before, after = (float(value.split()[0]) for value in rows["exact match"][:2])
-    assert before < 0.1 and after >= 0.6
+    assert before < 0.1 and after >= (0.3 if SHORT else 0.6)
     assert float(rows["nll"][1].split()[0]) < float(rows["nll"][0].split()[0])
     assert "checkpoint: " in out
     (report,) = re.findall(r"^report: +(\S+)$", out, re.M)
