@@ -5,9 +5,12 @@ from pathlib import Path
 
 AT_THE_DOOR = 10  # modules beside the folders
 LINES, PARAMETERS = 60, 8  # of a function
-MANY_PARAMETERS = {  # the public loss functions, and the Triton kernels
+MANY_PARAMETERS = {  # the public functions of the loss, and the Triton kernels
+    "objective/attach.py:attach_objective",
     "losses/functional.py:linear_emo_loss",
     "losses/functional.py:linear_loss_and_stats",
+    "losses/backends/chunked.py:linear_loss",
+    "losses/backends/vocab_parallel.py:linear_loss",
     "losses/backends/triton_kernels.py:_statistics",
     "losses/backends/triton_kernels.py:_gradient",
 }

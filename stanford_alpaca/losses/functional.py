@@ -15,6 +15,7 @@ from stanford_alpaca.losses.backends import (
     triton_kernels,
     vocab_parallel,
 )
+from stanford_alpaca.losses.backends.sampling import EPSILON, Sampled
 from stanford_alpaca.losses.objectives import Objective, as_objective
 from stanford_alpaca.losses.types import Head, SoftTargets, TokenStats
 
@@ -24,6 +25,8 @@ BACKENDS: dict[str, Callable] = {
     "triton": partial(chunked.linear_loss, kernels=triton_kernels),
 }
 REDUCTIONS = ("mean", "sum", "none")
+HEAD_GRADIENTS = ("exact", "sampled")
+_SEEDS = torch.Generator().manual_seed(0)  # of sampled gradients, where no generator is given
 SUM_TOLERANCE = 1e-3  # how far a sum of a teacher's rounded probabilities may be from 1
 
 
@@ -95,6 +98,9 @@ def linear_emo_loss(
     ignore_index: int = -100,
     backend: str = "auto",
     num_items: Tensor | int | None = None,
+    head_gradient: str = "exact",
+    head_epsilon: float = EPSILON,
+    generator: torch.Generator | None = None,
 ) -> Tensor:  # [] or, unreduced, [...]
     """Computes ``emo_loss`` from hidden states and the output layer, in less memory.
 
@@ -109,10 +115,18 @@ def linear_emo_loss(
             ``auto``, the fastest that serves these tensors.
         num_items: what ``mean`` divides by in place of this call's number of targets. With the
             global count of a step, the losses of micro-batches and ranks add up.
+        head_gradient: ``exact``, or ``sampled``: the gradients come from a sample of the logits'
+            columns. They are unbiased and cheaper, and loss and statistics stay exact (see
+            ``losses/backends/sampling.py``). The backend ``reference`` does not sample.
+        head_epsilon: the threshold of the sample, in units of one token's loss. A smaller one has
+            less variance and keeps more columns.
+        generator: draws the seed of the sample, on the CPU. By default a generator of this module
+            does, which moves on with each call. The state of ``torch.manual_seed`` is not touched.
 
     Raises:
         ValueError: as ``emo_loss``, and for a backend that is unknown or cannot serve the tensors.
     """
+    check_head_gradient(head_gradient, head_epsilon, backend)
     head = Head(weight, bias, softcap, logit_scale)
     return linear_loss_and_stats(
         hidden,
@@ -126,6 +140,7 @@ def linear_emo_loss(
         ignore_index=ignore_index,
         backend=backend,
         num_items=num_items,
+        sampled=_sampled(head_gradient, head_epsilon, generator),
     )[0]
 
 
@@ -142,6 +157,7 @@ def linear_loss_and_stats(
     ignore_index: int = -100,
     backend: str = "auto",
     num_items: Tensor | int | None = None,
+    sampled: Sampled | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Returns the loss of ``linear_emo_loss`` and the detached statistics of supervised tokens.
 
@@ -168,7 +184,7 @@ def linear_loss_and_stats(
     with torch.autocast(device, enabled=False):  # statistics and costs stay in float32
         inner = "none" if reduction == "none" else "sum"
         weights = None if token_weights is None else _kept_weights(token_weights, keep, kept)
-        loss, stats = _backend(backend, kept, head.weight)(
+        loss, stats = _backend(backend, kept, head.weight, sampled)(
             kept, head, kept_targets, cost, objective, inner, weights
         )
     return _reduced(loss, keep, reduction, num_items), stats
@@ -180,7 +196,24 @@ def check_backend(name: str) -> None:
         raise ValueError(f"unknown backend {name!r}: choose from auto, {', '.join(BACKENDS)}")
 
 
-def _backend(name: str, hidden: Tensor, weight: Tensor) -> Callable:
+def check_head_gradient(name: str, epsilon: float, backend: str) -> None:
+    """Raises ValueError for an unknown head_gradient, or one that the backend cannot serve."""
+    if name not in HEAD_GRADIENTS:
+        raise ValueError(f"unknown head_gradient {name!r}: choose from {', '.join(HEAD_GRADIENTS)}")
+    if not 0 < epsilon < 1:
+        raise ValueError(f"head_epsilon is {epsilon}, wanted a number between 0 and 1")
+    if backend == "reference" and name == "sampled":
+        raise ValueError("backend reference has exact gradients alone: choose chunked")
+
+
+def _sampled(name: str, epsilon: float, generator: torch.Generator | None) -> Sampled | None:
+    if name == "exact":
+        return None
+    seed = torch.randint(2**62, (), generator=_SEEDS if generator is None else generator)
+    return Sampled(epsilon, int(seed))
+
+
+def _backend(name: str, hidden: Tensor, weight: Tensor, sampled: Sampled | None = None) -> Callable:
     check_backend(name)
     reason = triton_kernels.why_not(hidden, weight) if name in ("auto", "triton") else None
     if name == "auto":
@@ -188,12 +221,12 @@ def _backend(name: str, hidden: Tensor, weight: Tensor) -> Callable:
     elif reason is not None:
         raise ValueError(f"backend triton cannot serve: {reason}; choose chunked")
     if not isinstance(weight, DTensor):
-        return BACKENDS[name]
+        loss = BACKENDS[name]
+        return loss if sampled is None else partial(loss, sampled=sampled)
     if name == "reference":
         raise ValueError("backend reference cannot serve a sharded output layer: choose chunked")
-    return partial(
-        vocab_parallel.linear_loss, kernels=triton_kernels if name == "triton" else torch_kernels
-    )
+    kernels = triton_kernels if name == "triton" else torch_kernels
+    return partial(vocab_parallel.linear_loss, kernels=kernels, sampled=sampled)
 
 
 def _checked(

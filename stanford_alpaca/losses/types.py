@@ -83,6 +83,10 @@ class Kernels(Protocol):
         """How many logits are held at a time, by device type."""
 
     @property
+    def SLICE_LOGITS(self) -> Mapping[str, int]:
+        """How many logits' columns are sampled together, by device type; else those of a chunk."""
+
+    @property
     def COLUMNS(self) -> int | None:
         """Logits per token that a chunk is sized for; None: the number of the weight's rows."""
 

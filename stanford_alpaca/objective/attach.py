@@ -25,7 +25,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from stanford_alpaca.cost import Cost, CostAlias, CostEmbedding, ShardedCost
-from stanford_alpaca.losses.functional import check_backend, linear_loss_and_stats
+from stanford_alpaca.losses.backends.sampling import EPSILON, Sampled, Seeds
+from stanford_alpaca.losses.functional import (
+    check_backend,
+    check_head_gradient,
+    linear_loss_and_stats,
+)
 from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.losses.types import SoftTargets
 from stanford_alpaca.objective.head import HeadForm, body_of, original_weight, recognise_head
@@ -41,6 +46,9 @@ class AttachedObjective:
         cost: the frozen CostEmbedding, or this rank's part of it. None without a cost, and with the
             adaptive one.
         teacher: the source of soft targets in training, or None. Evaluation uses the labels.
+        head_epsilon: the threshold of sampled gradients; None for exact ones.
+        seeds: where these samples' random numbers come from. A trainer sets ``seeds.seed`` and, so
+            that a resumed run draws the same, calls ``seeds.at(step)`` before each micro-batch.
         train_meter, eval_meter: sums over the tokens seen with and without gradients.
     """
 
@@ -53,8 +61,9 @@ class AttachedObjective:
         adaptive: str | None,
         backend: str,
         teacher: Teacher | None,
+        head_epsilon: float | None,
     ):
-        self.teacher = teacher
+        self.teacher, self.head_epsilon, self.seeds = teacher, head_epsilon, Seeds()
         self.form, self.objective, self.backend = form, objective, backend
         self.cost: Cost | None = cost
         # the kind of the adaptive cost, which is read from the live output layer at every call
@@ -100,10 +109,9 @@ class AttachedObjective:
         token_weights: Tensor | None = None,  # [B, S] float32, or its bits as int32
         **kwargs: Any,
     ) -> Any:
-        self._computed = True
+        self._computed, own = True, None
         kwargs.pop("logits_to_keep", None)
         kwargs["return_dict"] = True
-        own = None
         if adds_router_loss(model, kwargs):
             outputs, own = run_with_own_loss(
                 self._original.__func__, model, labels, *args, **kwargs
@@ -138,6 +146,7 @@ class AttachedObjective:
         loss, stats = linear_loss_and_stats(
             hidden, head, targets, cost, self.objective, soft,
             token_weights=weights, backend=self.backend, num_items=num_items_in_batch,
+            sampled=self._sampled() if learning else None,
         )  # fmt: skip
         counted = None if weights is None else weights[targets != -100]
         (self.train_meter if learning else self.eval_meter).add(stats, self.objective, counted)
@@ -151,6 +160,9 @@ class AttachedObjective:
         return MoeCausalLMOutputWithPast(
             loss=loss + share * own.loss.to(loss.device), aux_loss=own.get("aux_loss"), **parts
         )
+
+    def _sampled(self) -> Sampled | None:
+        return None if self.head_epsilon is None else Sampled(self.head_epsilon, self.seeds.next())
 
 
 def live_cost(weight: Tensor, kind: str) -> Cost:
@@ -240,6 +252,8 @@ def attach_objective(
     backend: str = "auto",
     teacher: Teacher | None = None,
     form: HeadForm | None = None,
+    head_gradient: str = "exact",
+    head_epsilon: float = EPSILON,
     **options: Any,
 ) -> AttachedObjective:
     """Makes a Hugging Face causal LM compute the objective in its forward, if given ``labels``.
@@ -257,6 +271,7 @@ def attach_objective(
         teacher: gives soft targets in training. The labels then only mark positions that count.
         form: what ``recognise_head`` found on another rank, for a model on the meta device. A
             frozen cost then has rows on the meta device too, until it is shared.
+        head_gradient, head_epsilon: as in ``linear_emo_loss``, with ``seeds`` of what is returned.
         options: fields of ``Objective``, e.g. ``emo_weighting="upstream"``.
 
     Returns:
@@ -269,27 +284,25 @@ def attach_objective(
     if hasattr(model, "emo_objective"):
         raise ValueError("this model has an objective already: detach it first")
     check_backend(backend)
+    check_head_gradient(head_gradient, head_epsilon, backend)
     if isinstance(mode, Objective) and options:
         raise ValueError("give options in the Objective or by name, not both")
     objective = mode if isinstance(mode, Objective) else Objective(mode, **options)
     if teacher is not None and objective.needs_p:
-        raise ValueError(
-            f"mode {objective.mode} (weighting {objective.emo_weighting}) needs one target, "
-            "not a teacher's"
-        )
+        mode = f"mode {objective.mode} (weighting {objective.emo_weighting})"
+        raise ValueError(f"{mode} needs one target, not a teacher's")
     if form is None:
         form = recognise_head(model)
         if adds_router_loss(model, {}):
             check_own_loss(model)
     adaptive = cost_kind if isinstance(cost, str) and cost == "adaptive" else None
-    frozen = (
-        None if adaptive else frozen_cost(model, cost, cost_kind, unit_rows=teacher is not None)
-    )
+    frozen = None if adaptive else frozen_cost(model, cost, cost_kind, teacher is not None)
     if frozen is not None:
         frozen.check(form.head(model).weight.shape[0])
     elif adaptive is None and objective.needs_emo:
         raise ValueError(f"mode {objective.mode} needs a cost embedding")
-    return AttachedObjective(model, form, objective, frozen, adaptive, backend, teacher)
+    epsilon = head_epsilon if head_gradient == "sampled" else None
+    return AttachedObjective(model, form, objective, frozen, adaptive, backend, teacher, epsilon)
 
 
 def frozen_cost(

@@ -18,7 +18,8 @@ from stanford_alpaca.data.templates import TEMPLATES
 from stanford_alpaca.distributed.engine import ENGINES
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import choice
-from stanford_alpaca.losses.functional import BACKENDS
+from stanford_alpaca.losses.backends.sampling import EPSILON
+from stanford_alpaca.losses.functional import BACKENDS, HEAD_GRADIENTS
 from stanford_alpaca.losses.objectives import MODES, WEIGHTINGS, Objective
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.models.lora import LORA_EMBEDDINGS
@@ -196,6 +197,15 @@ class ObjectiveArguments:
         help="Where the frozen costs live; vocab_parallel shards the output layer's loss too.",
     )
     loss_backend: str = choice("auto", *BACKENDS, default="auto", help="How the loss is computed.")
+    head_gradient: str = choice(
+        *HEAD_GRADIENTS,
+        default="exact",
+        help="sampled: unbiased gradients of the output layer from few columns, which cost less.",
+    )
+    head_epsilon: float = field(
+        default=EPSILON,
+        metadata={"help": "Threshold of sampled gradients; smaller is closer and costs more."},
+    )
 
     @property
     def where_costs_live(self) -> str:

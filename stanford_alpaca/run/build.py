@@ -126,6 +126,8 @@ def build_model(
             backend=objective_args.loss_backend,
             teacher=teacher,
             form=form,
+            head_gradient=objective_args.head_gradient,
+            head_epsilon=objective_args.head_epsilon,
         )
     except ValueError as error:
         if run.lora.qlora and "cannot be probed" in str(error):

@@ -19,6 +19,7 @@ from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.distributed.engine import deepspeed_of, shards_weights
 from stanford_alpaca.errors import UserError, first_line, nearest
 from stanford_alpaca.flags import check_writable
+from stanford_alpaca.losses.functional import check_head_gradient
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.run.arguments import (
     METRICS,
@@ -210,6 +211,10 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
             )
     if objective.loss_backend == "triton" and not torch.cuda.is_available():
         raise UserError("--loss_backend triton needs an NVIDIA GPU: choose chunked")
+    try:
+        check_head_gradient(objective.head_gradient, objective.head_epsilon, objective.loss_backend)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
     if model.teacher is not None and needs.needs_p:
         raise UserError(
             f"--teacher: mode {needs.mode} with weighting {needs.emo_weighting} needs one target, "

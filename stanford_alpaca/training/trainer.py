@@ -69,6 +69,7 @@ class EmoTrainer(ResumableTrainer):
         # The objective accepts them, whatever the model's own forward says.
         self.model_accepts_loss_kwargs = True
         self.emo: AttachedObjective = self.accelerator.unwrap_model(self.model).emo_objective
+        self.emo.seeds.seed = self.args.seed
         self.watch = Stopwatch()
         self.guard = Guard(
             self.args.device, self.args.world_size, self.args.skip_nonfinite, fp16=self.args.fp16
@@ -143,6 +144,7 @@ class EmoTrainer(ResumableTrainer):
         return loss
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.emo.seeds.at(self.state.global_step + 1)
         loss = super().training_step(model, *args, **kwargs)
         if not self.accelerator.sync_gradients:  # more micro-batches of this step follow
             return loss

@@ -34,6 +34,7 @@ from torch.nn.functional import logsigmoid
 
 from stanford_alpaca.cost import Cost, CostEmbedding, CostRows
 from stanford_alpaca.losses.backends import torch_kernels
+from stanford_alpaca.losses.backends.sampling import Columns, Sampled
 from stanford_alpaca.losses.types import (
     Head,
     Kernels,
@@ -46,6 +47,7 @@ from stanford_alpaca.losses.types import (
 
 # entries of the weight's gradient that are computed at a time in a lower precision
 TILE_PRODUCTS = 2**25
+LEAST_SAMPLED = 256  # tokens of a product, of which sampled gradients need no large ones to follow
 
 
 def linear_loss(
@@ -57,13 +59,14 @@ def linear_loss(
     reduction: str,  # "sum" or "none"
     token_weights: Tensor | None = None,  # [N] constants that multiply the losses
     kernels: Kernels = torch_kernels,
+    sampled: Sampled | None = None,  # gradients are exact without it
 ) -> tuple[Tensor, TokenStats]:
     """Returns the loss, [] or [N], and the detached statistics.
 
     Extra memory: two or three [chunk, V] tensors in float32, the gradients (the weight's in
     float32) and, under mixed precision, a copy of the weight.
     """
-    job = _Job(head, targets, cost, objective, token_weights, kernels)
+    job = _Job(head, targets, cost, objective, token_weights, kernels, sampled)
     if torch.is_grad_enabled():
         loss, nll, log_emo = _ChunkedLoss.apply(hidden, head.weight, head.bias, job, reduction)
     else:
@@ -103,7 +106,9 @@ class _Job:
         objective: LossOfStats,
         token_weights: Tensor | None,
         kernels: Kernels,
+        sampled: Sampled | None,
     ) -> None:
+        self.sampled = sampled
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.columns = kernels.COLUMNS or len(head.weight)
         self.targets, self.rest = split_targets(targets)
@@ -133,23 +138,68 @@ class _Job:
     ) -> _Result:
         out = _Result(hidden, weight, bias, needs)
         head = Head(weight.to(hidden.dtype), bias, self.softcap, self.logit_scale)
-        limits = self.kernels.CHUNK_LOGITS
-        most = max(16, limits.get(hidden.device.type, limits["cuda"]) // self.columns)
+        draws = self._draws(head.weight, upstream) if out.learning else None
+        limits, device = self.kernels.CHUNK_LOGITS, hidden.device.type
+        least = 16 if draws is None else LEAST_SAMPLED
+        most = max(least, limits.get(device, limits["cuda"]) // self.columns)
         chunks = max(1, math.ceil(len(hidden) / most))
         # chunks of nearly equal size
         for rows in self.order.split(max(1, math.ceil(len(hidden) / chunks))):
-            self._chunk(hidden[rows], head, rows, out, upstream)
+            self._chunk(hidden[rows], head, rows, out, upstream, draws)
         return out
 
+    def _draws(self, weight: Tensor, upstream: Tensor | None) -> Columns | None:
+        if self.sampled is None or not len(self.targets):
+            return None
+        unit = 1.0 if self.logit_scale is None else self.logit_scale
+        return Columns(
+            self.sampled,
+            len(weight),
+            weight.device,
+            unit if upstream is None else unit * upstream.abs().max(),
+        )
+
     def _chunk(
-        self, h: Tensor, head: Head, rows: Tensor, out: _Result, upstream: Tensor | None
+        self,
+        h: Tensor,
+        head: Head,
+        rows: Tensor,
+        out: _Result,
+        upstream: Tensor | None,
+        draws: Columns | None,
     ) -> None:
+        """Computes the logits of these rows, and what follows from them slice by slice."""
+        product = h @ head.weight.T
+        step, whole = max(1, len(rows)), []  # whole: the slices without a sample
+        limit = None if draws is None else self.kernels.SLICE_LOGITS.get(h.device.type)
+        if limit is not None:
+            step = max(1, limit // self.columns)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            g = self._gradient(product[part], head, rows[part], out, upstream)
+            if g is None:
+                continue
+            drawn = None if draws is None else draws.draw(g)
+            if drawn is None:
+                whole.append(part)
+            else:
+                _through_columns(*drawn, g, h[part], head.weight, rows[part], out)
+        for part in _joined(whole):
+            _through_head(product[part], h[part], head.weight, rows[part], out)
+
+    def _gradient(
+        self, product: Tensor, head: Head, rows: Tensor, out: _Result, upstream: Tensor | None
+    ) -> Tensor | None:
+        """Fills in losses and statistics. Returns the product, overwritten by its gradient.
+
+        Without gradients it returns None.
+        """
         y = self.targets[rows]
         rest = (
             None if self.rest is None else SoftTargets(self.rest.ids[rows], self.rest.probs[rows])
         )
         costs = self._costs(y, rest, len(head.weight))
-        chunk = self.kernels.Chunk(h @ head.weight.T, head, y, costs)
+        chunk = self.kernels.Chunk(product, head, y, costs)
         z_y = chunk.at(y[:, None])
         z_rest = z_y if rest is None else chunk.at(rest.ids)
         gap, others, log_w = chunk.statistics()
@@ -174,7 +224,7 @@ class _Job:
         if not out.learning:
             loss = self.objective(nll, log_emo)
             out.loss[rows] = loss if weights is None else loss * weights
-            return
+            return None
         out.loss[rows], a, b = _derivatives(self.objective, nll, log_emo, weights)
         if upstream is not None:
             a, b = a * upstream[rows], b * upstream[rows]
@@ -189,7 +239,7 @@ class _Job:
         g = chunk.gradient(others, log_w_all, alpha, b, g_y)
         if rest is not None:
             g.scatter_add_(1, rest.ids, (-a[:, None] * rest.probs * head.slope(z_rest)).to(g.dtype))
-        _through_head(g, h, head.weight, rows, out)
+        return g
 
     def _costs(self, y: Tensor, rest: SoftTargets | None, vocab_size: int) -> CostRows | None:
         if self.cost is None or rest is None:
@@ -211,6 +261,34 @@ def _through_head(g: Tensor, h: Tensor, weight: Tensor, rows: Tensor, out: _Resu
         step = max(1, TILE_PRODUCTS // h.shape[1])
         for tile in range(0, len(weight), step):
             out.d_weight[tile : tile + step] += g[:, tile : tile + step].T @ h
+
+
+def _through_columns(
+    columns: Tensor,  # [k]
+    sample: Tensor,  # [n, k] their entries, scaled
+    g: Tensor,  # [n, V]
+    h: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    out: _Result,
+) -> None:
+    """Does the same with a sample of the columns; the gradient of the bias is exact."""
+    if out.d_bias is not None:
+        out.d_bias += g.sum(0, dtype=out.d_bias.dtype)
+    if out.d_hidden is not None:
+        out.d_hidden[rows] = sample @ weight.index_select(0, columns)
+    if out.d_weight is not None:
+        out.d_weight.index_add_(0, columns, (sample.T @ h).to(out.d_weight.dtype))
+
+
+def _joined(parts: list[slice]) -> list[slice]:
+    """Joins slices that follow each other."""
+    joined: list[slice] = []
+    for part in parts:
+        if joined and joined[-1].stop == part.start:
+            part = slice(joined.pop().start, part.stop)
+        joined.append(part)
+    return joined
 
 
 def _derivatives(

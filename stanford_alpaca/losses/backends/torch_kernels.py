@@ -14,6 +14,7 @@ from stanford_alpaca.cost import CostRows
 from stanford_alpaca.losses.types import Head
 
 CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # logits held at a time: 96 and 512 MiB in float32
+SLICE_LOGITS = {"cpu": 2**21}  # logits whose columns are sampled together, if fewer than a chunk
 COLUMNS = None  # a chunk is sized for as many logits per token as the weight has rows
 # logits worked on at a time: on a CPU, as many as stay in its caches
 CACHE_LOGITS = {"cpu": 2**20, "cuda": 2**25}

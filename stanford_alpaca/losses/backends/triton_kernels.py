@@ -27,6 +27,7 @@ jit = triton.jit if triton else lambda kernel: kernel
 # whether TRITON_INTERPRET=1 is set now: what counts is its value when the kernels are decorated
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 CHUNK_LOGITS = {"cuda": 2**28}  # logits held at a time: 512 MiB in bfloat16
+SLICE_LOGITS: dict[str, int] = {}  # the columns of a whole chunk are sampled together
 COLUMNS = None  # a chunk is sized for as many logits per token as the weight has rows
 BLOCK, WARPS = 2048, 8  # 8 logits per thread: 16 bytes in bfloat16
 

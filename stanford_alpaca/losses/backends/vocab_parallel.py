@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, Shard
 from stanford_alpaca.cost import Cost, CostRows, ShardedCost
 from stanford_alpaca.distributed.collectives import all_gather, reduce_scatter
 from stanford_alpaca.losses.backends import chunked, torch_kernels
+from stanford_alpaca.losses.backends.sampling import Sampled
 from stanford_alpaca.losses.types import Chunk, Head, Kernels, LossOfStats, SoftTargets, TokenStats
 
 
@@ -43,6 +44,7 @@ def linear_loss(
     reduction: str,  # "sum"
     token_weights: Tensor | None = None,
     kernels: Kernels = torch_kernels,
+    sampled: Sampled | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Computes ``reference.linear_loss`` of this rank's tokens.
 
@@ -58,9 +60,8 @@ def linear_loss(
     if reduction != "sum":
         raise ValueError("a sharded output layer has no unreduced loss: use reduction mean or sum")
     if isinstance(targets, SoftTargets):
-        raise ValueError(
-            "a sharded output layer takes no soft targets: gather it, or leave the teacher out"
-        )
+        advice = "gather it, or leave the teacher out"
+        raise ValueError(f"a sharded output layer takes no soft targets: {advice}")
     weight, bias, group = _local(head, hidden.device)
     if cost is not None and cost.rows is not None and not isinstance(cost, ShardedCost):
         raise ValueError("a sharded output layer needs a ShardedCost")
@@ -71,21 +72,21 @@ def linear_loss(
             f"a vocabulary of {vocab_size} is too small for {ranks} ranks: one has no part of it"
         )
     tokens = _Tokens(len(hidden), group, hidden.device)
-    everyone = tokens.gather(hidden)
-    goals = tokens.gather(targets)
+    everyone, goals = tokens.gather(hidden), tokens.gather(targets)
     weights = None if token_weights is None else tokens.gather(token_weights)
     for part in (weight, bias):
         if part is not None and part.requires_grad:
             part.register_hook(lambda grad: grad / ranks)
     total, stats = chunked.linear_loss(
         everyone,
-        Head(weight, bias, head.softcap, head.logit_scale),
+        head._replace(weight=weight, bias=bias),
         goals,
         cost,
         objective,
         "sum",
         weights,
         kernels=_Kernels(kernels, columns, group),
+        sampled=sampled,
     )
     own = slice(tokens.start, tokens.start + len(hidden))
     stats = TokenStats(stats.nll[own], None if stats.log_emo is None else stats.log_emo[own])
@@ -168,6 +169,8 @@ class _Kernels:
     def __init__(self, kernels: Kernels, columns: int, group: dist.ProcessGroup):
         # equal on all ranks, so that all ranks make the same chunks
         self.CHUNK_LOGITS, self.COLUMNS = kernels.CHUNK_LOGITS, columns
+        # a slice would have collectives of its own
+        self.SLICE_LOGITS: dict[str, int] = {}
         self._kernels, self._start, self._group = kernels, columns * dist.get_rank(group), group
 
     def Chunk(
