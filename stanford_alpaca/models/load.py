@@ -301,7 +301,7 @@ def cannot_load(path: str, error: Exception) -> UserError:
     fault, advice = "cannot load a model from here", "give a Hugging Face folder or a hub name"
     if (place / "config.json").is_file():
         fault, advice = (
-            "transformers cannot load the model in this folder",
+            "transformers cannot load this folder",
             "mend it or give another",
         )
     if "trust_remote_code" in str(error):

@@ -126,7 +126,7 @@ def test_what_fails_on_rank_0_is_an_error_on_all(arguments, tmp_path, root):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((root / "data" / "tiny-base" / name).read_bytes())
     one, two = run_ranks(2, refused, arguments("--fsdp", model_name_or_path=folder))
-    assert one == two and "transformers cannot load the model in this folder (" in one
+    assert one == two and "transformers cannot load this folder (" in one
 
 
 def test_an_empty_model_has_the_buffers_and_the_ties_of_a_loaded_one(make_model, family, tmp_path):

@@ -213,7 +213,7 @@ def test_activation_checkpointing_and_no_costs_save_memory(make_model):
         ("--mean_tokens 600", "--mean_tokens 600 is more than --model_max_length 512"),
         ("--supervised_share 40", "--supervised_share 40: give a number from 1e-06 to 1"),
         ("--data_path x.json --examples 3", "give one or the other"),
-        ("--model_max_length 64 --data_path none.json", "cannot load a model|no such file"),
+        ("--model_max_length 64 --data_path none.json", "transformers cannot load this folder"),
         ("--model_name_or_path ./none", "cannot load a model"),
     ],
 )
