@@ -55,6 +55,16 @@ class Head(NamedTuple):
         return slope if self.logit_scale is None else slope.mul_(self.logit_scale)
 
 
+class Draws(Protocol):
+    """Draws columns of the gradient of a chunk's logits: ``sampling.Columns``."""
+
+    def draw(self, bound: Tensor) -> tuple[Tensor, Tensor] | None:  # [V] -> [k], [k]
+        """See ``sampling.Columns.draw``."""
+
+    def sample(self, g: Tensor) -> tuple[Tensor, Tensor] | None:  # [n, V] -> [k], [n, k]
+        """See ``sampling.Columns.sample``."""
+
+
 class Chunk(Protocol):
     """The logits of n tokens, in float32 (float64 if the product is).
 
@@ -73,6 +83,17 @@ class Chunk(Protocol):
         self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor, g_y: Tensor
     ) -> Tensor:  # [n, V]
         """See ``torch_kernels.Chunk.gradient``."""
+
+    def sample(
+        self,
+        draws: Draws,
+        others: Tensor,
+        log_w: Tensor | None,
+        alpha: Tensor,
+        beta: Tensor,
+        g_y: Tensor,
+    ) -> tuple[Tensor, Tensor] | None:  # [k], [n, k]
+        """See ``torch_kernels.Chunk.sample``."""
 
 
 class Kernels(Protocol):

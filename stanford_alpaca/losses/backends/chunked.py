@@ -47,6 +47,7 @@ from stanford_alpaca.losses.types import (
 
 # entries of the weight's gradient that are computed at a time in a lower precision
 TILE_PRODUCTS = 2**25
+GROUP = 256  # tokens whose sampled columns are multiplied together
 LEAST_SAMPLED = 256  # tokens of a product, of which sampled gradients need no large ones to follow
 
 
@@ -169,36 +170,40 @@ class _Job:
         draws: Columns | None,
     ) -> None:
         """Computes the logits of these rows, and what follows from them slice by slice."""
-        product = h @ head.weight.T
+        product, costs = h @ head.weight.T, self._costs(rows, len(head.weight))
         step, whole = max(1, len(rows)), []  # whole: the slices without a sample
+        drawn = _Drawn(h, head.weight, rows, out)
         limit = None if draws is None else self.kernels.SLICE_LOGITS.get(h.device.type)
         if limit is not None:
             step = max(1, limit // self.columns)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            g = self._gradient(product[part], head, rows[part], out, upstream)
-            if g is None:
-                continue
-            drawn = None if draws is None else draws.draw(g)
-            if drawn is None:
+            own = None if costs is None else CostRows(costs.table, costs.which[part])
+            sample = self._gradient(product[part], head, rows[part], own, out, upstream, draws)
+            if sample is None:
                 whole.append(part)
             else:
-                _through_columns(*drawn, g, h[part], head.weight, rows[part], out)
-        for part in _joined(whole):
+                drawn.add(part, *sample)
+        drawn.multiply()
+        for part in _joined(whole) if out.learning else ():
             _through_head(product[part], h[part], head.weight, rows[part], out)
 
     def _gradient(
-        self, product: Tensor, head: Head, rows: Tensor, out: _Result, upstream: Tensor | None
-    ) -> Tensor | None:
-        """Fills in losses and statistics. Returns the product, overwritten by its gradient.
+        self,
+        product: Tensor,
+        head: Head,
+        rows: Tensor,
+        costs: CostRows | None,
+        out: _Result,
+        upstream: Tensor | None,
+        draws: Columns | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Fills in losses and statistics, and returns a sample of the product's gradient.
 
-        Without gradients it returns None.
+        Without a sample it overwrites the product by its gradient, if there are gradients.
         """
         y = self.targets[rows]
-        rest = (
-            None if self.rest is None else SoftTargets(self.rest.ids[rows], self.rest.probs[rows])
-        )
-        costs = self._costs(y, rest, len(head.weight))
+        rest = self._rest(rows)
         chunk = self.kernels.Chunk(product, head, y, costs)
         z_y = chunk.at(y[:, None])
         z_rest = z_y if rest is None else chunk.at(rest.ids)
@@ -236,12 +241,22 @@ class _Job:
             g_y = a * rest.probs.sum(1) - alpha
             if log_w is not None and log_w_all is not None:
                 g_y -= torch.where(b != 0, b * torch.exp(log_w - log_w_all), 0.0)
+        if rest is None and draws is not None:
+            return chunk.sample(draws, others, log_w_all, alpha, b, g_y)
         g = chunk.gradient(others, log_w_all, alpha, b, g_y)
-        if rest is not None:
-            g.scatter_add_(1, rest.ids, (-a[:, None] * rest.probs * head.slope(z_rest)).to(g.dtype))
-        return g
+        if rest is None:
+            return None
+        g.scatter_add_(1, rest.ids, (-a[:, None] * rest.probs * head.slope(z_rest)).to(g.dtype))
+        return None if draws is None else draws.sample(g)
 
-    def _costs(self, y: Tensor, rest: SoftTargets | None, vocab_size: int) -> CostRows | None:
+    def _rest(self, rows: Tensor) -> SoftTargets | None:
+        """Returns what soft targets give to other tokens than the most probable ones."""
+        if self.rest is None:
+            return None
+        return SoftTargets(self.rest.ids[rows], self.rest.probs[rows])
+
+    def _costs(self, rows: Tensor, vocab_size: int) -> CostRows | None:
+        y, rest = self.targets[rows], self._rest(rows)
         if self.cost is None or rest is None:
             return None if self.cost is None else self.cost.unique_rows(y)
         assert isinstance(self.cost, CostEmbedding)  # vocab_parallel.py refuses soft targets
@@ -263,22 +278,49 @@ def _through_head(g: Tensor, h: Tensor, weight: Tensor, rows: Tensor, out: _Resu
             out.d_weight[tile : tile + step] += g[:, tile : tile + step].T @ h
 
 
-def _through_columns(
-    columns: Tensor,  # [k]
-    sample: Tensor,  # [n, k] their entries, scaled
-    g: Tensor,  # [n, V]
-    h: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    out: _Result,
-) -> None:
-    """Does the same with a sample of the columns; the gradient of the bias is exact."""
-    if out.d_bias is not None:
-        out.d_bias += g.sum(0, dtype=out.d_bias.dtype)
-    if out.d_hidden is not None:
-        out.d_hidden[rows] = sample @ weight.index_select(0, columns)
-    if out.d_weight is not None:
-        out.d_weight.index_add_(0, columns, (sample.T @ h).to(out.d_weight.dtype))
+class _Drawn:
+    """Samples of the slices of a chunk, multiplied with weight and hidden states in groups.
+
+    A group has the columns that any of its slices has.
+    """
+
+    def __init__(self, h: Tensor, weight: Tensor, rows: Tensor, out: _Result) -> None:
+        self._h, self._weight, self._rows, self._out = h, weight, rows, out
+        self._parts: list[slice] = []
+        self._columns: list[Tensor] = []
+        self._entries: list[Tensor] = []
+
+    def add(self, part: slice, columns: Tensor, entries: Tensor) -> None:
+        if self._parts and self._parts[-1].stop != part.start:
+            self.multiply()
+        self._parts.append(part)
+        self._columns.append(columns)
+        self._entries.append(entries)
+        if part.stop - self._parts[0].start >= GROUP:
+            self.multiply()
+
+    def multiply(self) -> None:
+        if not self._parts:
+            return
+        columns = self._columns[0]
+        sample = self._entries[0]
+        if len(self._parts) > 1:
+            columns = torch.cat(self._columns).unique()
+            first = self._parts[0].start
+            count = sum(len(entries) for entries in self._entries)
+            sample = sample.new_zeros(count, len(columns))
+            for part, own, entries in zip(self._parts, self._columns, self._entries, strict=True):
+                place = torch.searchsorted(columns, own)
+                sample[part.start - first : part.stop - first].index_copy_(1, place, entries)
+        group = slice(self._parts[0].start, self._parts[-1].stop)
+        h, out = self._h[group], self._out
+        if out.d_bias is not None:
+            out.d_bias.index_add_(0, columns, sample.sum(0, dtype=out.d_bias.dtype))
+        if out.d_hidden is not None:
+            out.d_hidden[self._rows[group]] = sample @ torch.embedding(self._weight, columns)
+        if out.d_weight is not None:
+            out.d_weight.index_add_(0, columns, (sample.T @ h).to(out.d_weight.dtype))
+        self._parts, self._columns, self._entries = [], [], []
 
 
 def _joined(parts: list[slice]) -> list[slice]:

@@ -97,18 +97,25 @@ class Columns:
         unit = torch.as_tensor(unit, dtype=torch.float32, device=device).abs()
         self._epsilon = (sampled.epsilon * unit).clamp_min(SMALLEST)
 
-    def draw(self, g: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Returns the numbers [k] of the kept columns of ``g`` [n, V] and their entries [n, k].
+    def draw(self, bound: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Draws columns by their greatest entries, or by bounds of these, [V].
 
-        Returns None if g is to be multiplied whole.
+        Returns the numbers [k] of the columns, ascending, and what their entries are multiplied
+        with. Returns None if all columns are to be multiplied.
         """
-        most = torch.maximum(g.amax(0), g.amin(0).neg_()).float()
-        chance = most.div_(self._epsilon).clamp_max_(1)
+        chance = bound.float().div(self._epsilon).clamp_max_(1)
         # not the other way round, because of NaN
         if not chance.sum(dtype=torch.float64) <= DENSE * len(chance):
             return None
         self._level += chance
-        kept = self._level >= 1
-        self._level -= kept.double()
-        columns = kept.nonzero().squeeze(1)
-        return columns, (g.index_select(1, columns) / chance[columns]).to(g.dtype)
+        columns = (self._level >= 1).nonzero().squeeze(1)
+        self._level[columns] -= 1
+        return columns, 1 / chance[columns]
+
+    def sample(self, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Returns drawn columns [k] of ``g`` [n, V] and their entries [n, k], scaled, or None."""
+        drawn = self.draw(torch.maximum(g.amax(0), g.amin(0).neg_()))
+        if drawn is None:
+            return None
+        columns, factor = drawn
+        return columns, (g.index_select(1, columns) * factor).to(g.dtype)

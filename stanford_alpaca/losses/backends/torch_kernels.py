@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostRows
-from stanford_alpaca.losses.types import Head
+from stanford_alpaca.losses.types import Draws, Head
 
 CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # logits held at a time: 96 and 512 MiB in float32
-SLICE_LOGITS = {"cpu": 2**21}  # logits whose columns are sampled together, if fewer than a chunk
+SLICE_LOGITS = {"cpu": 2**23}  # logits whose columns are sampled together, if fewer than a chunk
 COLUMNS = None  # a chunk is sized for as many logits per token as the weight has rows
 # logits worked on at a time: on a CPU, as many as stay in its caches
-CACHE_LOGITS = {"cpu": 2**20, "cuda": 2**25}
+CACHE_LOGITS = {"cpu": 2**23, "cuda": 2**25}
 # sums below this, relative to exp of the greatest other logit, may have lost terms to underflow
 UNDERFLOW = 1e-25
 
@@ -53,6 +53,7 @@ class Chunk:
         )
         # [n, V], computed before z is overwritten
         self._slope: Tensor | None = None if head.softcap is None else head.slope(z)
+        self._read: tuple[Tensor, Tensor] | None = None  # see _unique_costs
         self._underflown: list[tuple[Tensor, Tensor]] = []  # rows and their z - top + log c
 
     def at(self, ids: Tensor) -> Tensor:  # [n, k] -> [n, k]
@@ -85,12 +86,12 @@ class Chunk:
         return z_y - top, total.log_(), None if self._costs is None else log_w
 
     def _log_w(self, rows: slice, e: Tensor, shifted: Tensor) -> Tensor:
-        c = self._costs_of(rows)
-        w = torch.mul(e, c).sum(1)
+        table, which = self._unique_costs(rows)
+        w = (e @ table.T).gather(1, which[:, None]).squeeze(1)  # rows of equal targets are few
         lost = (w < UNDERFLOW).nonzero().squeeze(1)
-        log_w = w.log_()
+        log_w = w.log()
         if len(lost):  # sums that are 0 or have underflowed are computed again with logarithms
-            logs = c[lost].log_().add_(shifted[lost])
+            logs = table[which[lost]].log_().add_(shifted[lost])
             log_w[lost] = logs.logsumexp(1)
             self._underflown.append((rows.start + lost, logs))
         return log_w
@@ -110,11 +111,10 @@ class Chunk:
         Without costs, log_w and beta are not read.
         """
         g = self._z
-        scale = torch.where(others > -torch.inf, alpha * torch.exp(-others), 0.0)
-        if self._costs is None or log_w is None:
+        scale, share = self._factors(others, log_w, alpha, beta)
+        if share is None or log_w is None:
             g.mul_(scale[:, None])
         else:
-            share = torch.where(beta != 0, beta * torch.exp(-log_w), 0.0)
             for lost, _ in self._underflown:
                 share[lost] = 0.0
             for rows in self._slices():
@@ -128,6 +128,70 @@ class Chunk:
         elif self._head.logit_scale is not None:
             g.mul_(self._head.logit_scale)
         return g if g is self._product else self._product.copy_(g)
+
+    def sample(
+        self,
+        draws: Draws,
+        others: Tensor,
+        log_w: Tensor | None,
+        alpha: Tensor,
+        beta: Tensor,
+        g_y: Tensor,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Returns drawn columns [k] of what ``gradient`` returns, and their entries [n, k], scaled.
+
+        Only these are computed. A column is drawn by a bound of its entries, in which the greatest
+        cost of a row takes the place of each. Where columns are not drawn, it returns None, and
+        the product is overwritten as ``gradient`` does it.
+        """
+        whole = others, log_w, alpha, beta, g_y
+        if self._underflown:
+            self.gradient(*whole)
+            return None
+        e, unit = self._z, abs(self._head.logit_scale or 1.0)
+        scale, share = self._factors(others, log_w, alpha, beta)
+        most = scale.abs()
+        if share is not None:
+            table, which = self._unique_costs(slice(None))
+            most = torch.maximum(most, (scale + share * table.amax(1)[which]).abs())
+        bound = (e * (unit * most)[:, None]).amax(0)
+        bound.scatter_reduce_(0, self._y.squeeze(1), (unit * g_y).abs(), "amax")
+        drawn = draws.draw(bound)
+        if drawn is None:
+            self.gradient(*whole)
+            return None
+        columns, factor = drawn
+        g = e.index_select(1, columns)
+        if share is None:
+            g *= scale[:, None]
+        else:
+            costs = table.index_select(1, columns)[which]
+            g *= costs.mul_(share[:, None]).add_(scale[:, None])
+        token, place = (columns == self._y).nonzero(as_tuple=True)  # where a target is drawn
+        g[token, place] = g_y[token]
+        if self._slope is not None:
+            g *= self._slope.index_select(1, columns)
+        elif self._head.logit_scale is not None:
+            g *= self._head.logit_scale
+        return columns, (g * factor).to(self._product.dtype)
+
+    def _factors(
+        self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns what e and c e are multiplied with, [n]; no second one without costs."""
+        scale = torch.where(others > -torch.inf, alpha * torch.exp(-others), 0.0)
+        if self._costs is None or log_w is None:
+            return scale, None
+        return scale, torch.where(beta != 0, beta * torch.exp(-log_w), 0.0)
+
+    def _unique_costs(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Returns the costs [u, V] of the different targets of these rows, and which is whose."""
+        assert self._costs is not None
+        whose = self._costs.which[rows]
+        if self._read is None or len(self._read[1]) != len(whose) or len(whose) != len(self._z):
+            used, which = whose.unique(return_inverse=True)
+            self._read = self._costs.table[used].to(self._z.dtype), which
+        return self._read
 
     def _slices(self) -> Iterator[slice]:
         n, vocab_size = self._z.shape

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stanford_alpaca.cost import CostRows
-from stanford_alpaca.losses.types import Head
+from stanford_alpaca.losses.types import Draws, Head
 
 try:
     import triton
@@ -101,6 +101,10 @@ class Chunk:
         )
         self._launch(_gradient, *vectors)
         return self.product
+
+    def sample(self, draws: Draws, *vectors: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Returns the same as ``torch_kernels.Chunk.sample``, from the whole gradient."""
+        return draws.sample(self.gradient(*vectors))  # type: ignore[arg-type]
 
     def _launch(self, kernel: Any, *vectors: Tensor | None) -> None:
         n, vocab_size = self.product.shape

@@ -32,7 +32,15 @@ from stanford_alpaca.cost import Cost, CostRows, ShardedCost
 from stanford_alpaca.distributed.collectives import all_gather, reduce_scatter
 from stanford_alpaca.losses.backends import chunked, torch_kernels
 from stanford_alpaca.losses.backends.sampling import Sampled
-from stanford_alpaca.losses.types import Chunk, Head, Kernels, LossOfStats, SoftTargets, TokenStats
+from stanford_alpaca.losses.types import (
+    Chunk,
+    Draws,
+    Head,
+    Kernels,
+    LossOfStats,
+    SoftTargets,
+    TokenStats,
+)
 
 
 def linear_loss(
@@ -240,12 +248,21 @@ class _Chunk:
     def gradient(
         self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor, g_y: Tensor
     ) -> Tensor:
+        return self._chunk.gradient(*self._own(others, log_w, alpha, beta, g_y))
+
+    def sample(self, draws: Draws, *vectors: Any) -> tuple[Tensor, Tensor] | None:
+        return self._chunk.sample(draws, *self._own(*vectors))
+
+    def _own(
+        self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor, g_y: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """Returns the same for this rank's columns, relative to their own greatest logit."""
         down = self._z - self.top
         first = torch.where(others > -torch.inf, alpha * torch.exp(down - others), 0.0)
         if self._log_c is not None and log_w is not None:
             first += torch.where(beta != 0, beta * torch.exp(down + self._log_c - log_w), 0.0)
         lift = self.top - self._own_top
-        return self._chunk.gradient(
+        return (
             others + lift,
             None if log_w is None else log_w + lift,
             alpha,

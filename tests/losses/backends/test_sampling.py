@@ -88,9 +88,9 @@ def assert_unbiased(samples, exact):
     variance = samples.var(0)
     assert variance.sum() > 0
     ratio = error.square().sum() / (variance.sum() / count)
-    assert 0.3 < ratio < 2.5, ratio
+    assert 0.15 < ratio < 2.5, ratio
     # nowhere is it systematic; that of rarely drawn entries is not known well from so few draws
-    score = error / ((variance + 0.05 * variance.mean()) / count).sqrt()
+    score = error / ((variance + 0.3 * variance.mean()) / count).sqrt()
     assert score.abs().max() < 5.5
 
 
@@ -115,10 +115,8 @@ def test_the_mean_over_seeds_is_the_exact_gradient(name):
     loss, exact = gradients(arguments)
     drawn = list(by_seeds(arguments, SEEDS))
     assert all(torch.equal(found, loss) for found, _ in drawn)
-    for part in (0, 1):  # of hidden states and weight
+    for part in range(3):  # of hidden states, weight and bias
         assert_unbiased([found[part] for _, found in drawn], exact[part])
-    for _, found in drawn[:3]:  # that of the bias is exact
-        torch.testing.assert_close(found[2], exact[2])
 
 
 def test_few_columns_are_kept_and_the_error_falls_with_the_threshold():
@@ -150,6 +148,10 @@ def test_cached_and_adaptive_costs_and_a_frozen_head():
 
 @pytest.mark.parametrize("mode", ["mle", "emo", "mix"])
 def test_triton_kernels_draw_the_same_columns(interpreted, monkeypatch, mode):
+    def from_the_whole(self, draws, *vectors):  # PyTorch's own draws by bounds of the entries
+        return draws.sample(self.gradient(*vectors))
+
+    monkeypatch.setattr(torch_kernels.Chunk, "sample", from_the_whole)
     monkeypatch.setitem(torch_kernels.SLICE_LOGITS, "cpu", N * V)
     arguments = problem(torch.float32, mode=mode, softcap=5.0, logit_scale=0.7)
     (_, theirs), (_, ours) = (
@@ -168,7 +170,7 @@ def test_a_loss_per_token_is_drawn_in_backward_as_its_sum_is_in_forward():
     for scale in (1.0, 1e-6, 1e6):  # the threshold follows the loss scale
         (_, found) = next(by_seeds(each, 1, upstream=torch.full((N,), scale)))
         for got, want in zip(found, summed, strict=True):
-            torch.testing.assert_close(got, scale * want, rtol=1e-3, atol=0)
+            torch.testing.assert_close(got, scale * want, rtol=1e-3, atol=1e-6 * scale)
     upstream = torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     _, exact = gradients(each, upstream=upstream)
     drawn = [found for _, found in by_seeds(each, SEEDS, upstream=upstream)]
@@ -200,9 +202,9 @@ def test_where_it_does_not_pay_the_gradient_is_exact(monkeypatch):
 def test_slices_with_and_without_a_sample_go_together(monkeypatch):
     draw, calls = Columns.draw, []
 
-    def every_other(self, g):
-        calls.append(g)
-        return None if len(calls) % 3 == 2 else draw(self, g)
+    def every_other(self, bound):
+        calls.append(bound)
+        return None if len(calls) % 3 == 2 else draw(self, bound)
 
     monkeypatch.setattr(Columns, "draw", every_other)
     arguments = problem()
@@ -222,14 +224,14 @@ def test_what_is_not_finite_is_seen(bad):
     assert not torch.isfinite(exact[1]).all() and not torch.isfinite(found[1]).all()
     columns = Columns(Sampled(), 4, torch.device("cpu"), 1.0)
     g = torch.tensor([[1e-9, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, bad]])
-    drawn = columns.draw(g)
+    drawn = columns.sample(g)
     assert drawn is None or 3 in drawn[0]
 
 
 def test_a_column_of_zeros_is_dropped():
     columns = Columns(Sampled(0.5), 4, torch.device("cpu"), 1.0)
     for _ in range(20):
-        kept, entries = columns.draw(torch.tensor([[0.0, 0.7, 0.0, 1e-3]]))
+        kept, entries = columns.sample(torch.tensor([[0.0, 0.7, 0.0, 1e-3]]))
         assert 0 not in kept and 2 not in kept and 1 in kept
         assert entries[0, kept == 1] == 0.7 and (entries[0, kept == 3] == 0.5).all()
 
