@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,6 +45,8 @@ class Case:
     targets: str = "zipf"  # "zipf", or the name of the file that the ids come from
     # real token ids; if empty, Zipf-distributed ids are drawn
     ids: tuple[int, ...] = field(default=(), repr=False)
+    states: str = ""  # a file of benchmarks.states, in place of random tensors
+    frozen_head: bool = False  # only the hidden states get a gradient
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def make_batch(case: Case) -> Batch:
 
     Every other token also leans towards its target, from a little to nearly certain.
     """
+    if case.states:
+        return read_batch(case)
     options: dict[str, Any] = {
         "generator": torch.Generator(case.device).manual_seed(0),
         "device": case.device,
@@ -94,9 +99,21 @@ def make_batch(case: Case) -> Batch:
     sure = torch.rand(case.tokens, 1, **options) * 25
     sure[::2] = 0
     hidden += sure * weight[targets]
+    return as_batch(case, hidden, weight, targets)
+
+
+def read_batch(case: Case) -> Batch:
+    """Reads the first tokens of a file of ``benchmarks.states``."""
+    tensors = load_file(case.states, case.device)
+    hidden, targets = tensors["hidden"][: case.tokens], tensors["targets"][: case.tokens]
+    return as_batch(case, hidden.clone(), tensors["weight"], targets)
+
+
+def as_batch(case: Case, hidden: Tensor, weight: Tensor, targets: Tensor) -> Batch:
     dtype = getattr(torch, case.dtype)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return Batch(hidden.requires_grad_(), weight.requires_grad_(), targets, weight.detach().clone())
+    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype)
+    embedding = weight.detach().clone()
+    return Batch(hidden, weight.requires_grad_(not case.frozen_head), targets, embedding)
 
 
 def make_targets(case: Case) -> Tensor:  # [N]
@@ -104,6 +121,8 @@ def make_targets(case: Case) -> Tensor:  # [N]
 
     The id of rank r then has a probability in proportion to 1 / r.
     """
+    if case.states:
+        return load_file(case.states)["targets"][: case.tokens]
     if case.ids:
         return torch.tensor(case.ids)
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +137,7 @@ def make_targets(case: Case) -> Tensor:  # [N]
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-def ours(backend: str, kind: str) -> Callable[[Batch], Call]:
+def ours(backend: str, kind: str, head_gradient: str = "exact") -> Callable[[Batch], Call]:
     """Returns a builder for one of our backends.
 
     ``kind`` is mle, or it names the cost of emo: frozen, cached (frozen, with its rows kept),
@@ -138,8 +157,9 @@ def ours(backend: str, kind: str) -> Callable[[Batch], Call]:
             cost = CostEmbedding(batch.weight) if kind == "adaptive" else kept
             mode = "mle" if kind == "mle" else "emo"
             return linear_emo_loss(
-                batch.hidden, batch.weight, batch.targets, cost, mode=mode, backend=backend
-            )
+                batch.hidden, batch.weight, batch.targets, cost, mode=mode, backend=backend,
+                head_gradient=head_gradient,
+            )  # fmt: skip
 
         try:
             with torch.no_grad():
@@ -229,6 +249,42 @@ def quack(batch: Batch) -> Call:
     )
 
 
+class Dropped(torch.autograd.Function):
+    """Cross entropy without the columns of the gradient that are below 2^-12 in all of 128 tokens.
+
+    That is the rule of cut-cross-entropy, which applies it to blocks. It is biased.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        loss = hidden.new_zeros(())
+        for start in range(0, len(hidden), 128):
+            rows = slice(start, start + 128)
+            h, y = hidden[rows], targets[rows, None]
+            g = (h @ weight.T).float()
+            loss += F.cross_entropy(g, y[:, 0], reduction="sum")
+            g = g.softmax(1)
+            g.scatter_add_(1, y, -torch.ones_like(g[:, :1]))
+            columns = (torch.maximum(g.amax(0), -g.amin(0)) >= 2**-12).nonzero()[:, 0]
+            kept = g[:, columns].to(h.dtype)
+            d_hidden[rows] = kept @ weight[columns]
+            if ctx.needs_input_grad[1]:
+                d_weight.index_add_(0, columns, kept.T @ h)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        scale = grad / len(ctx.saved_tensors[0])
+        d_hidden, d_weight = (scale * each for each in ctx.saved_tensors)
+        return d_hidden, d_weight if ctx.needs_input_grad[1] else None, None
+
+
+def dropped(batch: Batch) -> Call:
+    return lambda: Dropped.apply(batch.hidden, batch.weight, batch.targets)
+
+
 CROSS_ENTROPIES: dict[str, Callable[[Batch], Call]] = {
     "plain": plain,
     "torch-chunked": torch_chunked,
@@ -242,8 +298,13 @@ OURS = {
     for backend in ("chunked", "triton")
     for kind in ("mle", "frozen", "cached", "adaptive", "identity")
 }
+OURS |= {
+    f"{backend}-{kind}-sampled": ours(backend, kind, "sampled")
+    for backend in ("chunked", "triton")
+    for kind in ("mle", "frozen", "cached")
+}
 OURS["reference-frozen"] = ours("reference", "frozen")
-CONTENDERS = {**CROSS_ENTROPIES, "emoloss": emoloss, **OURS}
+CONTENDERS = {**CROSS_ENTROPIES, "dropped": dropped, "emoloss": emoloss, **OURS}
 PACKAGES = ("EMOLoss", "liger-kernel", "cut-cross-entropy", "quack-kernels", "triton")
 
 

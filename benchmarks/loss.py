@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +28,8 @@ import torch
 from benchmarks import plots
 from benchmarks.contenders import CONTENDERS, CROSS_ENTROPIES, OURS, Case, make_targets, versions
 from benchmarks.measure import ALLOCATOR, FLOOR, Setup, measure
+from benchmarks.states import errors, read_shape
+from benchmarks.states import table as error_table
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
 from stanford_alpaca.errors import UserError
@@ -54,7 +56,7 @@ SCALED = (
 RESULTS = str(ROOT / "benchmarks" / "results")
 
 
-@SetParseFns(shape=str, only=str, ids_from=str, tokenizer=str, results=str)
+@SetParseFns(shape=str, only=str, ids_from=str, tokenizer=str, results=str, states=str)
 def run(
     shape: str | None = None,
     tokens: Any = (2048, 8192),
@@ -68,6 +70,8 @@ def run(
     dtype: str | None = None,
     threads: int = os.cpu_count() or 1,
     results: str = RESULTS,
+    states: str | None = None,
+    frozen_head: bool = False,
     **unknown: Any,
 ) -> None:
     """Prints a table per shape and count of tokens, and writes JSON and a plot.
@@ -88,6 +92,9 @@ def run(
         dtype: float32 (default on a CPU), bfloat16 (default on a GPU) or float16.
         threads: threads on a CPU.
         results: the folder for JSON and plot.
+        states: files of ``benchmarks.states``, with commas: hidden states, targets and output layer
+            of real models take the place of random ones. A table of errors follows each.
+        frozen_head: only the hidden states get a gradient, as with LoRA.
     """
     refuse_unknown(unknown, run)
     sizes = [("hidden", hidden), ("vocab", vocab)]
@@ -102,10 +109,13 @@ def run(
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
-    shapes = named_shapes(shape, hidden, vocab, device)
     counts = as_list(tokens)
-    cases = [Case(name, *shapes[name], count, device, dtype) for name in shapes for count in counts]
-    if ids_from != "none":
+    if states is not None:
+        shapes, cases = {}, states_cases(states.split(","), counts, device, dtype)
+    else:
+        shapes = named_shapes(shape, hidden, vocab, device)
+        cases = [Case(each, *shapes[each], n, device, dtype) for each in shapes for n in counts]
+    if states is None and ids_from != "none":
         width, (ids, size) = (
             next(iter(shapes.values()))[0],
             response_ids(ids_from, tokenizer, counts[0]),
@@ -115,13 +125,32 @@ def run(
         )
     file = Path(results) / f"loss-{device_name(device)}.jsonl"
     for case in cases:
+        case = replace(case, frozen_head=frozen_head)
         rows = measured(case, names, threads, rounds)
+        if case.states:
+            found = errors(case, [row["contender"] for row in rows])
+            rows = [row | {"errors": found.get(row["contender"])} for row in rows]
         keep(file, rows)
         print(heading(rows[0]), table(rows), sep="\n\n", end="\n\n", flush=True)
         for row in rows:
             if "left_out" in row:
                 print(f"left out: {row['contender']}: {row['left_out']}")
+        if case.states:
+            print(error_table(found), end="\n\n", flush=True)
     draw(plots.bars, read(file), file)
+
+
+def states_cases(files: list[str], counts: list[int], device: str, dtype: str) -> list[Case]:
+    """Returns a case for each file and count. Raises UserError for a file with too few tokens."""
+    cases = []
+    for file in files:
+        found, hidden, vocab = read_shape(file)
+        for count in counts:
+            if count > found:
+                raise UserError(f"--states {file}: it has {found} tokens, wanted {count}")
+            name = Path(file).stem
+            cases.append(Case(name, hidden, vocab, count, device, dtype, "its own data", (), file))
+    return cases
 
 
 @SetParseFns(results=str)
@@ -238,7 +267,8 @@ def response_ids(file: str, tokenizer_path: str, count: int) -> tuple[tuple[int,
 
 def measured(case: Case, names: Iterable[str], threads: int, rounds: int) -> list[dict[str, Any]]:
     """Runs ``measure`` and adds the machine and the case to every row."""
-    described = {name: value for name, value in asdict(case).items() if name != "ids"}
+    left_out = ("ids", "states") if case.frozen_head else ("ids", "states", "frozen_head")
+    described = {name: value for name, value in asdict(case).items() if name not in left_out}
     described["unique_targets"] = round(len(make_targets(case).unique()) / case.tokens, 4)
     about = {"machine": machine(case.device, threads), "case": described}
     return [about | row for row in measure(Setup(case, tuple(names), threads), rounds)]
@@ -315,9 +345,10 @@ def heading(row: dict[str, Any]) -> str:
         if case["targets"] == "zipf"
         else f"targets of {case['targets']} in their own vocabulary"
     )
+    frozen = ", frozen head" if "frozen_head" in case else ""
     return (
         f"## {case['shape']}: N={case['tokens']} H={case['hidden']} V={case['vocab']} "
-        f"{case['dtype']}, {targets}, {100 * case['unique_targets']:.1f} % unique; {where}"
+        f"{case['dtype']}{frozen}, {targets}, {100 * case['unique_targets']:.1f} % unique; {where}"
     )
 
 

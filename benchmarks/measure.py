@@ -196,6 +196,8 @@ def floor(batch: Batch) -> Call:
     def products() -> torch.Tensor:
         torch.mm(hidden, weight.T, out=logits)
         torch.mm(logits, weight, out=d_hidden)
+        if not batch.weight.requires_grad:
+            return d_hidden
         return torch.mm(logits.T, hidden, out=d_weight)
 
     return products
@@ -233,9 +235,8 @@ def cpu_peak(setup: Setup, name: str) -> dict[str, float]:
     """
     torch.set_num_threads(setup.threads)
     try:
-        forward_backward(
-            build(name, make_batch(replace(setup.case, hidden=16, vocab=300, tokens=64, ids=())))
-        )
+        small = replace(setup.case, hidden=16, vocab=300, tokens=64, ids=(), states="")
+        forward_backward(build(name, make_batch(small)))
         batch = make_batch(setup.case)  # by now libraries have loaded and started what they need
         inputs = resident_mib("VmRSS")
         step = build(name, batch)

@@ -14,13 +14,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from benchmarks import contenders, loss, measure
+from benchmarks import contenders, loss, measure, states
 from benchmarks.contenders import CONTENDERS, OURS, Case, Unavailable, make_batch
 from stanford_alpaca import Objective, linear_emo_loss
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.losses.backends import sampling
 from stanford_alpaca.run.where import KEEP_MEMORY
 
 TINY = Case("tiny", hidden=16, vocab=300, tokens=64)
@@ -55,7 +57,8 @@ def here(monkeypatch):
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
-def test_a_contender_computes_what_it_is_named_for(name):
+def test_a_contender_computes_what_it_is_named_for(name, monkeypatch):
+    monkeypatch.setattr(sampling, "DENSE", 0.0)  # sampled gradients are then exact
     batch, same = make_batch(TINY), make_batch(TINY)
     try:
         ours = contenders.build(name, batch)()
@@ -69,7 +72,7 @@ def test_a_contender_computes_what_it_is_named_for(name):
             "chunked-frozen",
         )
         pytest.skip(str(reason))
-    kind = name.rpartition("-")[2] if name in OURS else name
+    kind = name.removesuffix("-sampled").rpartition("-")[2] if name in OURS else name
     if kind in ("frozen", "cached", "adaptive", "identity", "emoloss"):
         mode = Objective("emo", emo_ratio_cap=3.0) if kind == "emoloss" else "emo"
         cost = CostEmbedding(None, "identity") if kind == "identity" else same.embedding
@@ -83,6 +86,8 @@ def test_a_contender_computes_what_it_is_named_for(name):
     # cached cost rows are in bf16
     tolerance = {"rtol": 1e-2, "atol": 1e-3} if kind == "cached" else {"rtol": 1e-3, "atol": 1e-6}
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    if name == "dropped":  # it leaves out what is small, which random weights have much of
+        tolerance = {"rtol": 0.2, "atol": 1e-2}
     torch.testing.assert_close(batch.hidden.grad, same.hidden.grad, **tolerance)
     torch.testing.assert_close(batch.weight.grad, same.weight.grad, **tolerance)
 
@@ -272,3 +277,25 @@ def test_wrong_flags_are_refused(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
         loss.run(**{"results": str(tmp_path / "new")} | flags)
     assert not (tmp_path / "new").exists()
+
+
+def test_states_of_a_model_are_measured(here, tmp_path, capsys, root, monkeypatch):
+    monkeypatch.setattr(sampling, "DENSE", 1.0)  # of 2,048 columns few are left out
+    file = str(tmp_path / "tiny.safetensors")
+    data = str(root / "data" / "instructions" / "held_out.json")
+    states.write(states.Options(str(root / "data" / "tiny-base"), data=data, out=file, tokens=300))
+    hidden, weight = (load_file(file)[name] for name in ("hidden", "weight"))
+    assert hidden.shape == (300, weight.shape[1])
+    names = "plain,dropped,chunked-frozen,chunked-frozen-sampled"
+    results = str(tmp_path / "results")
+    loss.run(states=file, tokens=256, rounds=1, only=names, threads=1, results=results)
+    rows = {row["contender"]: row for row in loss.read(tmp_path / "results" / "loss-cpu.jsonl")}
+    assert rows["floor"]["errors"] is None and "states" not in rows["plain"]["case"]
+    exact, sampled = (rows[name]["errors"] for name in ("chunked-frozen", "chunked-frozen-sampled"))
+    assert exact["d_hidden"] < 1e-5 < sampled["d_hidden"] < 0.05
+    assert exact["columns"] is None and 0 < sampled["columns"] < 1
+    assert "| chunked-frozen-sampled | " in capsys.readouterr().out
+    with pytest.raises(UserError, match="it has 300 tokens, wanted 2048"):
+        loss.run(states=file, results=results)
+    with pytest.raises(UserError, match=r"not what benchmarks\.states"):
+        loss.run(states=data, results=results)
