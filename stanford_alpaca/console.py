@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 
 # names of environment variables that hold a secret
@@ -20,9 +21,22 @@ def is_main_process() -> bool:
 
 
 def say(line: str) -> None:
-    """Prints a line once for all ranks."""
-    if is_main_process():
+    """Prints a line once for all ranks.
+
+    If nobody reads any more, or the disk is full, this line and all later ones are lost. The work
+    goes on.
+    """
+    if not is_main_process():
+        return
+    try:
         print(printable(line), flush=True)
+    except OSError:
+        drop_output()
+
+
+def drop_output() -> None:
+    """Sends what is printed from now on nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def keep_secret(*values: str) -> None:

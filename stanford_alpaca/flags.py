@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import os
 import signal
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from fire.decorators import SetParseFns
 from tqdm import tqdm
 
-from stanford_alpaca.console import is_main_process, printable
+from stanford_alpaca.console import drop_output, is_main_process, printable
 from stanford_alpaca.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -48,7 +47,7 @@ def exit_on_user_error(command: Callable[[], Any]) -> Any:
         print(f"error: {' '.join(printable(message).split())}", file=sys.stderr, flush=True)
         sys.exit(error.status)
     except BrokenPipeError:  # the reader of a pipe, as head, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(128 + signal.SIGPIPE)
 
 

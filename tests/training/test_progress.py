@@ -1,6 +1,9 @@
 """What a run prints and writes while it trains."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +24,7 @@ def test_a_run_logs_in_columns_and_as_json(arguments, capsys, tmp_path):
         assert mine == {name: value for name, value in theirs.items() if name != "total_flos"}
     lines = printed.splitlines()
     heads = next(n for n, line in enumerate(lines) if line.split()[:3] == ["step", "epoch", "loss"])
+    assert [line.split()[:2] for line in lines].count(["step", "epoch"]) == 1
     names, row = lines[heads].split(), lines[heads + 1].split()
     assert len(names) == len(row) and row[0] == "1"
     assert float(row[names.index("nll")]) == pytest.approx(written[0]["nll"], rel=1e-3)
@@ -50,6 +54,16 @@ def test_a_file_that_cannot_be_written_ends_no_training(tmp_path, capsys):
         progress.on_log(args, state, None, logs={"loss": 1.0})
     printed = capsys.readouterr().out
     assert printed.count("cannot be written to") == 1 and printed.count("loss") == 1
+
+
+def test_a_reader_that_goes_away_ends_no_training(arguments, tmp_path):
+    read, written = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "stanford_alpaca.train", *arguments(max_steps=2)]
+    ended = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, text=True)
+    os.close(written)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_every_column_holds_its_widest_value():
