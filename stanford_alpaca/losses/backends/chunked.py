@@ -17,10 +17,10 @@ their gradients, and c_y is not 0.
 
 A ``Chunk``, from torch_kernels.py or triton_kernels.py, does all work on [chunk, V] except the
 matrix products. When the loss is summed, the gradients are computed in the forward pass (three
-matrix products). In two cases the chunks are computed again in the backward pass: with reduction
-"none", and in float16, whose range needs the loss scale that arrives only then. Tokens are
-processed in the order of their targets, so that equal targets, which share a row of costs, stand
-together.
+matrix products, or two small ones in place of two, see sampling.py). In two cases the chunks are
+computed again in the backward pass: with reduction "none", and in float16, whose range needs the
+loss scale that arrives only then. Tokens are processed in the order of their targets, so that equal
+targets, which share a row of costs, stand together.
 """
 
 import math

@@ -2,8 +2,8 @@
 
 On a trained model nearly all entries of the logits' gradient g [n, V] are nearly zero, and two of
 the three matrix products of the output layer are spent on them. Here those products run on a sample
-of g's columns. Let m_j be the greatest |g_ij| of column j over the n tokens of a chunk, and epsilon
-the threshold:
+of g's columns. Let m_j be the greatest |g_ij| of column j over the n tokens of a chunk, or a bound
+of it, and epsilon the threshold:
 
     m_j >= epsilon    the column is kept as it is
     m_j <  epsilon    it is kept with probability m_j / epsilon, and then times epsilon / m_j
