@@ -214,7 +214,7 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
     try:
         check_head_gradient(objective.head_gradient, objective.head_epsilon, objective.loss_backend)
     except ValueError as error:
-        raise UserError(f"--{error}") from None
+        raise UserError(f"--{error}".replace("--backend", "--loss_backend")) from None
     if model.teacher is not None and needs.needs_p:
         raise UserError(
             f"--teacher: mode {needs.mode} with weighting {needs.emo_weighting} needs one target, "

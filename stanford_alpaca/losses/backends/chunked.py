@@ -48,7 +48,7 @@ from stanford_alpaca.losses.types import (
 # entries of the weight's gradient that are computed at a time in a lower precision
 TILE_PRODUCTS = 2**25
 GROUP = 256  # tokens whose sampled columns are multiplied together
-LEAST_SAMPLED = 256  # tokens of a product, of which sampled gradients need no large ones to follow
+LEAST_SAMPLED = 256  # tokens of a chunk whose gradients are sampled, however large V is
 
 
 def linear_loss(

@@ -87,7 +87,10 @@ class Chunk:
 
     def _log_w(self, rows: slice, e: Tensor, shifted: Tensor) -> Tensor:
         table, which = self._unique_costs(rows)
-        w = (e @ table.T).gather(1, which[:, None]).squeeze(1)  # rows of equal targets are few
+        if e.is_cuda:  # a product could run in TF32 there, and the statistics are exact
+            w = torch.mul(e, table[which]).sum(1)
+        else:  # different targets are few
+            w = (e @ table.T).gather(1, which[:, None]).squeeze(1)
         lost = (w < UNDERFLOW).nonzero().squeeze(1)
         log_w = w.log()
         if len(lost):  # sums that are 0 or have underflowed are computed again with logarithms
