@@ -61,7 +61,9 @@ class Draws(Protocol):
     def draw(self, bound: Tensor) -> tuple[Tensor, Tensor] | None:  # [V] -> [k], [k]
         """See ``sampling.Columns.draw``."""
 
-    def sample(self, g: Tensor) -> tuple[Tensor, Tensor] | None:  # [n, V] -> [k], [n, k]
+    def sample(  # [n, V] and [V] -> [k], [n, k]
+        self, g: Tensor, greatest: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """See ``sampling.Columns.sample``."""
 
 
@@ -105,7 +107,7 @@ class Kernels(Protocol):
 
     @property
     def SLICE_LOGITS(self) -> Mapping[str, int]:
-        """How many logits' columns are sampled together, by device type; else those of a chunk."""
+        """How many logits a ``Chunk`` is made for, by device type; else all that are held."""
 
     @property
     def COLUMNS(self) -> int | None:

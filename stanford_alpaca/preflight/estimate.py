@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from stanford_alpaca.distributed.engine import ENGINES
 from stanford_alpaca.losses.backends.chunked import TILE_PRODUCTS
-from stanford_alpaca.losses.backends.torch_kernels import CACHE_LOGITS, CHUNK_LOGITS
+from stanford_alpaca.losses.backends.torch_kernels import CHUNK_LOGITS, SLICE_LOGITS
 from stanford_alpaca.preflight.model_profile import Anatomy, Parameters
 
 NO_COST = "-"  # in place of a cost sharding if the mode reads no costs
@@ -225,10 +225,11 @@ def loss_bytes(counts: Parameters, setup: Setup, engine: str, sharding: str) -> 
     vocab = counts.vocab_size / (setup.ranks if parallel else 1)
     most = max(16, CHUNK_LOGITS[setup.device] / vocab)
     logits = min(tokens, most) * vocab
-    chunk = logits * (4 + (c if setup.bf16 else 0))
+    part = logits if parallel else min(logits, SLICE_LOGITS[setup.device])
+    # the product, and of a slice the softmax and, in a lower precision, the float32 logits
+    chunk = c * logits + 4 * part * (2 if setup.bf16 else 1)
     if setup.priced:
-        chunk += 4 * logits * setup.unique_share + 4 * min(logits, CACHE_LOGITS[setup.device])
-    chunk += 4 * min(logits, CACHE_LOGITS[setup.device])
+        chunk += 4 * logits * setup.unique_share + 4 * part
     head = 4 * vocab * width + (c * min(TILE_PRODUCTS, vocab * width) if setup.bf16 else 0)
     float32_head = parallel or precision_of(engine, setup.bf16) == "autocast"
     copy = c * vocab * width if setup.bf16 and float32_head else 0

@@ -173,7 +173,7 @@ class _Job:
         product, costs = h @ head.weight.T, self._costs(rows, len(head.weight))
         step, whole = max(1, len(rows)), []  # whole: the slices without a sample
         drawn = _Drawn(h, head.weight, rows, out)
-        limit = None if draws is None else self.kernels.SLICE_LOGITS.get(h.device.type)
+        limit = self.kernels.SLICE_LOGITS.get(h.device.type)
         if limit is not None:
             step = max(1, limit // self.columns)
         for start in range(0, len(rows), step):

@@ -112,9 +112,15 @@ class Columns:
         self._level[columns] -= 1
         return columns, 1 / chance[columns]
 
-    def sample(self, g: Tensor) -> tuple[Tensor, Tensor] | None:
+    def sample(
+        self,
+        g: Tensor,
+        greatest: Tensor | None = None,  # [V] the greatest |g_ij| of each column, if known
+    ) -> tuple[Tensor, Tensor] | None:
         """Returns drawn columns [k] of ``g`` [n, V] and their entries [n, k], scaled, or None."""
-        drawn = self.draw(torch.maximum(g.amax(0), g.amin(0).neg_()))
+        if greatest is None:
+            greatest = torch.maximum(g.amax(0), g.amin(0).neg_())
+        drawn = self.draw(greatest)
         if drawn is None:
             return None
         columns, factor = drawn

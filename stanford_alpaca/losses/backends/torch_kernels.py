@@ -1,11 +1,9 @@
 """All work on [n, V] except the matrix products, in PyTorch: statistics and logits' gradient.
 
 Both are sums of non-negative terms over the tokens other than the target y, so nothing cancels
-where the model is confident. One exponential per logit is enough. Logarithms of the costs are taken
-only in rows whose sums underflow.
+where the model is confident. The softmax over these tokens, q, is all that is kept of the logits.
+Logarithms of the costs are taken only in rows whose sums underflow.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,11 +12,9 @@ from stanford_alpaca.cost import CostRows
 from stanford_alpaca.losses.types import Draws, Head
 
 CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # logits held at a time: 96 and 512 MiB in float32
-SLICE_LOGITS = {"cpu": 2**23}  # logits whose columns are sampled together, if fewer than a chunk
+SLICE_LOGITS = {"cpu": 2**23, "cuda": 2**25}  # logits that a ``Chunk`` is made for at a time
 COLUMNS = None  # a chunk is sized for as many logits per token as the weight has rows
-# logits worked on at a time: on a CPU, as many as stay in its caches
-CACHE_LOGITS = {"cpu": 2**23, "cuda": 2**25}
-# sums below this, relative to exp of the greatest other logit, may have lost terms to underflow
+# sums below this, relative to the sum of the other tokens, may have lost terms to underflow
 UNDERFLOW = 1e-25
 
 
@@ -54,7 +50,7 @@ class Chunk:
         # [n, V], computed before z is overwritten
         self._slope: Tensor | None = None if head.softcap is None else head.slope(z)
         self._read: tuple[Tensor, Tensor] | None = None  # see _unique_costs
-        self._underflown: list[tuple[Tensor, Tensor]] = []  # rows and their z - top + log c
+        self._underflown: tuple[Tensor, Tensor] | None = None  # rows and their z - top + log c
 
     def at(self, ids: Tensor) -> Tensor:  # [n, k] -> [n, k]
         """Returns the logits of these tokens. Has to be called before ``statistics``."""
@@ -72,32 +68,28 @@ class Chunk:
         -inf if this holds for all other tokens with a cost.
         """
         z_y = self._z.gather(1, self._y).squeeze(1)
-        z = self._z.scatter_(1, self._y, -torch.inf)
-        self.top, total, log_w = (torch.empty_like(z_y) for _ in range(3))
-        top = self.top
-        for rows in self._slices():
-            # finite even if all other logits are -inf
-            top[rows] = z[rows].amax(1).clamp_min_(torch.finfo(z.dtype).min)
-            shifted = z[rows] - top[rows, None]
-            e = torch.exp(shifted, out=z[rows])
-            total[rows] = e.sum(1)
-            if self._costs is not None:
-                log_w[rows] = self._log_w(rows, e, shifted)
-        return z_y - top, total.log_(), None if self._costs is None else log_w
+        # finite, so that the softmax is too if all other logits are -inf
+        lowest = torch.finfo(self._z.dtype).min
+        z = self._z.scatter_(1, self._y, lowest)
+        self.top = z.amax(1)
+        self._q = z.softmax(1)
+        # q of the greatest logit is 1 / sum_i exp(z_i - top)
+        self._others = torch.where(self.top == lowest, -torch.inf, -self._q.amax(1).log())
+        return z_y - self.top, self._others, None if self._costs is None else self._log_w(z)
 
-    def _log_w(self, rows: slice, e: Tensor, shifted: Tensor) -> Tensor:
-        table, which = self._unique_costs(rows)
-        if e.is_cuda:  # a product could run in TF32 there, and the statistics are exact
-            w = torch.mul(e, table[which]).sum(1)
+    def _log_w(self, z: Tensor) -> Tensor:
+        table, which = self._unique_costs()
+        if z.is_cuda:  # a product could run in TF32 there, and the statistics are exact
+            w = torch.mul(self._q, table[which]).sum(1)
         else:  # different targets are few
-            w = (e @ table.T).gather(1, which[:, None]).squeeze(1)
+            w = (self._q @ table.T).gather(1, which[:, None]).squeeze(1)
+        log_w = w.log() + self._others
         lost = (w < UNDERFLOW).nonzero().squeeze(1)
-        log_w = w.log()
         if len(lost):  # sums that are 0 or have underflowed are computed again with logarithms
-            logs = table[which[lost]].log_().add_(shifted[lost])
+            logs = table[which[lost]].log_().add_(z[lost] - self.top[lost, None])
             log_w[lost] = logs.logsumexp(1)
-            self._underflown.append((rows.start + lost, logs))
-        return log_w
+            self._underflown = lost, logs
+        return torch.where(self._others == -torch.inf, -torch.inf, log_w)
 
     def gradient(
         self,
@@ -113,16 +105,17 @@ class Chunk:
         (alpha exp(z_i - others) + beta c_i exp(z_i - log_w)) dz_i / dproduct_i.
         Without costs, log_w and beta are not read.
         """
-        g = self._z
+        q, g = self._q, self._z
         scale, share = self._factors(others, log_w, alpha, beta)
         if share is None or log_w is None:
-            g.mul_(scale[:, None])
+            torch.mul(q, scale[:, None], out=g)
         else:
-            for lost, _ in self._underflown:
-                share[lost] = 0.0
-            for rows in self._slices():
-                g[rows].mul_(self._costs_of(rows).mul_(share[rows, None]).add_(scale[rows, None]))
-            for lost, logs in self._underflown:
+            if self._underflown is not None:
+                share[self._underflown[0]] = 0.0
+            table, which = self._unique_costs()
+            torch.addcmul(scale[:, None], share[:, None], table[which], out=g).mul_(q)
+            if self._underflown is not None:
+                lost, logs = self._underflown
                 safe = torch.where(log_w > -torch.inf, log_w, 0.0)[lost, None]
                 g[lost] += beta[lost, None] * torch.exp(logs - safe)
         g.scatter_(1, self._y, g_y[:, None])
@@ -148,23 +141,23 @@ class Chunk:
         the product is overwritten as ``gradient`` does it.
         """
         whole = others, log_w, alpha, beta, g_y
-        if self._underflown:
+        if self._underflown is not None:
             self.gradient(*whole)
             return None
-        e, unit = self._z, abs(self._head.logit_scale or 1.0)
+        q, unit = self._q, abs(self._head.logit_scale or 1.0)
         scale, share = self._factors(others, log_w, alpha, beta)
         most = scale.abs()
         if share is not None:
-            table, which = self._unique_costs(slice(None))
+            table, which = self._unique_costs()
             most = torch.maximum(most, (scale + share * table.amax(1)[which]).abs())
-        bound = (e * (unit * most)[:, None]).amax(0)
+        bound = (q * (unit * most)[:, None]).amax(0)
         bound.scatter_reduce_(0, self._y.squeeze(1), (unit * g_y).abs(), "amax")
         drawn = draws.draw(bound)
         if drawn is None:
             self.gradient(*whole)
             return None
         columns, factor = drawn
-        g = e.index_select(1, columns)
+        g = q.index_select(1, columns)
         if share is None:
             g *= scale[:, None]
         else:
@@ -181,26 +174,17 @@ class Chunk:
     def _factors(
         self, others: Tensor, log_w: Tensor | None, alpha: Tensor, beta: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns what e and c e are multiplied with, [n]; no second one without costs."""
-        scale = torch.where(others > -torch.inf, alpha * torch.exp(-others), 0.0)
+        """Returns what q and c q are multiplied with, [n]; no second one without costs."""
+        own = self._others
+        scale = torch.where(own > -torch.inf, alpha * torch.exp(own - others), 0.0)
         if self._costs is None or log_w is None:
             return scale, None
-        return scale, torch.where(beta != 0, beta * torch.exp(-log_w), 0.0)
+        return scale, torch.where(beta != 0, beta * torch.exp(own - log_w), 0.0)
 
-    def _unique_costs(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Returns the costs [u, V] of the different targets of these rows, and which is whose."""
-        assert self._costs is not None
-        whose = self._costs.which[rows]
-        if self._read is None or len(self._read[1]) != len(whose) or len(whose) != len(self._z):
-            used, which = whose.unique(return_inverse=True)
+    def _unique_costs(self) -> tuple[Tensor, Tensor]:
+        """Returns the costs [u, V] of the different targets, and which is whose, [n]."""
+        if self._read is None:
+            assert self._costs is not None
+            used, which = self._costs.which.unique(return_inverse=True)
             self._read = self._costs.table[used].to(self._z.dtype), which
         return self._read
-
-    def _slices(self) -> Iterator[slice]:
-        n, vocab_size = self._z.shape
-        step = max(1, CACHE_LOGITS.get(self._z.device.type, CACHE_LOGITS["cuda"]) // vocab_size)
-        return (slice(start, min(start + step, n)) for start in range(0, n, step))
-
-    def _costs_of(self, rows: slice) -> Tensor:  # [b, V], a new tensor
-        assert self._costs is not None
-        return self._costs.table.index_select(0, self._costs.which[rows]).to(self._z.dtype)

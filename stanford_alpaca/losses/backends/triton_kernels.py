@@ -1,10 +1,13 @@
 """``torch_kernels.Chunk`` in two Triton kernels: one for the statistics, one for the gradient.
 
-Each kernel reads the logits once, and the second overwrites them with their gradient. One program
-processes one row, block by block, in float32. Every lane keeps its own log-sum-exp, as a maximum
-and a sum relative to it, with one exp per logit. The lanes are merged once, at the end of the row.
-The logits of tokens with a cost have a maximum of their own: they may all lie so far below the rest
-that exp relative to the overall maximum would underflow.
+Each kernel reads the logits once, and the second overwrites them with their gradient. Both compute
+in float32. Of the statistics one program processes one row, block by block. Every lane keeps its
+own log-sum-exp, as a maximum and a sum relative to it, with one exp per logit. The lanes are merged
+once, at the end of the row. The logits of tokens with a cost have a maximum of their own: they may
+all lie so far below the rest that exp relative to the overall maximum would underflow.
+
+Of the gradient one program processes a block of columns, row by row, and keeps the greatest entry
+of each column. It adds them to those of other rows by one atomic operation a column.
 """
 
 from __future__ import annotations  # ``tl`` is not defined without triton
@@ -30,6 +33,7 @@ CHUNK_LOGITS = {"cuda": 2**28}  # logits held at a time: 512 MiB in bfloat16
 SLICE_LOGITS: dict[str, int] = {}  # the columns of a whole chunk are sampled together
 COLUMNS = None  # a chunk is sized for as many logits per token as the weight has rows
 BLOCK, WARPS = 2048, 8  # 8 logits per thread: 16 bytes in bfloat16
+ROWS = 16  # of a program of the gradient
 
 
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:
@@ -76,7 +80,7 @@ class Chunk:
         z_y = self.at(self.targets[:, None]).squeeze(1)
         self.top, others = torch.empty_like(z_y), torch.empty_like(z_y)
         log_w = None if self.table is None else torch.empty_like(z_y)
-        self._launch(_statistics, self.top, others, log_w)
+        self._launch(_statistics, (len(z_y),), self.top, others, log_w)
         return z_y - self.top, others, log_w
 
     def at(self, ids: Tensor) -> Tensor:  # [n, k] token ids -> [n, k] float32
@@ -95,28 +99,33 @@ class Chunk:
 
         Without costs, log_w and beta are not read.
         """
-        vectors = (
-            None if x is None else x.contiguous()
-            for x in (self.top, others, log_w, alpha, beta, g_y)
-        )
-        self._launch(_gradient, *vectors)
-        return self.product
+        return self._write_gradient(None, others, log_w, alpha, beta, g_y)
 
     def sample(self, draws: Draws, *vectors: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Returns the same as ``torch_kernels.Chunk.sample``, from the whole gradient."""
-        return draws.sample(self.gradient(*vectors))  # type: ignore[arg-type]
+        greatest = self.top.new_zeros(self.product.shape[1])
+        return draws.sample(self._write_gradient(greatest, *vectors), greatest)
 
-    def _launch(self, kernel: Any, *vectors: Tensor | None) -> None:
+    def _write_gradient(self, greatest: Tensor | None, *vectors: Tensor | None) -> Tensor:
+        """Overwrites the product, and ``greatest`` [V] by the size of each column's entries."""
         n, vocab_size = self.product.shape
+        grid = (triton.cdiv(vocab_size, BLOCK), triton.cdiv(n, ROWS))
+        given = (None if x is None else x.contiguous() for x in (self.top, *vectors))
+        bits = None if greatest is None else greatest.view(torch.int32)
+        self._launch(_gradient, grid, *given, bits, n, ROWS=ROWS)
+        return self.product
+
+    def _launch(self, kernel: Any, grid: tuple, *rest: Any, **sizes: int) -> None:
         costs = (self.table, 0 if self.table is None else self.table.stride(0), self.which)
         logits = (self.product, self.product.stride(0), self.bias, self.scale, self.softcap)
         with torch.cuda.device_of(self.product):  # Triton launches on the current device
-            kernel[(n,)](
+            kernel[grid](
                 *logits,
                 self.targets,
                 *costs,
-                *vectors,
-                vocab_size,
+                *rest,
+                V=self.product.shape[1],
+                **sizes,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
                 enable_fp_fusion=True,
@@ -183,25 +192,35 @@ def _gradient(
     alpha,
     beta,
     g_y,
+    greatest,
+    n,
     V,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    product += row * stride
-    target, at_target = tl.load(targets + row).to(tl.int32), tl.load(g_y + row)
-    a, log_q, top = tl.load(alpha + row), _finite(tl.load(others + row)), tl.load(tops + row)
-    if table is not None:
-        table += tl.load(which + row) * table_stride
-        b, log_pi = tl.load(beta + row), _finite(tl.load(log_w + row))
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        inside = cols < V
-        z, slope = _logits(product, bias, scale, softcap, cols, inside)
-        g = a * _exp((z - top) - log_q)
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < V
+    most = tl.full([BLOCK], 0, tl.float32)
+    first = tl.program_id(1).to(tl.int64) * ROWS  # n * V may exceed 2^31
+    for row in range(first, tl.minimum(first + ROWS, n)):
+        own, top = product + row * stride, tl.load(tops + row)
+        z, slope = _logits(own, bias, scale, softcap, cols, inside)
+        g = tl.load(alpha + row) * _exp((z - top) - _finite(tl.load(others + row)))
         if table is not None:
-            c = tl.load(table + cols, mask=inside, other=0).to(tl.float32)
-            g += b * (c * _exp((_costly(z, c) - top) - log_pi))
-        tl.store(product + cols, slope * tl.where(cols == target, at_target, g), mask=inside)
+            costs = table + tl.load(which + row) * table_stride
+            c = tl.load(costs + cols, mask=inside, other=0).to(tl.float32)
+            log_pi = _finite(tl.load(log_w + row))
+            g += tl.load(beta + row) * (c * _exp((_costly(z, c) - top) - log_pi))
+        target = tl.load(targets + row).to(tl.int32)
+        g = slope * tl.where(cols == target, tl.load(g_y + row), g)
+        tl.store(own + cols, g, mask=inside)
+        if greatest is not None:
+            size = tl.abs(g.to(product.dtype.element_ty).to(tl.float32))
+            most = tl.maximum(most, tl.where(size == size, size, float("inf")))
+    if greatest is not None:
+        # floats that are not negative are ordered as their bits are
+        bits = most.to(tl.int32, bitcast=True)
+        tl.atomic_max(greatest + cols, bits, mask=inside, sem="relaxed")
 
 
 @jit

@@ -33,7 +33,7 @@ def small_chunks_and_interpreted_kernels():
     with pytest.MonkeyPatch.context() as patch:
         # A chunk has 16 rows of 20 logits, so there are several chunks and a remainder.
         patch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * 20)
-        patch.setitem(torch_kernels.CACHE_LOGITS, "cpu", 5 * 20)
+        patch.setitem(torch_kernels.SLICE_LOGITS, "cpu", 5 * 20)
         patch.setattr(interpreted, "CHUNK_LOGITS", {"cuda": 16 * 20})
         patch.setattr(interpreted, "BLOCK", 16)
         patch.setattr(linear, "triton_kernels", interpreted)

@@ -222,7 +222,7 @@ def test_costs_are_computed_once_for_equal_targets(monkeypatch):
 @pytest.mark.parametrize(("mode", "softcap"), [("mle", None), ("emo", None), ("emo", 5.0)])
 def test_extra_memory_is_one_chunk_whatever_the_number_of_tokens(mode, softcap, monkeypatch):
     monkeypatch.setitem(torch_kernels.CHUNK_LOGITS, "cpu", 16 * 2000)
-    monkeypatch.setitem(torch_kernels.CACHE_LOGITS, "cpu", 2000)
+    monkeypatch.setitem(torch_kernels.SLICE_LOGITS, "cpu", 2000)
     weight, embedding = torch.randn(2000, 2, requires_grad=True), torch.randn(2000, 2)
     cost = CostEmbedding(embedding) if mode == "emo" else None
 

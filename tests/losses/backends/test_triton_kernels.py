@@ -333,10 +333,16 @@ def test_what_is_launched_compiles_without_spilling_registers(capability, monkey
         chunk = module.Chunk(*arguments)
         chunk.statistics()
         chunk.gradient(ones, ones, ones, ones, ones)
-    assert [kernel.name for kernel in compiled] == ["_statistics", "_gradient"] * 2
+        chunk._write_gradient(torch.zeros(64), ones, ones, ones, ones, ones)
+    assert [kernel.name for kernel in compiled] == ["_statistics", "_gradient", "_gradient"] * 2
+    # only the greatest entries take atomic operations: one of each of a thread's 8 columns
+    atomics = [k.asm["ptx"].count("red.global.gpu.relaxed.max.s32") for k in compiled]
+    assert atomics == [0, 0, 8] * 2 and not any("atom." in k.asm["ptx"] for k in compiled)
     for kernel in compiled:
         assert re.search(r"arith.muli .* : i64", kernel.asm["ttir"])  # the row's offset has 64 bits
-        assert not re.search(r"arith.muli .* : i32", kernel.asm["ttir"])
+        # only the number of a block of columns is multiplied in 32 bits
+        short = re.findall(r"arith.muli .* : i32", kernel.asm["ttir"])
+        assert len(short) == ("gradient" in kernel.name)
         (tmp_path / "cubin").write_bytes(kernel.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", tmp_path / "cubin"]
         # The gradient is rounded to the nearest bfloat16.
