@@ -35,6 +35,8 @@ from benchmarks.loss import (
 from benchmarks.measure import environments, forget_allocator, worker
 from benchmarks.train_contenders import (
     CONTENDERS,
+    ON_RANDOM_MODELS,
+    ON_REAL_MODELS,
     OURS,
     TRL,
     Job,
@@ -63,7 +65,7 @@ ENGINES = (  # (contender, engine, cost sharding) of runs on several processes
 )
 
 
-@SetParseFns(data=str, only=str, results=str)
+@SetParseFns(data=str, only=str, results=str, model=str)
 def run(
     data: str = str(SHIPPED),
     records: int = 2048,
@@ -74,6 +76,7 @@ def run(
     layers: int = 4,
     hidden: int = 256,
     vocab: int = 32000,
+    model: str | None = None,
     only: str | None = None,
     device: str | None = None,
     threads: int = os.cpu_count() or 1,
@@ -93,7 +96,8 @@ def run(
         batch: rows of a step.
         max_length: tokens of a row at most.
         layers, hidden, vocab: shape of a random LLaMA in float32.
-        only: contenders, with commas.
+        model: the folder of a real model, which takes the place of the random one.
+        only: contenders, with commas; with --model also the sampled gradients and LoRA's.
         device: cpu or cuda.
         threads: threads on a CPU.
         results: the folder for the results.
@@ -113,8 +117,13 @@ def run(
         threads,
         results,
     )
+    if model is not None:
+        if not (Path(model) / "config.json").is_file():
+            raise UserError(f"--model {model}: no such folder of a model")
+        shape = Shape(0, 0, 0, model)
     device = device or default_device()
-    names = CONTENDERS if only is None else tuple(only.split(","))
+    usual = ON_RANDOM_MODELS if model is None else ON_REAL_MODELS
+    names = usual if only is None else tuple(only.split(","))
     for name in names:
         if name not in CONTENDERS:
             raise UserError(f"--only {name}: choose from {', '.join(CONTENDERS)}")
@@ -291,6 +300,8 @@ def describe(
     kind: str, data: str, count: int, shape: Shape, job: Job, device: str, threads: int
 ) -> dict[str, Any]:
     """Returns the machine and the case, which every row of the results has."""
+    name = {"model": Path(shape.model).name} if shape.model else {}
+    model = name or {key: value for key, value in asdict(shape).items() if key != "model"}
     sizes = {
         "batch": job.batch,
         "max_length": job.max_length,
@@ -300,7 +311,7 @@ def describe(
     }
     return {
         "machine": machine(device, threads),
-        "case": {"kind": kind, "data": Path(data).name} | asdict(shape) | sizes,
+        "case": {"kind": kind, "data": Path(data).name} | model | sizes,
     }
 
 

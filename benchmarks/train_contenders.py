@@ -32,6 +32,8 @@ from stanford_alpaca.training.engines import ds_configs
 from stanford_alpaca.training.trainer import EmoTrainer
 from tests.ranks import run_ranks
 
+LORA, LORA_RATE = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, 2e-4
+KEPT_MIB = 4096  # budget of kept cost rows
 TRL: dict[str, dict[str, Any]] = {  # settings that differ from TRL's best setup without packing
     "trl": {},
     "trl-packing": {"packing": True},
@@ -39,6 +41,7 @@ TRL: dict[str, dict[str, Any]] = {  # settings that differ from TRL's best setup
     "trl-bf16": {"bf16": True},
     # TRL's default: bf16 unless fp16 is set
     "trl-as-shipped": {"bf16": None, "gradient_checkpointing": True},
+    "trl-lora": {"learning_rate": LORA_RATE},
 }
 OURS: dict[str, dict[str, Any]] = {
     "emo": {"mode": "emo"},
@@ -47,19 +50,39 @@ OURS: dict[str, dict[str, Any]] = {
     "emo-padding_free": {"mode": "emo", "padding_free": True},
     "emo-packing-padding_free": {"mode": "emo", "packing": True, "padding_free": True},
     "emo-bf16": {"mode": "emo", "bf16": True},
+    "emo-sampled": {"mode": "emo", "head_gradient": "sampled"},
+    "emo-sampled-kept": {
+        "mode": "emo",
+        "head_gradient": "sampled",
+        "cost_cache_mib": KEPT_MIB,
+    },
+    "emo-lora": {"mode": "emo", "lora": True, "learning_rate": LORA_RATE},
+    "emo-lora-sampled": {
+        "mode": "emo",
+        "lora": True,
+        "learning_rate": LORA_RATE,
+        "head_gradient": "sampled",
+        "cost_cache_mib": KEPT_MIB,
+    },
 }
 CONTENDERS = (*TRL, *OURS)
+ON_REAL_MODELS = ("trl", "emo", "emo-sampled", "emo-sampled-kept")
+ON_REAL_MODELS += ("trl-lora", "emo-lora", "emo-lora-sampled")
+ON_RANDOM_MODELS = tuple(
+    name for name in CONTENDERS if name in ("trl", "emo") or name not in ON_REAL_MODELS
+)
 # names in a folder that make_inputs has filled
 MODEL, RECORDS, CACHE = "model", "records.json", "cache"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a random LLaMA."""
+    """The shape of a random LLaMA, or the folder of a real model."""
 
     layers: int
     hidden: int
     vocab: int
+    model: str = ""
 
     def config(self, max_length: int) -> LlamaConfig:
         return LlamaConfig(
@@ -104,27 +127,25 @@ def make_inputs(
 ) -> int:
     """Fills the folder with a model, a tokenizer, and training records.
 
-    The tokenizer is trained on the data. The records are the first ones that are not truncated.
-    Their number is a multiple of the global batch, so no batch is padded with repeated examples,
-    and TRL and our command see the same examples in the same steps. Returns the number of records.
+    A random model's tokenizer is trained on the data. The records are the first ones that are not
+    truncated. Their number is a multiple of the global batch, so no batch is padded with repeated
+    examples, and TRL and our command see the same examples in the same steps. Returns the number of
+    records.
     """
     found = load_records(data)
     rows = [
         {name: row.get(name) or "" for name in ("instruction", "input", "output")} for row in found
     ]
-    bpe = ByteLevelBPETokenizer()
     texts = [format_prompt(row) + row["output"] for row in rows]
-    bpe.train_from_iterator(
-        texts, vocab_size=shape.vocab, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    tokenizer.save_pretrained(folder / MODEL)
+    if shape.model:
+        (folder / MODEL).symlink_to(Path(shape.model).resolve())
+    else:
+        make_model(folder / MODEL, texts, shape.config(max_length))
+    tokenizer = AutoTokenizer.from_pretrained(folder / MODEL)
     whole = [
         row
         for row, text in zip(rows, texts, strict=True)
-        if row["output"] and len(bpe.encode(text).ids) < max_length
+        if row["output"] and len(tokenizer(text)["input_ids"]) < max_length
     ]
     kept = min(records, len(whole)) // multiple * multiple
     if not kept:
@@ -133,9 +154,22 @@ def make_inputs(
             "for one step"
         )
     (folder / RECORDS).write_text(json.dumps(whole[:kept]))
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(shape.config(max_length)).save_pretrained(folder / MODEL)
     return kept
+
+
+def make_model(folder: Path, texts: list[str], config: LlamaConfig) -> None:
+    """Writes a random model, and a tokenizer that is trained on the texts."""
+    bpe = ByteLevelBPETokenizer()
+    special = ["<pad>", "<s>", "</s>"]
+    bpe.train_from_iterator(
+        texts, vocab_size=config.vocab_size, special_tokens=special, show_progress=False
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 # ---- the ruler -----------------------------------------------------------------------------------
@@ -286,6 +320,7 @@ def run_trl(job: Job, folder: Path) -> None:
 
     It uses the settings that make it faster without changing the result.
     """
+    from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     arguments = common(job) | {
@@ -308,5 +343,6 @@ def run_trl(job: Job, folder: Path) -> None:
             [{"prompt": format_prompt(row), "completion": row["output"]} for row in rows]
         ),
         processing_class=AutoTokenizer.from_pretrained(folder / MODEL),
+        peft_config=LoraConfig(**LORA) if job.contender == "trl-lora" else None,
     )
     trainer.train()

@@ -20,7 +20,10 @@ PEERS = {
     "emo-packing-padding_free": "trl-packing",
     "emo-padding_free": "trl-padding_free",
     "emo-bf16": "trl-bf16",
+    "emo-lora": "trl-lora",
+    "emo-lora-sampled": "trl-lora",
 }
+OWN_KIND = ("trl-bf16", "trl-lora")  # comparable only with ours of the same kind
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -46,7 +49,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for place, of in row["runs"].items()
     }
     best = max(
-        (rates[name, own] for name in TRL if not name.endswith("-bf16") and (name, own) in rates),
+        (rates[name, own] for name in TRL if name not in OWN_KIND and (name, own) in rates),
         default=None,
     )
     lines = [
@@ -71,7 +74,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         peers = [
             *(rates.get(("trl", place)) for place in places),
             rates.get((PEERS.get(name, "trl"), own)),
-            rates.get(("trl-bf16", own)) if name == "emo-bf16" else best,
+            rates.get((PEERS[name], own)) if PEERS.get(name) in OWN_KIND else best,
         ]
         mine = rates.get((name, own)) if name in OURS else None
         ratios = ["-" if mine is None or peer is None else f"{mine / peer:.2f}" for peer in peers]

@@ -37,6 +37,19 @@ def test_trl_and_we_count_the_same_targets_and_not_those_of_the_first_step(input
         assert figures["seconds"] > 0
 
 
+def test_a_real_models_folder_is_used_as_it_is(root, tmp_path, inputs):
+    (real := tmp_path / "real").mkdir()
+    shape = Shape(0, 0, 0, str(inputs / MODEL))
+    data = str(root / "data" / "instructions" / "train.json")
+    assert make_inputs(real, data, 15, 8, 256, shape) == 8
+    assert (real / RECORDS).read_text() == (inputs / RECORDS).read_text()
+    found = []
+    for name in ("emo-lora-sampled", "trl-lora"):
+        (figures,) = run_everywhere(Job(name, str(real), 2, 8, 256, "cpu", 1))
+        found.append(figures["targets"])
+    assert found[0] == found[1] > 0
+
+
 def test_two_processes_count_what_they_receive(inputs):
     job = Job("emo", str(inputs), 2, 4, 256, "cpu", 1, 2, "ddp", count=True)
     ranks = run_everywhere(job)
@@ -87,7 +100,13 @@ def test_the_paper_estimate_reaches_1024():
 
 
 def test_mistakes_are_told_before_anything_is_measured(tmp_path):
-    for flags in ({"data": "nowhere.json"}, {"only": "emo,best"}, {"steps": 1}, {"hidden": 100}):
+    for flags in (
+        {"data": "nowhere.json"},
+        {"model": "nowhere"},
+        {"only": "emo,best"},
+        {"steps": 1},
+        {"hidden": 100},
+    ):
         with pytest.raises(UserError, match=next(iter(flags))):
             run(results=str(tmp_path), **flags)
     assert list(tmp_path.iterdir()) == []
