@@ -144,9 +144,13 @@ class _Job:
         least = 16 if draws is None else LEAST_SAMPLED
         most = max(least, limits.get(device, limits["cuda"]) // self.columns)
         chunks = max(1, math.ceil(len(hidden) / most))
-        # chunks of nearly equal size
-        for rows in self.order.split(max(1, math.ceil(len(hidden) / chunks))):
-            self._chunk(hidden[rows], head, rows, out, upstream, draws)
+        # chunks of nearly equal size, in the same memory
+        size = max(1, math.ceil(len(hidden) / chunks))
+        logits = hidden.new_empty(min(size, len(hidden)), len(head.weight))
+        for rows in self.order.split(size):
+            h = hidden[rows]
+            product = torch.mm(h, head.weight.T, out=logits[: len(h)])
+            self._chunk(product, h, head, rows, out, upstream, draws)
         return out
 
     def _draws(self, weight: Tensor, upstream: Tensor | None) -> Columns | None:
@@ -162,6 +166,7 @@ class _Job:
 
     def _chunk(
         self,
+        product: Tensor,
         h: Tensor,
         head: Head,
         rows: Tensor,
@@ -169,8 +174,8 @@ class _Job:
         upstream: Tensor | None,
         draws: Columns | None,
     ) -> None:
-        """Computes the logits of these rows, and what follows from them slice by slice."""
-        product, costs = h @ head.weight.T, self._costs(rows, len(head.weight))
+        """Computes what follows from the product of these rows, slice by slice."""
+        costs = self._costs(rows, len(head.weight))
         step, whole = max(1, len(rows)), []  # whole: the slices without a sample
         drawn = _Drawn(h, head.weight, rows, out)
         limit = self.kernels.SLICE_LOGITS.get(h.device.type)
