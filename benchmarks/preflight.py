@@ -25,7 +25,7 @@ from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
 from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight.estimate import Memory, Setup, peak_memory
-from stanford_alpaca.preflight.model_profile import Anatomy, describe
+from stanford_alpaca.preflight.model_profile import Anatomy, profile_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "data" / "tiny-base"
@@ -100,7 +100,9 @@ def run(
                     out = folder / f"{size}-{engine}-{accumulation}"
                     measured = train(folder / size, data, out, engine, mode, setup)
                     sizes[size] = (
-                        estimate(describe(models[size], tokens, "float32"), setup, engine).total
+                        estimate(
+                            profile_model(models[size], tokens, "float32"), setup, engine
+                        ).total
                         / 2**20,
                         measured,
                     )

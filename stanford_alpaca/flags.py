@@ -20,7 +20,7 @@ from stanford_alpaca.errors import UserError, nearest
 
 T = TypeVar("T")
 # modules of the extra ``eval`` -> what is installed
-PACKAGES = {
+PIP_NAMES = {
     "sklearn": "scikit-learn",
     "rouge_score": "rouge-score",
     "sacrebleu": "sacrebleu",
@@ -146,7 +146,7 @@ def check_packages(what: str, *modules: str) -> None:
         what: what needs it, as a flag or in words.
         modules: the names that are imported.
     """
-    missing = [PACKAGES[name] for name in modules if importlib.util.find_spec(name) is None]
+    missing = [PIP_NAMES[name] for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{what} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 

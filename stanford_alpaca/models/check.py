@@ -27,7 +27,7 @@ from stanford_alpaca.models.load import (
 )
 
 # parts of names that peft adds where it wraps a module
-WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)")
+PEFT_WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)")
 # tensors of an embedding, each with the axis of its tokens
 SIZED = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}
 
@@ -227,4 +227,4 @@ def _base_name(key: str) -> str:
 
     The result is its name in the base, if it is one of the base's tensors.
     """
-    return WRAPPERS.sub("", key.removeprefix("base_model.model."))
+    return PEFT_WRAPPERS.sub("", key.removeprefix("base_model.model."))

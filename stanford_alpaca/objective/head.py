@@ -19,6 +19,7 @@ from stanford_alpaca.losses.types import Head
 from stanford_alpaca.objective.probing import probe_inputs, probing
 
 TINY, HUGE = 2.0**-30, 2.0**100  # powers of two, so that multiplying and dividing by them is exact
+LOGIT_ROWS = 1024  # tokens whose logits are held at a time
 
 
 class HeadForm(NamedTuple):

@@ -68,7 +68,7 @@ class Memory(NamedTuple):
 
 
 def precision_of(engine: str, bf16: bool) -> str:
-    """Returns an engine's precision, as ``model_profile.describe`` takes it."""
+    """Returns an engine's precision, as ``model_profile.profile_model`` takes it."""
     if not bf16:
         return "float32"
     return "autocast" if engine in ("none", "ddp") else "bfloat16"

@@ -79,7 +79,7 @@ class Anatomy:
     activations: Activations  # at the length and in the precision asked for
 
 
-def describe(config: Any, length: int, precision: str, remote_code: bool = False) -> Anatomy:
+def profile_model(config: Any, length: int, precision: str, remote_code: bool = False) -> Anatomy:
     """Counts parameters on the meta device and activations on fake tensors of ``length`` tokens.
 
     Args:
@@ -111,7 +111,7 @@ def describe(config: Any, length: int, precision: str, remote_code: bool = False
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Returns the modules that FSDP makes units of. Raises UserError if there are no layers."""
-    names = fsdp.decoder_layers(model)
+    names = fsdp.layer_classes(model)
     return [module for module in body_of(model).modules() if type(module).__name__ in names]
 
 

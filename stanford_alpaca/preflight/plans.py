@@ -127,7 +127,7 @@ def advise(table: Callable[[Setup], list[Row]], setup: Setup) -> str:
     for tried in (setup, replace(setup, checkpointing=True), *smaller):
         row = recommend(table(tried))
         if row is not None:
-            return flags_of(row, tried, setup)
+            return launch_flags(row, tried, setup)
     none = (
         f"nothing fits on {setup.ranks} rank(s), even with --activation_checkpointing "
         "and one row at a time"
@@ -141,7 +141,7 @@ def advise(table: Callable[[Setup], list[Row]], setup: Setup) -> str:
     return f"{none}, nor on more: take GPUs with more memory"
 
 
-def flags_of(row: Row, tried: Setup, asked: Setup) -> str:
+def launch_flags(row: Row, tried: Setup, asked: Setup) -> str:
     """Returns the flags that launch a row, and the reason for it."""
     flags = f"ENGINE={row.engine} --per_device_train_batch_size {tried.batch}"
     flags += f" --cost_sharding {row.cost_sharding}" if row.cost_sharding in PLACES else ""
@@ -160,7 +160,7 @@ def flags_of(row: Row, tried: Setup, asked: Setup) -> str:
 
 # ---- what is printed -----------------------------------------------------------------------------
 
-COLUMNS = (
+HEADINGS = (
     "engine", "cost", "weights", "gradients", "optimizer", "cost GiB", "activations", "loss",
     "gather", "total GiB", "fits", "largest batch", "GiB moved/step", "s/step",
 )  # fmt: skip
@@ -204,7 +204,7 @@ class Plan:
         )
         yield ""
         yield from aligned(
-            [[*COLUMNS, "h/run" if self.steps else "Mtokens/day"], *map(self._cells, self.rows)]
+            [[*HEADINGS, "h/run" if self.steps else "Mtokens/day"], *map(self._cells, self.rows)]
         )
         yield ""
         for row in [row for row in self.rows if row.host][:1]:

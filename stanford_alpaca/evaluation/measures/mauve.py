@@ -13,14 +13,14 @@ from transformers.utils import logging
 
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.fewshot.retrieval import embed
+from stanford_alpaca.evaluation.fewshot.retrieval import embed_texts
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource, cannot_load, load_body
 
 LEAST = 20  # texts, which make two clusters of ten
 ENOUGH = 1000  # texts; MAUVE's authors advise thousands
 
-Featurize = Callable[[list[str]], np.ndarray]  # [n] texts -> [n, D] float32
+EmbedTexts = Callable[[list[str]], np.ndarray]  # [n] texts -> [n, D] float32
 
 
 def check_mauve(featuriser: ModelSource, texts: int) -> None:
@@ -40,7 +40,7 @@ def check_mauve(featuriser: ModelSource, texts: int) -> None:
     check_model(featuriser)
 
 
-def load_featuriser(source: ModelSource) -> Featurize:
+def load_featuriser(source: ModelSource) -> EmbedTexts:
     """Returns a function that computes features of texts.
 
     The feature of a causal LM is the last hidden state at the last token, as in the work of MAUVE's
@@ -67,7 +67,7 @@ def load_featuriser(source: ModelSource) -> Featurize:
         getattr(model.config, "max_position_embeddings", 10**6), tokenizer.model_max_length
     )
     options = {"use_cache": False} if causal else {}
-    return lambda texts: embed(model, tokenizer, texts, positions, last=causal, **options)
+    return lambda texts: embed_texts(model, tokenizer, texts, positions, last=causal, **options)
 
 
 @torch.inference_mode()
