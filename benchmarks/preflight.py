@@ -25,7 +25,7 @@ from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
 from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight.estimate import Memory, Setup, peak_memory
-from stanford_alpaca.preflight.model_profile import Anatomy, profile_model
+from stanford_alpaca.preflight.model_profile import ModelProfile, profile_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "data" / "tiny-base"
@@ -119,8 +119,8 @@ def run(
                 )
 
 
-def estimate(anatomy: Anatomy, setup: Setup, engine: str) -> Memory:
-    return peak_memory(anatomy, setup, engine, "replicate" if setup.priced else "-")
+def estimate(profile: ModelProfile, setup: Setup, engine: str) -> Memory:
+    return peak_memory(profile, setup, engine, "replicate" if setup.priced else "-")
 
 
 def as_list(value: Any) -> list:

@@ -193,7 +193,7 @@ def estimates(ranks: tuple[int, ...] = (8, 64, 1024), batch: int = 4, length: in
     The bytes come from formulas that the counted bytes confirm. The seconds assume fixed rates.
     """
     config = ModelSource(str(LLAMA_7B)).config()
-    anatomies = {
+    profiles = {
         name: profile_model(config, length, name)
         for name in {precision_of(engine, True) for engine in ESTIMATED}
     }
@@ -201,7 +201,7 @@ def estimates(ranks: tuple[int, ...] = (8, 64, 1024), batch: int = 4, length: in
     found: dict[tuple[str, str], dict[int, Row]] = {}
     for number in ranks:
         setup = Setup(ranks=number, batch=batch, accumulation=1, length=length, priced=True)
-        for row in rows_of(anatomies, setup, machine, length, ESTIMATED, None):
+        for row in rows_of(profiles, setup, machine, length, ESTIMATED, None):
             found.setdefault((row.engine, row.cost_sharding), {})[number] = row
     lines = [
         [

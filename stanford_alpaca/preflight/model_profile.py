@@ -70,7 +70,7 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelProfile:
     """What an estimate has to know about a model."""
 
     parameters: Parameters
@@ -79,7 +79,9 @@ class Anatomy:
     activations: Activations  # at the length and in the precision asked for
 
 
-def profile_model(config: Any, length: int, precision: str, remote_code: bool = False) -> Anatomy:
+def profile_model(
+    config: Any, length: int, precision: str, remote_code: bool = False
+) -> ModelProfile:
     """Counts parameters on the meta device and activations on fake tensors of ``length`` tokens.
 
     Args:
@@ -95,7 +97,7 @@ def profile_model(config: Any, length: int, precision: str, remote_code: bool = 
             model = auto_class(config).from_config(config, trust_remote_code=remote_code)
         parameters, flops = count_parameters(model), training_flops(model)
         layer_flops = flops[0] - 6.0 * (parameters.norm + (parameters.head or parameters.embedding))
-        return Anatomy(
+        return ModelProfile(
             parameters,
             flops,
             layer_flops,

@@ -34,9 +34,9 @@ def test_llama_7b_by_part(root):
 
 
 def test_flops_of_the_layers(make_model):
-    anatomy = profile_model(make_model("llama").config, 16, "float32")
-    assert anatomy.flops[0] == 6 * (anatomy.parameters.total - anatomy.parameters.embedding)
-    assert anatomy.layer_flops == 6 * anatomy.parameters.layers
+    profile = profile_model(make_model("llama").config, 16, "float32")
+    assert profile.flops[0] == 6 * (profile.parameters.total - profile.parameters.embedding)
+    assert profile.layer_flops == 6 * profile.parameters.layers
 
 
 @pytest.mark.parametrize("name", SERVED)

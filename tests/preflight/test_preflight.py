@@ -39,11 +39,11 @@ def folder(make_model, tmp_path):
 def table(make_model):
     """Makes the rows of a tiny LLaMA on GPUs with the given number of bytes."""
     config = make_model("llama").config
-    anatomies = {name: profile_model(config, 32, name) for name in ("autocast", "bfloat16")}
+    profiles = {name: profile_model(config, 32, name) for name in ("autocast", "bfloat16")}
 
     def rows(gpu_bytes: float, engines=("ddp", "fsdp", "zero2"), sharding="replicate"):
         machine = replace(MACHINE, gpu_gib=gpu_bytes / plans.USABLE / GIB)
-        return lambda setup: rows_of(anatomies, setup, machine, 32.0, engines, sharding)
+        return lambda setup: rows_of(profiles, setup, machine, 32.0, engines, sharding)
 
     return rows
 
@@ -178,13 +178,13 @@ def test_data_is_counted_as_training_counts_it(root, tmp_path):
 
 
 def test_activation_checkpointing_and_no_costs_save_memory(make_model):
-    anatomy = profile_model(make_model("llama").config, 32, "bfloat16")
-    with_costs = peak_memory(anatomy, SETUP, "zero2", "replicate").total
+    profile = profile_model(make_model("llama").config, 32, "bfloat16")
+    with_costs = peak_memory(profile, SETUP, "zero2", "replicate").total
     assert (
-        peak_memory(anatomy, replace(SETUP, checkpointing=True), "zero2", "replicate").total
+        peak_memory(profile, replace(SETUP, checkpointing=True), "zero2", "replicate").total
         < with_costs
     )
-    assert peak_memory(anatomy, replace(SETUP, priced=False), "zero2", "-").total < with_costs
+    assert peak_memory(profile, replace(SETUP, priced=False), "zero2", "-").total < with_costs
 
 
 @pytest.mark.parametrize(
