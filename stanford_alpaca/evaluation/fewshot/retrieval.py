@@ -18,7 +18,7 @@ from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation.fewshot.prompting import encode
 from stanford_alpaca.evaluation.fewshot.scoring import batches
 from stanford_alpaca.flags import check_packages
-from stanford_alpaca.models.load import load_body
+from stanford_alpaca.models.load import ModelSource, load_body
 from stanford_alpaca.objective.head import body_of
 
 SIMILAR = ("sentence", "tfidf", "bm25", "model")  # these compare texts; the others draw
@@ -117,7 +117,7 @@ def load_encoder(name: str) -> Featurize:
         with quiet_hub():
             model = SentenceTransformer(name, model_kwargs={"use_safetensors": True})
             if hasattr(model[0], "auto_model"):
-                load_body(name)  # raises an error if weights are missing
+                load_body(ModelSource(name))  # raises an error if weights are missing
     except Exception as error:  # not found, no network, an unknown kind of model
         raise UserError(
             f"--encoder {name}: cannot be loaded ({first_line(error)}); "

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from stanford_alpaca.console import say
@@ -47,17 +47,19 @@ def load_featuriser(source: ModelSource) -> EmbedTexts:
     authors. The feature of an encoder is the mean over the tokens. A model counts as an encoder if
     its first state depends on later tokens.
     """
-    name, remote_code = source.path, source.remote_code
+    if source.config().is_encoder_decoder:
+        two = ValueError("it is an encoder with a decoder, which takes two texts")
+        raise cannot_load(source.path, two)
     level = logging.get_verbosity()
     # silences warnings about an unloaded output layer and a missing pooling layer, both unused
     logging.set_verbosity_error()
     try:
-        if AutoConfig.from_pretrained(name, trust_remote_code=remote_code).is_encoder_decoder:
-            raise ValueError("it is an encoder with a decoder, which takes two texts")
-        model = load_body(name, remote_code=remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=remote_code)
+        model = load_body(source)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, cache_dir=source.cache_dir, trust_remote_code=source.remote_code
+        )
     except Exception as error:
-        raise cannot_load(name, error) from None
+        raise cannot_load(source.path, error) from None
     finally:
         logging.set_verbosity(level)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
