@@ -119,7 +119,8 @@ def _parameter(each: Field) -> Parameter:
 
 def part_of(options: Any, cls: type[T]) -> T:
     """Makes a ``cls`` from those of a command's options that it has as fields."""
-    return cls(**{each.name: getattr(options, each.name) for each in fields(cls)})  # type: ignore[arg-type]
+    names = [each.name for each in fields(cls)]  # type: ignore[arg-type]
+    return cls(**{name: getattr(options, name) for name in names})
 
 
 def refuse_unknown(unknown: dict[str, Any], command: Callable) -> None:

@@ -1,10 +1,13 @@
 """The shape of the package: what keeps it readable in one sitting."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 AT_THE_DOOR = 10  # modules beside the folders
 LINES, PARAMETERS = 60, 8  # of a function
+COLUMNS = 100  # of a line that holds no address
+WIDE = {"stanford_alpaca/losses/backends/vocab_parallel.py"}
 MANY_PARAMETERS = {  # the public functions of the loss, and the Triton kernels
     "objective/attach.py:attach_objective",
     "losses/functional.py:linear_emo_loss",
@@ -46,6 +49,21 @@ def test_parameter_lists_are_short_but_of_losses_and_kernels(root):
         if count > PARAMETERS and f"{file}:{node.name}" not in MANY_PARAMETERS:
             found[f"{file}:{node.name}"] = count
     assert found == {}
+
+
+def test_lines_are_short(root):
+    kinds = [f"*.{kind}" for kind in ("py", "js", "css", "toml", "sh", "yml", "yaml")]
+    tracked = ["git", "ls-files", "-co", "--exclude-standard", "--", *kinds]
+    files = subprocess.run(tracked, cwd=root, capture_output=True, text=True, check=True)
+    names = [name for name in files.stdout.splitlines() if (root / name).is_file()]
+    assert {Path(name).suffix for name in names} >= {".py", ".js", ".css", ".toml", ".sh", ".yaml"}
+    found = [
+        f"{name}:{number}"
+        for name in names
+        for number, line in enumerate((root / name).read_text("utf-8").splitlines(), 1)
+        if len(line) > COLUMNS and "://" not in line and name not in WIDE
+    ]
+    assert found == []
 
 
 def test_tests_stand_where_what_they_test_stands(root):

@@ -164,7 +164,8 @@ def check_adapter(
             # other ways decompose the base's weights, which are not read here
             config.init_lora_weights = True
         with safe_open(Path(path) / ADAPTER_SAFE_WEIGHTS_NAME, "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
         model = copy.deepcopy(base.empty())
         own = set(model.state_dict())
         if not tokens:

@@ -87,7 +87,8 @@ def _effective(layer: Any) -> tuple[Tensor, Tensor | None]:  # [V, H], [V]
     weight = original.weight
     if isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged:
         for name in layer.active_adapters:
-            weight = weight + layer.get_delta_weight(name).to(weight.dtype)  # type: ignore[attr-defined]
+            delta = layer.get_delta_weight(name)  # type: ignore[attr-defined]
+            weight = weight + delta.to(weight.dtype)
     return weight, original.bias
 
 

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -340,7 +341,7 @@ def test_merging_twice_is_refused(make_base, tmp_path, capsys, monkeypatch):
     base, adapter, out = make_base(), tmp_path / "adapter", tmp_path / "out"
     make_adapter(base, adapter)
     merge_lora.run(str(adapter), str(out))
-    command = lambda: merge_lora.run(str(adapter), str(tmp_path / "twice"), base=str(out))  # noqa: E731
+    command = partial(merge_lora.run, str(adapter), str(tmp_path / "twice"), base=str(out))
     status, line = refusal(capsys, monkeypatch, command, tmp_path)
     assert status == 2 and f"{out}: already has {adapter} in it (merge.json)" in line
 
