@@ -42,8 +42,8 @@ if [ $# -eq 0 ]; then
     DEMO=1
     NPROC=1 ENGINE=none
     set -- "$ROOT/data/tiny-base" "${DEMO_MODE:-emo}" --learning_rate 4e-4 \
-        --num_train_epochs "${DEMO_EPOCHS:-6}" --global_batch 32 --per_device_train_batch_size 8 --balance_lengths True \
-        --logging_steps 20 --save_strategy no
+        --num_train_epochs "${DEMO_EPOCHS:-6}" --global_batch 32 \
+        --per_device_train_batch_size 8 --balance_lengths True --logging_steps 20 --save_strategy no
 fi
 case "$1" in
     --config | --config=*) ;; # the file names the model and the mode

@@ -157,9 +157,14 @@ def ours(backend: str, kind: str, head_gradient: str = "exact") -> Callable[[Bat
             cost = CostEmbedding(batch.weight) if kind == "adaptive" else kept
             mode = "mle" if kind == "mle" else "emo"
             return linear_emo_loss(
-                batch.hidden, batch.weight, batch.targets, cost, mode=mode, backend=backend,
+                batch.hidden,
+                batch.weight,
+                batch.targets,
+                cost,
+                mode=mode,
+                backend=backend,
                 head_gradient=head_gradient,
-            )  # fmt: skip
+            )
 
         try:
             with torch.no_grad():

@@ -7,6 +7,7 @@ They run on the shipped base model, and on a Llama with random weights and a voc
 The two take turns, and the ratio is the median over the rounds.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -14,34 +15,22 @@ from typing import Any
 
 import fire
 import torch
-from fire.decorators import SetParseFns
 from transformers import PreTrainedModel
 
 from benchmarks.packing import make_model
+from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.fewshot.predict import FewShotSettings, choose_examples
 from stanford_alpaca.evaluation.fewshot.prompting import Choices, encode_choices
 from stanford_alpaca.evaluation.fewshot.retrieval import tfidf
 from stanford_alpaca.evaluation.fewshot.scoring import Scores, plain, score
 from stanford_alpaca.evaluation.fewshot.tasks import choose_tasks, load_task, read_tasks
-from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import check_whole, command, exit_on_user_error
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.models.load import ModelSource
 
 
-@SetParseFns(tasks=str)
-def run(
-    data_dir: str,
-    tasks: str | None = None,
-    model: str = "data/tiny-base",
-    limit: int = 64,
-    shots: int = 8,
-    retriever: str = "tfidf",
-    layers: int = 4,
-    hidden_size: int = 256,
-    batch_size: int | None = None,
-    rounds: int = 5,
-    **unknown: Any,
-) -> None:
+@dataclass(frozen=True)
+class Options:
     """Prints a line per model and task.
 
     Args:
@@ -51,31 +40,45 @@ def run(
         layers, hidden_size: shape of the random model.
         rounds: measured runs of each way, after one to warm up.
     """
-    refuse_unknown(unknown, run)
-    for name, value in [("limit", limit), ("rounds", rounds), ("layers", layers)]:
-        check_whole(name, value, 1)
-    shipped, tokenizer = load_for_generation(ModelSource(model))
+
+    data_dir: str | None = None
+    tasks: str | None = None
+    model: str = "data/tiny-base"
+    limit: int = 64
+    shots: int = 8
+    retriever: str = "tfidf"
+    layers: int = 4
+    hidden_size: int = 256
+    batch_size: int | None = None
+    rounds: int = 5
+
+
+def compare_models(options: Options) -> None:
+    """Times both ways with each model and task."""
+    if options.data_dir is None:
+        raise UserError("give --data_dir DIR")
+    for name in ("limit", "rounds", "layers"):
+        check_whole(name, getattr(options, name), 1)
+    folder = Path(options.data_dir)
+    settings = FewShotSettings(options.shots, options.retriever, None, [0], "likelihood")
+    shipped, tokenizer = load_for_generation(ModelSource(options.model))
+    drawn = make_model(options.layers, options.hidden_size, 32_000, "sdpa").eval()
     models = {
-        model: shipped,
-        f"random, {layers} x {hidden_size}": make_model(layers, hidden_size, 32_000, "sdpa").eval(),
+        options.model: shipped,
+        f"random, {options.layers} x {options.hidden_size}": drawn.to(shipped.device),
     }
-    print(f"{torch.get_num_threads()} threads, {shots} examples ({retriever})")
-    for task in choose_tasks(tasks, read_tasks(), Path(data_dir)):
-        data = load_task(task, Path(data_dir), limit)
-        examples = choose_examples(
-            data, FewShotSettings(shots, retriever, None, [0], "likelihood"), tfidf
-        )[0]
-        for name, other in models.items():
-            choices = encode_choices(
-                tokenizer, data, examples, other.config.max_position_embeddings
-            )
-            print(
-                (
-                    f"{name}, {task.name}: "
-                    f"{compare(other.to(shipped.device), choices, batch_size, rounds)}"
-                ),
-                flush=True,
-            )
+    print(f"{torch.get_num_threads()} threads, {options.shots} examples ({options.retriever})")
+    for task in choose_tasks(options.tasks, read_tasks(), folder):
+        data = load_task(task, folder, options.limit)
+        examples, *_ = choose_examples(data, settings, tfidf)
+        for name, model in models.items():
+            positions = model.config.max_position_embeddings
+            choices = encode_choices(tokenizer, data, examples, positions)
+            found = compare(model, choices, options.batch_size, options.rounds)
+            print(f"{name}, {task.name}: {found}", flush=True)
+
+
+run = command(Options, compare_models)
 
 
 def compare(

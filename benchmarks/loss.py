@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,7 +33,13 @@ from benchmarks.states import table as error_table
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.flags import check_whole, check_writable, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import (
+    check_whole,
+    check_writable,
+    command,
+    exit_on_user_error,
+    refuse_unknown,
+)
 from stanford_alpaca.models.load import ModelSource
 
 # (H, V): hidden size and vocabulary size
@@ -56,24 +62,8 @@ SCALED = (
 RESULTS = str(ROOT / "benchmarks" / "results")
 
 
-@SetParseFns(shape=str, only=str, ids_from=str, tokenizer=str, results=str, states=str)
-def run(
-    shape: str | None = None,
-    tokens: Any = (2048, 8192),
-    hidden: int | None = None,
-    vocab: int | None = None,
-    rounds: int = 7,
-    only: str | None = None,
-    ids_from: str = str(SHIPPED),
-    tokenizer: str = str(ROOT / "data" / "tiny-base"),
-    device: str | None = None,
-    dtype: str | None = None,
-    threads: int = os.cpu_count() or 1,
-    results: str = RESULTS,
-    states: str | None = None,
-    frozen_head: bool = False,
-    **unknown: Any,
-) -> None:
+@dataclass(frozen=True)
+class Options:
     """Prints a table per shape and count of tokens, and writes JSON and a plot.
 
     The files are loss-DEVICE.jsonl and .png. New rows replace those of the same case.
@@ -96,39 +86,34 @@ def run(
             of real models take the place of random ones. A table of errors follows each.
         frozen_head: only the hidden states get a gradient, as with LoRA.
     """
-    refuse_unknown(unknown, run)
-    sizes = [("hidden", hidden), ("vocab", vocab)]
-    check_flags(
-        results,
-        device,
-        [*sizes, *(("tokens", count) for count in as_list(tokens))],
-        rounds,
-        threads,
-    )
-    device, names = device or default_device(), contenders(only)
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
-    counts = as_list(tokens)
-    if states is not None:
-        shapes, cases = {}, states_cases(states.split(","), counts, device, dtype)
-    else:
-        shapes = named_shapes(shape, hidden, vocab, device)
-        cases = [Case(each, *shapes[each], n, device, dtype) for each in shapes for n in counts]
-    if states is None and ids_from != "none":
-        width, (ids, size) = (
-            next(iter(shapes.values()))[0],
-            response_ids(ids_from, tokenizer, counts[0]),
-        )
-        cases.append(
-            Case("real ids", width, size, counts[0], device, dtype, Path(ids_from).name, ids)
-        )
-    file = Path(results) / f"loss-{device_name(device)}.jsonl"
-    for case in cases:
-        case = replace(case, frozen_head=frozen_head)
-        rows = measured(case, names, threads, rounds)
+
+    shape: str | None = None
+    tokens: Any = (2048, 8192)
+    hidden: int | None = None
+    vocab: int | None = None
+    rounds: int = 7
+    only: str | None = None
+    ids_from: str = str(SHIPPED)
+    tokenizer: str = str(ROOT / "data" / "tiny-base")
+    device: str | None = None
+    dtype: str | None = None
+    threads: int = os.cpu_count() or 1
+    results: str = RESULTS
+    states: str | None = None
+    frozen_head: bool = False
+
+
+def compare(options: Options) -> None:
+    """Measures every case, keeps its rows, prints its tables, and draws the plot."""
+    counts = [("tokens", count) for count in as_list(options.tokens)]
+    sizes = [("hidden", options.hidden), ("vocab", options.vocab), *counts]
+    check_flags(options.results, options.device, sizes, options.rounds, options.threads)
+    device, names = options.device or default_device(), contenders(options.only)
+    file = Path(options.results) / f"loss-{device_name(device)}.jsonl"
+    for case in cases_of(options, device):
+        rows = measured(case, names, options.threads, options.rounds)
+        found = errors(case, [row["contender"] for row in rows]) if case.states else {}
         if case.states:
-            found = errors(case, [row["contender"] for row in rows])
             rows = [row | {"errors": found.get(row["contender"])} for row in rows]
         keep(file, rows)
         print(heading(rows[0]), table(rows), sep="\n\n", end="\n\n", flush=True)
@@ -138,6 +123,27 @@ def run(
         if case.states:
             print(error_table(found), end="\n\n", flush=True)
     draw(plots.bars, read(file), file)
+
+
+run = command(Options, compare)
+
+
+def cases_of(options: Options, device: str) -> list[Case]:
+    """Returns what is measured. Raises UserError for flags that name no case."""
+    dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
+    counts = as_list(options.tokens)
+    if options.states is not None:
+        cases = states_cases(options.states.split(","), counts, device, dtype)
+    else:
+        shapes = named_shapes(options.shape, options.hidden, options.vocab, device)
+        cases = [Case(each, *shapes[each], n, device, dtype) for each in shapes for n in counts]
+    if options.states is None and options.ids_from != "none":
+        ids, size = response_ids(options.ids_from, options.tokenizer, counts[0])
+        named = Path(options.ids_from).name
+        cases.append(Case("real ids", cases[0].hidden, size, counts[0], device, dtype, named, ids))
+    return [replace(case, frozen_head=options.frozen_head) for case in cases]
 
 
 def states_cases(files: list[str], counts: list[int], device: str, dtype: str) -> list[Case]:
@@ -213,7 +219,9 @@ def check_flags(
 
 
 def as_list(value: Any) -> list:
-    return list(value) if isinstance(value, tuple | list) else [value]
+    """Returns one value or several. ``command`` makes texts of several numbers."""
+    values = value if isinstance(value, tuple | list) else [value]
+    return [int(each) if isinstance(each, str) and each.isdecimal() else each for each in values]
 
 
 def default_device() -> str:
@@ -393,10 +401,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Runs the command."""
-    command, arguments = (
-        (scaling, sys.argv[2:]) if sys.argv[1:2] == ["scaling"] else (run, sys.argv[1:])
-    )
-    exit_on_user_error(lambda: fire.Fire(command, command=arguments))
+    scales = sys.argv[1:2] == ["scaling"]
+    called, arguments = (scaling, sys.argv[2:]) if scales else (run, sys.argv[1:])
+    exit_on_user_error(lambda: fire.Fire(called, command=arguments))
 
 
 if __name__ == "__main__":

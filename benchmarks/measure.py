@@ -19,13 +19,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import Batch, Call, Case, Unavailable, build, make_batch
+from stanford_alpaca.checkpoint.space import MIB
 
 # What the launcher sets on a CPU, so that freed tensors stay with the process. Both variables are
 # needed. Setting the first alone turns off glibc's dynamic thresholds, so the heap is still trimmed
 # to 128 KiB of free memory as often as without it.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**30), "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30)}
 FLOOR = "floor"  # the three matrix products alone
-MIB = 2**20
 # PyTorch's profiler otherwise prints a notice in every process.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,13 +20,14 @@ import fire
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from stanford_alpaca.checkpoint.space import MIB
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.flags import exit_on_user_error, refuse_unknown
 from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight.estimate import Memory, Setup, peak_memory
-from stanford_alpaca.preflight.model_profile import Anatomy, describe
+from stanford_alpaca.preflight.model_profile import ModelProfile, profile_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "data" / "tiny-base"
@@ -81,44 +83,31 @@ def run(
             "small": write_model(folder / "small", 2000, SMALL),
         }
         data, share, unique = write_data(folder / "data.json", 2 * RANKS * batch * STEPS, length)
-        for engine in as_list(engines):
-            for accumulation in as_list(accumulations):
-                sizes = {}
-                for size, (rows, tokens) in {"large": (batch, length), "small": (1, 128)}.items():
-                    setup = Setup(
-                        ranks=1 if engine == "none" else RANKS,
-                        batch=rows,
-                        accumulation=accumulation,
-                        length=tokens,
-                        priced=Objective(mode).needs_emo,
-                        bf16=False,
-                        device="cpu",
-                        supervised_share=share,
-                        unique_share=unique,
-                        cost_cache_mib=0,
-                    )
-                    out = folder / f"{size}-{engine}-{accumulation}"
-                    measured = train(folder / size, data, out, engine, mode, setup)
-                    sizes[size] = (
-                        estimate(describe(models[size], tokens, "float32"), setup, engine).total
-                        / 2**20,
-                        measured,
-                    )
-                ours, theirs = (
-                    large - small
-                    for large, small in zip(sizes["large"], sizes["small"], strict=True)
-                )
-                print(
-                    (
-                        f"| {engine} | {accumulation} | {ours:.0f} | {theirs:.0f} | "
-                        f"{ours / theirs - 1:+.0%} |"
-                    ),
-                    flush=True,
-                )
+        settings = {
+            "priced": Objective(mode).needs_emo,
+            "bf16": False,
+            "device": "cpu",
+            "supervised_share": share,
+            "unique_share": unique,
+            "cost_cache_mib": 0,
+        }
+        for engine, accumulation in product(as_list(engines), as_list(accumulations)):
+            figures = []
+            for size, (rows, tokens) in {"large": (batch, length), "small": (1, 128)}.items():
+                ranks = 1 if engine == "none" else RANKS
+                setup = Setup(ranks, rows, accumulation, tokens, **settings)
+                profile = profile_model(models[size], tokens, "float32")
+                out = folder / f"{size}-{engine}-{accumulation}"
+                measured = train(folder / size, data, out, engine, mode, setup)
+                figures.append((estimate(profile, setup, engine).total / MIB, measured))
+            ours, theirs = (more - less for more, less in zip(*figures, strict=True))
+            error = f"{ours / theirs - 1:+.0%}"
+            line = f"| {engine} | {accumulation} | {ours:.0f} | {theirs:.0f} | {error} |"
+            print(line, flush=True)
 
 
-def estimate(anatomy: Anatomy, setup: Setup, engine: str) -> Memory:
-    return peak_memory(anatomy, setup, engine, "replicate" if setup.priced else "-")
+def estimate(profile: ModelProfile, setup: Setup, engine: str) -> Memory:
+    return peak_memory(profile, setup, engine, "replicate" if setup.priced else "-")
 
 
 def as_list(value: Any) -> list:

@@ -10,13 +10,12 @@ preflight predicts, and prints the preflight's estimate for 64 and 1024 GPUs.
 import os
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import fire
-from fire.decorators import SetParseFns
 
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file
@@ -46,7 +45,7 @@ from benchmarks.train_contenders import (
 )
 from benchmarks.train_tables import estimates, scaling_row, scaling_table, table
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.flags import check_whole, exit_on_user_error, refuse_unknown
+from stanford_alpaca.flags import check_whole, command, exit_on_user_error
 
 # On a CPU these two are timed under both allocators, most others only under the launcher's.
 BOTH = ("trl", "emo")
@@ -65,24 +64,41 @@ ENGINES = (  # (contender, engine, cost sharding) of runs on several processes
 )
 
 
-@SetParseFns(data=str, only=str, results=str, model=str)
-def run(
-    data: str = str(SHIPPED),
-    records: int = 2048,
-    steps: int = 7,
-    rounds: int = 3,
-    batch: int = 8,
-    max_length: int = 512,
-    layers: int = 4,
-    hidden: int = 256,
-    vocab: int = 32000,
-    model: str | None = None,
-    only: str | None = None,
-    device: str | None = None,
-    threads: int = os.cpu_count() or 1,
-    results: str = RESULTS,
-    **unknown: Any,
-) -> None:
+@dataclass(frozen=True)
+class Settings:
+    """The flags of both commands. ``Options`` describes them."""
+
+    data: str = str(SHIPPED)
+    records: int = 2048
+    steps: int = 7
+    batch: int = 8
+    max_length: int = 512
+    layers: int = 4
+    hidden: int = 256
+    vocab: int = 32000
+    threads: int = os.cpu_count() or 1
+    results: str = RESULTS
+
+    def check(self, device: str | None, rounds: int = 1) -> Shape:
+        """Raises UserError before anything is measured."""
+        names = ("records", "batch", "max_length", "layers", "hidden")
+        sizes = [(name, getattr(self, name)) for name in names]
+        check_flags(self.results, device, sizes, rounds, self.threads)
+        check_whole("steps", self.steps, 2)
+        check_whole("vocab", self.vocab, 300)
+        if self.hidden > 64 and self.hidden % 64:
+            raise UserError(f"--hidden {self.hidden}: give a multiple of 64, the width of a head")
+        if not Path(self.data).is_file():
+            raise UserError(f"--data {self.data}: no such file")
+        return Shape(self.layers, self.hidden, self.vocab)
+
+    def job(self, contender: str, folder: str, device: str) -> Job:
+        """Returns what one process trains."""
+        return Job(contender, folder, self.steps, self.batch, self.max_length, device, self.threads)
+
+
+@dataclass(frozen=True)
+class Options(Settings):
     """Prints a table and writes its rows to train-DEVICE.jsonl.
 
     New rows replace those of the same case.
@@ -102,37 +118,37 @@ def run(
         threads: threads on a CPU.
         results: the folder for the results.
     """
-    refuse_unknown(unknown, run)
-    shape = check(
-        data,
-        records,
-        steps,
-        batch,
-        max_length,
-        layers,
-        hidden,
-        vocab,
-        rounds,
-        device,
-        threads,
-        results,
-    )
-    if model is not None:
-        if not (Path(model) / "config.json").is_file():
-            raise UserError(f"--model {model}: no such folder of a model")
-        shape = Shape(0, 0, 0, model)
-    device = device or default_device()
-    usual = ON_RANDOM_MODELS if model is None else ON_REAL_MODELS
-    names = usual if only is None else tuple(only.split(","))
+
+    rounds: int = 3
+    only: str | None = None
+    device: str | None = None
+    model: str | None = None
+
+    def check(self, device: str | None, rounds: int = 1) -> Shape:
+        shape = super().check(device, rounds)
+        if self.model is None:
+            return shape
+        if not (Path(self.model) / "config.json").is_file():
+            raise UserError(f"--model {self.model}: no such folder of a model")
+        return Shape(0, 0, 0, self.model)
+
+
+def compare(options: Options) -> None:
+    """Measures the contenders in turn, keeps their rows, and prints the table."""
+    shape = options.check(options.device, options.rounds)
+    device = options.device or default_device()
+    usual = ON_RANDOM_MODELS if options.model is None else ON_REAL_MODELS
+    names = usual if options.only is None else tuple(options.only.split(","))
     for name in names:
         if name not in CONTENDERS:
             raise UserError(f"--only {name}: choose from {', '.join(CONTENDERS)}")
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        job = Job("", folder, steps, batch, max_length, device, threads)
-        count = make_inputs(Path(folder), data, records, batch, max_length, shape)
+        count = make_inputs(
+            Path(folder), options.data, options.records, options.batch, options.max_length, shape
+        )
         workers = start_workers(stack, device)
         jobs = [
-            (environment, job_of(job, name))
+            (environment, job_of(options.job(name, folder, device)))
             for environment in workers
             for name in names
             if runs(name, environment)
@@ -140,130 +156,81 @@ def run(
         found: dict[str, dict[str, Any]] = {
             job.contender: {"contender": job.contender, "runs": {}} for _, job in jobs
         }
-        for start in range(rounds):
-            turn = start * len(jobs) // rounds
+        for start in range(options.rounds):
+            turn = start * len(jobs) // options.rounds
             for environment, job in jobs[turn:] + jobs[:turn]:
                 (figures,) = workers[environment].submit(run_everywhere, job).result()
                 figures.pop("counted")
                 figures["tokens_per_s"] = figures["targets"] / figures["seconds"]
-                found[job.contender]["runs"].setdefault(environment, []).append(
-                    figures | {"steps": job.steps - 1}
-                )
-                print(
-                    f"{environment:8} {job.contender:24} {figures['tokens_per_s']:8.0f} tokens/s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    about = describe("train", data, count, shape, job, device, threads)
+                kept = found[job.contender]["runs"].setdefault(environment, [])
+                kept.append(figures | {"steps": job.steps - 1})
+                tell(f"{environment:8} {job.contender:24}", figures)
+    about = describe("train", options, count, shape, device)
     rows = [about | row for row in found.values()]
-    keep(Path(results) / f"train-{device_name(device)}.jsonl", rows)
+    keep(Path(options.results) / f"train-{device_name(device)}.jsonl", rows)
     print(table(rows))
 
 
-@SetParseFns(data=str, results=str)
-def scaling(
-    data: str = str(SHIPPED),
-    records: int = 2048,
-    steps: int = 5,
-    processes: Any = (1, 2, 4),
-    batch: int = 8,
-    max_length: int = 512,
-    layers: int = 4,
-    hidden: int = 256,
-    vocab: int = 32000,
-    threads: int = os.cpu_count() or 1,
-    results: str = RESULTS,
-    **unknown: Any,
-) -> None:
+run = command(Options, compare)
+
+
+@dataclass(frozen=True)
+class Scaling(Settings):
     """Measures engines and cost shardings on several processes of this CPU.
 
     They run with gloo and the launcher's allocator, with --batch rows on every process. The rows go
     to train-cpu.jsonl. Collectives are counted in one more step, which is not timed.
+
+    Args:
+        data, records, steps, batch, max_length, layers, hidden, vocab, threads, results: as
+            without ``scaling``.
+        processes: numbers of processes, with commas.
     """
-    refuse_unknown(unknown, scaling)
-    shape = check(
-        data, records, steps, batch, max_length, layers, hidden, vocab, 1, "cpu", threads, results
-    )
-    ranks = as_list(processes)
+
+    steps: int = 5
+    processes: Any = (1, 2, 4)
+
+
+def scale(options: Scaling) -> None:
+    """Measures every number of processes, keeps the rows, and prints the tables."""
+    shape = options.check("cpu")
+    ranks = as_list(options.processes)
     for number in ranks:
         check_whole("processes", number, 1)
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        count = make_inputs(Path(folder), data, records, batch * max(ranks), max_length, shape)
-        workers, rows = start_workers(stack, "cpu"), []
-        about = describe(
-            "scaling",
-            data,
-            count,
-            shape,
-            Job("", folder, steps, batch, max_length, "cpu", threads),
-            "cpu",
-            threads,
+        together = options.batch * max(ranks)
+        count = make_inputs(
+            Path(folder), options.data, options.records, together, options.max_length, shape
         )
+        workers, rows = start_workers(stack, "cpu"), []
+        about = describe("scaling", options, count, shape, "cpu")
         for number in ranks:
-            for name, engine, sharding in (
-                [(name, "none", "replicate") for name in BOTH] if number == 1 else ENGINES
-            ):
-                job = Job(
-                    name,
-                    folder,
-                    steps,
-                    batch,
-                    max_length,
-                    "cpu",
-                    max(1, threads // number),
-                    number,
-                    engine,
-                    sharding,
+            alone = [(name, "none", "replicate") for name in BOTH]
+            for name, engine, sharding in alone if number == 1 else ENGINES:
+                job = replace(
+                    options.job(name, folder, "cpu"),
+                    threads=max(1, options.threads // number),
+                    ranks=number,
+                    engine=engine,
+                    cost_sharding=sharding,
                     count=number > 1,
                 )
-                row = scaling_row(
-                    job,
-                    workers["launcher"].submit(run_everywhere, job).result(),
-                    shape.config(max_length),
-                )
+                figures = workers["launcher"].submit(run_everywhere, job).result()
+                row = scaling_row(job, figures, shape.config(options.max_length))
                 rows.append(about | row)
-                print(
-                    f"{number} {name} {engine} {sharding}: {row['tokens_per_s']:.0f} tokens/s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    keep(Path(results) / "train-cpu.jsonl", rows)
+                tell(f"{number} {name} {engine} {sharding}:", row)
+    keep(Path(options.results) / "train-cpu.jsonl", rows)
     print(scaling_table(rows), estimates(), sep="\n\n")
+
+
+scaling = command(Scaling, scale)
 
 
 # ---- what is measured ----------------------------------------------------------------------------
 
 
-def check(
-    data: str,
-    records: Any,
-    steps: Any,
-    batch: Any,
-    max_length: Any,
-    layers: Any,
-    hidden: Any,
-    vocab: Any,
-    rounds: Any,
-    device: str | None,
-    threads: Any,
-    results: str,
-) -> Shape:
-    """Raises UserError before anything is measured."""
-    sizes = {
-        "records": records,
-        "batch": batch,
-        "max_length": max_length,
-        "layers": layers,
-        "hidden": hidden,
-    }
-    check_flags(results, device, list(sizes.items()), rounds, threads)
-    check_whole("steps", steps, 2)
-    check_whole("vocab", vocab, 300)
-    if hidden > 64 and hidden % 64:
-        raise UserError(f"--hidden {hidden}: give a multiple of 64, the width of a head")
-    if not Path(data).is_file():
-        raise UserError(f"--data {data}: no such file")
-    return Shape(layers, hidden, vocab)
+def tell(what: str, figures: dict[str, Any]) -> None:
+    print(f"{what} {figures['tokens_per_s']:8.0f} tokens/s", file=sys.stderr, flush=True)
 
 
 def runs(name: str, environment: str) -> bool:
@@ -276,11 +243,10 @@ def runs(name: str, environment: str) -> bool:
     return name != "trl-as-shipped" if environment == "launcher" else not name.endswith("-bf16")
 
 
-def job_of(job: Job, name: str) -> Job:
-    packed = (TRL | OURS)[name].get("packing", False)
-    return replace(
-        job, contender=name, steps=max(min(3, job.steps), job.steps // 3) if packed else job.steps
-    )
+def job_of(job: Job) -> Job:
+    """Returns the job with fewer steps, if its contender packs."""
+    packed = (TRL | OURS)[job.contender].get("packing", False)
+    return replace(job, steps=max(min(3, job.steps), job.steps // 3)) if packed else job
 
 
 def start_workers(stack: ExitStack, device: str) -> dict[str, Any]:
@@ -296,31 +262,28 @@ def start_workers(stack: ExitStack, device: str) -> dict[str, Any]:
     }
 
 
-def describe(
-    kind: str, data: str, count: int, shape: Shape, job: Job, device: str, threads: int
-) -> dict[str, Any]:
+def describe(kind: str, options: Settings, count: int, shape: Shape, device: str) -> dict[str, Any]:
     """Returns the machine and the case, which every row of the results has."""
     name = {"model": Path(shape.model).name} if shape.model else {}
     model = name or {key: value for key, value in asdict(shape).items() if key != "model"}
     sizes = {
-        "batch": job.batch,
-        "max_length": job.max_length,
-        "steps": job.steps,
+        "batch": options.batch,
+        "max_length": options.max_length,
+        "steps": options.steps,
         "records": count,
         "device": device,
     }
     return {
-        "machine": machine(device, threads),
-        "case": {"kind": kind, "data": Path(data).name} | model | sizes,
+        "machine": machine(device, options.threads),
+        "case": {"kind": kind, "data": Path(options.data).name} | model | sizes,
     }
 
 
 def main() -> None:
     """Runs the command."""
-    command, arguments = (
-        (scaling, sys.argv[2:]) if sys.argv[1:2] == ["scaling"] else (run, sys.argv[1:])
-    )
-    exit_on_user_error(lambda: fire.Fire(command, command=arguments))
+    scales = sys.argv[1:2] == ["scaling"]
+    called, arguments = (scaling, sys.argv[2:]) if scales else (run, sys.argv[1:])
+    exit_on_user_error(lambda: fire.Fire(called, command=arguments))
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ def common(job: Job) -> dict[str, Any]:
 def run_ours(job: Job, folder: Path) -> None:
     """Runs the command ``python -m stanford_alpaca.train``."""
     Measured.meter = Meter(job)
-    command.EmoTrainer = type("MeasuredEmoTrainer", (Measured, EmoTrainer), {})  # type: ignore[misc]
+    command.EmoTrainer = type("MeasuredEmoTrainer", (Measured, EmoTrainer), {})
     places = {
         "model_name_or_path": folder / MODEL,
         "data_path": folder / RECORDS,

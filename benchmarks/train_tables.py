@@ -10,7 +10,7 @@ from benchmarks.measure import MIB
 from benchmarks.train_contenders import OURS, TRL, Job
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight.estimate import NO_COST, Setup, precision_of, traffic
-from stanford_alpaca.preflight.model_profile import describe
+from stanford_alpaca.preflight.model_profile import profile_model
 from stanford_alpaca.preflight.plans import Machine, Row, rows_of
 
 LLAMA_7B = Path(__file__).resolve().parents[1] / "examples" / "llama-7b"
@@ -134,7 +134,7 @@ def scaling_row(job: Job, ranks: list[dict[str, Any]], config: LlamaConfig) -> d
         unique_share=unique / targets,
         cost_cache_mib=0,
     )
-    counts = describe(config, 8, "float32").parameters
+    counts = profile_model(config, 8, "float32").parameters
     received = sum(sum(c["bytes"].values()) for c in counted) / job.ranks
     return row | {
         "calls": counted[0]["calls"],
@@ -196,15 +196,15 @@ def estimates(ranks: tuple[int, ...] = (8, 64, 1024), batch: int = 4, length: in
     The bytes come from formulas that the counted bytes confirm. The seconds assume fixed rates.
     """
     config = ModelSource(str(LLAMA_7B)).config()
-    anatomies = {
-        name: describe(config, length, name)
+    profiles = {
+        name: profile_model(config, length, name)
         for name in {precision_of(engine, True) for engine in ESTIMATED}
     }
     machine = Machine("A100", 80.0, 0.4, 25.0, 25.0)
     found: dict[tuple[str, str], dict[int, Row]] = {}
     for number in ranks:
         setup = Setup(ranks=number, batch=batch, accumulation=1, length=length, priced=True)
-        for row in rows_of(anatomies, setup, machine, length, ESTIMATED, None):
+        for row in rows_of(profiles, setup, machine, length, ESTIMATED, None):
             found.setdefault((row.engine, row.cost_sharding), {})[number] = row
     lines = [
         [

@@ -20,7 +20,7 @@ from stanford_alpaca.errors import UserError, nearest
 
 T = TypeVar("T")
 # modules of the extra ``eval`` -> what is installed
-PACKAGES = {
+PIP_NAMES = {
     "sklearn": "scikit-learn",
     "rouge_score": "rouge-score",
     "sacrebleu": "sacrebleu",
@@ -119,7 +119,8 @@ def _parameter(each: Field) -> Parameter:
 
 def part_of(options: Any, cls: type[T]) -> T:
     """Makes a ``cls`` from those of a command's options that it has as fields."""
-    return cls(**{each.name: getattr(options, each.name) for each in fields(cls)})  # type: ignore[arg-type]
+    names = [each.name for each in fields(cls)]  # type: ignore[arg-type]
+    return cls(**{name: getattr(options, name) for name in names})
 
 
 def refuse_unknown(unknown: dict[str, Any], command: Callable) -> None:
@@ -146,7 +147,7 @@ def check_packages(what: str, *modules: str) -> None:
         what: what needs it, as a flag or in words.
         modules: the names that are imported.
     """
-    missing = [PACKAGES[name] for name in modules if importlib.util.find_spec(name) is None]
+    missing = [PIP_NAMES[name] for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{what} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 

@@ -114,7 +114,7 @@ def preview(options: Options) -> None:
         return
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for path, found in shown.items():
-        show(console, path, found, tokenizer, options)
+        show_source(console, path, found, tokenizer, options)
 
 
 def look_at(
@@ -135,7 +135,7 @@ def look_at(
     return {"statistics": statistics, "examples": list(_examples(records, cut, options.examples))}
 
 
-def show(
+def show_source(
     console: Console,
     path: str,
     source: dict[str, Any],
@@ -153,7 +153,7 @@ def show(
     prompts = told_templates([found["template"]], tokenizer, options.chat_template)
     for line in [*several_files(path), *prompts, *counts]:
         console.print(line)
-    console.print(table_of(path, found, options.length))
+    console.print(statistics_table(path, found, options.length))
     console.print(budgets_of(found, options.length))
 
 
@@ -184,7 +184,7 @@ def coloured(pieces: Sequence[Piece], in_colour: bool = True) -> Text:
     return text
 
 
-def table_of(path: str, statistics: dict[str, Any], max_length: int) -> Table:
+def statistics_table(path: str, statistics: dict[str, Any], max_length: int) -> Table:
     """Returns the table of statistics of one source."""
     table = Table("", path, title=f"at most {max_length:,} tokens", title_justify="left")
     dropped, quantiles = statistics["dropped"], statistics["token_quantiles"]

@@ -28,7 +28,7 @@ from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.checkpoint.saving import write_together
 from stanford_alpaca.console import say
 from stanford_alpaca.data.packing import PackedExamples
-from stanford_alpaca.data.sources import ExampleStream, digest
+from stanford_alpaca.data.sources import ExampleStream, examples_digest
 from stanford_alpaca.data.templates import IN_WORDS, trained_prompts, use_chat_template
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.distributed.exits import exit_after_barrier, exit_now, is_lost_rank
@@ -108,7 +108,7 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     check_fit(run, tokenizer, prompts)
     train_examples, eval_examples = load_in_turn(
         lambda: load_data(run.data, args, tokenizer),
-        lambda sets: " ".join(map(digest, sets)),
+        lambda sets: " ".join(map(examples_digest, sets)),
         args.process_index,
         args.local_process_index,
         args.world_size,

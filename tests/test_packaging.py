@@ -19,8 +19,8 @@ import site, sys
 site.addsitedir(sys.argv[1])
 import stanford_alpaca
 from stanford_alpaca.training.engines import ds_configs
-from stanford_alpaca.evaluation.fewshot.tasks import TEMPLATES
-print(*stanford_alpaca.__path__, ds_configs(), TEMPLATES)
+from stanford_alpaca.evaluation.fewshot.tasks import TASK_TEMPLATES
+print(*stanford_alpaca.__path__, ds_configs(), TASK_TEMPLATES)
 """
 
 

@@ -59,6 +59,18 @@ def ids_of(folder, content):
     )["input_ids"]
 
 
+def check_folders(run, merged, exported):
+    """Checks that each folder stops and asks as was trained, and that the card says so."""
+    for folder in (run, run / "checkpoint-2", merged, exported):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.chat_template == CHAT, folder
+        assert trained_prompts(tokenizer) == ("chat", "text"), folder
+        assert stops_of(folder) == [1, 3], folder
+        assert asked_of(folder) == ids_of(folder, ASKED["instruction"]), folder
+    assert "`tokenizer.apply_chat_template" in (run / "README.md").read_text()
+    assert "the tokenizer's chat template" in (run / "README.md").read_text()
+
+
 def test_lora_merged_and_exported_folders_stop_and_ask_as_was_trained(
     arguments, base, tmp_path, capsys
 ):
@@ -84,41 +96,23 @@ def test_lora_merged_and_exported_folders_stop_and_ask_as_was_trained(
     run, merged, exported = tmp_path / "out", tmp_path / "merged", tmp_path / "exported"
     merge_lora.run(str(run), str(merged))
     export(run / "checkpoint-2", exported)
-    for folder in (run, run / "checkpoint-2", merged, exported):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert tokenizer.chat_template == CHAT and trained_prompts(tokenizer) == ("chat", "text"), (
-            folder
-        )
-        assert stops_of(folder) == [1, 3], folder
-        assert asked_of(folder) == ids_of(folder, ASKED["instruction"]), folder
-    assert "`tokenizer.apply_chat_template" in (run / "README.md").read_text()
-    assert "the tokenizer's chat template" in (run / "README.md").read_text()
+    check_folders(run, merged, exported)
 
     # Samples during training, generate, and metrics all use the same prompts. A command that uses
     # other prompts says so.
-    sampled = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])["responses"][
-        "step 3"
-    ]
-    generate(
-        str(run), instruction=ASKED["instruction"], out=str(tmp_path / "a.jsonl"), max_new_tokens=64
-    )
-    assert (
-        next(iter(json.loads((tmp_path / "a.jsonl").read_text())["responses"].values())) == sampled
-    )
+    sampled = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])
+    file = tmp_path / "a.jsonl"
+    generate(str(run), instruction=ASKED["instruction"], out=str(file), max_new_tokens=64)
+    (answer,) = json.loads(file.read_text())["responses"].values()
+    assert answer == sampled["responses"]["step 3"]
     capsys.readouterr()
     generate(str(run), instruction=ASKED["instruction"], prompt_template="alpaca", max_new_tokens=2)
     assert (
         f"{run}: trained with the tokenizer's chat template, asked here with Alpaca's template"
         in capsys.readouterr().out
     )
-    names = [str(base), str(run), str(merged)]
-    metrics.run(
-        *names,
-        data=str(tmp_path / "held.json"),
-        out=str(tmp_path / "ev"),
-        max_new_tokens=2,
-        samples=0,
-    )
+    names, held_out = [str(base), str(run), str(merged)], str(tmp_path / "held.json")
+    metrics.run(*names, data=held_out, out=str(tmp_path / "ev"), max_new_tokens=2, samples=0)
     printed = capsys.readouterr().out
     assert (
         f"prompts of {base}: Alpaca's template" in printed
@@ -132,13 +126,9 @@ def test_lora_merged_and_exported_folders_stop_and_ask_as_was_trained(
         == pytest.approx(nll[str(merged)], abs=1e-4)
     )
     assert abs(nll[str(base)] - nll[str(run)]) > 0.05
-    report.run(
-        *names,
-        out=str(tmp_path / "page.html"),
-        evaluation=str(tmp_path / "ev"),
-        transport_records=2,
-    )
-    assert (tmp_path / "page.html").read_text().count("the tokenizer's chat template") >= 2
+    page = tmp_path / "page.html"
+    report.run(*names, out=str(page), evaluation=str(tmp_path / "ev"), transport_records=2)
+    assert page.read_text().count("the tokenizer's chat template") >= 2
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def _places(paths: tuple[str, ...]) -> list[Path]:
     return [*below, *own]
 
 
-COMMANDS = {
+ACTIONS = {
     "verify": command(Options, verify),
     "list": command(Options, list_checkpoints),
     "export": command(Options, export_checkpoint),
@@ -125,11 +125,11 @@ def main() -> None:
 def _run() -> None:
     if sys.argv[1:2] == ["--help"]:
         sys.argv[1:] = ["list", "--help"]  # one help for all
-    if not sys.argv[1:] or sys.argv[1] not in COMMANDS:
+    if not sys.argv[1:] or sys.argv[1] not in ACTIONS:
         raise UserError(
-            f"give a command ({', '.join(COMMANDS)}): python -m stanford_alpaca.checkpoint --help"
+            f"give a command ({', '.join(ACTIONS)}): python -m stanford_alpaca.checkpoint --help"
         )
-    fire.Fire(COMMANDS)
+    fire.Fire(ACTIONS)
 
 
 if __name__ == "__main__":

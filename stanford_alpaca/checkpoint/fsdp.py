@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from stanford_alpaca.checkpoint.shapes import Form, check_shapes, form_of
+from stanford_alpaca.checkpoint.shapes import Form, check_shapes, tensor_form
 from stanford_alpaca.errors import ResumeError, UserError, first_line
 
 MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # accelerate's folder names
@@ -156,7 +156,7 @@ def _read(state: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
             for k, e in saved.items()
         },
         {
-            key: form_of(value) if isinstance(value, Tensor) else nothing
+            key: tensor_form(value) if isinstance(value, Tensor) else nothing
             for key, value in flat.items()
         },
     )

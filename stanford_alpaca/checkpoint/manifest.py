@@ -135,7 +135,7 @@ def problems(folder: Path, contents: bool = True) -> list[str]:
         files = read(folder)["files"]
     except ResumeError as error:
         return [str(error)]
-    found = compare(folder, files, contents)
+    found = wrong_files(folder, files, contents)
     try:
         strange = [name for name in list_saved(folder) if name not in files and _is_loaded(name)]
         links = [
@@ -149,7 +149,7 @@ def problems(folder: Path, contents: bool = True) -> list[str]:
     return found + [f"{path.relative_to(folder)}: leads out of the folder" for path in links]
 
 
-def compare(folder: Path, files: dict[str, dict[str, Any]], contents: bool = True) -> list[str]:
+def wrong_files(folder: Path, files: dict[str, dict[str, Any]], contents: bool = True) -> list[str]:
     """Returns which of these files differ from their manifest entries, one line for each.
 
     Without ``contents`` only sizes are compared.

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from stanford_alpaca.checkpoint.keys import no_report, wrong_keys
-from stanford_alpaca.checkpoint.shapes import check_shapes, form_of
+from stanford_alpaca.checkpoint.shapes import check_shapes, tensor_form
 from stanford_alpaca.errors import ResumeError, first_line
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def restore_model(model: PreTrainedModel | PeftModel, checkpoint: Path) -> None:
@@ -60,7 +60,7 @@ def _check_dtypes(checkpoint: Path, dtypes: set[torch.dtype]) -> None:
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                dtype = DTYPES.get(tensors.get_slice(name).get_dtype())
+                dtype = FLOATS.get(tensors.get_slice(name).get_dtype())
                 if dtype is not None and dtype not in dtypes:
                     wanted = ", ".join(sorted(map(str, dtypes)))
                     raise ResumeError(
@@ -72,7 +72,7 @@ def _load_adapter(model: PeftModel, file: Path) -> None:
     saved, wanted = load_file(file), get_peft_model_state_dict(model, save_embedding_layers=False)
     check_shapes(
         file,
-        {name: form_of(t) for name, t in saved.items()},
-        {name: form_of(t) for name, t in wanted.items()},
+        {name: tensor_form(t) for name, t in saved.items()},
+        {name: tensor_form(t) for name, t in wanted.items()},
     )
     set_peft_model_state_dict(model, saved)

@@ -11,7 +11,7 @@ from stanford_alpaca.errors import ResumeError
 Form = tuple[list[int], torch.dtype]
 
 
-def form_of(tensor: Tensor) -> Form:
+def tensor_form(tensor: Tensor) -> Form:
     """Returns a tensor's shape and dtype. For a sharded tensor they are those of the whole."""
     return list(tensor.shape), tensor.dtype
 

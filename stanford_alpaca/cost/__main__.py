@@ -61,7 +61,7 @@ class Options(TextSettings):
 def build_cost(options: Options) -> None:
     """Makes the rows, writes them, and prints a description of them."""
     settings, head, vocab_size = part_of(options, TextSettings), options.head, options.vocab_size
-    check_sources(options, settings)
+    check_options(options, settings)
     if options.out is None or options.out == "True" or Path(options.out).exists():
         raise UserError(f"--out {options.out}: give the name of a file that does not exist yet")
     check_writable("out", Path(options.out))
@@ -111,7 +111,7 @@ def build_cost(options: Options) -> None:
 build = command(Options, build_cost)
 
 
-def check_sources(options: Options, settings: TextSettings) -> None:
+def check_options(options: Options, settings: TextSettings) -> None:
     """Raises UserError unless there is one source with the flags it needs.
 
     A flag that the source would not use is an error, too.

@@ -15,7 +15,7 @@ from stanford_alpaca.cost.cooccurrence import TextSettings, count_pairs, embed
 from stanford_alpaca.cost.embedding import CostEmbedding
 from stanford_alpaca.cost.transfer import transfer_rows
 from stanford_alpaca.data.encode import TextEncoder
-from stanford_alpaca.data.reading import SUFFIXES, kind_of_file, open_text, read_file
+from stanford_alpaca.data.reading import DATA_SUFFIXES, kind_of_file, open_text, read_file
 from stanford_alpaca.data.records import FORMS, form_of, parse_record
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.load import ModelSource
@@ -31,7 +31,7 @@ def documents(file: Path) -> Iterator[str]:
     message. Any other file is split into paragraphs if it has blank lines between them, else into
     lines.
     """
-    if kind_of_file(file) in SUFFIXES:
+    if kind_of_file(file) in DATA_SUFFIXES:
         for where, value in read_file(file):
             record = parse_record(value, where, needs_output=False)
             texts = (

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -238,7 +239,8 @@ def full_precision(device: str) -> Iterator[None]:
 
     This holds under autocast too, and where --tf32 asks for less.
     """
-    products = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backends: Any = torch.backends
+    products = (backends.cuda if device == "cuda" else backends.mkldnn).matmul
     asked = products.fp32_precision
     with torch.autocast(device, enabled=False):
         products.fp32_precision = "ieee"

@@ -6,7 +6,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 # a token with several roles is matched by the first that the source has too
-ROLES = ("eos", "bos", "unk", "pad")
+SPECIAL_ROLES = ("eos", "bos", "unk", "pad")
 BEFORE = "a"  # each token is decoded after this text, so that its leading space shows
 # each text is encoded after this one: pieces do not extend over it, and no space is put after it
 BREAK = "\n"
@@ -41,7 +41,7 @@ def transfer_rows(
         return rows, Matches(exact=same, zero=vocab_size - same)
 
     roles: dict[int, int] = {}
-    for role in ROLES:
+    for role in SPECIAL_ROLES:
         token, match = (getattr(tokenizer, f"{role}_token_id") for tokenizer in (target, source))
         if token is not None and match is not None and match < len(head):
             roles.setdefault(token, match)

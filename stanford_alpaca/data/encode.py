@@ -17,9 +17,9 @@ from stanford_alpaca.errors import UserError
 # marks the name after it as a special token; a Unicode noncharacter, so it is part of no text
 SPECIAL = "\uffff"
 # escapes the name of a special token that is only text, by standing after each of its characters
-BREAK = "\ufdd0"
+ESCAPE = "\ufdd0"
 # the noncharacters that this package uses; in a user's text they become U+FFFD
-RESERVED = SPECIAL + BREAK + "\ufdd1\ufdd2"
+RESERVED = SPECIAL + ESCAPE + "\ufdd1\ufdd2"
 # what the name of a special token in a record means: its characters, or the token
 READINGS = ("text", "parse")
 # the roles of tokens that never mark up an answer
@@ -83,7 +83,7 @@ class TextEncoder:
     @cached_property
     def _names(self) -> re.Pattern:
         names = "|".join(re.escape(name) for name in sorted(self.names, key=len, reverse=True))
-        return re.compile(f"(?:{names})(?!{BREAK})" if names else "(?!)")
+        return re.compile(f"(?:{names})(?!{ESCAPE})" if names else "(?!)")
 
     def without_specials(self, text: str, keep: Collection[str] = ()) -> str:
         """Escapes the names of special tokens in a text, except those to ``keep``.
@@ -95,7 +95,7 @@ class TextEncoder:
             return (
                 match[0]
                 if match[0] in keep
-                else "".join(character + BREAK for character in match[0])
+                else "".join(character + ESCAPE for character in match[0])
             )
 
         return self._names.sub(broken, text)
@@ -109,7 +109,7 @@ class TextEncoder:
         def meant(match: re.Match) -> str:
             return SPECIAL + match[0] if only is None or match[0] in only else match[0]
 
-        return self._names.sub(meant, text).replace(BREAK, "")
+        return self._names.sub(meant, text).replace(ESCAPE, "")
 
     def specials_in(self, text: str) -> list[str]:
         """Returns the names of special tokens in a text, each once."""

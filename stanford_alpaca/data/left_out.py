@@ -35,8 +35,9 @@ class LeftOut:
             written: the indices of the messages whose marks (``spans.marked_text``) the template
                 writes.
         """
-        for i, tool in enumerate(self.tools or []):
-            if self._same(self.messages, [*self.tools[:i], *self.tools[i + 1 :]] or None):  # type: ignore[index]
+        tools = self.tools or []
+        for i, tool in enumerate(tools):
+            if self._same(self.messages, [*tools[:i], *tools[i + 1 :]] or None):
                 raise UserError(
                     f"the chat template has no place for tools: it leaves out {_name_of(tool)}"
                 )

@@ -24,7 +24,7 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
 MEND = "mend the record or take it out"
-KINDS = {  # Python's type -> JSON's words for a value
+JSON_NAMES = {  # Python's type -> JSON's words for a value
     "bool": "true or false",
     "NoneType": "null",
     "int": "a number",
@@ -53,15 +53,15 @@ def more_of(of: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(of["more"]) if of.get("more") else {}
 
 
-def kind_of(value: object) -> str:
+def json_name(value: object) -> str:
     """Returns JSON's words for a value."""
-    return KINDS.get(type(value).__name__, f"a {type(value).__name__}")
+    return JSON_NAMES.get(type(value).__name__, f"a {type(value).__name__}")
 
 
 def check_text(value: object, where: str) -> None:
     """Raises UserError for a value that is no string or cannot be encoded in UTF-8."""
     if not isinstance(value, str):
-        raise UserError(f"{where} is {kind_of(value)}, wanted a string; {MEND}")
+        raise UserError(f"{where} is {json_name(value)}, wanted a string; {MEND}")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -184,7 +184,7 @@ def _message(
 ) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise UserError(
-            f"{place}: {kind_of(message)}, wanted an object with role and content; {MEND}"
+            f"{place}: {json_name(message)}, wanted an object with role and content; {MEND}"
         )
     keys = {
         name: next(
@@ -307,7 +307,7 @@ def _call(call: object, where: str, unused: dict[str, None]) -> dict[str, Any]:
     arguments = parsed(inner.get(name), f"{where}: {name!r} of a call", "an object") or {}
     if not isinstance(arguments, dict):
         raise UserError(
-            f"{where}: {name!r} of a call is {kind_of(arguments)}, wanted an object; {MEND}"
+            f"{where}: {name!r} of a call is {json_name(arguments)}, wanted an object; {MEND}"
         )
     function = {"name": inner["name"], "arguments": arguments}
     check_text(json.dumps(function, ensure_ascii=False), where)

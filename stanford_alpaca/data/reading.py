@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from stanford_alpaca.data.strict_json import JSON, duplicate
 from stanford_alpaca.errors import UserError, first_line, listed
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 TEXT_FILE, GZIPPED = ".txt", ".gz"
-FILE_KINDS = (*SUFFIXES, TEXT_FILE)  # all but parquet may be gzipped
+FILE_KINDS = (*DATA_SUFFIXES, TEXT_FILE)  # all but parquet may be gzipped
 ARROW = ".arrow"  # files that ``datasets`` saved, see ``_saved_files``
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 ABOUT = (SAVED, SAVED_SPLITS, "dataset_info.json", "dataset_infos.json")  # files about data

@@ -23,7 +23,7 @@ from stanford_alpaca.data.messages import (
     NOTHING,
     Messages,
     check_text,
-    kind_of,
+    json_name,
     more_of,
     pack,
     parsed,
@@ -47,7 +47,7 @@ FORMS = {
     "text": Features({"text": TEXT, "more": TEXT}),
 }
 
-OWN = {  # the columns that decide a form
+FORM_COLUMNS = {  # the columns that decide a form
     "chat": ("messages", "conversations"),
     "alpaca": ("instruction", "input", "output"),
     "completion": ("prompt", "completion"),
@@ -92,7 +92,7 @@ def parse_record(
     """
     if not isinstance(value, dict):
         raise UserError(
-            f"{where}: {kind_of(value)}, wanted an object with instruction and output; {MEND}"
+            f"{where}: {json_name(value)}, wanted an object with instruction and output; {MEND}"
         )
     for sense in ("images", "videos", "audios"):
         if isinstance(value.get(sense), list) and value[sense]:
@@ -104,7 +104,7 @@ def parse_record(
     unused: dict[str, None] = {}
     weight, read = read_weight(record, where)
     more: dict[str, Any] = {} if weight == 1 else {"weight": weight}
-    name = next((name for name in OWN["chat"] if record.get(name) not in (None, "")), None)
+    name = next((name for name in FORM_COLUMNS["chat"] if record.get(name) not in (None, "")), None)
     system = record.get("system")
     if name is not None:
         row: Record = {
@@ -209,8 +209,8 @@ def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
     forms are left out.
     """
     named = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
-    chosen = [own for own in OWN.values() if named.keys() & own]
-    others = {name for own in OWN.values() if chosen and own not in chosen for name in own}
+    chosen = [own for own in FORM_COLUMNS.values() if named.keys() & own]
+    others = {name for own in FORM_COLUMNS.values() if chosen and own not in chosen for name in own}
     return {name: value for name, value in (record | named).items() if name not in others}
 
 

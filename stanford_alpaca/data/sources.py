@@ -207,7 +207,7 @@ def identify(path: str, streaming: bool = False) -> str:
     return f"hub:{path}" if files is None else f"sha256:{digest_of(files, contents=not streaming)}"
 
 
-def digest(examples: "Dataset | ExampleStream | None") -> str:
+def examples_digest(examples: "Dataset | ExampleStream | None") -> str:
     """Returns a sha256 over all ids, labels and weights of a set of examples.
 
     It does not depend on how the set is cached. A stream is not read.

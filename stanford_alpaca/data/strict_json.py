@@ -17,7 +17,11 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def duplicate(names: Sequence[str]) -> str | None:
     """Returns the first name that equals an earlier one, or None."""
     seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 JSON = json.JSONDecoder(object_pairs_hook=_without_duplicates)

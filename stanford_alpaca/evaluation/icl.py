@@ -22,7 +22,7 @@ from stanford_alpaca.errors import UserError, nearest
 from stanford_alpaca.evaluation.fewshot.accuracy import (
     accuracies,
     accuracy_table,
-    compare,
+    compare_accuracy,
     comparison_table,
     right_by_task,
 )
@@ -141,7 +141,7 @@ def evaluate_few_shot(options: Options) -> None:
     rows = _predict_all(sources, sets, settings, featurize, lines)
     right = {name: right_by_task(found) for name, found in rows.items()}
     columns = {name: accuracies(values) for name, values in right.items()}
-    compared = {name: compare(right[models[0]], right[name]) for name in models[1:]}
+    compared = {name: compare_accuracy(right[models[0]], right[name]) for name in models[1:]}
     if files:
         about = settings._asdict() | (
             {"encoder": options.encoder or ENCODER} if settings.retriever == "sentence" else {}

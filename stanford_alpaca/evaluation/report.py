@@ -24,7 +24,7 @@ from stanford_alpaca.data.tokenize import ExampleEncoder
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation.metrics import REFERENCES, Evaluation, evaluate
 from stanford_alpaca.evaluation.page import render
-from stanford_alpaca.evaluation.page.curves import curves_of, flags_of, shown_flags
+from stanford_alpaca.evaluation.page.curves import curves_of, recorded_flags, shown_flags
 from stanford_alpaca.evaluation.page.transport import view_of
 from stanford_alpaca.evaluation.page.verdicts import table_of
 from stanford_alpaca.evaluation.settings import Settings, read_records
@@ -135,7 +135,7 @@ def held_out_of(runs: list[str]) -> str | None:
     Raises:
         UserError: there were several.
     """
-    paths = {str(path) for name in runs for path in flags_of(name).get("eval_path") or []}
+    paths = {str(path) for name in runs for path in recorded_flags(name).get("eval_path") or []}
     if len(paths) > 1:
         raise UserError(
             f"the runs had several --eval_path ({', '.join(sorted(paths))}): "
@@ -152,7 +152,7 @@ def settings_of_runs(data: str, runs: list[str], limit: int | None) -> Settings:
     Raises:
         UserError: the runs were trained with different lengths or columns.
     """
-    trained = [flags for name in runs if (flags := flags_of(name))]
+    trained = [flags for name in runs if (flags := recorded_flags(name))]
     chosen: dict[str, Any] = {}
     for flag, default in {"model_max_length": 512, "columns": None}.items():
         values = [run.get(flag, default) for run in trained]
@@ -268,7 +268,9 @@ def page_data(
             "curves": curves[name],
             "model": name in models,
         }
-        for name, flags in zip(names, shown_flags([flags_of(name) for name in names]), strict=True)
+        for name, flags in zip(
+            names, shown_flags([recorded_flags(name) for name in names]), strict=True
+        )
     ]
     data: dict[str, Any] = {
         "version": __version__,

@@ -8,10 +8,9 @@ from stanford_alpaca.evaluation.intervals import FEWEST
 # the measures that are shown for several pairs
 FEW = ("nll", "emo", "token_accuracy", "ece", "costly_mass", "exact_match", "rouge_l", "mauve")
 TOO_FEW = f"no intervals: they need at least {FEWEST} records that a measure applies to"
-Row = dict[str, Any]
 
 
-def format_results(results: dict[str, dict[str, Row]]) -> str:
+def format_results(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Formats values with their 95 % intervals: measures down, models across."""
     measures = list(dict.fromkeys(measure for column in results.values() for measure in column))
     columns = [
@@ -22,7 +21,7 @@ def format_results(results: dict[str, dict[str, Row]]) -> str:
     return align([list(row) for row in zip(rows, *columns, strict=True)])
 
 
-def format_differences(differences: list[Row]) -> str:
+def format_differences(differences: list[dict[str, Any]]) -> str:
     """Formats a table per pair of models.
 
     Of three models or fewer every pair is shown, of more each model against the first. Measures
@@ -63,7 +62,7 @@ def align(table: list[list[str]]) -> str:
     )
 
 
-def _cells(column: list[Row | None]) -> list[str]:
+def _cells(column: list[dict[str, Any] | None]) -> list[str]:
     """Returns values with their intervals, aligned below each other."""
     values = [
         "-" if row is None or row["value"] is None else _number(row["value"]) for row in column

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from stanford_alpaca.console import say
-from stanford_alpaca.data.reading import SUFFIXES, read_file
+from stanford_alpaca.data.reading import DATA_SUFFIXES, read_file
 from stanford_alpaca.data.records import parse_record
 from stanford_alpaca.data.templates import IN_WORDS
 from stanford_alpaca.data.tokenize import PromptEncoder
@@ -100,9 +100,9 @@ def read_prompts(
     if file.suffix.lower() in PICKLES:
         raise UserError(
             f"--prompts {file}: pickles are never opened; give text, an instruction a line, or "
-            f"{', '.join(SUFFIXES)}"
+            f"{', '.join(DATA_SUFFIXES)}"
         )
-    if file.suffix.lower() in SUFFIXES:
+    if file.suffix.lower() in DATA_SUFFIXES:
         records = []
         for where, record in read_file(file):
             asked = parse_record(record, where, columns, needs_output=False)

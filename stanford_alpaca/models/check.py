@@ -27,7 +27,7 @@ from stanford_alpaca.models.load import (
 )
 
 # parts of names that peft adds where it wraps a module
-WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)")
+PEFT_WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token_adapter)(?=\.)")
 # tensors of an embedding, each with the axis of its tokens
 SIZED = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}
 
@@ -164,7 +164,8 @@ def check_adapter(
             # other ways decompose the base's weights, which are not read here
             config.init_lora_weights = True
         with safe_open(Path(path) / ADAPTER_SAFE_WEIGHTS_NAME, "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
         model = copy.deepcopy(base.empty())
         own = set(model.state_dict())
         if not tokens:
@@ -227,4 +228,4 @@ def _base_name(key: str) -> str:
 
     The result is its name in the base, if it is one of the base's tensors.
     """
-    return WRAPPERS.sub("", key.removeprefix("base_model.model."))
+    return PEFT_WRAPPERS.sub("", key.removeprefix("base_model.model."))

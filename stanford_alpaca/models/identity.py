@@ -116,7 +116,7 @@ def check_unchanged(folder: Path, verify: bool = False) -> None:
     names = [name for name in files if MODEL_FILE.fullmatch(name) and name not in TUNABLE]
     size = sum(files[name]["bytes"] for name in names)
     whole = verify or size <= READ_WHOLE
-    wrong = manifest.compare(folder, {name: files[name] for name in names}, contents=whole)
+    wrong = manifest.wrong_files(folder, {name: files[name] for name in names}, contents=whole)
     if wrong:
         raise UserError(
             f"{folder}: not what was saved ({wrong[0]}); give another copy, "

@@ -208,7 +208,7 @@ class ModelSource:
         return {"dtype": dtype, "trust_remote_code": self.remote_code, **attention}
 
 
-def load_body(name: str, *, remote_code: bool = False) -> PreTrainedModel:
+def load_body(source: ModelSource) -> PreTrainedModel:
     """Loads a model without its output layer, in float32, to compute features of texts.
 
     Weights of an output layer are not loaded. A pooling layer without weights is not used.
@@ -218,10 +218,11 @@ def load_body(name: str, *, remote_code: bool = False) -> PreTrainedModel:
     """
     with no_report():
         model, info = AutoModel.from_pretrained(
-            name,
+            source.path,
             dtype=torch.float32,
+            cache_dir=source.cache_dir,
             use_safetensors=True,
-            trust_remote_code=remote_code,
+            trust_remote_code=source.remote_code,
             output_loading_info=True,
         )
     missing = [key for key in info["missing_keys"] if "pooler" not in key.split(".")]

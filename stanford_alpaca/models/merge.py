@@ -84,10 +84,10 @@ def merge(adapter: Adapter, base: ModelSource, out: Path, dtype: str | None) -> 
         manifest.write_whole(part / MERGED, json.dumps(record, indent=1) + "\n")
         files = manifest.entries_of(part, manifest.list_saved(part), flush=True)
         manifest.write(part, files, {"step": 0})
-    return in_words(about, adapter, base, out)
+    return describe_merge(about, adapter, base, out)
 
 
-def in_words(about: dict[str, Any], adapter: Adapter, base: ModelSource, out: Path) -> str:
+def describe_merge(about: dict[str, Any], adapter: Adapter, base: ModelSource, out: Path) -> str:
     """Returns a line about what was merged and how much its logits differ."""
     where = ", ".join([f"{about['layers']} layer{'s' * (about['layers'] != 1)}", *about["modules"]])
     rounded = f" ({about['logits_differ_written']:.1g} in {about['dtype']})"

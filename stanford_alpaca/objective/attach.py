@@ -125,13 +125,6 @@ class AttachedObjective:
                 "a sharded output layer needs num_items_in_batch, the targets of all ranks: "
                 "theirs are one loss"
             )
-        cost = self.cost
-        if self.adaptive is not None:
-            cost = live_cost(head.weight, self.adaptive)
-        elif isinstance(cost, CostAlias) and isinstance(head.weight, DTensor):
-            cost = live_cost(head.weight, cost.kind)
-        if learning and not self.objective.needs_emo:
-            cost = None  # training does not compute costs that the mode does not read
         hidden, targets = outputs[0][:, :-1], labels[:, 1:]
         weights = None if token_weights is None else token_weights.view(torch.float32)[:, 1:]
         soft: SoftTargets | None = None
@@ -144,10 +137,17 @@ class AttachedObjective:
                 None if weights is None else weights[keep],
             )
         loss, stats = linear_loss_and_stats(
-            hidden, head, targets, cost, self.objective, soft,
-            token_weights=weights, backend=self.backend, num_items=num_items_in_batch,
+            hidden,
+            head,
+            targets,
+            self._cost(head.weight, learning),
+            self.objective,
+            soft,
+            token_weights=weights,
+            backend=self.backend,
+            num_items=num_items_in_batch,
             sampled=self._sampled() if learning else None,
-        )  # fmt: skip
+        )
         counted = None if weights is None else weights[targets != -100]
         (self.train_meter if learning else self.eval_meter).add(stats, self.objective, counted)
         parts = {
@@ -160,6 +160,15 @@ class AttachedObjective:
         return MoeCausalLMOutputWithPast(
             loss=loss + share * own.loss.to(loss.device), aux_loss=own.get("aux_loss"), **parts
         )
+
+    def _cost(self, weight: Tensor, learning: bool) -> Cost | None:
+        if learning and not self.objective.needs_emo:
+            return None  # training does not compute costs that the mode does not read
+        if self.adaptive is not None:
+            return live_cost(weight, self.adaptive)
+        if isinstance(self.cost, CostAlias) and isinstance(weight, DTensor):
+            return live_cost(weight, self.cost.kind)
+        return self.cost
 
     def _sampled(self) -> Sampled | None:
         return None if self.head_epsilon is None else Sampled(self.head_epsilon, self.seeds.next())

@@ -19,6 +19,7 @@ from stanford_alpaca.losses.types import Head
 from stanford_alpaca.objective.probing import probe_inputs, probing
 
 TINY, HUGE = 2.0**-30, 2.0**100  # powers of two, so that multiplying and dividing by them is exact
+LOGIT_ROWS = 1024  # tokens whose logits are held at a time
 
 
 class HeadForm(NamedTuple):
@@ -86,7 +87,8 @@ def _effective(layer: Any) -> tuple[Tensor, Tensor | None]:  # [V, H], [V]
     weight = original.weight
     if isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged:
         for name in layer.active_adapters:
-            weight = weight + layer.get_delta_weight(name).to(weight.dtype)  # type: ignore[attr-defined]
+            delta = layer.get_delta_weight(name)  # type: ignore[attr-defined]
+            weight = weight + delta.to(weight.dtype)
     return weight, original.bias
 
 

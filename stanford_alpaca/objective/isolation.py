@@ -15,7 +15,7 @@ from stanford_alpaca.objective.probing import probing
 
 SIZES = (5, 7, 3)  # tokens of the examples that a model is probed with
 # relative to the difference that it makes if examples see each other
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+LEAK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 ROUGH = 0.2  # the same at 16 bits
 
 
@@ -87,5 +87,5 @@ def isolates(model: PreTrainedModel, means: str) -> bool:
         joined = hidden_of(tokens.tolist())
         rows = body_of(model)(**batch)[0].double()
     packed = torch.cat([rows[0], rows[1, : SIZES[2]]])
-    tolerance = TOLERANCE.get(embedding.dtype, ROUGH)
+    tolerance = LEAK_TOLERANCE.get(embedding.dtype, ROUGH)
     return bool((packed - apart).norm() <= tolerance * (joined - apart).norm())

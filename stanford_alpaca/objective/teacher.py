@@ -8,9 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.losses.backends import reference
 from stanford_alpaca.losses.types import SoftTargets
-from stanford_alpaca.objective.head import body_of, recognise_head
-
-ROWS = 1024  # tokens whose logits are held at a time
+from stanford_alpaca.objective.head import LOGIT_ROWS, body_of, recognise_head
 
 
 class Teacher:
@@ -50,7 +48,7 @@ class Teacher:
         hidden = body_of(self.model)(*args, **inputs)[0][:, :-1][keep]
         head = self.form.head(self.model)
         ids, probs = [], []
-        for rows in hidden.split(ROWS):
+        for rows in hidden.split(LOGIT_ROWS):
             logits = reference.logits_of(rows, head)[:, :vocab_size].float()
             top, found = logits.topk(min(self.top_k, logits.shape[1]))
             ids.append(found)

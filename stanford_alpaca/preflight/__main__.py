@@ -24,7 +24,7 @@ from stanford_alpaca.losses.objectives import MODES, Objective
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight.estimate import Setup, precision_of, shardings_of
-from stanford_alpaca.preflight.model_profile import Parameters, describe
+from stanford_alpaca.preflight.model_profile import Parameters, profile_model
 from stanford_alpaca.preflight.plans import Machine, Plan, Row, advise, rows_of
 from stanford_alpaca.training.cost_sharding import PLACES
 from stanford_alpaca.training.hardware import PEAK_FLOPS
@@ -230,11 +230,11 @@ def preflight(options: Options) -> None:
         )
     setup = options.setup()
     precisions = {precision_of(engine, options.bf16) for engine in ENGINES}
-    anatomies = {
-        precision: describe(config, options.model_max_length, precision, source.remote_code)
+    profiles = {
+        precision: profile_model(config, options.model_max_length, precision, source.remote_code)
         for precision in sorted(precisions)
     }
-    counts = next(iter(anatomies.values())).parameters
+    counts = next(iter(profiles.values())).parameters
     engines = options.engines(counts)
     link = options.intra_gb_s if options.nodes == 1 else options.inter_gb_s
     machine = Machine(options.gpu, options.gpu_gib, options.mfu, link, options.host_gb_s)
@@ -243,7 +243,7 @@ def preflight(options: Options) -> None:
         mean = options.mean_tokens
 
     def table(tried: Setup) -> list[Row]:
-        return rows_of(anatomies, tried, machine, mean, engines, options.cost_sharding)
+        return rows_of(profiles, tried, machine, mean, engines, options.cost_sharding)
 
     plan = Plan(
         model=options.model_name_or_path,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from stanford_alpaca.distributed.engine import ENGINES
 from stanford_alpaca.losses.backends.chunked import TILE_PRODUCTS
 from stanford_alpaca.losses.backends.torch_kernels import CHUNK_LOGITS, SLICE_LOGITS
-from stanford_alpaca.preflight.model_profile import Anatomy, Parameters
+from stanford_alpaca.preflight.model_profile import ModelProfile, Parameters
 
 NO_COST = "-"  # in place of a cost sharding if the mode reads no costs
 # DeepSpeed's defaults: parameters that ZeRO-3 keeps gathered, and that its optimizer steps at once
@@ -68,7 +68,7 @@ class Memory(NamedTuple):
 
 
 def precision_of(engine: str, bf16: bool) -> str:
-    """Returns an engine's precision, as ``model_profile.describe`` takes it."""
+    """Returns an engine's precision, as ``model_profile.profile_model`` takes it."""
     if not bf16:
         return "float32"
     return "autocast" if engine in ("none", "ddp") else "bfloat16"
@@ -87,14 +87,14 @@ def shardings_of(engine: str, setup: Setup, counts: Parameters) -> list[str]:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def peak_memory(anatomy: Anatomy, setup: Setup, engine: str, sharding: str) -> Memory:
+def peak_memory(profile: ModelProfile, setup: Setup, engine: str, sharding: str) -> Memory:
     """Returns memory at the worst moment of a training step, on the rank that needs the most."""
-    return max(moments(anatomy, setup, engine, sharding).values(), key=lambda memory: memory.total)
+    return max(moments(profile, setup, engine, sharding).values(), key=lambda memory: memory.total)
 
 
-def moments(anatomy: Anatomy, setup: Setup, engine: str, sharding: str) -> dict[str, Memory]:
+def moments(profile: ModelProfile, setup: Setup, engine: str, sharding: str) -> dict[str, Memory]:
     """Returns the memory at each of the four moments."""
-    counts, saved = anatomy.parameters, anatomy.activations
+    counts, saved = profile.parameters, profile.activations
     weights, optimizer = state(counts.total, setup, engine)
     held, final = gradients(counts, setup, engine, sharding)
     at_loss, in_backward, at_end = gathered(counts, setup, engine, sharding)
@@ -300,14 +300,14 @@ def loss_traffic(counts: Parameters, setup: Setup, sharding: str) -> float:
     return hidden_and_gradients + 8 * tokens + 2 * 4 * (rows + (5 if setup.priced else 3) * tokens)
 
 
-def compute_flops(anatomy: Anatomy, setup: Setup, mean_tokens: float) -> float:
+def compute_flops(profile: ModelProfile, setup: Setup, mean_tokens: float) -> float:
     """Returns the FLOPs of one rank and step, for rows of ``mean_tokens`` tokens.
 
     Checkpointed layers run their forward pass twice.
     """
-    linear, quadratic = anatomy.flops
+    linear, quadratic = profile.flops
     if setup.checkpointing:
-        linear, quadratic = linear + anatomy.layer_flops / 3, quadratic * 4 / 3
+        linear, quadratic = linear + profile.layer_flops / 3, quadratic * 4 / 3
     return setup.batch * setup.accumulation * (linear * mean_tokens + quadratic * mean_tokens**2)
 
 

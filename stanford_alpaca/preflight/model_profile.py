@@ -70,7 +70,7 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelProfile:
     """What an estimate has to know about a model."""
 
     parameters: Parameters
@@ -79,7 +79,9 @@ class Anatomy:
     activations: Activations  # at the length and in the precision asked for
 
 
-def describe(config: Any, length: int, precision: str, remote_code: bool = False) -> Anatomy:
+def profile_model(
+    config: Any, length: int, precision: str, remote_code: bool = False
+) -> ModelProfile:
     """Counts parameters on the meta device and activations on fake tensors of ``length`` tokens.
 
     Args:
@@ -95,7 +97,7 @@ def describe(config: Any, length: int, precision: str, remote_code: bool = False
             model = auto_class(config).from_config(config, trust_remote_code=remote_code)
         parameters, flops = count_parameters(model), training_flops(model)
         layer_flops = flops[0] - 6.0 * (parameters.norm + (parameters.head or parameters.embedding))
-        return Anatomy(
+        return ModelProfile(
             parameters,
             flops,
             layer_flops,
@@ -111,7 +113,7 @@ def describe(config: Any, length: int, precision: str, remote_code: bool = False
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Returns the modules that FSDP makes units of. Raises UserError if there are no layers."""
-    names = fsdp.decoder_layers(model)
+    names = fsdp.layer_classes(model)
     return [module for module in body_of(model).modules() if type(module).__name__ in names]
 
 

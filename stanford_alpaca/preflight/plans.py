@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 from stanford_alpaca.preflight import estimate
 from stanford_alpaca.preflight.estimate import Memory, Setup, precision_of, shardings_of
-from stanford_alpaca.preflight.model_profile import Anatomy, Parameters
+from stanford_alpaca.preflight.model_profile import ModelProfile, Parameters
 from stanford_alpaca.training.cost_sharding import PLACES
 from stanford_alpaca.training.hardware import PEAK_FLOPS
 
@@ -55,7 +55,7 @@ class Row:
 
 
 def rows_of(
-    anatomies: dict[str, Anatomy],
+    profiles: dict[str, ModelProfile],
     setup: Setup,
     machine: Machine,
     mean_tokens: float,
@@ -65,17 +65,17 @@ def rows_of(
     """Returns the table: every engine with every cost sharding it allows, or those asked for."""
     rows = []
     for engine in engines:
-        anatomy = anatomies[precision_of(engine, setup.bf16)]
-        counts = anatomy.parameters
+        profile = profiles[precision_of(engine, setup.bf16)]
+        counts = profile.parameters
         flops, through_host = (
-            estimate.compute_flops(anatomy, setup, mean_tokens),
+            estimate.compute_flops(profile, setup, mean_tokens),
             estimate.host_traffic(counts, setup, engine),
         )
         for cost in shardings_of(engine, setup, counts):
             if sharding not in (None, cost):
                 continue
             totals = {
-                tried.batch: estimate.peak_memory(anatomy, tried, engine, cost).total
+                tried.batch: estimate.peak_memory(profile, tried, engine, cost).total
                 for tried in batches_of(setup)
             }
             fitting = [batch for batch, total in totals.items() if total <= machine.usable]
@@ -83,7 +83,7 @@ def rows_of(
             row = Row(
                 engine=engine,
                 cost_sharding=cost,
-                memory=estimate.peak_memory(anatomy, setup, engine, cost),
+                memory=estimate.peak_memory(profile, setup, engine, cost),
                 fits=setup.batch in fitting,
                 largest_batch=max(fitting, default=0),
                 moved=moved,
@@ -127,7 +127,7 @@ def advise(table: Callable[[Setup], list[Row]], setup: Setup) -> str:
     for tried in (setup, replace(setup, checkpointing=True), *smaller):
         row = recommend(table(tried))
         if row is not None:
-            return flags_of(row, tried, setup)
+            return launch_flags(row, tried, setup)
     none = (
         f"nothing fits on {setup.ranks} rank(s), even with --activation_checkpointing "
         "and one row at a time"
@@ -141,7 +141,7 @@ def advise(table: Callable[[Setup], list[Row]], setup: Setup) -> str:
     return f"{none}, nor on more: take GPUs with more memory"
 
 
-def flags_of(row: Row, tried: Setup, asked: Setup) -> str:
+def launch_flags(row: Row, tried: Setup, asked: Setup) -> str:
     """Returns the flags that launch a row, and the reason for it."""
     flags = f"ENGINE={row.engine} --per_device_train_batch_size {tried.batch}"
     flags += f" --cost_sharding {row.cost_sharding}" if row.cost_sharding in PLACES else ""
@@ -160,7 +160,7 @@ def flags_of(row: Row, tried: Setup, asked: Setup) -> str:
 
 # ---- what is printed -----------------------------------------------------------------------------
 
-COLUMNS = (
+HEADINGS = (
     "engine", "cost", "weights", "gradients", "optimizer", "cost GiB", "activations", "loss",
     "gather", "total GiB", "fits", "largest batch", "GiB moved/step", "s/step",
 )  # fmt: skip
@@ -204,7 +204,7 @@ class Plan:
         )
         yield ""
         yield from aligned(
-            [[*COLUMNS, "h/run" if self.steps else "Mtokens/day"], *map(self._cells, self.rows)]
+            [[*HEADINGS, "h/run" if self.steps else "Mtokens/day"], *map(self._cells, self.rows)]
         )
         yield ""
         for row in [row for row in self.rows if row.host][:1]:

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from stanford_alpaca.errors import UserError, first_line
 
-Tokens = list[str]
-
 
 class Flag(NamedTuple):
     """One flag of a command line.
@@ -18,8 +16,8 @@ class Flag(NamedTuple):
     """
 
     name: str  # with underscores; "" for words before the first flag
-    values: Tokens
-    tokens: Tokens  # as given
+    values: list[str]
+    tokens: list[str]  # as given
 
     @property
     def is_on(self) -> bool:
@@ -27,20 +25,20 @@ class Flag(NamedTuple):
         return not self.values or self.values[0].lower() in ("true", "t", "yes", "y", "1")
 
 
-def renamed(new: str) -> Callable[[Flag], tuple[Tokens, str]]:
+def renamed(new: str) -> Callable[[Flag], tuple[list[str], str]]:
     return lambda flag: ([f"--{new}", *flag.values], "")
 
 
-def choice_of(*tokens: str) -> Callable[[Flag], tuple[Tokens, str]]:
+def choice_of(*tokens: str) -> Callable[[Flag], tuple[list[str], str]]:
     """Translates a switch that became a value of another flag."""
     return lambda flag: (list(tokens), "") if flag.is_on else ([], "it was off")
 
 
-def dropped(why: str) -> Callable[[Flag], tuple[Tokens, str]]:
+def dropped(why: str) -> Callable[[Flag], tuple[list[str], str]]:
     return lambda flag: ([], why)
 
 
-def _warmup(flag: Flag) -> tuple[Tokens, str]:
+def _warmup(flag: Flag) -> tuple[list[str], str]:
     try:
         usable = not flag.values or float(flag.values[0]) < 1
     except ValueError:
@@ -53,7 +51,7 @@ def _warmup(flag: Flag) -> tuple[Tokens, str]:
 
 
 # old name -> its translation: the new tokens, and if there are none, the reason
-OLD: dict[str, Callable[[Flag], tuple[Tokens, str]]] = {
+OLD: dict[str, Callable[[Flag], tuple[list[str], str]]] = {
     "evaluation_strategy": renamed("eval_strategy"),
     "warmup_ratio": _warmup,
     "per_gpu_train_batch_size": renamed("per_device_train_batch_size"),
@@ -87,7 +85,7 @@ FSDP_WORDS: dict[str, dict[str, object]] = {
 FSDP = ("fsdp", "fsdp_config", "fsdp_transformer_layer_cls_to_wrap")
 
 
-def translate(argv: Tokens, has_tf32: bool = True) -> tuple[Tokens, list[str]]:
+def translate(argv: list[str], has_tf32: bool = True) -> tuple[list[str], list[str]]:
     """Returns the command line for transformers 5, and a line for every flag changed or dropped.
 
     Everything else keeps its value and place. ``has_tf32`` says whether this machine can compute
@@ -96,7 +94,7 @@ def translate(argv: Tokens, has_tf32: bool = True) -> tuple[Tokens, list[str]]:
     Raises:
         UserError: an old value has no counterpart.
     """
-    new: Tokens = []
+    new: list[str] = []
     lines: list[str] = []
     flags = split_flags(argv)
     old_fsdp = any(flag.name == FSDP[-1] or (flag.name == "fsdp" and flag.values) for flag in flags)
@@ -120,7 +118,7 @@ def translate(argv: Tokens, has_tf32: bool = True) -> tuple[Tokens, list[str]]:
     return new, lines
 
 
-def split_flags(argv: Tokens) -> list[Flag]:
+def split_flags(argv: list[str]) -> list[Flag]:
     """Splits a command line into flags, each with the values that follow it."""
     flags: list[Flag] = []
     for token in argv:
@@ -135,7 +133,7 @@ def split_flags(argv: Tokens) -> list[Flag]:
     return flags
 
 
-def fsdp_flags(old: dict[str, Flag]) -> Tokens:
+def fsdp_flags(old: dict[str, Flag]) -> list[str]:
     """Returns ``--fsdp --fsdp_config JSON`` for the flags of transformers 4, or [] if FSDP is off.
 
     A key of a given fsdp_config wins over the flag of the same meaning, as in transformers 4.
@@ -177,7 +175,7 @@ def read_fsdp_config(text: str) -> dict[str, object]:
         ) from None
 
 
-def _line(before: Tokens, after: Tokens, why: str) -> str:
+def _line(before: list[str], after: list[str], why: str) -> str:
     return (
         f"{shlex.join(before)} is read as {shlex.join(after)}"
         if after

@@ -14,7 +14,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.generation.prompts import encode_prompts
 from stanford_alpaca.run.adapter import adapt
 from stanford_alpaca.run.arguments import Run
-from stanford_alpaca.training.fsdp import decoder_layers
+from stanford_alpaca.training.fsdp import layer_classes
 
 
 def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict]) -> None:
@@ -26,7 +26,7 @@ def check_fit(run: Run, tokenizer: PreTrainedTokenizerBase, prompts: list[dict])
     with loading_whole(training):  # otherwise transformers would allocate it under ZeRO-3
         model = run.source.empty()
     if training.fsdp:
-        decoder_layers(model, dict(training.fsdp_config or {}).get("transformer_layer_cls_to_wrap"))
+        layer_classes(model, dict(training.fsdp_config or {}).get("transformer_layer_cls_to_wrap"))
     check_positions(model, "model", run)
     check_vocabulary(model, tokenizer, run)
     encode = PromptEncoder(tokenizer, run.data.prompt_template, run.data.special_tokens)

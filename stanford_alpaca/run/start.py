@@ -19,7 +19,7 @@ from stanford_alpaca.training.progress import LOG_FILE
 
 AUTO = "auto"
 # files and folders that a run may have made before its first checkpoint
-OWN = {LOCK_FILE, RUN_FILE, f"{RUN_FILE}.part", STAGING, "samples.jsonl", LOG_FILE, "runs"}
+RUN_FILES = {LOCK_FILE, RUN_FILE, f"{RUN_FILE}.part", STAGING, "samples.jsonl", LOG_FILE, "runs"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _from_none(output: Path, record: dict[str, Any]) -> Start:
         return Start(
             record, None, [f"{output}: no checkpoint yet, training starts from the beginning"]
         )
-    if any(file.name not in OWN for file in output.iterdir()):
+    if any(file.name not in RUN_FILES for file in output.iterdir()):
         raise UserError(
             f"--output_dir {output} is not empty, and no run of this command wrote to it; "
             "give another"

@@ -3,6 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
+from stanford_alpaca.checkpoint.space import MIB
 from stanford_alpaca.console import say
 from stanford_alpaca.cost import CostAlias
 from stanford_alpaca.data.templates import IN_WORDS, trained_prompts
@@ -10,8 +11,6 @@ from stanford_alpaca.distributed.engine import deepspeed_of
 from stanford_alpaca.run.arguments import Run
 from stanford_alpaca.run.model_card import unit_of
 from stanford_alpaca.training.trainer import EmoTrainer
-
-MIB = 2**20
 
 
 def rows(run: Run, trainer: EmoTrainer, sharding: str, examples: int | None) -> dict[str, str]:

@@ -28,7 +28,7 @@ def activate_fsdp(trainer: Any) -> None:
     args = trainer.args
     if not args.fsdp:
         return
-    layers = decoder_layers(trainer.model, args.fsdp_config.get("transformer_layer_cls_to_wrap"))
+    layers = layer_classes(trainer.model, args.fsdp_config.get("transformer_layer_cls_to_wrap"))
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
         # Everything is on the CPU already, and offloading would pin memory.
@@ -89,7 +89,7 @@ def keep_copies_tied(model: PeftModel) -> None:
     model.__dict__["tie_weights"] = tie_weights
 
 
-def decoder_layers(model: PreTrainedModel, named: list[str] | None = None) -> list[str]:
+def layer_classes(model: PreTrainedModel, named: list[str] | None = None) -> list[str]:
     """Returns the class names of the layers that FSDP shards one by one.
 
     These are the given names, else the model's own list, else the class of the layers in the

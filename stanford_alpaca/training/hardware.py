@@ -8,10 +8,20 @@ from transformers import PreTrainedModel
 # dense 16-bit floating-point operations per second, from the manufacturer's data sheets; the first
 # name that matches counts
 PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "L40S": 362e12,
-    "L40": 181e12, "L4": 121e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
-    "RTX 6000 Ada": 364e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 # how model configurations call the number of their experts
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 

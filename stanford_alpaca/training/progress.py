@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from stanford_alpaca.console import printable, say
 
 LOG_FILE = "log.jsonl"
-COLUMNS = {  # entry -> heading, width, format
+LOG_COLUMNS = {  # entry -> heading, width, format
     "step": ("step", 7, "d"),
     "epoch": ("epoch", 7, ".3g"),
     "loss": ("loss", 9, ".4g"),
@@ -97,12 +97,12 @@ class Progress(TrainerCallback):
 
     def _row(self, entry: Mapping[str, Any]) -> None:
         present = {*entry, *self._names, "supervised_tokens_per_s"}  # which the first step lacks
-        names = [name for name in COLUMNS if name in present]
+        names = [name for name in LOG_COLUMNS if name in present]
         if names != self._names or self._rows >= AGAIN:
             self._names, self._rows = names, 0
-            self._say(" ".join(f"{COLUMNS[name][0]:>{COLUMNS[name][1]}}" for name in names))
+            self._say(" ".join(f"{LOG_COLUMNS[name][0]:>{LOG_COLUMNS[name][1]}}" for name in names))
         self._rows += 1
-        self._say(" ".join(_cell(entry.get(name, "-"), *COLUMNS[name][1:]) for name in names))
+        self._say(" ".join(_cell(entry.get(name, "-"), *LOG_COLUMNS[name][1:]) for name in names))
 
     def _say(self, line: str) -> None:
         if self._bar is None:

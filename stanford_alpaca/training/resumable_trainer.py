@@ -30,7 +30,7 @@ from stanford_alpaca.distributed.store import share_from_rank_0
 from stanford_alpaca.errors import ResumeError, Stopped
 
 # flags that set numbers of the optimizer or the schedule
-NUMBERS = (
+UPDATE_FLAGS = (
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps",
     "lr_scheduler_type", "lr_scheduler_kwargs", "max_steps", "num_train_epochs",
 )  # fmt: skip
@@ -197,7 +197,7 @@ class ResumableTrainer(Trainer):
         follows_steps, groups = isinstance(scheduler, LambdaLR), self.optimizer.param_groups
         # An optimizer or a schedule of DeepSpeed's own takes its numbers from its configuration.
         if not self._asked or type(scheduler).__module__.startswith("deepspeed"):
-            changed = [name for name in NUMBERS if self.record.get(name) != before.get(name)]
+            changed = [name for name in UPDATE_FLAGS if self.record.get(name) != before.get(name)]
             if changed:
                 raise ResumeError(
                     f"--{changed[0]} has changed, and --deepspeed names an optimizer or a schedule "

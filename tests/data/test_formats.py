@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -336,71 +337,66 @@ def test_what_datasets_saved_is_read(tmp_path, three, streaming):
         load_records(tmp_path / "one", cache)
 
 
-def test_several_training_sets_in_a_folder_are_not_one(tmp_path, three):
-    cache = str(tmp_path / "cache")
+SHARDS = [f"data/train_sft-0000{i}-of-00002-0123456789abcde{i}.parquet" for i in range(2)]
+SETS = [  # files of a folder, and how many rows they have together, or why they are refused
+    ([*SHARDS, "dataset_infos.json"], 6),
+    (
+        [*SHARDS, "data/train_gen-00000-of-00001.parquet"],
+        r"sets of data \(data/train_gen, data/train_sft\); name one: --data_path .*train_gen",
+    ),
+    (["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"], 3),
+    (
+        [f"{place}-00000-of-00001.parquet" for place in ("main/train", "main/test", "soc/train")],
+        r"several sets of data \(main/train, soc/train\)",
+    ),
+    (["train/a.parquet", "train/b.parquet", "test/a.parquet"], 6),
+    (
+        ["main/a.parquet", "soc/a.parquet"],
+        r"sets of data \(main/a, soc/a\); name one: --data_path .*main/a.parquet$",
+    ),
+    (
+        ["dev.parquet", "good.parquet"],
+        r"several sets of data \(dev, good\); name one: --data_path .*good.parquet$",
+    ),
+    (
+        ["train.parquet", "train.jsonl"],
+        r"train in several formats \(.jsonl, .parquet\); name one file",
+    ),
+    (
+        ["train.jsonl", "train.jsonl.gz"],
+        r"train in several formats \(.jsonl, .jsonl.gz\); name one file",
+    ),
+    (["trainData.parquet", "testData.parquet"], 3),
+    (
+        ["train.parquet", "train_filtered.parquet"],
+        r"\(train, train_filtered\); name one: --data_path .*folder/train.parquet$",
+    ),
+]
 
-    def write(folder, *names):
-        for name in names:
-            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
-            three.to_parquet(tmp_path / folder / name)
 
-    write(
-        "chat", *(f"data/train_sft-0000{i}-of-00002-0123456789abcde{i}.parquet" for i in range(2))
-    )
-    (tmp_path / "chat" / "dataset_infos.json").write_text('{"default": {}}')
-    assert len(load_records(tmp_path / "chat", cache)) == 6
-    write("chat", "data/train_gen-00000-of-00001.parquet")
-    with pytest.raises(
-        UserError,
-        match=r"sets of data \(data/train_gen, data/train_sft\); name one: --data_path .*train_gen",
-    ):
-        load_records(tmp_path / "chat", cache)
-    write(
-        "maths",
-        "main/train-00000-of-00001.parquet",
-        "main/test-00000-of-00001.parquet",
-        "socratic/train-00000-of-00001.parquet",
-    )
-    with pytest.raises(UserError, match=r"several sets of data \(main/train, socratic/train\)"):
-        load_records(tmp_path / "maths", cache)
-    assert len(load_records(tmp_path / "maths" / "main", cache)) == 3
-    write("folder", "train/a.parquet", "train/b.parquet", "test/a.parquet")
-    assert len(load_records(tmp_path / "folder", cache)) == 6
-    write("places", "main/a.parquet", "socratic/a.parquet")
-    with pytest.raises(
-        UserError,
-        match=r"sets of data \(main/a, socratic/a\); name one: --data_path .*main/a.parquet$",
-    ):
-        load_records(tmp_path / "places", cache)
-    write("held_out", "dev.parquet", "good.parquet")
-    with pytest.raises(
-        UserError,
-        match=r"several sets of data \(dev, good\); name one: --data_path .*good.parquet$",
-    ):
-        load_records(tmp_path / "held_out", cache)
-    write("twice", "train.parquet")
-    (tmp_path / "twice" / "train.jsonl").write_text('{"text": "0"}')
-    with pytest.raises(
-        UserError, match=r"train in several formats \(.jsonl, .parquet\); name one file"
-    ):
-        load_records(tmp_path / "twice", cache)
-    write("gz", "train.parquet")
-    for name in ("train.jsonl", "train.jsonl.gz"):
-        (tmp_path / "gz" / name).write_text('{"text": "0"}')
-    (tmp_path / "gz" / "train.parquet").unlink()
-    with pytest.raises(
-        UserError, match=r"train in several formats \(.jsonl, .jsonl.gz\); name one file"
-    ):
-        load_records(tmp_path / "gz", cache)
-    write("camel", "trainData.parquet", "testData.parquet")
-    assert len(load_records(tmp_path / "camel", cache)) == 3
-    write("prefix", "train.parquet", "train_filtered.parquet")
-    with pytest.raises(
-        UserError, match=r"\(train, train_filtered\); name one: --data_path .*prefix/train.parquet$"
-    ):
-        load_records(tmp_path / "prefix", cache)
-    write("parts", "code.parquet", "maths.parquet")
-    assert len(load_records(tmp_path / "parts", cache)) == 6
+def fill(folder, names, rows):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".parquet"):
+            rows.to_parquet(folder / name)
+        else:
+            (folder / name).write_text('{"text": "0"}')
+
+
+@pytest.mark.parametrize(("names", "found"), SETS)
+def test_several_training_sets_in_a_folder_are_not_one(names, found, tmp_path, three):
+    fill(tmp_path / "folder", names, three)
+    load = partial(load_records, tmp_path / "folder", str(tmp_path / "cache"))
+    if isinstance(found, int):
+        assert len(load()) == found
+    else:
+        with pytest.raises(UserError, match=found):
+            load()
+
+
+def test_files_of_one_set_are_named(tmp_path, three):
+    fill(tmp_path / "parts", ["code.parquet", "maths.parquet"], three)
+    assert len(load_records(tmp_path / "parts", str(tmp_path / "cache"))) == 6
     (line,) = several_files(tmp_path / "parts")
     assert line == f"{tmp_path / 'parts'}: 2 files: code.parquet, maths.parquet"
 

@@ -60,6 +60,23 @@ def read(folder: Path) -> tuple[dict, list[dict]]:
     return json.loads((folder / "metrics.json").read_text()), [json.loads(line) for line in lines]
 
 
+def generated(base: str, records: list[dict]) -> dict[str, list[list[str]]]:
+    """Returns the responses of each way of decoding, once for each seed."""
+    model, tokenizer = load_for_generation(ModelSource(base))
+    ways = {
+        "greedy": [({}, 0)],
+        "sample": [({"temperature": 1.0}, 0), ({"temperature": 1.0}, 1)],
+        "beam": [({"num_beams": 2}, 0)],
+    }
+    return {
+        decoding: [
+            generate_batch(model, tokenizer, records, Sampling(8, **of), batch_size=12, seed=seed)
+            for of, seed in settings
+        ]
+        for decoding, settings in ways.items()
+    }
+
+
 def test_the_command_writes_what_it_prints_and_overwrites_nothing(
     base, other, tmp_path, data, capsys
 ):
@@ -79,28 +96,15 @@ def test_the_command_writes_what_it_prints_and_overwrites_nothing(
     )
     results = metrics["results"]
     assert list(results) == [base, other, "(references)"]
-    assert [sample["decoding"] for sample in samples[:4]] == [
-        "greedy",
-        "sample",
-        "beam",
-        "greedy",
-    ] and len(samples) == 36
-    model, tokenizer = load_for_generation(ModelSource(base))
+    order = [sample["decoding"] for sample in samples[:4]]
+    assert order == ["greedy", "sample", "beam", "greedy"] and len(samples) == 36
     records = json.loads(data.read_text())
-    for decoding, ways in {
-        "greedy": [({}, 0)],
-        "sample": [({"temperature": 1.0}, 0), ({"temperature": 1.0}, 1)],
-        "beam": [({"num_beams": 2}, 0)],
-    }.items():
-        want = [
-            generate_batch(model, tokenizer, records, Sampling(8, **of), batch_size=12, seed=seed)
-            for of, seed in ways
-        ]
+    references = [record["output"] for record in records]
+    for decoding, want in generated(base, records).items():
         chosen = [sample["responses"][base] for sample in samples if sample["decoding"] == decoding]
         assert chosen == (
             [list(pair) for pair in zip(*want, strict=True)] if len(want) > 1 else want[0]
         )
-        references = [record["output"] for record in records]
         means = {
             "exact_match": [exact_match(texts, references) for texts in want],
             "self_bleu": [*map(self_bleu, want)],

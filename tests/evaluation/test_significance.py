@@ -7,7 +7,7 @@ from stanford_alpaca.evaluation.fewshot.accuracy import (
     MEAN,
     accuracies,
     accuracy_table,
-    compare,
+    compare_accuracy,
     comparison_table,
     right_by_task,
 )
@@ -61,11 +61,11 @@ def test_accuracies_are_means_over_seeds_and_tasks():
     assert accuracies(first) == {"x": [0.5, 0.75], "y": [0.5, 0.5], MEAN: [0.5, 0.625]}
     table = accuracy_table({"a": accuracies(first), "b": accuracies(other)}).splitlines()
     assert table[1].split() == ["x", "62.50", "±", "17.68", "75.00", "±", "0.00"]
-    found = compare(first, other)
+    found = compare_accuracy(first, other)
     assert [found[task]["mean"] for task in ("x", "y", MEAN)] == [0.125, 0.5, 0.3125]
     assert "mcnemar_p" not in found["x"]  # one seed only
     one = {"x": first["x"][:1]}
-    assert compare(one, {"x": other["x"][:1]})["x"]["mcnemar_p"] == 1.0  # one item differs
-    printed = comparison_table("a", "b", compare(one, {"x": other["x"][:1]})).splitlines()
+    assert compare_accuracy(one, {"x": other["x"][:1]})["x"]["mcnemar_p"] == 1.0  # one item differs
+    printed = comparison_table("a", "b", compare_accuracy(one, {"x": other["x"][:1]})).splitlines()
     assert printed[0] == "b against a, paired bootstrap over test items, 10,000 resamples:"
     assert printed[2].split()[:2] == ["x", "+25.00"] and printed[2].split()[-1] == "1.0000"

@@ -18,6 +18,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
@@ -40,6 +41,7 @@ ROWS: dict[str, Row] = {name: row for theme in THEMES for name, row in theme.ROW
 # in less time.
 PART, MOST = 20, 3
 SEED = 0
+LINE = "{:32}{:>7}{:>7}{:>7}{:>9}"
 
 
 def cases_of(row: str, seed: int) -> list[Case]:
@@ -75,6 +77,23 @@ def shortened(text: str) -> str:
 
 
 def main() -> int:
+    options = parsed()
+    rows = [row for row in ROWS if options.only in row]
+    print(LINE.format("row", "cases", "held", "lost", "seconds"))
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads shards
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
+        folder = Path(options.keep or name)
+        folder.mkdir(parents=True, exist_ok=True)
+        world = World(folder)
+        table = [run_row(row, world, pool, options) for row in rows]
+    total = {name: sum(row[name] for row in table) for name in ("cases", "lost", "seconds")}
+    print(shown({"row": "all"} | total))
+    if options.json:
+        Path(options.json).write_text(json.dumps(table, indent=1))
+    return 1 if total["lost"] else 0
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,59 +105,36 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--keep", help="a new folder for all files of the runs, which is kept")
     options = parser.parse_args()
-    rows = [row for row in ROWS if options.only in row]
-    if not rows:
+    if not any(options.only in row for row in ROWS):
         parser.error(f"--only {options.only}: none of {', '.join(ROWS)}")
-    line = "{:32}{:>7}{:>7}{:>7}{:>9}"
-    print(line.format("row", "cases", "held", "lost", "seconds"))
-    table = []
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads shards
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
-        folder = Path(options.keep or name)
-        folder.mkdir(parents=True, exist_ok=True)
-        world = World(folder)
-        for row in rows:
-            start, count = time.perf_counter(), len(cases_of(row, options.seed))
-            numbers = list(range(count)) if options.full else part_of(count)
-            numbers = numbers if options.case is None else [options.case]
-            outcomes = pool.map(
-                lambda number, row=row: hold(world, row, options.seed, number), numbers
-            )
-            lost = {
-                number: outcome
-                for number, outcome in zip(numbers, outcomes, strict=True)
-                if outcome is not None
-            }
-            seconds = time.perf_counter() - start
-            print(
-                line.format(
-                    row, len(numbers), len(numbers) - len(lost), len(lost), f"{seconds:.0f}"
-                ),
-                flush=True,
-            )
-            for number, outcome in lost.items():
-                print(
-                    f"  lost: {outcome}\n  again: python {Path(__file__).relative_to(ROOT)} "
-                    f"--seed {options.seed} ",
-                    end="",
-                )
-                print(f'--only "{row}" --case {number}', flush=True)
-            table.append(
-                {"row": row, "cases": len(numbers), "lost": len(lost), "seconds": round(seconds)}
-            )
-    lost = sum(row["lost"] for row in table)
-    print(
-        line.format(
-            "all",
-            cases := sum(row["cases"] for row in table),
-            cases - lost,
-            lost,
-            sum(r["seconds"] for r in table),
-        )
-    )
-    if options.json:
-        Path(options.json).write_text(json.dumps(table, indent=1))
-    return 1 if lost else 0
+    return options
+
+
+def run_row(
+    row: str, world: World, pool: ThreadPoolExecutor, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Runs and prints the cases of a row. Returns its line of the table."""
+    start, count = time.perf_counter(), len(cases_of(row, options.seed))
+    numbers = list(range(count)) if options.full else part_of(count)
+    numbers = numbers if options.case is None else [options.case]
+    outcomes = pool.map(lambda number: hold(world, row, options.seed, number), numbers)
+    lost = {
+        number: outcome
+        for number, outcome in zip(numbers, outcomes, strict=True)
+        if outcome is not None
+    }
+    seconds = round(time.perf_counter() - start)
+    found = {"row": row, "cases": len(numbers), "lost": len(lost), "seconds": seconds}
+    print(shown(found), flush=True)
+    for number, outcome in lost.items():
+        again = f'{Path(__file__).relative_to(ROOT)} --seed {options.seed} --only "{row}"'
+        print(f"  lost: {outcome}\n  again: python {again} --case {number}", flush=True)
+    return found
+
+
+def shown(row: dict[str, Any]) -> str:
+    held = row["cases"] - row["lost"]
+    return LINE.format(row["row"], row["cases"], held, row["lost"], row["seconds"])
 
 
 if __name__ == "__main__":

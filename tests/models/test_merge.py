@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -264,24 +265,28 @@ def test_a_hub_name_and_a_base_beside_the_adapter(make_base, tmp_path):
     assert_close(load(tmp_path / "out")(IDS).logits, want)
 
 
-def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(
-    make_base, tmp_path, capsys, monkeypatch
-):
-    base, adapter, out = make_base(), tmp_path / "adapter", tmp_path / "out"
-    make_adapter(base, adapter)
+@pytest.fixture
+def refused(tmp_path, capsys, monkeypatch):
+    """Returns a function that gets the error of a merge that changes nothing."""
 
     def refused(*arguments, **flags) -> str:
-        command = lambda: merge_lora.run(*map(str, arguments), **flags)  # noqa: E731
+        command = partial(merge_lora.run, *map(str, arguments), **flags)
         status, line = refusal(capsys, monkeypatch, command, tmp_path)
         assert status == 2
         return line
 
-    def changed(name: str, **fields) -> Path:
-        copy = shutil.copytree(adapter, tmp_path / name)
-        config = json.loads((copy / "adapter_config.json").read_text())
-        (copy / "adapter_config.json").write_text(json.dumps(config | fields))
-        return copy
+    return refused
 
+
+def change_config(adapter: Path, **fields) -> Path:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | fields))
+    return adapter
+
+
+def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(make_base, tmp_path, refused):
+    base, adapter, out = make_base(), tmp_path / "adapter", tmp_path / "out"
+    make_adapter(base, adapter)
     assert "a whole model, no adapter: nothing to merge" in refused(base, out)
     assert "is not an empty folder" in refused(adapter, base)
     assert "give an adapter and a folder to write" in refused(adapter)
@@ -293,24 +298,26 @@ def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(
     assert "no adapter" in refused("someone/nothing", out)
     wider = make_base(name="wider", hidden_size=48)
     assert "not the base that" in refused(adapter, out, base=str(wider))
-    config = json.loads((adapter / "adapter_config.json").read_text()) | {
-        "base_model_name_or_path": "gone/away"
-    }
     # now only layers and shapes are left to compare
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    change_config(adapter, base_model_name_or_path="gone/away")
     assert "an adapter of another base" in refused(adapter, out, base=str(wider))
     shallower = make_base(name="shallower", num_hidden_layers=1)
     assert "it has no layer for base_model.model.model.layers.1." in refused(
         adapter, out, base=str(shallower)
     )
-    (adapter / "adapter_config.json").write_text(
-        json.dumps(config | {"base_model_name_or_path": str(base)})
-    )
+    change_config(adapter, base_model_name_or_path=str(base))
     assert "an adapter, no whole model" in refused(adapter, out, base=str(adapter))
-    assert (
-        "no causal LM" not in (line := refused(changed("classes", task_type="SEQ_CLS"), out))
-        and "SEQ_CLS" in line
-    )
+
+
+def test_an_adapter_that_cannot_be_merged_is_one_line(make_base, tmp_path, refused, monkeypatch):
+    base, adapter, out = make_base(), tmp_path / "adapter", tmp_path / "out"
+    make_adapter(base, adapter)
+
+    def changed(name: str, **fields) -> Path:
+        return change_config(shutil.copytree(adapter, tmp_path / name), **fields)
+
+    line = refused(changed("classes", task_type="SEQ_CLS"), out)
+    assert "no causal LM" not in line and "SEQ_CLS" in line
     assert "names no base; give --base PATH" in refused(
         changed("baseless", base_model_name_or_path=None), out
     )
@@ -336,13 +343,12 @@ def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(
         merge_lora.run(str(adapter), str(out))
 
 
-def test_merging_twice_is_refused(make_base, tmp_path, capsys, monkeypatch):
+def test_merging_twice_is_refused(make_base, tmp_path, refused):
     base, adapter, out = make_base(), tmp_path / "adapter", tmp_path / "out"
     make_adapter(base, adapter)
     merge_lora.run(str(adapter), str(out))
-    command = lambda: merge_lora.run(str(adapter), str(tmp_path / "twice"), base=str(out))  # noqa: E731
-    status, line = refusal(capsys, monkeypatch, command, tmp_path)
-    assert status == 2 and f"{out}: already has {adapter} in it (merge.json)" in line
+    line = refused(adapter, tmp_path / "twice", base=str(out))
+    assert f"{out}: already has {adapter} in it (merge.json)" in line
 
 
 def test_other_logits_after_merging_or_writing_are_refused(make_base, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from stanford_alpaca.preflight.estimate import (
     shardings_of,
     traffic,
 )
-from stanford_alpaca.preflight.model_profile import Activations, Anatomy, Line, Parameters
+from stanford_alpaca.preflight.model_profile import Activations, Line, ModelProfile, Parameters
 
 COUNTS = Parameters(
     embedding=1000, layers=4000, layer=2000, norm=10, head=1000, vocab_size=100, width=10
@@ -22,7 +22,7 @@ TIED = Parameters(
     embedding=1000, layers=4000, layer=2000, norm=10, head=0, vocab_size=100, width=10
 )
 SAVED = Activations(Line(7, 100), Line(0, 1000), Line(0, 500), Line(0, 50), Line(0, 20))
-ANATOMY = Anatomy(COUNTS, (100.0, 2.0), 60.0, SAVED)
+PROFILE = ModelProfile(COUNTS, (100.0, 2.0), 60.0, SAVED)
 SETUP = Setup(ranks=4, batch=2, accumulation=3, length=8, priced=True, cost_cache_mib=0)
 ONCE = Setup(ranks=4, batch=6, accumulation=1, length=8, priced=True, cost_cache_mib=0)
 
@@ -39,14 +39,14 @@ ONCE = Setup(ranks=4, batch=6, accumulation=1, length=8, priced=True, cost_cache
     ],
 )
 def test_state_of_four_ranks(engine, weights, held, final, optimizer):
-    at = moments(ANATOMY, SETUP, engine, "replicate")
+    at = moments(PROFILE, SETUP, engine, "replicate")
     assert {m.weights for m in at.values()} == {weights}
     assert (at["loss"].gradients, at["end"].gradients, at["loss"].optimizer) == (
         held,
         final,
         optimizer,
     )
-    once = moments(ANATOMY, ONCE, engine, "replicate")
+    once = moments(PROFILE, ONCE, engine, "replicate")
     assert once["loss"].gradients == (held if engine in ("zero2", "zero3") else 0)
     assert once["end"].gradients == (6010 if engine == "fsdp" else final)
     copies = 0 if engine in ("ddp", "fsdp", "zero3_offload") else 6010
@@ -54,30 +54,30 @@ def test_state_of_four_ranks(engine, weights, held, final, optimizer):
 
 
 def test_vocab_parallel_keeps_the_heads_gradient_sharded_between_micro_batches():
-    at = moments(ANATOMY, SETUP, "fsdp", "vocab_parallel")
+    at = moments(PROFILE, SETUP, "fsdp", "vocab_parallel")
     assert at["loss"].gradients == 4 * 5010 + 1000
     assert at["loss"].gather == 2 * 10
     assert at["backward"].gradients == 4 * 5010 + 1000 + 4 * 250
 
 
 def test_activations_by_moment():
-    at = moments(ANATOMY, SETUP, "zero2", "replicate")
+    at = moments(PROFILE, SETUP, "zero2", "replicate")
     assert at["loss"].activations == 7 + 200 + 2000
     assert at["backward"].activations == 7 + 200 + 2000 + 3 * 40
-    again = moments(ANATOMY, Setup(**vars(SETUP) | {"checkpointing": True}), "zero2", "replicate")
+    again = moments(PROFILE, Setup(**vars(SETUP) | {"checkpointing": True}), "zero2", "replicate")
     assert again["loss"].activations == 7 + 200 + 100
     assert again["backward"].activations == 7 + 200 + 100 + 1000 + 3 * 40
-    assert peak_memory(ANATOMY, SETUP, "zero2", "replicate").total == max(
+    assert peak_memory(PROFILE, SETUP, "zero2", "replicate").total == max(
         m.total for m in at.values()
     )
 
 
 def test_what_is_gathered():
-    fsdp = moments(ANATOMY, SETUP, "fsdp", "shard")
+    fsdp = moments(PROFILE, SETUP, "fsdp", "shard")
     assert fsdp["loss"].gather == 2 * 1010 + 4 * 1000  # the tail in bfloat16, the cost in float32
     assert fsdp["backward"].gather == 2 * 1010 + 8 * 2000 + 2 * 2000
-    assert moments(ANATOMY, SETUP, "ddp", "replicate")["loss"].gather == 4 * 6010
-    assert moments(ANATOMY, SETUP, "zero3", "replicate")["loss"].gather == 2 * 6010 + 2 * 2 * 100
+    assert moments(PROFILE, SETUP, "ddp", "replicate")["loss"].gather == 4 * 6010
+    assert moments(PROFILE, SETUP, "zero3", "replicate")["loss"].gather == 2 * 6010 + 2 * 2 * 100
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_what_is_gathered():
 )
 def test_cost(sharding, cost):
     setup = Setup(**vars(SETUP) | {"cost_cache_mib": 1})
-    assert moments(ANATOMY, setup, "fsdp", sharding)["loss"].cost == cost
+    assert moments(PROFILE, setup, "fsdp", sharding)["loss"].cost == cost
 
 
 def test_the_loss_holds_a_chunk_the_gradient_and_copies():
@@ -144,7 +144,7 @@ def test_shardings_need_ranks_costs_and_rows():
     ) == ["-"]
     moved = 3 * 2 * (5010 + 5000) + 4 * 5010 + 3 * (64 * 10 * 6 + 64 * 8 + 8 * 3 * 64)
     assert traffic(COUNTS, free, "fsdp", "vocab_parallel") == pytest.approx(0.75 * moved, rel=1e-12)
-    assert moments(ANATOMY, free, "fsdp", "vocab_parallel")["loss"].cost == 0
+    assert moments(PROFILE, free, "fsdp", "vocab_parallel")["loss"].cost == 0
 
 
 def test_one_rank_moves_nothing():
@@ -158,9 +158,9 @@ def test_one_rank_moves_nothing():
 
 
 def test_flops_and_precision():
-    assert compute_flops(ANATOMY, SETUP, 8) == 6 * (100 * 8 + 2 * 64)
+    assert compute_flops(PROFILE, SETUP, 8) == 6 * (100 * 8 + 2 * 64)
     again = Setup(**vars(SETUP) | {"checkpointing": True})
-    assert compute_flops(ANATOMY, again, 8) == pytest.approx(6 * (120 * 8 + 2 * 64 * 4 / 3))
+    assert compute_flops(PROFILE, again, 8) == pytest.approx(6 * (120 * 8 + 2 * 64 * 4 / 3))
     names = [precision_of(engine, True) for engine in ("none", "ddp", "fsdp", "zero3")]
     assert (
         names == ["autocast", "autocast", "bfloat16", "bfloat16"]

@@ -14,7 +14,7 @@ from stanford_alpaca.preflight.model_profile import (
     count_activations,
     count_parameters,
     decoder_layers,
-    describe,
+    profile_model,
     twins_of,
 )
 
@@ -34,9 +34,9 @@ def test_llama_7b_by_part(root):
 
 
 def test_flops_of_the_layers(make_model):
-    anatomy = describe(make_model("llama").config, 16, "float32")
-    assert anatomy.flops[0] == 6 * (anatomy.parameters.total - anatomy.parameters.embedding)
-    assert anatomy.layer_flops == 6 * anatomy.parameters.layers
+    profile = profile_model(make_model("llama").config, 16, "float32")
+    assert profile.flops[0] == 6 * (profile.parameters.total - profile.parameters.embedding)
+    assert profile.layer_flops == 6 * profile.parameters.layers
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -109,4 +109,4 @@ def test_what_cannot_be_estimated_is_an_error(make_model):
     model._no_split_modules = []  # then the layers are found as FSDP finds them
     assert decoder_layers(model) == list(model.model.layers)
     with pytest.raises(UserError, match="cannot be estimated from its configuration"):
-        describe(T5Config(), 16, "float32")
+        profile_model(T5Config(), 16, "float32")

@@ -13,7 +13,7 @@ from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.preflight import plans
 from stanford_alpaca.preflight.__main__ import Options, count_data, main, steps_of
 from stanford_alpaca.preflight.estimate import Setup, peak_memory, traffic
-from stanford_alpaca.preflight.model_profile import describe
+from stanford_alpaca.preflight.model_profile import profile_model
 from stanford_alpaca.preflight.plans import GIB, Machine, advise, batches_of, recommend, rows_of
 from stanford_alpaca.train import train
 from tests.ranks import run_ranks
@@ -39,11 +39,11 @@ def folder(make_model, tmp_path):
 def table(make_model):
     """Makes the rows of a tiny LLaMA on GPUs with the given number of bytes."""
     config = make_model("llama").config
-    anatomies = {name: describe(config, 32, name) for name in ("autocast", "bfloat16")}
+    profiles = {name: profile_model(config, 32, name) for name in ("autocast", "bfloat16")}
 
     def rows(gpu_bytes: float, engines=("ddp", "fsdp", "zero2"), sharding="replicate"):
         machine = replace(MACHINE, gpu_gib=gpu_bytes / plans.USABLE / GIB)
-        return lambda setup: rows_of(anatomies, setup, machine, 32.0, engines, sharding)
+        return lambda setup: rows_of(profiles, setup, machine, 32.0, engines, sharding)
 
     return rows
 
@@ -178,13 +178,13 @@ def test_data_is_counted_as_training_counts_it(root, tmp_path):
 
 
 def test_activation_checkpointing_and_no_costs_save_memory(make_model):
-    anatomy = describe(make_model("llama").config, 32, "bfloat16")
-    with_costs = peak_memory(anatomy, SETUP, "zero2", "replicate").total
+    profile = profile_model(make_model("llama").config, 32, "bfloat16")
+    with_costs = peak_memory(profile, SETUP, "zero2", "replicate").total
     assert (
-        peak_memory(anatomy, replace(SETUP, checkpointing=True), "zero2", "replicate").total
+        peak_memory(profile, replace(SETUP, checkpointing=True), "zero2", "replicate").total
         < with_costs
     )
-    assert peak_memory(anatomy, replace(SETUP, priced=False), "zero2", "-").total < with_costs
+    assert peak_memory(profile, replace(SETUP, priced=False), "zero2", "-").total < with_costs
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,9 @@ def test_a_model_with_other_senses_is_counted_whole_and_run_as_a_model_of_text()
     nested = Gemma3Config(
         text_config=text, vision_config=image | {"patch_size": 14}, mm_tokens_per_image=4
     )
-    found, alone = (describe(config, 32, "bfloat16") for config in (nested, nested.text_config))
+    found, alone = (
+        profile_model(config, 32, "bfloat16") for config in (nested, nested.text_config)
+    )
     assert found.activations == alone.activations
     assert (
         found.parameters.total > alone.parameters.total
@@ -277,7 +279,7 @@ def test_ranks_send_what_was_estimated(root, tmp_path, arguments):
         for number in (1, 2)
     ]
     one, two = (run_ranks(2, bytes_of, argv)[0] for argv in steps)
-    counts = describe(
+    counts = profile_model(
         ModelSource(str(root / "data" / "tiny-base")).config(), 16, "float32"
     ).parameters
     setup = Setup(

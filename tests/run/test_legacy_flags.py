@@ -341,13 +341,12 @@ def test_alpacas_deepspeed_command_as_printed(run_alpaca, tmp_path, root):
         "offload_param": offload,
         "overlap_comm": True,
         "sub_group_size": 1e9,
-    }
-    zero |= {
         "contiguous_gradients": True,
         "stage3_max_live_parameters": 1e9,
         "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": False,
+        **dict.fromkeys(sizes, "auto"),
     }
-    zero |= {"stage3_gather_16bit_weights_on_model_save": False, **dict.fromkeys(sizes, "auto")}
     batch = [
         "gradient_accumulation_steps",
         "gradient_clipping",

@@ -38,8 +38,8 @@ def test_processes_and_engine(devices, environment, processes, engine):
 
 def test_what_is_said_stays(tmp_path):
     (tmp_path / "run.yaml").write_text("engine: zero3\nbf16: false\nresume_from_checkpoint: c\n")
-    for argv in (["--engine=zero3", "--bf16", "False", "--resume_from_checkpoint", "c"],
-                 ["--config", str(tmp_path / "run.yaml")]):  # fmt: skip
+    said = ["--engine=zero3", "--bf16", "False", "--resume_from_checkpoint", "c"]
+    for argv in (said, ["--config", str(tmp_path / "run.yaml")]):
         found = chosen(argv, FOUR)
         assert found.flags == [*FLAGS, *argv] and found.launched
         assert found.value("engine") == "zero3" and found.value("resume") == ""

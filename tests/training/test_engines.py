@@ -18,7 +18,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.run.arguments import TrainingArguments
 from stanford_alpaca.training import engines
 from stanford_alpaca.training.engines import check_engine, engine_flags
-from stanford_alpaca.training.fsdp import activate_fsdp, decoder_layers
+from stanford_alpaca.training.fsdp import activate_fsdp, layer_classes
 from tests.helpers import steps
 from tests.ranks import run_ranks
 
@@ -43,15 +43,15 @@ class Stack(nn.Module):
 
 def test_decoder_layers_are_found_without_naming_a_class(make_model):
     model = make_model("llama")
-    assert decoder_layers(model) == ["LlamaDecoderLayer"]
+    assert layer_classes(model) == ["LlamaDecoderLayer"]
     model._no_split_modules = {"LlamaDecoderLayer", "VisionLayer"}  # this model has no VisionLayer
-    assert decoder_layers(model) == ["LlamaDecoderLayer"]
+    assert layer_classes(model) == ["LlamaDecoderLayer"]
     model._no_split_modules = None
-    assert decoder_layers(model) == ["LlamaDecoderLayer"]
-    assert decoder_layers(model, ["LlamaMLP"]) == ["LlamaMLP"]
-    assert decoder_layers(Stack()) == ["Linear"]
+    assert layer_classes(model) == ["LlamaDecoderLayer"]
+    assert layer_classes(model, ["LlamaMLP"]) == ["LlamaMLP"]
+    assert layer_classes(Stack()) == ["Linear"]
     with pytest.raises(UserError, match="no stack of layers"):
-        decoder_layers(
+        layer_classes(
             Stack().blocks[0].apply(lambda module: setattr(module, "_no_split_modules", None))
         )
 

@@ -25,84 +25,92 @@ from tests.ranks import run_ranks
 NORM = "model.norm.weight"
 
 
-def faulty(fault: str, value: float, at: tuple[int, ...], rank: int) -> type[EmoTrainer]:
-    """Returns a trainer class with a fault in its loss, a gradient or a weight.
+class Faulty(EmoTrainer):
+    """A trainer with a fault in its loss, a gradient or a weight.
 
     The fault occurs in the steps ``at`` on one rank. That rank also asks to stop in these steps.
     For each of them, ``after`` says whether this rank's weights were unchanged bit for bit after
     the step, and whether all ranks knew about the stop request.
     """
 
-    class Faulty(EmoTrainer):
-        after: ClassVar[list[tuple[bool, bool]]] = []
+    fault: ClassVar[str]
+    value: ClassVar[float]
+    at: ClassVar[tuple[int, ...]]
+    rank: ClassVar[int]
+    after: ClassVar[list[tuple[bool, bool]]]
 
-        def now(self) -> bool:
-            return self.state.global_step + 1 in at
+    def now(self) -> bool:
+        return self.state.global_step + 1 in self.at
 
-        def own(self) -> bool:
-            return self.now() and self.args.process_index == rank and self.model.training
+    def own(self) -> bool:
+        return self.now() and self.args.process_index == self.rank and self.model.training
 
-        def get_batch_samples(self, *args, **kwargs):
-            samples = super().get_batch_samples(*args, **kwargs)
-            self.look()
-            self.guard.stop_requested = self.own
-            if fault == "gradient" and self._steps == 1:
-                self.accelerator.unwrap_model(self.model).model.norm.register_forward_pre_hook(
-                    self.spoil
-                )
-            if fault == "weight" and self.own():
-                self.spoil_weight()
-            self.before = (
-                [part.detach().clone() for _, part in self.guard.shards.weights()]
-                if self.now()
-                else None
+    def get_batch_samples(self, *args, **kwargs):
+        samples = super().get_batch_samples(*args, **kwargs)
+        self.look()
+        self.guard.stop_requested = self.own
+        if self.fault == "gradient" and self._steps == 1:
+            self.accelerator.unwrap_model(self.model).model.norm.register_forward_pre_hook(
+                self.spoil
             )
-            return samples
+        if self.fault == "weight" and self.own():
+            self.spoil_weight()
+        self.before = (
+            [part.detach().clone() for _, part in self.guard.shards.weights()]
+            if self.now()
+            else None
+        )
+        return samples
 
-        def _leave(self, *args, **kwargs) -> None:
-            """Does nothing: other tests check what a stop request leads to."""
+    def _leave(self, *args, **kwargs) -> None:
+        """Does nothing: other tests check what a stop request leads to."""
 
-        def look(self) -> None:
-            if getattr(self, "before", None) is not None:
-                pairs = zip(self.before, self.guard.shards.weights(), strict=True)
-                same = all(
-                    torch.equal(a.nan_to_num(7), b.detach().nan_to_num(7)) for a, (_, b) in pairs
-                )
-                Faulty.after.append((same, self.guard.stop_agreed))
+    def look(self) -> None:
+        if getattr(self, "before", None) is not None:
+            pairs = zip(self.before, self.guard.shards.weights(), strict=True)
+            same = all(
+                torch.equal(a.nan_to_num(7), b.detach().nan_to_num(7)) for a, (_, b) in pairs
+            )
+            self.after.append((same, self.guard.stop_agreed))
 
-        def spoil_weight(self) -> None:
-            (part,) = [
-                part
-                for name, part in self.guard.shards.weights(trained_only=False)
-                if name.endswith(NORM)
-            ]
-            part.data.view(-1)[:1] = value
+    def spoil_weight(self) -> None:
+        (part,) = [
+            part
+            for name, part in self.guard.shards.weights(trained_only=False)
+            if name.endswith(NORM)
+        ]
+        part.data.view(-1)[:1] = self.value
 
-        def spoil(self, module, inputs) -> None:
-            if not hasattr(module.weight, "spoilt"):
-                module.weight.spoilt = True
-                module.weight.register_hook(lambda g: g + value if self.own() else g)
+    def spoil(self, module, inputs) -> None:
+        if not hasattr(module.weight, "spoilt"):
+            module.weight.spoilt = True
+            module.weight.register_hook(lambda g: g + self.value if self.own() else g)
 
-        def compute_loss(self, *args, **kwargs):
-            plain = attach.linear_loss_and_stats
+    def compute_loss(self, *args, **kwargs):
+        plain = attach.linear_loss_and_stats
 
-            def spoilt(*inputs, **options):
-                loss, stats = plain(*inputs, **options)
-                return (loss + value, stats) if fault == "loss" and self.own() else (loss, stats)
+        def spoilt(*inputs, **options):
+            loss, stats = plain(*inputs, **options)
+            return (
+                (loss + self.value, stats) if self.fault == "loss" and self.own() else (loss, stats)
+            )
 
-            attach.linear_loss_and_stats = spoilt
-            try:
-                return super().compute_loss(*args, **kwargs)
-            finally:
-                attach.linear_loss_and_stats = plain
+        attach.linear_loss_and_stats = spoilt
+        try:
+            return super().compute_loss(*args, **kwargs)
+        finally:
+            attach.linear_loss_and_stats = plain
 
-        def train(self, *args, **kwargs):
-            try:
-                return super().train(*args, **kwargs)
-            finally:
-                self.look()
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.look()
 
-    return Faulty
+
+def faulty(fault: str, value: float, at: tuple[int, ...], rank: int) -> type[Faulty]:
+    given = {"fault": fault, "value": value, "at": at, "rank": rank, "after": []}
+    return type("Faulty", (Faulty,), given)
 
 
 def spoilt_runs(

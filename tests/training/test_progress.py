@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from stanford_alpaca.train import train
-from stanford_alpaca.training.progress import COLUMNS, LOG_FILE, Progress, in_words
+from stanford_alpaca.training.progress import LOG_COLUMNS, LOG_FILE, Progress, in_words
 
 
 def test_a_run_logs_in_columns_and_as_json(arguments, capsys, tmp_path):
@@ -69,9 +69,9 @@ def test_a_reader_that_goes_away_ends_no_training(arguments, tmp_path):
 def test_every_column_holds_its_widest_value():
     progress, printed = Progress("mle"), []
     progress._say = printed.append
-    entry = dict.fromkeys(COLUMNS, 123456.0) | {"learning_rate": 2e-5, "mfu": 0.41}
+    entry = dict.fromkeys(LOG_COLUMNS, 123456.0) | {"learning_rate": 2e-5, "mfu": 0.41}
     progress._row(entry)
-    assert len(printed[0].split()) == len(printed[1].split()) == len(COLUMNS)
+    assert len(printed[0].split()) == len(printed[1].split()) == len(LOG_COLUMNS)
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(12.4, "12 s"), (600, "10 min"), (9000, "2.5 h")])

@@ -32,7 +32,7 @@ def accuracies(right: Right) -> dict[str, list[float]]:
     return {task: values.tolist() for task, values in found.items()}
 
 
-def compare(first: Right, other: Right) -> dict[str, dict[str, float]]:
+def compare_accuracy(first: Right, other: Right) -> dict[str, dict[str, float]]:
     """Returns what the other model gains on the first, for every task and for the mean of tasks.
 
     Each gain has an interval and a p-value. With a single seed, a task also has the p-value of
@@ -69,7 +69,7 @@ def _percent(values: list[float]) -> str:
 
 
 def comparison_table(first: str, other: str, found: dict[str, dict[str, float]]) -> str:
-    """Returns what ``compare`` found as a table."""
+    """Returns what ``compare_accuracy`` found as a table."""
     head = [
         "",
         "difference",

@@ -18,13 +18,13 @@ from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation.fewshot.prompting import encode
 from stanford_alpaca.evaluation.fewshot.scoring import batches
 from stanford_alpaca.flags import check_packages
-from stanford_alpaca.models.load import load_body
+from stanford_alpaca.models.load import ModelSource, load_body
 from stanford_alpaca.objective.head import body_of
 
 SIMILAR = ("sentence", "tfidf", "bm25", "model")  # these compare texts; the others draw
 RETRIEVERS = (*SIMILAR, "random", "fixed")
 ENCODER = "sentence-transformers/all-mpnet-base-v2"
-ROWS = 256  # test items compared with the whole training set at a time
+TEST_ROWS = 256  # test items compared with the whole training set at a time
 TOKENS = 4096  # in a batch of texts
 
 # [N, D] of texts, dense or sparse: the similarity of two texts is the product of their rows
@@ -60,8 +60,8 @@ def nearest_examples(
     """
     places = np.arange(train.shape[0]) if pool is None else pool
     keys, chosen = train[places], []
-    for start in range(0, test.shape[0] if shots else 0, ROWS):
-        found = test[start : start + ROWS] @ keys.T
+    for start in range(0, test.shape[0] if shots else 0, TEST_ROWS):
+        found = test[start : start + TEST_ROWS] @ keys.T
         for row in found.toarray() if hasattr(found, "toarray") else found:
             least = np.partition(row, -shots)[-shots]
             near = np.flatnonzero(row >= least)
@@ -117,7 +117,7 @@ def load_encoder(name: str) -> Featurize:
         with quiet_hub():
             model = SentenceTransformer(name, model_kwargs={"use_safetensors": True})
             if hasattr(model[0], "auto_model"):
-                load_body(name)  # raises an error if weights are missing
+                load_body(ModelSource(name))  # raises an error if weights are missing
     except Exception as error:  # not found, no network, an unknown kind of model
         raise UserError(
             f"--encoder {name}: cannot be loaded ({first_line(error)}); "
@@ -138,14 +138,14 @@ def means_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Feat
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def features(texts: list[str]) -> np.ndarray:
-        means = embed(model, tokenizer, texts, positions, use_cache=False)
+        means = embed_texts(model, tokenizer, texts, positions, use_cache=False)
         return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
 
     return lambda train, test: (features(train), features(test))
 
 
 @torch.inference_mode()
-def embed(
+def embed_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],

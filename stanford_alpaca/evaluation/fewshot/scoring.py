@@ -21,12 +21,11 @@ from stanford_alpaca.errors import first_line
 from stanford_alpaca.evaluation.fewshot.prompting import Choices
 from stanford_alpaca.losses.backends.reference import logits_of
 from stanford_alpaca.losses.types import Head
-from stanford_alpaca.objective.head import body_of, head_of
+from stanford_alpaca.objective.head import LOGIT_ROWS, body_of, head_of
 
-ROWS = 1024  # tokens whose logits are held at a time
 STEM = 16  # if all items share this many tokens, the shared tokens are computed once
 # tokens in the contexts of a batch, limited by a core's cache and by the KV cache of a 7B model
-TOKENS = {"cpu": 768, "cuda": 4096}
+BATCH_TOKENS = {"cpu": 768, "cuda": 4096}
 
 Scores = list[list[float]]  # for every item and class
 
@@ -64,7 +63,7 @@ def score(
     """Computes ``plain(model, choices, whole)`` faster.
 
     Args:
-        batch_size: items at a time, by default as many as ``TOKENS`` allows.
+        batch_size: items at a time, by default as many as ``BATCH_TOKENS`` allows.
         name: the label of the progress bar.
     """
     model.eval()
@@ -72,7 +71,9 @@ def score(
     scores: Scores = [[] for _ in choices]
     with tqdm(total=sum(len(item.endings) for item in choices), desc=name, unit=" prompts") as bar:
         for rows in batches(
-            [len(item.context) for item in choices], batch_size, TOKENS.get(model.device.type, 4096)
+            [len(item.context) for item in choices],
+            batch_size,
+            BATCH_TOKENS.get(model.device.type, 4096),
         ):
             for i, found in zip(rows, take([choices[i] for i in rows]), strict=True):
                 scores[i] = found
@@ -265,7 +266,7 @@ class Scorer:
         picked = [
             self._log_p(rows).gather(1, wanted[:, None]).squeeze(1)
             for rows, wanted in zip(
-                states[scored].split(ROWS), targets[scored].split(ROWS), strict=True
+                states[scored].split(LOGIT_ROWS), targets[scored].split(LOGIT_ROWS), strict=True
             )
         ]
         owners = scored.nonzero()[:, 0]

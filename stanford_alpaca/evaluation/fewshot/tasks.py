@@ -19,7 +19,7 @@ from stanford_alpaca.data.messages import check_text
 from stanford_alpaca.data.reading import Placed, read_file
 from stanford_alpaca.errors import UserError, first_line, nearest
 
-TEMPLATES = Path(__file__).parent / "templates"
+TASK_TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class TaskData(NamedTuple):
         """Returns what the results say about the task."""
         about = {"template": self.task.template, "classes": self.task.classes}
         return about | {
-            name: {"records": len(split.texts), "sha256": digest(split)}
+            name: {"records": len(split.texts), "sha256": split_digest(split)}
             for name, split in self._asdict().items()
             if isinstance(split, Split)
         }
 
 
-def digest(split: Split) -> str:
+def split_digest(split: Split) -> str:
     """Returns a SHA-256 over texts and labels."""
     return sha256(repr(list(zip(*split, strict=True))).encode()).hexdigest()
 
@@ -82,7 +82,7 @@ def read_tasks(own: Path | None = None) -> dict[str, Task]:
     if own is not None and not own.is_dir():
         raise UserError(f"--templates {own}: no such folder; give one with a YAML file per task")
     files = [
-        *sorted(TEMPLATES.glob("*.yaml")),
+        *sorted(TASK_TEMPLATES.glob("*.yaml")),
         *(sorted(own.glob("*.yaml")) if own is not None else []),
     ]
     return {file.stem: _read_task(file) for file in files}
@@ -141,9 +141,7 @@ def choose_tasks(asked: str | None, known: dict[str, Task], folder: Path | None)
         )
     names = None if asked is None else [name.strip() for name in asked.strip("()[]").split(",")]
     if names is None and folder is not None:
-        names = [
-            name for name in known if all(file.is_file() for file in local_files(folder, name))
-        ]
+        names = [name for name in known if all(file.is_file() for file in task_files(folder, name))]
         if not names:
             raise UserError(
                 f"--data_dir {folder}: no TASK_train.jsonl with TASK_test.jsonl; "
@@ -162,7 +160,7 @@ def choose_tasks(asked: str | None, known: dict[str, Task], folder: Path | None)
     )
 
 
-def local_files(folder: Path, name: str) -> tuple[Path, Path]:
+def task_files(folder: Path, name: str) -> tuple[Path, Path]:
     """Returns a task's train and test files in a folder."""
     return folder / f"{name}_train.jsonl", folder / f"{name}_test.jsonl"
 
@@ -177,11 +175,11 @@ def load_task(task: Task, folder: Path | None = None, limit: int | None = None) 
     if folder is None:
         train, test = (_from_hub(task, split) for split in (task.train, task.test))
     else:
-        for file in local_files(folder, task.name):
+        for file in task_files(folder, task.name):
             if not file.is_file():
                 raise UserError(f"{file}: no such file; task {task.name} needs it in --data_dir")
         train, test = (
-            checked(task, read_file(file), str(file)) for file in local_files(folder, task.name)
+            checked(task, read_file(file), str(file)) for file in task_files(folder, task.name)
         )
     return TaskData(task, train, Split(test.texts[:limit], test.labels[:limit]))
 

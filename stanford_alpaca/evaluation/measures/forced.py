@@ -17,9 +17,8 @@ from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
 from stanford_alpaca.evaluation.intervals import Items, mean_of
 from stanford_alpaca.losses.backends import reference
-from stanford_alpaca.objective.head import body_of, head_of
+from stanford_alpaca.objective.head import LOGIT_ROWS, body_of, head_of
 
-ROWS = 1024  # supervised tokens whose logits are held at a time
 BINS = 15  # bins of the top-1 probability, of equal width
 
 
@@ -86,9 +85,8 @@ def teacher_forced(
         ]
         keep = labels != IGNORE_INDEX
         records = torch.tensor(chosen, device=device)[keep.nonzero()[:, 0]]
-        for rows, targets, of in zip(
-            hidden[keep].split(ROWS), labels[keep].split(ROWS), records.split(ROWS), strict=True
-        ):
+        kept = (hidden[keep], labels[keep], records)
+        for rows, targets, of in zip(*(part.split(LOGIT_ROWS) for part in kept), strict=True):
             found = _of_tokens(reference.logits_of(rows, head), targets, cost)
             sums.index_add_(0, of, found[:, :5])
             places = (found[:, 5] * BINS).ceil().long().clamp(1, BINS) - 1

@@ -8,19 +8,19 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.fewshot.retrieval import embed
+from stanford_alpaca.evaluation.fewshot.retrieval import embed_texts
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource, cannot_load, load_body
 
 LEAST = 20  # texts, which make two clusters of ten
 ENOUGH = 1000  # texts; MAUVE's authors advise thousands
 
-Featurize = Callable[[list[str]], np.ndarray]  # [n] texts -> [n, D] float32
+EmbedTexts = Callable[[list[str]], np.ndarray]  # [n] texts -> [n, D] float32
 
 
 def check_mauve(featuriser: ModelSource, texts: int) -> None:
@@ -40,24 +40,26 @@ def check_mauve(featuriser: ModelSource, texts: int) -> None:
     check_model(featuriser)
 
 
-def load_featuriser(source: ModelSource) -> Featurize:
+def load_featuriser(source: ModelSource) -> EmbedTexts:
     """Returns a function that computes features of texts.
 
     The feature of a causal LM is the last hidden state at the last token, as in the work of MAUVE's
     authors. The feature of an encoder is the mean over the tokens. A model counts as an encoder if
     its first state depends on later tokens.
     """
-    name, remote_code = source.path, source.remote_code
+    if source.config().is_encoder_decoder:
+        two = ValueError("it is an encoder with a decoder, which takes two texts")
+        raise cannot_load(source.path, two)
     level = logging.get_verbosity()
     # silences warnings about an unloaded output layer and a missing pooling layer, both unused
     logging.set_verbosity_error()
     try:
-        if AutoConfig.from_pretrained(name, trust_remote_code=remote_code).is_encoder_decoder:
-            raise ValueError("it is an encoder with a decoder, which takes two texts")
-        model = load_body(name, remote_code=remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=remote_code)
+        model = load_body(source)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, cache_dir=source.cache_dir, trust_remote_code=source.remote_code
+        )
     except Exception as error:
-        raise cannot_load(name, error) from None
+        raise cannot_load(source.path, error) from None
     finally:
         logging.set_verbosity(level)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -67,7 +69,7 @@ def load_featuriser(source: ModelSource) -> Featurize:
         getattr(model.config, "max_position_embeddings", 10**6), tokenizer.model_max_length
     )
     options = {"use_cache": False} if causal else {}
-    return lambda texts: embed(model, tokenizer, texts, positions, last=causal, **options)
+    return lambda texts: embed_texts(model, tokenizer, texts, positions, last=causal, **options)
 
 
 @torch.inference_mode()

@@ -1,4 +1,5 @@
-// The training curves: a chart a quantity, one line a run, a crosshair that pointer and arrow keys move.
+// The training curves: a chart a quantity, one line a run, a crosshair that pointer and arrow keys
+// move.
 
 const CHARTS = [
   ["loss", "Loss"],
@@ -14,12 +15,17 @@ function drawCurves(box) {
   const logged = DATA.runs.map((_, i) => i).filter((i) => DATA.runs[i].curves);
   if (!logged.length) return box.append(note("None of these runs left a training log."));
   const hidden = new Set();
-  const charts = CHARTS.map(([key, title]) => new Chart(key, title, logged, hidden)).filter((chart) => chart.lines.length);
-  const toggles = logged.map((i) =>
-    el("button", { type: "button", class: "legend", "aria-pressed": "true", on: { click: (event) => toggle(i, event.currentTarget) } }, runName(i)),
+  const charts = CHARTS.map(([key, title]) => new Chart(key, title, logged, hidden)).filter(
+    (chart) => chart.lines.length,
   );
+  const toggles = logged.map((i) => {
+    const on = { click: (event) => toggle(i, event.currentTarget) };
+    const props = { type: "button", class: "legend", "aria-pressed": "true", on };
+    return el("button", props, runName(i));
+  });
   const log = charts.some((chart) => chart.wide());
   charts.forEach((chart) => (chart.log = log));
+  const scales = [["log", "logarithmic"], ["linear", "linear"]];
   const scale = (value) => charts.forEach((chart) => chart.draw((chart.log = value === "log")));
   function toggle(i, button) {
     if (!hidden.delete(i)) hidden.add(i);
@@ -29,7 +35,7 @@ function drawCurves(box) {
   box.append(
     el("div", { class: "controls" },
       el("div", { class: "legends", role: "group", "aria-label": "Runs shown" }, ...toggles),
-      choice("Scale", "scale", [["log", "logarithmic"], ["linear", "linear"]], log ? "log" : "linear", scale)),
+      choice("Scale", "scale", scales, log ? "log" : "linear", scale)),
     el("div", { class: "charts" }, ...charts.map((chart) => chart.figure)),
   );
   const redraw = new ResizeObserver(() => charts.forEach((chart) => chart.draw()));
@@ -45,15 +51,24 @@ class Chart {
         .filter(([name]) => DATA.runs[i].curves[name])
         .map(([name, held]) => ({ run: i, held, points: DATA.runs[i].curves[name] })),
     );
-    this.steps = [...new Set(this.lines.flatMap((line) => line.points.map(([step]) => step)))].sort((a, b) => a - b);
+    const steps = this.lines.flatMap((line) => line.points.map(([step]) => step));
+    this.steps = [...new Set(steps)].sort((a, b) => a - b);
     this.at = null; // the place in steps that the crosshair is at
     this.readout = el("p", { class: "readout" });
     this.canvas = svg("svg", {
-      class: "chart", tabindex: 0, role: "slider", "aria-label": `${title} by step`, "aria-valuemin": this.steps[0] ?? 0,
+      class: "chart",
+      tabindex: 0,
+      role: "slider",
+      "aria-label": `${title} by step`,
+      "aria-valuemin": this.steps[0] ?? 0,
       "aria-valuemax": this.steps.at(-1) ?? 0,
       on: {
-        pointermove: (event) => this.point(event), pointerdown: (event) => this.point(event), pointerleave: () => this.move(null),
-        keydown: (event) => this.key_(event), focus: () => this.at === null && this.move(this.steps.length - 1), blur: () => this.move(null),
+        pointermove: (event) => this.point(event),
+        pointerdown: (event) => this.point(event),
+        pointerleave: () => this.move(null),
+        keydown: (event) => this.key_(event),
+        focus: () => this.at === null && this.move(this.steps.length - 1),
+        blur: () => this.move(null),
       },
     });
     this.figure = el("figure", {}, el("figcaption", { text: title }), this.canvas, this.readout);
@@ -66,14 +81,16 @@ class Chart {
 
   /** Whether its values span more than a linear scale can show; a learning rate ends at 0. */
   wide() {
-    const values = this.lines.flatMap((line) => line.points.map(([, value]) => value));
-    return this.key !== "learning_rate" && Math.min(...values) > 0 && Math.max(...values) > WIDE * Math.min(...values);
+    const values = valuesOf(this.lines);
+    const [least, most] = [Math.min(...values), Math.max(...values)];
+    return this.key !== "learning_rate" && least > 0 && most > WIDE * least;
   }
 
   draw() {
     const width = Math.max(this.canvas.parentNode.clientWidth, 200);
-    const values = (this.visible().length ? this.visible() : this.lines).flatMap((line) => line.points.map(([, value]) => value));
-    const [at, ticks] = this.log && this.key !== "learning_rate" && Math.min(...values) > 0 ? powers(values) : evenly(values, this.key);
+    const values = valuesOf(this.visible().length ? this.visible() : this.lines);
+    const log = this.log && this.key !== "learning_rate" && Math.min(...values) > 0;
+    const [at, ticks] = log ? powers(values) : evenly(values, this.key);
     const last = this.steps.at(-1) || 1;
     this.x = (value) => MARGIN.left + ((width - MARGIN.left - MARGIN.right) * value) / last;
     this.y = (value) => HEIGHT - MARGIN.bottom - (HEIGHT - MARGIN.top - MARGIN.bottom) * at(value);
@@ -81,37 +98,47 @@ class Chart {
     this.canvas.setAttribute("height", HEIGHT);
     const axis = [];
     for (const [tick, text] of ticks) {
+      const y = this.y(tick);
       axis.push(
-        svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: this.y(tick), y2: this.y(tick) }),
-        svg("text", { class: "tick", x: MARGIN.left - 8, y: this.y(tick) + 4, "text-anchor": "end", text }),
+        svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y }),
+        svg("text", { class: "tick", x: MARGIN.left - 8, y: y + 4, "text-anchor": "end", text }),
       );
     }
     const [, , every] = nice(0, last, width > 400 ? 5 : 3);
     for (let tick = 0; tick <= last; tick += every) {
-      axis.push(svg("text", { class: "tick", x: this.x(tick), y: HEIGHT - 6, "text-anchor": "middle", text: short(tick, every) }));
+      const place = { x: this.x(tick), y: HEIGHT - 6, "text-anchor": "middle" };
+      axis.push(svg("text", { class: "tick", ...place, text: short(tick, every) }));
     }
     this.cross = svg("g", { class: "cross" });
-    this.canvas.replaceChildren(...axis, ...this.visible().map((line) => this.path(line)), this.cross);
+    const paths = this.visible().map((line) => this.path(line));
+    this.canvas.replaceChildren(...axis, ...paths, this.cross);
     this.move(this.at);
   }
 
   path({ run, held, points }) {
-    const places = points.map(([step, value]) => [this.x(step).toFixed(1), this.y(value).toFixed(1)]);
-    if (!held && points.length > 1) return svg("polyline", { class: `line ${runClass(run)}`, points: places.join(" ") });
-    return svg("g", { class: runClass(run) }, ...places.map(([cx, cy]) => svg("circle", { class: "ring", cx, cy, r: 3.5 })));
+    const places = points.map(([step, value]) => [this.x(step), this.y(value)]);
+    const rounded = places.map((place) => place.map((value) => value.toFixed(1)));
+    if (!held && points.length > 1) {
+      return svg("polyline", { class: `line ${runClass(run)}`, points: rounded.join(" ") });
+    }
+    const rings = rounded.map(([cx, cy]) => svg("circle", { class: "ring", cx, cy, r: 3.5 }));
+    return svg("g", { class: runClass(run) }, ...rings);
   }
 
   point(event) {
     const box = this.canvas.getBoundingClientRect();
     const x = event.clientX - box.left;
-    const distance = (step) => Math.abs(this.x(step) - x);
-    this.move(this.steps.reduce((best, step, i) => (distance(step) < distance(this.steps[best]) ? i : best), 0));
+    const distance = (i) => Math.abs(this.x(this.steps[i]) - x);
+    this.move(this.steps.reduce((best, _, i) => (distance(i) < distance(best) ? i : best), 0));
   }
 
   key_(event) {
     const last = this.steps.length - 1;
     const jump = Math.max(1, Math.round(last / 10));
-    const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowDown: -1, ArrowUp: 1, PageDown: -jump, PageUp: jump, Home: -last, End: last };
+    const moves = {
+      ArrowLeft: -1, ArrowRight: 1, ArrowDown: -1, ArrowUp: 1,
+      PageDown: -jump, PageUp: jump, Home: -last, End: last,
+    };
     if (!(event.key in moves)) return;
     event.preventDefault();
     this.move(Math.min(last, Math.max(0, (this.at ?? last) + moves[event.key])));
@@ -124,7 +151,8 @@ class Chart {
       const x = this.x(this.steps[at]);
       this.cross.append(svg("line", { x1: x, x2: x, y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom }));
       for (const { line, step, value } of this.values()) {
-        this.cross.append(svg("circle", { class: runClass(line.run), cx: this.x(step), cy: this.y(value), r: 4 }));
+        const place = { cx: this.x(step), cy: this.y(value), r: 4 };
+        this.cross.append(svg("circle", { class: runClass(line.run), ...place }));
       }
     }
     this.say();
@@ -133,15 +161,18 @@ class Chart {
   /** What each visible line had last at the crosshair. */
   values() {
     const step = this.steps[this.at ?? this.steps.length - 1];
-    const found = this.visible().map((line) => ({ line, point: line.points.findLast(([at]) => at <= step) }));
-    return found.filter(({ point }) => point).map(({ line, point }) => ({ line, step: point[0], value: point[1] }));
+    return this.visible().flatMap((line) => {
+      const point = line.points.findLast(([at]) => at <= step);
+      return point ? [{ line, step: point[0], value: point[1] }] : [];
+    });
   }
 
   say() {
     const step = this.steps[this.at ?? this.steps.length - 1];
     const texts = new Map();
     for (const { line, value } of this.values()) {
-      texts.set(line.run, [...(texts.get(line.run) ?? []), `${line.held ? "held out " : ""}${number(value)}`]);
+      const text = `${line.held ? "held out " : ""}${number(value)}`;
+      texts.set(line.run, [...(texts.get(line.run) ?? []), text]);
     }
     const parts = [...texts].map(([run, values]) => [run, values.join(", ")]);
     this.readout.replaceChildren(
@@ -154,23 +185,33 @@ class Chart {
   }
 }
 
+function valuesOf(lines) {
+  return lines.flatMap((line) => line.points.map(([, value]) => value));
+}
+
 /** A linear scale: where a value lies between 0 and 1, and the ticks as [value, text]. */
 function evenly(values, key) {
   const [least, most] = [Math.min(...values), Math.max(...values)];
   const fromZero = key === "learning_rate" || least < 0.35 * most;
   const [low, high, step] = nice(fromZero ? Math.min(0, least) : least, most, 4);
-  const ticks = Array.from({ length: Math.round((high - low) / step) + 1 }, (_, n) => low + n * step);
+  const length = Math.round((high - low) / step) + 1;
+  const ticks = Array.from({ length }, (_, n) => low + n * step);
   return [(value) => (value - low) / (high - low), ticks.map((tick) => [tick, short(tick, step)])];
 }
 
 /** A logarithmic one: ticks at 1, 2 and 5, or at powers of ten where there are many. */
 function powers(values) {
-  const [low, high] = [Math.log10(Math.min(...values)) - 0.05, Math.log10(Math.max(...values)) + 0.05];
+  const low = Math.log10(Math.min(...values)) - 0.05;
+  const high = Math.log10(Math.max(...values)) + 0.05;
   const all = [];
-  for (let power = Math.floor(low); power <= high; power++) all.push(...[1, 2, 5].map((factor) => factor * 10 ** power));
+  for (let power = Math.floor(low); power <= high; power++) {
+    all.push(...[1, 2, 5].map((factor) => factor * 10 ** power));
+  }
   const inside = all.filter((tick) => Math.log10(tick) >= low && Math.log10(tick) <= high);
-  const ticks = inside.length <= 7 ? inside : inside.filter((tick) => Math.abs(Math.log10(tick) % 1) < 1e-6);
-  return [(value) => (Math.log10(value) - low) / (high - low), ticks.map((tick) => [tick, String(+tick.toPrecision(1))])];
+  const isPower = (tick) => Math.abs(Math.log10(tick) % 1) < 1e-6;
+  const ticks = inside.length <= 7 ? inside : inside.filter(isPower);
+  const texts = ticks.map((tick) => [tick, String(+tick.toPrecision(1))]);
+  return [(value) => (Math.log10(value) - low) / (high - low), texts];
 }
 
 /** A range that holds both numbers and ends on ticks: [low, high, step]. */
@@ -187,6 +228,6 @@ function short(value, step) {
   if (Math.abs(value) < step / 1e6) return "0";
   if (step < 1e-3) return value.toExponential(1).replace(".0e", "e").replace("-", "−");
   if (step >= 1000) return `${+(value / 1000).toFixed(1)}k`;
-  const digits = [0, 1, 2, 3, 4, 5, 6].find((d) => Math.abs(Number(step.toFixed(d)) - step) < step * 1e-6);
-  return value.toFixed(digits ?? 6);
+  const shows = (digits) => Math.abs(Number(step.toFixed(digits)) - step) < step * 1e-6;
+  return value.toFixed([0, 1, 2, 3, 4, 5, 6].find(shows) ?? 6);
 }

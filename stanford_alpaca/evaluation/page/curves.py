@@ -48,7 +48,7 @@ def curves_of(run: str) -> dict[str, Points] | None:
             f"{file}: no training log ({first_line(error)}); remove it, or train again"
         ) from None
     # In mode emo the loss has the value of nll: one curve is enough.
-    same = ("loss", "eval_loss") if flags_of(run).get("mode") == "emo" else ()
+    same = ("loss", "eval_loss") if recorded_flags(run).get("mode") == "emo" else ()
     twice = {name for name in same if drawn[name.replace("loss", "nll")]}
     return {name: points for name, points in drawn.items() if points and name not in twice}
 
@@ -63,7 +63,7 @@ def thinned(points: Points, most: int = POINTS) -> Points:
     return [[part[-1][0], sum(value for _, value in part) / len(part)] for part in parts]
 
 
-def flags_of(run: str) -> dict[str, Any]:
+def recorded_flags(run: str) -> dict[str, Any]:
     """Returns the flags in the run's run.yaml.
 
     They are empty if training did not write the folder.

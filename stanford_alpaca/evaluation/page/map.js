@@ -1,4 +1,5 @@
-// All tokens of a run by nll and emo: to the right the unlikely ones, at the bottom those whose replacement was near in meaning.
+// All tokens of a run by nll and emo: to the right the unlikely ones, at the bottom those whose
+// replacement was near in meaning.
 
 const MAP = { height: 210, left: 44, right: 14, top: 12, bottom: 24 };
 const NLL_TICKS = [0, 0.5, 2, 5, 10, 15, 20, 30];
@@ -12,8 +13,10 @@ class TokenMap {
     for (const token of runs.flatMap((run) => run?.records.flat() ?? [])) {
       for (const key of ["nll", "emo"]) this.most[key] = Math.max(this.most[key], token[key]);
     }
-    this.canvas = svg("svg", { class: "map", role: "img", on: { click: (event) => this.click(event) } });
-    this.figure = el("figure", {}, el("figcaption", { text: "Every token, by nll to the right and by emo upwards" }), this.canvas);
+    const on = { click: (event) => this.click(event) };
+    this.canvas = svg("svg", { class: "map", role: "img", on });
+    const caption = "Every token, by nll to the right and by emo upwards";
+    this.figure = el("figure", {}, el("figcaption", { text: caption }), this.canvas);
     new ResizeObserver(() => this.run !== undefined && this.draw(this.run)).observe(this.figure);
   }
 
@@ -21,26 +24,36 @@ class TokenMap {
     this.run = run;
     const width = Math.max(this.figure.clientWidth, 200);
     const [right, bottom] = [width - MAP.right, MAP.height - MAP.bottom];
-    const x = (nll) => MAP.left + (right - MAP.left) * Math.sqrt(nll / this.most.nll); // so that what is likely has room
+    // the root gives room to what is likely
+    const x = (nll) => MAP.left + (right - MAP.left) * Math.sqrt(nll / this.most.nll);
     const [, high, step] = nice(0, this.most.emo, 4);
     const y = (emo) => bottom - ((bottom - MAP.top) * emo) / high;
     const axis = [];
     for (let tick = 0; tick <= high + step / 2; tick += step) {
       axis.push(svg("line", { class: "grid", x1: MAP.left, x2: right, y1: y(tick), y2: y(tick) }));
-      axis.push(svg("text", { class: "tick", x: MAP.left - 8, y: y(tick) + 4, "text-anchor": "end", text: short(tick, step) }));
+      const place = { x: MAP.left - 8, y: y(tick) + 4, "text-anchor": "end" };
+      axis.push(svg("text", { class: "tick", ...place, text: short(tick, step) }));
     }
     for (const tick of NLL_TICKS.filter((tick) => tick <= this.most.nll)) {
-      axis.push(svg("text", { class: "tick", x: x(tick), y: bottom + 16, "text-anchor": "middle", text: tick }));
+      const place = { x: x(tick), y: bottom + 16, "text-anchor": "middle" };
+      axis.push(svg("text", { class: "tick", ...place, text: tick }));
     }
-    const says = (text, at) => svg("text", { class: "says", x: right, y: at, "text-anchor": "end", text });
+    const says = (text, y) =>
+      svg("text", { class: "says", x: right, y, "text-anchor": "end", text });
     axis.push(says("another meaning", MAP.top + 12), says("another wording", bottom - 8));
-    const records = this.runs[run].records;
-    const dots = records.flatMap((tokens, r) => tokens.map((token, t) =>
-      svg("circle", { cx: x(token.nll).toFixed(1), cy: y(token.emo).toFixed(1), r: 4, "data-record": r, "data-token": t },
-        svg("title", { text: `${token.text.trim() || "the end"}: nll ${number(token.nll)}, emo ${number(token.emo)}` }))));
+    const dot = ({ text, nll, emo }, record, token) => {
+      const place = { cx: x(nll).toFixed(1), cy: y(emo).toFixed(1), r: 4 };
+      const title = `${text.trim() || "the end"}: nll ${number(nll)}, emo ${number(emo)}`;
+      return svg("circle", { ...place, "data-record": record, "data-token": token },
+        svg("title", { text: title }));
+    };
+    const dots = this.runs[run].records.flatMap((tokens, record) =>
+      tokens.map((token, t) => dot(token, record, t)),
+    );
     this.canvas.setAttribute("viewBox", `0 0 ${width} ${MAP.height}`);
     this.canvas.setAttribute("height", MAP.height);
-    this.canvas.setAttribute("aria-label", `${count(dots.length, "token")} of ${DATA.runs[run].name} by nll and emo`);
+    const label = `${count(dots.length, "token")} of ${DATA.runs[run].name} by nll and emo`;
+    this.canvas.setAttribute("aria-label", label);
     this.canvas.replaceChildren(...axis, svg("g", { class: runClass(run) }, ...dots));
     if (this.marked) this.mark(...this.marked);
   }

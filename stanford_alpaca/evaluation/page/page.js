@@ -1,10 +1,14 @@
 "use strict";
-// What all sections use. Texts of the data only ever become text nodes; colours and widths are set through the CSSOM.
+// What all sections use. Texts of the data only ever become text nodes; colours and widths are set
+// through the CSSOM.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 20; // entries of a long list that are shown at a time
 
-/** An element. Properties: `text`, `vars` ({--name: value}), `on` ({event: handler}); all others are attributes. */
+/**
+ * An element. Properties: `text`, `vars` ({--name: value}), `on` ({event: handler}); all others are
+ * attributes.
+ */
 function el(tag, props = {}, ...children) {
   return dress(document.createElement(tag), props, children);
 }
@@ -16,7 +20,8 @@ function svg(tag, props = {}, ...children) {
 function dress(node, { text, vars = {}, on = {}, ...attributes }, children) {
   if (text !== undefined) node.textContent = text;
   for (const [name, value] of Object.entries(attributes)) {
-    if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+    if (value === null || value === undefined || value === false) continue;
+    node.setAttribute(name, value === true ? "" : value);
   }
   for (const [name, value] of Object.entries(vars)) node.style.setProperty(name, value);
   for (const [name, handler] of Object.entries(on)) node.addEventListener(name, handler);
@@ -34,7 +39,8 @@ function number(value) {
   const size = Math.abs(value);
   if (size >= 1e7) return value.toExponential(1);
   if (size === 0 || size >= 1000) return whole(value);
-  const text = size >= 1e-3 ? value.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : size >= 1 ? 3 : 4) : value.toExponential(1);
+  const digits = size >= 100 ? 1 : size >= 10 ? 2 : size >= 1 ? 3 : 4;
+  const text = size >= 1e-3 ? value.toFixed(digits) : value.toExponential(1);
   return text.replaceAll("-", "−");
 }
 
@@ -52,7 +58,7 @@ function readable(name) {
   return name.replaceAll("_", " ");
 }
 
-/** The runs' places in the palette: grey for a base model that comes first, colours for the others. */
+/** The runs' places in the palette: grey for a base model that comes first, else colours. */
 const COLOURS = (() => {
   const first = DATA.runs[0].curves ? 1 : 0;
   return DATA.runs.map((_, i) => (i + first === 0 ? 0 : ((i + first - 1) % 6) + 1));
@@ -63,14 +69,17 @@ function runClass(i) {
 }
 
 function runName(i) {
-  return el("span", { class: runClass(i), title: DATA.runs[i].path }, el("i", { class: "swatch", "aria-hidden": "true" }), DATA.runs[i].name);
+  const { name, path } = DATA.runs[i];
+  const swatch = el("i", { class: "swatch", "aria-hidden": "true" });
+  return el("span", { class: runClass(i), title: path }, swatch, name);
 }
 
 /** Radio buttons as one control; `change` gets the value that was chosen. */
 function choice(label, name, options, chosen, change) {
   const box = el("fieldset", { class: "choice" }, el("legend", { text: label }));
   for (const [value, content] of options) {
-    const input = el("input", { type: "radio", name, value, checked: value === chosen, on: { change: () => change(value) } });
+    const on = { change: () => change(value) };
+    const input = el("input", { type: "radio", name, value, checked: value === chosen, on });
     box.append(el("label", {}, input, el("span", {}, content)));
   }
   return box;
@@ -94,23 +103,30 @@ function drawTitle() {
   document.getElementById("title").textContent = list(names);
   document.title = `${list(names)}: runs compared`;
   const about = DATA.evaluation;
+  const runs = count(DATA.runs.length, "run");
   document.getElementById("lede").textContent = about
-    ? `${count(DATA.runs.length, "run")}, measured on ${count(about.records, "held-out record")} of ${place(about.data)}.`
-    : `${count(DATA.runs.length, "run")}; nothing was evaluated.`;
+    ? `${runs}, measured on ${count(about.records, "held-out record")} of ${place(about.data)}.`
+    : `${runs}; nothing was evaluated.`;
   const TITLES = { model_name_or_path: "from", learning_rate: "learning rate" };
   document.getElementById("runs").append(
     ...DATA.runs.map((run, i) => {
       const told = Object.entries(run.flags).filter(([, value]) => value !== false);
-      const facts = told.map(([flag, value]) => `${TITLES[flag] ?? readable(flag)} ${[value].flat().map(place).join(", ")}`);
-      const last = run.curves && Math.max(...Object.values(run.curves).map((points) => points.at(-1)[0]));
-      if (run.curves) facts.push(`logged up to step ${whole(last)}`);
+      const facts = told.map(([flag, value]) => {
+        const values = [value].flat().map(place).join(", ");
+        return `${TITLES[flag] ?? readable(flag)} ${values}`;
+      });
+      if (run.curves) {
+        const last = Object.values(run.curves).map((points) => points.at(-1)[0]);
+        facts.push(`logged up to step ${whole(Math.max(...last))}`);
+      }
       if (!run.model) facts.push("not finished: no model to evaluate");
       if (!facts.length) facts.push("no training log: a base model");
       return el("li", {}, runName(i), el("span", { class: "facts", text: facts.join(" · ") }));
     }),
   );
   document.getElementById("footer").textContent =
-    `stanford-alpaca-emo ${DATA.version} · EMO: arXiv 2310.04691 · this file holds all it shows and asks for nothing.`;
+    `stanford-alpaca-emo ${DATA.version} · EMO: arXiv 2310.04691 · ` +
+    "this file holds all it shows and asks for nothing.";
 }
 
 function drawTheme() {
@@ -118,7 +134,8 @@ function drawTheme() {
   const root = document.documentElement;
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ?? (dark.matches ? "dark" : "light")) === "dark";
-  const show = () => button.setAttribute("aria-label", isDark() ? "Switch to light" : "Switch to dark");
+  const show = () =>
+    button.setAttribute("aria-label", isDark() ? "Switch to light" : "Switch to dark");
   button.addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
     show();
@@ -130,6 +147,13 @@ function drawTheme() {
 document.addEventListener("DOMContentLoaded", () => {
   drawTitle();
   drawTheme();
-  const sections = { training: drawCurves, measures: drawMeasures, responses: drawSamples, transport: drawTransport };
-  for (const [id, draw] of Object.entries(sections)) draw(document.querySelector(`#${id} .content`));
+  const sections = {
+    training: drawCurves,
+    measures: drawMeasures,
+    responses: drawSamples,
+    transport: drawTransport,
+  };
+  for (const [id, draw] of Object.entries(sections)) {
+    draw(document.querySelector(`#${id} .content`));
+  }
 });

@@ -13,8 +13,9 @@ class Explanation {
   head(record, t) {
     const token = this.view.records[record][t];
     const before = this.view.records[record].slice(0, t).map(({ text }) => text).join("");
+    const text = before.length > 60 ? `…${before.slice(-60)}` : before || "The reference begins:";
     return [
-      el("p", { class: "before", text: before.length > 60 ? `…${before.slice(-60)}` : before || "The reference begins:" }),
+      el("p", { class: "before", text }),
       el("h3", { class: "chosen" }, this.word(token.id, token.text)),
       el("p", { class: "gloss", text: this.gloss(token) })];
   }
@@ -22,10 +23,16 @@ class Explanation {
   /** All there is of it. */
   details(record, t) {
     const token = this.view.records[record][t];
-    const figures = [["nll", number(token.nll)], ["emo", number(token.emo)], ["probability", percent(token.p)], ["rank", whole(token.rank)]];
-    return [
-      el("dl", { class: "figures" }, ...figures.map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: value })))),
-      this.predictions(token), this.others(token, record, t), this.nearest(token)].filter((part) => part);
+    const figure = (name, value) =>
+      el("div", {}, el("dt", { text: name }), el("dd", { text: value }));
+    const figures = el("dl", { class: "figures" },
+      figure("nll", number(token.nll)),
+      figure("emo", number(token.emo)),
+      figure("probability", percent(token.p)),
+      figure("rank", whole(token.rank)));
+    const others = this.others(token, record, t);
+    const parts = [figures, this.predictions(token), others, this.nearest(token)];
+    return parts.filter((part) => part);
   }
 
   word(id, text = piece(this.view, id)) {
@@ -37,7 +44,10 @@ class Explanation {
   gloss({ p, emo, mean_cost: mean }) {
     if (p > 0.995) return "Nearly all of the probability is on the right token.";
     const cost = emo / (1 - p);
-    return `${percent(1 - p)} of the probability is on other tokens. They lie ${number(cost)} away on average; a random token, ${number(mean)}.`;
+    return (
+      `${percent(1 - p)} of the probability is on other tokens. ` +
+      `They lie ${number(cost)} away on average; a random token, ${number(mean)}.`
+    );
   }
 
   predictions(token) {
@@ -50,35 +60,63 @@ class Explanation {
     const others = this.view.tokens - rows.length;
     const top = Math.max(...rows.map((row) => row.product), product) || 1;
     const line = (name, row, kind) =>
-      el("tr", { class: kind }, el("th", { scope: "row" }, name), bar(row.p, row.p, percent(row.p), "p"),
-        el("td", { text: small(row.cost) }), bar(row.product, row.product / top, small(row.product), "product"));
-    const name = (row) => el("span", {}, this.word(row.id), row.id === token.id ? el("span", { class: "tag", text: row.rank ? `right, rank ${whole(row.rank)}` : "right" }) : "");
+      el("tr", { class: kind },
+        el("th", { scope: "row" }, name),
+        bar(row.p, row.p, percent(row.p), "p"),
+        el("td", { text: small(row.cost) }),
+        bar(row.product, row.product / top, small(row.product), "product"));
+    const tag = ({ rank }) =>
+      el("span", { class: "tag", text: rank ? `right, rank ${whole(rank)}` : "right" });
+    const name = (row) =>
+      el("span", {}, this.word(row.id), row.id === token.id ? tag(row) : "");
+    const rest = { p, cost: product / p, product };
     return el("table", { class: "predictions" },
       el("caption", { text: "What the model expected" }),
-      el("thead", {}, el("tr", {}, ...["token", "probability", "cost", "product"].map((title) => el("th", { scope: "col", text: title })))),
-      el("tbody", {}, ...rows.map((row) => line(name(row), row, row.id === token.id ? "target" : "")),
-        others > 0 ? line(`${whole(others)} others`, { p, cost: product / p, product }, "rest") : null),
-      el("tfoot", {}, el("tr", {}, el("th", { scope: "row", text: "sum" }), el("td", { text: "100 %" }), el("td"), el("td", { "data-value": token.emo }, el("b", { text: small(token.emo) }), " emo"))));
+      titles("token", "probability", "cost", "product"),
+      el("tbody", {},
+        ...rows.map((row) => line(name(row), row, row.id === token.id ? "target" : "")),
+        others > 0 ? line(`${whole(others)} others`, rest, "rest") : null),
+      el("tfoot", {}, el("tr", {},
+        el("th", { scope: "row", text: "sum" }),
+        el("td", { text: "100 %" }),
+        el("td"),
+        el("td", { "data-value": token.emo }, el("b", { text: small(token.emo) }), " emo"))));
   }
 
   nearest(token) {
     const near = this.view.neighbours[token.id] ?? [];
-    return el("div", { class: "nearest" }, el("h4", { text: "Nearest to it under the cost" }),
-      el("ul", {}, ...near.map(([id, cost]) => el("li", {}, this.word(id), " ", el("span", { class: "cost", text: small(cost) })))));
+    const item = ([id, cost]) =>
+      el("li", {}, this.word(id), " ", el("span", { class: "cost", text: small(cost) }));
+    return el("div", { class: "nearest" },
+      el("h4", { text: "Nearest to it under the cost" }),
+      el("ul", {}, ...near.map(item)));
   }
 
   /** The same token under the other runs, where they cut the reference alike. */
   others(token, record, t) {
-    const same = this.runs.flatMap((run, i) => (run?.records[record]?.[t]?.id === token.id ? [i] : []));
+    const same = [...this.runs.keys()].filter(
+      (i) => this.runs[i]?.records[record]?.[t]?.id === token.id,
+    );
     if (same.length < 2) return null;
     const rows = same.map((i) => {
       const { nll, emo } = this.runs[i].records[record][t];
-      const button = el("button", { type: "button", class: "quiet", "aria-pressed": String(i === this.run), on: { click: () => this.compare(i) } }, runName(i));
-      return el("tr", { class: i === this.run ? "target" : null }, el("th", { scope: "row" }, button), el("td", { text: number(nll) }), el("td", { text: number(emo) }));
+      const [pressed, on] = [String(i === this.run), { click: () => this.compare(i) }];
+      const props = { type: "button", class: "quiet", "aria-pressed": pressed, on };
+      return el("tr", { class: i === this.run ? "target" : null },
+        el("th", { scope: "row" }, el("button", props, runName(i))),
+        el("td", { text: number(nll) }),
+        el("td", { text: number(emo) }));
     });
-    return el("table", { class: "others" }, el("caption", { text: "The same token under each run" }),
-      el("thead", {}, el("tr", {}, ...["run", "nll", "emo"].map((title) => el("th", { scope: "col", text: title })))), el("tbody", {}, ...rows));
+    return el("table", { class: "others" },
+      el("caption", { text: "The same token under each run" }),
+      titles("run", "nll", "emo"),
+      el("tbody", {}, ...rows));
   }
+}
+
+/** The head of a table. */
+function titles(...names) {
+  return el("thead", {}, el("tr", {}, ...names.map((text) => el("th", { scope: "col", text }))));
 }
 
 /** The text of a token id under a run's tokenizer. */
@@ -88,10 +126,12 @@ function piece(view, id) {
 
 /** A cost, or a share of one: four places, so that a column adds up. */
 function small(value) {
-  return value > 0 && value < 5e-5 ? "< 0.0001" : Number.isNaN(value) ? "–" : value === 0 ? "0" : value.toFixed(4);
+  if (value > 0 && value < 5e-5) return "< 0.0001";
+  return Number.isNaN(value) ? "–" : value === 0 ? "0" : value.toFixed(4);
 }
 
 /** A number with a bar behind it; `share` is the bar's part of the whole width. */
 function bar(value, share, text, kind) {
-  return el("td", { class: `meter ${kind}`, "data-value": value, vars: { "--share": share.toFixed(4) } }, el("span", { text }));
+  const vars = { "--share": share.toFixed(4) };
+  return el("td", { class: `meter ${kind}`, "data-value": value, vars }, el("span", { text }));
 }

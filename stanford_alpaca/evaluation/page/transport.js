@@ -1,11 +1,15 @@
-// The transport view: references coloured token by token, and beside them what was predicted in place of the chosen token.
+// The transport view: references coloured token by token, and beside them what was predicted in
+// place of the chosen token.
 
 const NLL_TOP = 6; // nats at which the colour is full: a right token of 0.25 %
 const RECORDS = 8; // shown at a time
 
 function drawTransport(box) {
   const view = DATA.transport;
-  if (!view?.runs.some(Boolean)) return box.append(note("No tokens here: there is no model or no --data, or --transport_records 0 left them out."));
+  if (!view?.runs.some(Boolean)) {
+    const why = "there is no model or no --data, or --transport_records 0 left them out.";
+    return box.append(note(`No tokens here: ${why}`));
+  }
   box.append(new TransportView(view).element);
 }
 
@@ -17,19 +21,28 @@ class TransportView {
     this.by = "emo";
     this.order = view.records.map((_, r) => r);
     this.at = null; // {record, token} chosen
-    this.records = el("div", { class: "records", on: { click: (event) => this.click(event), keydown: (event) => this.key(event) } });
-    this.more = el("button", { type: "button", class: "more", on: { click: () => this.showMore(true) } });
+    this.records = el("div", {
+      class: "records",
+      on: { click: (event) => this.click(event), keydown: (event) => this.key(event) },
+    });
+    const on = { click: () => this.showMore(true) };
+    this.more = el("button", { type: "button", class: "more", on });
     this.map = new TokenMap(view.runs, (r, t) => this.select(r, t));
     this.said = el("div", { "aria-live": "polite" });
     this.details = el("div");
-    this.panel = el("aside", { class: "panel", "aria-label": "The chosen token" }, this.said, this.details);
+    const props = { class: "panel", "aria-label": "The chosen token" };
+    this.panel = el("aside", props, this.said, this.details);
     this.scale = el("p", { class: "scale" });
     const all = view.runs.flatMap((run) => run?.records.flat() ?? []);
     this.random = all.reduce((sum, token) => sum + token.mean_cost, 0) / all.length || 1;
+    const runs = this.runs.map((i) => [String(i), runName(i)]);
+    const values = [["emo", "emo"], ["nll", "nll"]];
+    const orders = [["", "as in the data"], ["worst", "worst token first"]];
     const controls = el("div", { class: "controls" },
-      choice("Run", "transport-run", this.runs.map((i) => [String(i), runName(i)]), String(this.run), (i) => this.change({ run: Number(i) })),
-      choice("Colour by", "transport-by", [["emo", "emo"], ["nll", "nll"]], this.by, (by) => this.change({ by })),
-      choice("Order", "transport-order", [["", "as in the data"], ["worst", "worst token first"]], "", (order) => this.sort(order)),
+      choice("Run", "transport-run", runs, String(this.run), (run) =>
+        this.change({ run: Number(run) })),
+      choice("Colour by", "transport-by", values, this.by, (by) => this.change({ by })),
+      choice("Order", "transport-order", orders, "", (order) => this.sort(order)),
       this.scale);
     this.element = el("div", { class: "transport" }, controls, this.map.figure,
       el("div", { class: "reading" }, el("div", {}, this.records, this.more), this.panel));
@@ -58,7 +71,8 @@ class TransportView {
   }
 
   worst(record) {
-    return this.tokens(record).reduce((best, token, t, all) => (token[this.by] > all[best][this.by] ? t : best), 0);
+    const values = this.tokens(record).map((token) => token[this.by]);
+    return values.reduce((best, value, t) => (value > values[best] ? t : best), 0);
   }
 
   change(changes) {
@@ -76,7 +90,8 @@ class TransportView {
       while (this.records.childElementCount < shown) this.showMore();
       const radio = this.element.querySelector(`input[name="transport-run"][value="${this.run}"]`);
       radio.checked = true;
-      const last = this.at ? this.tokens(this.at.record).length - 1 : -1; // the run may cut the reference elsewhere
+      // the run may cut the reference elsewhere
+      const last = this.at ? this.tokens(this.at.record).length - 1 : -1;
       if (last >= 0) this.select(this.at.record, Math.min(this.at.token, last), focused);
       else this.selectFirst();
     }
@@ -97,21 +112,39 @@ class TransportView {
   record(r) {
     const { instruction, input } = this.view.records[r];
     const tokens = this.tokens(r);
-    const mean = (key) => number(tokens.reduce((sum, token) => sum + token[key], 0) / tokens.length);
-    const line = el("div", { class: "tokens", role: "listbox", "aria-label": `Reference ${r + 1}: ${instruction}`, "aria-orientation": "horizontal" });
+    const sum = (key) => tokens.reduce((total, token) => total + token[key], 0);
+    const mean = (key) => number(sum(key) / tokens.length);
+    const line = el("div", {
+      class: "tokens",
+      role: "listbox",
+      "aria-label": `Reference ${r + 1}: ${instruction}`,
+      "aria-orientation": "horizontal",
+    });
     tokens.forEach((token, t) => line.append(...this.token(token, r, t)));
+    const means = el("p", { class: "means", text: `nll ${mean("nll")} · emo ${mean("emo")}` });
+    const none = "The prompt fills the whole length: no token is left to predict.";
     return el("article", { class: "record" },
-      instruction ? el("p", { class: "asked", text: instruction }) : null, input ? el("p", { class: "asked input", text: input }) : null,
-      tokens.length ? line : note("The prompt fills the whole length: no token is left to predict."),
-      tokens.length ? el("p", { class: "means", text: `nll ${mean("nll")} · emo ${mean("emo")}` }) : null);
+      instruction ? el("p", { class: "asked", text: instruction }) : null,
+      input ? el("p", { class: "asked input", text: input }) : null,
+      ...(tokens.length ? [line, means] : [note(none)]));
   }
 
-  /** The token as an option, with the white space before it outside, where it is not coloured, unless it is nothing else. */
+  /**
+   * The token as an option, with the white space before it outside, where it is not coloured,
+   * unless it is nothing else.
+   */
   token(token, r, t) {
     const text = token.text || piece(this.view.runs[this.run], token.id);
     const [, space, word] = text.match(/^(\s*)([^]*)$/);
-    const option = el("span", { class: token.text ? "token" : "token special", role: "option", tabindex: -1, "aria-selected": "false",
-      "data-record": r, "data-token": t, text: word || (space.includes("\n") ? "↵" : space) });
+    const option = el("span", {
+      class: token.text ? "token" : "token special",
+      role: "option",
+      tabindex: -1,
+      "aria-selected": "false",
+      "data-record": r,
+      "data-token": t,
+      text: word || (space.includes("\n") ? "↵" : space),
+    });
     return word ? [space, option] : [option, space.includes("\n") ? space : ""];
   }
 
@@ -122,8 +155,11 @@ class TransportView {
       option.style.setProperty("--heat", Math.sqrt(Math.min(1, token[this.by] / top)).toFixed(3));
     }
     this.element?.setAttribute("data-by", this.by);
-    const steps = [0, 0.25, 0.5, 0.75, 1].map((heat) => el("span", { vars: { "--heat": heat }, text: (top * heat * heat).toFixed(2) }));
-    this.scale.replaceChildren(...steps, el("small", { text: { nll: "nats and more", emo: "a random token" }[this.by] }));
+    const step = (heat) =>
+      el("span", { vars: { "--heat": heat }, text: (top * heat * heat).toFixed(2) });
+    const unit = { nll: "nats and more", emo: "a random token" }[this.by];
+    const steps = [0, 0.25, 0.5, 0.75, 1].map(step);
+    this.scale.replaceChildren(...steps, el("small", { text: unit }));
   }
 
   option(r, t) {
@@ -182,10 +218,16 @@ class TransportView {
   line(way) {
     const place = (option) => option.getBoundingClientRect();
     const here = place(this.option(this.at.record, this.at.token));
-    const beyond = [...this.records.querySelectorAll(".token")].map((option) => [option, place(option)]).filter(([, box]) => (box.top - here.top) * way > here.height / 2);
+    const beyond = [...this.records.querySelectorAll(".token")]
+      .map((option) => [option, place(option)])
+      .filter(([, box]) => (box.top - here.top) * way > here.height / 2);
     if (!beyond.length) return this.beside(this.at.record, way);
-    const distance = ([, box]) => Math.abs(box.top - here.top) * 1e4 + Math.abs(box.left + box.width / 2 - here.left - here.width / 2);
-    const [{ dataset }] = beyond.reduce((best, other) => (distance(other) < distance(best) ? other : best));
+    const middle = (box) => box.left + box.width / 2;
+    const distance = ([, box]) =>
+      Math.abs(box.top - here.top) * 1e4 + Math.abs(middle(box) - middle(here));
+    const [{ dataset }] = beyond.reduce((best, other) =>
+      distance(other) < distance(best) ? other : best,
+    );
     return [Number(dataset.record), Number(dataset.token)];
   }
 

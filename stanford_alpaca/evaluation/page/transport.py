@@ -20,7 +20,7 @@ from stanford_alpaca.losses.types import Head
 from stanford_alpaca.objective.head import body_of, head_of
 
 TOP = 8  # predictions and neighbours that are shown for a token
-ROWS = 256  # tokens whose logits and costs are held at a time
+COST_ROWS = 256  # tokens whose logits and costs are held at a time
 
 
 class Tokens(NamedTuple):
@@ -110,7 +110,9 @@ def view_of(
         hidden = body_of(model)(input_ids=row, use_cache=False)[0][0, places - 1]
         found = [
             predicted(states, head, targets, cost, top)
-            for states, targets in zip(hidden.split(ROWS), row[0, places].split(ROWS), strict=True)
+            for states, targets in zip(
+                hidden.split(COST_ROWS), row[0, places].split(COST_ROWS), strict=True
+            )
         ]
         tokens = Tokens(*(torch.cat(parts) for parts in zip(*found, strict=True)))
         shown.append(_shown(tokens, row[0, places].tolist(), list(texts.values())))
@@ -164,7 +166,7 @@ def neighbours(
     """
     near = {}
     device = "cpu" if cost.rows is None else cost.rows.device
-    for part in torch.tensor(sorted(targets), dtype=torch.long, device=device).split(ROWS):
+    for part in torch.tensor(sorted(targets), dtype=torch.long, device=device).split(COST_ROWS):
         costs = cost.costs(part, vocab_size).scatter_(1, part[:, None], torch.inf)
         values, ids = costs.topk(min(top, vocab_size - 1), 1, largest=False)
         for target, row, prices in zip(part.tolist(), ids.tolist(), values.tolist(), strict=True):

@@ -14,8 +14,6 @@ LOWER = (
 )  # fmt: skip
 SIGNIFICANT = 0.05
 
-Measures = dict[str, dict[str, Any]]
-
 
 def better(measure: str) -> int:
     """Returns 1 if higher is better, -1 if lower is better, and 0 if neither is."""
@@ -76,7 +74,7 @@ def _cell(measured: dict[str, float | None] | None) -> list[float | None] | None
 
 
 def _best(
-    measure: str, places: list[int], pairs: list[list[int]], found: list[Measures]
+    measure: str, places: list[int], pairs: list[list[int]], found: list[dict[str, dict[str, Any]]]
 ) -> int | None:
     """Returns the index of the model that beats each of the others, if there is one."""
     beats: dict[int, set[int]] = {place: set() for place in places}
