@@ -25,7 +25,7 @@ BACKENDS: dict[str, Callable] = {
     "triton": partial(chunked.linear_loss, kernels=triton_kernels),
 }
 REDUCTIONS = ("mean", "sum", "none")
-HEAD_GRADIENTS = ("exact", "sampled")
+HEAD_GRADIENTS = ("auto", "exact", "sampled")
 _SEEDS = torch.Generator().manual_seed(0)  # of sampled gradients, where no generator is given
 SUM_TOLERANCE = 1e-3  # how far a sum of a teacher's rounded probabilities may be from 1
 
@@ -98,7 +98,7 @@ def linear_emo_loss(
     ignore_index: int = -100,
     backend: str = "auto",
     num_items: Tensor | int | None = None,
-    head_gradient: str = "exact",
+    head_gradient: str = "auto",
     head_epsilon: float = EPSILON,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # [] or, unreduced, [...]
@@ -117,7 +117,8 @@ def linear_emo_loss(
             global count of a step, the losses of micro-batches and ranks add up.
         head_gradient: ``exact``, or ``sampled``: the gradients come from a sample of the logits'
             columns. They are unbiased and cheaper, and loss and statistics stay exact (see
-            ``losses/backends/sampling.py``). The backend ``reference`` does not sample.
+            ``losses/backends/sampling.py``). ``auto`` samples where the output layer runs in
+            bfloat16 or float16. The backend ``reference`` does not sample.
         head_epsilon: the threshold of the sample, in units of one token's loss. A smaller one has
             less variance and keeps more columns.
         generator: draws the seed of the sample, on the CPU. By default a generator of this module
@@ -180,6 +181,8 @@ def linear_loss_and_stats(
     kept = hidden[keep]
     if torch.is_autocast_enabled(device):  # the output layer would run in this precision
         kept = kept.to(torch.get_autocast_dtype(device))
+    if sampled is not None and (backend == "reference" or not sampled.serves(kept.dtype)):
+        sampled = None
     kept_targets = _kept_targets(targets, soft_targets, keep, objective, kept, vocab_size)
     with torch.autocast(device, enabled=False):  # statistics and costs stay in float32
         inner = "none" if reduction == "none" else "sum"
@@ -210,7 +213,7 @@ def _sampled(name: str, epsilon: float, generator: torch.Generator | None) -> Sa
     if name == "exact":
         return None
     seed = torch.randint(2**62, (), generator=_SEEDS if generator is None else generator)
-    return Sampled(epsilon, int(seed))
+    return Sampled(epsilon, int(seed), name == "sampled")
 
 
 def _backend(name: str, hidden: Tensor, weight: Tensor, sampled: Sampled | None = None) -> Callable:

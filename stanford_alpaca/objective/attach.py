@@ -46,7 +46,7 @@ class AttachedObjective:
         cost: the frozen CostEmbedding, or this rank's part of it. None without a cost, and with the
             adaptive one.
         teacher: the source of soft targets in training, or None. Evaluation uses the labels.
-        head_epsilon: the threshold of sampled gradients; None for exact ones.
+        sampled: how gradients are sampled; None for exact ones.
         seeds: where these samples' random numbers come from. A trainer sets ``seeds.seed`` and, so
             that a resumed run draws the same, calls ``seeds.at(step)`` before each micro-batch.
         train_meter, eval_meter: sums over the tokens seen with and without gradients.
@@ -61,9 +61,9 @@ class AttachedObjective:
         adaptive: str | None,
         backend: str,
         teacher: Teacher | None,
-        head_epsilon: float | None,
+        sampled: Sampled | None,
     ):
-        self.teacher, self.head_epsilon, self.seeds = teacher, head_epsilon, Seeds()
+        self.teacher, self.sampled, self.seeds = teacher, sampled, Seeds()
         self.form, self.objective, self.backend = form, objective, backend
         self.cost: Cost | None = cost
         # the kind of the adaptive cost, which is read from the live output layer at every call
@@ -171,7 +171,7 @@ class AttachedObjective:
         return self.cost
 
     def _sampled(self) -> Sampled | None:
-        return None if self.head_epsilon is None else Sampled(self.head_epsilon, self.seeds.next())
+        return self.sampled and self.sampled._replace(seed=self.seeds.next())
 
 
 def live_cost(weight: Tensor, kind: str) -> Cost:
@@ -261,7 +261,7 @@ def attach_objective(
     backend: str = "auto",
     teacher: Teacher | None = None,
     form: HeadForm | None = None,
-    head_gradient: str = "exact",
+    head_gradient: str = "auto",
     head_epsilon: float = EPSILON,
     **options: Any,
 ) -> AttachedObjective:
@@ -310,8 +310,9 @@ def attach_objective(
         frozen.check(form.head(model).weight.shape[0])
     elif adaptive is None and objective.needs_emo:
         raise ValueError(f"mode {objective.mode} needs a cost embedding")
-    epsilon = head_epsilon if head_gradient == "sampled" else None
-    return AttachedObjective(model, form, objective, frozen, adaptive, backend, teacher, epsilon)
+    exact, everywhere = head_gradient == "exact", head_gradient == "sampled"
+    sampled = None if exact else Sampled(head_epsilon, everywhere=everywhere)
+    return AttachedObjective(model, form, objective, frozen, adaptive, backend, teacher, sampled)
 
 
 def frozen_cost(
