@@ -76,9 +76,9 @@ def run(argv: list[str]) -> None:
         print(text)
         return
     if name in CHOOSES and "RANK" not in os.environ and not {*HELP, "--help-all"} & {*rest}:
-        from stanford_alpaca.run import where
+        from stanford_alpaca.run import launcher
 
-        where.start(f"stanford_alpaca.{command.module}", rest)
+        launcher.run(f"stanford_alpaca.{command.module}", rest, reported=name == "train")
     sys.argv = [f"emo {name}", *rest, *command.more]
     importlib.import_module(f"stanford_alpaca.{command.module}").main()
 

@@ -1,7 +1,7 @@
 """Chooses what nobody has said: processes, engine, precision, resuming, and the published recipe.
 
 The launchers ask with ``python -m stanford_alpaca.run.where [--recipe published] -- FLAGS`` and
-evaluate the lines of bash that it prints. ``emo train`` asks by itself.
+evaluate the lines of bash that it prints. ``emo train`` asks in launcher.py.
 """
 
 import os
@@ -145,18 +145,6 @@ def _published(given: Mapping[str, list[str]], processes: int) -> tuple[dict[str
     batch = max(at_once, STEP // at_once * at_once)
     note = f"global batch {batch}: {STEP} cannot be had from {processes} processes of {asked}"
     return recipe | {"global_batch": str(batch)}, [] if batch == STEP else [note]
-
-
-def start(module: str, argv: list[str]) -> None:
-    """Replaces this process by a training with the command line completed. It does not return."""
-    where = where_to_run(argv, os.environ, Devices.found())
-    for note in where.notes:
-        print(note, flush=True)
-    command = [sys.executable, "-m", module]
-    if where.launched:
-        ranks = ["--standalone", "--nproc_per_node", str(where.processes)]
-        command = [sys.executable, "-m", "stanford_alpaca.launch", *ranks, "-m", module]
-    os.execve(sys.executable, [*command, *where.flags], os.environ | where.environment)
 
 
 def in_bash(where: Where) -> str:
