@@ -3,8 +3,10 @@
 ``python -m benchmarks.states MODEL --data FILE --out STATES`` runs a model over the records of a
 data file, formatted as training formats them. It writes the hidden states of the supervised tokens,
 their targets and the output layer, as safetensors. The file does not belong into the repository.
+``python -m benchmarks.states moments STATES`` measures what sampling does to squared gradients.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,12 +176,75 @@ def table(found: dict[str, dict[str, float | None]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+# ---- squares -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Compares squares of sampled gradients: python -m benchmarks.states moments STATES
+
+    Adam divides by the root of the mean square. Prints, for the rows of the weight that make up a
+    share of the exact gradient's squared norm, the root of E g^2 over |g|, with kept cost rows.
+
+    Args:
+        states: a file of ``benchmarks.states``.
+        tokens: the number of tokens of a step.
+        seeds: samples that are averaged.
+    """
+
+    states: str | None = word()
+    tokens: int = 512
+    seeds: int = 24
+
+
+def compare_moments(options: Moments) -> None:
+    """Prints a line per share."""
+    if options.states is None:
+        raise UserError("give STATES, a file of benchmarks.states")
+    for name in ("tokens", "seeds"):
+        check_whole(name, getattr(options, name), 1)
+    found, width, vocab = read_shape(options.states)
+    if options.tokens > found:
+        raise UserError(f"--tokens {options.tokens}: {options.states} has {found}")
+    case = Case("", width, vocab, options.tokens, states=options.states)
+    batch = make_batch(case)
+    exact = squares(batch, "chunked-cached")
+    total = torch.zeros_like(exact)
+    call = build("chunked-cached-sampled", batch)
+    for _ in range(options.seeds):  # each call draws anew
+        batch.weight.grad = None
+        call().backward()
+        assert batch.weight.grad is not None
+        total += batch.weight.grad.square().sum(1)
+    ratio = (total / options.seeds / exact).sqrt()
+    order = exact.argsort(descending=True)
+    shares = exact[order].cumsum(0) / exact.sum()
+    for share in (0.9, 0.99, 0.999, 0.9999):
+        count = int((shares < share).sum()) + 1
+        rows = ratio[order[:count]]
+        print(
+            f"{100 * share:g} % of the squared norm: {count} of {vocab} rows, "
+            f"ratio {rows.median():.3f} in the median, {rows.max():.3f} at most"
+        )
+
+
+def squares(batch: Batch, name: str) -> Tensor:  # [V]
+    """Returns the squared norm of each row of the weight's gradient."""
+    found = gradients(batch, name)[1]
+    assert found is not None
+    return found.square().sum(1)
+
+
 run = command(Options, write)
+moments = command(Moments, compare_moments)
 
 
 def main() -> None:
     """Runs the command."""
-    exit_on_user_error(lambda: fire.Fire(run))
+    if sys.argv[1:2] == ["moments"]:
+        exit_on_user_error(lambda: fire.Fire(moments, command=sys.argv[2:]))
+    else:
+        exit_on_user_error(lambda: fire.Fire(run))
 
 
 if __name__ == "__main__":

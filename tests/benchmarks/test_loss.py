@@ -299,3 +299,8 @@ def test_states_of_a_model_are_measured(here, tmp_path, capsys, root, monkeypatc
         loss.run(states=file, results=results)
     with pytest.raises(UserError, match=r"not what benchmarks\.states"):
         loss.run(states=data, results=results)
+    capsys.readouterr()
+    states.compare_moments(states.Moments(file, tokens=64, seeds=2))
+    # all of so small a vocabulary is multiplied
+    assert "99 % of the squared norm" in (said := capsys.readouterr().out)
+    assert said.count("ratio 1.000 in the median, 1.000 at most") == 4
