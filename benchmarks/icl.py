@@ -70,7 +70,7 @@ def compare_models(options: Options) -> None:
     print(f"{torch.get_num_threads()} threads, {options.shots} examples ({options.retriever})")
     for task in choose_tasks(options.tasks, read_tasks(), folder):
         data = load_task(task, folder, options.limit)
-        examples, *_ = choose_examples(data, settings, tfidf)
+        examples = choose_examples(data, settings, tfidf)[0]  # of seed 0
         for name, model in models.items():
             positions = model.config.max_position_embeddings
             choices = encode_choices(tokenizer, data, examples, positions)

@@ -80,7 +80,7 @@ def run(
         folder = Path(name)
         models = {
             "large": write_model(folder / "large", vocab, large),
-            "small": write_model(folder / "small", 2000, SMALL),
+            "small": write_model(folder / "small", 2048, SMALL),
         }
         data, share, unique = write_data(folder / "data.json", 2 * RANKS * batch * STEPS, length)
         settings = {

@@ -115,10 +115,9 @@ def linear_emo_loss(
             ``auto``, the fastest that serves these tensors.
         num_items: what ``mean`` divides by in place of this call's number of targets. With the
             global count of a step, the losses of micro-batches and ranks add up.
-        head_gradient: ``exact``, or ``sampled``: the gradients come from a sample of the logits'
-            columns. They are unbiased and cheaper, and loss and statistics stay exact (see
-            ``losses/backends/sampling.py``). ``auto`` samples where the output layer runs in
-            bfloat16 or float16. The backend ``reference`` does not sample.
+        head_gradient: ``exact``; ``sampled``: unbiased and cheaper gradients from a sample of the
+            logits' columns, with exact loss and statistics (``losses/backends/sampling.py``); or
+            ``auto``: sampled in bfloat16 and float16. The backend ``reference`` does not sample.
         head_epsilon: the threshold of the sample, in units of one token's loss. A smaller one has
             less variance and keeps more columns.
         generator: draws the seed of the sample, on the CPU. By default a generator of this module
@@ -141,7 +140,7 @@ def linear_emo_loss(
         ignore_index=ignore_index,
         backend=backend,
         num_items=num_items,
-        sampled=_sampled(head_gradient, head_epsilon, generator),
+        sampled=_seeded(sampled_as(head_gradient, head_epsilon), generator),
     )[0]
 
 
@@ -209,11 +208,16 @@ def check_head_gradient(name: str, epsilon: float, backend: str) -> None:
         raise ValueError("backend reference has exact gradients alone: choose chunked")
 
 
-def _sampled(name: str, epsilon: float, generator: torch.Generator | None) -> Sampled | None:
-    if name == "exact":
+def sampled_as(name: str, epsilon: float) -> Sampled | None:
+    """Returns how a head_gradient samples; None if it is exact."""
+    return None if name == "exact" else Sampled(epsilon, everywhere=name == "sampled")
+
+
+def _seeded(sampled: Sampled | None, generator: torch.Generator | None) -> Sampled | None:
+    if sampled is None:
         return None
     seed = torch.randint(2**62, (), generator=_SEEDS if generator is None else generator)
-    return Sampled(epsilon, int(seed), name == "sampled")
+    return sampled._replace(seed=int(seed))
 
 
 def _backend(name: str, hidden: Tensor, weight: Tensor, sampled: Sampled | None = None) -> Callable:

@@ -30,6 +30,7 @@ from stanford_alpaca.losses.functional import (
     check_backend,
     check_head_gradient,
     linear_loss_and_stats,
+    sampled_as,
 )
 from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.losses.types import SoftTargets
@@ -310,8 +311,7 @@ def attach_objective(
         frozen.check(form.head(model).weight.shape[0])
     elif adaptive is None and objective.needs_emo:
         raise ValueError(f"mode {objective.mode} needs a cost embedding")
-    exact, everywhere = head_gradient == "exact", head_gradient == "sampled"
-    sampled = None if exact else Sampled(head_epsilon, everywhere=everywhere)
+    sampled = sampled_as(head_gradient, head_epsilon)
     return AttachedObjective(model, form, objective, frozen, adaptive, backend, teacher, sampled)
 
 

@@ -116,7 +116,8 @@ def _local(head: Head, device: torch.device) -> tuple[Tensor, Tensor | None, dis
             "wanted an output layer sharded by vocabulary over one group of ranks, "
             f"not {type(weight).__name__}"
         )
-    bias = None if head.bias is None else head.bias.to_local().to(device)  # type: ignore[attr-defined]
+    bias: Any = head.bias
+    bias = None if bias is None else bias.to_local().to(device)
     return weight.to_local().to(device), bias, weight.device_mesh.get_group()
 
 
