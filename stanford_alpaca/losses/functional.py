@@ -124,13 +124,14 @@ def linear_emo_loss(
             does, which moves on with each call. The state of ``torch.manual_seed`` is not touched.
 
     Raises:
-        ValueError: as ``emo_loss``, and for a backend that is unknown or cannot serve the tensors.
+        ValueError: as ``emo_loss``, and for a backend that cannot serve.
     """
     check_head_gradient(head_gradient, head_epsilon, backend)
-    head = Head(weight, bias, softcap, logit_scale)
+    if num_items is not None and not num_items > 0:
+        raise ValueError(f"num_items is {num_items}, wanted the number of targets, 1 or more")
     return linear_loss_and_stats(
         hidden,
-        head,
+        Head(weight, bias, softcap, logit_scale),
         targets,
         cost_embedding,
         mode,
@@ -249,6 +250,10 @@ def _checked(
     """Returns the objective, the cost on the right device, and the mask of supervised positions."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}: choose from {', '.join(REDUCTIONS)}")
+    if not rows.is_floating_point():
+        raise ValueError(f"logits and hidden states are floating-point numbers, not {rows.dtype}")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets are integers, not {targets.dtype}")
     if rows.shape[:-1] != targets.shape:
         raise ValueError(
             f"targets have shape {tuple(targets.shape)}, wanted {tuple(rows.shape[:-1])}"
@@ -282,7 +287,7 @@ def _kept_targets(
     They are token ids [N], or soft targets with probabilities in the dtype of the statistics.
     """
     if soft is None:
-        return targets[keep]
+        return targets[keep].long()
     if objective.needs_p:
         what = (
             f"mode {objective.mode}"

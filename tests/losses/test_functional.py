@@ -125,13 +125,7 @@ def test_a_batch_without_targets_gives_zero(batch):
         loss = linear_emo_loss(
             hidden, weight, torch.full_like(targets, -100), embedding, backend=backend
         )
-        assert (
-            loss.item()
-            == 0
-            == linear_emo_loss(
-                hidden, weight, targets.clone().fill_(-100), embedding, num_items=0
-            ).item()
-        )
+        assert loss.item() == 0
         for grad in torch.autograd.grad(loss, [hidden, weight]):
             assert grad.abs().max().item() == 0
 
@@ -210,6 +204,15 @@ def test_triton_is_refused_where_it_cannot_serve(batch, monkeypatch):
             {"cost_embedding": "frozen"},
             "a tensor .vocabulary, width. or a CostEmbedding, not 'frozen'",
         ),
+        ({"targets": torch.zeros(3, 7)}, r"targets are integers, not torch\.float32"),
+        ({"targets": torch.ones(3, 7, dtype=torch.bool)}, r"targets are integers, not torch\.bool"),
+        (
+            {"hidden": torch.zeros(3, 7, 10, dtype=torch.complex64)},
+            r"floating-point numbers, not torch\.complex64",
+        ),
+        ({"hidden": torch.zeros(3, 7, 10, dtype=torch.long)}, r"numbers, not torch\.int64"),
+        ({"num_items": 0}, "num_items is 0, wanted the number of targets, 1 or more"),
+        ({"num_items": torch.tensor(-3)}, "num_items is -3"),
         ({"mode": "emo3"}, "unknown mode"),
         ({"reduction": "avg"}, "unknown reduction"),
         (
@@ -224,6 +227,15 @@ def test_bad_arguments(batch, change, message):
     )
     with pytest.raises(ValueError, match=message):
         linear_emo_loss(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_targets_of_every_integer_dtype(batch, dtype):
+    hidden, weight, targets, embedding = batch
+    for backend in ("chunked", "reference"):
+        want = linear_emo_loss(hidden, weight, targets, embedding, backend=backend)
+        found = linear_emo_loss(hidden, weight, targets.to(dtype), embedding, backend=backend)
+        assert torch.equal(found, want)
 
 
 def test_cost_may_be_wider_and_is_not_trained(batch):

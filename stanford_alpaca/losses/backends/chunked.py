@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from stanford_alpaca.cost import Cost, CostEmbedding, CostRows
 from stanford_alpaca.losses.backends import torch_kernels
+from stanford_alpaca.losses.backends.autograd import first_derivatives
 from stanford_alpaca.losses.backends.sampling import Columns, Sampled
 from stanford_alpaca.losses.types import (
     Head,
@@ -381,7 +381,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return out.loss.sum() if reduction == "sum" else out.loss, out.nll, out.log_emo
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, *upstream: Tensor) -> tuple:
         grad = upstream[0]
         if ctx.early:

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
 from stanford_alpaca.cost import Cost, CostRows, ShardedCost
 from stanford_alpaca.distributed.collectives import all_gather, reduce_scatter
 from stanford_alpaca.losses.backends import chunked, torch_kernels
+from stanford_alpaca.losses.backends.autograd import first_derivatives
 from stanford_alpaca.losses.backends.sampling import Sampled
 from stanford_alpaca.losses.types import (
     Chunk,
@@ -163,7 +163,7 @@ class _GatherRows(torch.autograd.Function):
         return all_gather(own, group)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple:
         exact = grad if grad.dtype == torch.float64 else grad.float()
         return reduce_scatter(exact, ctx.group).to(grad.dtype), None
