@@ -267,6 +267,7 @@ class Payload:
         ({"teacher": "BASE", "mode": "dft"}, [], "--teacher: mode dft"),
         ({"teacher": "BASE", "teacher_top_k": 0}, [], "--teacher_top_k 0"),
         ({"from_config": True}, [], "a random output layer prices nothing; make a cost embedding"),
+        ({"detokenize": True}, [], "--detokenize are about running text"),
         ({"cost": "froze"}, [], "--cost froze"),
         ({"cost": "none.safetensors"}, [], "--cost none.safetensors"),
         ({"cost": "broken.json", "cost_kind": "identity"}, [], "needs no embedding"),

@@ -147,6 +147,15 @@ class DataArguments:
             )
         },
     )
+    detokenize: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "With --block_size: turns text of word tokens, as WikiText's, into plain text; "
+                "sentences with <unk> are left out."
+            )
+        },
+    )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that tokenize."}
     )

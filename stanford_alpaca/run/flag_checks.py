@@ -334,9 +334,10 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
 def check_blocks(data: DataArguments) -> None:
     """Raises UserError for invalid flags about blocks of running text."""
     if data.block_size is None:
-        if data.max_sentences is not None or data.documents != "auto":
+        if data.max_sentences is not None or data.documents != "auto" or data.detokenize:
             raise UserError(
-                "--max_sentences and --documents are about running text: they need --block_size"
+                "--max_sentences, --documents and --detokenize are about running text: "
+                "they need --block_size"
             )
         return
     if data.block_size < 2:

@@ -66,8 +66,8 @@ STATE_FLAGS = {
     "optim", "optim_args", "optim_target_modules", "lora", "qlora", "lora_r", "lora_target_modules",
     "lora_target_parameters", "lora_embeddings", "seed", "data_seed", "eval_fraction",
     "data_weights", "streaming", "shuffle_buffer", "columns", "model_max_length", "block_size",
-    "documents", "max_sentences", "packing", "prompt_template", "special_tokens", "train_history",
-    "train_sampling_strategy",
+    "documents", "max_sentences", "detokenize", "packing", "prompt_template", "special_tokens",
+    "train_history", "train_sampling_strategy",
 }  # fmt: skip
 # the best value so far was measured by these
 MEASURE_FLAGS = {"metric_for_best_model", "greater_is_better"}
