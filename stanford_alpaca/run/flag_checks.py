@@ -73,7 +73,15 @@ def check(run: Run) -> None:
             "train an adapter with --lora"
         )
     if model.teacher is not None:
-        check_model(run.teacher(model.teacher))
+        check_model(run.other(model.teacher))
+    if run.objective.cost_is_model:
+        try:
+            check_model(run.other(run.objective.cost))
+        except UserError as error:
+            raise UserError(
+                f"--cost {run.objective.cost}: not frozen, not adaptive, no file, and no model "
+                f"({error})"
+            ) from None
     if training.push_to_hub:
         check_hub(training)
 
@@ -200,15 +208,21 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
             "make a cost embedding with "
             "python -m stanford_alpaca.cost build and give it as --cost PATH"
         )
+    if objective.prices_elsewhere and objective.cost_kind == "identity":
+        raise UserError(
+            f"--cost {objective.cost} would not be used: --cost_kind identity needs no embedding"
+        )
+    if not 0 <= objective.cost_seed < 2**63:
+        raise UserError(f"--cost_seed {objective.cost_seed}: give a whole number from 0 on")
+    if objective.cost_seed and objective.cost_kind != "shuffled":
+        raise UserError(f"--cost_seed {objective.cost_seed} belongs to --cost_kind shuffled")
     if objective.cost_cache_mib is not None:
         if not 0 <= objective.cost_cache_mib < math.inf:
             raise UserError(f"--cost_cache_mib {objective.cost_cache_mib}: give 0 (none) or more")
         if objective.cost_cache_mib and (
             objective.cost == "adaptive" or objective.cost_kind == "identity"
         ):
-            raise UserError(
-                "--cost_cache_mib: only a cosine cost that is not adaptive has rows to keep"
-            )
+            raise UserError("--cost_cache_mib: an adaptive or an identity cost has no rows to keep")
     if objective.loss_backend == "triton" and not torch.cuda.is_available():
         raise UserError("--loss_backend triton needs an NVIDIA GPU: choose chunked")
     try:
@@ -280,7 +294,7 @@ def check_cost_sharding(run: Run) -> None:
         )
     if asked == "shard" and (objective.cost == "adaptive" or objective.cost_kind == "identity"):
         raise UserError(
-            "--cost_sharding shard: only a cosine cost that is not adaptive has rows to shard"
+            "--cost_sharding shard: an adaptive or an identity cost has no rows to shard"
         )
 
 
