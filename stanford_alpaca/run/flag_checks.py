@@ -20,6 +20,7 @@ from stanford_alpaca.distributed.engine import deepspeed_of, shards_weights
 from stanford_alpaca.errors import UserError, first_line, nearest
 from stanford_alpaca.flags import check_writable
 from stanford_alpaca.losses.functional import check_head_gradient
+from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.run.arguments import (
     METRICS,
@@ -216,6 +217,8 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
         raise UserError(f"--cost_seed {objective.cost_seed}: give a whole number from 0 on")
     if objective.cost_seed and objective.cost_kind != "shuffled":
         raise UserError(f"--cost_seed {objective.cost_seed} belongs to --cost_kind shuffled")
+    for line in warnings_of(needs):
+        say(line)
     if objective.cost_cache_mib is not None:
         if not 0 <= objective.cost_cache_mib < math.inf:
             raise UserError(f"--cost_cache_mib {objective.cost_cache_mib}: give 0 (none) or more")
@@ -236,6 +239,24 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
         )
     if model.teacher_top_k < 1:
         raise UserError(f"--teacher_top_k {model.teacher_top_k}: give 1 or more")
+
+
+def warnings_of(objective: Objective) -> list[str]:
+    """Returns what a user of this objective should know before the first step."""
+    if objective.mode == "emo2" and objective.emo_weighting == "upstream":
+        p = 0.9999
+        weight = round(p / -math.log(p), -2)  # (emo + p) / nll, with an emo of 0
+        return [
+            f"--mode emo2 --emo_weighting upstream: where a token's probability is {p}, the weight "
+            f"of its nll gradient is {weight:,.0f}, so learned tokens outweigh all others; "
+            "the paper's weighting stays below 2"
+        ]
+    if objective.mode == "tailr" and 1000 * objective.tailr_gamma < 1:
+        return [
+            f"--mode tailr --tailr_gamma {objective.tailr_gamma:g}: a token's loss is within "
+            f"1/1000 of mle's where its probability is above {1000 * objective.tailr_gamma:g}"
+        ]
+    return []
 
 
 def check_lora(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> None:
