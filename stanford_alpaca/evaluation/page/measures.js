@@ -12,6 +12,8 @@ function drawMeasures(box) {
     el("tr", {}, measureName(row), ...shown.map((i) => measureCell(row, row.cells[i], i)),
       theirs ? measureCell(row, row.references, null) : null, wide ? el("td", { class: "forest" }, forest(row, shown)) : null);
   box.append(scrolling("Measures with intervals", el("table", { class: "measures" }, el("thead", {}, head), ...grouped(found.rows, line))));
+  box.append(...found.notes.map(note));
+  drawEntropy(box, shown);
   if (found.pairs.length && !found.differences.length) box.append(note("There are too few records for the intervals of differences."));
   if (!found.differences.length) return;
   const columns = found.pairs.map(([model, minus]) =>
@@ -73,11 +75,12 @@ function forest(row, shown) {
 
 function differenceCell(cell, better) {
   if (!cell) return el("td", { text: "–" });
-  const sure = cell.p !== null && cell.p < 0.05;
+  const sure = cell.p !== null && cell.p < 0.05 && cell.verdict !== "cannot measure";
   const verdict = !sure || !better ? "" : cell.mean * better > 0 ? "better" : "worse";
   const sign = cell.mean > 0 ? "+" : "";
   return el("td", { class: verdict || null },
     el("span", { class: "value", text: `${sign}${number(cell.mean)}` }, ...(verdict ? [el("span", { class: "verdict", text: verdict })] : [])),
     cell.low === null ? null : el("span", { class: "range", text: `${number(cell.low)} to ${number(cell.high)}` }),
-    cell.p === null ? null : el("span", { class: "range", text: cell.p < 0.001 ? "p < 0.001" : `p ${cell.p.toFixed(3)}` }));
+    cell.p === null ? null : el("span", { class: "range", text: cell.p < 0.001 ? "p < 0.001" : `p ${cell.p.toFixed(3)}` }),
+    cell.verdict ? el("span", { class: "range", text: cell.verdict }) : null);
 }
