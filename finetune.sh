@@ -3,13 +3,16 @@
 #
 #   bash finetune.sh MODEL_PATH [OUTPUT] [flags]
 #       Trains with the published recipe: 25,000 lines of WikiText-103 in blocks of 256 tokens,
-#       16 blocks at a time, one epoch, mode emo2, a LoRA adapter.
+#       16 blocks at a time, one epoch, mode emo2, a LoRA adapter. docs/continual.md tells what of
+#       it is the paper's and what the published script's.
 #       MODEL_PATH is a folder or a hub name. OUTPUT (default: output/MODEL-continual) is new,
 #       empty, or that of the same command, which then goes on from its newest checkpoint.
 #
 # Flags are those of stanford_alpaca/train.py and win over the recipe's:
 #   --data_path FILE    other text: a file of text, JSON lines or CSV (also gzipped) or parquet,
 #                       a folder, or a hub name
+#   --recipe script     what the published script does and the paper does not say: all of the text,
+#                       LoRA on q_proj and v_proj, seed 100
 #   --max_sentences 0   all of the text
 #   --lora False        trains all weights
 #   --mode mle          another objective

@@ -23,7 +23,7 @@ from pathlib import Path
 import fire
 
 ROOT = Path(__file__).resolve().parents[1]
-MODES, SEEDS = ("mle", "emo2", "emo"), (0, 1, 2)
+MODES, SEEDS = ("mle", "emo2", "emo", "emd"), (0, 1, 2)
 BASE = {
     "lora": False,
     "mode": "mle",

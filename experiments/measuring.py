@@ -59,7 +59,6 @@ def measures_of(model: Path, here: Path, seed: int) -> dict[str, float]:
         oracle,
         examples,
         cost,
-        pad_token_id=pad,
         positions=POSITIONS,
         batch_size=64,
         seed=seed,

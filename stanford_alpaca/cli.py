@@ -36,7 +36,7 @@ COMMANDS = {
     "report": Command("evaluation.report", "write a page about runs"),
     "icl": Command("evaluation.icl", "few-shot evaluation"),
     "checkpoint": Command("checkpoint.__main__", "verify, list and export checkpoints"),
-    "cost": Command("cost.__main__", "make a cost embedding"),
+    "cost": Command("cost.__main__", "make a cost embedding, or look into one"),
     "fetch": Command("data.fetch", "download a published instruction set"),
     "launch": Command("launch", "torchrun with a clean end"),
 }

@@ -60,6 +60,20 @@ def printable(text: str) -> str:
     return SECRET_LOOK.sub("***", text).encode(errors="backslashreplace").decode()
 
 
+def align(table: list[list[str]]) -> str:
+    """Formats rows of cells, the first column to the left, the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
+    return "\n".join(
+        "  ".join(
+            [
+                row[0].ljust(first),
+                *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True)),
+            ]
+        ).rstrip()
+        for row in table
+    )
+
+
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
     """Keeps the hub's client from announcing every retry.

@@ -19,8 +19,9 @@ from stanford_alpaca.console import drop_output, is_main_process, printable
 from stanford_alpaca.errors import UserError, nearest
 
 T = TypeVar("T")
-# modules of the extra ``eval`` -> what is installed
+# optional modules -> what is installed
 PIP_NAMES = {
+    "matplotlib": "matplotlib",
     "sklearn": "scikit-learn",
     "rouge_score": "rouge-score",
     "sacrebleu": "sacrebleu",

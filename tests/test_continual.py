@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stanford_alpaca.continual import recipe
+from stanford_alpaca.continual import chosen_recipe, recipe
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.losses import emo_loss
@@ -152,6 +152,21 @@ def test_sixteen_blocks_make_a_step(argv, world_size, want, capsys):
     found = recipe(argv, world_size)
     assert (found["per_device_train_batch_size"], found.get("global_batch")) == want
     assert ("cannot be had" in capsys.readouterr().out) == (want[1] in (15, 20, 12))
+
+
+def test_the_scripts_recipe_adds_what_the_paper_does_not_say(root):
+    name, rest = chosen_recipe(["--model_name_or_path", "m", "--recipe", "script", "--seed", "3"])
+    assert name == "script" and rest == ["--model_name_or_path", "m", "--seed", "3"]
+    found, paper = recipe(rest, 1, name), recipe(rest, 1)
+    assert {key: value for key, value in found.items() if value != paper.get(key)} == {
+        "max_sentences": 0,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "seed": 100,
+    }
+    assert "lora_target_modules" not in recipe(["--lora", "False"], 1, "script")
+    assert chosen_recipe(["--lora"]) == ("paper", ["--lora"])
+    with pytest.raises(UserError, match=r"--recipe papr: choose from paper, script; did you mean"):
+        chosen_recipe(["--recipe=papr"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ import random
 import pytest
 import torch
 
-from experiments import oracle, students, tables
+from experiments import oracle, real, stationary, students, tables
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.losses import Objective, emo_loss
 
 WORDS = (
     "the a old new king river said went saw and to of city house red small people year government "
@@ -102,3 +105,64 @@ def test_tables_pair_by_seed_and_mark_what_is_clear():
     runs.append({"setting": "few", "arm": "dft", "seed": 2, "measures": {"nll": 6.0}})
     # The pairs are seeds 1 and 2 of both arms.
     assert "| dft - mle | +3.0000 |" in tables.differences(runs).splitlines()
+
+
+def test_objectives_come_to_rest_where_their_gradient_is_zero():
+    log_q = (2 * torch.randn(3, 12)).log_softmax(1)
+    cost = CostEmbedding(torch.randn(12, 4))
+    prices = cost.costs(torch.arange(12), 12).expand(3, -1, -1)
+    log_p, residual = stationary.descend(Objective("mle"), log_q, None, 300)
+    assert residual.max() < 1e-5
+    found = stationary.describe(log_q, log_p)
+    assert found["tau"].tolist() == pytest.approx([1] * 3, abs=1e-3) and found["tv"].max() < 1e-5
+    log_p, residual = stationary.descend(Objective("emo"), log_q, prices, 1000)
+    assert residual.max() < 1e-3
+    # the gradient of the expectation over targets, by the public loss
+    z = log_p[0].double().requires_grad_()
+    each = emo_loss(z.expand(12, -1), torch.arange(12), cost, reduction="none")
+    (gradient,) = torch.autograd.grad((log_q[0].exp() * each).sum(), z)
+    assert gradient.abs().sum() < 1e-3
+    away = log_q[0].double().requires_grad_()
+    each = emo_loss(away.expand(12, -1), torch.arange(12), cost, reduction="none")
+    (gradient,) = torch.autograd.grad((log_q[0].exp() * each).sum(), away)
+    assert gradient.abs().sum() > 0.05
+
+
+def test_tau_is_that_of_equal_entropy():
+    log_q = (2 * torch.randn(4, 30, dtype=torch.float64)).log_softmax(1)
+    for tau in (0.5, 1.7):
+        found = stationary.describe(log_q, (log_q / tau).log_softmax(1))
+        assert found["tau"].tolist() == pytest.approx([tau] * 4, rel=1e-6)
+        assert found["slope"].tolist() == pytest.approx([1 / tau] * 4)
+        assert found["r2"].tolist() == pytest.approx([1] * 4) and found["tv_tau"].max() < 1e-6
+    assert stationary.describe(log_q, log_q)["tv"].max() == 0
+
+
+def test_real_models_leave_a_file_a_run_and_go_on(tmp_path, monkeypatch, make_model, root, capsys):
+    monkeypatch.setattr(real, "RESULTS", tmp_path / "results")
+    for name, value in {"STEPS": 5, "TOP": 20, "CONTEXTS": 2, "LENGTH": 8}.items():
+        monkeypatch.setattr(stationary, name, value)
+    (tmp_path / "models").mkdir()
+    for name in stationary.MODELS:
+        (tmp_path / "models" / name).symlink_to(root / "data" / "tiny-base")
+    write_texts(tmp_path / "texts")
+    arguments = {
+        "models": str(tmp_path / "models"),
+        "data": str(tmp_path / "texts"),
+        "work": str(tmp_path / "work"),
+    }
+    real.run("E0", **arguments)
+    found = json.loads((tmp_path / "results" / "real-E0.json").read_text())
+    assert len(found["runs"]) == 2 * (4 + 4 * 4)
+    assert (tmp_path / "results" / "real-E0.png").stat().st_size > 5000
+    assert "| `emo` | centred |" in (tmp_path / "results" / "real-E0.md").read_text()
+    (tmp_path / "work" / "E0" / "smollm2-135m-emo2-identity.json").unlink()
+    capsys.readouterr()
+    real.run("E0", **arguments)
+    assert capsys.readouterr().out.count("making ") == 1
+    assert json.loads((tmp_path / "results" / "real-E0.json").read_text()) == found
+    for changes, message in (({"models": "none"}, "has no smollm2"), ({"data": "none"}, "english")):
+        with pytest.raises(UserError, match=message):
+            real.run("E0", **arguments | changes)
+    with pytest.raises(UserError, match="--part E9: choose from E0"):
+        real.run("E9", **arguments)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from stanford_alpaca.checkpoint.export import export
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.tokenize import tokenize_records
+from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.measures.forced import teacher_forced
 from stanford_alpaca.losses.objectives import MODES
 from stanford_alpaca.train import train
@@ -186,6 +187,45 @@ def test_a_cost_from_a_file_is_used(arguments, tmp_path, root):
     for one, two in zip(steps(tmp_path / "file"), steps(tmp_path / "kind"), strict=True):
         assert one["emo"] == pytest.approx(two["emo"], rel=1e-4)
         assert one["emo"] == pytest.approx(1 - one["target_prob"], rel=1e-4)
+
+
+def test_a_cost_from_another_model_and_its_kinds(arguments, tmp_path, root, capsys):
+    """The base itself, with its rows in another order, prices as a frozen cost does."""
+    base = root / "data" / "tiny-base"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    priced = tmp_path / "pricing"
+    model.save_pretrained(priced)
+    AutoTokenizer.from_pretrained(base).save_pretrained(priced)
+    emo = {}
+    for name, changes in {
+        "frozen": {},
+        "same": {"cost": base},
+        "other": {"cost": priced},
+        "centred": {"cost_kind": "centred"},
+        "shuffled": {"cost_kind": "shuffled"},
+        "again": {"cost_kind": "shuffled", "cost_seed": 1},
+    }.items():
+        train(arguments(output_dir=tmp_path / name, max_steps=1, **changes))
+        emo[name] = steps(tmp_path / name)[0]["emo"]
+    assert emo["same"] == pytest.approx(emo["frozen"], rel=1e-6)
+    assert len({round(value, 5) for value in emo.values()}) == 5
+    assert "frozen shuffled costs" in capsys.readouterr().out
+    record = yaml.safe_load((tmp_path / "again" / "run.yaml").read_text())
+    assert (record["cost_kind"], record["cost_seed"]) == ("shuffled", 1)
+    assert "frozen, shuffled (seed 1)" in (tmp_path / "again" / "README.md").read_text()
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert "| cost | pricing, cosine |" in card and str(tmp_path) not in card
+    identity = yaml.safe_load((tmp_path / "other" / "run.yaml").read_text())["made_with"]["cost"]
+    same = yaml.safe_load((tmp_path / "same" / "run.yaml").read_text())["made_with"]["cost"]
+    assert identity.startswith("sha256:") and identity != same
+    backend = json.loads((priced / "tokenizer.json").read_text())
+    vocab = backend["model"]["vocab"]
+    one, two = list(vocab)[300:302]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    (priced / "tokenizer.json").write_text(json.dumps(backend))
+    with pytest.raises(UserError, match=r"has other ids than that of .*cost build --head"):
+        train(arguments(output_dir=tmp_path / "wrong", cost=priced))
 
 
 def test_the_command_exits_with_status_2_and_one_line(root, tmp_path):

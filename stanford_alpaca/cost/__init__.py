@@ -1,11 +1,17 @@
 """The transport cost between tokens.
 
-``python -m stanford_alpaca.cost build`` makes an embedding where a model has none yet.
+``python -m stanford_alpaca.cost build`` makes an embedding where a model has none yet, and ``cost
+describe`` looks into one.
 """
 
 from stanford_alpaca.cost.alias import CostAlias
 from stanford_alpaca.cost.cache import CostRows
-from stanford_alpaca.cost.embedding import COST_KINDS, ZERO_BELOW, CostEmbedding
+from stanford_alpaca.cost.embedding import (
+    COST_KINDS,
+    ZERO_BELOW,
+    CostEmbedding,
+    is_embedding_file,
+)
 from stanford_alpaca.cost.sharded import ShardedCost, as_cost, broadcast_cost
 from stanford_alpaca.cost.types import Cost
 
@@ -20,4 +26,5 @@ __all__ = [
     "ShardedCost",
     "as_cost",
     "broadcast_cost",
+    "is_embedding_file",
 ]

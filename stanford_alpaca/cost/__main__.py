@@ -1,6 +1,7 @@
-"""Makes a cost embedding.
+"""Makes a cost embedding, or looks into one.
 
 python -m stanford_alpaca.cost build --text FILE --tokenizer MODEL --out cost.safetensors
+python -m stanford_alpaca.cost describe MODEL
 """
 
 import sys
@@ -9,15 +10,26 @@ from pathlib import Path
 
 import fire
 
-from stanford_alpaca.cost.build import describe, from_head, from_text, save
+from stanford_alpaca.cost import description
+from stanford_alpaca.cost.build import (
+    describe,
+    first_words,
+    from_head,
+    from_text,
+    neighbours,
+    save,
+)
 from stanford_alpaca.cost.cooccurrence import SMOOTHING, TextSettings
+from stanford_alpaca.cost.embedding import CostEmbedding
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import (
+    check_packages,
     check_whole,
     check_writable,
     command,
     exit_on_user_error,
     part_of,
+    word,
     words,
 )
 from stanford_alpaca.models.check import check_model
@@ -32,6 +44,10 @@ class Options(TextSettings):
 
     python -m stanford_alpaca.cost build --text FILE [FILE ...] --tokenizer MODEL --out OUT
     python -m stanford_alpaca.cost build --head MODEL [--tokenizer MODEL] --out OUT
+
+    To look into the costs of a model:
+
+    python -m stanford_alpaca.cost describe MODEL [--tokens " Monday, three"]
 
     Args:
         text: files to count tokens in. Files named .json, .jsonl, .csv, .tsv or .parquet hold
@@ -62,9 +78,7 @@ def build_cost(options: Options) -> None:
     """Makes the rows, writes them, and prints a description of them."""
     settings, head, vocab_size = part_of(options, TextSettings), options.head, options.vocab_size
     check_options(options, settings)
-    if options.out is None or options.out == "True" or Path(options.out).exists():
-        raise UserError(f"--out {options.out}: give the name of a file that does not exist yet")
-    check_writable("out", Path(options.out))
+    out = check_new("out", options.out)
     check_whole("vocab_size", 1 if vocab_size is None else vocab_size, 1)
     texts = (
         []
@@ -99,7 +113,7 @@ def build_cost(options: Options) -> None:
     name = head or " ".join(map(str, texts))
     save(
         rows,
-        Path(options.out),
+        out,
         source=name,
         method=method,
         tokenizer=str(options.tokenizer or head),
@@ -130,6 +144,87 @@ def check_options(options: Options, settings: TextSettings) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Looked:
+    """Describes the costs that a model's output embedding gives: a table, neighbours, a plot.
+
+    python -m stanford_alpaca.cost describe MODEL [--tokens " Monday, three"] [--plot FILE]
+
+    The table has a column for each kind of cost (cosine, centred, shuffled). Its rows are the costs
+    of pairs of tokens, drawn uniformly and by frequency; the share of their variance that single
+    tokens and their frequencies explain; mean costs between frequent tokens (the first 1 % of the
+    vocabulary), rare ones (the last 90 %) and those between; and the cosine of EMO's gradient with
+    that under the identity cost. A token's frequency is its mean probability in texts.
+
+    Args:
+        model: a folder or a hub name.
+        tokens: words of one token each, separated by commas, whose nearest tokens are shown. Most
+            begin with a space. By default frequent words.
+        text: a file, as for build, whose beginnings give contexts. By default the model writes
+            them.
+        contexts: how many texts, of at most 64 tokens; 16 by default.
+        seed: of what the model writes, and of the kind shuffled.
+        plot: a picture to write, as FILE.png. It must not exist. Needs matplotlib.
+        trust_remote_code: runs the code that comes with the model's folder or repository.
+        verify: reads a large model again, to compare it with its manifest. A model below 2 GiB is
+            always read.
+    """
+
+    model: str | None = word()
+    tokens: str | None = None
+    text: str | None = None
+    contexts: int = 16
+    seed: int = 0
+    plot: str | None = None
+    trust_remote_code: bool = False
+    verify: bool = False
+
+
+def describe_costs(options: Looked) -> None:
+    """Prints the table and the neighbours, and draws the plot."""
+    if options.model is None:
+        raise UserError("give a model: python -m stanford_alpaca.cost describe MODEL")
+    check_whole("contexts", options.contexts, 1)
+    check_whole("seed", options.seed, 0)
+    text = None if options.text is None else Path(options.text).expanduser()
+    if text is not None and not text.is_file():
+        raise UserError(f"--text {text}: no such file")
+    plot = None
+    if options.plot is not None:
+        check_packages("--plot", "matplotlib")
+        plot = check_new("plot", options.plot)
+    source = ModelSource(options.model, remote_code=options.trust_remote_code)
+    check_model(source, verify=options.verify)
+    tokenizer = source.tokenizer(may_grow=False)
+    asked = None if options.tokens is None else description.tokens_of(options.tokens, tokenizer)
+    model = source.load().eval()
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{options.model}: this model has no output embedding")
+    rows = description.texts_of(model, tokenizer, text, options.contexts, options.seed)
+    found, frequency = description.describe(model, rows, seed=options.seed)
+    print(description.table(found))
+    order = frequency.argsort(descending=True).tolist()
+    for kind in ("cosine", "centred"):
+        cost = CostEmbedding(model.get_output_embeddings().weight, kind)
+        print(f"{kind}:")
+        for line in neighbours(cost, asked or first_words(order, tokenizer), tokenizer):
+            print(line)
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        description.plot(found, plot)
+
+
+look = command(Looked, describe_costs)
+
+
+def check_new(name: str, path: str | None) -> Path:
+    """Returns the path. Raises UserError unless it is free and can be written to."""
+    if path is None or path == "True" or Path(path).exists():
+        raise UserError(f"--{name} {path}: give the name of a file that does not exist yet")
+    check_writable(name, Path(path))
+    return Path(path)
+
+
 def main() -> None:
     """Runs the command."""
     exit_on_user_error(_run)
@@ -138,9 +233,11 @@ def main() -> None:
 def _run() -> None:
     if sys.argv[1:2] == ["--help"]:
         sys.argv[1:] = ["build", "--help"]
-    if sys.argv[1:2] != ["build"]:
-        raise UserError("give a command: python -m stanford_alpaca.cost build --help")
-    fire.Fire({"build": build})
+    if sys.argv[1:2] not in (["build"], ["describe"]):
+        raise UserError(
+            "give a command: python -m stanford_alpaca.cost build --help, or describe --help"
+        )
+    fire.Fire({"build": build, "describe": look})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Makes a cost embedding from text or from another model, writes it to a file, and describes it."""
 
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
 from pathlib import Path
 from time import perf_counter
 
@@ -155,19 +155,26 @@ def describe(rows: np.ndarray, order: np.ndarray, tokenizer: PreTrainedTokenizer
         f"{filled.sum():,} with data, {(~filled).sum():,} of zeros"
     ]
     cost = CostEmbedding(torch.from_numpy(rows))
-    words = (
-        token for token in order.tolist() if filled[token] and _is_word(tokenizer.decode([token]))
-    )
-    for _, token in zip(range(SHOWN), words, strict=False):
-        costs = cost.costs(torch.tensor([token]), len(rows))[0]
-        near = [
-            other
-            for other in costs.argsort(stable=True).tolist()
-            if other != token and filled[other]
-        ][:NEIGHBOURS]
-        shown = ", ".join(f"{tokenizer.decode([other])!r} {costs[other]:.2f}" for other in near)
-        lines.append(f"  nearest to {tokenizer.decode([token])!r} (cost): {shown}")
-    return "\n".join(lines)
+    seen = (token for token in order.tolist() if filled[token])
+    return "\n".join([*lines, *neighbours(cost, first_words(seen, tokenizer), tokenizer)])
+
+
+def first_words(order: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the first SHOWN tokens that are words of at least four letters."""
+    return list(islice((t for t in order if _is_word(tokenizer.decode([t]))), SHOWN))
+
+
+def neighbours(
+    cost: CostEmbedding, tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
+    """Yields a line for each token: the tokens that cost least to move to it, with their costs."""
+    assert cost.rows is not None and cost.directed is not None
+    for token in tokens:
+        costs = cost.costs(torch.tensor([token]), len(cost.rows))[0]
+        order = costs.argsort(stable=True).tolist()
+        near = [each for each in order if each != token and cost.directed[each]][:NEIGHBOURS]
+        shown = ", ".join(f"{tokenizer.decode([each])!r} {costs[each]:.2f}" for each in near)
+        yield f"  nearest to {tokenizer.decode([token])!r} (cost): {shown}"
 
 
 def _is_word(text: str) -> bool:

@@ -15,7 +15,7 @@ from torch.nn.functional import embedding_bag
 
 from stanford_alpaca.cost.cache import CostCache, CostRows
 
-COST_KINDS = ("cosine", "identity")
+COST_KINDS = ("cosine", "identity", "shuffled", "centred")
 TILE = 2**13  # rows that are held in a higher precision at a time
 ZERO_BELOW = 1e-6  # in float32, 1 - cos of two equal rows is noise of about this size
 
@@ -27,7 +27,11 @@ class CostEmbedding:
         embedding: [V, D] rows of any floating dtype; ``None`` for ``identity``. It is copied,
             normalised and detached.
         kind: ``cosine``: c_i = 1 - cos(e_i, e_y), between 0 and 2. ``identity``: c_i = 1 for every
-            i but y, an ablation under which emo is 1 - p_y.
+            i but y, an ablation under which emo is 1 - p_y. ``shuffled``: the cosine cost with the
+            rows permuted among the tokens, a control with the same costs and no meaning.
+            ``centred``: the cosine cost of e - mean(e), because the mean row holds much of a
+            token's frequency (Mu and Viswanath, ICLR 2018). Both leave rows of zeros out.
+        seed: of the permutation.
 
     It is deliberately no ``nn.Module``: it is never trained, never decayed, never saved into a
     checkpoint and not broadcast by DDP. Rows of zeros (padded vocabularies) have cosine 0 with
@@ -36,22 +40,23 @@ class CostEmbedding:
     become 0, in float64 as well: an absolute error of at most 1e-6.
     """
 
-    def __init__(self, embedding: Tensor | None, kind: str = "cosine"):
+    def __init__(self, embedding: Tensor | None, kind: str = "cosine", seed: int = 0):
         if kind not in COST_KINDS:
             raise ValueError(f"unknown cost kind {kind!r}: choose from {', '.join(COST_KINDS)}")
-        if kind == "cosine" and (embedding is None or embedding.dim() != 2):
+        if kind != "identity" and (embedding is None or embedding.dim() != 2):
             got = "none" if embedding is None else f"shape {tuple(embedding.shape)}"
-            raise ValueError(f"a cosine cost needs an embedding [vocabulary, width], got {got}")
+            raise ValueError(f"a {kind} cost needs an embedding [vocabulary, width], got {got}")
         self.kind = kind
         self.rows: Tensor | None = None  # [V, D] unit rows, float32 (float64 if the embedding is)
         self.directed: Tensor | None = None  # [V] which rows are not zeros
         self._cached: dict | None = None  # the arguments of the cache, made at the first use
         self._cache: CostCache | None = None
-        if kind == "cosine":
+        if kind != "identity":
             assert embedding is not None
+            embedding = _arranged(embedding.detach(), kind, seed)
             exact, norms = (
-                embedding.detach().to(_at_least_float32(embedding.dtype)),
-                norms_of(embedding.detach())[:, None],
+                embedding.to(_at_least_float32(embedding.dtype)),
+                norms_of(embedding)[:, None],
             )
             directed = norms > torch.finfo(exact.dtype).tiny
             self.rows, self.directed = (
@@ -70,7 +75,7 @@ class CostEmbedding:
         return self
 
     @classmethod
-    def from_file(cls, path: str | Path, kind: str = "cosine") -> "CostEmbedding":
+    def from_file(cls, path: str | Path, kind: str = "cosine", seed: int = 0) -> "CostEmbedding":
         """Reads a safetensors file that holds one [V, D] tensor."""
         from safetensors.torch import load_file
 
@@ -83,7 +88,7 @@ class CostEmbedding:
         (rows,) = tensors.values()
         if not rows.is_floating_point() or not rows.float().isfinite().all() or rows.numel() == 0:
             raise ValueError(f"{path}: wanted finite floating-point numbers")
-        return cls(rows, kind)
+        return cls(rows, kind, seed)
 
     def to(self, device: torch.device | str) -> "CostEmbedding":
         """Moves the rows to the device, in place."""
@@ -201,6 +206,29 @@ class CostEmbedding:
         return costs.scatter_(
             1, targets[:, None], torch.where(at_target >= ZERO_BELOW * away, at_target, 0.0)
         )
+
+
+def is_embedding_file(name: str) -> bool:
+    """Whether a name stands for a file of ``CostEmbedding.from_file``, and not for a model."""
+    return Path(name).is_file() or Path(name).suffix == ".safetensors"
+
+
+def _arranged(rows: Tensor, kind: str, seed: int) -> Tensor:  # [V, D] -> [V, D]
+    """Permutes the rows for ``shuffled``, and takes their mean off for ``centred``.
+
+    Rows of zeros stay where they are. Rows on the meta device are returned as they are.
+    """
+    if kind == "cosine" or rows.is_meta:
+        return rows
+    tokens = rows.any(1).nonzero().squeeze(1)
+    kept = rows[tokens]
+    if kind == "shuffled":
+        generator = torch.Generator().manual_seed(seed)
+        kept = kept[torch.randperm(len(kept), generator=generator).to(rows.device)]
+    else:
+        kept = kept.to(_at_least_float32(rows.dtype))
+        kept = kept - kept.mean(0, dtype=torch.float64).to(kept.dtype)
+    return rows.to(kept.dtype, copy=True).index_copy_(0, tokens, kept)
 
 
 def transport_costs(towards: Tensor, rows: Tensor) -> Tensor:  # [r, D], [V, D] -> [r, V]

@@ -11,7 +11,7 @@ from stanford_alpaca.distributed.collectives import all_gather
 
 
 class ShardedCost:
-    """This rank's rows of a cosine CostEmbedding that is sharded over the ranks of a group.
+    """This rank's rows of a CostEmbedding that is sharded over the ranks of a group.
 
     Each rank has ceil(V / R) rows and the last ones fewer, as FSDP2 shards a parameter.
 
@@ -103,7 +103,7 @@ class ShardedCost:
 def broadcast_cost(
     cost: CostEmbedding, device: torch.device | str, group: ProcessGroup | None = None
 ) -> CostEmbedding:
-    """Returns rank 0's cosine embedding on all ranks, on the device.
+    """Returns rank 0's embedding on all ranks, on the device.
 
     Takes one broadcast of V * D numbers.
     """

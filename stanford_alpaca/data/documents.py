@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
+from stanford_alpaca.data.detokenize import plain_text
+
 DOCUMENTS = ("auto", "file", "blank", "row", "wikitext")
 # the title of a WikiText article; the titles of its sections have more signs
 TITLE = re.compile(r"\s*= [^=\s](.*[^=\s])? =\s*")
@@ -24,12 +26,14 @@ class Texts:
             ``auto``: ``wikitext`` if the first row is a title, else ``file`` for text files and
             ``row`` for others.
             None: ``auto`` for text files; other rows stay as they are.
+        plain: whether word tokens become plain text again, see ``detokenize``.
         most: how many rows to take, blank ones not counted; None for all.
         taken: how many rows were taken so far.
     """
 
     rule: str | None = None
     most: int | None = None
+    plain: bool = False
     taken: int = field(default=0, init=False)
 
     def documents(self, records: Iterator[dict], in_lines: bool) -> Iterator[dict]:
@@ -42,12 +46,14 @@ class Texts:
         if first is None:
             return
         records = chain([first], records)
-        if (self.rule is None and not in_lines) or "text" not in first:
+        if "text" not in first:
             yield from records
-        else:
-            yield from _join(
-                self._first(records), self.rule or "auto", "file" if in_lines else "row"
-            )
+            return
+        if self.rule is not None or in_lines:
+            otherwise = "file" if in_lines else "row"
+            records = _join(self._first(records), self.rule or "auto", otherwise)
+        for record in records:
+            yield record | {"text": plain_text(record["text"])} if self.plain else record
 
     def _first(self, records: Iterable[dict]) -> Iterator[dict]:
         for record in records:

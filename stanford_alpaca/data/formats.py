@@ -97,6 +97,7 @@ def load_records(
     streaming: bool = False,
     documents: str | None = None,
     max_sentences: int | None = None,
+    detokenize: bool = False,
     train_history: bool = False,
 ) -> Dataset | IterableDataset:
     """Reads records from a file, a folder of files, or the train split of a hub set.
@@ -107,13 +108,13 @@ def load_records(
     is read as a whole.
 
     Args:
-        documents, max_sentences: for running text, see ``Texts``.
+        documents, max_sentences, detokenize: for running text, see ``Texts``.
         train_history: see ``parse_record``.
 
     Raises:
         UserError: the path or a record cannot be used; the message says what to do about it.
     """
-    mapping, texts = tuple((columns or {}).items()), (documents, max_sentences)
+    mapping, texts = tuple((columns or {}).items()), (documents, max_sentences, detokenize)
     files = local_files(path)
     if files is not None:
         digest = digest_of(files, contents=not streaming)

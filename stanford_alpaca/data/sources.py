@@ -36,7 +36,7 @@ class Loading:
     Args:
         max_length: the maximum number of tokens of an example.
         block_size: the tokens of a block of running text, see ``blocks``; None for examples.
-        documents, max_sentences: only with a block_size, see ``documents.Texts``.
+        documents, max_sentences, detokenize: only with a block_size, see ``documents.Texts``.
         prompt_template: one of ``templates.TEMPLATES``.
         special_tokens: one of ``encode.READINGS``.
         train_history: see ``records.parse_record``.
@@ -56,6 +56,7 @@ class Loading:
     block_size: int | None = None
     documents: str = "auto"
     max_sentences: int | None = None
+    detokenize: bool = False
 
     def records(self, path: str) -> Dataset:
         """Returns the records of a source, checked. Raises UserError for the first bad one."""
@@ -66,6 +67,7 @@ class Loading:
             columns=self.columns,
             documents=documents,
             max_sentences=self.max_sentences,
+            detokenize=self.detokenize,
             train_history=self.train_history,
         )
 

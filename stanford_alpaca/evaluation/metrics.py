@@ -22,20 +22,30 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.blocks import make_blocks
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import take_columns
-from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.report import DataReport
 from stanford_alpaca.data.templates import IN_WORDS, follow
 from stanford_alpaca.data.tokenize import ExampleEncoder, PromptEncoder, encode_records
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.comparison import Measures, compare, with_intervals
+from stanford_alpaca.evaluation.comparison import Margins, Measures, compare, with_intervals
 from stanford_alpaca.evaluation.intervals import Items, Replicates
-from stanford_alpaca.evaluation.measures.forced import teacher_forced
-from stanford_alpaca.evaluation.measures.mauve import load_featuriser, mauve
+from stanford_alpaca.evaluation.measures.forced import Forced, teacher_forced
 from stanford_alpaca.evaluation.measures.oracle import distances, oracle_perplexity
-from stanford_alpaca.evaluation.measures.texts import against_references, by_themselves, first_words
+from stanford_alpaca.evaluation.measures.temperature import (
+    REFITTED,
+    TEMPERATURES,
+    curve_of,
+    matched,
+    measured_half,
+)
+from stanford_alpaca.evaluation.response_measures import (
+    REFERENCES,
+    Responses,
+    compared,
+    measure_responses,
+)
 from stanford_alpaca.evaluation.settings import Settings, read_records
-from stanford_alpaca.evaluation.tables import format_differences, format_results
+from stanford_alpaca.evaluation.tables import format_differences, format_results, short_names
 from stanford_alpaca.flags import (
     check_whole,
     check_writable,
@@ -49,9 +59,6 @@ from stanford_alpaca.generation.responses import decode_response, generate_ids, 
 from stanford_alpaca.generation.writers import format_sample, sample_of, write_jsonl
 from stanford_alpaca.objective.head import head_of, original_weight
 
-REFERENCES = "(references)"  # the column for the references measured by themselves
-Responses = dict[str, list[list[str]]]  # of a model: decoding -> [seeds][records]
-
 
 class Evaluation(NamedTuple):
     """The content of the two files that the command writes."""
@@ -60,62 +67,175 @@ class Evaluation(NamedTuple):
     samples: list[dict[str, Any]]  # samples.jsonl: one per record and decoding
 
 
+class Bench(NamedTuple):
+    """What all checkpoints of an evaluation are measured with."""
+
+    settings: Settings
+    records: Dataset
+    cost: CostEmbedding
+    oracle: PreTrainedModel | None
+    target: Forced | None  # the sums of the model of --match_entropy
+
+    @property
+    def asked(self) -> Dataset:
+        """The records that are answered: with --match_entropy half of them, as is measured."""
+        if self.target is None or form_of(self.records.column_names) == "text":
+            return self.records
+        return self.records.select(measured_half(len(self.records)))
+
+
+class Answers(NamedTuple):
+    """What was measured of one checkpoint."""
+
+    measures: Measures
+    responses: Responses  # none of running text
+    prompts: str | None
+    temperature: float
+    curve: dict[str, list[float]]  # see ``curve_of``
+
+
 def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluation:
     """Measures checkpoints, the base model first, on the records that ``read_records`` returned.
 
     The checkpoints are loaded one after the other.
     """
-    base, _ = load_for_generation(settings.source(settings.cost or names[0]))
-    cost = CostEmbedding(original_weight(base))
-    del base
-    oracle = (
-        None
-        if settings.oracle is None
-        else load_for_generation(settings.source(settings.oracle))[0]
-    )
-    found: dict[str, Measures] = {}
-    responses: dict[str, Responses] = {}
-    prompts: dict[str, str] = {}
-    form = form_of(records.column_names)
-    for name in names:
-        model, tokenizer = load_for_generation(settings.source(name))
-        try:
-            logits = len(head_of(model).weight)
-            cost.check(logits)
-            if oracle is not None and logits != (theirs := len(head_of(oracle).weight)):
-                raise ValueError(
-                    f"has {logits} logits, the oracle {theirs}: "
-                    "distributions of one length are compared"
-                )
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
-        examples = make_examples(name, records, tokenizer, settings)
-        found[name] = {
-            **teacher_forced(model, tokenizer, examples, cost, settings.batch_size).measures()
-        }
-        if oracle is not None:
-            options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": settings.batch_size}
-            found[name] |= distances(model, oracle, examples, cost, **options)
-        if form != "text":  # running text has no prompts
-            prompts[name] = IN_WORDS[
-                follow(tokenizer, form, settings.template, settings.special_tokens).template
-            ]
-            responses[name], measures = respond(model, tokenizer, records, settings, oracle)
-            found[name] |= measures
-        del model
-    for name, measures in measure_responses(records, responses, settings).items():
+    bench = make_bench(names[0], records, settings)
+    each = {name: measure_checkpoint(name, bench) for name in names}
+    found = {name: one.measures for name, one in each.items()}
+    responses = {name: one.responses for name, one in each.items() if one.responses}
+    for name, measures in measure_responses(bench.asked, responses, settings).items():
         found.setdefault(name, {}).update(measures)
     for name in names:
         found[name] |= training_figures(name)
+    floors = {
+        measure: 1 - value.measured().value
+        for measure, value in found.get(REFERENCES, {}).items()
+        if measure.startswith("mauve") and isinstance(value, Replicates)
+    }
     metrics = {
         "data": settings.data,
-        "records": len(records),
-        "prompts": prompts,
+        "records": len(bench.asked),
+        "prompts": {name: one.prompts for name, one in each.items() if one.prompts},
         "settings": {name: value for name, value in asdict(settings).items() if name != "data"},
+        "temperatures": {name: one.temperature for name, one in each.items()},
+        "refitted": [*REFITTED] if bench.target is not None else [],
+        "curves": {name: one.curve for name, one in each.items()},
         "results": with_intervals(found),
-        "differences": compare({name: found[name] for name in names}),
+        "differences": compare(
+            {name: found[name] for name in names}, Margins.parse(settings.margin), floors
+        ),
     }
-    return Evaluation(metrics, make_samples(records, responses, settings))
+    return Evaluation(metrics, make_samples(bench.asked, responses, settings))
+
+
+def make_bench(first: str, records: Dataset, settings: Settings) -> Bench:
+    """Loads what all checkpoints are measured with. The first one prices tokens by default."""
+    cost, oracle, target = cost_of(settings, first), None, None
+    if settings.oracle is not None:
+        oracle, _ = load_for_generation(settings.source(settings.oracle))
+    if (name := settings.match_entropy) is not None:
+        model, tokenizer = load_for_generation(settings.source(name))
+        check_logits(name, model, cost)
+        examples = make_examples(name, records, tokenizer, settings)
+        if len(examples) < 2:
+            raise UserError(f"--match_entropy {name}: {len(examples)} example has no two halves")
+        target = teacher_forced(model, tokenizer, examples, cost, settings.batch_size)
+    return Bench(settings, records, cost, oracle, target)
+
+
+def cost_of(settings: Settings, first: str) -> CostEmbedding:
+    """Returns the cost of the settings; by default that of the first checkpoint.
+
+    Raises:
+        UserError: --cost is no embedding.
+    """
+    kind = (settings.cost_kind, settings.cost_seed)
+    if settings.cost_kind == "identity":
+        return CostEmbedding(None, *kind)
+    if settings.cost is not None and not settings.cost_is_model:
+        try:
+            return CostEmbedding.from_file(settings.cost, *kind)
+        except Exception as error:  # no such file, not safetensors, or no embedding
+            raise UserError(
+                f"--cost {settings.cost}: no embedding in a safetensors file ({error})"
+            ) from None
+    base, _ = load_for_generation(settings.source(settings.cost or first))
+    return CostEmbedding(original_weight(base), *kind)
+
+
+def check_logits(
+    name: str, model: PreTrainedModel, cost: CostEmbedding, oracle: PreTrainedModel | None = None
+) -> None:
+    """Raises UserError unless the model has a logit for each token of the cost and the oracle."""
+    try:
+        logits = len(head_of(model).weight)
+        cost.check(logits)
+        if oracle is not None and logits != (theirs := len(head_of(oracle).weight)):
+            raise ValueError(
+                f"has {logits} logits, the oracle {theirs}: distributions of one length are "
+                "compared"
+            )
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def measure_checkpoint(name: str, bench: Bench) -> Answers:
+    """Returns what teacher forcing, the oracle and decoding say of one checkpoint."""
+    settings, cost, oracle = bench.settings, bench.cost, bench.oracle
+    model, tokenizer = load_for_generation(settings.source(name))
+    check_logits(name, model, cost, oracle)
+    examples = make_examples(name, bench.records, tokenizer, settings)
+    forced = teacher_forced(
+        model,
+        tokenizer,
+        examples,
+        cost,
+        settings.batch_size,
+        settings.temperature,
+        TEMPERATURES,
+    )
+    measures: Measures = {**forced.measures()}
+    curve = curve_of(forced)
+    if bench.target is not None:
+        refitted = match(name, forced, bench)
+        temperature = refitted["temperature"].value
+        settings = replace(settings, temperature=temperature, match_entropy=None)
+        examples = examples.select(measured_half(len(examples)))
+        curve = curve_of(forced, measured_half(len(forced.tokens)))
+        again = teacher_forced(
+            model, tokenizer, examples, cost, settings.batch_size, settings.temperature
+        )
+        measures = {**again.measures(), **refitted}
+    if oracle is not None:
+        measures |= distances(
+            model,
+            oracle,
+            examples,
+            cost,
+            batch_size=settings.batch_size,
+            temperature=settings.temperature,
+        )
+    form = form_of(bench.records.column_names)
+    if form == "text":  # running text has no prompts
+        return Answers(measures, {}, None, settings.temperature, curve)
+    prompts = IN_WORDS[follow(tokenizer, form, settings.template, settings.special_tokens).template]
+    responses, more = respond(model, tokenizer, bench.asked, settings, oracle)
+    return Answers(measures | more, responses, prompts, settings.temperature, curve)
+
+
+def match(name: str, forced: Forced, bench: Bench) -> dict[str, Items]:
+    """Returns the measures at the entropy of --match_entropy. Raises UserError if it cannot be."""
+    other, target = bench.settings.match_entropy, bench.target
+    assert target is not None
+    if len(target.tokens) != len(forced.tokens):
+        raise UserError(
+            f"{name} cuts the data into other tokens than --match_entropy {other}: "
+            "entropies of one vocabulary are compared"
+        )
+    try:
+        return matched(forced, target)
+    except ValueError as error:
+        raise UserError(f"{name}: --match_entropy {other}: {error}") from None
 
 
 def make_examples(
@@ -179,61 +299,6 @@ def respond(
     return responses, measures
 
 
-def measure_responses(
-    records: Dataset, responses: dict[str, Responses], settings: Settings
-) -> dict[str, Measures]:
-    """Returns the measures of every model's responses, and of the references by themselves.
-
-    With several ways of decoding, the name of a measure includes the way.
-    """
-    if not responses:
-        return {}
-    references = [compared(as_shown(record)["reference"], settings) for record in records]
-    found: dict[str, Measures] = {name: {} for name in (*responses, REFERENCES)}
-    if settings.mauve is not None:
-        featurize = load_featuriser(settings.source(settings.mauve))
-        wanted = featurize(_with_prompts(references, records))
-    for decoding, ways in settings.decodings().items():
-        for name, of in responses.items():
-            texts = [[compared(answer, settings) for answer in answers] for answers in of[decoding]]
-            measures = {**against_references(texts, references), **by_themselves(texts)}
-            if settings.compared_words is not None:
-                del measures["exact_match"]  # it depends on where a text is cut
-            if settings.mauve is not None:
-                features = [featurize(_with_prompts(answers, records)) for answers in texts]
-                values = [
-                    mauve(wanted, given, seed)
-                    for given, (_, seed) in zip(features, ways, strict=True)
-                ]
-                measures["mauve"] = Replicates(np.array(values))
-            found[name] |= {
-                settings.named(measure, decoding): value for measure, value in measures.items()
-            }
-        found[REFERENCES] |= {
-            settings.named(name, decoding): value
-            for name, value in by_themselves([references]).items()
-        }
-    return found
-
-
-def compared(text: str, settings: Settings) -> str:
-    """Returns the part of a response or a reference that is compared."""
-    words = settings.compared_words
-    return text if words is None else first_words(text, words)
-
-
-def _with_prompts(texts: list[str], records: Dataset) -> list[str]:
-    """Returns the texts whose features MAUVE compares.
-
-    Continuations are compared together with their prompts, answers to instructions alone.
-    """
-    if form_of(records.column_names) != "completion":
-        return texts
-    return [
-        f"{prompt} {text.strip()}" for prompt, text in zip(records["prompt"], texts, strict=True)
-    ]
-
-
 def make_samples(
     records: Dataset, responses: dict[str, Responses], settings: Settings
 ) -> list[dict[str, Any]]:
@@ -284,13 +349,30 @@ class Options(Settings):
         out: a folder for metrics.json and samples.jsonl. Neither may exist.
         samples: how many samples to print.
         limit: takes only the first records.
+        detokenize: turns running text of word tokens, as WikiText's, into plain text. Sentences
+            with <unk> are left out.
+        equal_words: cuts the reference and all models' responses of a record to the words of the
+            shortest of them.
         cost: the model whose output embedding defines the cost in emo, the same for all
-            checkpoints. By default the first checkpoint.
-        decoding: greedy, sample (temperature 1, nothing cut off) or beam. Several are separated by
-            commas.
+            checkpoints, or a safetensors file. By default the first checkpoint.
+        cost_kind: cosine, identity, shuffled or centred, as in training. A kind that no checkpoint
+            was trained with tells meaning from what training looked at.
+        cost_seed: of the kind shuffled.
+        temperature: divides the logits, in teacher forcing and in sampling; 1 by default.
+        match_entropy: a model. Each checkpoint gets the temperature at which its mean entropy on
+            one half of the examples is that of this model, and is measured on the other half.
+        decoding: greedy, sample (at --temperature, nothing cut off) or beam. Several are separated
+            by commas.
         seeds: the seeds of sampling, separated by commas.
         num_beams: the number of beams of beam search.
-        mauve: a causal LM or an encoder whose features MAUVE compares. Needs mauve-text.
+        mauve: a causal LM or an encoder whose features MAUVE compares. Needs mauve-text. MAUVE
+            between two halves of the references stands in their column: its noise floor.
+        mauve_scale: MAUVE's scaling constant, 5 by default.
+        energy: a causal LM or an encoder. The energy distance of its features, and the p-value of
+            a permutation test, compare responses and references.
+        margin: how large a difference has to be to matter: NAME=NUMBER for a measure, PERCENT% of
+            the value for all others, with commas. Each difference is then seen, seen below the
+            margin, not seen, or inconclusive.
         oracle: the model that the data were drawn from, with the same vocabulary. Measures
             distances to its distributions. Needs POT.
         prompt_template, special_tokens: as in training. By default each model is prompted as it was
@@ -316,6 +398,12 @@ def measure(options: Options) -> None:
     if not names or not options.data:
         raise UserError("give one or more checkpoints and --data FILE")
     check_whole("samples", options.samples, 0)
+    if options.cost is not None and options.cost_kind == "identity":
+        raise UserError(
+            f"--cost {options.cost} would not be used: --cost_kind identity needs no embedding"
+        )
+    if options.cost_seed and options.cost_kind != "shuffled":
+        raise UserError(f"--cost_seed {options.cost_seed} belongs to --cost_kind shuffled")
     settings = replace(part_of(options, Settings), columns=columns)
     files = (
         []
@@ -342,8 +430,23 @@ def measure(options: Options) -> None:
     for name, asked in metrics["prompts"].items():
         print(f"prompts of {name}: {asked}")
     print(format_results(metrics["results"]))
+    for line in about_temperatures(metrics):
+        print(line)
     if metrics["differences"]:
         print(f"\n{format_differences(metrics['differences'])}")
+
+
+def about_temperatures(metrics: dict[str, Any]) -> list[str]:
+    """Returns what a reader should know of temperatures, if any is not 1."""
+    if metrics.get("refitted"):
+        (other,) = short_names([metrics["settings"]["match_entropy"]])
+        names = ", ".join(metrics["refitted"]).replace("_", " ")
+        return [
+            f"temperatures have the entropy of {other} on the other half of the examples; "
+            f"intervals of {names} include the fit, all others are conditional on the temperature"
+        ]
+    found = set(metrics["temperatures"].values())
+    return [f"temperature {t:g}, in teacher forcing and in sampling" for t in found if t != 1]
 
 
 run = command(Options, measure)

@@ -16,17 +16,22 @@ from datasets import Dataset
 from stanford_alpaca import __version__
 from stanford_alpaca.checkpoint.manifest import write_whole
 from stanford_alpaca.console import say
-from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.data.records import form_of
 from stanford_alpaca.data.tokenize import ExampleEncoder
 from stanford_alpaca.errors import UserError, first_line
-from stanford_alpaca.evaluation.metrics import REFERENCES, Evaluation, evaluate
+from stanford_alpaca.evaluation.metrics import (
+    Evaluation,
+    about_temperatures,
+    cost_of,
+    evaluate,
+)
 from stanford_alpaca.evaluation.page import render
 from stanford_alpaca.evaluation.page.curves import curves_of, recorded_flags, shown_flags
 from stanford_alpaca.evaluation.page.transport import view_of
 from stanford_alpaca.evaluation.page.verdicts import table_of
+from stanford_alpaca.evaluation.response_measures import REFERENCES
 from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.tables import short_names
 from stanford_alpaca.flags import check_whole, command, exit_on_user_error, words
@@ -34,7 +39,6 @@ from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.generation.writers import check_outputs
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ADAPTER_CONFIG, ModelSource
-from stanford_alpaca.objective.head import original_weight
 
 
 @dataclass(frozen=True)
@@ -170,13 +174,13 @@ def settings_of_runs(data: str, runs: list[str], limit: int | None) -> Settings:
 def settings_of(evaluation: Evaluation) -> Settings:
     """Returns the settings of an evaluation, with its cost model by name.
 
-    MAUVE and the oracle are left out, because this command does not compute them again.
+    What needs further models is left out, because this command does not compute it again.
     """
     measured = evaluation.metrics
     cost = measured["settings"]["cost"] or next(iter(measured["results"]))
-    return Settings(
-        measured["data"], **measured["settings"] | {"cost": cost, "mauve": None, "oracle": None}
-    )
+    without = dict.fromkeys(("mauve", "oracle", "energy", "match_entropy"))
+    changed = {"cost": cost, "mauve_scale": Settings.mauve_scale, **without}
+    return Settings(measured["data"], **measured["settings"] | changed)
 
 
 def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
@@ -198,7 +202,7 @@ def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
                     f"{folder} is not about {name}, only {', '.join(measured['results'])}: "
                     "evaluate them together"
                 )
-        for table in ("results", "prompts"):  # older files have no prompts
+        for table in ("results", "prompts", "curves", "temperatures"):  # older files lack some
             measured[table] = {
                 theirs.get(name, name): found for name, found in measured.get(table, {}).items()
             }
@@ -231,9 +235,7 @@ def transport(
 
     The costs are those of the evaluation, by default those of the first model.
     """
-    base, _ = load_for_generation(settings.source(settings.cost or models[0]))
-    cost = CostEmbedding(original_weight(base))
-    del base
+    cost = cost_of(settings, models[0])
     form = form_of(records.column_names)
     views: dict[str, dict] = {}
     for name in models:
@@ -285,6 +287,9 @@ def page_data(
             "data": measured["data"],
             "records": measured["records"],
             **table_of(measured, names, REFERENCES),
+            "curves": [measured["curves"].get(name) for name in names],
+            "temperatures": [measured["temperatures"].get(name) for name in names],
+            "notes": about_temperatures(measured),
         }
         data["samples"] = [
             {

@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 
 from stanford_alpaca.console import say
+from stanford_alpaca.cost import COST_KINDS, is_embedding_file
 from stanford_alpaca.data.documents import DOCUMENTS
 from stanford_alpaca.data.formats import check_columns, load_records
 from stanford_alpaca.data.records import FORMS, form_of
 from stanford_alpaca.data.templates import check_template
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.measures.mauve import check_mauve
+from stanford_alpaca.evaluation.comparison import Margins
+from stanford_alpaca.evaluation.measures.mauve import SCALE, check_mauve, check_texts
 from stanford_alpaca.evaluation.measures.oracle import check_oracle
 from stanford_alpaca.evaluation.measures.texts import first_words
-from stanford_alpaca.flags import check_choice, check_packages, check_whole
+from stanford_alpaca.flags import check_choice, check_number, check_packages, check_whole
 from stanford_alpaca.generation.prompts import check_prompts
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.models.check import check_model
@@ -43,8 +45,15 @@ class Settings:
     # running text: each document is cut after this many words, and continued
     prefix_words: int | None = None
     continuation_words: int | None = None  # see ``compared_words``
-    # the model whose output embedding defines the cost in emo; None: the first checkpoint
+    detokenize: bool = False  # word tokens of running text become plain text, see ``detokenize``
+    equal_words: bool = False  # texts of a record are cut to the words of the shortest one
+    # the model whose output embedding defines the cost in emo, or a safetensors file; None: the
+    # first checkpoint
     cost: str | None = None
+    cost_kind: str = "cosine"  # one of ``COST_KINDS``
+    cost_seed: int = 0  # of the kind shuffled
+    temperature: float = 1.0  # divides the logits of teacher forcing and of sampling
+    match_entropy: str | None = None  # the model whose entropy each gets, see ``temperature``
     max_length: int = 512  # tokens of prompt and reference
     max_new_tokens: int = 64
     prompt_template: str = "auto"  # auto: what each model was trained with
@@ -54,6 +63,9 @@ class Settings:
     seeds: str = "0"  # of sampling, separated by commas
     num_beams: int = 4
     mauve: str | None = None  # the model whose features are compared
+    mauve_scale: float = SCALE  # MAUVE's scaling constant
+    energy: str | None = None  # the model whose features' energy distance is measured
+    margin: str | None = None  # how large a difference has to be to matter, see ``Margins``
     oracle: str | None = None  # the model that the data were drawn from
     trust_remote_code: bool = False
 
@@ -64,7 +76,26 @@ class Settings:
             check_whole(name, getattr(self, name), least)
         check_template(self.prompt_template, self.special_tokens or "text")
         check_choice("documents", self.documents, DOCUMENTS)
+        check_choice("cost_kind", self.cost_kind, COST_KINDS)
+        check_whole("cost_seed", self.cost_seed, 0)
+        check_number("temperature", self.temperature, 1e-3)
+        check_number("mauve_scale", self.mauve_scale, 1e-3)
+        if self.match_entropy is not None and self.temperature != 1:
+            raise UserError("--temperature and --match_entropy exclude each other: drop one")
+        if self.mauve_scale != SCALE and self.mauve is None:
+            raise UserError(f"--mauve_scale {self.mauve_scale} needs --mauve MODEL")
         self.decodings()
+        Margins.parse(self.margin)
+
+    @property
+    def cost_is_model(self) -> bool:
+        """Whether --cost names a model."""
+        return self.cost is not None and not is_embedding_file(self.cost)
+
+    @property
+    def featurisers(self) -> list[str]:
+        """The models whose features of texts are compared, each once."""
+        return list(dict.fromkeys(name for name in (self.mauve, self.energy) if name is not None))
 
     def source(self, name: str) -> ModelSource:
         """Returns the source of a model of the evaluation."""
@@ -115,7 +146,7 @@ class Settings:
             )
         plain = Sampling(max_new_tokens=self.max_new_tokens)
         # nothing is cut off, as in the EMO paper
-        unbiased = Sampling(max_new_tokens=self.max_new_tokens, temperature=1.0)
+        unbiased = Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
         search = Sampling(max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
         ways = {
             "greedy": [(plain, 0)],
@@ -141,13 +172,19 @@ def read_records(names: list[str], settings: Settings, verify: bool = False) -> 
         UserError: no model, no such data, or a prompt that does not fit into a model's context.
     """
     check_packages("measuring responses", "rouge_score", "sacrebleu")
-    for name in dict.fromkeys([*names, settings.cost or names[0]]):
+    priced = settings.cost if settings.cost_is_model else None
+    for name in dict.fromkeys([*names, priced or names[0], settings.match_entropy or names[0]]):
         check_model(settings.source(name), or_adapter=True, verify=verify)
     models = [settings.source(name) for name in names]
     columns = settings.columns
     assert not isinstance(columns, str)  # the command has parsed them
     check_columns([settings.data], columns)
-    records = load_records(settings.data, columns=columns, documents=settings.documents)
+    records = load_records(
+        settings.data,
+        columns=columns,
+        documents=settings.documents,
+        detokenize=settings.detokenize,
+    )
     if settings.limit is not None:
         records = records.select(range(min(settings.limit, len(records))))
     is_text = form_of(records.column_names) == "text"
@@ -158,15 +195,20 @@ def read_records(names: list[str], settings: Settings, verify: bool = False) -> 
                 "leave it out"
             )
         records = continuations(records, settings.prefix_words)
-    elif is_text and (settings.decoding != "greedy" or settings.mauve is not None):
+    elif is_text and (settings.decoding != "greedy" or settings.featurisers):
         raise UserError(
             "running text asks nothing: "
             "give --prefix_words N to have each document continued after N words"
         )
     if settings.oracle is not None:
         check_oracle(settings.source(settings.oracle), models)
+    measured = len(records) if settings.match_entropy is None else len(records) // 2
     if settings.mauve is not None:
-        check_mauve(settings.source(settings.mauve), len(records))
+        check_mauve(measured)
+    elif settings.energy is not None:
+        check_texts("energy", measured)
+    for featuriser in settings.featurisers:
+        check_model(settings.source(featuriser))
     if form_of(records.column_names) != "text":
         check_prompts(
             models,

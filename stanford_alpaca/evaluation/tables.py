@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from stanford_alpaca.console import align
 from stanford_alpaca.evaluation.intervals import FEWEST
 
 # the measures that are shown for several pairs
-FEW = ("nll", "emo", "token_accuracy", "ece", "costly_mass", "exact_match", "rouge_l", "mauve")
+FEW = (
+    "nll", "emo", "entropy", "token_accuracy", "ece", "costly_mass", "exact_match", "rouge_l",
+    "mauve", "energy_distance",
+)  # fmt: skip
 TOO_FEW = f"no intervals: they need at least {FEWEST} records that a measure applies to"
 
 
@@ -25,8 +29,8 @@ def format_differences(differences: list[dict[str, Any]]) -> str:
     """Formats a table per pair of models.
 
     Of three models or fewer every pair is shown, of more each model against the first. Measures
-    without a p are left out, such as those of the whole set with one seed. With several pairs only
-    the measures in ``FEW`` are shown.
+    without p and verdict are left out, such as those of the whole set with one seed. With several
+    pairs only the measures in ``FEW`` are shown.
     """
     first = differences[0]["minus"] if differences else ""
     shown = (
@@ -36,30 +40,18 @@ def format_differences(differences: list[dict[str, Any]]) -> str:
     )
     tables = []
     for pair in shown:
-        table = [["", "difference", "95 % interval", "p"]]
+        table = [["", "difference", "95 % interval", "p", "verdict"]]
         for measure, found in pair["measures"].items():
-            if found["p"] is not None and (len(shown) == 1 or measure.partition(" (")[0] in FEW):
-                mean, low, high = (_number(found[name], "+") for name in ("mean", "low", "high"))
-                table.append(
-                    [measure.replace("_", " "), mean, f"{low} to {high}", f"{found['p']:.4f}"]
-                )
+            told = found["p"] is not None or found.get("verdict")
+            if told and (len(shown) == 1 or measure.partition(" (")[0] in FEW):
+                ends = [found[name] for name in ("low", "high") if found[name] is not None]
+                interval = " to ".join(_number(end, "+") for end in ends)
+                p = "" if found["p"] is None else f"{found['p']:.4f}"
+                cells = [_number(found["mean"], "+"), interval, p, found.get("verdict", "")]
+                table.append([measure.replace("_", " "), *cells])
         rows = align(table) if len(table) > 1 else TOO_FEW
         tables.append(f"{pair['model']} minus {pair['minus']}:\n{rows}")
     return "\n\n".join(tables)
-
-
-def align(table: list[list[str]]) -> str:
-    """Formats rows of cells, the first column to the left, the others to the right."""
-    first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
-    return "\n".join(
-        "  ".join(
-            [
-                row[0].ljust(first),
-                *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True)),
-            ]
-        ).rstrip()
-        for row in table
-    )
 
 
 def _cells(column: list[dict[str, Any] | None]) -> list[str]:

@@ -127,8 +127,7 @@ def linear_emo_loss(
         ValueError: as ``emo_loss``, and for a backend that cannot serve.
     """
     check_head_gradient(head_gradient, head_epsilon, backend)
-    if num_items is not None and not num_items > 0:
-        raise ValueError(f"num_items is {num_items}, wanted the number of targets, 1 or more")
+    check_count(num_items)
     return linear_loss_and_stats(
         hidden,
         Head(weight, bias, softcap, logit_scale),
@@ -197,6 +196,12 @@ def check_backend(name: str) -> None:
     """Raises ValueError for an unknown backend."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose from auto, {', '.join(BACKENDS)}")
+
+
+def check_count(num_items: Tensor | int | None) -> None:
+    """Raises ValueError for a count of targets below 1."""
+    if num_items is not None and not num_items > 0:
+        raise ValueError(f"num_items is {num_items}, wanted the number of targets, 1 or more")
 
 
 def check_head_gradient(name: str, epsilon: float, backend: str) -> None:

@@ -59,7 +59,7 @@ class AttachedObjective:
         form: HeadForm,
         objective: Objective,
         cost: Cost | None,
-        adaptive: str | None,
+        adaptive: tuple[str, int] | None,
         backend: str,
         teacher: Teacher | None,
         sampled: Sampled | None,
@@ -67,7 +67,7 @@ class AttachedObjective:
         self.teacher, self.sampled, self.seeds = teacher, sampled, Seeds()
         self.form, self.objective, self.backend = form, objective, backend
         self.cost: Cost | None = cost
-        # the kind of the adaptive cost, which is read from the live output layer at every call
+        # kind and seed of the adaptive cost, which is read from the live output layer at every call
         self.adaptive = adaptive
         self.train_meter, self.eval_meter = Meter(), Meter()
         self._model = model
@@ -166,7 +166,7 @@ class AttachedObjective:
         if learning and not self.objective.needs_emo:
             return None  # training does not compute costs that the mode does not read
         if self.adaptive is not None:
-            return live_cost(weight, self.adaptive)
+            return live_cost(weight, *self.adaptive)
         if isinstance(self.cost, CostAlias) and isinstance(weight, DTensor):
             return live_cost(weight, self.cost.kind)
         return self.cost
@@ -175,19 +175,22 @@ class AttachedObjective:
         return self.sampled and self.sampled._replace(seed=self.seeds.next())
 
 
-def live_cost(weight: Tensor, kind: str) -> Cost:
+def live_cost(weight: Tensor, kind: str, seed: int = 0) -> Cost:
     """Returns the cost of the output layer as it is now.
 
-    If the layer is sharded by vocabulary, it is this rank's part of the cost.
+    If the layer is sharded by vocabulary, it is this rank's part of the cost. The kinds shuffled
+    and centred depend on the rows of all ranks: one all-gather of V * D numbers.
     """
     if not isinstance(weight, DTensor):
-        return CostAlias(lambda: weight) if kind == "cosine" else CostEmbedding(None, kind)
+        if kind == "cosine":
+            return CostAlias(lambda: weight)
+        return CostEmbedding(weight, kind, seed)
+    group = weight.device_mesh.get_group()
+    if kind in ("shuffled", "centred"):
+        whole = CostEmbedding(weight.full_tensor().detach(), kind, seed)
+        return ShardedCost(whole, group, weight.device)
     part = CostEmbedding(weight.to_local(), kind)
-    return (
-        part
-        if part.rows is None
-        else ShardedCost.of_part(part, weight.shape[0], weight.device_mesh.get_group())
-    )
+    return part if part.rows is None else ShardedCost.of_part(part, weight.shape[0], group)
 
 
 def check_computed(model: PreTrainedModel, args: tuple, kwargs: dict, outputs: Any) -> None:
@@ -259,6 +262,7 @@ def attach_objective(
     cost: str | Tensor | CostEmbedding | None = "frozen",
     *,
     cost_kind: str = "cosine",
+    cost_seed: int = 0,
     backend: str = "auto",
     teacher: Teacher | None = None,
     form: HeadForm | None = None,
@@ -276,12 +280,11 @@ def attach_objective(
         cost: ``frozen``, the output embedding as it is now (see ``frozen_cost``); ``adaptive``, the
             live one, detached, at every step; a [V, D] tensor or CostEmbedding of any width; or
             None for modes without emo.
-        cost_kind: ``cosine`` or ``identity``.
-        backend: as in ``linear_emo_loss``.
+        cost_kind, cost_seed: as in ``CostEmbedding``, which has its own if it is given.
         teacher: gives soft targets in training. The labels then only mark positions that count.
         form: what ``recognise_head`` found on another rank, for a model on the meta device. A
             frozen cost then has rows on the meta device too, until it is shared.
-        head_gradient, head_epsilon: as in ``linear_emo_loss``, with ``seeds`` of what is returned.
+        backend, head_gradient, head_epsilon: as in ``linear_emo_loss``, with the result's seeds.
         options: fields of ``Objective``, e.g. ``emo_weighting="upstream"``.
 
     Returns:
@@ -305,8 +308,8 @@ def attach_objective(
         form = recognise_head(model)
         if adds_router_loss(model, {}):
             check_own_loss(model)
-    adaptive = cost_kind if isinstance(cost, str) and cost == "adaptive" else None
-    frozen = None if adaptive else frozen_cost(model, cost, cost_kind, teacher is not None)
+    adaptive = (cost_kind, cost_seed) if isinstance(cost, str) and cost == "adaptive" else None
+    frozen = frozen_cost(model, cost, cost_kind, cost_seed, unit_rows=teacher is not None)
     if frozen is not None:
         frozen.check(form.head(model).weight.shape[0])
     elif adaptive is None and objective.needs_emo:
@@ -316,24 +319,32 @@ def attach_objective(
 
 
 def frozen_cost(
-    model: PreTrainedModel, cost: str | Tensor | CostEmbedding | None, kind: str, unit_rows: bool
+    model: PreTrainedModel,
+    cost: str | Tensor | CostEmbedding | None,
+    kind: str,
+    seed: int,
+    *,
+    unit_rows: bool,
 ) -> CostEmbedding | None:
-    """Returns the cost that stays as it is now.
+    """Returns the cost that stays as it is now, or None if there is none.
 
-    ``frozen`` copies the output embedding. If nothing trains it (LoRA), the embedding itself is
-    read, without what peft puts beside it. See ``attach_objective`` for the other values.
+    ``frozen`` copies the output embedding. If nothing trains it (LoRA) and the kind is cosine, the
+    embedding itself is read, without what peft puts beside it. See ``attach_objective`` for the
+    other values.
 
     Args:
         unit_rows: whether rows of unit length are needed, as expected costs read them. The
             embedding is then always copied.
     """
     if isinstance(cost, Tensor):
-        return CostEmbedding(cost, kind)
+        return CostEmbedding(cost, kind, seed)
     if not isinstance(cost, str):
         return cost
+    if cost == "adaptive":
+        return None
     if cost != "frozen":
         raise ValueError(f"unknown cost {cost!r}: choose frozen, adaptive or give an embedding")
     original = original_weight(model)
     if kind == "cosine" and not unit_rows and not original.requires_grad:
         return CostAlias(lambda: original_weight(model))
-    return CostEmbedding(original, kind)
+    return CostEmbedding(original, kind, seed)

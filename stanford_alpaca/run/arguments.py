@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from stanford_alpaca.cost import COST_KINDS
+from stanford_alpaca.cost import COST_KINDS, is_embedding_file
 from stanford_alpaca.data.documents import DOCUMENTS
 from stanford_alpaca.data.encode import READINGS
 from stanford_alpaca.data.formats import parse_columns
@@ -147,6 +147,15 @@ class DataArguments:
             )
         },
     )
+    detokenize: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "With --block_size: turns text of word tokens, as WikiText's, into plain text; "
+                "sentences with <unk> are left out."
+            )
+        },
+    )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that tokenize."}
     )
@@ -167,11 +176,22 @@ class ObjectiveArguments:
     )
     cost: str = field(
         default="frozen",
-        metadata={"help": "frozen, adaptive, or a safetensors file with a [V, D] tensor."},
+        metadata={
+            "help": (
+                "frozen, adaptive, a safetensors file with a [V, D] tensor, "
+                "or another model of the same vocabulary."
+            )
+        },
     )
     cost_kind: str = choice(
-        *COST_KINDS, default="cosine", help="identity: every wrong token costs 1."
+        *COST_KINDS,
+        default="cosine",
+        help=(
+            "identity: every wrong token costs 1. shuffled: rows permuted among the tokens. "
+            "centred: the mean row taken off."
+        ),
     )
+    cost_seed: int = field(default=0, metadata={"help": "The permutation of --cost_kind shuffled."})
     emo_weighting: str = choice(
         *WEIGHTINGS, default="paper", help="upstream: as in the published LLaMA code."
     )
@@ -179,7 +199,15 @@ class ObjectiveArguments:
         default=None, metadata={"help": "Upper bound of nll / emo; EMOLoss uses 3."}
     )
     emo_weight: float = field(default=0.5, metadata={"help": "w of mode mix: (1 - w) nll + w emo."})
-    tailr_gamma: float = field(default=1e-7, metadata={"help": "gamma of mode tailr."})
+    tailr_gamma: float = field(
+        default=1e-7,
+        metadata={
+            "help": (
+                "gamma of mode tailr; a token's loss is within 1/1000 of mle's where its "
+                "probability is above 1000 gamma."
+            )
+        },
+    )
     tailr_floor: float = field(default=0.2, metadata={"help": "The least weight of mode tailr."})
     mixce_eta: float = field(default=0.5, metadata={"help": "eta of mode mixce."})
     cost_cache_mib: float | None = field(
@@ -226,6 +254,16 @@ class ObjectiveArguments:
     def asks_the_model(self) -> bool:
         """Whether the costs come from the model's own output layer, as it is before training."""
         return self.cost == "frozen" and self.cost_kind != "identity"
+
+    @property
+    def prices_elsewhere(self) -> bool:
+        """Whether --cost names a file or another model."""
+        return self.cost not in ("frozen", "adaptive")
+
+    @property
+    def cost_is_model(self) -> bool:
+        """Whether --cost names a model."""
+        return self.prices_elsewhere and not is_embedding_file(self.cost)
 
     def objective(self) -> Objective:
         names = [f.name for f in dataclasses.fields(Objective)]
@@ -426,8 +464,8 @@ class Run:
     made_with: dict[str, Any]
     notes: list[str]
 
-    def teacher(self, name: str) -> ModelSource:
-        """Returns the source that reads the teacher."""
+    def other(self, name: str) -> ModelSource:
+        """Returns the source that reads another model: the teacher, or the one that prices."""
         return ModelSource(name, self.training.cache_dir, self.model.trust_remote_code)
 
     @cached_property

@@ -21,7 +21,7 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.load import fit_vocabulary, unread_parts
 from stanford_alpaca.models.savable import make_savable
 from stanford_alpaca.objective.attach import adds_router_loss, attach_objective
-from stanford_alpaca.objective.head import HeadForm
+from stanford_alpaca.objective.head import HeadForm, original_weight
 from stanford_alpaca.objective.isolation import find_isolation
 from stanford_alpaca.objective.teacher import Teacher, same_vocabulary
 from stanford_alpaca.run.adapter import adapt, told_adapter
@@ -30,24 +30,54 @@ from stanford_alpaca.run.model_checks import check_positions
 
 
 def make_cost(args: ObjectiveArguments) -> CostEmbedding | str:
-    """Returns the ``cost`` argument of ``attach_objective``.
+    """Returns the ``cost`` argument of ``attach_objective``, unless --cost names a model.
 
     Raises:
-        UserError: --cost would not be used, or names no readable embedding.
+        UserError: --cost names no readable embedding.
     """
-    if args.cost in ("frozen", "adaptive"):
+    if not args.prices_elsewhere or args.cost_is_model:
         return args.cost
-    if args.cost_kind == "identity":
-        raise UserError(
-            f"--cost {args.cost} would not be used: --cost_kind identity needs no embedding"
-        )
     try:
-        return CostEmbedding.from_file(args.cost, args.cost_kind)
+        return CostEmbedding.from_file(args.cost, args.cost_kind, args.cost_seed)
     except Exception as error:  # no such file, not safetensors, or no embedding
         raise UserError(
-            f"--cost {args.cost}: not frozen, not adaptive, "
+            f"--cost {args.cost}: not frozen, not adaptive, no model, "
             f"and no embedding in a safetensors file ({error})"
         ) from None
+
+
+def cost_of_model(
+    run: Run, tokenizer: PreTrainedTokenizerBase, vocab_size: int, empty: bool
+) -> CostEmbedding:
+    """Returns the cost that the output embedding of another model gives to ``vocab_size`` logits.
+
+    It is fitted to the vocabulary as a model that is trained: new rows are the mean of the old
+    ones. Rows beyond the vocabulary, padding, are left out.
+
+    Args:
+        empty: makes rows on the meta device, and reads no weights.
+
+    Raises:
+        UserError: --cost names a model with another vocabulary.
+    """
+    args, source = run.objective, run.other(run.objective.cost)
+    if not same_vocabulary(source.tokenizer(may_grow=False), tokenizer):
+        raise UserError(
+            f"--cost {args.cost}: its tokenizer has other ids than that of "
+            f"{run.model.model_name_or_path}; carry its rows over with "
+            "python -m stanford_alpaca.cost build --head MODEL --tokenizer YOURS"
+        )
+    other = source.empty() if empty else source.load()
+    try:
+        rows = original_weight(other)
+        if empty:
+            rows = rows.new_empty(vocab_size, rows.shape[1])
+        else:
+            fit_vocabulary(other, tokenizer, vocab_size)
+            rows = original_weight(other)[:vocab_size]
+        return CostEmbedding(rows, args.cost_kind, args.cost_seed)
+    except ValueError as error:
+        raise UserError(f"--cost {args.cost}: {error}") from None
 
 
 def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
@@ -55,7 +85,7 @@ def make_teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Teacher | None
     name = run.model.teacher
     if name is None:
         return None
-    source = run.teacher(name)
+    source = run.other(name)
     if not same_vocabulary(source.tokenizer(), tokenizer):
         raise UserError(
             f"--teacher {name}: its tokenizer has other ids than that of "
@@ -111,6 +141,10 @@ def build_model(
     options, source = precision(run), run.source
     model = source.load(**options) if form is None else copy.deepcopy(source.empty(**options))
     fit_vocabulary(model, tokenizer)
+    priced = with_cost or objective.needs_emo
+    if priced and objective_args.cost_is_model:
+        rows = model.get_input_embeddings().weight.shape[0]
+        cost = cost_of_model(run, tokenizer, rows, empty=form is not None)
     make_savable(model, tokenizer, model_args.model_name_or_path)
     teacher = make_teacher(run, tokenizer)
     freeze_unread(model, model_args.model_name_or_path)
@@ -121,8 +155,9 @@ def build_model(
         attach_objective(
             model,
             objective,
-            cost if with_cost or objective.needs_emo else None,
+            cost if priced else None,
             cost_kind=objective_args.cost_kind,
+            cost_seed=objective_args.cost_seed,
             backend=objective_args.loss_backend,
             teacher=teacher,
             form=form,

@@ -40,6 +40,7 @@ def load_data(
         block_size=data.block_size,
         documents=data.documents,
         max_sentences=data.max_sentences or None,
+        detokenize=data.detokenize,
     )
     evaluating = replace(loading, max_sentences=None)
     templates: dict[str, None] = {}  # those that write the training prompts

@@ -20,6 +20,7 @@ from stanford_alpaca.distributed.engine import deepspeed_of, shards_weights
 from stanford_alpaca.errors import UserError, first_line, nearest
 from stanford_alpaca.flags import check_writable
 from stanford_alpaca.losses.functional import check_head_gradient
+from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.run.arguments import (
     METRICS,
@@ -73,7 +74,15 @@ def check(run: Run) -> None:
             "train an adapter with --lora"
         )
     if model.teacher is not None:
-        check_model(run.teacher(model.teacher))
+        check_model(run.other(model.teacher))
+    if run.objective.cost_is_model:
+        try:
+            check_model(run.other(run.objective.cost))
+        except UserError as error:
+            raise UserError(
+                f"--cost {run.objective.cost}: not frozen, not adaptive, no file, and no model "
+                f"({error})"
+            ) from None
     if training.push_to_hub:
         check_hub(training)
 
@@ -200,15 +209,23 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
             "make a cost embedding with "
             "python -m stanford_alpaca.cost build and give it as --cost PATH"
         )
+    if objective.prices_elsewhere and objective.cost_kind == "identity":
+        raise UserError(
+            f"--cost {objective.cost} would not be used: --cost_kind identity needs no embedding"
+        )
+    if not 0 <= objective.cost_seed < 2**63:
+        raise UserError(f"--cost_seed {objective.cost_seed}: give a whole number from 0 on")
+    if objective.cost_seed and objective.cost_kind != "shuffled":
+        raise UserError(f"--cost_seed {objective.cost_seed} belongs to --cost_kind shuffled")
+    for line in warnings_of(needs):
+        say(line)
     if objective.cost_cache_mib is not None:
         if not 0 <= objective.cost_cache_mib < math.inf:
             raise UserError(f"--cost_cache_mib {objective.cost_cache_mib}: give 0 (none) or more")
         if objective.cost_cache_mib and (
             objective.cost == "adaptive" or objective.cost_kind == "identity"
         ):
-            raise UserError(
-                "--cost_cache_mib: only a cosine cost that is not adaptive has rows to keep"
-            )
+            raise UserError("--cost_cache_mib: an adaptive or an identity cost has no rows to keep")
     if objective.loss_backend == "triton" and not torch.cuda.is_available():
         raise UserError("--loss_backend triton needs an NVIDIA GPU: choose chunked")
     try:
@@ -222,6 +239,24 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
         )
     if model.teacher_top_k < 1:
         raise UserError(f"--teacher_top_k {model.teacher_top_k}: give 1 or more")
+
+
+def warnings_of(objective: Objective) -> list[str]:
+    """Returns what a user of this objective should know before the first step."""
+    if objective.mode == "emo2" and objective.emo_weighting == "upstream":
+        p = 0.9999
+        weight = round(p / -math.log(p), -2)  # (emo + p) / nll, with an emo of 0
+        return [
+            f"--mode emo2 --emo_weighting upstream: where a token's probability is {p}, the weight "
+            f"of its nll gradient is {weight:,.0f}, so learned tokens outweigh all others; "
+            "the paper's weighting stays below 2"
+        ]
+    if objective.mode == "tailr" and 1000 * objective.tailr_gamma < 1:
+        return [
+            f"--mode tailr --tailr_gamma {objective.tailr_gamma:g}: a token's loss is within "
+            f"1/1000 of mle's where its probability is above {1000 * objective.tailr_gamma:g}"
+        ]
+    return []
 
 
 def check_lora(model: ModelArguments, lora: LoraArguments, training: TrainingArguments) -> None:
@@ -280,7 +315,7 @@ def check_cost_sharding(run: Run) -> None:
         )
     if asked == "shard" and (objective.cost == "adaptive" or objective.cost_kind == "identity"):
         raise UserError(
-            "--cost_sharding shard: only a cosine cost that is not adaptive has rows to shard"
+            "--cost_sharding shard: an adaptive or an identity cost has no rows to shard"
         )
 
 
@@ -334,9 +369,10 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
 def check_blocks(data: DataArguments) -> None:
     """Raises UserError for invalid flags about blocks of running text."""
     if data.block_size is None:
-        if data.max_sentences is not None or data.documents != "auto":
+        if data.max_sentences is not None or data.documents != "auto" or data.detokenize:
             raise UserError(
-                "--max_sentences and --documents are about running text: they need --block_size"
+                "--max_sentences, --documents and --detokenize are about running text: "
+                "they need --block_size"
             )
         return
     if data.block_size < 2:

@@ -18,7 +18,7 @@ PASSED_ON = {  # signal to this process -> signal to the training
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,
 }
-SHOWN = "100"  # records of --eval_path that a report measures
+REPORTED = "100"  # records of --eval_path that a report measures
 
 
 def run(module: str, argv: list[str], reported: bool) -> None:
@@ -34,14 +34,14 @@ def run(module: str, argv: list[str], reported: bool) -> None:
     if where.launched:
         ranks = ["--standalone", "--nproc_per_node", str(where.processes)]
         command = [sys.executable, "-m", "stanford_alpaca.launch", *ranks, "-m", module]
-    status = follow([*command, *where.flags], os.environ | where.environment)
+    status = wait_for([*command, *where.flags], os.environ | where.environment)
     output = where.value("output_dir")
     if status == 0 and output and reported:
-        look_at(where, Path(output))
+        report_on(where, Path(output))
     sys.exit(status)
 
 
-def follow(command: list[str], environment: dict[str, str]) -> int:
+def wait_for(command: list[str], environment: dict[str, str]) -> int:
     """Runs a command and returns its exit status, as a shell reports it.
 
     It gets a process group of its own: a signal reaches it only through this process, once.
@@ -55,12 +55,12 @@ def follow(command: list[str], environment: dict[str, str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def look_at(where: Where, output: Path) -> None:
+def report_on(where: Where, output: Path) -> None:
     """Writes report.html, if there is none, and says what to do next."""
     report = output / "report.html"
     if os.environ.get("REPORT") != "no" and not report.exists():
         command = [sys.executable, "-m", "stanford_alpaca.evaluation.report"]
         command += [where.value("model_name_or_path"), str(output)]
-        if subprocess.call([*command, "--out", str(report), "--limit", SHOWN]):
+        if subprocess.call([*command, "--out", str(report), "--limit", REPORTED]):
             print("report: none could be written")
     print(f"checkpoint: {output}\ntalk to it: emo chat {shlex.quote(str(output))}", flush=True)

@@ -108,7 +108,10 @@ def facts(run: Run, metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
         ),
     )
     if run.objective.objective().needs_emo:
-        yield "cost", f"{run.objective.cost}, {run.objective.cost_kind}"
+        cost = run.objective
+        name = Path(cost.cost).name if Path(cost.cost).exists() else cost.cost
+        seed = f" (seed {cost.cost_seed})" if cost.cost_kind == "shuffled" else ""
+        yield "cost", f"{name}, {cost.cost_kind}{seed}"
     if run.model.teacher:
         yield "teacher", f"{run.model.teacher}, top {run.model.teacher_top_k}"
     if lora.lora:

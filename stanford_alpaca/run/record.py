@@ -66,8 +66,8 @@ STATE_FLAGS = {
     "optim", "optim_args", "optim_target_modules", "lora", "qlora", "lora_r", "lora_target_modules",
     "lora_target_parameters", "lora_embeddings", "seed", "data_seed", "eval_fraction",
     "data_weights", "streaming", "shuffle_buffer", "columns", "model_max_length", "block_size",
-    "documents", "max_sentences", "packing", "prompt_template", "special_tokens", "train_history",
-    "train_sampling_strategy",
+    "documents", "max_sentences", "detokenize", "packing", "prompt_template", "special_tokens",
+    "train_history", "train_sampling_strategy",
 }  # fmt: skip
 # the best value so far was measured by these
 MEASURE_FLAGS = {"metric_for_best_model", "greater_is_better"}
@@ -91,9 +91,11 @@ def made_with(run: Run) -> dict[str, Any]:
     """
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     paths, training = [*run.data.data_path, *(run.data.eval_path or [])], run.training
-    models = {"model": run.model.model_name_or_path} | (
-        {"teacher": run.model.teacher} if run.model.teacher else {}
-    )
+    models = {"model": run.model.model_name_or_path}
+    if run.model.teacher:
+        models["teacher"] = run.model.teacher
+    if run.objective.cost_is_model:
+        models["cost"] = run.objective.cost
     cost = Path(run.objective.cost)
     return {
         "stanford_alpaca": __version__,
@@ -212,11 +214,15 @@ def _said(value: Any) -> str:
 def _strict(*records: dict[str, Any]) -> set[str]:
     """Returns the flags of IRRELEVANT_FLAGS and NUMERICS_FLAGS that decide the result here.
 
-    They do so because of other flags: --streaming, or flags that look for the best checkpoint.
+    They do so because of other flags: --streaming, or flags that look for the best checkpoint. A
+    --cost that is a word has no content to compare.
     """
     streams = any(record.get("streaming") for record in records)
-    return (STREAM_FLAGS if streams else set()) | (
-        BEST_CHECKPOINT_FLAGS if _seeks_best(*records) else set()
+    in_words = any(record.get("cost", "frozen") in ("frozen", "adaptive") for record in records)
+    return (
+        (STREAM_FLAGS if streams else set())
+        | (BEST_CHECKPOINT_FLAGS if _seeks_best(*records) else set())
+        | ({"cost"} if in_words else set())
     )
 
 

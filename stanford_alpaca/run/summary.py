@@ -55,13 +55,13 @@ def _size(parameter: torch.Tensor) -> int:
 
 def _cost(run: Run, model: PreTrainedModel, sharding: str) -> str:
     emo = getattr(model, "emo_objective", None) or model.get_base_model().emo_objective
-    if emo.adaptive is not None:
-        return "costs of the live output layer"
     if not run.objective.objective().needs_emo:
         return "no costs"
     if run.objective.cost_kind == "identity":
         return "every wrong token costs 1"
     kind = f"{run.objective.cost} {run.objective.cost_kind} costs"
+    if emo.adaptive is not None:
+        return f"{kind} of the live output layer"
     if isinstance(emo.cost, CostAlias):
         return f"{kind} in the frozen output layer, no copy"
     size = 0 if emo.cost is None or emo.cost.rows is None else emo.cost.rows.nbytes / MIB

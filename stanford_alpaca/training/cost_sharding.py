@@ -65,7 +65,7 @@ def shard_cost(model: PreTrainedModel, asked: str, training: TrainingArguments) 
         return asked
     if asked == "shard" and embedding is None:
         raise UserError(
-            "--cost_sharding shard: there is no frozen cosine cost to shard here; drop the flag"
+            "--cost_sharding shard: there are no frozen cost rows to shard here; drop the flag"
         )
     if asked == "vocab_parallel":
         _separate_output_layer(model, training)

@@ -238,7 +238,10 @@ def test_the_command_line(base, tmp_path, monkeypatch, capsys):
     for argv, message in (
         ([*command, "none.txt"], "--text none.txt: no such file"),
         ([*command, "--windo", "3"], "unknown argument --windo; did you mean --window?"),
-        (["cost", "bild"], "give a command: python -m stanford_alpaca.cost build --help"),
+        (
+            ["cost", "bild"],
+            "give a command: python -m stanford_alpaca.cost build --help, or describe --help",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit) as ended:

@@ -10,13 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, BertConfig, BertModel
 
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.comparison import compare, with_intervals
 from stanford_alpaca.evaluation.intervals import Items, Replicates, mean_of
-from stanford_alpaca.evaluation.measures.mauve import load_featuriser, mauve
-from stanford_alpaca.evaluation.measures.texts import exact_match, self_bleu
+from stanford_alpaca.evaluation.measures.energy import Clouds
+from stanford_alpaca.evaluation.measures.forced import teacher_forced
+from stanford_alpaca.evaluation.measures.mauve import load_featuriser, mauve, mauve_of_halves
+from stanford_alpaca.evaluation.measures.texts import exact_match, first_words, self_bleu
 from stanford_alpaca.evaluation.metrics import run
 from stanford_alpaca.evaluation.settings import Settings, continuations, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results
@@ -197,6 +203,109 @@ def test_running_text_is_cut_after_words_whatever_the_tokenizer(base, tmp_path, 
     )
 
 
+def test_word_tokens_become_plain_text(base, tmp_path):
+    (tmp_path / "text.txt").write_text(" The king is well @-@ known . \n A <unk> . \n")
+    flags = {"data": str(tmp_path / "text.txt"), "max_length": 64}
+    (record,) = read_records([base], Settings(**flags, detokenize=True))
+    assert record["text"] == "The king is well-known."
+
+
+# ---- temperature, entropy, cost -----------------------------------------------------------------
+
+
+def values(folder, name):
+    return {measure: row["value"] for measure, row in read(folder)[0]["results"][name].items()}
+
+
+def test_a_model_at_the_entropy_of_another_is_measured_on_the_other_half(
+    base, other, root, tmp_path, capsys
+):
+    data = str(root / "data" / "instructions" / "held_out.json")
+    flags = {"limit": 24, "max_new_tokens": 4, "decoding": "sample", "batch_size": 24}
+    run(base, other, data=data, match_entropy=base, out=str(tmp_path / "at"), **flags)
+    metrics, samples = read(tmp_path / "at")
+    assert metrics["records"] == 12 == len(samples)
+    tau = metrics["temperatures"][other]
+    assert metrics["temperatures"][base] == pytest.approx(1, abs=1e-5) and abs(tau - 1) > 0.01
+    assert "intervals of temperature, nll," in capsys.readouterr().out
+    # each half measured by itself, at that temperature
+    records = json.loads((root / "data" / "instructions" / "held_out.json").read_text())[:24]
+    for place, name in enumerate(("fit", "rest")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(records[place::2]))
+        flags["data"] = str(tmp_path / f"{name}.json")
+        run(base, out=str(tmp_path / f"{name}-base"), **flags | {"limit": None})
+        plain = flags | {"limit": None, "cost": base}
+        run(other, out=str(tmp_path / f"{name}-other"), temperature=tau, **plain)
+    entropies = [
+        values(tmp_path / f"fit-{which}", n)["entropy"]
+        for which, n in (("base", base), ("other", other))
+    ]
+    assert entropies[0] == pytest.approx(entropies[1], rel=1e-4)
+    alone, found = values(tmp_path / "rest-other", other), values(tmp_path / "at", other)
+    for name in ("nll", "emo", "entropy", "costly_mass", "perplexity", "ece", "token_accuracy"):
+        assert found[name] == pytest.approx(alone[name], rel=1e-4), name
+    assert samples[0]["responses"][other] == read(tmp_path / "rest-other")[1][0]["responses"][other]
+    curve = metrics["curves"][base]
+    assert len(curve["temperature"]) == len(curve["nll"]) == 17
+    at_one = np.interp(0, np.log(curve["temperature"]), curve["entropy"])
+    assert at_one == pytest.approx(values(tmp_path / "at", base)["entropy"], rel=1e-3)
+
+
+def test_an_entropy_that_no_temperature_gives_is_one_line(base, make_model, data, tmp_path):
+    make_model("llama", vocab_size=2048, positions=512).save_pretrained(tmp_path / "flat")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "flat")
+    with pytest.raises(UserError, match=r"--match_entropy .*flat: an entropy of 7\.\d+ is outside"):
+        run(base, data=str(data), match_entropy=str(tmp_path / "flat"), max_new_tokens=2)
+
+
+def test_emo_under_another_cost(base, other, data, tmp_path):
+    flags = {"data": str(data), "max_new_tokens": 2}
+    weight = load_for_generation(ModelSource(base))[0].lm_head.weight.detach()
+    save_file({"cost": weight.clone()}, tmp_path / "cost.safetensors")
+    emo = {}
+    for name, changes in {
+        "plain": {},
+        "file": {"cost": str(tmp_path / "cost.safetensors")},
+        "centred": {"cost_kind": "centred"},
+        "shuffled": {"cost_kind": "shuffled", "cost_seed": 2},
+        "identity": {"cost_kind": "identity"},
+    }.items():
+        run(base, out=str(tmp_path / name), **flags | changes)
+        emo[name] = values(tmp_path / name, base)["emo"]
+    assert emo["file"] == pytest.approx(emo["plain"], rel=1e-6)
+    assert len({round(value, 6) for value in emo.values()}) == 4
+    model, tokenizer = load_for_generation(ModelSource(base))
+    examples, _ = tokenize_records(load_records(str(data)), tokenizer, 512)
+    forced = teacher_forced(model, tokenizer, examples, CostEmbedding(weight, "centred"))
+    assert emo["centred"] == pytest.approx(forced.emo.sum() / forced.tokens.sum(), rel=1e-5)
+
+
+def test_energy_distance_equal_words_and_verdicts_in_the_command(
+    base, other, root, tmp_path, capsys
+):
+    data = str(root / "data" / "instructions" / "held_out.json")
+    flags = {"limit": 20, "max_new_tokens": 8, "equal_words": True, "margin": "nll=100,1%"}
+    run(base, other, data=data, energy=base, out=str(tmp_path / "out"), **flags)
+    metrics, samples = read(tmp_path / "out")
+    references, ours, theirs = [], [], []
+    for sample in samples:
+        reference = json.loads(Path(data).read_text())[len(references)]["output"]
+        texts = [reference, *(sample["responses"][name] for name in (base, other))]
+        words = min(len(text.split()) for text in texts)
+        for kept, text in zip((references, ours, theirs), texts, strict=True):
+            kept.append(first_words(text, words) if words else "")
+    features = load_featuriser(ModelSource(base))
+    clouds = Clouds(features(references), np.stack([features(ours)]))
+    found = {name: row["value"] for name, row in metrics["results"][base].items()}
+    assert found["energy_distance"] == pytest.approx(clouds.measured().value, rel=1e-4)
+    assert found["energy_p"] == clouds.p() and "exact_match" not in found
+    whole = np.mean([len(sample["responses"][base].split()) for sample in samples])
+    assert found["length"] == pytest.approx(whole)
+    verdicts = {name: one["verdict"] for name, one in metrics["differences"][0]["measures"].items()}
+    assert verdicts["nll"] in ("seen below the margin", "not seen")
+    assert "energy distance" in capsys.readouterr().out
+
+
 # ---- MAUVE ---------------------------------------------------------------------------------------
 
 
@@ -233,6 +342,19 @@ def test_mauve_is_one_of_equal_clouds_and_nearly_none_of_distant_ones():
     assert near > 0.99 and mauve(cloud, cloud + 100) < 0.1
 
 
+def test_a_larger_scale_leaves_less_and_halves_of_one_cloud_are_the_noise_floor():
+    random = np.random.default_rng(0)
+    cloud = random.normal(size=(200, 4)).astype(np.float32)
+    other = cloud + random.normal(size=4).astype(np.float32)
+    assert mauve(cloud, other, scale=1) > mauve(cloud, other) > mauve(cloud, other, scale=20)
+    halves = mauve_of_halves(cloud)
+    assert len(set(halves.values)) > 1 and 0.5 < halves.values.mean() < 1
+    order = np.random.default_rng(3).permutation(200)
+    again = mauve(cloud[order[:100]], cloud[order[100:]], 3)
+    assert halves.values[3] == again
+    assert mauve_of_halves(cloud, 20).values.mean() < halves.values.mean()
+
+
 def without(find, missing):
     """Finds all modules but one."""
     return lambda name, *more: None if name == missing else find(name, *more)
@@ -242,13 +364,21 @@ def test_mauve_in_the_command(base, root, tmp_path, monkeypatch, capsys):
     data = str(root / "data" / "instructions" / "held_out.json")
     seen = []
     monkeypatch.setattr(
-        "stanford_alpaca.evaluation.metrics.mauve",
-        lambda p, q, seed: seen.append((p, q, seed)) or seed + 0.5,
+        "stanford_alpaca.evaluation.response_measures.mauve",
+        lambda p, q, seed, scale: seen.append((p, q, seed)) or seed + scale,
+    )
+    halves = []
+    monkeypatch.setattr(
+        "stanford_alpaca.evaluation.response_measures.mauve_of_halves",
+        lambda references, scale: halves.append((references, scale)) or mean_of(np.ones(20)),
     )
     flags = {"decoding": "sample", "seeds": "3,4", "max_new_tokens": 4}
+    flags |= {"mauve_scale": 0.5}
     run(base, data=data, limit=20, mauve=base, out=str(tmp_path / "out"), **flags)
     metrics, samples = read(tmp_path / "out")
     assert metrics["results"][base]["mauve"]["value"] == 4.0
+    assert metrics["results"]["(references)"]["mauve"]["value"] == 1.0
+    assert halves[0][1] == 0.5 and np.array_equal(halves[0][0], seen[0][0])
     features = load_featuriser(ModelSource(base))
     for (wanted, given, seed), number in zip(seen, (0, 1), strict=True):
         assert seed == 3 + number
@@ -277,6 +407,8 @@ def test_only_what_has_the_same_items_is_compared_and_nan_is_null():
         return {"a": mean_of(np.arange(items) + shift), "b": Replicates(np.array([np.nan])), "c": 7}
 
     first, _, third = compare({"x": model(0, 15), "y": model(1, 15), "z": model(1, 14)})
+    judged = {name: measures.pop("verdict") for name, measures in first["measures"].items()}
+    assert judged == {"a": "seen", "b": ""}
     assert first["measures"]["a"] == pytest.approx({"mean": 1, "low": 1, "high": 1, "p": 2 / 2001})
     assert first["measures"]["b"] == {"mean": None, "low": None, "high": None, "p": None}
     assert (first["minus"], first["model"], third["minus"], third["model"]) == (
@@ -375,6 +507,19 @@ def test_of_four_models_the_first_is_compared_with_each():
             "running text asks nothing: give --prefix_words N",
         ),
         ({"data": "data.json", "mauve": "data.json"}, "12 texts are too few"),
+        ({"data": "data.json", "energy": "data.json"}, "--energy compares distributions, and 12"),
+        ({"data": "data.json", "mauve_scale": 2}, "--mauve_scale 2 needs --mauve MODEL"),
+        ({"data": "data.json", "temperature": 0}, "--temperature 0: give a number from 0.001 on"),
+        (
+            {"data": "data.json", "temperature": 2, "match_entropy": "x"},
+            "--temperature and --match_entropy exclude each other",
+        ),
+        ({"data": "data.json", "match_entropy": "./none"}, "cannot load a model"),
+        ({"data": "data.json", "margin": "0.1"}, "--margin 0.1: give NAME=NUMBER"),
+        ({"data": "data.json", "cost_seed": 1}, "--cost_seed 1 belongs to --cost_kind shuffled"),
+        ({"data": "data.json", "cost": "x", "cost_kind": "identity"}, "needs no embedding"),
+        ({"data": "data.json", "cost_kind": "cosin"}, "choose from cosine, identity"),
+        ({"data": "data.json", "cost": "none.safetensors"}, "--cost none.safetensors"),
     ],
 )
 def test_bad_arguments_end_the_command_before_a_model_is_loaded(

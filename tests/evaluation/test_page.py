@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from stanford_alpaca.evaluation.comparison import CANNOT_MEASURE
 from stanford_alpaca.evaluation.page import render
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -106,9 +107,27 @@ DATA = {
             {
                 "measure": "nll",
                 "better": -1,
-                "cells": [{"mean": -1.0, "low": -1.5, "high": -0.5, "p": 0.01}],
-            }
+                "cells": [{"mean": -1.0, "low": -1.5, "high": -0.5, "p": 0.01, "verdict": "seen"}],
+            },
+            {
+                "measure": "mauve",
+                "better": 1,
+                "cells": [
+                    {"mean": 0.1, "low": 0.05, "high": 0.2, "p": 0.01, "verdict": CANNOT_MEASURE}
+                ],
+            },
         ],
+        "curves": [
+            None,
+            {
+                "temperature": [0.5, 1.0, 2.0],
+                "entropy": [1.0, 2.0, 4.0],
+                "nll": [3.0, 2.0, 2.5],
+                "emo": [0.5, 0.6, 0.7],
+            },
+        ],
+        "temperatures": [1.0, 1.0],
+        "notes": [NASTY],
     },
     "samples": [sample(i) for i in range(MANY)] + [sample(1) | {"decoding": "beam"}],
     "transport": {
@@ -286,6 +305,29 @@ def test_the_tables_mark_what_is_sure(open_page):
     assert (
         page.locator("td.better .verdict").inner_text() == "better"
         and page.locator(".group").inner_text() == "Responses: greedy"
+    )
+
+
+def test_what_cannot_be_measured_is_not_called_better_and_verdicts_are_shown(open_page):
+    page = open_page()
+    row = page.locator("tr", has_text="mauve")
+    assert "cannot measure" in row.inner_text() and row.locator(".better").count() == 0
+    assert "seen" in page.locator("td.better").inner_text()
+    assert page.locator("#measures .note").first.inner_text() == NASTY
+
+
+def test_curves_over_temperatures_are_drawn_against_entropy(open_page):
+    page = open_page()
+    charts = page.locator('#measures figure svg[role="img"]')
+    assert charts.count() == 2 and page.locator("#measures polyline").count() == 2
+    points = charts.first.locator("polyline").get_attribute("points").split()
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points)
+    assert (x1 - x0) * 2 == pytest.approx(x2 - x1, abs=0.2)  # entropies 1, 2 and 4
+    assert (y1 - y0) == pytest.approx(2 * (y1 - y2), abs=0.2)  # nll 3, 2 and 2.5, downwards
+    ring = charts.first.locator("circle")
+    assert float(ring.get_attribute("cx")) == pytest.approx(x1, abs=0.1)
+    assert ring.locator("title").text_content() == (
+        "emo at temperature 1.000: entropy 2.000, nll 2.000"
     )
 
 

@@ -1,9 +1,13 @@
 """Tests what is refused before anything is loaded or written."""
 
+import math
+
 import pytest
+import torch
 
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.run.flag_checks import check
+from stanford_alpaca.losses.objectives import Objective
+from stanford_alpaca.run.flag_checks import check, warnings_of
 from stanford_alpaca.run.parse import parse
 
 
@@ -59,3 +63,21 @@ def test_a_warm_up_that_the_schedule_does_not_have_is_said(arguments, capsys):
     )
     check(parse(arguments(warmup_steps=0.1, lr_scheduler_type="constant_with_warmup")))
     assert "--warmup_steps" not in capsys.readouterr().out
+
+
+def test_what_an_objective_does_is_said_with_the_figure():
+    (line,) = warnings_of(Objective("emo2", emo_weighting="upstream"))
+    assert "probability is 0.9999, the weight of its nll gradient is 10,000" in line
+    nll = torch.tensor([-math.log(0.9999)], dtype=torch.float64, requires_grad=True)
+    Objective("emo2", emo_weighting="upstream")(nll, torch.tensor([-30.0])).sum().backward()
+    assert nll.grad.item() == pytest.approx(10_000, rel=1e-3)
+    (line,) = warnings_of(Objective("tailr"))
+    assert "where its probability is above 0.0001" in line
+    weights = Objective("tailr", tailr_floor=0)(torch.tensor([0.0001]).log().neg(), None)
+    assert 0.998 < weights.item() / -math.log(0.0001) < 1  # there it is 1/1000 away
+    for quiet in (
+        Objective("emo2"),
+        Objective("emo", emo_weighting="upstream"),
+        Objective("tailr", tailr_gamma=0.1),
+    ):
+        assert warnings_of(quiet) == []

@@ -10,8 +10,8 @@ import pytest
 from stanford_alpaca.run import launcher
 from stanford_alpaca.run.where import Where
 
-PARENT = "import os, sys; from stanford_alpaca.run.launcher import follow\n"
-PARENT += "sys.exit(follow([sys.executable, '-c', sys.argv[1]], dict(os.environ)))"
+PARENT = "import os, sys; from stanford_alpaca.run.launcher import wait_for\n"
+PARENT += "sys.exit(wait_for([sys.executable, '-c', sys.argv[1]], dict(os.environ)))"
 CHILD = """
 import signal, sys, time
 got = []
@@ -42,7 +42,7 @@ def test_a_signal_reaches_the_training_once(root, sent, got):
 
 @pytest.mark.parametrize(("code", "status"), [("exit(3)", 3), ("import os; os.kill(0, 9)", 137)])
 def test_the_status_is_that_of_the_training(code, status):
-    assert launcher.follow([sys.executable, "-c", code], dict(os.environ)) == status
+    assert launcher.wait_for([sys.executable, "-c", code], dict(os.environ)) == status
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -52,7 +52,7 @@ def test_a_report_is_written_once(tmp_path, monkeypatch, capfd, wanted):
     calls = []
     monkeypatch.setattr(subprocess, "call", lambda command: calls.append(command) or 1)
     where = Where(1, False, ["--model_name_or_path", "base", "--output_dir", str(tmp_path)])
-    launcher.look_at(where, tmp_path)
+    launcher.report_on(where, tmp_path)
     said = capfd.readouterr().out
     assert said.endswith(f"checkpoint: {tmp_path}\ntalk to it: emo chat {tmp_path}\n")
     if wanted == "no":
@@ -62,5 +62,5 @@ def test_a_report_is_written_once(tmp_path, monkeypatch, capfd, wanted):
     module = ["-m", "stanford_alpaca.evaluation.report", "base", str(tmp_path)]
     assert calls[0][1:5] == module and str(tmp_path / "report.html") in calls[0]
     (tmp_path / "report.html").touch()
-    launcher.look_at(where, tmp_path)
+    launcher.report_on(where, tmp_path)
     assert len(calls) == 1

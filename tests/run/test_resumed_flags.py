@@ -228,6 +228,19 @@ def refused(argv, message):
         train(argv)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"cost": "adaptive"}, "--cost was frozen, is adaptive"),
+        ({"cost_kind": "centred"}, "--cost_kind was cosine, is centred"),
+        ({"cost_kind": "shuffled", "cost_seed": 3}, "--cost_seed was 0, is 3"),
+    ],
+)
+def test_another_cost_is_said(trained, capsys, changes, told):
+    train(trained("priced", **changes))
+    assert told in capsys.readouterr().out
+
+
 # ---- flags that would do nothing -----------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ def training(**changes):
 @pytest.mark.parametrize(
     ("asked", "cost", "changes", "family", "message"),
     [
-        ("shard", "adaptive", {}, "llama", "no frozen cosine cost"),
+        ("shard", "adaptive", {}, "llama", "no frozen cost rows"),
         ("vocab_parallel", "frozen", {}, "gpt2", "this model's is tied"),
         ("vocab_parallel", "frozen", {}, "mixtral-routed", "the router's loss of this model"),
         ("vocab_parallel", "frozen", {"world_size": 60}, "llama", "60 processes are too many"),
@@ -56,7 +56,7 @@ def test_what_cannot_be_had_is_refused(make_model, asked, cost, changes, family,
     [
         ({"cost_sharding": "shard"}, 1, "shard needs at least 2 processes"),
         ({"cost_sharding": "shard", "cost_cache_mib": 5}, 2, "keeps no rows"),
-        ({"cost_sharding": "shard", "cost": "adaptive"}, 2, "has rows to shard"),
+        ({"cost_sharding": "shard", "cost": "adaptive"}, 2, "has no rows to shard"),
         ({"cost_sharding": "vocab_parallel"}, 2, "needs --engine fsdp"),
         (
             {"cost_sharding": "vocab_parallel", "engine": "fsdp", "teacher": "x"},
@@ -190,6 +190,8 @@ def test_other_objectives_with_a_sharded_output_layer(arguments, tmp_path):
             "sample_max_new_tokens": 2,
         },
         "identity": {"mode": "emo2", "cost_kind": "identity"},
+        "shuffled": {"cost": "adaptive", "cost_kind": "shuffled", "cost_seed": 2},
+        "centred": {"cost_kind": "centred"},
         "mle": {"mode": "mle", "eval_path": None},
     }.items():
         settings = {"per_device_train_batch_size": 2, "eval_path": tmp_path / "held.json"} | changes

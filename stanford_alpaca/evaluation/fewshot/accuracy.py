@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from stanford_alpaca.console import align
 from stanford_alpaca.evaluation.intervals import PAIRED_RESAMPLES, mcnemar, paired_bootstrap
-from stanford_alpaca.evaluation.tables import align
 
 MEAN = "mean of tasks"
 # of a model: task -> [seeds, items], 1 where the prediction is the label, else 0

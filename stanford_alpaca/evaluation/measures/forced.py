@@ -3,6 +3,7 @@
 The results are sums per record, from which the measures follow.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,10 @@ class Forced(NamedTuple):
     emo: np.ndarray  # [n]
     correct: np.ndarray  # [n]
     costly: np.ndarray  # [n] the probability of costly tokens
+    entropy: np.ndarray  # [n] of the distribution of the next token, in nats
     bins: np.ndarray  # [n, BINS, 3] tokens, their top-1 probability, how many were right
+    # [n, temperatures, 4] nll, emo, entropy and costly at each of several temperatures
+    curve: np.ndarray = np.zeros((0, 0, 4))
 
     def measures(self) -> dict[str, Items | int]:
         """Returns means per supervised token, perplexity and calibration error.
@@ -44,6 +48,7 @@ class Forced(NamedTuple):
             "token_accuracy": mean_of(self.correct, self.tokens),
             "ece": Items(self.bins.reshape(len(self.bins), -1), _calibration_error, biased=True),
             "costly_mass": mean_of(self.costly, self.tokens),
+            "entropy": mean_of(self.entropy, self.tokens),
             "supervised_tokens": int(self.tokens.sum()),
         }
 
@@ -55,10 +60,16 @@ def teacher_forced(
     examples: Dataset,  # input_ids and labels
     cost: CostEmbedding,
     batch_size: int = 16,
+    temperature: float = 1.0,
+    temperatures: Sequence[float] = (),
 ) -> Forced:
     """Returns the sums of every example. They do not depend on the batch size.
 
     The model's logits are computed for supervised tokens only.
+
+    Args:
+        temperature: divides the logits.
+        temperatures: of ``Forced.curve``.
 
     Raises:
         ValueError: ``recognise_head`` does not know the model's output layer.
@@ -67,7 +78,8 @@ def teacher_forced(
     cost.to(device)
     model.eval()
     head = head_of(model)
-    sums = torch.zeros(len(examples), 5, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(examples), 6, dtype=torch.float64, device=device)
+    curve = torch.zeros(len(examples), len(temperatures), 4, dtype=torch.float64, device=device)
     bins = torch.zeros(len(examples) * BINS, 3, dtype=torch.float64, device=device)
     lengths = [len(ids) for ids in examples["input_ids"]]
     supervised = [
@@ -87,24 +99,28 @@ def teacher_forced(
         records = torch.tensor(chosen, device=device)[keep.nonzero()[:, 0]]
         kept = (hidden[keep], labels[keep], records)
         for rows, targets, of in zip(*(part.split(LOGIT_ROWS) for part in kept), strict=True):
-            found = _of_tokens(reference.logits_of(rows, head), targets, cost)
-            sums.index_add_(0, of, found[:, :5])
-            places = (found[:, 5] * BINS).ceil().long().clamp(1, BINS) - 1
-            bins.index_add_(0, of * BINS + places, found[:, [0, 5, 3]])
-    tokens, nll, emo, correct, costly = sums.T.cpu().numpy()
-    return Forced(tokens, nll, emo, correct, costly, bins.view(-1, BINS, 3).cpu().numpy())
+            logits = reference.logits_of(rows, head)
+            found = _of_tokens(logits / temperature, targets, cost)
+            sums.index_add_(0, of, found[:, :6])
+            places = (found[:, 6] * BINS).ceil().long().clamp(1, BINS) - 1
+            bins.index_add_(0, of * BINS + places, found[:, [0, 6, 3]])
+            if temperatures:
+                curve.index_add_(0, of, _at_temperatures(logits, targets, cost, temperatures))
+    tokens, nll, emo, correct, costly, entropy = sums.T.cpu().numpy()
+    whole = bins.view(-1, BINS, 3).cpu().numpy()
+    return Forced(tokens, nll, emo, correct, costly, entropy, whole, curve.cpu().numpy())
 
 
 def _of_tokens(
     logits: Tensor,  # [N, V]
     targets: Tensor,  # [N]
     cost: CostEmbedding,
-) -> Tensor:  # [N, 6] float64
-    """Returns six numbers for every token.
+) -> Tensor:  # [N, 7] float64
+    """Returns seven numbers for every token.
 
     They are 1, nll, emo, whether the most probable token is the target, the probability of costly
-    tokens, and the probability of the most probable token. A token is costly if it costs at least
-    the mean over the vocabulary: it is no nearer than an average token.
+    tokens, the entropy, and the probability of the most probable token. A token is costly if it
+    costs at least the mean over the vocabulary: it is no nearer than an average token.
     """
     stats = reference.token_stats(logits, targets, cost)
     assert stats.log_emo is not None
@@ -118,9 +134,33 @@ def _of_tokens(
         stats.log_emo.exp(),
         best == targets,
         costly,
+        torch.special.entr(p).sum(1),
         top,
     ]
     return torch.stack([values.double() for values in found], 1)
+
+
+def _at_temperatures(
+    logits: Tensor,  # [N, V]
+    targets: Tensor,  # [N]
+    cost: CostEmbedding,
+    temperatures: Sequence[float],  # [G]
+) -> Tensor:  # [N, G, 4] float64
+    """Returns nll, emo, entropy and the probability of costly tokens at each temperature."""
+    costs = cost.costs(targets, logits.shape[1]).float()
+    costly = costs >= costs.mean(1, keepdim=True)
+    found = []
+    for temperature in temperatures:
+        log_p = (logits.float() / temperature).log_softmax(1)
+        p = log_p.exp()
+        sums = [
+            -log_p.gather(1, targets[:, None]).squeeze(1),
+            (p * costs).sum(1),
+            torch.special.entr(p).sum(1),
+            torch.where(costly, p, 0.0).sum(1),
+        ]
+        found.append(torch.stack(sums, 1).double())
+    return torch.stack(found, 1)
 
 
 def _perplexity(sums: np.ndarray) -> np.ndarray:  # [..., 2]

@@ -14,30 +14,36 @@ from transformers.utils import logging
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.fewshot.retrieval import embed_texts
-from stanford_alpaca.models.check import check_model
+from stanford_alpaca.evaluation.intervals import Replicates
 from stanford_alpaca.models.load import ModelSource, cannot_load, load_body
 
+SCALE = 5.0  # the authors' scaling constant
+HALVES = 5  # seeds of the noise floor
 LEAST = 20  # texts, which make two clusters of ten
 ENOUGH = 1000  # texts; MAUVE's authors advise thousands
 
 EmbedTexts = Callable[[list[str]], np.ndarray]  # [n] texts -> [n, D] float32
 
 
-def check_mauve(featuriser: ModelSource, texts: int) -> None:
+def check_texts(flag: str, texts: int) -> None:
+    """Raises UserError for too few texts to compare distributions."""
+    if texts < LEAST:
+        raise UserError(
+            f"--{flag} compares distributions, and {texts} texts are too few for one: "
+            f"give {LEAST} or more"
+        )
+
+
+def check_mauve(texts: int) -> None:
     """Raises UserError if MAUVE cannot be computed, before anything large is read."""
     if importlib.util.find_spec("mauve") is None:
         raise UserError("--mauve needs a package of its own: pip install mauve-text")
-    if texts < LEAST:
-        raise UserError(
-            f"--mauve compares distributions, and {texts} texts are too few for one: "
-            f"give {LEAST} or more"
-        )
+    check_texts("mauve", texts)
     if texts < ENOUGH:
         say(
             f"MAUVE of {texts} texts is coarse: compare models by it, "
             "and do not read much into the value"
         )
-    check_model(featuriser)
 
 
 def load_featuriser(source: ModelSource) -> EmbedTexts:
@@ -79,11 +85,37 @@ def _is_causal(model: PreTrainedModel) -> bool:
     return torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6)
 
 
-def mauve(references: np.ndarray, responses: np.ndarray, seed: int = 0) -> float:  # [n, D], [m, D]
-    """Returns MAUVE with its authors' settings.
+def mauve(
+    references: np.ndarray,  # [n, D]
+    responses: np.ndarray,  # [m, D]
+    seed: int = 0,
+    scale: float = SCALE,
+) -> float:
+    """Returns MAUVE with its authors' k-means, which has a tenth as many clusters as texts.
 
-    These are k-means with a tenth as many clusters as texts, and a scaling factor of 5.
+    Args:
+        scale: multiplies the divergences, from 0 on. A larger one leaves less of MAUVE: where all
+            values are near 1 or near 0, another scale tells more apart.
     """
     from mauve import compute_mauve  # takes seconds to import
 
-    return float(compute_mauve(p_features=references, q_features=responses, seed=seed).mauve)
+    return float(
+        compute_mauve(
+            p_features=references, q_features=responses, seed=seed, mauve_scaling_factor=scale
+        ).mauve
+    )
+
+
+def mauve_of_halves(references: np.ndarray, scale: float = SCALE) -> Replicates:  # [n, D]
+    """Returns MAUVE between two random halves of the references, for each of HALVES seeds.
+
+    A seed decides the halves and k-means. Both halves are of one distribution, so what is missing
+    to 1 is noise: MAUVE's noise floor.
+    """
+    found = []
+    for seed in range(HALVES):
+        order = np.random.default_rng(seed).permutation(len(references))
+        half = len(order) // 2
+        one, other = references[order[:half]], references[order[half : 2 * half]]
+        found.append(mauve(one, other, seed, scale))
+    return Replicates(np.array(found))

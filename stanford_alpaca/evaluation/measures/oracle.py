@@ -65,9 +65,9 @@ def distances(
     examples: Dataset,  # input_ids and labels
     cost: CostEmbedding,
     *,
-    pad_token_id: int,
     positions: int = 128,
     batch_size: int = 16,
+    temperature: float = 1.0,
     seed: int = 0,
 ) -> dict[str, Items]:
     """Returns the distances of the module's docstring, with an item per example.
@@ -75,6 +75,7 @@ def distances(
     Args:
         positions: how many supervised positions optimal transport is solved at. Equal numbers and
             seeds choose the same positions.
+        temperature: divides the model's logits, and not the oracle's.
     """
     counts = np.array(
         [sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in examples]
@@ -84,7 +85,8 @@ def distances(
     first = np.concatenate([[0], counts.cumsum()])
     sums, solved = np.zeros((len(examples), len(EXACT))), np.zeros((len(examples), 2))
     cost.to(model.device)
-    for number, _, (p, q) in _distributions([model, oracle], examples, pad_token_id, batch_size):
+    for number, _, (p, q) in _distributions([model, oracle], examples, 0, batch_size):
+        p = p if temperature == 1 else (p / temperature).log_softmax(1)
         sums[number] += _exact(p, q, cost).sum(0).cpu().numpy()
         for row in np.flatnonzero(chosen[first[number] : first[number + 1]]):
             solved[number] += [optimal_transport(p[row].exp(), q[row].exp(), cost), 1]

@@ -49,10 +49,30 @@ def by_themselves(responses: list[list[str]]) -> dict[str, Items | Replicates]: 
         "repetition_4": mean_of(
             np.mean([[repetition(text, 4) for text in texts] for texts in responses], axis=0)
         ),
-        "length": mean_of(
-            np.mean([[len(text.split()) for text in texts] for texts in responses], axis=0)
-        ),
+        "length": length(responses),
     }
+
+
+def length(responses: list[list[str]]) -> Items:  # [seeds][n]
+    """Returns the mean number of words."""
+    return mean_of(np.mean([[len(text.split()) for text in texts] for texts in responses], axis=0))
+
+
+def equal_in_words(
+    references: list[str],  # [n]
+    responses: dict[str, list[list[str]]],  # of each model, [seeds][n]
+) -> tuple[list[str], dict[str, list[list[str]]]]:
+    """Cuts all texts of a record to as many words as the shortest of them has."""
+    every = [references, *(texts for of in responses.values() for texts in of)]
+    least = [min(len(text.split()) for text in texts) for texts in zip(*every, strict=True)]
+
+    def cut(texts: list[str]) -> list[str]:
+        return [
+            first_words(text, words) if words else ""
+            for text, words in zip(texts, least, strict=True)
+        ]
+
+    return cut(references), {name: [cut(texts) for texts in of] for name, of in responses.items()}
 
 
 def exact_match(responses: list[str], references: list[str]) -> float:

@@ -16,6 +16,7 @@ SCRIPTS = (
     "page.js",
     "curves.js",
     "measures.js",
+    "entropy.js",
     "samples.js",
     "map.js",
     "panel.js",

@@ -15,7 +15,16 @@ CURVES = ("loss", "nll", "emo", "learning_rate", "eval_loss", "eval_nll", "eval_
 POINTS = 600  # the most points of a curve; longer ones show means of several log entries
 TOLD = ("mode", "model_name_or_path", "learning_rate", "global_batch")
 # shown only if runs differ in them
-TOLD_APART = ("data_path", "cost", "cost_kind", "emo_weighting", "emo_weight", "lora", "seed")
+TOLD_APART = (
+    "data_path",
+    "cost",
+    "cost_kind",
+    "cost_seed",
+    "emo_weighting",
+    "emo_weight",
+    "lora",
+    "seed",
+)
 
 Points = list[list[float]]  # [step, value]
 

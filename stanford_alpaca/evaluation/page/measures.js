@@ -21,6 +21,8 @@ function drawMeasures(box) {
     wide ? el("td", { class: "forest" }, forest(row, shown)) : null,
   ];
   box.append(measureTable("Measures with intervals", columns, found.rows, line));
+  box.append(...found.notes.map(note));
+  drawEntropy(box, shown);
   if (found.differences.length) return drawDifferences(box, found);
   if (found.pairs.length) {
     box.append(note("There are too few records for the intervals of differences."));
@@ -109,7 +111,7 @@ function forest(row, shown) {
 
 function differenceCell(cell, better) {
   if (!cell) return el("td", { text: "–" });
-  const sure = cell.p !== null && cell.p < 0.05;
+  const sure = cell.p !== null && cell.p < 0.05 && cell.verdict !== "cannot measure";
   const verdict = !sure || !better ? "" : cell.mean * better > 0 ? "better" : "worse";
   const mark = verdict ? el("span", { class: "verdict", text: verdict }) : null;
   const text = `${cell.mean > 0 ? "+" : ""}${number(cell.mean)}`;
@@ -117,5 +119,6 @@ function differenceCell(cell, better) {
   return el("td", { class: verdict || null },
     el("span", { class: "value", text }, mark),
     range(cell.low, cell.high),
-    p ? el("span", { class: "range", text: p }) : null);
+    p ? el("span", { class: "range", text: p }) : null,
+    cell.verdict ? el("span", { class: "range", text: cell.verdict }) : null);
 }

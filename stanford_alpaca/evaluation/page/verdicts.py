@@ -5,14 +5,16 @@ The table says which model is the best, where that is more than chance.
 
 from typing import Any
 
+from stanford_alpaca.evaluation.comparison import CANNOT_MEASURE, SIGNIFICANT
+
 # measures whose names start with one of these are better if higher
 HIGHER = ("token_accuracy", "exact_match", "mauve", "rouge_")
 # these measures are better if lower
 LOWER = (
     "nll", "emo", "perplexity", "ece", "costly_mass", "oracle_perplexity", "forward_cross_entropy",
     "reverse_cross_entropy", "total_variation", "transport_cost", "optimal_transport",
+    "energy_distance",
 )  # fmt: skip
-SIGNIFICANT = 0.05
 
 
 def better(measure: str) -> int:
@@ -31,8 +33,8 @@ def table_of(evaluation: dict[str, Any], models: list[str], references: str = ""
             low, high] or null for each model, and ``references`` is such a cell. ``best`` is the
             index of the model that is better than every other with p < SIGNIFICANT, or null.
         ``pairs``: [model, minus] for each column of ``differences``.
-        ``differences``: {measure, better, cells} for each measure with an interval for a pair.
-            ``cells`` has {mean, low, high, p} or null for each pair.
+        ``differences``: {measure, better, cells} for each measure with p or a verdict for a pair.
+            ``cells`` has {mean, low, high, p, verdict} or null for each pair.
     """
     results = [evaluation["results"].get(model, {}) for model in models]
     theirs = evaluation["results"].get(references, {})
@@ -64,9 +66,13 @@ def table_of(evaluation: dict[str, Any], models: list[str], references: str = ""
             "cells": [measured.get(name) for measured in found],
         }
         for name in measures
-        if any((measured.get(name) or {}).get("p") is not None for measured in found)
+        if any(_told(measured.get(name) or {}) for measured in found)
     ]
     return {"rows": rows, "pairs": pairs, "differences": differences}
+
+
+def _told(difference: dict[str, Any]) -> bool:
+    return difference.get("p") is not None or bool(difference.get("verdict"))
 
 
 def _cell(measured: dict[str, float | None] | None) -> list[float | None] | None:
@@ -81,6 +87,8 @@ def _best(
     for (model, minus), measured in zip(pairs, found, strict=True):
         difference = measured.get(measure)
         if difference is None or difference["p"] is None or difference["p"] >= SIGNIFICANT:
+            continue
+        if difference.get("verdict") == CANNOT_MEASURE:
             continue
         gain = difference["mean"] * better(measure)
         if gain:

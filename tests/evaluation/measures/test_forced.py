@@ -40,11 +40,13 @@ def test_the_numbers_and_that_batches_do_not_matter(root, tmp_path, exact, make_
         nll, emo, p, costs = exact(logits[keep], labels[keep], embedding)
         hits = p.argmax(1) == labels[keep]
         costly = (p * (costs >= costs.mean(1, keepdim=True))).sum(1)
-        want.append([len(nll), nll.sum(), emo.sum(), hits.sum(), costly.sum()])
+        entropy = -(p * p.log()).sum(1)
+        want.append([len(nll), nll.sum(), emo.sum(), hits.sum(), costly.sum(), entropy.sum()])
         tops += zip(p.max(1).values.tolist(), hits.tolist(), strict=True)
     want = np.array(want, dtype=float)
     for forced in got:
-        for name, column in zip(("tokens", "nll", "emo", "correct", "costly"), want.T, strict=True):
+        names = ("tokens", "nll", "emo", "correct", "costly", "entropy")
+        for name, column in zip(names, want.T, strict=True):
             assert getattr(forced, name) == pytest.approx(column, rel=1e-4, abs=1e-6), name
         measures = forced.measures()
         assert measures["perplexity"].value == pytest.approx(
@@ -60,15 +62,35 @@ def plain_ece(top: np.ndarray, hit: np.ndarray) -> float:
     return sum(of.mean() * abs(hit[of].mean() - top[of].mean()) for of in bins if of.any())
 
 
+def test_a_temperature_divides_the_logits_and_curves_have_several(make_model, exact):
+    model = make_model("llama", initializer_range=0.3)
+    embedding = model.lm_head.weight.detach()
+    rows = [[5, 6, 7, 8], [9, 10, 11]]
+    examples = Dataset.from_dict({"input_ids": rows, "labels": [[-100, *row[1:]] for row in rows]})
+    tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
+    cost = CostEmbedding(embedding)
+    found = teacher_forced(model, tokenizer, examples, cost, temperatures=(0.5, 1.0, 2.0))
+    for place, temperature in enumerate((0.5, 1.0, 2.0)):
+        alone = teacher_forced(model, tokenizer, examples, cost, temperature=temperature)
+        for row, ids in enumerate(rows):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+            nll, emo, p, costs = exact(logits / temperature, torch.tensor(ids[1:]), embedding)
+            costly = (p * (costs >= costs.mean(1, keepdim=True))).sum()
+            want = [nll.sum(), emo.sum(), -(p * p.log()).sum(), costly]
+            want = [value.item() for value in want]
+            assert found.curve[row, place] == pytest.approx(want, rel=1e-4)
+            got = [alone.nll[row], alone.emo[row], alone.entropy[row], alone.costly[row]]
+            assert got == pytest.approx(want, rel=1e-4)
+
+
 def test_calibration_error_by_hand():
     # Two records share the last bin: 3 of its 4 tokens are right, at a confidence of 0.95. The
     # other bin is exact.
     bins = np.zeros((2, BINS, 3))
     bins[0, 14], bins[1, 14], bins[1, 7] = [1, 0.95, 1], [3, 2.85, 2], [4, 2, 2]
     ones = np.ones(2)
-    assert Forced(ones, ones, ones, ones, ones, bins).measures()["ece"].value == pytest.approx(
-        4 / 8 * 0.2
-    )
+    assert Forced(*[ones] * 6, bins).measures()["ece"].value == pytest.approx(4 / 8 * 0.2)
 
 
 def test_a_record_without_a_target_counts_nothing_but_keeps_its_place(make_model):

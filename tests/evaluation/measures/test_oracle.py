@@ -47,7 +47,7 @@ def test_distances_are_those_of_dense_distributions(pair, kind):
     rows = torch.randn(V, 4, generator=torch.Generator().manual_seed(2))
     rows[3] = 0.0
     cost = CostEmbedding(rows, kind)
-    found = distances(model, oracle, examples, cost, pad_token_id=0, positions=0, batch_size=2)
+    found = distances(model, oracle, examples, cost, positions=0, batch_size=2)
     p, q = (torch.cat([distributions(one, row) for row in examples]) for one in (model, oracle))
     prices = cost.costs(torch.arange(V), V).double()
     wanted = {
@@ -77,23 +77,16 @@ def test_optimal_transport_is_the_linear_programs_and_below_the_independent_coup
     solved = linprog(prices.ravel(), A_eq=np.array(marginals), b_eq=np.concatenate([p, q])).fun
     assert optimal_transport(p, q, cost) == pytest.approx(solved, abs=4e-3)
     assert optimal_transport(p, p, cost) == pytest.approx(0.0, abs=1e-9)
-    found = distances(model, oracle, examples, cost, pad_token_id=0)
+    found = distances(model, oracle, examples, cost)
     assert found["optimal_transport"].measured().value < found["transport_cost"].measured().value
     # All positions are taken, since there are fewer than were asked for.
     assert found["optimal_transport"].sums[:, 1].tolist() == [3, 1, 4]
     some = [
-        distances(model, oracle, examples, cost, pad_token_id=0, positions=2, seed=s)[
-            "optimal_transport"
-        ]
+        distances(model, oracle, examples, cost, positions=2, seed=s)["optimal_transport"]
         for s in (0, 1)
     ]
     assert [items.sums[:, 1].sum() for items in some] == [2, 2] and some[0].value != some[1].value
-    assert (
-        distances(oracle, oracle, examples, cost, pad_token_id=0)["optimal_transport"]
-        .measured()
-        .value
-        < 1e-6
-    )
+    assert distances(oracle, oracle, examples, cost)["optimal_transport"].measured().value < 1e-6
 
 
 def test_the_oracles_perplexity_is_that_of_its_own_nll(pair):

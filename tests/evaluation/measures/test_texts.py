@@ -9,6 +9,7 @@ from stanford_alpaca.evaluation.measures.texts import (
     against_references,
     by_themselves,
     distinct,
+    equal_in_words,
     exact_match,
     repetition,
     self_bleu,
@@ -76,3 +77,16 @@ def test_self_bleu_is_sacrebleus_of_each_text_against_the_others():
 
 def test_exact_match():
     assert exact_match([" a", "b", "c\n"], ["a", "x", "c"]) == pytest.approx(2 / 3)
+
+
+def test_texts_of_a_record_are_cut_to_equal_words():
+    references = ["a b c d", "e f", "g h"]
+    responses = {"x": [["a b  c", "e f g", "h"], ["a b", "e", "h i"]], "y": [["q", "r s t", ""]]}
+    cut_references, cut = equal_in_words(references, responses)
+    assert cut_references == ["a", "e", ""]
+    assert cut == {"x": [["a", "e", ""], ["a", "e", ""]], "y": [["q", "r", ""]]}
+    only = {"x": responses["x"][:1]}
+    assert equal_in_words(references, only) == (
+        ["a b c", "e f", "g"],
+        {"x": [["a b  c", "e f", "h"]]},
+    )
