@@ -44,7 +44,7 @@ TRL: dict[str, dict[str, Any]] = {  # settings that differ from TRL's best setup
     "trl-lora": {"learning_rate": LORA_RATE},
 }
 OURS: dict[str, dict[str, Any]] = {
-    "emo": {"mode": "emo", "head_gradient": "exact"},
+    "emo": {"mode": "emo"},
     "mle": {"mode": "mle"},
     "emo-packing": {"mode": "emo", "packing": True},
     "emo-padding_free": {"mode": "emo", "padding_free": True},
@@ -56,12 +56,7 @@ OURS: dict[str, dict[str, Any]] = {
         "head_gradient": "sampled",
         "cost_cache_mib": KEPT_MIB,
     },
-    "emo-lora": {
-        "mode": "emo",
-        "lora": True,
-        "learning_rate": LORA_RATE,
-        "head_gradient": "exact",
-    },
+    "emo-lora": {"mode": "emo", "lora": True, "learning_rate": LORA_RATE},
     "emo-lora-sampled": {
         "mode": "emo",
         "lora": True,

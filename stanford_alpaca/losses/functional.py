@@ -25,7 +25,7 @@ BACKENDS: dict[str, Callable] = {
     "triton": partial(chunked.linear_loss, kernels=triton_kernels),
 }
 REDUCTIONS = ("mean", "sum", "none")
-HEAD_GRADIENTS = ("auto", "exact", "sampled")
+HEAD_GRADIENTS = ("exact", "sampled")
 _SEEDS = torch.Generator().manual_seed(0)  # of sampled gradients, where no generator is given
 SUM_TOLERANCE = 1e-3  # how far a sum of a teacher's rounded probabilities may be from 1
 
@@ -98,7 +98,7 @@ def linear_emo_loss(
     ignore_index: int = -100,
     backend: str = "auto",
     num_items: Tensor | int | None = None,
-    head_gradient: str = "auto",
+    head_gradient: str = "exact",
     head_epsilon: float = EPSILON,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # [] or, unreduced, [...]
@@ -115,9 +115,9 @@ def linear_emo_loss(
             ``auto``, the fastest that serves these tensors.
         num_items: what ``mean`` divides by in place of this call's number of targets. With the
             global count of a step, the losses of micro-batches and ranks add up.
-        head_gradient: ``exact``; ``sampled``: unbiased and cheaper gradients from a sample of the
-            logits' columns, with exact loss and statistics (``losses/backends/sampling.py``); or
-            ``auto``: sampled in bfloat16 and float16. The backend ``reference`` does not sample.
+        head_gradient: ``exact``, or ``sampled``: unbiased and cheaper gradients from a sample of
+            the logits' columns, with exact loss and statistics (``losses/backends/sampling.py``).
+            The backend ``reference`` does not sample.
         head_epsilon: the threshold of the sample, in units of one token's loss. A smaller one has
             less variance and keeps more columns.
         generator: draws the seed of the sample, on the CPU. By default a generator of this module
@@ -180,8 +180,6 @@ def linear_loss_and_stats(
     kept = hidden[keep]
     if torch.is_autocast_enabled(device):  # the output layer would run in this precision
         kept = kept.to(torch.get_autocast_dtype(device))
-    if sampled is not None and (backend == "reference" or not sampled.serves(kept.dtype)):
-        sampled = None
     kept_targets = _kept_targets(targets, soft_targets, keep, objective, kept, vocab_size)
     with torch.autocast(device, enabled=False):  # statistics and costs stay in float32
         inner = "none" if reduction == "none" else "sum"
@@ -216,7 +214,7 @@ def check_head_gradient(name: str, epsilon: float, backend: str) -> None:
 
 def sampled_as(name: str, epsilon: float) -> Sampled | None:
     """Returns how a head_gradient samples; None if it is exact."""
-    return None if name == "exact" else Sampled(epsilon, everywhere=name == "sampled")
+    return None if name == "exact" else Sampled(epsilon)
 
 
 def _seeded(sampled: Sampled | None, generator: torch.Generator | None) -> Sampled | None:

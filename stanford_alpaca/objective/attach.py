@@ -266,7 +266,7 @@ def attach_objective(
     backend: str = "auto",
     teacher: Teacher | None = None,
     form: HeadForm | None = None,
-    head_gradient: str = "auto",
+    head_gradient: str = "exact",
     head_epsilon: float = EPSILON,
     **options: Any,
 ) -> AttachedObjective:

@@ -227,11 +227,8 @@ class ObjectiveArguments:
     loss_backend: str = choice("auto", *BACKENDS, default="auto", help="How the loss is computed.")
     head_gradient: str = choice(
         *HEAD_GRADIENTS,
-        default="auto",
-        help=(
-            "sampled: unbiased gradients of the output layer from few columns, which cost less. "
-            "auto: sampled with bf16 or fp16, else exact."
-        ),
+        default="exact",
+        help="sampled: unbiased gradients of the output layer from few columns, which cost less.",
     )
     head_epsilon: float = field(
         default=EPSILON,

@@ -51,17 +51,10 @@ class Sampled(NamedTuple):
     Attributes:
         epsilon: the threshold, in units of the loss of one token.
         seed: of the random numbers. The same seed on the same chunks draws the same.
-        everywhere: if False, gradients are sampled only where the output layer runs in bfloat16 or
-            float16, whose rounding is a larger error.
     """
 
     epsilon: float = EPSILON
     seed: int = 0
-    everywhere: bool = True
-
-    def serves(self, dtype: torch.dtype) -> bool:
-        """Whether gradients are sampled if the output layer's input has this dtype."""
-        return self.everywhere or dtype in (torch.bfloat16, torch.float16)
 
 
 @dataclass
