@@ -12,13 +12,58 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
+LONG = (  # what only `bash tests/long.sh` runs: of each kind a cheaper test is always run
+    "tests/exactness/test_part.py::test_it_equals_one_process[ddp shard 4 4 uneven full packed]",
+    "tests/exactness/test_part.py::test_it_equals_one_process[fsdp vocab_parallel 2 4 uneven",
+    "tests/exactness/test_part.py::test_it_equals_one_process[zero2 shard 2 4 uneven lora padded]",
+    "tests/faults/test_part.py::test_it_holds[five equal runs]",
+    "tests/faults/test_part.py::test_it_holds[full and failing disks]",
+    "tests/faults/test_part.py::test_it_holds[kill in a save]",
+    "tests/faults/test_part.py::test_it_holds[kill the group]",
+    "tests/faults/test_part.py::test_it_holds[resume at every step]",
+    "tests/losses/backends/test_backends.py::test_random_problems[triton]",
+    "tests/losses/backends/test_chunked.py::test_extra_memory_is_one_chunk_whatever_the_number_of_"
+    "tokens[emo-None]",
+    "tests/models/test_lora.py::test_trained_embeddings_and_added_tokens_go_through_files[fsdp",
+    "tests/models/test_lora.py::test_trained_embeddings_and_added_tokens_go_through_files[zero3",
+    "tests/models/test_lora.py::test_two_processes_train_and_write_the_same_adapter[fsdp]",
+    "tests/models/test_merge.py::test_the_script",
+    "tests/preflight/test_preflight.py::test_ranks_send_what_was_estimated",
+    "tests/run/test_legacy_flags.py::test_alpacas_llama_command_as_printed",
+    "tests/run/test_legacy_flags.py::test_alpacas_opt_command_as_printed_and_its_offload_variant",
+    "tests/run/test_resumed_flags.py::test_every_engine_holds_to_the_flags[fsdp-False]",
+    "tests/test_checkpoint.py::test_four_ranks_of_fsdp_go_on_as_two_as_one_and_without_fsdp",
+    "tests/test_experiments.py::test_the_oracle_experiment_measures_every_student_and_goes_on",
+    "tests/test_launcher.py::test_the_real_form_with_the_published_recipe",
+    "tests/test_options.py::test_a_teacher_pulls_the_student_towards_itself",
+    "tests/test_options.py::test_options_that_must_not_change_the_steps[torch_compile_backend]",
+    "tests/test_options.py::test_the_best_checkpoint_by_any_metric_is_what_is_saved[emo]",
+    "tests/test_packaging.py::test_an_editable_install_reads_the_checkout",
+    "tests/test_prompts.py::test_lora_merged_and_exported_folders_stop_and_ask_as_was_trained",
+    "tests/test_train.py::test_two_processes_equal_one_step_by_step[fsdp]",
+    "tests/training/test_cost_sharding.py::test_a_resumed_vocab_parallel_run_has_the_costs_of_the",
+    "tests/training/test_cost_sharding.py::test_other_objectives_with_a_sharded_output_layer",
+    "tests/training/test_guard.py::test_sharded_engines_stop_and_skip_alike[fsdp]",
+    "tests/training/test_guard.py::test_sharded_engines_stop_and_skip_alike[zero3]",
+    "tests/training/test_packed.py::test_a_step_over_all_rows_is_one_over_all_examples",
+    "tests/training/test_sampled.py::test_it_learns_as_the_exact_gradient_does",
+)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs the README's commands first.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests of LONG, too")
 
-    They take longest, and other workers continue beside them.
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves LONG out, except where a test is asked for by name or --long is given.
+
+    The README's commands come first: they take longest, and other workers continue beside them.
     """
+    named = any("::" in argument for argument in config.args)
+    if not (config.getoption("long") or named):
+        long = [item for item in items if item.nodeid.startswith(LONG)]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.nodeid.startswith(LONG)]
     items.sort(key=lambda item: "test_the_commands_run" not in item.name)
 
 
