@@ -169,9 +169,11 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises UserError unless the flag's value is an integer of at least ``least``."""
+    """Raises UserError unless the flag's value is an integer from ``least`` to 2^63 - 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"--{name} {value}: give a whole number from {least} on")
+    if value >= 2**63:
+        raise UserError(f"--{name} {value}: give a number below 2^63")
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:

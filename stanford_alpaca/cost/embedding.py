@@ -226,8 +226,11 @@ def _arranged(rows: Tensor, kind: str, seed: int) -> Tensor:  # [V, D] -> [V, D]
         generator = torch.Generator().manual_seed(seed)
         kept = kept[torch.randperm(len(kept), generator=generator).to(rows.device)]
     else:
-        kept = kept.to(_at_least_float32(rows.dtype))
-        kept = kept - kept.mean(0, dtype=torch.float64).to(kept.dtype)
+        exact = kept.to(_at_least_float32(rows.dtype))
+        kept = exact - exact.mean(0, dtype=torch.float64).to(exact.dtype)
+        # rows of tokens that were added are the mean row: what is left of them is rounding
+        least = max(1e-5, 4 * torch.finfo(rows.dtype).eps) * norms_of(exact)
+        kept = kept.masked_fill((norms_of(kept) < least)[:, None], 0.0)
     return rows.to(kept.dtype, copy=True).index_copy_(0, tokens, kept)
 
 

@@ -106,7 +106,8 @@ def _kept(
         found = files()
         exists = folder.exists() if folder is not None else bool(found) or check.exists()
         if exists and _read(check) != _checked(found):
-            say(f"{check.parent}: a cached table is not what was written there; it is made again")
+            state = "is not what was written there" if check.exists() else "was not finished"
+            say(f"{check.parent}: a cached table {state}; it is made again")
             if folder is not None and folder.is_dir():
                 shutil.rmtree(folder)
             elif folder is not None:

@@ -288,7 +288,7 @@ def _json_lines(file: Path) -> Iterator[Placed]:
                 continue
             where = f"{file}:line {number}"
             try:
-                value = JSON.decode(line)
+                value = JSON.decode(line.rstrip("\r\n"))
             except (ValueError, RecursionError) as error:
                 at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
                 wanted = "wanted a list or an object a line"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.intervals import Difference, Items, Replicates
 from stanford_alpaca.evaluation.measures.energy import Clouds
@@ -62,6 +63,15 @@ class Margins:
         """Returns the margin of a measure; ``base`` is the value that is subtracted."""
         own = self.own.get(measure, self.own.get(measure.partition(" (")[0]))
         return own if own is not None or self.share is None else self.share * abs(base)
+
+
+def tell_unknown(margins: Margins, found: dict[str, Measures]) -> None:
+    """Prints a line for every margin whose measure was not measured."""
+    names = list(dict.fromkeys(name for measures in found.values() for name in measures))
+    known = {*names, *(name.partition(" (")[0] for name in names)}
+    for name in margins.own:
+        if name not in known:
+            say(f"--margin {name}: no such measure; there are {', '.join(names)}")
 
 
 def with_intervals(found: dict[str, Measures]) -> dict[str, dict[str, dict[str, float | None]]]:

@@ -27,7 +27,13 @@ from stanford_alpaca.data.report import DataReport
 from stanford_alpaca.data.templates import IN_WORDS, follow
 from stanford_alpaca.data.tokenize import ExampleEncoder, PromptEncoder, encode_records
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.comparison import Margins, Measures, compare, with_intervals
+from stanford_alpaca.evaluation.comparison import (
+    Margins,
+    Measures,
+    compare,
+    tell_unknown,
+    with_intervals,
+)
 from stanford_alpaca.evaluation.intervals import Items, Replicates
 from stanford_alpaca.evaluation.measures.forced import Forced, teacher_forced
 from stanford_alpaca.evaluation.measures.oracle import distances, oracle_perplexity
@@ -107,8 +113,10 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
         found.setdefault(name, {}).update(measures)
     for name in names:
         found[name] |= training_figures(name)
+    margins = Margins.parse(settings.margin)
+    tell_unknown(margins, found)
     floors = {
-        measure: 1 - value.measured().value
+        measure: 1 - float(value.values.min())
         for measure, value in found.get(REFERENCES, {}).items()
         if measure.startswith("mauve") and isinstance(value, Replicates)
     }
@@ -121,9 +129,7 @@ def evaluate(names: list[str], records: Dataset, settings: Settings) -> Evaluati
         "refitted": [*REFITTED] if bench.target is not None else [],
         "curves": {name: one.curve for name, one in each.items()},
         "results": with_intervals(found),
-        "differences": compare(
-            {name: found[name] for name in names}, Margins.parse(settings.margin), floors
-        ),
+        "differences": compare({name: found[name] for name in names}, margins, floors),
     }
     return Evaluation(metrics, make_samples(bench.asked, responses, settings))
 
@@ -227,7 +233,7 @@ def match(name: str, forced: Forced, bench: Bench) -> dict[str, Items]:
     """Returns the measures at the entropy of --match_entropy. Raises UserError if it cannot be."""
     other, target = bench.settings.match_entropy, bench.target
     assert target is not None
-    if len(target.tokens) != len(forced.tokens):
+    if not np.array_equal(target.tokens, forced.tokens):
         raise UserError(
             f"{name} cuts the data into other tokens than --match_entropy {other}: "
             "entropies of one vocabulary are compared"
@@ -424,7 +430,7 @@ def measure(options: Options) -> None:
     for sample in shown[: options.samples]:
         print(format_sample(sample))
     print(
-        f"{len(records)} {'examples' if shown else 'document(s)'} of {settings.data}, "
+        f"{metrics['records']} {'examples' if shown else 'document(s)'} of {settings.data}, "
         "values with 95 % intervals"
     )
     for name, asked in metrics["prompts"].items():

@@ -188,6 +188,8 @@ def read_records(names: list[str], settings: Settings, verify: bool = False) -> 
     if settings.limit is not None:
         records = records.select(range(min(settings.limit, len(records))))
     is_text = form_of(records.column_names) == "text"
+    if settings.detokenize and not is_text:
+        raise UserError(f"--detokenize mends running text, and {settings.data} is none: drop it")
     if settings.prefix_words is not None:
         if not is_text:
             raise UserError(

@@ -62,7 +62,7 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = field(
-        metadata={"help": "Files, folders or hub names; see the README's table of forms."}
+        metadata={"help": "Files, folders or hub names; see docs/data.md."}
     )
     data_weights: list[float] | None = field(
         default=None,
@@ -135,7 +135,7 @@ class DataArguments:
         default="auto",
         help=(
             "With --block_size: what begins a document, "
-            "behind which an end-of-sequence token stands; see the README."
+            "behind which an end-of-sequence token stands; see docs/continual.md."
         ),
     )
     max_sentences: int | None = field(
@@ -171,9 +171,7 @@ class DataArguments:
 
 @dataclass
 class ObjectiveArguments:
-    mode: str = choice(
-        *MODES, default="mle", help="The objective; see the README's table of modes."
-    )
+    mode: str = choice(*MODES, default="mle", help="The objective; see docs/objectives.md.")
     cost: str = field(
         default="frozen",
         metadata={

@@ -35,9 +35,8 @@ def run(module: str, argv: list[str], reported: bool) -> None:
         ranks = ["--standalone", "--nproc_per_node", str(where.processes)]
         command = [sys.executable, "-m", "stanford_alpaca.launch", *ranks, "-m", module]
     status = wait_for([*command, *where.flags], os.environ | where.environment)
-    output = where.value("output_dir")
-    if status == 0 and output and reported:
-        report_on(where, Path(output))
+    if status == 0 and reported:
+        report_on(where, Path(where.value("output_dir") or "trainer_output"))
     sys.exit(status)
 
 

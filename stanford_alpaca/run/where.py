@@ -117,7 +117,8 @@ def where_to_run(
         chosen += ["--resume", "auto"]
     recipe, notes = _published(given, processes) if published else ({}, [])
     tokens = [word for name, value in recipe.items() for word in (f"--{name}", value)]
-    launched = processes > 1 or engine != "none"
+    asked = engine or (given.get("engine") or ["ddp"])[0]  # --fsdp and --deepspeed are launched
+    launched = processes > 1 or asked != "none"
     return Where(processes, launched, [*tokens, *chosen, *argv], variables, notes)
 
 

@@ -121,3 +121,13 @@ def test_on_the_meta_device_there_is_a_shape_and_no_more():
         CostEmbedding(None, "centred")
     with pytest.raises(ValueError, match="choose from cosine, identity, shuffled, centred"):
         CostEmbedding(None, "other")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_tokens_that_were_added_cost_1_when_centred(dtype):
+    """They have the mean row, of which centring leaves rounding alone."""
+    rows = torch.randn(500, 16) + 2
+    rows = torch.cat([rows, rows.mean(0).expand(3, 16)]).to(dtype)
+    cost = CostEmbedding(rows, "centred")
+    assert cost.directed.tolist() == [True] * 500 + [False] * 3
+    assert (cost.costs(torch.tensor([500, 7]), 503)[:, 501:] == 1).all()

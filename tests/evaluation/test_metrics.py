@@ -6,6 +6,7 @@ Running text is scored in blocks, or continued from its first words.
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +18,13 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.evaluation.comparison import compare, with_intervals
+from stanford_alpaca.evaluation.comparison import Margins, compare, tell_unknown, with_intervals
 from stanford_alpaca.evaluation.intervals import Items, Replicates, mean_of
 from stanford_alpaca.evaluation.measures.energy import Clouds
 from stanford_alpaca.evaluation.measures.forced import teacher_forced
 from stanford_alpaca.evaluation.measures.mauve import load_featuriser, mauve, mauve_of_halves
 from stanford_alpaca.evaluation.measures.texts import exact_match, first_words, self_bleu
-from stanford_alpaca.evaluation.metrics import run
+from stanford_alpaca.evaluation.metrics import match, run
 from stanford_alpaca.evaluation.settings import Settings, continuations, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results
 from stanford_alpaca.generation.responses import generate_batch, load_for_generation
@@ -211,6 +212,20 @@ def test_word_tokens_become_plain_text(base, tmp_path):
 
 
 # ---- temperature, entropy, cost -----------------------------------------------------------------
+
+
+def test_models_of_other_tokens_have_no_common_entropy():
+    forced, target = (SimpleNamespace(tokens=np.array(tokens)) for tokens in ([5, 4], [4, 5]))
+    bench = SimpleNamespace(settings=SimpleNamespace(match_entropy="other"), target=target)
+    with pytest.raises(UserError, match="mine cuts the data into other tokens than"):
+        match("mine", forced, bench)
+
+
+def test_a_margin_of_a_measure_that_there_is_not_is_told(capsys):
+    found = {"a": {"nll": 1.0, "rouge_l (greedy)": 2.0}}
+    tell_unknown(Margins.parse("nll=1,rouge_l=1,rouge_l (greedy)=2,nlll=0.01"), found)
+    said = capsys.readouterr().out
+    assert said == "--margin nlll: no such measure; there are nll, rouge_l (greedy)\n"
 
 
 def values(folder, name):
@@ -517,6 +532,11 @@ def test_of_four_models_the_first_is_compared_with_each():
         ({"data": "data.json", "match_entropy": "./none"}, "cannot load a model"),
         ({"data": "data.json", "margin": "0.1"}, "--margin 0.1: give NAME=NUMBER"),
         ({"data": "data.json", "cost_seed": 1}, "--cost_seed 1 belongs to --cost_kind shuffled"),
+        (
+            {"data": "data.json", "cost_seed": 10**20, "cost_kind": "shuffled"},
+            "give a number below 2^63",
+        ),
+        ({"data": "data.json", "detokenize": True}, "--detokenize mends running text"),
         ({"data": "data.json", "cost": "x", "cost_kind": "identity"}, "needs no embedding"),
         ({"data": "data.json", "cost_kind": "cosin"}, "choose from cosine, identity"),
         ({"data": "data.json", "cost": "none.safetensors"}, "--cost none.safetensors"),

@@ -45,6 +45,19 @@ def test_what_is_said_stays(tmp_path):
         assert found.value("engine") == "zero3" and found.value("resume") == ""
 
 
+@pytest.mark.parametrize(
+    ("argv", "launched"),
+    [
+        (["--engine", "none"], False),
+        (["--engine=ddp"], True),
+        (["--fsdp", "full_shard"], True),
+        (["--deepspeed", "zero.json"], True),
+    ],
+)
+def test_an_engine_that_is_given_decides_whether_ranks_are_launched(argv, launched):
+    assert chosen(argv).launched == launched
+
+
 def test_a_cpu_is_shared_and_keeps_memory():
     found = chosen([], CPU, NPROC="2", MALLOC_TRIM_THRESHOLD_="7")
     assert found.environment["OMP_NUM_THREADS"] == "4"

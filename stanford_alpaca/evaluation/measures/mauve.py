@@ -18,7 +18,7 @@ from stanford_alpaca.evaluation.intervals import Replicates
 from stanford_alpaca.models.load import ModelSource, cannot_load, load_body
 
 SCALE = 5.0  # the authors' scaling constant
-HALVES = 5  # seeds of the noise floor
+HALVES = 10  # seeds of the noise floor
 LEAST = 20  # texts, which make two clusters of ten
 ENOUGH = 1000  # texts; MAUVE's authors advise thousands
 
@@ -110,7 +110,7 @@ def mauve_of_halves(references: np.ndarray, scale: float = SCALE) -> Replicates:
     """Returns MAUVE between two random halves of the references, for each of HALVES seeds.
 
     A seed decides the halves and k-means. Both halves are of one distribution, so what is missing
-    to 1 is noise: MAUVE's noise floor.
+    to 1 is noise. The most that is missing is MAUVE's noise floor.
     """
     found = []
     for seed in range(HALVES):

@@ -225,8 +225,8 @@ class _Job:
             if rest is not None and costs is not None:
                 at_target = costs.table[costs.which, y].to(gap.dtype)
                 log_w_all = torch.logaddexp(log_w, gap + at_target.log())
-            log_emo = torch.where(
-                log_w_all > -torch.inf, log_w_all - others + logsigmoid(margin), -torch.inf
+            log_emo = torch.where(  # NaN stays NaN
+                log_w_all == -torch.inf, -torch.inf, log_w_all - others + logsigmoid(margin)
             )
             out.log_emo[rows] = log_emo
         out.nll[rows] = nll

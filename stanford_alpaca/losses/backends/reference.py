@@ -50,7 +50,7 @@ def token_stats(
         return TokenStats(nll, None)
 
     costs = cost.costs(targets, z.shape[1], rest).to(z.dtype)  # [N, V]
-    costly = (costs > 0) & (z > -torch.inf)
+    costly = (costs > 0) & (z != -torch.inf)  # NaN stays NaN
     free = ~costly.any(dim=1)  # no token with a cost has any probability
     weighted = torch.where(costly, z + costs.log(), -torch.inf)
     # keeps the gradient of free rows finite

@@ -25,7 +25,7 @@ of its own.
 
 A chunk is multiplied whole if the sample would be expected to have more than DENSE of the columns.
 That follows from g alone, never from what was drawn, and no sample is cut off: either would bias
-it. A chunk with an entry that is not finite is multiplied whole as well, so the entry is seen.
+it. A column with an entry that is not finite is always multiplied, so the entry is seen.
 
 Sampling columns and rows of a matrix product by their size is from Drineas, Kannan and Mahoney
 (2006, doi 10.1137/S0097539704442684). Cut cross-entropy (arXiv 2411.09009) leaves entries below

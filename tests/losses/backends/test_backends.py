@@ -286,3 +286,16 @@ def test_random_problems(backend, n, vocab, width, scale, dtype, mode, kind, sof
     difference = 4 * width * n * scale * torch.finfo(torch.float32).eps if given_soft else 0.0
     loss_atol = 1e-6 + (0.0 if dtype == torch.float64 else difference)
     assert_near(run(dtype, backend), want, rtol, atol=rounding, loss_atol=loss_atol)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["hidden", "weight"])
+@pytest.mark.parametrize("mode", ["emo", "emd"])
+def test_nan_is_seen_in_the_loss(backend, where, mode):
+    tensors = {"hidden": torch.randn(4, 3), "weight": torch.randn(20, 3)}
+    tensors[where][1, 1] = torch.nan
+    cost, targets = CostEmbedding(torch.randn(20, 3)), torch.tensor([0, 5, 6, 7])
+    options = {"mode": mode, "backend": backend, "reduction": "none"}
+    loss = linear_emo_loss(**tensors, targets=targets, cost_embedding=cost, **options)
+    want = [where == "weight", True, where == "weight", where == "weight"]
+    assert loss.isnan().tolist() == want
