@@ -5,7 +5,8 @@
 #       Trains the embedded base model on the shipped instructions. Then makes a table before/after,
 #       samples and a report. All this takes a few minutes on two CPU cores.
 #       With another objective: DEMO_MODE=mle bash train_emo.sh
-#       For a shorter look: DEMO_EPOCHS=1 bash train_emo.sh
+#       For a shorter look: DEMO_EPOCHS=1 DEMO_RECORDS=40 bash train_emo.sh
+#       (DEMO_RECORDS is how many held-out records are measured.)
 #
 #   bash train_emo.sh --config run.yaml [train flags]
 #       The same for a recipe in a file of lines `flag: value`.
@@ -84,7 +85,8 @@ ABOUT=(--limit 100) # of --eval_path; without it the page has only the curves
 if [ -n "$DEMO" ]; then
     [ -e "$OUTPUT_DIR/evaluation" ] || \
         "$PYTHON" -m stanford_alpaca.evaluation.metrics "$MODEL_PATH" "$OUTPUT_DIR" \
-        --data "$ROOT/data/instructions/held_out.json" --out "$OUTPUT_DIR/evaluation"
+        --data "$ROOT/data/instructions/held_out.json" --out "$OUTPUT_DIR/evaluation" \
+        ${DEMO_RECORDS:+--limit "$DEMO_RECORDS"}
     ABOUT=(--evaluation "$OUTPUT_DIR/evaluation")
 fi
 if [ -n "$REPORT" ] && [ ! -e "$REPORT" ]; then

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stanford_alpaca.flags import exit_on_user_error
+from stanford_alpaca.flags import end_at_once_on_sigint, exit_on_user_error
 from stanford_alpaca.run.environment import check_imports
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = ["Objective", "SoftTargets", "attach_objective", "emo_loss", "linear_e
 
 if Path(sys.argv[0] if sys.argv else "").name in ("-m", "emo", "train.py", "icl.py"):
     exit_on_user_error(check_imports)  # a command starts: one line and its exit status
+    end_at_once_on_sigint()
     if not sys.stderr.isatty():  # no bars in pipes, in files, and in continuous integration
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

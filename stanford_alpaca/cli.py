@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from stanford_alpaca import __version__
 from stanford_alpaca.errors import UserError, nearest
-from stanford_alpaca.flags import exit_on_user_error
+from stanford_alpaca.flags import end_at_once_on_sigint, exit_on_user_error
 
 
 class Command(NamedTuple):
@@ -80,6 +80,7 @@ def run(argv: list[str]) -> None:
 
         launcher.run(f"stanford_alpaca.{command.module}", rest, reported=name == "train")
     sys.argv = [f"emo {name}", *rest, *command.more]
+    end_at_once_on_sigint()
     importlib.import_module(f"stanford_alpaca.{command.module}").main()
 
 

@@ -28,13 +28,27 @@ PIP_NAMES = {
 }
 
 
-def exit_on_user_error(command: Callable[[], Any]) -> Any:
-    """Runs a command, and exits if it raises a UserError.
+def end_at_once_on_sigint() -> None:
+    """Lets SIGINT (Ctrl-C) end the process without a traceback, until a command runs."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def exit_on_user_error(command: Callable[[], Any], interrupted: str = "stopped") -> Any:
+    """Runs a command, and exits if it raises a UserError, or KeyboardInterrupt (Ctrl-C).
 
     One rank prints the message as one line on standard error. The exit status is the error's.
+
+    Args:
+        interrupted: the message of KeyboardInterrupt, whose status is 130.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of the imports, which are done
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return command()
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except UserError as error:
         # The first rank to exit takes the others down. Wait, so that rank 0 can print this error
         # if it has it too.

@@ -194,8 +194,8 @@ def check_samples(options: Options, names: list[str], files: dict[str, Path]) ->
         several or options.prompts or options.instruction or files or options.num_beams > 1
     ):
         raise UserError(
-            "--interactive takes one checkpoint and no --prompts, --instruction, --num_beams, "
-            "--num_samples, or file to write"
+            "a chat (--interactive) takes one checkpoint and no --prompts, --instruction, "
+            "--num_beams, --num_samples, or file to write"
         )
     if options.alpaca_eval is not None and several:
         raise UserError(

@@ -34,6 +34,7 @@ LONG = (  # what only `bash tests/long.sh` runs: of each kind a cheaper test is 
     "tests/run/test_resumed_flags.py::test_every_engine_holds_to_the_flags[fsdp-False]",
     "tests/test_checkpoint.py::test_four_ranks_of_fsdp_go_on_as_two_as_one_and_without_fsdp",
     "tests/test_experiments.py::test_the_oracle_experiment_measures_every_student_and_goes_on",
+    "tests/test_launcher.py::test_from_inside_the_package_folder_with_two_processes_and_an_inexact",
     "tests/test_launcher.py::test_the_real_form_with_the_published_recipe",
     "tests/test_options.py::test_a_teacher_pulls_the_student_towards_itself",
     "tests/test_options.py::test_options_that_must_not_change_the_steps[torch_compile_backend]",

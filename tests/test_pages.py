@@ -27,7 +27,6 @@ if not SHORT:
 # this very run; what needs a network; what tests/evaluation/test_lm_eval.py runs
 NOT_RUN = ("bash tests/run.sh", "python -m stanford_alpaca.data.fetch", "lm_eval run")
 STAND_INS = {  # what a reader puts in -> what the test has
-    # two minutes less
     "DEMO_MODE=mle bash train_emo.sh": "bash train_emo.sh data/tiny-base mle --max_steps 1",
     "--samples 4": "--samples 4 --limit 24",  # the first command evaluates on all
     "MODEL_PATH": "my-model",
@@ -119,7 +118,7 @@ def test_the_commands_run_in_their_order(clone, environment, monkeypatch):
             run_ranks(1, run_module, shlex.split(runnable(line))[2:], launched=False)
             continue
         report = {} if line == "bash train_emo.sh" else {"REPORT": "no"}  # seconds less each
-        report |= {"DEMO_EPOCHS": "1"} if SHORT else {}
+        report |= {"DEMO_EPOCHS": "1", "DEMO_RECORDS": "40"} if SHORT else {}
         ended = subprocess.run(
             ["bash", "-c", runnable(line)],
             cwd=clone,

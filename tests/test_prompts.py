@@ -90,7 +90,7 @@ def test_lora_merged_and_exported_folders_stop_and_ask_as_was_trained(
     )
     printed = capsys.readouterr().out
     assert (
-        "prompts: the tokenizer's chat template" in printed
+        "prompts    the tokenizer's chat template" in printed
         and "not used: id (40 of 40 records)" in printed
     )
     run, merged, exported = tmp_path / "out", tmp_path / "merged", tmp_path / "exported"

@@ -333,13 +333,10 @@ def join_models(words: list[str]) -> list[str]:
 
 def main() -> None:
     """Runs the command."""
-    try:
-        exit_on_user_error(lambda: fire.Fire(run, command=join_models(sys.argv[1:])))
-    except KeyboardInterrupt:
-        print(
-            "\nstopped; with --out, predictions.jsonl has the tasks that were done", file=sys.stderr
-        )
-        sys.exit(130)
+    exit_on_user_error(
+        lambda: fire.Fire(run, command=join_models(sys.argv[1:])),
+        interrupted="stopped; with --out, predictions.jsonl has the tasks that were done",
+    )
 
 
 if __name__ == "__main__":

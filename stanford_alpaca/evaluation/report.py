@@ -98,8 +98,8 @@ def write_report(options: Options) -> None:
     )
     if held_out is None:
         say(
-            "the page has the curves alone: give --data FILE, held-out records, "
-            "to have the models measured and looked into"
+            "the page has the curves alone: train with --eval_path, or give --data FILE "
+            "(held-out records) to emo report, to have the models measured and looked into"
         )
     elif models and (found is None or options.transport_records):
         settings = (
@@ -252,6 +252,12 @@ def transport(
     return {"records": questions, "runs": [views.get(name) for name in names]}
 
 
+def trained_on(run: str, data: str) -> bool:
+    """Returns whether a run's flags name this file, folder or hub name as training data."""
+    paths = recorded_flags(run).get("data_path") or []
+    return Path(data).resolve() in [Path(str(path)).resolve() for path in paths]
+
+
 def page_data(
     names: list[str],
     curves: dict[str, dict | None],
@@ -286,6 +292,7 @@ def page_data(
         data["evaluation"] = {
             "data": measured["data"],
             "records": measured["records"],
+            "trained_on": any(trained_on(name, measured["data"]) for name in names),
             **table_of(measured, names, REFERENCES),
             "curves": [measured["curves"].get(name) for name in names],
             "temperatures": [measured["temperatures"].get(name) for name in names],

@@ -247,7 +247,10 @@ class Plan:
 
 def span(values: Sequence[float]) -> str:
     """Returns "a-b", or one number if both print the same."""
-    texts = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+    texts = [
+        f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else "<0.001"
+        for value in values
+    ]
     return texts[0] if texts[0] == texts[1] else f"{texts[0]}-{texts[1]}"
 
 

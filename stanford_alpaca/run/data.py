@@ -18,7 +18,7 @@ from stanford_alpaca.data.sources import (
     mix,
     stream_sources,
 )
-from stanford_alpaca.data.templates import sign, told_templates
+from stanford_alpaca.data.templates import IN_WORDS, sign, told_templates
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.run.arguments import DataArguments, TrainingArguments
 
@@ -88,6 +88,8 @@ def load_data(
 # Makes the chat template that writes the training prompts the tokenizer's own, and says so.
 def _sign(tokenizer: PreTrainedTokenizerBase, templates: list[str], data: DataArguments) -> None:
     told = told_templates(templates, tokenizer, data.chat_template)
+    if told == [f"prompts: {IN_WORDS[name]}" for name in templates[:1]]:
+        told = []  # the summary says it
     for line in [*told, *sign(tokenizer, templates, data.special_tokens)]:
         say(line)
 

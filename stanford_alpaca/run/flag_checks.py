@@ -23,6 +23,7 @@ from stanford_alpaca.losses.functional import check_head_gradient
 from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.run.arguments import (
+    FLAGS,
     METRICS,
     DataArguments,
     LoraArguments,
@@ -62,6 +63,8 @@ def check(run: Run) -> None:
     check_optimizer(training)
     check_training(training, has_eval=data.eval_path is not None or data.eval_fraction is not None)
     check_objective(model, run.objective)
+    for line in unused_flags(run):
+        say(line)
     check_cost_sharding(run)
     check_lora(model, lora, training)
     check_attention(model.attn_implementation)
@@ -239,6 +242,36 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
         )
     if model.teacher_top_k < 1:
         raise UserError(f"--teacher_top_k {model.teacher_top_k}: give 1 or more")
+
+
+def unused_flags(run: Run) -> list[str]:
+    """Returns a line for each of this package's flags that is given and changes nothing."""
+    model, data, objective, lora = run.model, run.data, run.objective, run.lora
+    mode, prices = objective.mode, objective.objective().needs_emo
+    reasons = {  # flags -> whether they are read, and why not
+        ("emo_weight",): (mode == "mix", f"with --mode {mode}"),
+        ("tailr_gamma", "tailr_floor"): (mode == "tailr", f"with --mode {mode}"),
+        ("mixce_eta",): (mode == "mixce", f"with --mode {mode}"),
+        ("cost", "cost_kind", "cost_cache_mib"): (prices, f"with --mode {mode}"),
+        ("head_epsilon",): (
+            objective.head_gradient == "sampled",
+            "without --head_gradient sampled",
+        ),
+        ("teacher_top_k",): (model.teacher is not None, "without --teacher"),
+        ("shuffle_buffer",): (data.streaming, "without --streaming"),
+        ("lora_r", "lora_alpha", "lora_dropout", "lora_embeddings"): (lora.lora, "without --lora"),
+        ("sample_max_new_tokens",): (
+            run.training.sample_prompts is not None,
+            "without --sample_prompts",
+        ),
+    }
+    usual = defaults(*FLAGS)
+    return [
+        f"--{name} {run.flags[name]} changes nothing {why}"
+        for names, (is_read, why) in reasons.items()
+        for name in names
+        if not is_read and run.flags.get(name, usual[name]) != usual[name]
+    ]
 
 
 def warnings_of(objective: Objective) -> list[str]:

@@ -12,6 +12,9 @@ from stanford_alpaca.run.arguments import Run
 from stanford_alpaca.run.model_card import unit_of
 from stanford_alpaca.training.trainer import EmoTrainer
 
+FEW = 10  # optimizer steps that hardly train a model
+LOWER = "lower --global_batch, or raise --num_train_epochs"
+
 
 def rows(run: Run, trainer: EmoTrainer, sharding: str, examples: int | None) -> dict[str, str]:
     """Returns what the summary says, in order.
@@ -73,10 +76,12 @@ def _data(run: Run, trainer: EmoTrainer, unit: str, count: int | None) -> str:
     if count is None:
         return f"a stream, {steps:,} steps"
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    few = ""
     if steps <= 0:
         steps = -(-count // per_step) * args.num_train_epochs
+        few = f", which are few: {LOWER}" if steps < FEW and per_step > 1 else ""
     held = f", {len(trainer.eval_dataset):,} held out" if trainer.eval_dataset is not None else ""
-    return f"{count:,} {unit}{held}, {steps:,.0f} steps"
+    return f"{count:,} {unit}{held}, {steps:,.0f} steps{few}"
 
 
 def _engine(run: Run) -> str:

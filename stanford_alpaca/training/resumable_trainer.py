@@ -97,11 +97,15 @@ class ResumableTrainer(Trainer):
         self.control.should_save = saves and self._saved_at != step
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.callback_handler.on_train_end(self.args, state, self.control)
-        saved = f"checkpoint-{step} is saved: the same command with --resume auto goes on from it"
+        saved = f"checkpoint-{step} is saved: {self._same_command()} goes on from it"
         raise Stopped(
             f"stopped after step {step}; "
             f"{saved if saves else 'nothing is saved (--save_strategy no)'}"
         )
+
+    def _same_command(self) -> str:
+        more = "" if self.args.resume == "auto" else " with --resume auto"  # launchers give it
+        return f"the same command{more}"
 
     def agreed_to_stop(self) -> bool:
         """Returns whether any rank was asked to stop; the same on all ranks."""
@@ -117,9 +121,7 @@ class ResumableTrainer(Trainer):
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._anyone_stops():
-            raise Stopped(
-                "stopped in an evaluation; the same command with --resume auto makes up for it"
-            )
+            raise Stopped(f"stopped in an evaluation; {self._same_command()} makes up for it")
         return super().prediction_step(*args, **kwargs)
 
     # ---- resuming ----

@@ -18,7 +18,7 @@ from stanford_alpaca.evaluation.page import as_block
 from stanford_alpaca.evaluation.page.curves import curves_of, shown_flags
 from stanford_alpaca.evaluation.page.transport import view_of
 from stanford_alpaca.evaluation.page.verdicts import better, table_of
-from stanford_alpaca.evaluation.report import run, settings_of_runs
+from stanford_alpaca.evaluation.report import run, settings_of_runs, trained_on
 from stanford_alpaca.evaluation.settings import Settings
 from stanford_alpaca.evaluation.tables import short_names
 from stanford_alpaca.generation.responses import load_for_generation
@@ -244,6 +244,7 @@ def test_the_command_writes_a_page_of_what_there_is(root, tmp_path, data, monkey
     run(base, out=str(tmp_path / "own.html"), data=data, limit=1)
     found = block((tmp_path / "own.html").read_text())
     assert found["evaluation"]["records"] == 1 and len(found["samples"]) == 1
+    assert found["evaluation"]["trained_on"] is False
     (tokens,) = found["transport"]["runs"][0]["records"]
     nll = next(row["cells"][0][0] for row in found["evaluation"]["rows"] if row["measure"] == "nll")
     assert nll == pytest.approx(sum(token["nll"] for token in tokens) / len(tokens), rel=1e-4)
@@ -254,7 +255,15 @@ def test_the_command_writes_a_page_of_what_there_is(root, tmp_path, data, monkey
     assert found["evaluation"] is found["transport"] is None and found["runs"][1]["curves"] == {
         "loss": [[2, 1.5]]
     }
-    assert "the page has the curves alone: give --data FILE" in capsys.readouterr().out
+    assert "the page has the curves alone: train with --eval_path" in capsys.readouterr().out
+
+
+def test_data_that_a_run_was_trained_on_is_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text("data_path: [./a.json, tatsu-lab/alpaca]\n")
+    assert trained_on("run", str(tmp_path / "a.json")) and trained_on("run", "tatsu-lab/alpaca")
+    assert not trained_on("run", "b.json") and not trained_on("elsewhere", "a.json")
 
 
 def test_the_data_cannot_leave_its_element():

@@ -7,7 +7,7 @@ import torch
 
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.losses.objectives import Objective
-from stanford_alpaca.run.flag_checks import check, warnings_of
+from stanford_alpaca.run.flag_checks import check, unused_flags, warnings_of
 from stanford_alpaca.run.parse import parse
 
 
@@ -63,6 +63,23 @@ def test_a_warm_up_that_the_schedule_does_not_have_is_said(arguments, capsys):
     )
     check(parse(arguments(warmup_steps=0.1, lr_scheduler_type="constant_with_warmup")))
     assert "--warmup_steps" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"mode": "mle", "emo_weight": 0.3}, "--emo_weight 0.3 changes nothing with --mode mle"),
+        ({"mode": "mle", "cost": "adaptive"}, "--cost adaptive changes nothing with --mode mle"),
+        ({"mode": "emo", "mixce_eta": 0.1}, "--mixce_eta 0.1 changes nothing with --mode emo"),
+        ({"lora_r": 4}, "--lora_r 4 changes nothing without --lora"),
+        ({"teacher_top_k": 3}, "--teacher_top_k 3 changes nothing without --teacher"),
+        ({"mode": "mix", "emo_weight": 0.3, "lora": True, "lora_r": 4}, ""),
+        ({"mode": "emo", "cost_kind": "identity"}, ""),
+    ],
+    ids=str,
+)
+def test_a_flag_that_nothing_reads_is_said(arguments, flags, said):
+    assert unused_flags(parse(arguments(**flags))) == ([said] if said else [])
 
 
 def test_what_an_objective_does_is_said_with_the_figure():

@@ -1,8 +1,11 @@
 """What a run says before its first step."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.run import summary
 from stanford_alpaca.run.parse import parse
 from stanford_alpaca.train import train
 
@@ -18,6 +21,14 @@ def test_the_summary_says_what_is_about_to_happen(arguments, capsys, tmp_path):
         said["batch"].startswith("8 examples a step: ") and said["prompts"] == "Alpaca's template"
     )
     assert said["engine"] == "none, float32 on cpu" and said["output"] == str(tmp_path / "out")
+
+
+def test_few_steps_are_said(arguments, capsys):
+    for batch, few in ((24, True), (2, False)):  # 40 examples
+        changes = {"global_batch": batch, "per_device_train_batch_size": 2, "max_steps": -1}
+        run = parse(arguments(num_train_epochs=1, **changes))
+        trainer = SimpleNamespace(args=run.training, eval_dataset=None)
+        assert ("which are few" in summary._data(run, trainer, "examples", 40)) == few
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,8 @@ def embed_texts(
     )
     rows = [row[:positions] or [first_token] for row in encode(tokenizer, texts)]
     found = [np.empty(0)] * len(rows)
-    for batch in tqdm(list(batches([*map(len, rows)], None, TOKENS)), desc="Embedding"):
+    order = list(batches([*map(len, rows)], None, TOKENS))
+    for batch in tqdm(order, desc="Embedding", disable=None):
         longest = len(rows[batch[0]])
         ids = torch.tensor(
             [rows[i] + [0] * (longest - len(rows[i])) for i in batch], device=model.device

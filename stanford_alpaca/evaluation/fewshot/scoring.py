@@ -69,7 +69,8 @@ def score(
     model.eval()
     take = choose_way(model, choices, whole)
     scores: Scores = [[] for _ in choices]
-    with tqdm(total=sum(len(item.endings) for item in choices), desc=name, unit=" prompts") as bar:
+    total = sum(len(item.endings) for item in choices)
+    with tqdm(total=total, desc=name, unit=" prompts", disable=None) as bar:
         for rows in batches(
             [len(item.context) for item in choices],
             batch_size,

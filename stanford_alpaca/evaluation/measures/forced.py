@@ -88,7 +88,7 @@ def teacher_forced(
         if any(label != IGNORE_INDEX for label in labels[1:])
     ]
     order = sorted(supervised, key=lengths.__getitem__)
-    for start in tqdm(range(0, len(order), batch_size), desc="Evaluating"):
+    for start in tqdm(range(0, len(order), batch_size), desc="Evaluating", disable=None):
         chosen = order[start : start + batch_size]
         batch = collate([examples[i] for i in chosen])
         labels = batch.pop("labels")[:, 1:].to(device)

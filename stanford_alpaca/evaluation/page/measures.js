@@ -3,7 +3,7 @@
 function drawMeasures(box) {
   const found = DATA.evaluation;
   if (!found) {
-    const why = "there is no model yet, or no --data with held-out records was given.";
+    const why = "there is no model yet, or no --data with records was given.";
     return box.append(note(`Nothing was measured: ${why}`));
   }
   const shown = DATA.runs.map((_, i) => i).filter((i) => DATA.runs[i].model);

@@ -104,8 +104,9 @@ function drawTitle() {
   document.title = `${list(names)}: runs compared`;
   const about = DATA.evaluation;
   const runs = count(DATA.runs.length, "run");
+  const seen = about && (about.trained_on ? ", which a run was trained on" : ", held out");
   document.getElementById("lede").textContent = about
-    ? `${runs}, measured on ${count(about.records, "held-out record")} of ${place(about.data)}.`
+    ? `${runs}, measured on ${count(about.records, "record")} of ${place(about.data)}${seen}.`
     : `${runs}; nothing was evaluated.`;
   const TITLES = { model_name_or_path: "from", learning_rate: "learning rate" };
   document.getElementById("runs").append(
