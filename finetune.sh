@@ -36,7 +36,7 @@ OUTPUT=$(default_output "$MODEL_PATH" continual)
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then OUTPUT=$1; shift; fi
 asked=$(flag --output_dir "$@")
 OUTPUT=${asked:-$OUTPUT}
-ensure_env requirements.txt
+ensure_env "" requirements.txt
 
 export NPROC ENGINE
 where_to_run -- --model_name_or_path "$MODEL_PATH" --output_dir "$OUTPUT" "$@"

@@ -11,5 +11,5 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$ROOT/scripts/launcher.sh"
 help_if_asked "$@"
-ensure_env requirements.txt
+ensure_env "" requirements.txt
 exec "$PYTHON" -m stanford_alpaca.merge_lora "$@"

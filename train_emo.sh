@@ -36,7 +36,7 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$ROOT/scripts/launcher.sh"
 help_if_asked "$@"
-ensure_env requirements.txt
+if [ $# -eq 0 ]; then ensure_env eval requirements.txt; else ensure_env "" requirements.txt; fi
 
 DEMO=
 if [ $# -eq 0 ]; then

@@ -34,8 +34,12 @@ else:
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
     os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"] = "passive", "500"
 
-# peft imports bitsandbytes where it is installed, which logs lines about optional kernels.
+# peft and accelerate import these two where they are installed. One logs lines about optional
+# kernels, the other that it found no GPU.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+logging.getLogger("DeepSpeed").addFilter(
+    lambda record: "Setting accelerator to CPU" not in record.getMessage()
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ from stanford_alpaca.errors import UserError, nearest
 T = TypeVar("T")
 # optional modules -> what is installed
 PIP_NAMES = {
+    "deepspeed": "deepspeed",
     "matplotlib": "matplotlib",
     "sklearn": "scikit-learn",
     "rouge_score": "rouge-score",
@@ -156,7 +157,7 @@ def refuse_unknown(unknown: dict[str, Any], command: Callable) -> None:
 
 
 def check_packages(what: str, *modules: str) -> None:
-    """Raises UserError for a package of the extra ``eval`` that is not installed.
+    """Raises UserError for a package of an extra that is not installed.
 
     Args:
         what: what needs it, as a flag or in words.

@@ -62,7 +62,8 @@ class Options:
 
     Args:
         model: the folder or hub name whose tokenizer and chat template are used.
-        data: files, folders or hub names. Each is shown by itself.
+        data: files, folders or hub names, also without the flag. Each is shown by itself.
+        data_path: another name for data, as in training.
         examples: how many examples of each to show, 3 by default.
         max_length: tokens per example, 512 by default.
         model_max_length: another name for max_length, as in training.
@@ -76,6 +77,7 @@ class Options:
     model: str | None = word()
     more_data: tuple[str, ...] = words()
     data: str | None = None
+    data_path: str | None = None
     examples: int = 3
     max_length: int = 512
     model_max_length: int | None = None
@@ -96,13 +98,14 @@ class Options:
 
 def preview(options: Options) -> None:
     """Prints what training would see of each source, as text or as JSON."""
-    if options.model is None or options.data is None:
-        raise UserError("give a model and --data FILE")
+    given = [path for path in (options.data, options.data_path) if path is not None]
     check_whole("examples", options.examples, 0)
     check_whole("max_length", options.length, 2)
     check_template(options.prompt_template, options.special_tokens)
     columns, others = take_columns(options.columns, list(options.more_data))
-    paths = [options.data, *others]
+    paths = [*given, *others]
+    if options.model is None or not paths:
+        raise UserError("give a model and --data FILE")
     check_columns(paths, columns)
     source = ModelSource(options.model, options.cache_dir, options.trust_remote_code)
     check_model(source, weights=False)

@@ -16,7 +16,7 @@ if [ "${1:-}" != inside ]; then
         exit 77
     fi
     source "$ROOT/scripts/ensure_env.sh"
-    ensure_env requirements.txt tests/requirements.txt
+    ensure_env test requirements.txt tests/requirements.txt
     export PYTHON
     # The namespaces end with this process.
     exec unshare --user --map-root-user --net --mount bash "${BASH_SOURCE[0]}" inside

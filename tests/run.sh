@@ -3,7 +3,7 @@
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$ROOT/scripts/ensure_env.sh"
-ensure_env requirements.txt tests/requirements.txt
+ensure_env test requirements.txt tests/requirements.txt
 cd "$ROOT"
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null && \
     ! command -v chromium chromium-browser google-chrome >/dev/null; then

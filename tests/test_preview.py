@@ -3,6 +3,8 @@
 Checks the texts and spans of examples, and that its statistics equal what training reports.
 """
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -144,6 +146,15 @@ def test_brackets_in_texts_and_names_are_no_markup(root, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "a[b].jsonl, ex" in printed and "[/b][/INST]⟦[bold]yes</s>⟧" in printed
     assert "boundary: '[/INST]' is masked, '[' is trained" in printed
+
+
+def test_data_is_given_as_training_takes_it_or_as_words(root, file):
+    base, seen = str(root / "data" / "tiny-base"), []
+    for words, flags in (((), {"data": str(file)}), ((), {"data_path": str(file)}), ((file,), {})):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            run(base, *map(str, words), **flags, json=True)
+        seen.append(json.loads(out.getvalue()))
+    assert seen[0] == seen[1] == seen[2] and str(file) in seen[0]
 
 
 def test_bad_arguments(root, file):

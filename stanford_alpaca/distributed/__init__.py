@@ -4,7 +4,6 @@ import os
 
 import torch
 
-# Spares DeepSpeed its search for a device, and a warning. It is read when DeepSpeed is imported,
-# and everything here that could import DeepSpeed imports this package first.
+# Spares DeepSpeed its search for a device. It is read when DeepSpeed is imported.
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

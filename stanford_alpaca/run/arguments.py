@@ -17,7 +17,7 @@ from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.templates import TEMPLATES
 from stanford_alpaca.distributed.engine import ENGINES
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.flags import choice
+from stanford_alpaca.flags import check_packages, choice
 from stanford_alpaca.losses.backends.sampling import EPSILON
 from stanford_alpaca.losses.functional import BACKENDS, HEAD_GRADIENTS
 from stanford_alpaca.losses.objectives import MODES, WEIGHTINGS, Objective
@@ -384,6 +384,8 @@ class TrainingArguments(transformers.TrainingArguments):
             raise UserError(
                 f"{flag} needs a launcher, also for one process: torchrun --nproc_per_node 1 ..."
             )
+        if self.deepspeed:
+            check_packages("--engine zero1 to zero3_offload, or --deepspeed,", "deepspeed")
         if self.deepspeed and self.use_cpu:
             skip_slow_deepspeed_probes()
         if self.fsdp:
