@@ -4,6 +4,7 @@
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -89,7 +90,8 @@ def made_with(run: Run) -> dict[str, Any]:
 
     These are versions, environment variables, processes, models and data.
     """
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    installed = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
+    versions = {name: importlib.metadata.version(name) for name in installed}
     paths, training = [*run.data.data_path, *(run.data.eval_path or [])], run.training
     models = {"model": run.model.model_name_or_path}
     if run.model.teacher:
