@@ -1,13 +1,17 @@
 """What does EMO do to real models?
 
-    python experiments/real.py --part E0 --models DIR --data DIR [--work DIR]
+    python experiments/real.py --part PART --models DIR --data DIR [--work DIR] [--plan]
 
 A part is a module with ``jobs``, ``summary``, ``table`` and ``plot``. Each job is one run, and
 leaves one small JSON in --work. A finished run is not repeated, so the same command goes on where
-it stopped. Writes experiments/results/real-PART.json, .md and .png.
+it stopped. Started twice, it shares the runs between two processes. When all are finished, it
+writes experiments/results/real-PART.json, .md and .png. ``--finished`` makes none, and writes these
+of the runs that are finished.
 
-``--models`` has the folders smollm2-135m and gemma3-270m, ``--data`` has english.txt.gz. Nothing is
-downloaded.
+``--plan`` makes a few short runs, and prints each margin beside the half-width to expect.
+
+``--models`` has the folders, and ``--data`` the text, that the part's MODELS and TEXT name. Nothing
+is downloaded.
 """
 
 import importlib.util
@@ -22,38 +26,61 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file
     sys.path[0] = str(ROOT)
 
-from experiments import stationary
+from experiments import stationary, tuning, writing
+from experiments.jobs import Jobs, Places, make, read
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import exit_on_user_error
 
 RESULTS = ROOT / "experiments" / "results"
-PARTS: dict[str, ModuleType] = {"E0": stationary}
+PARTS: dict[str, ModuleType] = {"E0": stationary, "E1": tuning, "E1-text": writing}
+PLANNED = {part for part, module in PARTS.items() if hasattr(module, "plan")}
 
 
-def run(part: str, models: str, data: str, work: str = "output/real") -> None:
+def run(
+    part: str,
+    models: str,
+    data: str,
+    work: str = "output/real",
+    plan: bool = False,
+    finished: bool = False,
+) -> None:
     """Runs a part; see the head of this file."""
     if part not in PARTS:
         raise UserError(f"--part {part}: choose from {', '.join(PARTS)}")
+    if plan and part not in PLANNED:
+        raise UserError(f"--plan: part {part} has no margins")
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("this needs a package: pip install matplotlib")
-    module, places = PARTS[part], [Path(models).expanduser(), Path(data).expanduser()]
-    for flag, place, wanted in zip(
-        ("models", "data"), places, (module.MODELS, (module.TEXT,)), strict=True
+    module = PARTS[part]
+    places = Places(Path(models).expanduser(), Path(data).expanduser(), (ROOT / work).resolve())
+    check(places, module)
+    folder = places.work / part
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs: Jobs = module.pilots(places) if plan else module.jobs(places)
+    if not finished:
+        make(jobs, folder)
+    runs = read(jobs, folder)
+    if len(runs) < len(jobs) and not finished:
+        print(f"{len(jobs) - len(runs)} of {len(jobs)} runs are being made by other processes")
+    elif plan:
+        print(module.plan(runs))
+    else:
+        write(part, module, runs)
+
+
+def check(places: Places, module: ModuleType) -> None:
+    """Raises UserError unless the part finds its models and its text."""
+    for flag, place, wanted in (
+        ("models", places.models, module.MODELS),
+        ("data", places.data, (module.TEXT,)),
     ):
         for name in wanted:
             if not (place / name).exists():
                 raise UserError(f"--{flag} {place} has no {name}: see experiments/README.md")
-    folder = (ROOT / work / part).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    runs = []
-    for name, job in module.jobs(*places).items():
-        file = folder / f"{name}.json"
-        if not file.exists():
-            print(f"making {name}", flush=True)
-            found = file.with_suffix(".part")
-            found.write_text(json.dumps(job(), allow_nan=False))
-            found.replace(file)
-        runs.append(json.loads(file.read_text()))
+
+
+def write(part: str, module: ModuleType, runs: list[dict]) -> None:
+    """Writes and prints the results of a part."""
     summary = module.summary(runs)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"real-{part}.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -6,7 +6,7 @@ with detached weights as in training, from p = q on. A proper objective stays th
 of another one is compared with the temperature of equal entropy: tau with H(q^(1/tau)) = H(p).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.jobs import Jobs, Places
 from experiments.tables import markdown
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.cost.build import documents
@@ -41,14 +42,14 @@ class Distributions(NamedTuple):
     head: Tensor  # [V, D]
 
 
-def jobs(models: Path, data: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+def jobs(places: Places) -> Jobs:
     """Returns the runs of the part by name."""
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    found: Jobs = {}
     for model in MODELS:
         for mode in (*UNPRICED, *PRICED):
             for cost in COSTS if mode in PRICED else ("-",):
                 name = f"{model}-{mode}" + (f"-{cost}" if cost != "-" else "")
-                found[name] = partial(rest, models / model, data / TEXT, mode, cost)
+                found[name] = partial(rest, places.models / model, places.data / TEXT, mode, cost)
     return found
 
 

@@ -8,13 +8,18 @@ import importlib.util
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from experiments import oracle, real, stationary, students, tables
+from experiments import jobs, oracle, real, stationary, students, tables, tuning, verdicts, writing
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.evaluation import intervals
+from stanford_alpaca.evaluation.intervals import Difference, mean_of
 from stanford_alpaca.losses import Objective, emo_loss
+from stanford_alpaca.run.lock import locked
 
 WORDS = (
     "the a old new king river said went saw and to of city house red small people year government "
@@ -166,3 +171,155 @@ def test_real_models_leave_a_file_a_run_and_go_on(tmp_path, monkeypatch, make_mo
             real.run("E0", **arguments | changes)
     with pytest.raises(UserError, match="--part E9: choose from E0"):
         real.run("E9", **arguments)
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch, root):
+    """Returns the arguments of ``real.run`` for parts at toy size."""
+    monkeypatch.setattr(real, "RESULTS", tmp_path / "results")
+    keep = ("mle", "emo", "emo-identity")
+    monkeypatch.setattr(tuning, "ARMS", {name: tuning.ARMS[name] for name in keep})
+    monkeypatch.setattr(tuning, "ONCE", {name: tuning.ONCE[name] for name in ("emd", "smoothing")})
+    monkeypatch.setattr(tuning, "CHECKED", ("mle", "emo"))
+    monkeypatch.setattr(tuning, "CONTROLS", {"emo": "emo-identity"})
+    monkeypatch.setattr(writing, "PAIRS", [pair for pair in writing.PAIRS if {*pair} <= {*keep}])
+    intervals._counts.cache_clear()
+    monkeypatch.setattr(intervals, "RESAMPLES", intervals.AT_ONCE)
+    for name, value in {
+        "STEPS": 2,
+        "BATCH": 2,
+        "LENGTH": 32,
+        "BLOCK": 16,
+        "SEEDS": (0, 1, 2),
+    }.items():
+        monkeypatch.setattr(tuning, name, value)
+    for name, value in {"PREFIXES": 24, "PREFIX": 4, "LENGTH": 6, "JUDGED": 12}.items():
+        monkeypatch.setattr(writing, name, value)
+    rng = random.Random(0)
+    (tmp_path / "models").mkdir()
+    for name in writing.MODELS:
+        (tmp_path / "models" / name).symlink_to(root / "data" / "tiny-base")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / tuning.TEXT).write_text(
+        "".join(
+            f" = Article {n} = \n" + " ".join(rng.choices(WORDS, k=60)) + " .\n" for n in range(15)
+        )
+    )
+    yield {
+        "models": str(tmp_path / "models"),
+        "data": str(tmp_path / "texts"),
+        "work": str(tmp_path / "work"),
+    }
+    intervals._counts.cache_clear()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mauve") is None, reason="needs mauve-text")
+def test_tuned_models_are_compared_at_equal_entropy_and_write(toys, tmp_path, monkeypatch, capsys):
+    real.run("E1", **toys)
+    found = json.loads((tmp_path / "results" / "real-E1.json").read_text())
+    rows = {(row["measure"], row["arm"]): row for row in found["rows"]}
+    assert found["arms"]["mle"]["tau"] == pytest.approx([1] * 3, abs=1e-6)
+    assert found["arms"]["emo"]["tau"][0] > 1  # it is surer than ``mle``
+    assert list(rows["nll", "emo"]["minus"]) == ["mle", "emo-identity"]
+    assert list(rows["nll", "emo-identity"]["minus"]) == ["mle"]
+    assert rows["nll", "emo"]["verdict"] and not rows["nll", "emd"]["verdict"]
+    assert rows["nll", "emo, rate 0.0015"]["minus"].keys() == {"mle, rate 0.0015"}
+    assert (tmp_path / "results" / "real-E1.png").stat().st_size > 5000
+    work = tmp_path / "work" / "E1"
+    runs = [json.loads((work / f"{arm}-0.0005-0.json").read_text()) for arm in ("mle", "emo")]
+    assert runs[0]["tokens"] == runs[1]["tokens"] and runs[0]["nll"] != runs[1]["nll"]
+
+    (work / "emd-0.0005-0.json").unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(tuning, "load_for_generation", None)
+    with locked(work / "emd-0.0005-0.taken"):  # by another process; this one leaves it alone
+        real.run("E1", **toys)
+    assert "1 of 13 runs are being made" in capsys.readouterr().out
+    real.run("E1", **toys, finished=True)
+    assert "emd" not in json.loads((tmp_path / "results" / "real-E1.json").read_text())["arms"]
+
+    real.run("E1-text", **toys)
+    found = json.loads((tmp_path / "results" / "real-E1-text.json").read_text())
+    assert found["taus"]["emo as emo"] == [1, 1, 1] and found["taus"]["mle as emo"][0] < 1
+    rows = {(row["measure"], row["arm"]): row for row in found["rows"]}
+    assert list(rows["mauve", "emo as emo"]["minus"]) == ["mle as emo", "emo-identity as emo"]
+    with pytest.raises(UserError, match="E1 first"):
+        real.run("E1-text", **toys | {"work": str(tmp_path / "other")})
+
+
+def test_plans_print_margins_beside_half_widths(toys, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "PILOT_STEPS", 1)
+    real.run("E1", **toys, plan=True)
+    assert "| nll | 0.02 | " in capsys.readouterr().out
+    with pytest.raises(UserError, match="E0 has no margins"):
+        real.run("E0", **toys, plan=True)
+
+
+def test_processes_share_jobs(tmp_path):
+    made = []
+
+    def slow(name):
+        def job():
+            made.append(name)
+            if name == "a":  # meanwhile another process looks for work, and makes the rest
+                with locked(tmp_path / "c.taken"):
+                    jobs.make(others, tmp_path)
+            return {"name": name}
+
+        return job
+
+    every = {name: slow(name) for name in "abc"}
+    others = {name: every[name] for name in "bc"}
+    jobs.make(every, tmp_path)
+    assert made == ["a", "b", "c"]
+    assert [run["name"] for run in jobs.read(every, tmp_path)] == ["a", "b", "c"]
+    jobs.make(every, tmp_path)
+    assert len(made) == 3
+
+
+def test_verdicts_follow_the_rules():
+    def found(low, high, p=0.01):
+        return Difference((low + high) / 2, low, high, p)
+
+    judge = verdicts.judge
+    assert judge([found(0.1, 0.2), found(0.1, 0.3)], 0.05) == "seen"
+    assert judge([found(0.01, 0.02), found(0.01, 0.04)], 0.05) == "seen, below the margin"
+    assert judge([found(0.1, 0.2), found(-0.3, -0.1)], 0.05) == "inconclusive"
+    assert judge([found(-0.01, 0.02, 0.4), found(0.01, 0.04)], 0.05) == "not seen"
+    assert judge([found(-0.1, 0.2, 0.4), found(0.01, 0.04)], 0.05) == "inconclusive"
+    assert judge([found(0.1, 0.2, 0.06)], 0.05) == "inconclusive"  # corrected
+    assert judge([Difference(1, np.nan, np.nan, np.nan)], 0.05) == ""
+    assert verdicts.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_differences_cover_items_and_seeds():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(3, 400))
+    noise = rng.normal(scale=0.2, size=400)  # the same with each seed
+    shifts = np.array([0.1, 0.2, 0.3])[:, None]
+    ours, theirs = ([mean_of(row) for row in rows] for rows in (base + noise + shifts, base))
+    one = verdicts.difference(ours, theirs)
+    assert one.mean == pytest.approx(0.2 + noise.mean())
+    error = np.sqrt(0.01 / 3 + 0.04 / 400)  # of seeds, of items
+    freedom = 2 * (error**2 / (0.01 / 3)) ** 2
+    half = stats.t.ppf(0.975, freedom) * error
+    assert one.high - one.mean == pytest.approx(half, rel=0.05)
+    seeds = verdicts.difference([1.1, 2.2, 3.3], [1.0, 2.0, 3.0])
+    assert (seeds.low, seeds.high) == pytest.approx((-0.0484, 0.4484), abs=1e-3)
+    assert np.isnan(verdicts.difference([1.0, 2.0], [0.5, 1.0]).low)
+
+
+def test_tau_is_fitted_on_one_half_and_measured_on_the_other(toys):
+    """The curves say what a temperature does: those of a model at 0.5 give tau 2."""
+    places = jobs.Places(*(tuning.Path(toys[name]) for name in ("models", "data", "work")))
+    (places.work / "E1").mkdir(parents=True)
+    run = tuning.measure(places, tuning.Tuned("mle", 5e-4, 0, 1))
+    forced = tuning.forced_of(run)
+    assert tuning.at_entropy(forced, forced, "temperature").value == pytest.approx(1, abs=1e-6)
+    assert tuning.at_entropy(forced, forced, "nll").value == pytest.approx(
+        np.mean([forced.nll[half::2].sum() / forced.tokens[half::2].sum() for half in (0, 1)]),
+        rel=1e-6,
+    )
+    nll = tuning.at_best_tau(forced).value
+    grid = forced.curve[:, :, 0].sum(0) / forced.tokens.sum()
+    assert nll == pytest.approx(grid.min(), abs=0.05)

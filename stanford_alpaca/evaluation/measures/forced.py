@@ -21,6 +21,7 @@ from stanford_alpaca.losses.backends import reference
 from stanford_alpaca.objective.head import LOGIT_ROWS, body_of, head_of
 
 BINS = 15  # bins of the top-1 probability, of equal width
+CACHED_ROWS = 16  # tokens whose logits are held at a time for the curves, on a CPU
 
 
 class Forced(NamedTuple):
@@ -147,20 +148,31 @@ def _at_temperatures(
     temperatures: Sequence[float],  # [G]
 ) -> Tensor:  # [N, G, 4] float64
     """Returns nll, emo, entropy and the probability of costly tokens at each temperature."""
-    costs = cost.costs(targets, logits.shape[1]).float()
-    costly = costs >= costs.mean(1, keepdim=True)
+    # of few rows at a time, what is computed stays in the cache of a CPU
+    size = len(logits) if logits.is_cuda else CACHED_ROWS
     found = []
-    for temperature in temperatures:
-        log_p = (logits.float() / temperature).log_softmax(1)
-        p = log_p.exp()
-        sums = [
-            -log_p.gather(1, targets[:, None]).squeeze(1),
-            (p * costs).sum(1),
-            torch.special.entr(p).sum(1),
-            torch.where(costly, p, 0.0).sum(1),
-        ]
-        found.append(torch.stack(sums, 1).double())
-    return torch.stack(found, 1)
+    for z, y in zip(logits.float().split(size), targets.split(size), strict=True):
+        costs = cost.costs(y, z.shape[1]).float()
+        costly = (costs >= costs.mean(1, keepdim=True)).float()
+        found.append(torch.stack([_sums(z / tau, y, costs, costly) for tau in temperatures], 1))
+    return torch.cat(found)
+
+
+def _sums(
+    logits: Tensor,  # [N, V]
+    targets: Tensor,  # [N]
+    costs: Tensor,  # [N, V]
+    costly: Tensor,  # [N, V] 0 or 1
+) -> Tensor:  # [N, 4] float64
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    sums = [
+        -log_p.gather(1, targets[:, None]).squeeze(1),
+        (p * costs).sum(1),
+        -(p * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(1),  # 0 log 0 is 0
+        (p * costly).sum(1),
+    ]
+    return torch.stack(sums, 1).double()
 
 
 def _perplexity(sums: np.ndarray) -> np.ndarray:  # [..., 2]
