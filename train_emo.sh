@@ -12,7 +12,8 @@
 #       The same for a recipe in a file of lines `flag: value`.
 #   bash train_emo.sh MODEL_PATH [MODE] [train flags]
 #       Trains your model with the published recipe. MODEL_PATH is a folder or a hub name.
-#       MODE is emo (default), mle, emo2, emd, mix, tailr, mixce or dft.
+#       MODE is emo (default), mle, emo2, emd, mix, tailr, mixce or dft. With the flag
+#       --loss FILE.py:NAME there is none: docs/own_loss.md.
 #       Flags after MODE go to stanford_alpaca/train.py and win over the recipe's.
 #
 # Environment:
@@ -50,12 +51,13 @@ case "$1" in
     --config | --config=*) ;; # the file names the model and the mode
     -*) die "$1: give MODEL_PATH first, then the mode, then flags; or --config FILE" ;;
     *)
-        mode=emo
-        if [ $# -gt 1 ] && [ "${2#-}" = "$2" ]; then mode=$2; fi
+        mode=(--mode emo)
+        [ -z "$(flag --loss "$@")" ] || mode=()
+        if [ $# -gt 1 ] && [ "${2#-}" = "$2" ]; then mode=(--mode "$2"); fi
         model=$1
         if [ $# -gt 1 ] && [ "${2#-}" = "$2" ]; then shift; fi
         shift
-        set -- --model_name_or_path "$model" --mode "$mode" "$@" ;;
+        set -- --model_name_or_path "$model" "${mode[@]}" "$@" ;;
 esac
 if [ -n "${DATA_PATH+set}" ] && [ -z "$(flag --data_path "$@")" ]; then
     set -- "$@" --data_path "$DATA_PATH"
@@ -70,7 +72,9 @@ where_to_run --recipe published -- "$@"
 [ -n "$DATA" ] || [ -n "${DATA_PATH+set}" ] || \
     FLAGS+=(--data_path "$ROOT/data/instructions/train.json")
 if [ -z "$OUTPUT_DIR" ]; then
-    OUTPUT_DIR=$(default_output "$MODEL_PATH" "${MODE:-mle}")
+    [ -n "$MODE" ] || MODE=$(flag --loss "${FLAGS[@]}")
+    MODE=${MODE:-mle}
+    OUTPUT_DIR=$(default_output "$MODEL_PATH" "${MODE##*:}")
     if [ -n "$DEMO" ]; then # each run of the demo gets a new folder
         n=1 first=$OUTPUT_DIR
         while [ -e "$OUTPUT_DIR" ]; do n=$((n + 1)); OUTPUT_DIR=$first-$n; done

@@ -34,7 +34,7 @@ from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.distributed.exits import exit_after_barrier, exit_now, is_lost_rank
 from stanford_alpaca.distributed.store import load_in_turn, share_from_rank_0
 from stanford_alpaca.distributed.weights import loading_whole
-from stanford_alpaca.errors import Stopped, first_line
+from stanford_alpaca.errors import Stopped, UserError, first_line
 from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generation.prompts import encode_prompts, read_prompts
 from stanford_alpaca.run import summary
@@ -47,7 +47,7 @@ from stanford_alpaca.run.lock import locked
 from stanford_alpaca.run.model_card import write_card
 from stanford_alpaca.run.model_checks import check_fit
 from stanford_alpaca.run.parse import parse
-from stanford_alpaca.run.record import differences, write_run
+from stanford_alpaca.run.record import LOSS, differences, write_run
 from stanford_alpaca.run.resolve import resolve, start_from
 from stanford_alpaca.run.signals import StopRequest, ignore_signals
 from stanford_alpaca.run.start import Start, where_to_start
@@ -94,6 +94,9 @@ def find_start(run: Run, leaving: contextlib.ExitStack) -> Start:
 
     start = share_from_rank_0("start", find if args.process_index == 0 else None)
     start_from(args, start.checkpoint)
+    own = run.objective.own
+    if own is not None and start.record[MADE_WITH].get(LOSS) != own.digest:
+        raise UserError(f"--loss {run.objective.loss}: the file is another one than that of rank 0")
     return start
 
 
@@ -141,7 +144,7 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
-    trainer.add_callback(Progress(run.objective.mode))
+    trainer.add_callback(Progress(run.objective.name))
     if eval_examples is not None:
         trainer.add_callback(EvaluateLast())
     if prompts:

@@ -17,7 +17,7 @@ from stanford_alpaca.losses.backends import (
 )
 from stanford_alpaca.losses.backends.sampling import EPSILON, Sampled
 from stanford_alpaca.losses.objectives import Objective, as_objective
-from stanford_alpaca.losses.types import Head, SoftTargets, TokenStats
+from stanford_alpaca.losses.types import Head, LossOfStats, SoftTargets, TokenStats
 
 BACKENDS: dict[str, Callable] = {
     "reference": reference.linear_loss,
@@ -36,7 +36,7 @@ def emo_loss(
     cost_embedding: Tensor | Cost | None,  # [V, D]
     soft_targets: SoftTargets | None = None,  # ids and probs [..., k]
     *,
-    mode: str | Objective = "emo",
+    mode: str | LossOfStats | Objective = "emo",
     token_weights: Tensor | None = None,  # [...]
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -56,7 +56,8 @@ def emo_loss(
             token, NOT where p equals the teacher (see ``SoftTargets``), so mode ``emd`` alone does
             not learn a distribution. Modes that need the probability of one target refuse soft
             targets: tailr, mixce, dft, and any mode with the weighting ``upstream``.
-        mode: a name, or an ``Objective`` that carries options.
+        mode: a name, an ``Objective`` that carries options, or a function of your own. A function
+            is tried at every call; ``Objective(function)`` is tried once.
         token_weights: constants that multiply the loss of each token. ``mean`` still divides by
             the number of targets.
 
@@ -89,7 +90,7 @@ def linear_emo_loss(
     cost_embedding: Tensor | Cost | None,  # [V, D]
     soft_targets: SoftTargets | None = None,  # ids and probs [..., k]
     *,
-    mode: str | Objective = "emo",
+    mode: str | LossOfStats | Objective = "emo",
     token_weights: Tensor | None = None,  # [...]
     bias: Tensor | None = None,  # [V]
     softcap: float | None = None,
@@ -149,7 +150,7 @@ def linear_loss_and_stats(
     head: Head,
     targets: Tensor,
     cost_embedding: Tensor | Cost | None,
-    mode: str | Objective,
+    mode: str | LossOfStats | Objective,
     soft_targets: SoftTargets | None = None,
     *,
     token_weights: Tensor | None = None,
@@ -241,7 +242,7 @@ def _backend(name: str, hidden: Tensor, weight: Tensor, sampled: Sampled | None 
 
 
 def _checked(
-    mode: str | Objective,
+    mode: str | LossOfStats | Objective,
     cost_embedding: Tensor | Cost | None,
     rows: Tensor,
     targets: Tensor,
@@ -263,7 +264,7 @@ def _checked(
         )
     objective, cost = as_objective(mode), as_cost(cost_embedding)
     if cost is None and objective.needs_emo:
-        raise ValueError(f"mode {objective.mode} needs a cost embedding")
+        raise ValueError(f"mode {objective.name} needs a cost embedding")
     if cost is not None:
         cost.to(rows.device).check(vocab_size)
     if isinstance(cost, ShardedCost) and not sharded_head:
@@ -293,7 +294,7 @@ def _kept_targets(
         return targets[keep].long()
     if objective.needs_p:
         what = (
-            f"mode {objective.mode}"
+            f"mode {objective.name}"
             if objective.emo_weighting == "paper"
             else "emo_weighting=upstream"
         )

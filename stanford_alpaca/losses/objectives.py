@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stanford_alpaca.losses.own import OwnLoss, try_loss
+from stanford_alpaca.losses.types import LossOfStats
+
 MODES = ("mle", "emo", "emo2", "emd", "mix", "tailr", "mixce", "dft")
 WEIGHTINGS = ("paper", "upstream")
 PUBLISHED_EPSILON = 1e-10  # in the denominators of the published code
@@ -34,17 +37,19 @@ class Objective:
     ========= ============================================ =====================================
 
     Args:
+        mode: a name of the table, or a function of your own. ``losses/own.py`` says what it gets
+            and returns; it is tried here.
         emo_weighting: ``paper``, or ``upstream``, which follows the published LLaMA code: the
             weights use emo + p_y in place of emo, and their denominators get that code's 1e-10.
         emo_ratio_cap: an upper bound of nll / emo in mode ``emo``. The package EMOLoss 0.0.3 uses
             3.0.
 
     Raises:
-        ValueError: an unknown mode or weighting, an option out of range, or a weighting or cap that
-            the mode does not have.
+        ValueError: an unknown mode or weighting, an option out of range, a weighting or cap that
+            the mode does not have, or a function that ``try_loss`` refuses.
     """
 
-    mode: str = "emo"
+    mode: str | LossOfStats = "emo"
     emo_weighting: str = "paper"
     emo_ratio_cap: float | None = None
     emo_weight: float = 0.5
@@ -53,7 +58,10 @@ class Objective:
     mixce_eta: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
+        if callable(self.mode):
+            own = self.mode if isinstance(self.mode, OwnLoss) else try_loss(self.mode)
+            object.__setattr__(self, "mode", own)
+        elif self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}: choose from {', '.join(MODES)}")
         if self.emo_weighting not in WEIGHTINGS:
             raise ValueError(
@@ -61,7 +69,7 @@ class Objective:
             )
         if self.emo_weighting == "upstream" and self.mode not in ("emo", "emo2"):
             raise ValueError(
-                f"emo_weighting=upstream belongs to the modes emo and emo2, not to {self.mode}"
+                f"emo_weighting=upstream belongs to the modes emo and emo2, not to {self.name}"
             )
         if self.emo_ratio_cap is not None and not (self.mode == "emo" and self.emo_ratio_cap > 0):
             raise ValueError("emo_ratio_cap has to be above 0 and belongs to mode emo")
@@ -75,16 +83,25 @@ class Objective:
                 raise ValueError(f"{name} is {getattr(self, name)}: it has to lie between 0 and 1")
 
     @property
+    def name(self) -> str:
+        """The mode, or the name of the user's function."""
+        return self.mode.name if isinstance(self.mode, OwnLoss) else str(self.mode)
+
+    @property
     def needs_emo(self) -> bool:
         """Whether the loss reads log emo, and so needs a cost embedding."""
+        if isinstance(self.mode, OwnLoss):
+            return self.mode.needs_emo
         return self.mode in ("emo", "emo2", "emd", "mix")
 
     @property
     def needs_p(self) -> bool:
         """Whether the loss reads the probability of one target, p_y = exp(-nll).
 
-        Soft targets do not have it.
+        Soft targets do not have it. Of a function nobody knows, so it counts as one that does.
         """
+        if isinstance(self.mode, OwnLoss):
+            return True
         return self.mode in ("tailr", "mixce", "dft") or self.emo_weighting == "upstream"
 
     def __call__(
@@ -93,6 +110,8 @@ class Objective:
         log_emo: Tensor | None,  # [N]; may be None where needs_emo is False
     ) -> Tensor:  # [N]
         """Returns the loss of every token, differentiable in both numbers."""
+        if isinstance(self.mode, OwnLoss):
+            return self.mode(nll, log_emo)
         if not self.needs_emo:
             return nll if self.mode == "mle" else self._weight_of_nll(nll.detach()) * nll
         assert log_emo is not None, "this mode needs a cost embedding"
@@ -141,6 +160,6 @@ def _with_gradient_of(log_emo: Tensor, value: Tensor) -> Tensor:
     return torch.where(alive, value * torch.exp(safe - safe.detach()), 0.0)
 
 
-def as_objective(mode: "str | Objective") -> Objective:
-    """Returns the Objective of a mode's name, or an Objective as it is."""
-    return Objective(mode) if isinstance(mode, str) else mode
+def as_objective(mode: "str | LossOfStats | Objective") -> Objective:
+    """Returns the Objective of a mode's name or of a function, or an Objective as it is."""
+    return mode if isinstance(mode, Objective) else Objective(mode)

@@ -33,7 +33,8 @@ from stanford_alpaca.losses.functional import (
     sampled_as,
 )
 from stanford_alpaca.losses.objectives import Objective
-from stanford_alpaca.losses.types import SoftTargets
+from stanford_alpaca.losses.own import OwnLoss, try_loss
+from stanford_alpaca.losses.types import LossOfStats, SoftTargets
 from stanford_alpaca.objective.head import HeadForm, body_of, original_weight, recognise_head
 from stanford_alpaca.objective.meter import Meter
 from stanford_alpaca.objective.probing import probe_inputs, probing
@@ -258,7 +259,7 @@ def check_own_loss(model: PreTrainedModel) -> None:
 
 def attach_objective(
     model: PreTrainedModel,
-    mode: str | Objective = "emo",
+    mode: str | LossOfStats | Objective = "emo",
     cost: str | Tensor | CostEmbedding | None = "frozen",
     *,
     cost_kind: str = "cosine",
@@ -276,7 +277,8 @@ def attach_objective(
     ``recognise_head`` says. The module's docstring says how a call with labels works.
 
     Args:
-        mode: ``mle``, ``emo``, ``emo2``, ... (see ``Objective``), or an ``Objective``.
+        mode: ``mle``, ``emo``, ``emo2``, ... (see ``Objective``), a function of your own, or an
+            ``Objective``. A function is tried on the model's device, too.
         cost: ``frozen``, the output embedding as it is now (see ``frozen_cost``); ``adaptive``, the
             live one, detached, at every step; a [V, D] tensor or CostEmbedding of any width; or
             None for modes without emo.
@@ -301,9 +303,11 @@ def attach_objective(
     if isinstance(mode, Objective) and options:
         raise ValueError("give options in the Objective or by name, not both")
     objective = mode if isinstance(mode, Objective) else Objective(mode, **options)
+    if isinstance(objective.mode, OwnLoss) and model.device.type not in ("cpu", "meta"):
+        try_loss(objective.mode.function, objective.mode.name, model.device)
     if teacher is not None and objective.needs_p:
-        mode = f"mode {objective.mode} (weighting {objective.emo_weighting})"
-        raise ValueError(f"{mode} needs one target, not a teacher's")
+        asked = f"mode {objective.name} (weighting {objective.emo_weighting})"
+        raise ValueError(f"{asked} needs one target, not a teacher's")
     if form is None:
         form = recognise_head(model)
         if adds_router_loss(model, {}):
@@ -313,7 +317,7 @@ def attach_objective(
     if frozen is not None:
         frozen.check(form.head(model).weight.shape[0])
     elif adaptive is None and objective.needs_emo:
-        raise ValueError(f"mode {objective.mode} needs a cost embedding")
+        raise ValueError(f"mode {objective.name} needs a cost embedding")
     sampled = sampled_as(head_gradient, head_epsilon)
     return AttachedObjective(model, form, objective, frozen, adaptive, backend, teacher, sampled)
 

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from stanford_alpaca.flags import check_packages, choice
 from stanford_alpaca.losses.backends.sampling import EPSILON
 from stanford_alpaca.losses.functional import BACKENDS, HEAD_GRADIENTS
 from stanford_alpaca.losses.objectives import MODES, WEIGHTINGS, Objective
+from stanford_alpaca.losses.own import OwnLoss, read_loss
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.models.lora import LORA_EMBEDDINGS
 from stanford_alpaca.run.legacy_flags import read_fsdp_config
@@ -172,6 +174,15 @@ class DataArguments:
 @dataclass
 class ObjectiveArguments:
     mode: str = choice(*MODES, default="mle", help="The objective; see docs/objectives.md.")
+    loss: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "FILE.py:NAME, a loss of your own in place of --mode; see docs/own_loss.md. "
+                "The file is run."
+            )
+        },
+    )
     cost: str = field(
         default="frozen",
         metadata={
@@ -260,10 +271,24 @@ class ObjectiveArguments:
         """Whether --cost names a model."""
         return self.prices_elsewhere and not is_embedding_file(self.cost)
 
-    def objective(self) -> Objective:
-        names = [f.name for f in dataclasses.fields(Objective)]
+    @cached_property
+    def own(self) -> OwnLoss | None:
+        """The loss that --loss names, or None. Runs its file, once for a run."""
         try:
-            return Objective(**{name: getattr(self, name) for name in names})
+            return None if self.loss is None else read_loss(self.loss)
+        except ValueError as error:
+            raise UserError(f"--loss {self.loss}: {error}") from None
+
+    @property
+    def name(self) -> str:
+        """The mode, or the file and the name of a loss of one's own, without its folder."""
+        return self.mode if self.loss is None else Path(self.loss).name
+
+    def objective(self) -> Objective:
+        names = [f.name for f in dataclasses.fields(Objective) if f.name != "mode"]
+        options = {name: getattr(self, name) for name in names}
+        try:
+            return Objective(self.own or self.mode, **options)
         except ValueError as error:
             raise UserError(f"--{error}") from None
 

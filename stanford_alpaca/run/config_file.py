@@ -9,6 +9,8 @@ import yaml
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.errors import UserError, first_line
 
+CODE = "--loss"  # the flag whose file is run
+
 
 def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Expands --config: returns the whole command line, and the file's ``made_with`` section.
@@ -36,7 +38,33 @@ def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     if not isinstance(values, dict):
         raise UserError(f"--config {name}: wanted a line 'flag: value' for each flag")
     made_with = values.pop(MADE_WITH, {})
-    return not_given(values, rest) + rest, made_with if isinstance(made_with, dict) else {}
+    return (
+        _without_code(name, _one_objective(values, rest), rest),
+        made_with if isinstance(made_with, dict) else {},
+    )
+
+
+def _one_objective(values: Mapping[str, Any], argv: list[str]) -> dict[str, Any]:
+    """Returns the file's flags without its --mode and --loss if ``argv`` has one of the two."""
+    chosen = any(token.partition("=")[0] in ("--mode", "--loss") for token in argv)
+    return {
+        name: value for name, value in values.items() if not (chosen and name in ("mode", "loss"))
+    }
+
+
+def _without_code(name: str, values: Mapping[str, Any], rest: list[str]) -> list[str]:
+    """Returns the whole command line. Raises UserError if the file names a loss, which is code.
+
+    A file may come from somebody else. Its values become words of a command line, so every word is
+    looked at.
+    """
+    tokens = not_given(values, rest)
+    if any(token.partition("=")[0] == CODE for token in tokens):
+        raise UserError(
+            f"--config {name}: it names a {CODE} of somebody's own, which is code and is not run "
+            f"for a file; read it, then give {CODE} FILE.py:NAME, too"
+        )
+    return tokens + rest
 
 
 def not_given(values: Mapping[str, Any], argv: list[str]) -> list[str]:

@@ -21,6 +21,7 @@ from stanford_alpaca.errors import UserError, first_line, nearest
 from stanford_alpaca.flags import check_writable
 from stanford_alpaca.losses.functional import check_head_gradient
 from stanford_alpaca.losses.objectives import Objective
+from stanford_alpaca.losses.own import COPY, try_loss
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.run.arguments import (
     FLAGS,
@@ -62,6 +63,7 @@ def check(run: Run) -> None:
     check_numbers(training)
     check_optimizer(training)
     check_training(training, has_eval=data.eval_path is not None or data.eval_fraction is not None)
+    check_own_loss(run.objective, training)
     check_objective(model, run.objective)
     for line in unused_flags(run):
         say(line)
@@ -203,12 +205,30 @@ def check_training(training: TrainingArguments, has_eval: bool) -> None:
         raise UserError(f"--report_to: {error}") from None
 
 
+def check_own_loss(objective: ObjectiveArguments, training: TrainingArguments) -> None:
+    """Raises UserError if --loss names no loss that can be trained, on the device of the run.
+
+    Runs the file, and says so.
+    """
+    own = objective.own
+    if own is None:
+        return
+    try:
+        try_loss(own.function, own.name, training.device)
+    except ValueError as error:
+        raise UserError(f"--loss {objective.loss}, on {training.device}: {error}") from None
+    say(
+        f"--loss {objective.loss}: the code of this file runs with your rights; "
+        f"the run keeps a copy, {COPY}"
+    )
+
+
 def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> None:
     """Raises UserError if the objective's flags are invalid, or do not fit costs or teacher."""
     needs = objective.objective()
     if model.from_config and needs.needs_emo and objective.asks_the_model:
         raise UserError(
-            f"--from_config with mode {needs.mode}: a random output layer prices nothing; "
+            f"--from_config with mode {needs.name}: a random output layer prices nothing; "
             "make a cost embedding with "
             "python -m stanford_alpaca.cost build and give it as --cost PATH"
         )
@@ -235,9 +255,13 @@ def check_objective(model: ModelArguments, objective: ObjectiveArguments) -> Non
         check_head_gradient(objective.head_gradient, objective.head_epsilon, objective.loss_backend)
     except ValueError as error:
         raise UserError(f"--{error}".replace("--backend", "--loss_backend")) from None
+    if model.teacher is not None and objective.loss is not None:
+        raise UserError(
+            "--teacher and --loss exclude each other: a loss of your own has one target"
+        )
     if model.teacher is not None and needs.needs_p:
         raise UserError(
-            f"--teacher: mode {needs.mode} with weighting {needs.emo_weighting} needs one target, "
+            f"--teacher: mode {needs.name} with weighting {needs.emo_weighting} needs one target, "
             "not a distribution"
         )
     if model.teacher_top_k < 1:

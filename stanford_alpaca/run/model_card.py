@@ -70,7 +70,7 @@ def write_card(run: Run, metrics: dict[str, float], prompts: str | None) -> None
         title=title,
         base=about,
         done="trained from scratch" if run.model.from_config else "fine-tuned",
-        mode=run.objective.mode,
+        mode=run.objective.name,
         version=__version__,
         rows="\n".join(rows),
         path=json.dumps(run.training.hub_model_id or title, ensure_ascii=False),

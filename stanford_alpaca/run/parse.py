@@ -78,6 +78,11 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
         print(help_text(everything="--help-all" in argv))
         sys.exit(0)
     argv, made_with = with_config(argv)
+    chosen = {flag.name for flag in split_flags(argv)} & {"mode", "loss"}
+    if len(chosen) == 2:
+        raise UserError("--mode and --loss exclude each other: drop one")
+    if chosen:  # the recipe's mode is none of the user's
+        recipe = {name: value for name, value in (recipe or {}).items() if name != "mode"}
     argv = [*not_given(recipe or {}, argv), *argv]
     keep_secret(
         *(value for flag in split_flags(argv) if flag.name in SECRET for value in flag.values)
@@ -118,6 +123,7 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
             or value != parser.get_default(name)
             or name == "seed"
         )
+        and not (name == "mode" and objective.loss is not None)
     }
     return Run(model, data, objective, lora, training, flags, made_with, notes)
 

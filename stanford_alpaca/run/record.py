@@ -19,6 +19,7 @@ from stanford_alpaca import __version__
 from stanford_alpaca.checkpoint.manifest import MANIFEST_FILE, file_sha256, write_whole
 from stanford_alpaca.checkpoint.run_file import MADE_WITH, RUN_FILE, RUN_FILE_FROM, read_run
 from stanford_alpaca.data.sources import identify
+from stanford_alpaca.losses.own import COPY
 from stanford_alpaca.models.identity import BASE, identify_model
 from stanford_alpaca.run import environment
 from stanford_alpaca.run.arguments import FLAGS, Run, defaults
@@ -28,6 +29,7 @@ BY_CONTENT = ("model", "teacher", "cost")
 # flags whose value is a file, a folder that holds the file, or the content itself
 CONFIGS = ("deepspeed", "fsdp_config", "accelerator_config", "chat_template")
 CONTENT = "content of --"
+LOSS = f"{CONTENT}loss"
 ENVIRONMENT = "environment variable "
 # flags that do not change the result, or whose content is compared instead (see made_with)
 IRRELEVANT_FLAGS = {
@@ -74,7 +76,7 @@ STATE_FLAGS = {
 MEASURE_FLAGS = {"metric_for_best_model", "greater_is_better"}
 # fixed with reduce_lr_on_plateau, a schedule that has lowered the learning rate on its own
 PLATEAU_FLAGS = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"}
-HEADER = "# Repeat: python -m stanford_alpaca.train --config run.yaml --output_dir ANOTHER\n"
+HEADER = "# Repeat: python -m stanford_alpaca.train --config run.yaml --output_dir ANOTHER{}\n"
 
 
 def record_of(run: Run) -> dict[str, Any]:
@@ -116,6 +118,7 @@ def made_with(run: Run) -> dict[str, Any]:
             for name in CONFIGS
             if run.flags.get(name)
         },
+        **({LOSS: run.objective.own.digest} if run.objective.own else {}),
         "data": {path: identify(path, run.data.streaming) for path in paths},
     }
 
@@ -142,6 +145,9 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
         resumes; and differences that only change rounding.
     """
     before, now = records = [json.loads(json.dumps(record)) for record in (before, now)]
+    for record in records:  # the file is compared by its content
+        if record.get("loss"):
+            record["loss"] = str(record["loss"]).rpartition(":")[2]
     flags: list[str] = []
     contents: list[str] = []
     rounding: list[str] = []
@@ -162,7 +168,10 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
         was, is_now = with_before.get(name), with_now.get(name)
         if was == is_now:
             continue
-        if name in BY_CONTENT or name.startswith(CONTENT):
+        if name == LOSS:
+            if None not in (was, is_now):  # else --loss itself differs
+                flags.append("the file of --loss has changed")
+        elif name in BY_CONTENT or name.startswith(CONTENT):
             other_engine = name.startswith(CONTENT) and None in (was, is_now)
             (rounding if other_engine else contents).append(f"the {name} has changed")
         else:
@@ -249,7 +258,7 @@ def differences(run: Run, now: dict[str, Any]) -> list[str]:
 
 
 def write_run(run: Run, record: dict[str, Any]) -> None:
-    """Writes run.yaml into the output folder.
+    """Writes run.yaml, and the file of --loss, into the output folder.
 
     A run that resumes there with other flags writes run-from-CHECKPOINT.yaml instead. Training is
     about to go on, so a finished model in the folder loses its manifest: it is not what this run
@@ -263,4 +272,10 @@ def write_run(run: Run, record: dict[str, Any]) -> None:
         if not any(changes(before, record)):
             return
         file = output / RUN_FILE_FROM.format(Path(resume).name)
-    write_whole(file, HEADER + yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+    own, more = run.objective.own, ""
+    if own is not None:
+        copy = COPY if file.name == RUN_FILE else f"{file.stem}-{COPY}"
+        more = f" --loss {copy}:{own.name}"
+        (output / copy).write_bytes(own.source)
+    text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
+    write_whole(file, HEADER.format(more) + text)

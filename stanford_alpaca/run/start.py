@@ -12,6 +12,7 @@ from stanford_alpaca.checkpoint.run_file import RUN_FILE, RUN_FILE_FROM, read_ru
 from stanford_alpaca.checkpoint.saving import STAGING, recover
 from stanford_alpaca.distributed.engine import deepspeed_of, shards_weights
 from stanford_alpaca.errors import ResumeError, UserError
+from stanford_alpaca.losses.own import COPY
 from stanford_alpaca.run.arguments import Run, TrainingArguments
 from stanford_alpaca.run.lock import LOCK_FILE
 from stanford_alpaca.run.record import changes, record_of
@@ -19,7 +20,9 @@ from stanford_alpaca.training.progress import LOG_FILE
 
 AUTO = "auto"
 # files and folders that a run may have made before its first checkpoint
-RUN_FILES = {LOCK_FILE, RUN_FILE, f"{RUN_FILE}.part", STAGING, "samples.jsonl", LOG_FILE, "runs"}
+RUN_FILES = {
+    LOCK_FILE, RUN_FILE, f"{RUN_FILE}.part", COPY, STAGING, "samples.jsonl", LOG_FILE, "runs",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

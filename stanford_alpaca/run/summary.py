@@ -29,7 +29,7 @@ def rows(run: Run, trainer: EmoTrainer, sharding: str, examples: int | None) -> 
     prompts = trained_prompts(trainer.processing_class)
     said = {
         "model": f"{run.model.model_name_or_path}, {_parameters(model)}",
-        "objective": f"{run.objective.mode}, {_cost(run, model, sharding)}",
+        "objective": f"{run.objective.name}, {_cost(run, model, sharding)}",
         "data": _data(run, trainer, unit, examples),
         "prompts": IN_WORDS[prompts.template] if prompts else "none: running text",
         "batch": f"{batch} {unit} a step: {args.per_device_train_batch_size} on each of "

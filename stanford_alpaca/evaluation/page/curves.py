@@ -13,7 +13,7 @@ from stanford_alpaca.errors import UserError, first_line
 STATE, FLAGS = "trainer_state.json", "run.yaml"
 CURVES = ("loss", "nll", "emo", "learning_rate", "eval_loss", "eval_nll", "eval_emo")
 POINTS = 600  # the most points of a curve; longer ones show means of several log entries
-TOLD = ("mode", "model_name_or_path", "learning_rate", "global_batch")
+TOLD = ("mode", "loss", "model_name_or_path", "learning_rate", "global_batch")
 # shown only if runs differ in them
 TOLD_APART = (
     "data_path",
