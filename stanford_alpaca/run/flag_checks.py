@@ -272,11 +272,12 @@ def unused_flags(run: Run) -> list[str]:
     """Returns a line for each of this package's flags that is given and changes nothing."""
     model, data, objective, lora = run.model, run.data, run.objective, run.lora
     mode, prices = objective.mode, objective.objective().needs_emo
+    other = f"with --mode {mode}" if objective.loss is None else "with --loss"
     reasons = {  # flags -> whether they are read, and why not
-        ("emo_weight",): (mode == "mix", f"with --mode {mode}"),
-        ("tailr_gamma", "tailr_floor"): (mode == "tailr", f"with --mode {mode}"),
-        ("mixce_eta",): (mode == "mixce", f"with --mode {mode}"),
-        ("cost", "cost_kind", "cost_cache_mib"): (prices, f"with --mode {mode}"),
+        ("emo_weight",): (mode == "mix", other),
+        ("tailr_gamma", "tailr_floor"): (mode == "tailr", other),
+        ("mixce_eta",): (mode == "mixce", other),
+        ("cost", "cost_kind", "cost_cache_mib"): (prices, other),
         ("head_epsilon",): (
             objective.head_gradient == "sampled",
             "without --head_gradient sampled",
