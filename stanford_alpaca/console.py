@@ -1,11 +1,17 @@
-"""Prints the lines of commands: once for all ranks, on any terminal, and without secrets."""
+"""Prints the lines of commands: once for all ranks, on any terminal, and without secrets.
+
+Whatever a command prints passes through ``printable``. Text of others then moves no cursor, sets no
+title, and hides nothing.
+"""
 
 import contextlib
+import io
 import logging
 import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any, TextIO
 
 # names of environment variables that hold a secret
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)S?$", re.IGNORECASE)
@@ -13,6 +19,8 @@ SHORTEST = 8  # least characters of a secret; shorter ones would occur inside ot
 # a hub token, or user:password in a URL
 SECRET_LOOK = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")
 _secrets: set[str] = set()
+# what a terminal obeys, but tabs and newlines: C0, DEL, C1, and what changes the direction of text
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def is_main_process() -> bool:
@@ -29,14 +37,69 @@ def say(line: str) -> None:
     if not is_main_process():
         return
     try:
-        print(printable(line), flush=True)
+        show(line)
     except OSError:
         drop_output()
 
 
-def drop_output() -> None:
-    """Sends what is printed from now on nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def show(text: str, end: str = "\n", to_errors: bool = False) -> None:
+    """Prints a text on standard output or standard error. Raises OSError if that fails."""
+    print(printable(text), end=end, file=sys.stderr if to_errors else sys.stdout, flush=True)
+
+
+def open_streams() -> None:
+    """Makes standard output and standard error take any text, also if they are closed.
+
+    A closed one is sent nowhere. Otherwise the next file that is opened would get its number, and
+    whatever a library prints. A character that the terminal's encoding lacks is escaped.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _Lossy:
+    """A stream that is sent nowhere once it cannot be written to."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            drop_output(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            drop_output(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def lose_output() -> None:
+    """Lets no line end a training, whoever prints it: what cannot be printed is lost."""
+    open_streams()
+    sys.stdout, sys.stderr = _Lossy(sys.stdout), _Lossy(sys.stderr)  # type: ignore[assignment]
+
+
+def drop_output(stream: TextIO | None = None) -> None:
+    """Sends what is printed from now on nowhere. By default that is standard output."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def keep_secret(*values: str) -> None:
@@ -46,6 +109,8 @@ def keep_secret(*values: str) -> None:
 
 def printable(text: str) -> str:
     """Returns a text that any terminal or file accepts, with secrets replaced by ``***``.
+
+    Control characters except tabs and newlines are escaped, as JSON does it.
 
     Secrets are the tokens, keys and passwords of the environment, the values given to
     ``keep_secret``, and whatever looks like one.
@@ -57,7 +122,9 @@ def printable(text: str) -> str:
     }
     for secret in sorted(named | _secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
-    return SECRET_LOOK.sub("***", text).encode(errors="backslashreplace").decode()
+    text = SECRET_LOOK.sub("***", text).replace("\r\n", "\n")
+    text = CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return text.encode(errors="backslashreplace").decode()
 
 
 def align(table: list[list[str]]) -> str:

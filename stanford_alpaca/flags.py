@@ -1,24 +1,29 @@
 """Declares and checks the flags of commands, and ends a command that was given a wrong one."""
 
+import errno
 import importlib.util
 import math
+import os
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from fire.decorators import SetParseFns
 from tqdm import tqdm
 
-from stanford_alpaca.console import drop_output, is_main_process, printable
+from stanford_alpaca.console import drop_output, is_main_process, open_streams, show
 from stanford_alpaca.errors import UserError, nearest
 
 T = TypeVar("T")
+LONGEST_NAME = 255  # bytes, of a file
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # the disk is full or broken
 # optional modules -> what is installed
 PIP_NAMES = {
     "matplotlib": "matplotlib",
@@ -31,25 +36,41 @@ PIP_NAMES = {
 def exit_on_user_error(command: Callable[[], Any]) -> Any:
     """Runs a command, and exits if it raises a UserError.
 
-    One rank prints the message as one line on standard error. The exit status is the error's.
+    One rank prints the message as one line on standard error. The exit status is the error's. A
+    full or broken disk is such an error, whoever was writing.
     """
+    open_streams()
     try:
-        return command()
+        done = command()
+        sys.stdout.flush()
+        return done
     except UserError as error:
-        # The first rank to exit takes the others down. Wait, so that rank 0 can print this error
-        # if it has it too.
-        if not is_main_process():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
-        for bar in list(getattr(tqdm, "_instances", [])):  # an open bar has not ended its line
-            bar.close()
-        # an error in a DataLoader's worker arrives with its traceback
-        message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]
-        print(f"error: {' '.join(printable(message).split())}", file=sys.stderr, flush=True)
-        sys.exit(error.status)
+        _exit(error)
     except BrokenPipeError:  # the reader of a pipe, as head, has what it wanted
         drop_output()
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        drop_output()  # it may be what could not be written
+        what = error.filename or "a file, or the standard output"
+        _exit(UserError(f"{what}: the disk is full or broken ({error.strerror}); make room"))
+
+
+def _exit(error: UserError) -> NoReturn:
+    """Prints an error's line and exits with its status."""
+    # The first rank to exit takes the others down. Wait, so that rank 0 can print this error if it
+    # has it too.
+    if not is_main_process():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    for bar in list(getattr(tqdm, "_instances", [])):  # an open bar has not ended its line
+        bar.close()
+    # an error in a DataLoader's worker arrives with its traceback
+    message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]
+    with suppress(OSError):  # nobody may read standard error
+        show(f"error: {' '.join(message.split())}", to_errors=True)
+    sys.exit(error.status)
 
 
 def word() -> Any:
@@ -132,7 +153,7 @@ def refuse_unknown(unknown: dict[str, Any], command: Callable) -> None:
     calls this first.
     """
     if "help" in unknown:
-        print(command.__doc__)
+        show(command.__doc__ or "")
         sys.exit(0)
     for name in unknown:
         raise UserError(
@@ -187,7 +208,16 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf) -> N
 def check_writable(name: str, path: Path) -> None:
     """Raises UserError unless a file or folder can be made at the path."""
     parent = path.absolute()
-    while not parent.exists():
+    try:
+        if max(len(os.fsencode(part)) for part in parent.parts) > LONGEST_NAME:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        os.lstat(parent)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that no file system takes
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--{name} {str(path)[:80]}: {reason}; give another path") from None
+    while not os.path.lexists(parent):
         parent = parent.parent
     if parent != path.absolute() and not parent.is_dir():
         raise UserError(f"--{name} {path}: {parent} is a file; give another path")

@@ -8,7 +8,6 @@ the terminal. Several checkpoints get the same prompts, and their responses are 
 ``--markdown FILE`` write the responses in other forms (``generation/writers.py``).
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import fire
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from stanford_alpaca.console import show
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import take_columns
 from stanford_alpaca.data.templates import check_template
@@ -37,6 +37,11 @@ from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
 
 
+class _Streamer(TextStreamer):
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        show(text, end="\n" if stream_end else "")
+
+
 def chat(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -49,7 +54,7 @@ def chat(
     It ends at an empty line or at the end of input.
     """
     torch.manual_seed(seed)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stops = stop_ids(tokenizer)
     for record in _typed():
         try:
@@ -58,7 +63,7 @@ def chat(
                 device=model.device,
             )
         except UserError as error:
-            print(error)
+            show(str(error))
             continue
         with torch.inference_mode():
             model.generate(
@@ -71,7 +76,7 @@ def chat(
 
 
 def _typed() -> Iterator[dict[str, str]]:
-    print("An instruction a line; an empty line ends.", file=sys.stderr)
+    show("An instruction a line; an empty line ends.", to_errors=True)
     while True:
         try:
             line = input("> ").strip()
@@ -177,7 +182,7 @@ def generate(options: Options) -> None:
         prompts = "; ".join(dict.fromkeys(asked.values()))
         write_markdown(files["markdown"], samples, settings | {"prompts": prompts})
     for sample in samples:
-        print(format_sample(sample))
+        show(format_sample(sample))
 
 
 def check_samples(options: Options, names: list[str], files: dict[str, Path]) -> None:

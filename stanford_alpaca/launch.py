@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException, Subpr
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from stanford_alpaca.console import show
 from stanford_alpaca.errors import Stopped
 
 # Seconds after a signal. torchrun alone gives 30. A cluster's own limit may be shorter.
@@ -71,10 +72,9 @@ def main() -> None:
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             memory = " (out of memory?)" if name == "SIGKILL" else ""
-            print(
+            show(
                 f"\nerror: rank {rank} was ended by {name}{memory}; --resume auto goes on",
-                file=sys.stderr,
-                flush=True,
+                to_errors=True,
             )
         sys.exit(as_shell(failure.exitcode))
     except SignalException:

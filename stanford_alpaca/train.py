@@ -26,7 +26,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.checkpoint.saving import write_together
-from stanford_alpaca.console import say
+from stanford_alpaca.console import lose_output, say, show
 from stanford_alpaca.data.packing import PackedExamples
 from stanford_alpaca.data.sources import ExampleStream, examples_digest
 from stanford_alpaca.data.templates import IN_WORDS, trained_prompts, use_chat_template
@@ -212,6 +212,7 @@ def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:
 
 def main(recipe: Mapping[str, Any] | None = None) -> None:
     """Runs the command and ends the process with its exit status."""
+    lose_output()
     try:
         status = exit_on_user_error(lambda: run_or_stop(recipe))
     except SystemExit as end:
@@ -238,11 +239,7 @@ def run_or_stop(recipe: Mapping[str, Any] | None) -> int:
         if not ((meeting or torch.distributed.is_initialized()) and is_lost_rank(error)):
             raise
         reason = first_line(error).split(". ")[0]
-        print(
-            f"error: rank {os.environ['RANK']} lost another one ({reason})",
-            file=sys.stderr,
-            flush=True,
-        )
+        show(f"error: rank {os.environ['RANK']} lost another one ({reason})", to_errors=True)
         os._exit(1)  # even if a thread still waits for the other rank
     return 0
 

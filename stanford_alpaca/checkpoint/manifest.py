@@ -68,11 +68,15 @@ def write(folder: Path, files: dict[str, dict[str, Any]], about: dict[str, Any])
 def write_whole(file: Path, text: str) -> None:
     """Writes a file to disk as a whole, or leaves it as it was."""
     part = file.with_name(f"{file.name}.part")
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(file)
+    try:
+        with part.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     flush_folder(file.parent)
 
 

@@ -14,7 +14,7 @@ import fire
 from datasets import Dataset
 
 from stanford_alpaca import __version__
-from stanford_alpaca.checkpoint.manifest import write_whole
+from stanford_alpaca.checkpoint.files import write_new
 from stanford_alpaca.console import say
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.prompts import as_shown
@@ -114,8 +114,7 @@ def write_report(options: Options) -> None:
             shown = records.select(range(min(options.transport_records, len(records))))
             view = transport(names, models, shown, settings)
     page = render(page_data(names, curves, models, found, view))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, page)
+    write_new(file, page)
     say(f"report: {file.absolute()}")
 
 

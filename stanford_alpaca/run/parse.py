@@ -9,7 +9,7 @@ import transformers
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from stanford_alpaca.console import keep_secret
+from stanford_alpaca.console import keep_secret, show
 from stanford_alpaca.errors import UserError, nearest
 from stanford_alpaca.run.arguments import FLAGS, SECRET, Run
 from stanford_alpaca.run.config_file import not_given, with_config
@@ -75,7 +75,7 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
         UserError: argparse or Hugging Face rejects an argument.
     """
     if {"-h", "--help", "--help-all"} & set(argv):
-        print(help_text(everything="--help-all" in argv))
+        show(help_text(everything="--help-all" in argv))
         sys.exit(0)
     argv, made_with = with_config(argv)
     argv = [*not_given(recipe or {}, argv), *argv]
