@@ -15,9 +15,16 @@ from typing import Any, TextIO
 
 # names of environment variables that hold a secret
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)S?$", re.IGNORECASE)
+# a setting inside a flag of several, in JSON, that holds one
+SECRET_SETTING = re.compile(r'"[^"]*(?:token|key|secret|password)"\s*:\s*"([^"]+)"', re.IGNORECASE)
 SHORTEST = 8  # least characters of a secret; shorter ones would occur inside other words
-# a hub token, or user:password in a URL
-SECRET_LOOK = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")
+# tokens of the hub, of OpenAI, of GitHub; in a URL user:password, and what a query calls a secret
+SECRET_LOOK = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,})"
+    r"|(?<=://)[^/?#\s]+(?=@)"
+    r"|(?P<name>[?&][\w-]*(?:token|key|secret|password|signature)=)[^&#\s'\"]+",
+    re.IGNORECASE,
+)
 _secrets: set[str] = set()
 # what a terminal obeys, but tabs and newlines: C0, DEL, C1, and what changes the direction of text
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -110,7 +117,19 @@ def keep_secret(*values: str) -> None:
 def printable(text: str) -> str:
     """Returns a text that any terminal or file accepts, with secrets replaced by ``***``.
 
-    Control characters except tabs and newlines are escaped, as JSON does it.
+    Control characters except tabs and newlines are escaped, as JSON does it. Secrets: see
+    ``without_secrets``.
+    """
+    text = CONTROL.sub(_escape, without_secrets(text).replace("\r\n", "\n"))
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _escape(found: re.Match) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
+def without_secrets(text: str) -> str:
+    """Returns a text with secrets replaced by ``***``.
 
     Secrets are the tokens, keys and passwords of the environment, the values given to
     ``keep_secret``, and whatever looks like one.
@@ -122,9 +141,18 @@ def printable(text: str) -> str:
     }
     for secret in sorted(named | _secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
-    text = SECRET_LOOK.sub("***", text).replace("\r\n", "\n")
-    text = CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-    return text.encode(errors="backslashreplace").decode()
+    return SECRET_LOOK.sub(lambda found: (found["name"] or "") + "***", text)
+
+
+def storable(value: Any) -> Any:
+    """Returns a value as files and trackers may hold it: without secrets in any of its texts."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, list | tuple):
+        return [storable(each) for each in value]
+    if isinstance(value, dict):
+        return {storable(name): storable(each) for name, each in value.items()}
+    return value
 
 
 def align(table: list[list[str]]) -> str:

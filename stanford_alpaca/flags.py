@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -40,6 +41,7 @@ def exit_on_user_error(command: Callable[[], Any]) -> Any:
     full or broken disk is such an error, whoever was writing.
     """
     open_streams()
+    threading.excepthook = _of_thread
     try:
         done = command()
         sys.stdout.flush()
@@ -55,6 +57,12 @@ def exit_on_user_error(command: Callable[[], Any]) -> Any:
         drop_output()  # it may be what could not be written
         what = error.filename or "a file, or the standard output"
         _exit(UserError(f"{what}: the disk is full or broken ({error.strerror}); make room"))
+
+
+def _of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Says nothing of a disk that fails under a tracker's thread: its next call raises the same."""
+    if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in DISK):
+        threading.__excepthook__(failed)
 
 
 def _exit(error: UserError) -> NoReturn:

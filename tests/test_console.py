@@ -7,10 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from stanford_alpaca.console import printable, show
+from stanford_alpaca.console import printable, show, storable
 from stanford_alpaca.flags import exit_on_user_error
 
 HOSTILE = [
@@ -32,6 +33,30 @@ def test_control_characters_do_not_reach_the_terminal(capsys, control):
     printed = capsys.readouterr()
     assert printed.out == f"a\\u{ord(control):04x}b\tc\nd\n"
     assert printed.err == f"a\\u{ord(control):04x}b\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pass@hub/x?a=b", "https://***@hub/x?a=b"),
+        ("s3://key:a@b:c@host", "s3://***@host"),
+        (
+            "https://hub/x?user=me&access_token=abc&b=1",
+            "https://hub/x?user=me&access_token=***&b=1",
+        ),
+        ("name-hf_abcdefghijklmnop1234/x", "name-***/x"),
+        ("sk-proj-abcdefghijklmnopqrst", "***"),
+        ("ghp_abcdefghijklmnopqrstuvwx", "***"),
+        (
+            "https://hub/me@x pad_token: [PAD], mail me@hub",
+            "https://hub/me@x pad_token: [PAD], mail me@hub",
+        ),
+        ("columns key=instruction", "columns key=instruction"),
+    ],
+)
+def test_what_looks_like_a_secret_is_neither_shown_nor_stored(text, shown):
+    assert printable(text) == shown
+    assert storable({"a": [text, 1], text: {"b": text}}) == {"a": [shown, 1], shown: {"b": shown}}
 
 
 def test_what_is_printed_as_json_stays_json():
@@ -88,8 +113,14 @@ def test_a_full_output_ends_other_commands_with_one_line():
 def test_a_disk_that_fails_anywhere_is_one_line(capsys, monkeypatch, number):
     """A tracker writes for itself."""
 
-    def write() -> None:
+    def fail() -> None:
         raise OSError(number, os.strerror(number), "events.out")
+
+    def write() -> None:
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        fail()
 
     monkeypatch.setattr("stanford_alpaca.flags.drop_output", lambda: None)
     with pytest.raises(SystemExit) as end:

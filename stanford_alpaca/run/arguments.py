@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from stanford_alpaca.console import storable
 from stanford_alpaca.cost import COST_KINDS, is_embedding_file
 from stanford_alpaca.data.documents import DOCUMENTS
 from stanford_alpaca.data.encode import READINGS
@@ -371,6 +372,10 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
     hub_strategy: str = "end"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the flags as trackers get them."""
+        return storable(super().to_dict())
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():

@@ -9,7 +9,7 @@ import transformers
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from stanford_alpaca.console import keep_secret, show
+from stanford_alpaca.console import SECRET_SETTING, keep_secret, show
 from stanford_alpaca.errors import UserError, nearest
 from stanford_alpaca.run.arguments import FLAGS, SECRET, Run
 from stanford_alpaca.run.config_file import not_given, with_config
@@ -79,9 +79,9 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
         sys.exit(0)
     argv, made_with = with_config(argv)
     argv = [*not_given(recipe or {}, argv), *argv]
-    keep_secret(
-        *(value for flag in split_flags(argv) if flag.name in SECRET for value in flag.values)
-    )
+    for flag in split_flags(argv):
+        keep_secret(*(flag.values if flag.name in SECRET else []))
+        keep_secret(*SECRET_SETTING.findall(" ".join(flag.values)))
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
     parser = _Parser(FLAGS, allow_abbrev=False)
     try:

@@ -17,6 +17,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from stanford_alpaca import __version__
 from stanford_alpaca.checkpoint.manifest import MANIFEST_FILE, file_sha256, write_whole
 from stanford_alpaca.checkpoint.run_file import MADE_WITH, RUN_FILE, RUN_FILE_FROM, read_run
+from stanford_alpaca.console import storable
 from stanford_alpaca.data.sources import identify
 from stanford_alpaca.models.identity import BASE, identify_model
 from stanford_alpaca.run import environment
@@ -81,7 +82,7 @@ def record_of(run: Run) -> dict[str, Any]:
 
     Reads every file of the data and of the base model.
     """
-    return run.flags | {MADE_WITH: made_with(run)}
+    return storable(run.flags | {MADE_WITH: made_with(run)})
 
 
 def made_with(run: Run) -> dict[str, Any]:
