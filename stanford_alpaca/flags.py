@@ -20,7 +20,7 @@ from fire.decorators import SetParseFns
 from tqdm import tqdm
 
 from stanford_alpaca.console import drop_output, is_main_process, open_streams, show
-from stanford_alpaca.errors import UserError, nearest
+from stanford_alpaca.errors import UserError, first_line, nearest
 
 T = TypeVar("T")
 LONGEST_NAME = 255  # bytes, of a file
@@ -48,6 +48,8 @@ def exit_on_user_error(command: Callable[[], Any]) -> Any:
         return done
     except UserError as error:
         _exit(error)
+    except RecursionError as error:
+        _exit(UserError(f"something that was read is nested too deep ({first_line(error)})"))
     except BrokenPipeError:  # the reader of a pipe, as head, has what it wanted
         drop_output()
         sys.exit(128 + signal.SIGPIPE)

@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from stanford_alpaca.checkpoint.bounded import read_json
 from stanford_alpaca.errors import ResumeError, first_line
 
 MANIFEST_FILE = "manifest.json"
@@ -102,7 +103,7 @@ def read(folder: Path) -> dict[str, Any]:
         ResumeError: it is missing or damaged, or names a file outside the folder.
     """
     try:
-        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        content = read_json(folder / MANIFEST_FILE)
         whole = content["version"] == MANIFEST_VERSION and content["sum"] == _sum(content)
         known = all(
             isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)

@@ -17,6 +17,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stanford_alpaca.checkpoint.bounded import read_json
 from stanford_alpaca.data.strict_json import JSON, duplicate
 from stanford_alpaca.errors import UserError, first_line, listed
 
@@ -159,14 +160,14 @@ def _saved_files(folder: Path) -> list[Path]:
     """Returns the files of a data set that ``datasets`` saved; of several splits, ``train``."""
     try:
         if (folder / SAVED_SPLITS).is_file():
-            splits = list(json.loads((folder / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"])
+            splits = list(read_json(folder / SAVED_SPLITS)["splits"])
             if "train" not in splits and len(splits) != 1:
                 raise UserError(
                     f"{folder}: several splits ({', '.join(splits)}); "
                     f"name one: --data_path {folder}/{splits[0]}"
                 )
             folder = folder / ("train" if "train" in splits else splits[0])
-        state = json.loads((folder / SAVED).read_text(encoding="utf-8"))
+        state = read_json(folder / SAVED)
         files = [folder / Path(shard["filename"]).name for shard in state["_data_files"]]
     except UserError:
         raise

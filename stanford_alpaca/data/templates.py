@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from stanford_alpaca.checkpoint.bounded import read_text
 from stanford_alpaca.data.chat import MORE, TRIED, ChatTemplate, named_templates, stop_ids
 from stanford_alpaca.data.encode import READINGS, TextEncoder
 from stanford_alpaca.data.prompts import (
@@ -326,8 +327,8 @@ def use_chat_template(
         template = own[source]
     elif os.path.isfile(place):
         try:
-            template = place.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            template = read_text(place, encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"--chat_template {source}: cannot be read ({first_line(error)})"
             ) from None

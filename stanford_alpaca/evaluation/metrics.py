@@ -16,6 +16,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stanford_alpaca.checkpoint.bounded import read_json
 from stanford_alpaca.checkpoint.files import check_new, new_file
 from stanford_alpaca.console import say, show
 from stanford_alpaca.cost import CostEmbedding
@@ -327,7 +328,10 @@ def make_samples(
 def training_figures(checkpoint: str) -> dict[str, float]:
     """Returns the training's supervised tokens/s and peak memory, if the folder has them."""
     file = Path(checkpoint) / "train_results.json"
-    figures = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        figures = read_json(file)
+    except (OSError, ValueError):
+        return {}
     names = {
         "train_supervised_tokens_per_s": "supervised tokens/s",
         "train_peak_memory_mib": "peak memory, MiB",

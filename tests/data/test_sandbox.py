@@ -122,5 +122,5 @@ def test_a_run_with_such_a_template_ends_with_one_line(arguments, root, tmp_path
 
 def test_a_template_that_is_given_is_tried_too(tokenizer, tmp_path):
     (tmp_path / "a.jinja").write_text("{{ 'a' ")
-    with pytest.raises(UserError, match=r"--chat_template .*a.jinja: the chat template is no Jinja"):
+    with pytest.raises(UserError, match=r"--chat_template .*a.jinja: .* no Jinja"):
         use_chat_template(tokenizer, str(tmp_path / "a.jinja"))
