@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
@@ -32,6 +32,21 @@ PIP_NAMES = {
     "rouge_score": "rouge-score",
     "sacrebleu": "sacrebleu",
 }
+
+
+@dataclass
+class RecordLimit:
+    """The most MiB of a record of data, unpacked: a line, a field or a row."""
+
+    mib: int = 256
+
+    def set(self, mib: Any) -> None:
+        """Sets --max_record_mib, a flag of every command that reads data."""
+        check_whole("max_record_mib", mib, 1)
+        self.mib = mib
+
+
+RECORD_LIMIT = RecordLimit()
 
 
 def exit_on_user_error(command: Callable[[], Any]) -> Any:
@@ -121,7 +136,9 @@ def command(options: type, run: Callable[[Any], None]) -> Callable[..., None]:
 
     def called(*given: Any, **flags: Any) -> None:
         bound = known.bind(*given, **flags).arguments
-        refuse_unknown(bound.pop("unknown", {}), called)
+        unknown = bound.pop("unknown", {})
+        RECORD_LIMIT.set(unknown.pop("max_record_mib", RecordLimit.mib))
+        refuse_unknown(unknown, called)
         for each in parameters:
             check_switch(each.name, each.annotation, bound.get(each.name, False))
         run(

@@ -21,20 +21,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.checkpoint.saving import write_together
-from stanford_alpaca.console import lose_output, say, show
+from stanford_alpaca.console import lose_output, say, show, storable
 from stanford_alpaca.data.packing import PackedExamples
-from stanford_alpaca.data.sources import ExampleStream, examples_digest
+from stanford_alpaca.data.sources import ExampleStream, examples_digest, identify
 from stanford_alpaca.data.templates import IN_WORDS, trained_prompts, use_chat_template
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.distributed.exits import exit_after_barrier, exit_now, is_lost_rank
 from stanford_alpaca.distributed.store import load_in_turn, share_from_rank_0
 from stanford_alpaca.distributed.weights import loading_whole
-from stanford_alpaca.errors import Stopped, first_line
+from stanford_alpaca.errors import Stopped, UserError, first_line
 from stanford_alpaca.flags import exit_on_user_error
 from stanford_alpaca.generation.prompts import encode_prompts, read_prompts
 from stanford_alpaca.run import summary
@@ -97,6 +97,17 @@ def find_start(run: Run, leaving: contextlib.ExitStack) -> Start:
     return start
 
 
+def load_unchanged(run: Run, start: Start, tokenizer: PreTrainedTokenizerBase) -> tuple:
+    """Returns the data, which has to be what the record of this run says that it is."""
+    found = load_data(run.data, run.training, tokenizer)
+    if run.training.process_index == 0:
+        digests = start.record[MADE_WITH]["data"]
+        for path in [*run.data.data_path, *(run.data.eval_path or [])]:
+            if identify(path, run.data.streaming) != digests[storable(path)]:
+                raise UserError(f"{path}: changed while it was read; run the command again")
+    return found
+
+
 def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     """Trains, from the beginning or from a checkpoint, and saves the model."""
     args = run.training
@@ -107,7 +118,7 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     use_chat_template(tokenizer, run.data.chat_template, run.model.trust_remote_code)
     check_fit(run, tokenizer, prompts)
     train_examples, eval_examples = load_in_turn(
-        lambda: load_data(run.data, args, tokenizer),
+        lambda: load_unchanged(run, start, tokenizer),
         lambda sets: " ".join(map(examples_digest, sets)),
         args.process_index,
         args.local_process_index,

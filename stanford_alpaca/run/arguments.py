@@ -96,6 +96,10 @@ class DataArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Reads the data as it is needed; needs --max_steps."}
     )
+    max_record_mib: int = field(
+        default=256,
+        metadata={"help": "The most MiB of a record, unpacked; a JSON list may have 16 times it."},
+    )
     shuffle_buffer: int = field(
         default=10_000, metadata={"help": "Examples of a stream that are held to be shuffled."}
     )

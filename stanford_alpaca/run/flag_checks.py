@@ -18,7 +18,7 @@ from stanford_alpaca.checkpoint.manifest import checkpoints
 from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.distributed.engine import deepspeed_of, shards_weights
 from stanford_alpaca.errors import UserError, first_line, nearest
-from stanford_alpaca.flags import check_writable
+from stanford_alpaca.flags import RECORD_LIMIT, check_writable
 from stanford_alpaca.losses.functional import check_head_gradient
 from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.models.check import check_model
@@ -335,6 +335,7 @@ def check_hub(training: TrainingArguments) -> None:
 def check_data(data: DataArguments, training: TrainingArguments) -> None:
     """Raises UserError for data flags that are invalid, or exclude or need each other."""
     data.column_names()
+    RECORD_LIMIT.set(data.max_record_mib)
     weights = data.data_weights
     if data.eval_path is not None and data.eval_fraction is not None:
         raise UserError("--eval_path and --eval_fraction exclude each other")

@@ -32,7 +32,7 @@ ENVIRONMENT = "environment variable "
 # flags that do not change the result, or whose content is compared instead (see made_with)
 IRRELEVANT_FLAGS = {
     "model_name_or_path", "teacher", "cost", "data_path", "eval_path", "output_dir", "resume",
-    "resume_from_checkpoint", "cache_dir", "logging_strategy", "logging_steps",
+    "resume_from_checkpoint", "cache_dir", "max_record_mib", "logging_strategy", "logging_steps",
     "logging_first_step", "logging_nan_inf_filter", "log_on_each_node", "log_level",
     "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
     "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen",
