@@ -32,7 +32,8 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 def is_main_process() -> bool:
     """Returns whether this process (rank 0) prints and writes for all ranks."""
-    return int(os.environ.get("RANK", "0")) == 0
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0  # ``check_environment`` refuses other words
 
 
 def say(line: str) -> None:

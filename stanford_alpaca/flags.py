@@ -23,6 +23,7 @@ from stanford_alpaca.console import drop_output, is_main_process, open_streams, 
 from stanford_alpaca.errors import UserError, first_line, nearest
 
 T = TypeVar("T")
+MOST, MOST_SEED = 2**31 - 1, 2**63 - 1  # of a count, and of a seed
 LONGEST_NAME = 255  # bytes, of a file
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # the disk is full or broken
 # optional modules -> what is installed
@@ -65,10 +66,17 @@ def exit_on_user_error(command: Callable[[], Any]) -> Any:
         _exit(error)
     except RecursionError as error:
         _exit(UserError(f"something that was read is nested too deep ({first_line(error)})"))
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # of pathlib
+            raise
+        named = next((word for word in sys.argv[1:] if word.lstrip("-").startswith("~")), "~")
+        _exit(UserError(f"{named}: there is no such user; write the path out"))
     except BrokenPipeError:  # the reader of a pipe, as head, has what it wanted
         drop_output()
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _exit(UserError(f"{str(error.filename)[:80]}: {error.strerror}; give another path"))
         if error.errno not in DISK:
             raise
         drop_output()  # it may be what could not be written
@@ -216,12 +224,29 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
         )
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises UserError unless the flag's value is an integer from ``least`` to 2^63 - 1."""
+def check_whole(name: str, value: Any, least: int, most: int = MOST) -> None:
+    """Raises UserError unless the flag's value is an integer from ``least`` to ``most``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"--{name} {value}: give a whole number from {least} on")
-    if value >= 2**63:
-        raise UserError(f"--{name} {value}: give a number below 2^63")
+    if value > most:
+        raise UserError(f"--{name} {value}: give a whole number of at most {most:,}")
+
+
+def check_path(name: str, value: str) -> None:
+    """Raises UserError for a path that no file system takes, or one of a user who is not there."""
+    reason = ""
+    try:
+        if max(len(os.fsencode(part)) for part in (*Path(value).parts, "")) > LONGEST_NAME:
+            reason = os.strerror(errno.ENAMETOOLONG)
+        elif value.startswith("~") and os.path.expanduser(value) == value:
+            reason = f"there is no user {value.partition('/')[0]}"
+        os.lstat(value)
+    except OSError:
+        pass  # whoever reads the file says so
+    except ValueError as error:  # NUL, or half a surrogate pair
+        reason = first_line(error)
+    if reason:
+        raise UserError(f"--{name} {value[:80]}: {reason}; give another path")
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
@@ -234,16 +259,8 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf) -> N
 
 def check_writable(name: str, path: Path) -> None:
     """Raises UserError unless a file or folder can be made at the path."""
+    check_path(name, str(path))
     parent = path.absolute()
-    try:
-        if max(len(os.fsencode(part)) for part in parent.parts) > LONGEST_NAME:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        os.lstat(parent)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:  # a name that no file system takes
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--{name} {str(path)[:80]}: {reason}; give another path") from None
     while not os.path.lexists(parent):
         parent = parent.parent
     if parent != path.absolute() and not parent.is_dir():

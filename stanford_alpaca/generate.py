@@ -22,7 +22,15 @@ from stanford_alpaca.data.formats import take_columns
 from stanford_alpaca.data.templates import check_template
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.flags import check_whole, command, exit_on_user_error, part_of, words
+from stanford_alpaca.flags import (
+    MOST,
+    MOST_SEED,
+    check_whole,
+    command,
+    exit_on_user_error,
+    part_of,
+    words,
+)
 from stanford_alpaca.generation.prompts import check_prompts, encode_prompts, read_prompts
 from stanford_alpaca.generation.responses import load_for_generation, no_router_loss, sample_all
 from stanford_alpaca.generation.sampling import GIVE_TEMPERATURE, Sampling
@@ -35,6 +43,8 @@ from stanford_alpaca.generation.writers import (
 )
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
+
+MOST_SAMPLES = 10**5  # of a prompt
 
 
 class _Streamer(TextStreamer):
@@ -187,8 +197,12 @@ def generate(options: Options) -> None:
 
 def check_samples(options: Options, names: list[str], files: dict[str, Path]) -> None:
     """Raises UserError if the samples, checkpoints and files asked for do not go together."""
-    for flag, least in (("num_samples", 1), ("batch_size", 1), ("seed", 0)):
-        check_whole(flag, getattr(options, flag), least)
+    for flag, least, most in (
+        ("num_samples", 1, MOST_SAMPLES),
+        ("batch_size", 1, MOST),
+        ("seed", 0, MOST_SEED),
+    ):
+        check_whole(flag, getattr(options, flag), least, most)
     several = len(names) > 1 or options.num_samples > 1
     if options.num_samples > 1 and options.temperature == 0:
         raise UserError(

@@ -245,6 +245,9 @@ def run_or_stop(recipe: Mapping[str, Any] | None) -> int:
         say(f"\n{stopped}")
         return Stopped.status
     except RuntimeError as error:  # errors of gloo and of PyTorch
+        if "EADDRINUSE" in str(error):
+            port = os.environ.get("MASTER_PORT", "")
+            raise UserError(f"MASTER_PORT={port}: the port is in use; choose another") from None
         # rank 0 has ended before all ranks had found each other
         meeting = isinstance(error, torch.distributed.DistError)
         if not ((meeting or torch.distributed.is_initialized()) and is_lost_rank(error)):

@@ -8,10 +8,13 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from stanford_alpaca import generate
 from stanford_alpaca.console import printable, show, storable
+from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import exit_on_user_error
 
 HOSTILE = [
@@ -139,8 +142,6 @@ def test_other_errors_of_the_system_are_not_hidden():
 
 
 def test_an_error_is_one_line_whatever_is_in_it(capsys):
-    from stanford_alpaca.errors import UserError
-
     def refuse() -> None:
         raise UserError("a\x1b[2Jb\nc\rd\x9be\u202ef")
 
@@ -166,3 +167,41 @@ def test_an_ascii_stream_of_a_library_stays(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     exit_on_user_error(lambda: show("é"))
     assert sys.stdout.getvalue() == "é\n"
+
+
+def test_paths_of_other_commands_that_cannot_be_are_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report", "--out=a", "~nosuchuser/x"])
+    for work, said in (
+        (lambda: Path("~nosuchuser/x").expanduser(), "~nosuchuser/x: there is no such user"),
+        (lambda: Path("x" * 256).is_file(), "xxx: File name too long"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            exit_on_user_error(work)
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.count("\n") == 1 and said in line
+
+
+@pytest.mark.parametrize("rank", ["abc", "-1", ""])
+def test_a_rank_that_is_no_number_hides_no_error(rank):
+    code = "def f(): raise UserError('no')\nexit_on_user_error(f)"
+    done = python(f"from stanford_alpaca.errors import UserError\n{code}", RANK=rank)
+    assert (done.returncode, done.stderr) == (2, b"error: no\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"num_samples": 10**9},
+            "--num_samples 1000000000: give a whole number of at most 100,000",
+        ),
+        ({"num_samples": 1e9}, "--num_samples 1000000000.0: give a whole number"),
+        ({"batch_size": 2**31}, "--batch_size 2147483648: give a whole number of at most"),
+        ({"seed": 2**63}, "--seed 9223372036854775808: give a whole number of at most"),
+        ({"max_new_tokens": 10**12}, "--max_new_tokens 1000000000000: give a whole number of at"),
+        ({"num_beams": 10**9}, "--num_beams 1000000000: give a whole number of at most 1,000"),
+    ],
+)
+def test_numbers_that_no_memory_holds_are_refused(changes, said):
+    with pytest.raises(UserError, match=said):
+        generate.generate(generate.Options(checkpoints=("model",), instruction="a", **changes))

@@ -25,6 +25,7 @@ from stanford_alpaca.cost.cooccurrence import SMOOTHING, TextSettings
 from stanford_alpaca.cost.embedding import CostEmbedding
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import (
+    MOST_SEED,
     check_packages,
     check_whole,
     command,
@@ -186,7 +187,7 @@ def describe_costs(options: Looked) -> None:
     if options.model is None:
         raise UserError("give a model: python -m stanford_alpaca.cost describe MODEL")
     check_whole("contexts", options.contexts, 1)
-    check_whole("seed", options.seed, 0)
+    check_whole("seed", options.seed, 0, MOST_SEED)
     text = None if options.text is None else Path(options.text).expanduser()
     if text is not None and not text.is_file():
         raise UserError(f"--text {text}: no such file")

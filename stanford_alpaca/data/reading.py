@@ -281,8 +281,8 @@ def _json_list(file: Path) -> Iterator[Placed]:
         text = whole.read(LISTS * _most() + 1)
     if len(text) > LISTS * _most():
         raise UserError(
-            f"{file}: a JSON list of more than {LISTS * RECORD_LIMIT.mib:,} MiB, which has to be read "
-            "as a whole; write one object a line, or raise the limit with --max_record_mib"
+            f"{file}: a JSON list of more than {LISTS * RECORD_LIMIT.mib:,} MiB, which has to be "
+            "read as a whole; write one object a line, or raise the limit with --max_record_mib"
         )
     place, mark, number = _skip_space(text, text.index("[") + 1), ",", 0
     if text[place : place + 1] == "]":

@@ -10,7 +10,8 @@ from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from stanford_alpaca.console import SECRET_SETTING, keep_secret, show
-from stanford_alpaca.errors import UserError, nearest
+from stanford_alpaca.errors import UserError, first_line, nearest
+from stanford_alpaca.flags import check_path
 from stanford_alpaca.run.arguments import FLAGS, SECRET, Run
 from stanford_alpaca.run.config_file import not_given, with_config
 from stanford_alpaca.run.help import help_text
@@ -63,6 +64,12 @@ FOREIGN = {  # what Axolotl, TRL and LLaMA-Factory call it -> what it is here
 }
 
 
+PATHS = {  # flags whose values are files, folders, or names of other things
+    "model_name_or_path", "data_path", "eval_path", "output_dir", "cache_dir", "cost", "teacher",
+    "chat_template", "sample_prompts", "resume_from_checkpoint", "deepspeed", "logging_dir",
+}  # fmt: skip
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:  # type: ignore[override]
         raise UserError(message)
@@ -82,11 +89,17 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
     for flag in split_flags(argv):
         keep_secret(*(flag.values if flag.name in SECRET else []))
         keep_secret(*SECRET_SETTING.findall(" ".join(flag.values)))
+        for value in flag.values if flag.name in PATHS else []:
+            check_path(flag.name, "" if value.startswith("{") else value)
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
     parser = _Parser(FLAGS, allow_abbrev=False)
     try:
         parts = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         model, data, objective, lora, training, unknown = parts
+    except OverflowError as error:
+        names = [flag.name for flag in split_flags(argv) if {"inf", "Infinity"} & {*flag.values}]
+        named = ", ".join(f"--{name}" for name in names) or "a flag"
+        raise UserError(f"{named}: {first_line(error)}; give a finite number") from None
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(str(error)) from None
     if unknown:
