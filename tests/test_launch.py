@@ -1,12 +1,14 @@
 """Tests which signals the launcher passes to its ranks, and how it reports their exit statuses."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
+from stanford_alpaca import launch
 from tests.ranks import TIMEOUT
 
 RANK = """
