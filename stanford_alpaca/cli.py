@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stanford_alpaca import __version__
+from stanford_alpaca.console import show
 from stanford_alpaca.errors import UserError, nearest
 from stanford_alpaca.flags import end_at_once_on_sigint, exit_on_user_error
 
@@ -62,10 +63,10 @@ def main() -> None:
 def run(argv: list[str]) -> None:
     """Runs a command of ``emo``. Raises UserError for one that there is not."""
     if not argv or argv[0] in HELP:
-        print(usage())
+        show(usage())
         return
     if argv[0] == "--version":
-        print(__version__)
+        show(__version__)
         return
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
@@ -73,7 +74,7 @@ def run(argv: list[str]) -> None:
         raise UserError(f"emo {name}: no such command{known}; emo --help lists them")
     command = COMMANDS[name]
     if rest and rest[0] in HELP[:2] and (text := help_of(name)):
-        print(text)
+        show(text)
         return
     if name in CHOOSES and "RANK" not in os.environ and not {*HELP, "--help-all"} & {*rest}:
         from stanford_alpaca.run import launcher

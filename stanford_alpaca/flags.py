@@ -1,24 +1,31 @@
 """Declares and checks the flags of commands, and ends a command that was given a wrong one."""
 
+import errno
 import importlib.util
 import math
+import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field, field, fields
+from contextlib import suppress
+from dataclasses import MISSING, Field, dataclass, field, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from fire.decorators import SetParseFns
 from tqdm import tqdm
 
-from stanford_alpaca.console import drop_output, is_main_process, printable
-from stanford_alpaca.errors import UserError, nearest
+from stanford_alpaca.console import drop_output, is_main_process, open_streams, show
+from stanford_alpaca.errors import UserError, first_line, nearest
 
 T = TypeVar("T")
+MOST, MOST_SEED = 2**31 - 1, 2**63 - 1  # of a count, and of a seed
+LONGEST_NAME = 255  # bytes, of a file
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # the disk is full or broken
 # optional modules -> what is installed
 PIP_NAMES = {
     "deepspeed": "deepspeed",
@@ -35,36 +42,83 @@ def end_at_once_on_sigint() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@dataclass
+class RecordLimit:
+    """The most MiB of a record of data, unpacked: a line, a field or a row."""
+
+    mib: int = 256
+
+    def set(self, mib: Any) -> None:
+        """Sets --max_record_mib, a flag of every command that reads data."""
+        check_whole("max_record_mib", mib, 1)
+        self.mib = mib
+
+
+RECORD_LIMIT = RecordLimit()
+
+
 def exit_on_user_error(command: Callable[[], Any], interrupted: str = "stopped") -> Any:
     """Runs a command, and exits if it raises a UserError, or KeyboardInterrupt (Ctrl-C).
 
-    One rank prints the message as one line on standard error. The exit status is the error's.
+    One rank prints the message as one line on standard error. The exit status is the error's. A
+    full or broken disk is such an error, whoever was writing.
 
     Args:
         interrupted: the message of KeyboardInterrupt, whose status is 130.
     """
+    open_streams()
+    threading.excepthook = _of_thread
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of the imports, which are done
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return command()
+        done = command()
+        sys.stdout.flush()
+        return done
     except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr, flush=True)
+        show(f"\n{interrupted}", to_errors=True)
         sys.exit(128 + signal.SIGINT)
     except UserError as error:
-        # The first rank to exit takes the others down. Wait, so that rank 0 can print this error
-        # if it has it too.
-        if not is_main_process():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
-        for bar in list(getattr(tqdm, "_instances", [])):  # an open bar has not ended its line
-            bar.close()
-        # an error in a DataLoader's worker arrives with its traceback
-        message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]
-        print(f"error: {' '.join(printable(message).split())}", file=sys.stderr, flush=True)
-        sys.exit(error.status)
+        _exit(error)
+    except RecursionError as error:
+        _exit(UserError(f"something that was read is nested too deep ({first_line(error)})"))
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # of pathlib
+            raise
+        named = next((word for word in sys.argv[1:] if word.lstrip("-").startswith("~")), "~")
+        _exit(UserError(f"{named}: there is no such user; write the path out"))
     except BrokenPipeError:  # the reader of a pipe, as head, has what it wanted
         drop_output()
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _exit(UserError(f"{str(error.filename)[:80]}: {error.strerror}; give another path"))
+        if error.errno not in DISK:
+            raise
+        drop_output()  # it may be what could not be written
+        what = error.filename or "a file, or the standard output"
+        _exit(UserError(f"{what}: the disk is full or broken ({error.strerror}); make room"))
+
+
+def _of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Says nothing of a disk that fails under a tracker's thread: its next call raises the same."""
+    if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in DISK):
+        threading.__excepthook__(failed)
+
+
+def _exit(error: UserError) -> NoReturn:
+    """Prints an error's line and exits with its status."""
+    # The first rank to exit takes the others down. Wait, so that rank 0 can print this error if it
+    # has it too.
+    if not is_main_process():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    for bar in list(getattr(tqdm, "_instances", [])):  # an open bar has not ended its line
+        bar.close()
+    # an error in a DataLoader's worker arrives with its traceback
+    message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]
+    with suppress(OSError):  # nobody may read standard error
+        show(f"error: {' '.join(message.split())}", to_errors=True)
+    sys.exit(error.status)
 
 
 def word() -> Any:
@@ -105,7 +159,9 @@ def command(options: type, run: Callable[[Any], None]) -> Callable[..., None]:
 
     def called(*given: Any, **flags: Any) -> None:
         bound = known.bind(*given, **flags).arguments
-        refuse_unknown(bound.pop("unknown", {}), called)
+        unknown = bound.pop("unknown", {})
+        RECORD_LIMIT.set(unknown.pop("max_record_mib", RecordLimit.mib))
+        refuse_unknown(unknown, called)
         for each in parameters:
             check_switch(each.name, each.annotation, bound.get(each.name, False))
         run(
@@ -147,7 +203,7 @@ def refuse_unknown(unknown: dict[str, Any], command: Callable) -> None:
     calls this first.
     """
     if "help" in unknown:
-        print(command.__doc__)
+        show(command.__doc__ or "")
         sys.exit(0)
     for name in unknown:
         raise UserError(
@@ -183,12 +239,29 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
         )
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises UserError unless the flag's value is an integer from ``least`` to 2^63 - 1."""
+def check_whole(name: str, value: Any, least: int, most: int = MOST) -> None:
+    """Raises UserError unless the flag's value is an integer from ``least`` to ``most``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"--{name} {value}: give a whole number from {least} on")
-    if value >= 2**63:
-        raise UserError(f"--{name} {value}: give a number below 2^63")
+    if value > most:
+        raise UserError(f"--{name} {value}: give a whole number of at most {most:,}")
+
+
+def check_path(name: str, value: str) -> None:
+    """Raises UserError for a path that no file system takes, or one of a user who is not there."""
+    reason = ""
+    try:
+        if max(len(os.fsencode(part)) for part in (*Path(value).parts, "")) > LONGEST_NAME:
+            reason = os.strerror(errno.ENAMETOOLONG)
+        elif value.startswith("~") and os.path.expanduser(value) == value:
+            reason = f"there is no user {value.partition('/')[0]}"
+        os.lstat(value)
+    except OSError:
+        pass  # whoever reads the file says so
+    except ValueError as error:  # NUL, or half a surrogate pair
+        reason = first_line(error)
+    if reason:
+        raise UserError(f"--{name} {value[:80]}: {reason}; give another path")
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
@@ -201,8 +274,9 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf) -> N
 
 def check_writable(name: str, path: Path) -> None:
     """Raises UserError unless a file or folder can be made at the path."""
+    check_path(name, str(path))
     parent = path.absolute()
-    while not parent.exists():
+    while not os.path.lexists(parent):
         parent = parent.parent
     if parent != path.absolute() and not parent.is_dir():
         raise UserError(f"--{name} {path}: {parent} is a file; give another path")

@@ -8,7 +8,6 @@ the terminal. Several checkpoints get the same prompts, and their responses are 
 ``--markdown FILE`` write the responses in other forms (``generation/writers.py``).
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +16,21 @@ import fire
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from stanford_alpaca.console import show
 from stanford_alpaca.data.chat import stop_ids
 from stanford_alpaca.data.formats import take_columns
 from stanford_alpaca.data.templates import check_template
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.flags import check_whole, command, exit_on_user_error, part_of, words
+from stanford_alpaca.flags import (
+    MOST,
+    MOST_SEED,
+    check_whole,
+    command,
+    exit_on_user_error,
+    part_of,
+    words,
+)
 from stanford_alpaca.generation.prompts import check_prompts, encode_prompts, read_prompts
 from stanford_alpaca.generation.responses import load_for_generation, no_router_loss, sample_all
 from stanford_alpaca.generation.sampling import GIVE_TEMPERATURE, Sampling
@@ -35,6 +43,13 @@ from stanford_alpaca.generation.writers import (
 )
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
+
+MOST_SAMPLES = 10**5  # of a prompt
+
+
+class _Streamer(TextStreamer):
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        show(text, end="\n" if stream_end else "")
 
 
 def chat(
@@ -49,7 +64,7 @@ def chat(
     It ends at an empty line or at the end of input.
     """
     torch.manual_seed(seed)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stops = stop_ids(tokenizer)
     for record in _typed():
         try:
@@ -58,7 +73,7 @@ def chat(
                 device=model.device,
             )
         except UserError as error:
-            print(error)
+            show(str(error))
             continue
         with torch.inference_mode():
             model.generate(
@@ -71,7 +86,7 @@ def chat(
 
 
 def _typed() -> Iterator[dict[str, str]]:
-    print("An instruction a line; an empty line ends.", file=sys.stderr)
+    show("An instruction a line; an empty line ends.", to_errors=True)
     while True:
         try:
             line = input("> ").strip()
@@ -177,13 +192,17 @@ def generate(options: Options) -> None:
         prompts = "; ".join(dict.fromkeys(asked.values()))
         write_markdown(files["markdown"], samples, settings | {"prompts": prompts})
     for sample in samples:
-        print(format_sample(sample))
+        show(format_sample(sample))
 
 
 def check_samples(options: Options, names: list[str], files: dict[str, Path]) -> None:
     """Raises UserError if the samples, checkpoints and files asked for do not go together."""
-    for flag, least in (("num_samples", 1), ("batch_size", 1), ("seed", 0)):
-        check_whole(flag, getattr(options, flag), least)
+    for flag, least, most in (
+        ("num_samples", 1, MOST_SAMPLES),
+        ("batch_size", 1, MOST),
+        ("seed", 0, MOST_SEED),
+    ):
+        check_whole(flag, getattr(options, flag), least, most)
     several = len(names) > 1 or options.num_samples > 1
     if options.num_samples > 1 and options.temperature == 0:
         raise UserError(

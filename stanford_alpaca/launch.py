@@ -8,15 +8,19 @@ that ended otherwise. Another SIGINT is passed on to the ranks, which then end w
 import logging
 import os
 import signal
+import socket
 import sys
 from types import FrameType
 from typing import Any
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import parse_args, run
 
-from stanford_alpaca.errors import Stopped
+from stanford_alpaca.console import show
+from stanford_alpaca.errors import Stopped, UserError, first_line
 
 # Seconds after a signal. torchrun alone gives 30. A cluster's own limit may be shorter.
 TIME_TO_SAVE = "600"
@@ -65,20 +69,24 @@ def main() -> None:
     ranks = Ranks()
     ranks.watch()
     try:
+        with socket.create_server(("127.0.0.1", 0)) as server:  # torch would wait for minutes
+            socket.create_connection(server.getsockname(), timeout=10).close()
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             memory = " (out of memory?)" if name == "SIGKILL" else ""
-            print(
+            show(
                 f"\nerror: rank {rank} was ended by {name}{memory}; --resume auto goes on",
-                file=sys.stderr,
-                flush=True,
+                to_errors=True,
             )
         sys.exit(as_shell(failure.exitcode))
     except SignalException:
         sys.exit(ranks.status())
+    except (DistError, RendezvousError, OSError) as error:  # a used port, no loopback
+        show(f"error: the ranks cannot meet ({first_line(error)})", to_errors=True)
+        sys.exit(UserError.status)
 
 
 def as_shell(code: int | None) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import fire
 from transformers.utils import logging
 
+from stanford_alpaca.console import show
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import (
     check_choice,
@@ -63,7 +64,7 @@ def merge_adapter(options: Options) -> None:
     logging.disable_progress_bar()
     found = find_adapter(options.adapter, options.cache_dir)
     source = ModelSource(found.name, options.cache_dir, options.trust_remote_code)
-    print(merge(found, find_base(found, options.base, source), target, options.dtype))
+    show(merge(found, find_base(found, options.base, source), target, options.dtype))
 
 
 run = command(Options, merge_adapter)

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from stanford_alpaca.console import printable, show
 from stanford_alpaca.data.encode import SPECIAL
 from stanford_alpaca.data.formats import check_columns, load_records, several_files, take_columns
 from stanford_alpaca.data.records import form_of, unused_fields
@@ -113,7 +114,7 @@ def preview(options: Options) -> None:
     use_chat_template(tokenizer, options.chat_template, options.trust_remote_code)
     shown = {path: look_at(path, tokenizer, columns, options) for path in paths}
     if options.json:
-        print(json.dumps(shown, ensure_ascii=False, indent=1))
+        show(json.dumps(shown, ensure_ascii=False, indent=1))
         return
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for path, found in shown.items():
@@ -147,7 +148,7 @@ def show_source(
 ) -> None:
     """Prints a source: its examples, lines about its records, and two tables."""
     for number, example in enumerate(source["examples"], 1):
-        console.print(Text(f"── {path}, example {number} ──", style="bold"))
+        console.print(Text(f"── {printable(path)}, example {number} ──", style="bold"))
         console.print(coloured(example["pieces"], console.is_terminal))
         for masked, trained in example["boundaries"]:
             console.print(f"boundary: {masked!r} is masked, {trained!r} is trained")
@@ -155,7 +156,7 @@ def show_source(
     counts = count_lines(found["records"], found["not_used"], found["notes"])
     prompts = told_templates([found["template"]], tokenizer, options.chat_template)
     for line in [*several_files(path), *prompts, *counts]:
-        console.print(line)
+        console.print(printable(line))
     console.print(statistics_table(path, found, options.length))
     console.print(budgets_of(found, options.length))
 
@@ -182,14 +183,14 @@ def coloured(pieces: Sequence[Piece], in_colour: bool = True) -> Text:
     for piece, trained in [*pieces, ("", False)]:
         if not in_colour and trained != before:
             text.append("⟦" if trained else "⟧")
-        text.append(piece, style="bold green" if trained else "dim")
+        text.append(printable(piece), style="bold green" if trained else "dim")
         before = trained
     return text
 
 
 def statistics_table(path: str, statistics: dict[str, Any], max_length: int) -> Table:
     """Returns the table of statistics of one source."""
-    table = Table("", path, title=f"at most {max_length:,} tokens", title_justify="left")
+    table = Table("", printable(path), title=f"at most {max_length:,} tokens", title_justify="left")
     dropped, quantiles = statistics["dropped"], statistics["token_quantiles"]
     rows = {
         "records": f"{statistics['records']:,}",
@@ -209,7 +210,7 @@ def statistics_table(path: str, statistics: dict[str, Any], max_length: int) -> 
     if statistics["first_refusal"]:
         rows["first refusal"] = statistics["first_refusal"]
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     return table
 
 

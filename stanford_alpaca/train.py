@@ -21,14 +21,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.checkpoint.saving import write_together
-from stanford_alpaca.console import say
+from stanford_alpaca.console import lose_output, say, show, storable
 from stanford_alpaca.data.packing import PackedExamples
-from stanford_alpaca.data.sources import ExampleStream, examples_digest
+from stanford_alpaca.data.sources import ExampleStream, examples_digest, identify
 from stanford_alpaca.data.templates import IN_WORDS, trained_prompts, use_chat_template
 from stanford_alpaca.data.tokenize import PromptEncoder
 from stanford_alpaca.distributed.exits import exit_after_barrier, exit_now, is_lost_rank
@@ -100,6 +100,17 @@ def find_start(run: Run, leaving: contextlib.ExitStack) -> Start:
     return start
 
 
+def load_unchanged(run: Run, start: Start, tokenizer: PreTrainedTokenizerBase) -> tuple:
+    """Returns the data, which has to be what the record of this run says that it is."""
+    found = load_data(run.data, run.training, tokenizer)
+    if run.training.process_index == 0:
+        digests = start.record[MADE_WITH]["data"]
+        for path in [*run.data.data_path, *(run.data.eval_path or [])]:
+            if identify(path, run.data.streaming) != digests[storable(path)]:
+                raise UserError(f"{path}: changed while it was read; run the command again")
+    return found
+
+
 def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     """Trains, from the beginning or from a checkpoint, and saves the model."""
     args = run.training
@@ -110,7 +121,7 @@ def train_from(run: Run, start: Start, stop: StopRequest) -> None:
     use_chat_template(tokenizer, run.data.chat_template, run.model.trust_remote_code)
     check_fit(run, tokenizer, prompts)
     train_examples, eval_examples = load_in_turn(
-        lambda: load_data(run.data, args, tokenizer),
+        lambda: load_unchanged(run, start, tokenizer),
         lambda sets: " ".join(map(examples_digest, sets)),
         args.process_index,
         args.local_process_index,
@@ -215,6 +226,7 @@ def evaluation_of(trainer: EmoTrainer) -> dict[str, float]:
 
 def main(recipe: Mapping[str, Any] | None = None) -> None:
     """Runs the command and ends the process with its exit status."""
+    lose_output()
     try:
         status = exit_on_user_error(lambda: run_or_stop(recipe))
     except SystemExit as end:
@@ -236,16 +248,15 @@ def run_or_stop(recipe: Mapping[str, Any] | None) -> int:
         say(f"\n{stopped}")
         return Stopped.status
     except RuntimeError as error:  # errors of gloo and of PyTorch
+        if "EADDRINUSE" in str(error):
+            port = os.environ.get("MASTER_PORT", "")
+            raise UserError(f"MASTER_PORT={port}: the port is in use; choose another") from None
         # rank 0 has ended before all ranks had found each other
         meeting = isinstance(error, torch.distributed.DistError)
         if not ((meeting or torch.distributed.is_initialized()) and is_lost_rank(error)):
             raise
         reason = first_line(error).split(". ")[0]
-        print(
-            f"error: rank {os.environ['RANK']} lost another one ({reason})",
-            file=sys.stderr,
-            flush=True,
-        )
+        show(f"error: rank {os.environ['RANK']} lost another one ({reason})", to_errors=True)
         os._exit(1)  # even if a thread still waits for the other rank
     return 0
 

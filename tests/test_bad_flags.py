@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, get_constant_schedule
 
 from stanford_alpaca import generate, preview
 from stanford_alpaca.checkpoint import space
@@ -502,6 +502,11 @@ def test_a_prompt_longer_than_the_context(here, root, monkeypatch, capsys, name)
 # ---- secrets -------------------------------------------------------------------------------------
 
 
+def constant(trainer, num_training_steps, optimizer=None):
+    trainer.lr_scheduler = get_constant_schedule(trainer.optimizer)
+    return trainer.lr_scheduler
+
+
 def test_secrets_are_in_no_file_and_no_line(arguments, tmp_path, monkeypatch, capfd):
     token, key, pasted = (
         "a-made-up-hub-token",
@@ -519,8 +524,15 @@ def test_secrets_are_in_no_file_and_no_line(arguments, tmp_path, monkeypatch, ca
         save_strategy="steps",
         save_steps=1,
         max_steps=1,
+        run_name=f"of-{token}-{pasted}",
+        project="https://me:hunter2-hunter2@tracker/x?api_key=made-up-query",
+        lr_scheduler_kwargs='{"api_key": "made-up-setting"}',
+        lr_scheduler_type="cosine",
     )
-    train(argv)
+    with monkeypatch.context() as patch:  # the schedule takes no such setting
+        patch.setattr("stanford_alpaca.run.flag_checks.check_optimizer", lambda training: None)
+        patch.setattr("transformers.Trainer.create_scheduler", constant)
+        train(argv)
     with pytest.raises(SystemExit):
         from stanford_alpaca.errors import UserError
         from stanford_alpaca.flags import exit_on_user_error
@@ -535,6 +547,8 @@ def test_secrets_are_in_no_file_and_no_line(arguments, tmp_path, monkeypatch, ca
     printed = "".join(capfd.readouterr())
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert len(files) > 10 and "https://***@hub" in printed
-    for secret in (token, key, pasted, os.environ["HF_TOKEN"], "you:pass"):
+    assert "run_name: of-***-***" in (tmp_path / "out" / "run.yaml").read_text()
+    hidden = ("you:pass", "hunter2", "made-up-query", "made-up-setting")
+    for secret in (token, key, pasted, os.environ["HF_TOKEN"], *hidden):
         assert secret not in printed
         assert not [file for file in files if secret.encode() in file.read_bytes()]

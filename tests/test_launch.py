@@ -1,12 +1,14 @@
 """Tests which signals the launcher passes to its ranks, and how it reports their exit statuses."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
+from stanford_alpaca import launch
 from tests.ranks import TIMEOUT
 
 RANK = """
@@ -53,3 +55,24 @@ def test_a_second_ctrl_c_reaches_the_ranks_and_their_status_is_told(root, tmp_pa
             assert launcher.wait(TIMEOUT) == status
         finally:
             launcher.kill()
+
+
+def test_ranks_that_cannot_meet_end_with_one_line(monkeypatch, capsys):
+    """Without a loopback device, and with a port that another process has."""
+    monkeypatch.setattr(launch.Ranks, "watch", lambda self: None)
+
+    def unreachable(*args, **kwargs):
+        raise OSError(101, "Network is unreachable")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        argv = ["launch", "--master_addr", "127.0.0.1", "--master_port", port, "none.py"]
+        monkeypatch.setattr(sys, "argv", argv)
+        for place, said in (("", "EADDRINUSE"), ("socket.create_connection", "unreachable")):
+            with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+                if place:
+                    patch.setattr(place, unreachable)
+                launch.main()
+            line = capsys.readouterr().err.splitlines()[-1]
+            assert end.value.code == 2
+            assert line.startswith("error: the ranks cannot meet (") and said in line

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -116,3 +117,37 @@ def test_a_recipe_in_a_file(launch, root, tmp_path):
     given = {name: record[name] for name in ("mode", "global_batch", "max_steps", "learning_rate")}
     assert given == {"mode": "dft", "global_batch": 8, "max_steps": 1, "learning_rate": 1e-3}
     assert record["lr_scheduler_type"] == "cosine" and record["resume"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        (["--output_dir", "my run"], "my run"),
+        (["--output_dir=one"], "one"),
+        (["--output-dir", "one", "--output_dir", "two"], "two"),
+        (["--output_dir", "~/one"], "HOME/one"),
+        (["--config", "run.yaml"], "of-config"),
+    ],
+)
+def test_all_that_is_said_names_the_output_folder_that_is_given(root, tmp_path, given, folder):
+    """Nothing is trained: an interpreter that runs only the choice of flags stands in."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/bash\ncase "$*" in *stanford_alpaca.train*|*evaluation.report*) '
+        f'printf \'[%s] \' "$@"; echo ;; *) exec {shlex.quote(sys.executable)} "$@" ;; esac\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "run.yaml").write_text("output_dir: of-config\nmode: emo\n")
+    environment = os.environ | {"PYTHON": str(python), "NPROC": "1", "HOME": str(tmp_path)}
+    environment = {name: environment[name] for name in environment.keys() - {"OUTPUT_DIR"}}
+    model = [] if "--config" in given else ["model", "emo"]
+    done = subprocess.run(
+        ["bash", str(root / "train_emo.sh"), *model, *given],
+        capture_output=True, text=True, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    folder = folder.replace("HOME", str(tmp_path))
+    trained, report, checkpoint, talk = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert "stanford_alpaca.train]" in trained and f"[{folder}/report.html]" in report
+    assert checkpoint == f"checkpoint: {folder}"
+    assert shlex.split(talk)[-2] == folder

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.export import export
+from stanford_alpaca.console import show
 from stanford_alpaca.errors import ResumeError, UserError
 from stanford_alpaca.flags import check_writable, command, exit_on_user_error, words
 
@@ -50,7 +51,7 @@ def export_checkpoint(options: Options) -> None:
         raise UserError(f"{target} is not an empty folder; give another")
     check_writable("out", target)
     logging.disable_progress_bar()
-    print(export(source, target))
+    show(export(source, target))
 
 
 def verify(options: Options) -> None:
@@ -60,7 +61,7 @@ def verify(options: Options) -> None:
     for place in places:
         found = manifest.problems(place)
         broken += bool(found)
-        print(f"{place}: good" if not found else f"{place}: " + "; ".join(found))
+        show(f"{place}: good" if not found else f"{place}: " + "; ".join(found))
     if broken:
         raise ResumeError(f"{broken} of {len(places)} damaged")
 
@@ -68,17 +69,17 @@ def verify(options: Options) -> None:
 def list_checkpoints(options: Options) -> None:
     """Prints a line for each checkpoint."""
     places = _places(options.paths)
-    print(f"{'step':>8} {'processes':>9} {'MiB':>10}  {'saved':16}  folder")
+    show(f"{'step':>8} {'processes':>9} {'MiB':>10}  {'saved':16}  folder")
     for place in places:
         found = manifest.summary(place, contents=False)
         if found:
-            print(f"{'':>8} {'':>9} {'':>10}  {'':16}  {place}: {found}")
+            show(f"{'':>8} {'':>9} {'':>10}  {'':16}  {place}: {found}")
             continue
         about, mib = manifest.read(place), manifest.size(place) / 2**20
         saved = datetime.fromtimestamp((place / manifest.MANIFEST_FILE).stat().st_mtime).strftime(
             "%Y-%m-%d %H:%M"
         )
-        print(
+        show(
             f"{about['step']:>8} {about.get('world_size', ''):>9} {mib:>10,.1f}  "
             f"{saved:16}  {place}"
         )

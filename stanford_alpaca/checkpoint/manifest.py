@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from stanford_alpaca.checkpoint.bounded import read_json
 from stanford_alpaca.errors import ResumeError, first_line
 
 MANIFEST_FILE = "manifest.json"
@@ -68,11 +69,15 @@ def write(folder: Path, files: dict[str, dict[str, Any]], about: dict[str, Any])
 def write_whole(file: Path, text: str) -> None:
     """Writes a file to disk as a whole, or leaves it as it was."""
     part = file.with_name(f"{file.name}.part")
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(file)
+    try:
+        with part.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     flush_folder(file.parent)
 
 
@@ -98,7 +103,7 @@ def read(folder: Path) -> dict[str, Any]:
         ResumeError: it is missing or damaged, or names a file outside the folder.
     """
     try:
-        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        content = read_json(folder / MANIFEST_FILE)
         whole = content["version"] == MANIFEST_VERSION and content["sum"] == _sum(content)
         known = all(
             isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)

@@ -1,6 +1,5 @@
 """Writes a folder from all ranks so that it appears whole or not at all."""
 
-import errno
 import re
 import shutil
 from collections.abc import Callable
@@ -14,10 +13,10 @@ from stanford_alpaca.checkpoint import manifest
 from stanford_alpaca.checkpoint.space import check_space
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.flags import DISK
 
 # names in the output folder; whatever a killed run leaves under them may be deleted
 STAGING, DELETED = ".saving", ".deleting-"
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # the disk is full or broken
 
 
 class Staged:

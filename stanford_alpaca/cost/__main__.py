@@ -10,6 +10,8 @@ from pathlib import Path
 
 import fire
 
+from stanford_alpaca.checkpoint.files import check_new, new_file
+from stanford_alpaca.console import show
 from stanford_alpaca.cost import description
 from stanford_alpaca.cost.build import (
     describe,
@@ -23,9 +25,9 @@ from stanford_alpaca.cost.cooccurrence import SMOOTHING, TextSettings
 from stanford_alpaca.cost.embedding import CostEmbedding
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import (
+    MOST_SEED,
     check_packages,
     check_whole,
-    check_writable,
     command,
     exit_on_user_error,
     part_of,
@@ -118,8 +120,8 @@ def build_cost(options: Options) -> None:
         method=method,
         tokenizer=str(options.tokenizer or head),
     )
-    print(f"{options.out} from {name}: {report}.")
-    print(describe(rows, order, own))
+    show(f"{options.out} from {name}: {report}.")
+    show(describe(rows, order, own))
 
 
 build = command(Options, build_cost)
@@ -185,7 +187,7 @@ def describe_costs(options: Looked) -> None:
     if options.model is None:
         raise UserError("give a model: python -m stanford_alpaca.cost describe MODEL")
     check_whole("contexts", options.contexts, 1)
-    check_whole("seed", options.seed, 0)
+    check_whole("seed", options.seed, 0, MOST_SEED)
     text = None if options.text is None else Path(options.text).expanduser()
     if text is not None and not text.is_file():
         raise UserError(f"--text {text}: no such file")
@@ -202,27 +204,19 @@ def describe_costs(options: Looked) -> None:
         raise UserError(f"{options.model}: this model has no output embedding")
     rows = description.texts_of(model, tokenizer, text, options.contexts, options.seed)
     found, frequency = description.describe(model, rows, seed=options.seed)
-    print(description.table(found))
+    show(description.table(found))
     order = frequency.argsort(descending=True).tolist()
     for kind in ("cosine", "centred"):
         cost = CostEmbedding(model.get_output_embeddings().weight, kind)
-        print(f"{kind}:")
+        show(f"{kind}:")
         for line in neighbours(cost, asked or first_words(order, tokenizer), tokenizer):
-            print(line)
+            show(line)
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        description.plot(found, plot)
+        with new_file(plot) as part:
+            description.plot(found, part)
 
 
 look = command(Looked, describe_costs)
-
-
-def check_new(name: str, path: str | None) -> Path:
-    """Returns the path. Raises UserError unless it is free and can be written to."""
-    if path is None or path == "True" or Path(path).exists():
-        raise UserError(f"--{name} {path}: give the name of a file that does not exist yet")
-    check_writable(name, Path(path))
-    return Path(path)
 
 
 def main() -> None:

@@ -55,4 +55,6 @@ class CostAlias(CostEmbedding):
         self, targets: Tensor, ids: Tensor, probs: Tensor, vocab_size: int
     ) -> Tensor:
         # the products in it need rows of unit length
-        return CostEmbedding(self.rows)._expected_costs(targets, ids, probs, vocab_size)
+        return CostEmbedding(self.rows, check_finite=False)._expected_costs(
+            targets, ids, probs, vocab_size
+        )

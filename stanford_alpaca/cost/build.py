@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from stanford_alpaca import __version__
+from stanford_alpaca.checkpoint.files import new_file
 from stanford_alpaca.cost.cooccurrence import TextSettings, count_pairs, embed
 from stanford_alpaca.cost.embedding import CostEmbedding
 from stanford_alpaca.cost.transfer import transfer_rows
@@ -140,8 +141,9 @@ def from_head(
 
 def save(rows: np.ndarray, out: Path, **metadata: str) -> None:
     """Writes the file that ``CostEmbedding.from_file`` reads, with the metadata in its header."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"cost_embedding": rows}, out, metadata={**metadata, "stanford_alpaca": __version__})
+    about = {**metadata, "stanford_alpaca": __version__}
+    with new_file(out) as part:
+        save_file({"cost_embedding": rows}, part, metadata=about)
 
 
 def describe(rows: np.ndarray, order: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,10 +1,13 @@
 """Cost rows that stay from step to step: with a frozen cost, a target always has the same row."""
 
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_lock = threading.Lock()  # of all caches: threads may share one
 
 
 class CostRows(NamedTuple):
@@ -48,6 +51,10 @@ class CostCache:
 
         ``compute`` has to return those of r tokens, [r, V] in float32.
         """
+        with _lock:
+            return self._rows(targets, compute)
+
+    def _rows(self, targets: Tensor, compute: Callable[[Tensor], Tensor]) -> CostRows:
         tokens, index = targets.unique(return_inverse=True)
         new = tokens[(self._slots[tokens] < 0) & self._wanted[tokens]][
             : len(self.table) - self._used

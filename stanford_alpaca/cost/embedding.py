@@ -4,6 +4,7 @@ It is c_i = 1 - cos(e_i, e_y)  (EMO paper, section 3.2).
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ from stanford_alpaca.cost.cache import CostCache, CostRows
 COST_KINDS = ("cosine", "identity", "shuffled", "centred")
 TILE = 2**13  # rows that are held in a higher precision at a time
 ZERO_BELOW = 1e-6  # in float32, 1 - cos of two equal rows is noise of about this size
+_precision_lock = threading.Lock()
+# device -> how many blocks of ``full_precision`` run, and the precision before the first of them
+_in_full_precision: dict[str, tuple[int, str]] = {}
 
 
 class CostEmbedding:
@@ -32,6 +36,8 @@ class CostEmbedding:
             ``centred``: the cosine cost of e - mean(e), because the mean row holds much of a
             token's frequency (Mu and Viswanath, ICLR 2018). Both leave rows of zeros out.
         seed: of the permutation.
+        check_finite: raises ValueError for rows with NaN or Inf. A live output layer is not
+            checked, because a run's guard names what is wrong with it, on all ranks.
 
     It is deliberately no ``nn.Module``: it is never trained, never decayed, never saved into a
     checkpoint and not broadcast by DDP. Rows of zeros (padded vocabularies) have cosine 0 with
@@ -40,7 +46,14 @@ class CostEmbedding:
     become 0, in float64 as well: an absolute error of at most 1e-6.
     """
 
-    def __init__(self, embedding: Tensor | None, kind: str = "cosine", seed: int = 0):
+    def __init__(
+        self,
+        embedding: Tensor | None,
+        kind: str = "cosine",
+        seed: int = 0,
+        *,
+        check_finite: bool = True,
+    ):
         if kind not in COST_KINDS:
             raise ValueError(f"unknown cost kind {kind!r}: choose from {', '.join(COST_KINDS)}")
         if kind != "identity" and (embedding is None or embedding.dim() != 2):
@@ -53,6 +66,8 @@ class CostEmbedding:
         self._cache: CostCache | None = None
         if kind != "identity":
             assert embedding is not None
+            if check_finite and not embedding.is_meta:
+                _check_finite(embedding.detach())
             embedding = _arranged(embedding.detach(), kind, seed)
             exact, norms = (
                 embedding.to(_at_least_float32(embedding.dtype)),
@@ -86,9 +101,12 @@ class CostEmbedding:
                 f"found {', '.join(sorted(tensors)) or 'none'}"
             )
         (rows,) = tensors.values()
-        if not rows.is_floating_point() or not rows.float().isfinite().all() or rows.numel() == 0:
-            raise ValueError(f"{path}: wanted finite floating-point numbers")
-        return cls(rows, kind, seed)
+        if not rows.is_floating_point() or rows.numel() == 0:
+            raise ValueError(f"{path}: wanted floating-point numbers")
+        try:
+            return cls(rows, kind, seed)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def to(self, device: torch.device | str) -> "CostEmbedding":
         """Moves the rows to the device, in place."""
@@ -213,6 +231,15 @@ def is_embedding_file(name: str) -> bool:
     return Path(name).is_file() or Path(name).suffix == ".safetensors"
 
 
+def _check_finite(rows: Tensor) -> None:
+    """Raises ValueError for a row with NaN or Inf, or one whose norm overflows."""
+    wrong = ~norms_of(rows).isfinite()
+    if wrong.any():
+        raise ValueError(
+            f"row {int(wrong.nonzero()[0])} of the cost embedding is not finite; wanted numbers"
+        )
+
+
 def _arranged(rows: Tensor, kind: str, seed: int) -> Tensor:  # [V, D] -> [V, D]
     """Permutes the rows for ``shuffled``, and takes their mean off for ``centred``.
 
@@ -268,17 +295,25 @@ def inverse_norms(rows: Tensor) -> Tensor:  # [V, D] -> [V] float32 (float64 of 
 def full_precision(device: str) -> Iterator[None]:
     """Computes matrix products in the precision of their operands while the block runs.
 
-    This holds under autocast too, and where --tf32 asks for less.
+    This holds under autocast too, and where --tf32 asks for less. The setting is the process's: of
+    several threads the last one restores it.
     """
     backends: Any = torch.backends
     products = (backends.cuda if device == "cuda" else backends.mkldnn).matmul
-    asked = products.fp32_precision
     with torch.autocast(device, enabled=False):
-        products.fp32_precision = "ieee"
+        with _precision_lock:
+            inside, asked = _in_full_precision.get(device, (0, products.fp32_precision))
+            _in_full_precision[device] = (inside + 1, asked)
+            products.fp32_precision = "ieee"
         try:
             yield
         finally:
-            products.fp32_precision = asked
+            with _precision_lock:
+                inside, asked = _in_full_precision.pop(device)
+                if inside > 1:
+                    _in_full_precision[device] = (inside - 1, asked)
+                else:
+                    products.fp32_precision = asked
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 
+from stanford_alpaca.checkpoint.bounded import read_json
 from stanford_alpaca.checkpoint.manifest import write_whole
 from stanford_alpaca.console import say
 from stanford_alpaca.errors import UserError, first_line
@@ -139,7 +140,7 @@ def _digest(file: Path) -> str:
 
 def _read(check: Path) -> Any:
     try:
-        return json.loads(check.read_text(encoding="utf-8"))
+        return read_json(check)
     except (OSError, ValueError):
         return None
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -20,6 +19,7 @@ from stanford_alpaca.data.encode import TextEncoder, clean
 from stanford_alpaca.data.left_out import LeftOut, is_said
 from stanford_alpaca.data.messages import REASONING, Messages, more_of
 from stanford_alpaca.data.prompts import Rendered, as_messages, text_note
+from stanford_alpaca.data.sandbox import check_runs
 from stanford_alpaca.data.spans import (
     OPEN,
     Marked,
@@ -46,6 +46,13 @@ TOOL: dict[str, Any] = {
     "description": "d",
     "parameters": {"type": "object", "properties": {}},
 }
+
+
+PARTS = [{**QUESTION, "content": [{"type": "text", "text": "a"}]}]
+SYSTEM = {"role": "system", "content": "s"}
+# what a template is tried with before it is used
+TRIED = ([QUESTION], [SYSTEM, QUESTION, ANSWER, QUESTION], [QUESTION, CALLING], PARTS)
+MORE = {"tools": [{"type": "function", "function": TOOL}], "add_generation_prompt": True}
 
 
 class Conversation(NamedTuple):
@@ -80,6 +87,7 @@ class ChatTemplate:
     ):
         self.template, self.encoder = template, encoder
         self.names = tokenizer.special_tokens_map
+        check_runs(template, [{"conversations": [each], **self.names, **MORE} for each in TRIED])
         self.wants_parts = False
         self.wants_parts = self._wants_parts()
         self.by_author = bool(MARKED_BY_AUTHOR.search(template))
@@ -402,7 +410,8 @@ class ChatTemplate:
             texts, indices = render_jinja_template(
                 [messages], chat_template=self.template, **options, **self.names
             )
-        except (TemplateError, TypeError, ValueError, RecursionError) as error:
+            texts[0].encode()  # raises for half a surrogate pair, which no tokenizer takes
+        except Exception as error:  # a template may do anything, as divide by zero
             raise UserError(
                 f"the chat template refuses a conversation: {first_line(error)}"
             ) from None
@@ -528,7 +537,7 @@ def _with_text_arguments(call: dict) -> dict:
 def named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Returns a tokenizer's chat templates by name. A single template is named ``default``."""
     templates = tokenizer.chat_template or {}
-    return {"default": templates} if isinstance(templates, str) else templates
+    return templates if isinstance(templates, dict) else {"default": templates}
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

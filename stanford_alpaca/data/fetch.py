@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import fire
 
+from stanford_alpaca.checkpoint.files import check_new, new_file
+from stanford_alpaca.console import show
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.errors import UserError, nearest
-from stanford_alpaca.flags import check_writable, command, exit_on_user_error, word
+from stanford_alpaca.flags import command, exit_on_user_error, word
 
 
 class Source(NamedTuple):
@@ -62,19 +64,17 @@ def fetch(options: Options) -> None:
         )
     source = SOURCES[str(options.name)]
     file = Path(source.file if options.out is None else str(options.out))
-    if options.out is True or file.suffix != ".json" or file.exists():
-        raise UserError(
-            f"--out {options.out or file}: give the name of a .json file that does not exist yet"
-        )
-    check_writable("out", file)
+    if file.suffix != ".json":
+        raise UserError(f"--out {file}: give the name of a .json file that does not exist yet")
+    check_new("out", str(file))
     records = (
         load_records(source.hub_name).select_columns(["instruction", "input", "output"]).to_list()
     )
     digest = write_json(file, records)
-    print(f"source:  https://huggingface.co/datasets/{source.hub_name}, {source.about}")
-    print(f"license: {source.license}")
-    print(f"file:    {file}, {len(records):,} records, sha256 {digest}")
-    print(f"next:    DATA_PATH={file} bash train_emo.sh MODEL_PATH")
+    show(f"source:  https://huggingface.co/datasets/{source.hub_name}, {source.about}")
+    show(f"license: {source.license}")
+    show(f"file:    {file}, {len(records):,} records, sha256 {digest}")
+    show(f"next:    DATA_PATH={file} bash train_emo.sh MODEL_PATH")
 
 
 run = command(Options, fetch)
@@ -86,13 +86,8 @@ def write_json(file: Path, records: list[dict[str, str]]) -> str:
     Makes the folder if it is missing.
     """
     content = (json.dumps(records, ensure_ascii=False, indent=4) + "\n").encode()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    try:
+    with new_file(file) as part:
         part.write_bytes(content)
-        part.rename(file)
-    finally:
-        part.unlink(missing_ok=True)
     return sha256(content).hexdigest()
 
 

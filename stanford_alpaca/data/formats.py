@@ -16,11 +16,13 @@ from stanford_alpaca.data.reading import (
     FILE_KINDS,
     TEXT_FILE,
     Placed,
+    check_unchanged,
     digest_of,
     exists,
     kind_of_file,
     list_data_files,
     read_file,
+    remember,
     without_nulls,
 )
 from stanford_alpaca.data.records import FORMS, Record, form_of, parse_record
@@ -117,6 +119,7 @@ def load_records(
     mapping, texts = tuple((columns or {}).items()), (documents, max_sentences, detokenize)
     files = local_files(path)
     if files is not None:
+        remember(files)
         digest = digest_of(files, contents=not streaming)
         rows: Callable = _file_rows
         # datasets calls the generator once for each file of a list. max_sentences is a limit on
@@ -192,6 +195,7 @@ def _file_rows(
         for record in running.documents(records, in_lines=kind_of_file(file) == TEXT_FILE):
             form = form or form_of(record)
             yield record
+        check_unchanged(file)
 
 
 def _from_hub(name: str, cache_dir: str | None, streaming: bool) -> Dataset | IterableDataset:

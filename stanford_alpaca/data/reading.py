@@ -17,8 +17,10 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stanford_alpaca.checkpoint.bounded import read_json
 from stanford_alpaca.data.strict_json import JSON, duplicate
 from stanford_alpaca.errors import UserError, first_line, listed
+from stanford_alpaca.flags import RECORD_LIMIT
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 TEXT_FILE, GZIPPED = ".txt", ".gz"
@@ -35,9 +37,35 @@ SHARD = re.compile(r"([-_.]?\d+(-of-\d+)?([-_][0-9a-f]{8,})?)?(\.\w+)+$")
 HEAD = 4096  # bytes to read to recognise an encoding
 WHOLE_OBJECT = 2**26  # bytes to read of a file that may be one object over several lines
 SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
-csv.field_size_limit(2**31 - 1)  # the default refuses fields of 128 KiB
+# what may be held at a time, in records of the greatest size: a JSON list, unpacked rows
+LISTS, BATCHES = 16, 4
+ROWS = 1000  # that are unpacked at a time, at most
+
+_states: dict[str, tuple[int, ...]] = {}  # file -> size, time of change and number
 
 Placed = tuple[str, object]  # a place, for error messages, and the value there
+
+
+def _most() -> int:
+    """Returns the most characters, or bytes, of a record."""
+    return RECORD_LIMIT.mib << 20
+
+
+def _too_large(where: str) -> UserError:
+    return UserError(
+        f"{where}: larger than {RECORD_LIMIT.mib} MiB; is it what it should be? "
+        "--max_record_mib raises the limit"
+    )
+
+
+def lines_of(stream: IO[str], file: Path) -> Iterator[str]:
+    """Yields the lines of a text file. Raises UserError for one that is larger than a record."""
+    most, number = _most(), 0
+    while line := stream.readline(most + 1):
+        number += 1
+        if len(line) > most:
+            raise _too_large(f"{file}:line {number}")
+        yield line
 
 
 def exists(path: Path) -> bool:
@@ -91,10 +119,15 @@ def list_data_files(path: Path) -> list[Path]:
         if kind_of_file(file) in FILE_KINDS
     }
     hidden = re.compile(r"(^|/)\.")  # files that a system or a tool keeps beside the data
-    data = (
+    files = sorted(
         file for file, name in names.items() if not hidden.search(name) and file.name not in ABOUT
     )
-    files = sorted(file for file in data if file.is_file())
+    strange = next((file for file in files if not file.is_file()), None)
+    if strange is not None:
+        raise UserError(
+            f"{strange}: has the name of a data file, and is a folder, a pipe, a device or a link "
+            "that leads nowhere; take it out, or name one file"
+        )
     files = [file for file in files if kind_of_file(file) != TEXT_FILE] or files
     if not files:
         saved = next(
@@ -159,14 +192,14 @@ def _saved_files(folder: Path) -> list[Path]:
     """Returns the files of a data set that ``datasets`` saved; of several splits, ``train``."""
     try:
         if (folder / SAVED_SPLITS).is_file():
-            splits = list(json.loads((folder / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"])
+            splits = list(read_json(folder / SAVED_SPLITS)["splits"])
             if "train" not in splits and len(splits) != 1:
                 raise UserError(
                     f"{folder}: several splits ({', '.join(splits)}); "
                     f"name one: --data_path {folder}/{splits[0]}"
                 )
             folder = folder / ("train" if "train" in splits else splits[0])
-        state = json.loads((folder / SAVED).read_text(encoding="utf-8"))
+        state = read_json(folder / SAVED)
         files = [folder / Path(shard["filename"]).name for shard in state["_data_files"]]
     except UserError:
         raise
@@ -231,19 +264,26 @@ def _has_nul(file: Path) -> bool:
 
 
 def _lines(file: Path) -> Iterator[Placed]:
-    with open_text(file) as lines:
-        for number, line in enumerate(lines, 1):
+    with open_text(file) as stream:
+        for number, line in enumerate(lines_of(stream, file), 1):
             yield f"{file}:line {number}", {"text": line.removesuffix("\n")}
 
 
 def _starts_with_bracket(file: Path) -> bool:
-    with open_text(file) as lines:
-        return next((line for line in lines if line.strip()), "").lstrip()[:1] == "["
+    with open_text(file) as stream:
+        while (block := stream.read(HEAD)) and not block.strip():
+            pass
+    return block.lstrip()[:1] == "["
 
 
 def _json_list(file: Path) -> Iterator[Placed]:
     with open_text(file) as whole:
-        text = whole.read()
+        text = whole.read(LISTS * _most() + 1)
+    if len(text) > LISTS * _most():
+        raise UserError(
+            f"{file}: a JSON list of more than {LISTS * RECORD_LIMIT.mib:,} MiB, which has to be "
+            "read as a whole; write one object a line, or raise the limit with --max_record_mib"
+        )
     place, mark, number = _skip_space(text, text.index("[") + 1), ",", 0
     if text[place : place + 1] == "]":
         place, mark = place + 1, "]"
@@ -281,9 +321,9 @@ def _element(text: str, place: int) -> tuple[object, int, str]:
 
 
 def _json_lines(file: Path) -> Iterator[Placed]:
-    with open_text(file, newline="\n") as lines:
+    with open_text(file, newline="\n") as stream:
         is_first = True
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines_of(stream, file), 1):
             if not line.strip():
                 continue
             where = f"{file}:line {number}"
@@ -336,7 +376,9 @@ def _reason(error: Exception) -> str:
 
 
 def _csv(file: Path, delimiter: str) -> Iterator[Placed]:
-    with open_text(file, newline="") as lines:
+    csv.field_size_limit(_most())
+    with open_text(file, newline="") as stream:
+        lines = lines_of(stream, file)
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             twice = duplicate(reader.fieldnames or [])
@@ -353,6 +395,8 @@ def _csv(file: Path, delimiter: str) -> Iterator[Placed]:
                     )
                 yield where, row
         except csv.Error as error:
+            if "field limit" in str(error):
+                raise _too_large(f"{file}:line {reader.line_num}") from None
             place = f"line {reader.line_num}" if next(lines, None) is not None else "the end"
             raise UserError(f"{file}: broken CSV at {place}, {error}; is a quote open?") from None
 
@@ -366,7 +410,9 @@ def _parquet(file: Path) -> Iterator[Placed]:
                 raise UserError(
                     f"{file}: the column {twice!r} stands twice; give each a name of its own"
                 )
-            for batch in table.iter_batches(batch_size=1000):
+            for batch in table.iter_batches(batch_size=_rows_at_a_time(table, file)):
+                if batch.nbytes > BATCHES * _most():
+                    raise _too_large(f"{file}:record {number + 1} or one after it")
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}:record {number}", without_nulls(row)
@@ -374,6 +420,19 @@ def _parquet(file: Path) -> Iterator[Placed]:
         raise UserError(
             f"{file}: broken parquet, {first_line(error)}; is the file complete?"
         ) from None
+
+
+def _rows_at_a_time(table: pq.ParquetFile, file: Path) -> int:
+    """Returns how many rows of a parquet file are unpacked at a time.
+
+    A value stands once in its column's chunk, however many rows repeat it. So the size of a group's
+    chunks bounds a row, and so many rows have at most BATCHES times the limit.
+    """
+    groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+    if any(group.total_byte_size > _most() * max(1, group.num_rows) for group in groups):
+        raise _too_large(f"{file}:a record")
+    largest = max((group.total_byte_size for group in groups), default=0)
+    return max(1, min(ROWS, BATCHES * _most() // max(1, largest)))
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
@@ -418,13 +477,35 @@ def _bad_byte(file: Path, error: UnicodeDecodeError) -> int:
 
     A text file is decoded in pieces, and the position in the error counts from the piece.
     """
-    try:
-        (gzip.open if file.suffix.lower() == GZIPPED else open)(file, "rb").read().decode(
-            "utf-8-sig"
-        )
-    except UnicodeDecodeError as whole:
-        return whole.start
+    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
+    with (gzip.open if file.suffix.lower() == GZIPPED else open)(file, "rb") as stream:
+        while block := stream.read(2**20):
+            kept = len(decoder.getstate()[0])  # bytes of a character that goes on in this block
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as found:
+                return done - kept + found.start
+            done += len(block)
     return error.start
+
+
+def remember(files: list[Path]) -> None:
+    """Remembers the state of files that are about to be hashed, for ``check_unchanged``."""
+    _states.update((str(file), _state_of(file)) for file in files)
+
+
+def check_unchanged(file: Path) -> None:
+    """Raises UserError if a file is not what it was when ``remember`` saw it."""
+    if str(file) in _states and _states[str(file)] != _state_of(file):
+        raise UserError(f"{file}: changed while it was read; run the command again")
+
+
+def _state_of(file: Path) -> tuple[int, ...]:
+    try:
+        about = file.stat()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
+    return about.st_size, about.st_mtime_ns, about.st_ino
 
 
 def digest_of(files: list[Path], contents: bool = True) -> str:

@@ -12,11 +12,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from stanford_alpaca.data.chat import ChatTemplate, named_templates, stop_ids
+from stanford_alpaca.checkpoint.bounded import read_text
+from stanford_alpaca.data.chat import MORE, TRIED, ChatTemplate, named_templates, stop_ids
 from stanford_alpaca.data.encode import READINGS, TextEncoder
 from stanford_alpaca.data.prompts import (
     WITH_INPUT,
@@ -25,6 +24,7 @@ from stanford_alpaca.data.prompts import (
     alpaca_turns,
     plain_turns,
 )
+from stanford_alpaca.data.sandbox import check_runs
 from stanford_alpaca.errors import UserError, first_line
 
 TEMPLATES = ("auto", "alpaca", "chat", "plain")
@@ -327,8 +327,8 @@ def use_chat_template(
         template = own[source]
     elif os.path.isfile(place):
         try:
-            template = place.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            template = read_text(place, encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"--chat_template {source}: cannot be read ({first_line(error)})"
             ) from None
@@ -351,10 +351,8 @@ def use_chat_template(
                 f"--chat_template {source}: its tokenizer has no chat template; give another"
             )
     try:
-        for text in [template] if isinstance(template, str) else template.values():
-            _compile_jinja_template(text)
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"--chat_template {source}: no Jinja template ({first_line(error)})"
-        ) from None
+        for text in template.values() if isinstance(template, dict) else [template]:
+            check_runs(text, [{"conversations": [each], **MORE} for each in TRIED])
+    except UserError as error:
+        raise UserError(f"--chat_template {source}: {error}") from None
     tokenizer.chat_template = template

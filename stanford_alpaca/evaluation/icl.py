@@ -16,7 +16,8 @@ from typing import Any
 import fire
 
 from stanford_alpaca import __version__
-from stanford_alpaca.console import say
+from stanford_alpaca.checkpoint.files import check_new, write_new
+from stanford_alpaca.console import say, show
 from stanford_alpaca.data.reading import exists
 from stanford_alpaca.errors import UserError, nearest
 from stanford_alpaca.evaluation.fewshot.accuracy import (
@@ -48,12 +49,12 @@ from stanford_alpaca.evaluation.tables import short_names
 from stanford_alpaca.flags import (
     check_packages,
     check_whole,
-    check_writable,
     command,
     exit_on_user_error,
     word,
 )
 from stanford_alpaca.generation.responses import load_for_generation
+from stanford_alpaca.generation.writers import append_jsonl
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
 
@@ -135,8 +136,6 @@ def evaluate_few_shot(options: Options) -> None:
     named = options.retriever is not None or options.encoder is not None
     settings, featurize = _load_retriever(settings, named, options.encoder or ENCODER)
 
-    if files:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
     lines = files[1] if files else None
     rows = _predict_all(sources, sets, settings, featurize, lines)
     right = {name: right_by_task(found) for name, found in rows.items()}
@@ -153,14 +152,14 @@ def evaluate_few_shot(options: Options) -> None:
             "accuracy": columns,
             f"against {models[0]}": compared,
         }
-        files[0].write_text(json.dumps(results, indent=1) + "\n")
+        write_new(files[0], json.dumps(results, indent=1) + "\n")
     short = dict(zip(models, short_names(models), strict=True))
-    print(
+    show(
         f"\n{_heading(sets, settings)}\n"
         f"{accuracy_table({short[name]: column for name, column in columns.items()})}"
     )
     for name, found in compared.items():
-        print(f"\n{comparison_table(short[models[0]], short[name], found)}")
+        show(f"\n{comparison_table(short[models[0]], short[name], found)}")
 
 
 run = command(Options, evaluate_few_shot)
@@ -225,9 +224,7 @@ def _check_files(out: str | None) -> list[Path]:
         else []
     )
     for file in files:
-        if file.exists():
-            raise UserError(f"{file} exists: give another --out or remove it")
-        check_writable("out", file)
+        check_new("out", str(file))
     return files
 
 
@@ -288,11 +285,7 @@ def _predict_all(
             found = predict(model, tokenizer, data, examples, settings)
             rows[name] += found
             if file is not None:
-                with file.open("a", encoding="utf-8") as lines:
-                    lines.writelines(
-                        json.dumps({"model": name} | row, ensure_ascii=False) + "\n"
-                        for row in found
-                    )
+                append_jsonl(file, [{"model": name} | row for row in found])
         del model, own
     return rows
 

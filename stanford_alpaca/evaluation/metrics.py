@@ -16,8 +16,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stanford_alpaca.checkpoint.manifest import write_whole
-from stanford_alpaca.console import say
+from stanford_alpaca.checkpoint.bounded import read_json
+from stanford_alpaca.checkpoint.files import check_new, new_file
+from stanford_alpaca.console import say, show
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.blocks import make_blocks
 from stanford_alpaca.data.chat import stop_ids
@@ -54,7 +55,6 @@ from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.tables import format_differences, format_results, short_names
 from stanford_alpaca.flags import (
     check_whole,
-    check_writable,
     command,
     exit_on_user_error,
     part_of,
@@ -328,7 +328,10 @@ def make_samples(
 def training_figures(checkpoint: str) -> dict[str, float]:
     """Returns the training's supervised tokens/s and peak memory, if the folder has them."""
     file = Path(checkpoint) / "train_results.json"
-    figures = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        figures = read_json(file)
+    except (OSError, ValueError):
+        return {}
     names = {
         "train_supervised_tokens_per_s": "supervised tokens/s",
         "train_peak_memory_mib": "peak memory, MiB",
@@ -417,29 +420,26 @@ def measure(options: Options) -> None:
         else [Path(options.out) / name for name in ("metrics.json", "samples.jsonl")]
     )
     for file in files:
-        if file.exists():
-            raise UserError(f"{file} exists: give another --out or remove it")
-        check_writable("out", file)
+        check_new("out", str(file))
     records = read_records(names, settings, options.verify)
     metrics, shown = evaluate(names, records, settings)
     if files:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        write_jsonl(files[1], shown)
-        # written last: if metrics.json is there, both files are
-        write_whole(files[0], json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+        with new_file(files[0]) as part:  # appears last: if metrics.json is there, both files are
+            part.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+            write_jsonl(files[1], shown)
     for sample in shown[: options.samples]:
-        print(format_sample(sample))
-    print(
+        show(format_sample(sample))
+    show(
         f"{metrics['records']} {'examples' if shown else 'document(s)'} of {settings.data}, "
         "values with 95 % intervals"
     )
     for name, asked in metrics["prompts"].items():
-        print(f"prompts of {name}: {asked}")
-    print(format_results(metrics["results"]))
+        show(f"prompts of {name}: {asked}")
+    show(format_results(metrics["results"]))
     for line in about_temperatures(metrics):
-        print(line)
+        show(line)
     if metrics["differences"]:
-        print(f"\n{format_differences(metrics['differences'])}")
+        show(f"\n{format_differences(metrics['differences'])}")
 
 
 def about_temperatures(metrics: dict[str, Any]) -> list[str]:

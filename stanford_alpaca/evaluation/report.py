@@ -14,7 +14,8 @@ import fire
 from datasets import Dataset
 
 from stanford_alpaca import __version__
-from stanford_alpaca.checkpoint.manifest import write_whole
+from stanford_alpaca.checkpoint.bounded import read_json, read_text
+from stanford_alpaca.checkpoint.files import write_new
 from stanford_alpaca.console import say
 from stanford_alpaca.data.formats import parse_columns
 from stanford_alpaca.data.prompts import as_shown
@@ -114,8 +115,7 @@ def write_report(options: Options) -> None:
             shown = records.select(range(min(options.transport_records, len(records))))
             view = transport(names, models, shown, settings)
     page = render(page_data(names, curves, models, found, view))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, page)
+    write_new(file, page)
     say(f"report: {file.absolute()}")
 
 
@@ -190,9 +190,9 @@ def read_evaluation(folder: Path, models: list[str]) -> Evaluation:
         UserError: the files cannot be read, or are not about these models.
     """
     try:
-        measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        measured = read_json(folder / "metrics.json")
         # not splitlines: a text may hold other line ends
-        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+        lines = read_text(folder / "samples.jsonl").split("\n")
         samples = [json.loads(line) for line in lines if line]
         known = {Path(name).expanduser().resolve(): name for name in measured["results"]}
         theirs = {known.get(Path(name).expanduser().resolve(), name): name for name in models}

@@ -20,9 +20,9 @@ from stanford_alpaca.evaluation.comparison import Margins
 from stanford_alpaca.evaluation.measures.mauve import SCALE, check_mauve, check_texts
 from stanford_alpaca.evaluation.measures.oracle import check_oracle
 from stanford_alpaca.evaluation.measures.texts import first_words
-from stanford_alpaca.flags import check_choice, check_number, check_packages, check_whole
+from stanford_alpaca.flags import MOST_SEED, check_choice, check_number, check_packages, check_whole
 from stanford_alpaca.generation.prompts import check_prompts
-from stanford_alpaca.generation.sampling import Sampling
+from stanford_alpaca.generation.sampling import MOST_BEAMS, Sampling
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
 
@@ -72,12 +72,13 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in (("limit", 1), ("prefix_words", 1), ("continuation_words", 1)):
             check_whole(name, least if getattr(self, name) is None else getattr(self, name), least)
-        for name, least in (("batch_size", 1), ("max_length", 2), ("num_beams", 2)):
+        for name, least in (("batch_size", 1), ("max_length", 2)):
             check_whole(name, getattr(self, name), least)
+        check_whole("num_beams", self.num_beams, 2, MOST_BEAMS)
         check_template(self.prompt_template, self.special_tokens or "text")
         check_choice("documents", self.documents, DOCUMENTS)
         check_choice("cost_kind", self.cost_kind, COST_KINDS)
-        check_whole("cost_seed", self.cost_seed, 0)
+        check_whole("cost_seed", self.cost_seed, 0, MOST_SEED)
         check_number("temperature", self.temperature, 1e-3)
         check_number("mauve_scale", self.mauve_scale, 1e-3)
         if self.match_entropy is not None and self.temperature != 1:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from stanford_alpaca.checkpoint.bounded import read_text
 from stanford_alpaca.console import say
 from stanford_alpaca.data.reading import DATA_SUFFIXES, read_file
 from stanford_alpaca.data.records import parse_record
 from stanford_alpaca.data.templates import IN_WORDS
 from stanford_alpaca.data.tokenize import PromptEncoder
-from stanford_alpaca.errors import UserError
+from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.models.load import ModelSource
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
@@ -114,11 +115,13 @@ def read_prompts(
                 records[-1]["dataset"] = record["dataset"]
     else:
         try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
+            lines = read_text(file, encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{file}: byte {error.start} is not UTF-8; convert the file to UTF-8"
             ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"--prompts {file}: cannot be read ({first_line(error)})") from None
         records = [
             {"instruction": line.strip(), "input": "", "output": ""}
             for line in lines

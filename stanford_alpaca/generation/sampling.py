@@ -8,6 +8,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import check_number, check_whole
 
+MOST_BEAMS = 1000
+
 GIVE_TEMPERATURE = "give --temperature too, 1.0 for example"
 RANGES = {
     "temperature": (0.0, 100.0),
@@ -38,8 +40,9 @@ class Sampling:
     num_beams: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("num_beams", 1)):
+        for name, least in (("max_new_tokens", 1), ("top_k", 0)):
             check_whole(name, getattr(self, name), least)
+        check_whole("num_beams", self.num_beams, 1, MOST_BEAMS)
         for name, (low, high) in RANGES.items():
             check_number(name, getattr(self, name), low, high)
         if 0 < self.temperature < 0.001:  # logits divided by it would not be finite

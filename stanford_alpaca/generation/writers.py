@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from stanford_alpaca.checkpoint.files import append_lines, check_new, write_new
 from stanford_alpaca.data.prompts import as_shown
 from stanford_alpaca.errors import UserError
-from stanford_alpaca.flags import check_writable
 
 
 def check_outputs(flags: dict[str, str | None]) -> dict[str, Path]:
@@ -26,11 +26,7 @@ def check_outputs(flags: dict[str, str | None]) -> dict[str, Path]:
     for flag, name in flags.items():
         if name is None:
             continue
-        file = Path(name)
-        # fire gives True for a flag without a value
-        if name in ("", "True") or os.path.lexists(file):
-            raise UserError(f"--{flag} {name}: give the name of a file that does not exist yet")
-        check_writable(flag, file)
+        file = check_new(flag, name)
         for other, taken in files.items():
             here, there = file.resolve(), taken.resolve()
             if here == there or here in there.parents or there in here.parents:
@@ -84,12 +80,12 @@ def sample_of(record: dict, responses: dict[str, str | list[str]]) -> dict[str, 
 
 def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
     """Writes one JSON object per line. A missing folder is created."""
-    _write(file, _as_jsonl(rows))
+    write_new(file, _as_jsonl(rows))
 
 
 def append_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
     """Appends one JSON object per line to what the file already holds."""
-    _write(file, _as_jsonl(rows), mode="a")
+    append_lines(file, _as_jsonl(rows))
 
 
 def _as_jsonl(rows: list[dict[str, Any]]) -> str:
@@ -112,7 +108,7 @@ def write_alpaca_eval(file: Path, samples: list[dict[str, Any]]) -> None:
             "generator": Path(os.path.abspath(checkpoint)).name,
         }
         rows.append(row | {key: sample[key] for key in ("dataset",) if key in sample})
-    _write(file, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+    write_new(file, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
 
 
 def write_markdown(file: Path, samples: list[dict[str, Any]], settings: dict[str, Any]) -> None:
@@ -121,7 +117,7 @@ def write_markdown(file: Path, samples: list[dict[str, Any]], settings: dict[str
         "# Samples",
         ", ".join(f"{code_span(name)} {value}" for name, value in settings.items()),
     ]
-    _write(file, "\n\n".join([*title, samples_as_markdown(samples)]) + "\n")
+    write_new(file, "\n\n".join([*title, samples_as_markdown(samples)]) + "\n")
 
 
 def samples_as_markdown(samples: list[dict[str, Any]]) -> str:
@@ -158,10 +154,3 @@ def code_span(text: str) -> str:
 
 def _longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
-
-
-def _write(file: Path, text: str, mode: str = "w") -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # names of folders need not be UTF-8
-    with file.open(mode, encoding="utf-8", errors="backslashreplace") as stream:
-        stream.write(text)

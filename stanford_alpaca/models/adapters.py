@@ -3,7 +3,6 @@
 This happens before anything large is read.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from peft import PeftConfig, PeftType
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
 from stanford_alpaca.checkpoint import manifest
+from stanford_alpaca.checkpoint.bounded import read_json
 from stanford_alpaca.checkpoint.run_file import MADE_WITH, RUN_FILE
 from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.errors import ResumeError, UserError, first_line
@@ -178,8 +178,6 @@ def merged_into(base: str) -> list[str]:
     """Returns the sha256 of each adapter that was merged into a model."""
     file = Path(base).expanduser() / MERGED
     try:
-        return (
-            list(json.loads(file.read_text(encoding="utf-8"))["adapters"]) if file.is_file() else []
-        )
+        return list(read_json(file)["adapters"]) if file.is_file() else []
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)})") from None

@@ -1,6 +1,7 @@
 """Checks whether a model can be loaded, and whose code would run, before anything large is read."""
 
 import copy
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
+from stanford_alpaca.checkpoint.bounded import read_json
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.data.reading import exists
@@ -31,6 +33,7 @@ PEFT_WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token
 # tensors of an embedding, each with the axis of its tokens
 SIZED = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}
 
+LOADED = {".json", ".safetensors", ".model", ".txt", ".jinja", ".py", ".bin", ".pt", ".gguf"}
 LONGEST = 250  # most characters of a model's name
 
 
@@ -59,6 +62,7 @@ def check_model(
         raise UserError(
             f"{path}: holds a whole model and an adapter beside it; take one of them away"
         )
+    _check_files(path, cache_dir, weights)
     if weights:
         _check_weights(place, "adapter_model.bin" if is_adapter else "pytorch_model*.bin*")
         check_unchanged(place, verify)
@@ -100,6 +104,51 @@ def check_place(path: str) -> Path:
             "give a Hugging Face folder or a hub name"
         )
     return place
+
+
+def _check_files(path: str, cache_dir: str | None, weights: bool) -> None:
+    """Raises UserError for what a loader would wait for, or read outside of a model's folder.
+
+    The index of weights of a hub name is downloaded. It names files, and only safetensors beside it
+    are read.
+    """
+    place = Path(path).expanduser()
+    indices = []
+    if place.is_dir():
+        for file in sorted(place.iterdir()):
+            if file.suffix in LOADED and not file.is_file():
+                raise UserError(
+                    f"{file}: a folder, a pipe, a device or a link that leads nowhere; "
+                    "wanted a file of a model"
+                )
+            if file.suffix in LOADED and not os.access(file, os.R_OK):
+                raise UserError(f"{file}: cannot be read (Permission denied)")
+        indices = sorted(place.glob("*.safetensors.index.json"))
+    elif weights:
+        with quiet_hub():
+            found = cached_file(
+                path,
+                "model.safetensors.index.json",
+                cache_dir=cache_dir,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        indices = [] if found is None else [Path(found)]
+    for index in indices:
+        _check_index(index)
+
+
+def _check_index(index: Path) -> None:
+    try:
+        named = set(read_json(index)["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: no index of weights ({first_line(error)})") from None
+    for name in sorted(map(str, named)):
+        if not name.endswith(".safetensors") or Path(name).name != name:
+            raise UserError(
+                f"{index}: names {name}, and only safetensors beside it are read; give another copy"
+            )
 
 
 def _check_weights(folder: Path, pickles: str) -> None:

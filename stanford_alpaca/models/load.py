@@ -4,7 +4,6 @@ By default the weights are float32, and the tokenizer has a pad token. Code that
 repository brings along runs only with ``remote_code``. Pickled weights are never read.
 """
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from stanford_alpaca.checkpoint.bounded import read_json
 from stanford_alpaca.checkpoint.keys import no_report, wrong_keys
 from stanford_alpaca.errors import UserError, first_line, listed
 
@@ -52,7 +52,7 @@ def base_of(path: str) -> str | None:
     if not file.is_file() or file.with_name("config.json").is_file():
         return None
     try:
-        return str(json.loads(file.read_text())["base_model_name_or_path"])
+        return str(read_json(file)["base_model_name_or_path"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{file}: names no base_model_name_or_path ({first_line(error)}); write it there"

@@ -4,8 +4,10 @@ Given ``labels``, the model then computes the objective within ``model(**batch)`
 ZeRO see an ordinary forward pass. Labels are shifted, and -100 is ignored. The sum of the losses is
 divided by ``num_items_in_batch`` if given, else by the number of targets. ``token_weights``, of the
 labels' shape, multiply the losses of tokens and leave the divisor as it is. No logits are returned.
-Without labels, and in ``generate()``, the model works as before. A Trainer that computes a loss
-from logits (``label_smoothing_factor``, ``compute_loss_func``) never calls this one.
+Without labels, and in ``generate()``, the model works as before. Several threads may call one
+model. A deep copy has an objective of its own. A model is detached before it is pickled. A Trainer
+that computes a loss from logits (``label_smoothing_factor``, ``compute_loss_func``) never calls
+this one.
 
 A router's auxiliary loss is kept where the model would add it (``output_router_logits``), and the
 mode does not change it. With ``num_items_in_batch`` it is weighted by this call's share of the
@@ -13,10 +15,14 @@ targets, so that micro-batches and ranks add up to its token-weighted mean. (tra
 full for each micro-batch.) A call without targets adds none. The meters leave it out.
 """
 
+import copy
 import inspect
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -39,6 +45,16 @@ from stanford_alpaca.objective.head import HeadForm, body_of, original_weight, r
 from stanford_alpaca.objective.meter import Meter
 from stanford_alpaca.objective.probing import probe_inputs, probing
 from stanford_alpaca.objective.teacher import Teacher
+
+
+@dataclass
+class _Outputs(CausalLMOutputWithPast):
+    """What a call with labels returns. The type tells it from another loss."""
+
+
+@dataclass
+class _RoutedOutputs(MoeCausalLMOutputWithPast):
+    """The same of a model that adds a router's loss."""
 
 
 class AttachedObjective:
@@ -86,13 +102,23 @@ class AttachedObjective:
         forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         model.emo_objective = self
         model.forward = MethodType(forward, model)
-        self._computed = False  # whether the current call of the model computed the objective
         self._guard = model.register_forward_hook(check_computed, with_kwargs=True)
 
     @property
     def has_cost(self) -> bool:
         """Whether emo can be computed. If so, evaluation computes it under every mode."""
         return self.cost is not None or self.adaptive is not None
+
+    def __deepcopy__(self, memo: dict) -> "AttachedObjective":
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a model with an attached objective cannot be pickled: call emo_objective.detach() "
+            "first, and attach_objective again after loading (copy.deepcopy works)"
+        )
 
     def detach(self) -> None:
         """Restores the model's own forward."""
@@ -111,7 +137,7 @@ class AttachedObjective:
         token_weights: Tensor | None = None,  # [B, S] float32, or its bits as int32
         **kwargs: Any,
     ) -> Any:
-        self._computed, own = True, None
+        own = None
         kwargs.pop("logits_to_keep", None)
         kwargs["return_dict"] = True
         if adds_router_loss(model, kwargs):
@@ -156,10 +182,10 @@ class AttachedObjective:
             name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")
         }
         if own is None:
-            return CausalLMOutputWithPast(loss=loss, **parts)
+            return _Outputs(loss=loss, **parts)
         tokens = stats.nll.shape[0]
         share = tokens / (max(tokens, 1) if num_items_in_batch is None else num_items_in_batch)
-        return MoeCausalLMOutputWithPast(
+        return _RoutedOutputs(
             loss=loss + share * own.loss.to(loss.device), aux_loss=own.get("aux_loss"), **parts
         )
 
@@ -185,12 +211,13 @@ def live_cost(weight: Tensor, kind: str, seed: int = 0) -> Cost:
     if not isinstance(weight, DTensor):
         if kind == "cosine":
             return CostAlias(lambda: weight)
-        return CostEmbedding(weight, kind, seed)
+        return CostEmbedding(weight, kind, seed, check_finite=False)
     group = weight.device_mesh.get_group()
     if kind in ("shuffled", "centred"):
-        whole = CostEmbedding(weight.full_tensor().detach(), kind, seed)
+        rows = weight.full_tensor().detach()
+        whole = CostEmbedding(rows, kind, seed, check_finite=False)
         return ShardedCost(whole, group, weight.device)
-    part = CostEmbedding(weight.to_local(), kind)
+    part = CostEmbedding(weight.to_local(), kind, check_finite=False)
     return part if part.rows is None else ShardedCost.of_part(part, weight.shape[0], group)
 
 
@@ -199,9 +226,7 @@ def check_computed(model: PreTrainedModel, args: tuple, kwargs: dict, outputs: A
 
     It is a hook that runs after the model's forward.
     """
-    attached = model.emo_objective
-    computed, attached._computed = attached._computed, False
-    if kwargs.get("labels") is not None and not computed:
+    if kwargs.get("labels") is not None and not isinstance(outputs, _Outputs | _RoutedOutputs):
         raise ValueError(
             "the loss is not that of attach_objective: something has replaced the model's forward "
             "since. TRL's SFTTrainer does (see examples/trl_sft.py), and so does use_liger_kernel "
@@ -226,10 +251,13 @@ def run_with_own_loss(
     Cross entropy summed over no target is 0, so the whole model's loss is only what it adds to
     cross entropy. Neither the auxiliary loss nor its coefficient has to be known by name.
     """
-    seen = []
-    hook = body_of(model).register_forward_hook(
-        lambda module, inputs, outputs: seen.append(outputs)
-    )
+    seen, thread = [], threading.get_ident()
+
+    def keep(module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+        if threading.get_ident() == thread:
+            seen.append(outputs)
+
+    hook = body_of(model).register_forward_hook(keep)
     try:
         none = torch.full_like(labels[:, :1], -100)
         own = forward(model, *args, labels=none, logits_to_keep=1, num_items_in_batch=1, **kwargs)
@@ -350,5 +378,5 @@ def frozen_cost(
         raise ValueError(f"unknown cost {cost!r}: choose frozen, adaptive or give an embedding")
     original = original_weight(model)
     if kind == "cosine" and not unit_rows and not original.requires_grad:
-        return CostAlias(lambda: original_weight(model))
+        return CostAlias(partial(original_weight, model))  # a copy of the model reads its own
     return CostEmbedding(original, kind, seed)

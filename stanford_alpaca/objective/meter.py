@@ -1,5 +1,6 @@
 """Sums over supervised tokens, for the log and for evaluation."""
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.losses.types import TokenStats
+
+_lock = threading.Lock()  # of all meters: threads may share one
 
 
 class Sums(NamedTuple):
@@ -33,7 +36,8 @@ class Meter:
         loss = objective(stats.nll, stats.log_emo).double()
         loss = loss if weights is None else loss * weights
         new = torch.stack([torch.ones_like(nll), loss, nll, emo, torch.exp(-nll)]).sum(1)
-        self._sums = new if self._sums is None else self._sums + new
+        with _lock:
+            self._sums = new if self._sums is None else self._sums + new
 
     def mark(self) -> None:
         """Remembers the sums so far."""
@@ -48,12 +52,12 @@ class Meter:
 
         ``over_ranks`` takes one all-reduce of 5 float64 numbers on the device.
         """
-        sums = (
-            torch.zeros(5, dtype=torch.float64, device=device)
-            if self._sums is None
-            else self._sums.to(device)
-        )
-        self._sums = None
+        with _lock:
+            found, self._sums = self._sums, None
+        if found is None:
+            sums = torch.zeros(5, dtype=torch.float64, device=device)
+        else:
+            sums = found.to(device)
         if over_ranks:
             torch.distributed.all_reduce(sums)
         return Sums(*sums.tolist())

@@ -11,6 +11,7 @@ from typing import get_args
 
 import fire
 
+from stanford_alpaca.console import show
 from stanford_alpaca.distributed.engine import ENGINES
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import (
@@ -256,7 +257,7 @@ def preflight(options: Options) -> None:
         rows=table(setup),
         advice=advise(table, setup),
     )
-    print(plan.as_json() if options.json else "\n".join(plan.lines()))
+    show(plan.as_json() if options.json else "\n".join(plan.lines()))
 
 
 def steps_of(options: Options, setup: Setup) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from stanford_alpaca.console import storable
 from stanford_alpaca.cost import COST_KINDS, is_embedding_file
 from stanford_alpaca.data.documents import DOCUMENTS
 from stanford_alpaca.data.encode import READINGS
@@ -96,6 +97,10 @@ class DataArguments:
     )
     streaming: bool = field(
         default=False, metadata={"help": "Reads the data as it is needed; needs --max_steps."}
+    )
+    max_record_mib: int = field(
+        default=256,
+        metadata={"help": "The most MiB of a record, unpacked; a JSON list may have 16 times it."},
     )
     shuffle_buffer: int = field(
         default=10_000, metadata={"help": "Examples of a stream that are held to be shuffled."}
@@ -396,6 +401,10 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
     hub_strategy: str = "end"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the flags as trackers get them."""
+        return storable(super().to_dict())
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():

@@ -1,15 +1,18 @@
 """Expands ``--config FILE`` into flags, without importing anything large: launchers wait for it."""
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import yaml
-
+from stanford_alpaca.checkpoint.bounded import read_yaml
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.errors import UserError, first_line
 
 CODE = "--loss"  # the flag whose file is run
+NAME = re.compile(r"[A-Za-z]\w*")  # of a flag
+OPTION = re.compile(r"\s*(--|-[A-Za-z])")  # the beginning of one on a command line
 
 
 def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -31,13 +34,13 @@ def with_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     name = argv[place + 1] if separate else argv[place].partition("=")[2]
     rest = argv[:place] + argv[place + (2 if separate else 1) :]
     try:
-        with open(name, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = read_yaml(Path(name))
+    except (OSError, ValueError) as error:
         raise UserError(f"--config {name}: cannot be read ({first_line(error)})") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {name}: wanted a line 'flag: value' for each flag")
     made_with = values.pop(MADE_WITH, {})
+    _check_flags(name, values)
     return (
         _without_code(name, _one_objective(values, rest), rest),
         made_with if isinstance(made_with, dict) else {},
@@ -78,6 +81,29 @@ def not_given(values: Mapping[str, Any], argv: list[str]) -> list[str]:
         if flag not in given
         for text in _tokens(str(flag), value)
     ]
+
+
+def _check_flags(file: str, values: Mapping[Any, Any]) -> None:
+    """Raises UserError for a name or a value that would become another flag.
+
+    A value is text of a stranger's file, and a command line tells flags from values by their form.
+    """
+    seen: set[str] = set()
+    for flag, value in values.items():
+        name = str(flag).replace("-", "_")
+        if not NAME.fullmatch(name) or name in ("help", "help_all", "config"):
+            raise UserError(f"--config {file}: {flag!r} is not the name of a flag")
+        if name in seen:
+            raise UserError(f"--config {file}: {flag} stands twice; write it once")
+        seen.add(name)
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str) and OPTION.match(each):
+                raise UserError(
+                    f"--config {file}: {flag} has the value {each}, which looks like a flag; "
+                    "give each flag a line of its own"
+                )
+            if isinstance(value, list) and isinstance(each, list | dict):
+                raise UserError(f"--config {file}: {flag} has a list in a list; wanted words")
 
 
 def _tokens(flag: str, value: Any) -> list[str]:

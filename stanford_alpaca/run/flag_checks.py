@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from stanford_alpaca.checkpoint.manifest import checkpoints
 from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.distributed.engine import deepspeed_of, shards_weights
 from stanford_alpaca.errors import UserError, first_line, nearest
-from stanford_alpaca.flags import check_writable
+from stanford_alpaca.flags import MOST, MOST_SEED, RECORD_LIMIT, check_writable
 from stanford_alpaca.losses.functional import check_head_gradient
 from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.losses.own import COPY, try_loss
@@ -42,6 +43,13 @@ FROM_ZERO = (  # flags that take 0 or more
     "seed", "data_seed", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps",
     "eval_delay", "neftune_noise_alpha", "dataloader_num_workers", "skip_nonfinite",
 )  # fmt: skip
+MOST_OF = {  # flag -> the greatest value it takes, where that is not MOST
+    "seed": 2**32 - 1,  # numpy's
+    "data_seed": 2**32 - 1,
+    "cost_seed": MOST_SEED,
+    "dataloader_num_workers": 4096,
+    "preprocessing_num_workers": 4096,
+}
 FLASH = {  # attention implementation -> the package it needs
     "flash_attention_2": "flash_attn",
     "flash_attention_3": "flash_attn_interface",
@@ -57,6 +65,7 @@ def check(run: Run) -> None:
     """Raises UserError for the first flag, or combination of flags, that cannot work."""
     model, data, lora, training = run.model, run.data, run.lora, run.training
     check_output(training)
+    check_sizes(run)
     check_batches(training)
     check_data(data, training)
     check_flags(training, defaults(TrainingArguments))
@@ -137,6 +146,27 @@ def check_numbers(training: TrainingArguments) -> None:
             raise UserError(
                 f"--{name} {getattr(training, name)}: give a number from 0 on and below 1"
             )
+
+
+def check_sizes(run: Run) -> None:
+    """Raises UserError for a number that is larger than any run needs, or not finite.
+
+    Such a number would end in an overflow, or in a list that no memory holds, once files have been
+    written.
+    """
+    for part in (run.model, run.data, run.objective, run.lora, run.training):
+        for name in (field.name for field in fields(part)):  # type: ignore[arg-type]
+            value, most = getattr(part, name), MOST_OF.get(name, MOST)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if math.isnan(value) and name in (*FROM_ZERO, *ABOVE_ZERO):
+                continue  # ``check_numbers`` says what is wanted
+            if not -most <= value <= most:
+                bound = "" if math.isnan(value) else f" of at most {most:,}"
+                raise UserError(f"--{name} {value}: give a number{bound}")
+    workers = run.data.preprocessing_num_workers
+    if workers is not None and workers < 0:
+        raise UserError(f"--preprocessing_num_workers {workers}: give 1 or more")
 
 
 def check_optimizer(training: TrainingArguments) -> None:
@@ -393,6 +423,7 @@ def check_hub(training: TrainingArguments) -> None:
 def check_data(data: DataArguments, training: TrainingArguments) -> None:
     """Raises UserError for data flags that are invalid, or exclude or need each other."""
     data.column_names()
+    RECORD_LIMIT.set(data.max_record_mib)
     weights = data.data_weights
     if data.eval_path is not None and data.eval_fraction is not None:
         raise UserError("--eval_path and --eval_fraction exclude each other")

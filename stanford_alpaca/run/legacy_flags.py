@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from stanford_alpaca.checkpoint.bounded import read_json
 from stanford_alpaca.errors import UserError, first_line
 
 
@@ -167,9 +168,9 @@ def read_fsdp_config(text: str) -> dict[str, object]:
         UserError: it is neither.
     """
     try:
-        config = json.loads(text if text.startswith("{") else Path(text).read_text())
+        config = json.loads(text) if text.startswith("{") else read_json(Path(text))
         return {key.removeprefix("fsdp_"): value for key, value in config.items()}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"--fsdp_config {text}: no JSON object and no file with one ({first_line(error)})"
         ) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from stanford_alpaca import __version__
+from stanford_alpaca.console import without_secrets
 from stanford_alpaca.run.arguments import Run
 
 CARD = """\
@@ -76,7 +77,7 @@ def write_card(run: Run, metrics: dict[str, float], prompts: str | None) -> None
         path=json.dumps(run.training.hub_model_id or title, ensure_ascii=False),
         prompts=asking,
     )
-    (output / "README.md").write_text(card, encoding="utf-8")
+    (output / "README.md").write_text(without_secrets(card), encoding="utf-8")
 
 
 def front_matter(run: Run) -> ModelCardData:

@@ -9,8 +9,9 @@ import transformers
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from stanford_alpaca.console import keep_secret
-from stanford_alpaca.errors import UserError, nearest
+from stanford_alpaca.console import SECRET_SETTING, keep_secret, show
+from stanford_alpaca.errors import UserError, first_line, nearest
+from stanford_alpaca.flags import check_path
 from stanford_alpaca.run.arguments import FLAGS, SECRET, Run
 from stanford_alpaca.run.config_file import not_given, with_config
 from stanford_alpaca.run.help import help_text
@@ -63,6 +64,12 @@ FOREIGN = {  # what Axolotl, TRL and LLaMA-Factory call it -> what it is here
 }
 
 
+PATHS = {  # flags whose values are files, folders, or names of other things
+    "model_name_or_path", "data_path", "eval_path", "output_dir", "cache_dir", "cost", "teacher",
+    "chat_template", "sample_prompts", "resume_from_checkpoint", "deepspeed", "logging_dir",
+}  # fmt: skip
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:  # type: ignore[override]
         raise UserError(message)
@@ -75,7 +82,7 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
         UserError: argparse or Hugging Face rejects an argument.
     """
     if {"-h", "--help", "--help-all"} & set(argv):
-        print(help_text(everything="--help-all" in argv))
+        show(help_text(everything="--help-all" in argv))
         sys.exit(0)
     argv, made_with = with_config(argv)
     chosen = {flag.name for flag in split_flags(argv)} & {"mode", "loss"}
@@ -84,14 +91,20 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
     if chosen:  # the recipe's mode is none of the user's
         recipe = {name: value for name, value in (recipe or {}).items() if name != "mode"}
     argv = [*not_given(recipe or {}, argv), *argv]
-    keep_secret(
-        *(value for flag in split_flags(argv) if flag.name in SECRET for value in flag.values)
-    )
+    for flag in split_flags(argv):
+        keep_secret(*(flag.values if flag.name in SECRET else []))
+        keep_secret(*SECRET_SETTING.findall(" ".join(flag.values)))
+        for value in flag.values if flag.name in PATHS else []:
+            check_path(flag.name, "" if value.startswith("{") else value)
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
     parser = _Parser(FLAGS, allow_abbrev=False)
     try:
         parts = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         model, data, objective, lora, training, unknown = parts
+    except OverflowError as error:
+        names = [flag.name for flag in split_flags(argv) if {"inf", "Infinity"} & {*flag.values}]
+        named = ", ".join(f"--{name}" for name in names) or "a flag"
+        raise UserError(f"{named}: {first_line(error)}; give a finite number") from None
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(str(error)) from None
     if unknown:

@@ -18,6 +18,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from stanford_alpaca import __version__
 from stanford_alpaca.checkpoint.manifest import MANIFEST_FILE, file_sha256, write_whole
 from stanford_alpaca.checkpoint.run_file import MADE_WITH, RUN_FILE, RUN_FILE_FROM, read_run
+from stanford_alpaca.console import storable
 from stanford_alpaca.data.sources import identify
 from stanford_alpaca.losses.own import COPY
 from stanford_alpaca.models.identity import BASE, identify_model
@@ -34,7 +35,7 @@ ENVIRONMENT = "environment variable "
 # flags that do not change the result, or whose content is compared instead (see made_with)
 IRRELEVANT_FLAGS = {
     "model_name_or_path", "teacher", "cost", "data_path", "eval_path", "output_dir", "resume",
-    "resume_from_checkpoint", "cache_dir", "logging_strategy", "logging_steps",
+    "resume_from_checkpoint", "cache_dir", "max_record_mib", "logging_strategy", "logging_steps",
     "logging_first_step", "logging_nan_inf_filter", "log_on_each_node", "log_level",
     "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
     "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen",
@@ -84,7 +85,7 @@ def record_of(run: Run) -> dict[str, Any]:
 
     Reads every file of the data and of the base model.
     """
-    return run.flags | {MADE_WITH: made_with(run)}
+    return storable(run.flags | {MADE_WITH: made_with(run)})
 
 
 def made_with(run: Run) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class Where:
     def value(self, name: str) -> str:
         """Returns the last value of a flag, from the command line or from --config, or nothing."""
         found = {flag.name: flag.values for flag in split_flags(with_config(self.flags)[0])}
-        return (found.get(name) or [""])[0]
+        value = (found.get(name) or [""])[0]
+        return os.path.expanduser(value) if name == "output_dir" else value  # as transformers does
 
 
 def where_to_run(

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from stanford_alpaca.checkpoint.bounded import read_json
 from stanford_alpaca.distributed.engine import deepspeed_of
 from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.training.cost_sharding import check_separate
@@ -58,9 +59,8 @@ def check_deepspeed(given: Any) -> None:
         return
     text = given.strip()
     try:
-        value = json.loads(
-            text if text.startswith("{") else Path(given).expanduser().read_text(encoding="utf-8")
-        )
+        file = Path(given).expanduser()
+        value = json.loads(text) if text.startswith("{") else read_json(file)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise UserError(

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from stanford_alpaca.checkpoint.files import append_lines
 from stanford_alpaca.console import printable, say
 
 LOG_FILE = "log.jsonl"
@@ -112,8 +113,7 @@ class Progress(TrainerCallback):
 
     def _write(self, file: Path, entry: Mapping[str, Any]) -> None:
         try:
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(entry) + "\n")
+            append_lines(file, json.dumps(entry) + "\n")
         except OSError as error:
             if not self._lost:
                 self._say(f"{file}: cannot be written to ({error.strerror}); the run goes on")

@@ -104,6 +104,6 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "write_bytes", disk_full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="no space"):
         fetch.write_json(tmp_path / "a.json", ROWS)
     assert not list(tmp_path.iterdir())

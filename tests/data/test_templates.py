@@ -217,7 +217,7 @@ def test_a_chat_template_is_given_as_a_file_a_folder_or_a_name(tokenizer, root, 
     assert fresh.chat_template == CHAT + "r"
     (tmp_path / "broken.jinja").write_text("{% for %}")
     for source, message in [
-        (tmp_path / "broken.jinja", "no Jinja template"),
+        (tmp_path / "broken.jinja", "no Jinja"),
         (root / "data" / "tiny-base", "its tokenizer has no chat template"),
         (tmp_path / "none.jinja", "no such file"),
         (tmp_path / "none", "no file, and no tokenizer"),

@@ -534,7 +534,7 @@ def test_of_four_models_the_first_is_compared_with_each():
         ({"data": "data.json", "cost_seed": 1}, "--cost_seed 1 belongs to --cost_kind shuffled"),
         (
             {"data": "data.json", "cost_seed": 10**20, "cost_kind": "shuffled"},
-            "give a number below 2^63",
+            "give a whole number of at most",
         ),
         ({"data": "data.json", "detokenize": True}, "--detokenize mends running text"),
         ({"data": "data.json", "cost": "x", "cost_kind": "identity"}, "needs no embedding"),

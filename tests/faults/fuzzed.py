@@ -1,4 +1,4 @@
-"""Fuzzed data files and command lines, each in a process of its own.
+"""Fuzzed files and command lines, each in a process of its own.
 
 Each is accepted, or refused in one line, in time.
 """
@@ -14,8 +14,11 @@ from tests.ranks import RanksFailed, run_ranks
 def try_one(kind: str, seed: int, folder: Path) -> str:
     """Returns the outcome of one case. It is called in the child process."""
     from tests.faults.fuzz import check_command, check_file, fuzz_argv, fuzz_json, outcome
+    from tests.faults.fuzz_folders import KINDS, fuzz
 
     folder.mkdir(parents=True)
+    if kind in KINDS:
+        return outcome(fuzz(kind, seed, folder))
     return outcome(
         check_file(fuzz_json(seed, folder))
         if kind == "data"
@@ -31,9 +34,9 @@ def fuzzed(rng: Random) -> list[Case]:
             raise Lost(str(failed)) from None
 
     seeds = rng.sample(range(2**32), 1000)
-    kinds = ("data", "command line")
+    kinds = ("data", "command line", "yaml", "template", "model", "adapter", "archive")
     return [
-        case(f"{kinds[i % 2]} of seed {seed}", ends_well, kinds[i % 2], seed)
+        case(f"{kinds[i % 7]} of seed {seed}", ends_well, kinds[i % 7], seed)
         for i, seed in enumerate(seeds)
     ]
 

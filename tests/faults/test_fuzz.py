@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from tests.faults.fuzz import Hang, check_command, check_file, fuzz_argv, fuzz_json, outcome
+from tests.faults.fuzz_folders import KINDS, fuzz
 
 
 @pytest.mark.parametrize("kind", ["data", "command lines"])
@@ -20,6 +21,12 @@ def test_what_is_nearly_right_ends_well(tmp_path, monkeypatch, kind):
         seen[outcome(case)] += 1
     assert seen["ok"] >= 3 and seen["refused"] >= 10
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_strangers_that_are_nearly_right_end_well(tmp_path, kind):
+    seen = Counter(outcome(fuzz(kind, seed, tmp_path)) for seed in range(15))
+    assert seen["ok"] >= 2 and seen["refused"] >= 4
 
 
 def test_what_would_hang_and_what_would_fall_is_told():

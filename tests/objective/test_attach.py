@@ -4,12 +4,17 @@ Loss and gradients inside the model are the reference's, and the model is otherw
 """
 
 import copy
+import pickle
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from stanford_alpaca import Objective, attach_objective, emo_loss
 from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.cost.embedding import full_precision
 
 ROUTER_COEFFICIENT = 0.5  # router_aux_loss_coef of the family mixtral-routed
 
@@ -164,15 +169,84 @@ def test_a_router_loss_that_cannot_be_told_apart_is_refused(make_model):
         attach_objective(model, "emo")
 
 
-def test_a_copied_model_computes_with_its_own_weights(make_model, batch):
-    model = make_model("llama")
-    attach_objective(model, "emo")
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_copied_model_computes_with_its_own_weights(make_model, batch, trained):
+    model = make_model("llama").requires_grad_(trained)
+    attach_objective(model, "emd")
     before = model(**batch).loss
     twin = copy.deepcopy(model)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     torch.testing.assert_close(twin(**batch).loss, before)
     assert not torch.allclose(model(**batch).loss, before)
+    twin.emo_objective.detach()
+    assert twin(**batch).logits is not None and model(**batch).logits is None
+
+
+def test_a_model_is_detached_before_it_is_pickled(make_model, batch):
+    model = make_model("llama")
+    handle = attach_objective(model, "emo")
+    with pytest.raises(TypeError, match=r"call emo_objective\.detach\(\) first"):
+        pickle.dumps(model)
+    before = model(**batch).loss
+    handle.detach()
+    again = pickle.loads(pickle.dumps(model))
+    attach_objective(again, "emo")
+    assert torch.equal(again(**batch).loss, before)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral-routed"])
+def test_threads_that_share_a_model_get_their_own_losses_and_count_every_token(
+    make_model, batch, name
+):
+    """Two threads meet inside the model, whatever the scheduler does."""
+    model = make_model(name)
+    handle = attach_objective(model, "emd", head_gradient="sampled")
+    rows = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(2)]
+    want = [model(**row).loss.item() for row in rows]
+    handle.train_meter.drain("cpu")
+    handle.seeds.call = 0
+    meet = threading.Barrier(2, timeout=60)
+
+    def wait(*_):
+        meet.wait()
+
+    model.model.embed_tokens.register_forward_hook(wait)
+    model.model.register_forward_hook(wait)
+    model.register_forward_hook(wait)
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda row: model(**row).loss.item(), rows * 20))
+    finally:
+        sys.setswitchinterval(switching)
+    assert found == pytest.approx(want * 20, rel=1e-6)
+    assert handle.train_meter.drain("cpu").tokens == 20 * (8 + 5)
+    assert handle.seeds.call == 40
+
+
+def test_threads_leave_the_precision_of_products_as_it_was():
+    products = torch.backends.mkldnn.matmul
+    before, inside, leave = products.fp32_precision, threading.Event(), threading.Event()
+
+    def second() -> None:
+        with full_precision("cpu"):
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=second)
+    products.fp32_precision = "bf16"
+    try:
+        with full_precision("cpu"):
+            thread.start()
+            assert inside.wait(60)
+        assert products.fp32_precision == "ieee"  # the second thread still needs it
+        leave.set()
+        thread.join()
+        assert products.fp32_precision == "bf16"
+    finally:
+        products.fp32_precision = before
 
 
 def test_training_under_mle_computes_no_emo_and_evaluation_does(make_model, batch):

@@ -11,9 +11,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
-import yaml
 from datasets import load_dataset
 
+from stanford_alpaca.checkpoint.bounded import read_yaml
 from stanford_alpaca.console import quiet_hub
 from stanford_alpaca.data.messages import check_text
 from stanford_alpaca.data.reading import Placed, read_file
@@ -91,14 +91,14 @@ def read_tasks(own: Path | None = None) -> dict[str, Task]:
 def _read_task(file: Path) -> Task:
     known = [field.name for field in fields(Task) if field.name != "name"]
     try:
-        values = yaml.safe_load(file.read_text())
+        values = read_yaml(file)
         places = {
             f"{name}{spec}{kind or ''}"
             for _, name, spec, kind in Formatter().parse(values["template"])
             if name is not None
         }
         classes = values["classes"]
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{file}: no task ({first_line(error)}); give template and classes"
         ) from None

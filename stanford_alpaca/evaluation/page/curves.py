@@ -1,12 +1,10 @@
 """What training left in a run's folder: its curves and the flags that tell runs apart."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from stanford_alpaca.checkpoint.bounded import read_json, read_yaml
 from stanford_alpaca.checkpoint.manifest import checkpoints
 from stanford_alpaca.errors import UserError, first_line
 
@@ -43,7 +41,7 @@ def curves_of(run: str) -> dict[str, Points] | None:
     if file is None:
         return None
     try:
-        history = json.loads(file.read_text(encoding="utf-8"))["log_history"]
+        history = read_json(file)["log_history"]
         found = {
             name: [[entry["step"], entry[name]] for entry in history if name in entry]
             for name in CURVES
@@ -81,8 +79,8 @@ def recorded_flags(run: str) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        flags = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        flags = read_yaml(file)
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)}); remove it") from None
     return flags if isinstance(flags, dict) else {}
 

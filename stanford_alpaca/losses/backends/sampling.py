@@ -32,6 +32,7 @@ Sampling columns and rows of a matrix product by their size is from Drineas, Kan
 2^-12 out altogether, which is biased.
 """
 
+import threading
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
@@ -42,6 +43,7 @@ from torch import distributed as dist
 
 EPSILON = 2**-12
 DENSE = 0.5  # share of the columns from which on products with all of them are faster
+_lock = threading.Lock()  # of all seeds: threads may share them
 SMALLEST = 1e-30  # keeps the threshold above 0 in float32
 
 
@@ -76,8 +78,9 @@ class Seeds:
 
     def next(self) -> int:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        place = f"{self.seed}/{rank}/{self.step}/{self.call}"
-        self.call += 1
+        with _lock:
+            place = f"{self.seed}/{rank}/{self.step}/{self.call}"
+            self.call += 1
         return int.from_bytes(blake2b(place.encode(), digest_size=7).digest())
 
 

@@ -1,0 +1,193 @@
+"""Data of strangers: what is unpacked is bounded, what is no file is named, changes are noticed."""
+
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stanford_alpaca import preview
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.reading import list_data_files, read_file
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import RECORD_LIMIT, command
+from stanford_alpaca.run.data import load_data
+from stanford_alpaca.run.flag_checks import check
+from stanford_alpaca.run.parse import parse
+from stanford_alpaca.train import train
+
+MIB = 2**20
+LINE = json.dumps({"instruction": "a", "output": "x" * 2 * MIB})
+
+
+@pytest.fixture
+def one_mib(monkeypatch):
+    """Limits a record to 1 MiB."""
+    monkeypatch.setattr(RECORD_LIMIT, "mib", 1)
+
+
+def write(file: Path, content: bytes) -> Path:
+    (gzip.open if file.suffix == ".gz" else open)(file, "wb").write(content)
+    return file
+
+
+LARGE = {
+    "a.jsonl": (LINE.encode(), "a.jsonl:line 1: larger than 1 MiB"),
+    "b.jsonl": (b'{"text": "a"}\n' + LINE.encode(), "b.jsonl:line 2: larger than 1 MiB"),
+    "a.jsonl.gz": (LINE.encode(), "a.jsonl.gz:line 1: larger than 1 MiB"),
+    "a.txt": (b"x" * 2 * MIB, "a.txt:line 1: larger than 1 MiB"),
+    "a.csv": (b"text\n" + b"x" * 2 * MIB, "a.csv:line 2: larger than 1 MiB"),
+    "b.csv": (b'text\n"' + b"x\n" * 2 * MIB + b'"', "larger than 1 MiB"),
+    "a.tsv.gz": (b"x" * 2 * MIB, "a.tsv.gz:line 1: larger than 1 MiB"),
+    "a.json": (b"[" + b" " * 17 * MIB + b"]", "a JSON list of more than 16 MiB"),
+    "a.json.gz": (b"[" + b" " * 17 * MIB + b"]", "a JSON list of more than 16 MiB"),
+    "b.json.gz": (b" " * 3 * MIB + b"[1]", None),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_unpacked_of_a_text_file_is_bounded(tmp_path, one_mib, name):
+    content, said = LARGE[name]
+    file = write(tmp_path / name, content)
+    if said is None:
+        assert list(read_file(file)) == [(f"{file}:record 1", 1)]
+        return
+    with pytest.raises(UserError) as refused:
+        list(read_file(file))
+    assert said in str(refused.value) and "--max_record_mib" in str(refused.value)
+    RECORD_LIMIT.mib = 4
+    if said.endswith("1 MiB") and "b.csv" not in name:
+        list(read_file(file))
+
+
+def test_rows_of_parquet_that_repeat_a_value_are_unpacked_a_few_at_a_time(tmp_path, one_mib):
+    text = pa.array(["x" * MIB]).dictionary_encode()
+    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 3000), text.dictionary)
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 2 * MIB  # 3 GiB of rows
+    before = pa.default_memory_pool()
+    most, count = 0, 0
+    for _, record in read_file(tmp_path / "a.parquet"):
+        most, count = max(most, before.bytes_allocated()), count + 1
+        assert len(record["text"]) == MIB
+    assert count == 3000 and most < 16 * MIB
+
+
+def test_a_row_of_parquet_that_is_too_large_is_refused(tmp_path, one_mib):
+    pq.write_table(pa.table({"text": ["x" * 2 * MIB]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a record: larger than 1 MiB"):
+        list(read_file(tmp_path / "a.parquet"))
+    texts = ["a", "x" * 9 * MIB, *["b"] * 20]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="larger than 1 MiB"):
+        list(read_file(tmp_path / "b.parquet"))
+    RECORD_LIMIT.mib = 10
+    assert len(list(read_file(tmp_path / "b.parquet"))) == 22
+
+
+def test_the_bad_byte_of_a_large_file_is_found_in_pieces(tmp_path):
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        file = write(tmp_path / name, b'{"text": "' + b"\xc3\xa9" * MIB + b"\xe2\x82" + b'"}')
+        with pytest.raises(UserError, match=f"byte {10 + 2 * MIB} is not UTF-8"):
+            list(read_file(file))
+
+
+def test_every_command_has_the_flag(arguments, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(RECORD_LIMIT, "mib", 256)
+    check(parse(arguments("--max_record_mib", "7")))
+    assert RECORD_LIMIT.mib == 7
+    seen = []
+    run = command(preview.Options, lambda options: seen.append(RECORD_LIMIT.mib))
+    run("model", max_record_mib=3)
+    run("model")
+    assert seen == [3, 256]
+    for wrong in (0, -1, 1.5, "x", True):
+        with pytest.raises(UserError, match=f"--max_record_mib {wrong}: give a whole number"):
+            run("model", max_record_mib=wrong)
+    with pytest.raises(UserError, match="--max_record_mib 0: give a whole number from 1 on"):
+        check(parse(arguments("--max_record_mib", "0", output_dir=tmp_path / "other")))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "socket"])
+def test_what_is_no_file_in_a_folder_of_data_is_named(tmp_path, kind):
+    write(tmp_path / "train-0.jsonl", b'{"text": "a"}\n')
+    place = tmp_path / "train-1.jsonl"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    elif kind == "link":
+        place.symlink_to("nowhere")
+    else:
+        os.mknod(place, 0o140600)
+    with pytest.raises(UserError, match=r"train-1.jsonl: has the name of a data file, and is"):
+        list_data_files(tmp_path)
+    if kind != "folder":
+        with pytest.raises(UserError, match=r"train-1.jsonl"):
+            list_data_files(place)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl", b'{"text": "a"}\n')
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"a.jsonl: cannot be read \(.*Permission denied"):
+        load_records(file, str(tmp_path / "cache"))
+
+
+def test_data_that_changes_between_hashing_and_reading_is_noticed(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' * 3)
+    from stanford_alpaca.data import formats
+
+    digest = formats.digest_of
+
+    def then_changed(files: list[Path], contents: bool = True) -> str:
+        found = digest(files, contents)
+        files[0].write_bytes(b'{"text": "b"}\n' * 3)
+        os.utime(files[0], ns=(1, 1))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(formats, "digest_of", then_changed)
+        with pytest.raises(UserError, match=r"a.jsonl: changed while it was read"):
+            load_records(file, str(tmp_path / "cache"))
+    # what was read of it is not kept under the old content's name
+    file.write_bytes(b'{"text": "a"}\n' * 3)
+    assert load_records(file, str(tmp_path / "cache"))["text"] == ["a"] * 3
+
+
+def test_a_run_notices_data_that_changes_after_its_record(arguments, tmp_path, monkeypatch):
+    def changed(data, *args):
+        with open(data.data_path[0], "a") as file:
+            file.write(" ")
+        return load_data(data, *args)
+
+    monkeypatch.setattr("stanford_alpaca.train.load_data", changed)
+    with pytest.raises(UserError, match=r"train.json: changed while it was read"):
+        train(arguments())
+    assert not (tmp_path / "out" / "run.yaml").exists()
+
+
+def test_a_line_of_gigabytes_takes_bounded_memory(tmp_path):
+    """The file is sparse: 3 GiB of nothing after the first character."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'"' + b"x" * 5000)
+    os.truncate(file, 3 * 2**30)
+    code = (
+        "import resource\nfrom pathlib import Path\n"
+        "from stanford_alpaca.data.reading import read_file\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (5 * 2**30,) * 2)\n"
+        f"list(read_file(Path({str(file)!r})))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "a.jsonl:line 1: larger than 256 MiB" in done.stderr.splitlines()[-1]
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] != 5 * 2**30
