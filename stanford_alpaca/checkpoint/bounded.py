@@ -4,6 +4,7 @@ Every error is an OSError or a ValueError whose first line says what is wrong.
 """
 
 import json
+import os
 import stat
 from collections.abc import Hashable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 
+LOADED = {".json", ".safetensors", ".model", ".txt", ".jinja", ".py", ".bin", ".pt", ".gguf"}
 JSON_BYTES = 2**28
 YAML_BYTES = 2**20  # PyYAML reads about 100 KB a second
 YAML_VALUES = 10**5  # with what aliases repeat
@@ -27,6 +29,16 @@ def read_text(file: Path, most: int = JSON_BYTES, encoding: str = "utf-8") -> st
     if len(content) > most:
         raise ValueError(f"it has more than {most >> 20} MiB")
     return content.decode(encoding)
+
+
+def strange_file(folder: Path) -> str:
+    """Says which file of a model's folder a loader would wait for or could not read, or nothing."""
+    for file in sorted(each for each in folder.iterdir() if each.suffix in LOADED):
+        if not file.is_file():
+            return f"{file}: a folder, a pipe, a device or a link that leads nowhere"
+        if not os.access(file, os.R_OK):
+            return f"{file}: cannot be read (Permission denied)"
+    return ""
 
 
 def read_json(file: Path) -> Any:

@@ -16,7 +16,7 @@ from stanford_alpaca.cost.cooccurrence import TextSettings, count_pairs, embed
 from stanford_alpaca.cost.embedding import CostEmbedding
 from stanford_alpaca.cost.transfer import transfer_rows
 from stanford_alpaca.data.encode import TextEncoder
-from stanford_alpaca.data.reading import DATA_SUFFIXES, kind_of_file, open_text, read_file
+from stanford_alpaca.data.reading import DATA_SUFFIXES, kind_of_file, lines_of, open_text, read_file
 from stanford_alpaca.data.records import FORMS, form_of, parse_record
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.load import ModelSource
@@ -43,10 +43,11 @@ def documents(file: Path) -> Iterator[str]:
             yield "\n".join(text for text in texts if text)
         return
     try:
-        with open_text(file) as lines:
+        with open_text(file) as stream:
+            lines = lines_of(stream, file)
             in_paragraphs = sum(is_text for is_text, _ in groupby(lines, _is_text)) > 1
-        with open_text(file) as lines:
-            for is_text, group in groupby(lines, _is_text):
+        with open_text(file) as stream:
+            for is_text, group in groupby(lines_of(stream, file), _is_text):
                 if is_text and in_paragraphs:
                     yield "".join(group).strip("\n")
                 elif is_text:

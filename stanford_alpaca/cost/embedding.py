@@ -94,6 +94,8 @@ class CostEmbedding:
         """Reads a safetensors file that holds one [V, D] tensor."""
         from safetensors.torch import load_file
 
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"{path}: a folder, a pipe or a device; wanted a file")
         tensors = load_file(path)
         if len(tensors) != 1:
             raise ValueError(

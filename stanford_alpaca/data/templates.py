@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from stanford_alpaca.checkpoint.bounded import read_text
+from stanford_alpaca.checkpoint.bounded import read_text, strange_file
 from stanford_alpaca.data.chat import MORE, TRIED, ChatTemplate, named_templates, stop_ids
 from stanford_alpaca.data.encode import READINGS, TextEncoder
 from stanford_alpaca.data.prompts import (
@@ -332,6 +332,8 @@ def use_chat_template(
             raise UserError(
                 f"--chat_template {source}: cannot be read ({first_line(error)})"
             ) from None
+    elif os.path.isdir(place) and (strange := strange_file(place)):
+        raise UserError(f"--chat_template {source}: {strange}; give another folder")
     elif source.endswith(JINJA):
         raise UserError(f"--chat_template {source}: no such file")
     else:

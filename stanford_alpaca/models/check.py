@@ -1,7 +1,6 @@
 """Checks whether a model can be loaded, and whose code would run, before anything large is read."""
 
 import copy
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
-from stanford_alpaca.checkpoint.bounded import read_json
+from stanford_alpaca.checkpoint.bounded import read_json, strange_file
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.console import quiet_hub, say
 from stanford_alpaca.data.reading import exists
@@ -33,7 +32,6 @@ PEFT_WRAPPERS = re.compile(r"\.(modules_to_save|original_module|base_layer|token
 # tensors of an embedding, each with the axis of its tokens
 SIZED = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}
 
-LOADED = {".json", ".safetensors", ".model", ".txt", ".jinja", ".py", ".bin", ".pt", ".gguf"}
 LONGEST = 250  # most characters of a model's name
 
 
@@ -115,26 +113,16 @@ def _check_files(path: str, cache_dir: str | None, weights: bool) -> None:
     place = Path(path).expanduser()
     indices = []
     if place.is_dir():
-        for file in sorted(place.iterdir()):
-            if file.suffix in LOADED and not file.is_file():
-                raise UserError(
-                    f"{file}: a folder, a pipe, a device or a link that leads nowhere; "
-                    "wanted a file of a model"
-                )
-            if file.suffix in LOADED and not os.access(file, os.R_OK):
-                raise UserError(f"{file}: cannot be read (Permission denied)")
+        if strange := strange_file(place):
+            raise UserError(f"{strange}; wanted a file of a model")
         indices = sorted(place.glob("*.safetensors.index.json"))
     elif weights:
-        with quiet_hub():
-            found = cached_file(
-                path,
-                "model.safetensors.index.json",
-                cache_dir=cache_dir,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        indices = [] if found is None else [Path(found)]
+        try:
+            with quiet_hub():
+                found = cached_file(path, "model.safetensors.index.json", cache_dir=cache_dir)
+            indices = [Path(str(found))]
+        except Exception:  # there is none, or no such model: whoever reads the rest says so
+            pass
     for index in indices:
         _check_index(index)
 

@@ -152,7 +152,8 @@ def _published(given: Mapping[str, list[str]], processes: int) -> tuple[dict[str
 def in_bash(where: Where) -> str:
     """Returns lines of bash that set what a launcher needs to know."""
     lines = [f"export {name}={shlex.quote(text)}" for name, text in where.environment.items()]
-    lines += [f"echo {shlex.quote(note)}" for note in where.notes]
+    # a full disk under the output ends no training
+    lines += [f"echo {shlex.quote(note)} || true" for note in where.notes]
     lines += [f"NPROC={where.processes}", f"LAUNCHED={1 if where.launched else ''}"]
     for variable, flag in ASKED.items():
         lines.append(f"{variable}={shlex.quote(where.value(flag))}")

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stanford_alpaca import preview
+from stanford_alpaca.cost.build import documents
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.reading import list_data_files, read_file
 from stanford_alpaca.errors import UserError
@@ -64,6 +65,12 @@ def test_what_is_unpacked_of_a_text_file_is_bounded(tmp_path, one_mib, name):
     RECORD_LIMIT.mib = 4
     if said.endswith("1 MiB") and "b.csv" not in name:
         list(read_file(file))
+
+
+def test_text_for_a_cost_is_bounded_too(tmp_path, one_mib):
+    file = write(tmp_path / "a.txt.gz", b"x" * 2 * MIB)
+    with pytest.raises(UserError, match=r"a\.txt\.gz:line 1: larger than 1 MiB"):
+        list(documents(file))
 
 
 def test_rows_of_parquet_that_repeat_a_value_are_unpacked_a_few_at_a_time(tmp_path, one_mib):

@@ -105,7 +105,7 @@ def test_every_prediction_follows_from_what_is_written(folder, base, tmp_path, c
         pytest.approx((np.mean(right[:3]) + np.mean(right[3:])) / 2)
     ]
     assert f"{100 * accuracy['rt'][0]:.2f}" in printed
-    with pytest.raises(UserError, match="exists: give another --out"):
+    with pytest.raises(UserError, match="does not exist yet"):
         run(base, data_dir=folder, out=str(tmp_path / "out"))
 
 

@@ -139,7 +139,7 @@ def test_the_command_writes_what_it_prints_and_overwrites_nothing(
         and f"{nll[other] - nll[base]:+.4f}" in shown
         and shown.count("instruction: ") == 2
     )
-    with pytest.raises(UserError, match="exists: give another --out"):
+    with pytest.raises(UserError, match="does not exist yet"):
         run(base, data=str(data), out=str(tmp_path / "ev"))
 
 

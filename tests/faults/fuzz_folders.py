@@ -37,8 +37,8 @@ YAML = [
 ]
 YAML_PIECES = [
     "&a ", "*a", "<<: *a\n", "- ", "? ", ": ", "!!python/name:os.system ", "!!binary ", "{", "[",
-    "--lora", "mode: mle\n", "\t", "\x85", "2001-01-01", "1:1:1", ".inf", "'", "%YAML 9.9\n",
-    "---\n",
+    "--lora", "mode: mle\n", "\t", "\x85", "2001-01-01", "1:1:1", ".inf", "'",
+    "%YAML 9.9\n", "---\n",
 ]  # fmt: skip
 TEMPLATES = [
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}</s>{% endfor %}"

@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.data.templates import use_chat_template
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
@@ -67,6 +70,14 @@ def test_what_is_no_file_in_a_models_folder_is_named(folder, kind, name):
         os.mknod(place, 0o140600)
     with pytest.raises(UserError, match=rf"{name}: a folder, a pipe, a device or a link"):
         check_model(ModelSource(str(folder)))
+    with pytest.raises(UserError, match=rf"--chat_template .*{name}: a folder, a pipe"):
+        use_chat_template(SimpleNamespace(chat_template=None), str(folder))
+
+
+def test_a_pipe_in_the_place_of_costs_is_named(tmp_path):
+    os.mkfifo(tmp_path / "cost.safetensors")
+    with pytest.raises(ValueError, match="a folder, a pipe or a device; wanted a file"):
+        CostEmbedding.from_file(tmp_path / "cost.safetensors")
 
 
 def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch):
