@@ -16,9 +16,9 @@ experiments/results/instructions.json and .md.
 
 import json
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import fire
@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file
     sys.path[0] = str(ROOT)
 
-from experiments.tables import bold, differences, keep, markdown, means
+from experiments.tables import differences, keep, markdown, means
+from stanford_alpaca.bench.tables import bold
+from stanford_alpaca.bench.trials import Trial, best_rates, run_module, tried
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import exit_on_user_error
 
@@ -53,6 +55,8 @@ SHARED = (
     "--resume auto --report_to none"
 ).split()
 TRAINED, HELD_OUT = 2000, 300  # records of GSM8K
+LOG = "log.txt"
+ALONE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # a run has one core
 MEASURES = ("nll", "emo", "token_accuracy", "exact_match", "rouge_l", "ece", "costly_mass")
 
 
@@ -89,63 +93,23 @@ def split(gsm8k: Path, work: Path) -> dict[str, dict]:
     }
 
 
-def python(log: Path, *words: object) -> None:
-    """Runs a module on one core. If it fails, exits with its status."""
-    with log.open("a") as stream:
-        command = [sys.executable, "-m", *map(str, words)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        status = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, check=False
-        ).returncode
-    if status:
-        print(f"{' '.join(command)} ended with status {status}: see {log}", flush=True)
-        os._exit(status)
-
-
-def train(chosen: dict, arm: str, rate: float, seed: int, work: Path) -> Path:
-    """Trains one run unless it is done. Returns its folder."""
-    out = work / f"{arm.replace(', ', '-')}-{rate:g}-{seed}"
-    if not (out / "eval_results.json").exists():
-        print(f"training {out.parent.name}/{out.name}", flush=True)
-        python(
-            work / "log.txt",
-            "stanford_alpaca.train",
-            "--model_name_or_path",
-            BASE,
-            "--data_path",
-            chosen["train"],
-            "--output_dir",
-            out,
-            "--num_train_epochs",
-            chosen["epochs"],
-            "--learning_rate",
-            rate,
-            "--seed",
-            seed,
-            *ARMS[arm],
-            *SHARED,
-        )
-    return out
+def train(chosen: dict, trial: Trial, log: Path, out: Path) -> None:
+    """Trains one run into a folder, on one core."""
+    words = ["stanford_alpaca.train", "--model_name_or_path", BASE]
+    words += ["--data_path", chosen["train"], "--output_dir", out]
+    words += ["--num_train_epochs", chosen["epochs"], "--learning_rate", trial.learning_rate]
+    words += ["--seed", trial.seed, *ARMS[trial.loss], *SHARED]
+    run_module(log, words, ALONE)
 
 
 def evaluate(chosen: dict, folders: dict[str, Path], out: Path) -> dict[str, dict[str, float]]:
     """Returns the measures of the base and of each arm on the test set."""
     if not (out / "metrics.json").exists():
         print(f"evaluating {out.parent.name}/{out.name}", flush=True)
-        python(
-            out.parent / "log.txt",
-            "stanford_alpaca.evaluation.metrics",
-            BASE,
-            *folders.values(),
-            "--data",
-            chosen["test"],
-            "--out",
-            out,
-            "--samples",
-            0,
-            "--max_new_tokens",
-            chosen["tokens"],
-        )
+        words = ["stanford_alpaca.evaluation.metrics", BASE, *folders.values()]
+        words += ["--data", chosen["test"], "--out", out, "--samples", 0]
+        words += ["--max_new_tokens", chosen["tokens"]]
+        run_module(out.parent / LOG, words, ALONE)
     results = json.loads((out / "metrics.json").read_text())["results"]
     named = {"base": BASE} | folders
     return {
@@ -164,23 +128,28 @@ def run(
         for name, chosen in split(Path(gsm8k).resolve(), folder).items():
             here = folder / name
             here.mkdir(exist_ok=True)
-            tried = {
-                (arm, rate): pool.submit(train, chosen, arm, rate, SEEDS[0], here)
-                for arm in ARMS
-                for rate in RATES
-            }
-            nll = {
-                key: json.loads((run.result() / "eval_results.json").read_text())["eval_nll"]
-                for key, run in tried.items()
-            }
-            rates[name] = {arm: {rate: nll[arm, rate] for rate in RATES} for arm in ARMS}
-            best = {arm: min(found, key=found.__getitem__) for arm, found in rates[name].items()}
-            made = {
-                (arm, seed): pool.submit(train, chosen, arm, best[arm], seed, here)
-                for seed in SEEDS
+
+            def start(trial: Trial, chosen: dict = chosen, here: Path = here) -> Future:
+                return pool.submit(tried, trial, here, partial(train, chosen, trial, here / LOG))
+
+            trials = [start(Trial(arm, rate, SEEDS[0])) for arm in ARMS for rate in RATES]
+            found = [trial.result() for trial in trials]
+            rates[name] = {
+                arm: {
+                    trial["learning_rate"]: trial["development_nll"]
+                    for trial in found
+                    if trial["loss"] == arm
+                }
                 for arm in ARMS
             }
-            folders = {seed: {arm: made[arm, seed].result() for arm in ARMS} for seed in SEEDS}
+            best = best_rates(found)
+            made = {seed: {arm: Trial(arm, best[arm], seed) for arm in ARMS} for seed in SEEDS}
+            for waiting in [start(trial) for arms in made.values() for trial in arms.values()]:
+                waiting.result()
+            folders = {
+                seed: {arm: here / "runs" / trial.name for arm, trial in arms.items()}
+                for seed, arms in made.items()
+            }
             found = [
                 pool.submit(evaluate, chosen, folders[seed], here / f"evaluation-{seed}")
                 for seed in SEEDS

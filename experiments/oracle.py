@@ -45,7 +45,8 @@ from experiments.students import (
     spent,
     train,
 )
-from experiments.tables import RESULTS, Run, bold, differences, keep, markdown, means, plot
+from experiments.tables import RESULTS, differences, keep, markdown, means, plot
+from stanford_alpaca.bench.tables import Run, bold
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import exit_on_user_error
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "preflight": Command("preflight.__main__", "estimate memory and time of every engine"),
     "merge": Command("merge_lora", "add an adapter to its base"),
     "measure": Command("evaluation.metrics", "measure and compare checkpoints"),
+    "compare": Command("bench.__main__", "compare losses, one of your own among them"),
     "report": Command("evaluation.report", "write a page about runs"),
     "icl": Command("evaluation.icl", "few-shot evaluation"),
     "checkpoint": Command("checkpoint.__main__", "verify, list and export checkpoints"),

@@ -1,13 +1,15 @@
 """Shows what training will see: ``python -m stanford_alpaca.preview MODEL --data FILE [FILE ...]``.
 
 Prints examples with trained tokens in colour and masked ones dim, the two tokens at the start of
-every trained span, and a table for each source.
+every trained span, and a table for each source. With ``--transport N`` the model reads N records of
+each: what it expects of them, and which look wrong.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import fire
@@ -17,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from stanford_alpaca.checkpoint.files import write_new
 from stanford_alpaca.console import printable, show
 from stanford_alpaca.data.encode import SPECIAL
 from stanford_alpaca.data.formats import check_columns, load_records, several_files, take_columns
@@ -26,7 +29,11 @@ from stanford_alpaca.data.statistics import WHOLE, statistics_of
 from stanford_alpaca.data.templates import check_template, told_templates, use_chat_template
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, ExampleEncoder, encode_records
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.evaluation import data_view
+from stanford_alpaca.evaluation.data_view import Source
+from stanford_alpaca.evaluation.page import render
 from stanford_alpaca.flags import check_whole, command, exit_on_user_error, word, words
+from stanford_alpaca.generation.writers import check_outputs
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
 
@@ -73,6 +80,11 @@ class Options:
         chat_template, special_tokens, train_history, cache_dir: as in training.
         trust_remote_code: runs the code that comes with the model's folder or repository.
         json: prints the same as JSON: {source: {statistics, examples: [{pieces, boundaries}]}}.
+        transport: how many records of each source the model reads: nll and emo of their tokens,
+            suspicious labels, duplicates, and what EMO weighs otherwise than cross entropy.
+        eval_path: with transport: held-out data, read too. What is also in --data is counted.
+        out: with transport: a JSON file with every token that was read.
+        page: with transport: an HTML page of what was found.
     """
 
     model: str | None = word()
@@ -89,6 +101,10 @@ class Options:
     columns: str | None = None
     cache_dir: str | None = None
     json: bool = False
+    transport: int | None = None
+    eval_path: str | None = None
+    out: str | None = None
+    page: str | None = None
     trust_remote_code: bool = False
 
     @property
@@ -102,6 +118,7 @@ def preview(options: Options) -> None:
     given = [path for path in (options.data, options.data_path) if path is not None]
     check_whole("examples", options.examples, 0)
     check_whole("max_length", options.length, 2)
+    files = check_transport(options)
     check_template(options.prompt_template, options.special_tokens)
     columns, others = take_columns(options.columns, list(options.more_data))
     paths = [*given, *others]
@@ -109,22 +126,61 @@ def preview(options: Options) -> None:
         raise UserError("give a model and --data FILE")
     check_columns(paths, columns)
     source = ModelSource(options.model, options.cache_dir, options.trust_remote_code)
-    check_model(source, weights=False)
+    check_model(source, weights=options.transport is not None)
     tokenizer = source.tokenizer()
     use_chat_template(tokenizer, options.chat_template, options.trust_remote_code)
-    shown = {path: look_at(path, tokenizer, columns, options) for path in paths}
+    held_out = [] if options.eval_path is None else [options.eval_path]
+    sources = [
+        read_source(path, tokenizer, columns, options, held_out=path in held_out)
+        for path in dict.fromkeys([*paths, *held_out])
+    ]
+    shown = {each.path: look_at(each, options) for each in sources}
     if options.json:
         show(json.dumps(shown, ensure_ascii=False, indent=1))
         return
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for path, found in shown.items():
         show_source(console, path, found, tokenizer, options)
+    if options.transport is not None:
+        show_transport(console, source, sources, options.transport, files)
 
 
-def look_at(
-    path: str, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, str], options: Options
-) -> dict[str, Any]:
-    """Returns the statistics and the first examples of a source."""
+def check_transport(options: Options) -> dict[str, Path]:
+    """Returns the files that --out and --page name. Raises UserError for flags that do not fit."""
+    named: dict[str, str | None] = {
+        name: str(path) for name in ("out", "page") if (path := getattr(options, name))
+    }
+    if options.transport is None:
+        for name in (*named, *(["eval_path"] if options.eval_path is not None else [])):
+            raise UserError(f"--{name} belongs to --transport N")
+        return {}
+    check_whole("transport", options.transport, 1)
+    if options.json:
+        raise UserError("--json and --transport exclude each other: --out FILE writes JSON")
+    return check_outputs(named)
+
+
+def show_transport(
+    console: Console, model: ModelSource, sources: list[Source], most: int, files: dict[str, Path]
+) -> None:
+    """Has the model read the sources, prints what it found, and writes the files."""
+    found = data_view.look(model, sources, most, data_view.SHOWN if "page" in files else 0)
+    data_view.show(console, found)
+    written = {"out": lambda: json.dumps(data_view.as_json(found), ensure_ascii=False, indent=1)}
+    written["page"] = lambda: render(data_view.page_data(found))
+    for name, file in files.items():
+        write_new(file, written[name]())
+        console.print(f"{name}: {file.absolute()}")
+
+
+def read_source(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Mapping[str, str],
+    options: Options,
+    held_out: bool,
+) -> Source:
+    """Returns the records of a source, and what encodes them."""
     template = options.prompt_template
     if options.chat_template is not None and template == "auto":
         template = "chat"
@@ -132,10 +188,16 @@ def look_at(
         path, options.cache_dir, columns=columns, train_history=options.train_history
     )
     form = form_of(records.column_names)
-    encode = ExampleEncoder.of(tokenizer, form, WHOLE, template, options.special_tokens)
-    statistics = statistics_of(encode_records(records, encode), options.length)
-    statistics |= {"not_used": unused_fields(records), "template": encode.template_name}
-    cut = ExampleEncoder(encode.template, encode.encoder, options.length)
+    encode = ExampleEncoder.of(tokenizer, form, options.length, template, options.special_tokens)
+    return Source(path, records, encode, held_out)
+
+
+def look_at(source: Source, options: Options) -> dict[str, Any]:
+    """Returns the statistics and the first examples of a source."""
+    records, cut = source.records, source.encode
+    whole = ExampleEncoder(cut.template, cut.encoder, WHOLE)
+    statistics = statistics_of(encode_records(records, whole), options.length)
+    statistics |= {"not_used": unused_fields(records), "template": cut.template_name}
     return {"statistics": statistics, "examples": list(_examples(records, cut, options.examples))}
 
 

@@ -74,10 +74,17 @@ class Options:
 
 def write_report(options: Options) -> None:
     """Reads or measures the runs, and writes the page."""
-    names = list(dict.fromkeys(options.runs))
-    if not names or options.out is None:
+    if not options.runs or options.out is None:
         raise UserError("give one or more runs and --out FILE")
     file = check_outputs({"out": options.out})["out"]
+    page = render(collect(options))
+    write_new(file, page)
+    say(f"report: {file.absolute()}")
+
+
+def collect(options: Options) -> dict[str, Any]:
+    """Reads or measures the runs, and returns all that the page shows."""
+    names = list(dict.fromkeys(options.runs))
     check_whole("transport_records", options.transport_records, 0)
     check_whole("limit", 1 if options.limit is None else options.limit, 1)
     if options.evaluation is not None and options.limit is not None:
@@ -114,9 +121,7 @@ def write_report(options: Options) -> None:
         if options.transport_records:
             shown = records.select(range(min(options.transport_records, len(records))))
             view = transport(names, models, shown, settings)
-    page = render(page_data(names, curves, models, found, view))
-    write_new(file, page)
-    say(f"report: {file.absolute()}")
+    return page_data(names, curves, models, found, view)
 
 
 run = command(Options, write_report)

@@ -328,11 +328,7 @@ def attach_objective(
         raise ValueError("this model has an objective already: detach it first")
     check_backend(backend)
     check_head_gradient(head_gradient, head_epsilon, backend)
-    if isinstance(mode, Objective) and options:
-        raise ValueError("give options in the Objective or by name, not both")
-    objective = mode if isinstance(mode, Objective) else Objective(mode, **options)
-    if isinstance(objective.mode, OwnLoss) and model.device.type not in ("cpu", "meta"):
-        try_loss(objective.mode.function, objective.mode.name, model.device)
+    objective = _objective(mode, options, model.device)
     if teacher is not None and objective.needs_p:
         asked = f"mode {objective.name} (weighting {objective.emo_weighting})"
         raise ValueError(f"{asked} needs one target, not a teacher's")
@@ -348,6 +344,18 @@ def attach_objective(
         raise ValueError(f"mode {objective.name} needs a cost embedding")
     sampled = sampled_as(head_gradient, head_epsilon)
     return AttachedObjective(model, form, objective, frozen, adaptive, backend, teacher, sampled)
+
+
+def _objective(
+    mode: str | LossOfStats | Objective, options: dict[str, Any], device: torch.device
+) -> Objective:
+    """Returns the objective. A function, which was tried on the CPU, is tried on the device too."""
+    if isinstance(mode, Objective) and options:
+        raise ValueError("give options in the Objective or by name, not both")
+    objective = mode if isinstance(mode, Objective) else Objective(mode, **options)
+    if isinstance(objective.mode, OwnLoss) and device.type not in ("cpu", "meta"):
+        try_loss(objective.mode.function, objective.mode.name, device)
+    return objective
 
 
 def frozen_cost(

@@ -145,10 +145,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
         Flags that decide the result; data, models and flags that may not change when a run
         resumes; and differences that only change rounding.
     """
-    before, now = records = [json.loads(json.dumps(record)) for record in (before, now)]
-    for record in records:  # the file is compared by its content
-        if record.get("loss"):
-            record["loss"] = str(record["loss"]).rpartition(":")[2]
+    before, now = records = [_compared(record) for record in (before, now)]
     flags: list[str] = []
     contents: list[str] = []
     rounding: list[str] = []
@@ -198,6 +195,14 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
                 else f"--{flag}: {is_now} has changed"
             )
     return flags, contents, rounding
+
+
+def _compared(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a record in JSON's types. Of --loss the name stays; its file has a hash."""
+    copied = json.loads(json.dumps(record))
+    if copied.get("loss"):
+        copied["loss"] = str(copied["loss"]).rpartition(":")[2]
+    return copied
 
 
 def _fixed(*records: dict[str, Any]) -> set[str]:

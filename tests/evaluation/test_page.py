@@ -422,3 +422,58 @@ def test_what_is_missing_is_said(browser, tmp_path):
     assert page.locator(".content .note").count() == 4
     assert json.loads(page.locator("#data").text_content())["runs"] == runs
     page.close()
+
+
+ROW = {"source": "/a/train.json", "record": 1, "tokens": 3, "nll": 2.0, "emo": 0.5, "ratio": 0.25}
+MORE = {"distance": 0.6, "kind": NASTY, "suspicious": False, "weight": {"emo": 1.0, "emo2": 2.0}}
+READ = {
+    "lines": [NASTY, "suspicious labels: 1"],
+    "rows": [ROW | MORE | {"record": n, "nll": float(n % 50)} for n in range(1, 61)],
+    "shown": [6, 2],
+    "near": 0.8,
+    "duplicates": {
+        "exact": [[["a.json", n], [NASTY, 2]] for n in range(30)],
+        "conflicting": [],
+        "near": [[["a.json", 1], ["b.json", 2], 0.9]],
+    },
+}
+READ["rows"][6] |= {"suspicious": True}
+TRIED = {"title": NASTY, "head": ["", "nll"], "rows": [["mle", NASTY], ["emo", "1.5"]]}
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_the_page_of_data_has_its_own_sections_alone(browser, tmp_path, width):
+    data = DATA | {"sections": ["records", "transport"], "records": READ, "evaluation": None}
+    data |= {"runs": DATA["runs"][:1], "transport": DATA["transport"] | {"runs": [view(0.5)]}}
+    (tmp_path / "page.html").write_text(render(data))
+    page, wrong = browser.new_page(viewport={"width": width, "height": 800}), []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto((tmp_path / "page.html").as_uri())
+    assert page.locator("nav a").all_inner_texts() == ["Records", "Transport"]
+    assert page.locator("main section").count() == 2 and page.locator("img").count() == 0
+    records = page.locator("#records tbody tr")
+    assert records.count() == 20 and records.first.locator("th").inner_text() == (
+        "train.json, record 7"
+    )
+    assert records.first.locator("td").last.inner_text() == "suspicious label"
+    page.locator("#records .more").click()
+    assert records.count() == 40
+    page.get_by_label("nll", exact=True).first.check(force=True)
+    assert records.first.locator("th").inner_text() == "train.json, record 49"
+    assert "and 10 more" in page.locator("#records").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width and not wrong
+    page.close()
+
+
+def test_a_comparison_of_losses_stands_above_the_report(browser, tmp_path):
+    sections = ["bench", "training", "measures", "responses", "transport"]
+    data = DATA | {"sections": sections, "bench": {"lines": [NASTY], "tables": [TRIED]}}
+    (tmp_path / "page.html").write_text(render(data))
+    page, wrong = browser.new_page(viewport={"width": 360, "height": 800}), []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.goto((tmp_path / "page.html").as_uri())
+    assert page.locator("#bench td").all_inner_texts() == [NASTY, "1.5"]
+    assert page.locator("nav a").count() == 5 and page.locator("#records").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360 and not wrong
+    page.close()

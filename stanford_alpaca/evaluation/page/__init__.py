@@ -14,6 +14,8 @@ from typing import Any
 # joined into one script, in this order
 SCRIPTS = (
     "page.js",
+    "records.js",
+    "bench.js",
     "curves.js",
     "measures.js",
     "entropy.js",

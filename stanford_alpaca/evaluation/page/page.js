@@ -3,6 +3,7 @@
 // through the CSSOM.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
+const OWN = ["records", "bench"]; // sections that only some pages have
 const PAGE = 20; // entries of a long list that are shown at a time
 
 /**
@@ -100,12 +101,16 @@ function place(name) {
 
 function drawTitle() {
   const names = DATA.runs.map((run) => run.name);
+  const eyebrow = document.getElementById("eyebrow");
+  if (DATA.records) eyebrow.textContent = "Data seen through a model";
   document.getElementById("title").textContent = list(names);
-  document.title = `${list(names)}: runs compared`;
+  document.title = `${list(names)}: ${eyebrow.textContent.toLowerCase()}`;
   const about = DATA.evaluation;
   const runs = count(DATA.runs.length, "run");
   const seen = about && (about.trained_on ? ", which a run was trained on" : ", held out");
-  document.getElementById("lede").textContent = about
+  document.getElementById("lede").textContent = DATA.records
+    ? `${count(DATA.records.rows.length, "record")} read before training.`
+    : about
     ? `${runs}, measured on ${count(about.records, "record")} of ${place(about.data)}${seen}.`
     : `${runs}; nothing was evaluated.`;
   const TITLES = { model_name_or_path: "from", learning_rate: "learning rate" };
@@ -149,12 +154,16 @@ document.addEventListener("DOMContentLoaded", () => {
   drawTitle();
   drawTheme();
   const sections = {
+    records: drawRecords,
+    bench: drawBench,
     training: drawCurves,
     measures: drawMeasures,
     responses: drawSamples,
     transport: drawTransport,
   };
+  const there = DATA.sections ?? Object.keys(sections).filter((id) => !OWN.includes(id));
   for (const [id, draw] of Object.entries(sections)) {
-    draw(document.querySelector(`#${id} .content`));
+    if (there.includes(id)) draw(document.querySelector(`#${id} .content`));
+    else document.querySelectorAll(`#${id}, nav a[href="#${id}"]`).forEach((node) => node.remove());
   }
 });

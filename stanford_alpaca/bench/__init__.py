@@ -1,0 +1,1 @@
+"""The loss bench: trains losses alike, and compares what they do."""
