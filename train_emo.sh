@@ -97,6 +97,8 @@ if [ -n "$REPORT" ] && [ ! -e "$REPORT" ]; then
     "$PYTHON" -m stanford_alpaca.evaluation.report "$MODEL_PATH" "$OUTPUT_DIR" \
         --out "$REPORT" "${ABOUT[@]}" || echo "report: none could be written"
 fi
-echo "checkpoint: $OUTPUT_DIR"
-printf 'talk to it: PYTHONPATH=%q %q -m stanford_alpaca.generate %q --interactive\n' \
-    "$ROOT" "$PYTHON" "$OUTPUT_DIR"
+{
+    echo "checkpoint: $OUTPUT_DIR"
+    printf 'talk to it: PYTHONPATH=%q %q -m stanford_alpaca.generate %q --interactive\n' \
+        "$ROOT" "$PYTHON" "$OUTPUT_DIR"
+} || true # a full or closed standard output ends no run that is done

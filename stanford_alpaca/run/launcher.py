@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from stanford_alpaca.console import say
 from stanford_alpaca.run.where import Devices, Where, where_to_run
 
 PASSED_ON = {  # signal to this process -> signal to the training
@@ -29,7 +30,7 @@ def run(module: str, argv: list[str], reported: bool) -> None:
     """
     where = where_to_run(argv, os.environ, Devices.found())
     for note in where.notes:
-        print(note, flush=True)
+        say(note)
     command = [sys.executable, "-m", module]
     if where.launched:
         ranks = ["--standalone", "--nproc_per_node", str(where.processes)]
@@ -61,5 +62,5 @@ def report_on(where: Where, output: Path) -> None:
         command = [sys.executable, "-m", "stanford_alpaca.evaluation.report"]
         command += [where.value("model_name_or_path"), str(output)]
         if subprocess.call([*command, "--out", str(report), "--limit", REPORTED]):
-            print("report: none could be written")
-    print(f"checkpoint: {output}\ntalk to it: emo chat {shlex.quote(str(output))}", flush=True)
+            say("report: none could be written")
+    say(f"checkpoint: {output}\ntalk to it: emo chat {shlex.quote(str(output))}")
