@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.cost.embedding import full_precision
 from stanford_alpaca.data.batching import PadCollator
 from stanford_alpaca.data.tokenize import IGNORE_INDEX
 from stanford_alpaca.evaluation.intervals import Items, mean_of
@@ -21,7 +22,7 @@ from stanford_alpaca.losses.backends import reference
 from stanford_alpaca.objective.head import LOGIT_ROWS, body_of, head_of
 
 BINS = 15  # bins of the top-1 probability, of equal width
-CACHED_ROWS = 16  # tokens whose logits are held at a time for the curves, on a CPU
+CURVE_ROWS = 8  # tokens whose distributions at all temperatures are held at a time
 
 
 class Forced(NamedTuple):
@@ -148,31 +149,21 @@ def _at_temperatures(
     temperatures: Sequence[float],  # [G]
 ) -> Tensor:  # [N, G, 4] float64
     """Returns nll, emo, entropy and the probability of costly tokens at each temperature."""
-    # of few rows at a time, what is computed stays in the cache of a CPU
-    size = len(logits) if logits.is_cuda else CACHED_ROWS
+    inverse = torch.tensor([1 / t for t in temperatures], device=logits.device)
     found = []
-    for z, y in zip(logits.float().split(size), targets.split(size), strict=True):
+    for z, y in zip(logits.float().split(CURVE_ROWS), targets.split(CURVE_ROWS), strict=True):
+        z = (z - z.max(1, keepdim=True).values).clamp_min(torch.finfo(z.dtype).min)
         costs = cost.costs(y, z.shape[1]).float()
         costly = (costs >= costs.mean(1, keepdim=True)).float()
-        found.append(torch.stack([_sums(z / tau, y, costs, costly) for tau in temperatures], 1))
+        columns = torch.stack([torch.ones_like(z), z, costs, costly], 2)  # [n, V, 4]
+        # [n, G, V] not yet divided by its sum; numbers below 1e-38 would take 20 times as long
+        p = (z[:, None] * inverse[:, None]).clamp_min_(-80).exp_()
+        with full_precision(z.device.type):
+            total, of_z, of_costs, of_costly = (p @ columns).double().unbind(2)  # [n, G]
+        nll = total.log() - z.gather(1, y[:, None]) * inverse
+        entropy = total.log() - of_z / total * inverse
+        found.append(torch.stack([nll, of_costs / total, entropy, of_costly / total], 2))
     return torch.cat(found)
-
-
-def _sums(
-    logits: Tensor,  # [N, V]
-    targets: Tensor,  # [N]
-    costs: Tensor,  # [N, V]
-    costly: Tensor,  # [N, V] 0 or 1
-) -> Tensor:  # [N, 4] float64
-    log_p = logits.log_softmax(1)
-    p = log_p.exp()
-    sums = [
-        -log_p.gather(1, targets[:, None]).squeeze(1),
-        (p * costs).sum(1),
-        -(p * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(1),  # 0 log 0 is 0
-        (p * costly).sum(1),
-    ]
-    return torch.stack(sums, 1).double()
 
 
 def _perplexity(sums: np.ndarray) -> np.ndarray:  # [..., 2]
