@@ -278,7 +278,11 @@ def plan(runs: list[Run]) -> str:
     pairs = [(arm, "mle") for arm in found if arm != "mle"] + list(CONTROLS.items())
     halves: dict[str, dict[str, float]] = {}
     for arm, other in pairs:
-        each = {name: found[arm][name][0].minus(found[other][name][0]) for name in MARGINS}  # type: ignore[union-attr, arg-type]
+        ours, theirs = found[arm], found[other]
+        each = {
+            name: ours[name][0].minus(theirs[name][0])  # type: ignore[union-attr, arg-type]
+            for name in MARGINS
+        }
         halves[f"{arm} - {other}"] = {name: (one.high - one.low) / 2 for name, one in each.items()}
     return verdicts.planned(halves, MARGINS)
 

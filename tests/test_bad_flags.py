@@ -182,7 +182,7 @@ class Payload:
         ({"torch_compile_backend": "foo"}, [], "--torch_compile_backend foo: choose from"),
         # ---- data
         ({"data_path": "none.json"}, [], "none.json: no such file"),
-        ({"data_path": "x" * 5000 + ".json"}, [], "no such file"),
+        ({"data_path": "x" * 5000 + ".json"}, [], "File name too long; give another"),
         ({"data_path": "broken.json"}, [], "broken JSON"),
         ({"data_path": "field.json"}, [], "record 2: no field 'output'"),
         ({"eval_path": "none.json"}, [], "none.json: no such file"),

@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 
 from experiments import jobs, oracle, real, stationary, students, tables, tuning, verdicts, writing
+from stanford_alpaca.bench.tables import bold
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation import intervals
@@ -104,8 +105,8 @@ def test_tables_pair_by_seed_and_mark_what_is_clear():
     rows = tables.differences(runs).splitlines()
     assert "| emo - mle | -0.2000 [-0.2248, -0.1752] * |" in rows
     assert "| emd - mle | +0.0000 [-2.4841, +2.4841] |" in rows
-    assert tables.bold({1e-4: 3.0, 1e-3: 1.0}) == ["0.0001: 3.0000", "**0.001: 1.0000!**"]
-    assert tables.bold({1e-4: 3.0, 1e-3: 1.0, 1e-2: 2.0})[1] == "**0.001: 1.0000**"
+    assert bold({1e-4: 3.0, 1e-3: 1.0}) == ["0.0001: 3.0000", "**0.001: 1.0000!**"]
+    assert bold({1e-4: 3.0, 1e-3: 1.0, 1e-2: 2.0})[1] == "**0.001: 1.0000**"
     runs.append({"setting": "few", "arm": "dft", "seed": 1, "measures": {"nll": 5.0}})
     runs.append({"setting": "few", "arm": "dft", "seed": 2, "measures": {"nll": 6.0}})
     # The pairs are seeds 1 and 2 of both arms.

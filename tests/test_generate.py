@@ -243,11 +243,11 @@ def test_interactive_streams_until_an_empty_line(folder, monkeypatch, capsys):
         ({"instruction": "x", "out": "True"}, "--out True"),
         ({"instruction": "x", "seed": "a"}, "--seed a"),
         ({"instruction": "word " * 2000}, "prompt 1 has 20.. tokens"),
-        ({"interactive": True, "out": "o"}, "--interactive takes one checkpoint"),
-        ({"interactive": True, "markdown": "o"}, "--interactive takes one checkpoint"),
+        ({"interactive": True, "out": "o"}, "takes one checkpoint and no"),
+        ({"interactive": True, "markdown": "o"}, "takes one checkpoint and no"),
         (
             {"interactive": True, "num_samples": 2, "temperature": 1},
-            "--interactive takes one checkpoint",
+            "takes one checkpoint and no",
         ),
         ({"instruction": "x", "num_samples": 0}, "--num_samples 0: give a whole number from 1 on"),
         (

@@ -177,7 +177,7 @@ def _check_same(options: Options, folder: Path, sources: dict[Path, bytes]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     for copy, source in sources.items():
         copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(source)
+        write_whole(copy, source)
     write_whole(file, json.dumps(asked, indent=1) + "\n")
 
 

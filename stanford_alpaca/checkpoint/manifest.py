@@ -66,12 +66,12 @@ def write(folder: Path, files: dict[str, dict[str, Any]], about: dict[str, Any])
     flush_folders(folder)
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file to disk as a whole, or leaves it as it was."""
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Writes a file to disk as a whole, or leaves it as it was. Text is written in UTF-8."""
     part = file.with_name(f"{file.name}.part")
     try:
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with part.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(file)

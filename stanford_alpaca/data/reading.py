@@ -248,9 +248,9 @@ def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
             yield from _json_list(file)
         else:
             yield from _json_lines(file)
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError:
         raise UserError(
-            f"{file}: byte {_bad_byte(file, error)} is not UTF-8; convert the file to UTF-8"
+            f"{file}: byte {_bad_byte(file)} is not UTF-8; convert the file to UTF-8"
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
@@ -472,7 +472,7 @@ def _arrow(file: Path) -> Iterator[Placed]:
         ) from None
 
 
-def _bad_byte(file: Path, error: UnicodeDecodeError) -> int:
+def _bad_byte(file: Path) -> int:
     """Returns the position of the first bad byte in the file.
 
     A text file is decoded in pieces, and the position in the error counts from the piece.
@@ -486,7 +486,7 @@ def _bad_byte(file: Path, error: UnicodeDecodeError) -> int:
             except UnicodeDecodeError as found:
                 return done - kept + found.start
             done += len(block)
-    return error.start
+    return done - len(decoder.getstate()[0])  # a character that the end of the file cuts
 
 
 def remember(files: list[Path]) -> None:

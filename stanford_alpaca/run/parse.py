@@ -85,12 +85,7 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
         show(help_text(everything="--help-all" in argv))
         sys.exit(0)
     argv, made_with = with_config(argv)
-    chosen = {flag.name for flag in split_flags(argv)} & {"mode", "loss"}
-    if len(chosen) == 2:
-        raise UserError("--mode and --loss exclude each other: drop one")
-    if chosen:  # the recipe's mode is none of the user's
-        recipe = {name: value for name, value in (recipe or {}).items() if name != "mode"}
-    argv = [*not_given(recipe or {}, argv), *argv]
+    argv = [*not_given(_of_another_mode(recipe or {}, argv), argv), *argv]
     for flag in split_flags(argv):
         keep_secret(*(flag.values if flag.name in SECRET else []))
         keep_secret(*SECRET_SETTING.findall(" ".join(flag.values)))
@@ -139,6 +134,14 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
         and not (name == "mode" and objective.loss is not None)
     }
     return Run(model, data, objective, lora, training, flags, made_with, notes)
+
+
+def _of_another_mode(recipe: Mapping[str, Any], argv: list[str]) -> Mapping[str, Any]:
+    """Returns the recipe without its mode if the command line has one, or a loss of its own."""
+    chosen = {flag.name for flag in split_flags(argv)} & {"mode", "loss"}
+    if len(chosen) == 2:
+        raise UserError("--mode and --loss exclude each other: drop one")
+    return {name: value for name, value in recipe.items() if not (chosen and name == "mode")}
 
 
 def _word(value: Any) -> Any:

@@ -282,6 +282,6 @@ def write_run(run: Run, record: dict[str, Any]) -> None:
     if own is not None:
         copy = COPY if file.name == RUN_FILE else f"{file.stem}-{COPY}"
         more = f" --loss {copy}:{own.name}"
-        (output / copy).write_bytes(own.source)
+        write_whole(output / copy, own.source)
     text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
     write_whole(file, HEADER.format(more) + text)

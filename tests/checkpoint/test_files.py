@@ -122,6 +122,7 @@ def test_names_that_no_file_can_have_are_refused(tmp_path, monkeypatch, name, sa
 
 # where a file is written in another way, and why that is whole, too
 OTHERWISE = {
+    "bench/trials.py": "the log of the runs that it starts",
     "checkpoint/files.py": "is the writer",
     "checkpoint/manifest.py": "beside the file, then moved",
     "cost/build.py": "in new_file",
