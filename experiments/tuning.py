@@ -52,7 +52,7 @@ ONCE = {  # one seed, no verdict
 CHECKED = ("mle", "emo", "emo2")  # at the second rate, too
 CONTROLS = {"emo": "emo-identity", "emo2": "emo2-identity"}
 MARGINS = {"nll": 0.02, "emo": 0.003, "token_accuracy": 0.5, "nll_at_best_tau": 0.02}
-PILOT, PILOT_STEPS = 100, 12  # seed and steps of what ``plan`` measures
+PILOT, PILOT_STEPS, PILOT_BLOCKS = 100, 12, 40  # seed, steps, blocks of what ``plan`` measures
 SHARED = (
     "--lora True --lora_r 16 --lora_alpha 32 --lora_dropout 0 --bf16 True --lr_scheduler_type "
     "cosine --warmup_steps 0.1 --logging_steps 8 --save_strategy no --report_to none --resume auto"
@@ -89,11 +89,11 @@ def jobs(places: Places) -> Jobs:
 def pilots(places: Places) -> Jobs:
     """Returns the short runs that ``plan`` needs, with a seed of their own."""
     runs = [Tuned(arm, RATE, PILOT, PILOT_STEPS) for arm in ARMS]
-    return {f"plan-{run.name}": partial(measure, places, run) for run in runs}
+    return {f"plan-{run.name}": partial(measure, places, run, PILOT_BLOCKS) for run in runs}
 
 
-def measure(places: Places, run: Tuned) -> Run:
-    """Trains a run, and returns the sums of every held-out block."""
+def measure(places: Places, run: Tuned, most: int | None = None) -> Run:
+    """Trains a run, and returns the sums of every held-out block, or of evenly spaced ones."""
     began = time.process_time()
     folder = run.folder(places)
     (smooth if run.arm == "smoothing" else tune)(places, run, folder)
@@ -101,11 +101,13 @@ def measure(places: Places, run: Tuned) -> Run:
     model, tokenizer = load_for_generation(ModelSource(str(folder)))
     cost = CostEmbedding(original_weight(model))
     examples, _ = make_blocks(texts(places)["test"], tokenizer, BLOCK)
-    examples = examples.select(range(len(examples) // 2 * 2))  # two halves
+    whole = len(examples) // 2 * 2  # two halves
+    count = whole if most is None else min(most, whole)
+    examples = examples.select(np.linspace(0, whole - 1, count).round().astype(int))
     forced = teacher_forced(model, tokenizer, examples, cost, 8, 1.0, TEMPERATURES)
     sums = {name: _rounded(getattr(forced, name)) for name in SUMS}
     seconds = [round(trained - began), round(time.process_time() - trained)]
-    return run._asdict() | {"cpu_seconds": seconds} | sums
+    return run._asdict() | {"blocks": whole, "cpu_seconds": seconds} | sums
 
 
 def tune(places: Places, run: Tuned, folder: Path) -> None:
@@ -239,7 +241,7 @@ def summary(runs: list[Run]) -> dict[str, Any]:
     return {
         "steps": STEPS,
         "tokens": STEPS * BATCH * LENGTH,
-        "blocks": len(runs[0]["tokens"]),
+        "blocks": runs[0]["blocks"],
         "test_tokens": sum(runs[0]["tokens"]),
         "cpu_minutes": round(sum(sum(run["cpu_seconds"]) for run in runs) / 60),
         "margins": MARGINS,
@@ -272,7 +274,8 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
 
 def plan(runs: list[Run]) -> str:
-    """Returns each margin beside the half-width over blocks, of pilots of a seed."""
+    """Returns each margin beside the half-width over all blocks that pilots of a seed give."""
+    share = len(runs[0]["tokens"]) / runs[0]["blocks"]
     by_arm = {run["arm"]: run for run in runs}
     found = {arm: values_of([run], [by_arm["mle"]]) for arm, run in by_arm.items()}
     pairs = [(arm, "mle") for arm in found if arm != "mle"] + list(CONTROLS.items())
@@ -283,7 +286,9 @@ def plan(runs: list[Run]) -> str:
             name: ours[name][0].minus(theirs[name][0])  # type: ignore[union-attr, arg-type]
             for name in MARGINS
         }
-        halves[f"{arm} - {other}"] = {name: (one.high - one.low) / 2 for name, one in each.items()}
+        halves[f"{arm} - {other}"] = {
+            name: float(np.sqrt(share)) * (one.high - one.low) / 2 for name, one in each.items()
+        }
     return verdicts.planned(halves, MARGINS)
 
 

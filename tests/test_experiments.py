@@ -250,6 +250,7 @@ def test_tuned_models_are_compared_at_equal_entropy_and_write(toys, tmp_path, mo
 
 def test_plans_print_margins_beside_half_widths(toys, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "PILOT_STEPS", 1)
+    monkeypatch.setattr(tuning, "PILOT_BLOCKS", 30)
     real.run("E1", **toys, plan=True)
     assert "| nll | 0.02 | " in capsys.readouterr().out
     with pytest.raises(UserError, match="E0 has no margins"):
