@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
 LONG = (  # what only `bash tests/long.sh` runs: of each kind a cheaper test is always run
+    "tests/benchmarks/test_gpu.py::test_the_script_runs_every_part_at_toy_size",
     "tests/exactness/test_part.py::test_it_equals_one_process[ddp shard 4 4 uneven full packed]",
     "tests/exactness/test_part.py::test_it_equals_one_process[fsdp vocab_parallel 2 4 uneven",
     "tests/exactness/test_part.py::test_it_equals_one_process[zero2 shard 2 4 uneven lora padded]",
