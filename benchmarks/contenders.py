@@ -104,9 +104,20 @@ def make_batch(case: Case) -> Batch:
 
 def read_batch(case: Case) -> Batch:
     """Reads the first tokens of a file of ``benchmarks.states``."""
-    tensors = load_file(case.states, case.device)
+    tensors = read_states(case.states, case.device)
     hidden, targets = tensors["hidden"][: case.tokens], tensors["targets"][: case.tokens]
     return as_batch(case, hidden.clone(), tensors["weight"], targets)
+
+
+def read_states(file: str, device: str = "cpu") -> dict[str, Tensor]:
+    """Returns hidden states [N, H], targets [N] and weight [V, H] of a file of states.
+
+    A weight in 8 bits becomes float32.
+    """
+    tensors = load_file(file, device)
+    if "scale" in tensors:
+        tensors["weight"] = tensors["weight"].float() * tensors.pop("scale")
+    return tensors
 
 
 def as_batch(case: Case, hidden: Tensor, weight: Tensor, targets: Tensor) -> Batch:

@@ -48,6 +48,7 @@ SHAPES = {
     "llama-7b": (4096, 32000),
     "llama-3-8b": (4096, 128256),
     "qwen2.5-0.5b": (896, 151936),
+    "gemma-3-270m": (640, 262144),
 }
 SHIPPED = ROOT / "data" / "instructions" / "train.json"
 SCALED = (
@@ -69,8 +70,8 @@ class Options:
     The files are loss-DEVICE.jsonl and .png. New rows replace those of the same case.
 
     Args:
-        shape: any of cpu, llama-7b, llama-3-8b and qwen2.5-0.5b, with commas. The default is cpu,
-            or the other three on a GPU.
+        shape: any of cpu, llama-7b, llama-3-8b, qwen2.5-0.5b and gemma-3-270m, with commas. The
+            default is cpu, or the others on a GPU.
         tokens: counts of tokens, with commas.
         hidden, vocab: a custom shape.
         rounds: measured rounds, after a warm-up.

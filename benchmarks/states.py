@@ -15,7 +15,7 @@ from typing import Any
 import fire
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.contenders import (
@@ -25,7 +25,9 @@ from benchmarks.contenders import (
     Unavailable,
     build,
     make_batch,
+    read_states,
 )
+from stanford_alpaca.checkpoint.space import MIB
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import IGNORE_INDEX, tokenize_records
 from stanford_alpaca.errors import UserError
@@ -45,6 +47,8 @@ class Options:
         out: the safetensors file to write.
         tokens: the number of supervised tokens, 4096 by default.
         max_length: longer examples are cut, as in training; 512 by default.
+        small: the output layer in 8 bits with a scale for each row, and hidden states in bfloat16,
+            for a file that has to be carried.
     """
 
     model: str | None = word()
@@ -52,6 +56,7 @@ class Options:
     out: str | None = None
     tokens: int = 4096
     max_length: int = 512
+    small: bool = False
 
 
 def write(options: Options) -> None:
@@ -84,14 +89,27 @@ def write(options: Options) -> None:
         "targets": torch.cat(targets)[: options.tokens].contiguous(),
         "weight": model.get_output_embeddings().weight.detach().clone(),
     }
-    save_file(tensors, options.out)
-    print(f"{options.out}: {found} tokens, weight {tuple(tensors['weight'].shape)}")
+    shape = tuple(tensors["weight"].shape)
+    save_file(smaller(tensors) if options.small else tensors, options.out)
+    size = Path(options.out).stat().st_size / MIB
+    print(f"{options.out}: {found} tokens, weight {shape}, {size:.1f} MiB")
+
+
+def smaller(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns hidden states in bfloat16, and the weight as int8 with a float32 scale for each row.
+
+    An entry is off by at most half a scale, which is 1/254 of its row's greatest entry.
+    """
+    weight = tensors["weight"].float()
+    scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+    quantized = (weight / scale).round().to(torch.int8)
+    return tensors | {"hidden": tensors["hidden"].bfloat16(), "weight": quantized, "scale": scale}
 
 
 def read_shape(file: str) -> tuple[int, int, int]:
     """Returns N, H and V of a states file. Raises UserError for another file."""
     try:
-        tensors = load_file(file)
+        tensors = read_states(file)
         return *tensors["hidden"].shape, len(tensors["weight"])
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--states {file}: not what benchmarks.states writes ({error})") from None

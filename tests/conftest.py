@@ -14,6 +14,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
 LONG = (  # what only `bash tests/long.sh` runs: of each kind a cheaper test is always run
     "tests/bench/test_bench.py::test_a_comparison_ends_in_a_page_and_goes_on",
+    "tests/benchmarks/test_gpu.py::test_the_script_runs_every_part_at_toy_size",
     "tests/exactness/test_part.py::test_it_equals_one_process[ddp shard 4 4 uneven full packed]",
     "tests/exactness/test_part.py::test_it_equals_one_process[fsdp vocab_parallel 2 4 uneven",
     "tests/exactness/test_part.py::test_it_equals_one_process[zero2 shard 2 4 uneven lora padded]",
@@ -25,6 +26,11 @@ LONG = (  # what only `bash tests/long.sh` runs: of each kind a cheaper test is 
     "tests/losses/backends/test_backends.py::test_random_problems[triton]",
     "tests/losses/backends/test_chunked.py::test_extra_memory_is_one_chunk_whatever_the_number_of_"
     "tokens[emo-None]",
+    *(
+        "tests/losses/test_own.py::test_a_restated_mode_equals_the_built_in_one_to_the_bit"
+        f"[triton-{mode}"
+        for mode in ("dft", "emd", "emo-none", "emo2", "mix", "mle", "tailr")
+    ),
     "tests/models/test_lora.py::test_trained_embeddings_and_added_tokens_go_through_files[fsdp",
     "tests/models/test_lora.py::test_trained_embeddings_and_added_tokens_go_through_files[zero3",
     "tests/models/test_lora.py::test_two_processes_train_and_write_the_same_adapter[fsdp]",

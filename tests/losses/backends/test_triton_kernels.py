@@ -4,7 +4,6 @@ They run on the CPU, in Triton's interpreter.
 """
 
 import re
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.kernels import compiling, disassembled
 from stanford_alpaca.cost import CostRows
 from stanford_alpaca.losses.types import Head
 from tests.helpers import triton_kernels
@@ -299,41 +299,19 @@ def test_which_tensors_are_refused(monkeypatch):
     )
 
 
-class NoDevice:
-    """A driver of a GPU that is not there. It is enough to compile for that GPU."""
-
-    def __init__(self, capability: int):
-        self.target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_what_is_launched_compiles_without_spilling_registers(capability, monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice(capability))
-    module, compiled = triton_kernels(interpret=False), []
-    for kernel in (module._statistics, module._gradient):
-        run = kernel.run
-        monkeypatch.setattr(
-            kernel, "run", lambda *a, run=run, **k: compiled.append(run(*a, **k | {"warmup": True}))
-        )
+def test_what_is_launched_compiles_without_spilling_registers(capability):
+    module = triton_kernels(interpret=False)
     product, targets, costs, head = problem(
         torch.bfloat16, vocab=64, cost_dtype=torch.bfloat16, **FULL_HEAD
     )
     ones = torch.ones(5)
-    for arguments in ((product, Head(None), targets, None), (product, head, targets, costs)):
-        chunk = module.Chunk(*arguments)
-        chunk.statistics()
-        chunk.gradient(ones, ones, ones, ones, ones)
-        chunk._write_gradient(torch.zeros(64), ones, ones, ones, ones, ones)
+    with compiling(capability, module) as compiled:
+        for arguments in ((product, Head(None), targets, None), (product, head, targets, costs)):
+            chunk = module.Chunk(*arguments)
+            chunk.statistics()
+            chunk.gradient(ones, ones, ones, ones, ones)
+            chunk._write_gradient(torch.zeros(64), ones, ones, ones, ones, ones)
     assert [kernel.name for kernel in compiled] == ["_statistics", "_gradient", "_gradient"] * 2
     # only the greatest entries take atomic operations: one of each of a thread's 8 columns
     found = [re.findall(r"\b(?:red|atom)\.\S+", k.asm["ptx"]) for k in compiled]
@@ -344,9 +322,7 @@ def test_what_is_launched_compiles_without_spilling_registers(capability, monkey
         # only the number of a block of columns is multiplied in 32 bits
         short = re.findall(r"arith.muli .* : i32", kernel.asm["ttir"])
         assert len(short) == ("gradient" in kernel.name)
-        (tmp_path / "cubin").write_bytes(kernel.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", tmp_path / "cubin"]
         # The gradient is rounded to the nearest bfloat16.
         assert "gradient" not in kernel.name or "cvt.rn.bf16" in kernel.asm["ptx"]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = disassembled(kernel, "-res-usage")
         assert f"{kernel.name}:" in usage and "STACK:0 " in usage and "LOCAL:0 " in usage
