@@ -86,7 +86,8 @@ WILD = {
 
 @pytest.mark.parametrize("text", WILD, ids=lambda text: str(text)[:40])
 def test_a_template_is_tried_in_a_child_before_it_is_used(monkeypatch, text):
-    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
+    if "10 s" in str(WILD[text]):  # memory is slow to get on a busy machine
+        monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
     conversations = [{"conversations": [each], **MORE} for each in TRIED]
     if WILD[text] is None:
         sandbox.check_runs(text, conversations)
