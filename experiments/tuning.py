@@ -281,9 +281,9 @@ def plan(runs: list[Run]) -> str:
     pairs = [(arm, "mle") for arm in found if arm != "mle"] + list(CONTROLS.items())
     halves: dict[str, dict[str, float]] = {}
     for arm, other in pairs:
-        each = {name: found[arm][name][0].minus(found[other][name][0]) for name in MARGINS}  # type: ignore[union-attr, arg-type]
         halves[f"{arm} - {other}"] = {
-            name: float(np.sqrt(share)) * (one.high - one.low) / 2 for name, one in each.items()
+            name: float(np.sqrt(share)) * verdicts.half_width(found[arm][name], found[other][name])
+            for name in MARGINS
         }
     return verdicts.planned(halves, MARGINS)
 
