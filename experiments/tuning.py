@@ -281,13 +281,9 @@ def plan(runs: list[Run]) -> str:
     pairs = [(arm, "mle") for arm in found if arm != "mle"] + list(CONTROLS.items())
     halves: dict[str, dict[str, float]] = {}
     for arm, other in pairs:
-        ours, theirs = found[arm], found[other]
-        each = {
-            name: ours[name][0].minus(theirs[name][0])  # type: ignore[union-attr, arg-type]
-            for name in MARGINS
-        }
         halves[f"{arm} - {other}"] = {
-            name: float(np.sqrt(share)) * (one.high - one.low) / 2 for name, one in each.items()
+            name: float(np.sqrt(share)) * verdicts.half_width(found[arm][name], found[other][name])
+            for name in MARGINS
         }
     return verdicts.planned(halves, MARGINS)
 

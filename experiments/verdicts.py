@@ -48,8 +48,7 @@ def difference(ours: Values, theirs: Values) -> Difference:
         return Difference(gain, np.nan, np.nan, np.nan)
     seeds, items = float(gains.var(ddof=1)) / count, 0.0
     if isinstance(ours[0], Items):
-        resampled = mean_over(ours).minus(mean_over(theirs))  # type: ignore[arg-type]
-        items = ((resampled.high - resampled.low) / (2 * NORMAL)) ** 2
+        items = (half_width(ours, theirs) / NORMAL) ** 2
     error = np.sqrt(seeds + items)
     if not error > 0:  # equal values do not show how they would vary
         return Difference(gain, np.nan, np.nan, np.nan)
@@ -58,6 +57,12 @@ def difference(ours: Values, theirs: Values) -> Difference:
     half = float(stats.t.ppf(0.975, freedom)) * error
     p = float(2 * stats.t.sf(abs(gain) / error, freedom))
     return Difference(gain, gain - half, gain + half, p)
+
+
+def half_width(ours: Values, theirs: Values) -> float:
+    """Returns half of the interval over items, of the difference of the means over seeds."""
+    one = mean_over(ours).minus(mean_over(theirs))  # type: ignore[arg-type]
+    return (one.high - one.low) / 2
 
 
 def holm(p: Sequence[float]) -> list[float]:
