@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import kernels, wheels
+from benchmarks import compiled, kernels, wheels
 from stanford_alpaca.errors import UserError
 
 SASS = """
@@ -17,23 +17,23 @@ SASS = """
         /*0060*/                   BRA 0x60;                 /* 0x1 */
 """
 CODES = [
-    kernels.Code("statistics", 64, 0, 3, 3, 25.0, 2.0, 8),
-    kernels.Code("gradient", 32, 0, 3, 11, 27.0, 2.0, 8),
+    compiled.Code("statistics", 64, 0, 3, 3, 25.0, 2.0, 8),
+    compiled.Code("gradient", 32, 0, 3, 11, 27.0, 2.0, 8),
 ]
 
 
 def test_the_main_loop_is_what_the_longest_branch_backwards_spans():
-    assert kernels.main_loop(SASS) == ["LDG.E.128", "MUFU.EX2", "LDG.E", "BRA"]
+    assert compiled.main_loop(SASS) == ["LDG.E.128", "MUFU.EX2", "LDG.E", "BRA"]
 
 
 def test_compiled_kernels_load_16_bytes_and_spill_nothing():
     pytest.importorskip("triton", reason="triton is not installed")
     for costs, loads in (("", 1), ("float32", 3), ("bfloat16", 2)):
-        for code in kernels.compiled_code(90, 2048, 8, costs=costs):
+        for code in compiled.compiled_code(90, 2048, 8, costs=costs):
             assert (code.wide, code.spilled) == (loads, 0)  # 8 logits, and 8 costs
             assert code.exps == (2 if costs else 1)
             assert code.resident >= 32
-    odd = kernels.compiled_code(90, 2048, 8, vocab=65)
+    odd = compiled.compiled_code(90, 2048, 8, vocab=65)
     assert [code.wide for code in odd] == [0, 0]
 
 

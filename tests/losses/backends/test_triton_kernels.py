@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.kernels import compiling, disassembled
+from benchmarks.compiled import compiling, disassembled
 from stanford_alpaca.cost import CostRows
 from stanford_alpaca.losses.types import Head
 from tests.helpers import triton_kernels
