@@ -34,7 +34,7 @@ def one_mib(monkeypatch):
 
 
 def write(file: Path, content: bytes) -> Path:
-    (gzip.open if file.suffix == ".gz" else open)(file, "wb").write(content)
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
     return file
 
 
