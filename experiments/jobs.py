@@ -14,11 +14,12 @@ Jobs = dict[str, Callable[[], Run]]
 
 
 class Places(NamedTuple):
-    """Where a part finds the models and the data, and where all parts leave their runs."""
+    """Where a part finds the models and the data, and where all parts leave what they make."""
 
     models: Path
     data: Path
-    work: Path
+    work: Path  # adapters
+    runs: Path  # one JSON a run, in a folder a part
 
 
 def make(jobs: Jobs, folder: Path) -> None:
@@ -45,6 +46,6 @@ def _make(folder: Path, name: str, job: Callable[[], Run]) -> bool:
             return False
         print(f"making {name}", flush=True)
         part = file.with_suffix(".part")
-        part.write_text(json.dumps(job(), allow_nan=False))
+        part.write_text(json.dumps(job(), allow_nan=False, separators=(",", ":")) + "\n")
         part.replace(file)
     return True

@@ -1,12 +1,13 @@
 """What does EMO do to real models?
 
-    python experiments/real.py --part PART --models DIR --data DIR [--work DIR] [--plan]
+    python experiments/real.py --part PART --models DIR --data DIR [--runs DIR] [--plan]
 
 A part is a module with ``jobs``, ``summary``, ``table`` and ``plot``. Each job is one run, and
-leaves one small JSON in --work. A finished run is not repeated, so the same command goes on where
-it stopped. Started twice, it shares the runs between two processes. When all are finished, it
-writes experiments/results/real-PART.json, .md and .png. ``--finished`` makes none, and writes these
-of the runs that are finished.
+leaves one small JSON in --runs, and its adapter in --work. A finished run is not repeated, so the
+same command goes on where it stopped. Started twice, it shares the runs between two processes. When
+all are finished, it writes experiments/results/real-PART.json, .md and .png. ``--finished`` makes
+none, needs no models, and writes these of the runs that are finished. The runs behind the published
+tables are in experiments/results/runs; another --runs makes them anew.
 
 ``--plan`` makes a few short runs, and prints each margin beside the half-width to expect.
 
@@ -38,8 +39,9 @@ PLANNED = {part for part, module in PARTS.items() if hasattr(module, "plan")}
 
 def run(
     part: str,
-    models: str,
-    data: str,
+    models: str = ".",
+    data: str = ".",
+    runs: str = "experiments/results/runs",
     work: str = "output/real",
     plan: bool = False,
     finished: bool = False,
@@ -52,20 +54,22 @@ def run(
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("this needs a package: pip install matplotlib")
     module = PARTS[part]
-    places = Places(Path(models).expanduser(), Path(data).expanduser(), (ROOT / work).resolve())
-    check(places, module)
-    folder = places.work / part
+    inputs = (Path(models).expanduser(), Path(data).expanduser())
+    places = Places(*inputs, (ROOT / work).resolve(), (ROOT / runs).resolve())
+    if not finished:
+        check(places, module)
+    folder = places.runs / part
     folder.mkdir(parents=True, exist_ok=True)
     jobs: Jobs = module.pilots(places) if plan else module.jobs(places)
     if not finished:
         make(jobs, folder)
-    runs = read(jobs, folder)
-    if len(runs) < len(jobs) and not finished:
-        print(f"{len(jobs) - len(runs)} of {len(jobs)} runs are being made by other processes")
+    found = read(jobs, folder)
+    if len(found) < len(jobs) and not finished:
+        print(f"{len(jobs) - len(found)} of {len(jobs)} runs are being made by other processes")
     elif plan:
-        print(module.plan(runs))
+        print(module.plan(found))
     else:
-        write(part, module, runs)
+        write(part, module, found)
 
 
 def check(places: Places, module: ModuleType) -> None:

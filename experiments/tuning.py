@@ -156,6 +156,7 @@ def texts(places: Places) -> dict[str, Dataset]:
 def train_file(places: Places) -> Path:
     """Writes the articles to train on, one JSON object a line, and returns the file."""
     file = places.work / "E1" / "train.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         part = file.with_suffix(f".{time.time_ns()}")
         part.write_text("".join(json.dumps(row) + "\n" for row in texts(places)["train"]))
@@ -289,8 +290,8 @@ def plan(runs: list[Run]) -> str:
 
 
 def _rounded(values: np.ndarray) -> Any:
-    """Returns six significant digits of each number."""
-    return np.vectorize(lambda value: float(f"{value:.6g}"))(values).tolist() if values.size else []
+    """Returns five significant digits of each number."""
+    return np.vectorize(lambda value: float(f"{value:.5g}"))(values).tolist() if values.size else []
 
 
 def _reversed(forced: Forced) -> Forced:

@@ -93,9 +93,9 @@ def write(places: Places, arm: str, other: str, seed: int) -> Run:
     run = tuning.Tuned(arm, tuning.RATE, seed, tuning.STEPS)
     forced = []
     for each in (run, run._replace(arm=other)):
-        file = places.work / "E1" / f"{each.name}.json"
+        file = places.runs / "E1" / f"{each.name}.json"
         if not file.exists():
-            raise UserError(f"{file} is missing: run --part E1 first, with the same --work")
+            raise UserError(f"{file} is missing: run --part E1 first, with the same --runs")
         forced.append(tuning.forced_of(json.loads(file.read_text())))
     tau = 1.0 if arm == other else tuning.at_entropy(*forced, "temperature").value
     source = ModelSource(str(run.folder(places)))

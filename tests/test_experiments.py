@@ -156,13 +156,14 @@ def test_real_models_leave_a_file_a_run_and_go_on(tmp_path, monkeypatch, make_mo
         "models": str(tmp_path / "models"),
         "data": str(tmp_path / "texts"),
         "work": str(tmp_path / "work"),
+        "runs": str(tmp_path / "runs"),
     }
     real.run("E0", **arguments)
     found = json.loads((tmp_path / "results" / "real-E0.json").read_text())
     assert len(found["runs"]) == 2 * (4 + 4 * 4)
     assert (tmp_path / "results" / "real-E0.png").stat().st_size > 5000
     assert "| `emo` | centred |" in (tmp_path / "results" / "real-E0.md").read_text()
-    (tmp_path / "work" / "E0" / "smollm2-135m-emo2-identity.json").unlink()
+    (tmp_path / "runs" / "E0" / "smollm2-135m-emo2-identity.json").unlink()
     capsys.readouterr()
     real.run("E0", **arguments)
     assert capsys.readouterr().out.count("making ") == 1
@@ -210,6 +211,7 @@ def toys(tmp_path, monkeypatch, root):
         "models": str(tmp_path / "models"),
         "data": str(tmp_path / "texts"),
         "work": str(tmp_path / "work"),
+        "runs": str(tmp_path / "runs"),
     }
     intervals._counts.cache_clear()
 
@@ -226,17 +228,17 @@ def test_tuned_models_are_compared_at_equal_entropy_and_write(toys, tmp_path, mo
     assert rows["nll", "emo"]["verdict"] and not rows["nll", "emd"]["verdict"]
     assert rows["nll", "emo, rate 0.0015"]["minus"].keys() == {"mle, rate 0.0015"}
     assert (tmp_path / "results" / "real-E1.png").stat().st_size > 5000
-    work = tmp_path / "work" / "E1"
-    runs = [json.loads((work / f"{arm}-0.0005-0.json").read_text()) for arm in ("mle", "emo")]
+    kept = tmp_path / "runs" / "E1"
+    runs = [json.loads((kept / f"{arm}-0.0005-0.json").read_text()) for arm in ("mle", "emo")]
     assert runs[0]["tokens"] == runs[1]["tokens"] and runs[0]["nll"] != runs[1]["nll"]
 
-    (work / "emd-0.0005-0.json").unlink()
+    (kept / "emd-0.0005-0.json").unlink()
     capsys.readouterr()
     monkeypatch.setattr(tuning, "load_for_generation", None)
-    with locked(work / "emd-0.0005-0.taken"):  # by another process; this one leaves it alone
+    with locked(kept / "emd-0.0005-0.taken"):  # by another process; this one leaves it alone
         real.run("E1", **toys)
     assert "1 of 13 runs are being made" in capsys.readouterr().out
-    real.run("E1", **toys, finished=True)
+    real.run("E1", runs=toys["runs"], finished=True)
     assert "emd" not in json.loads((tmp_path / "results" / "real-E1.json").read_text())["arms"]
 
     real.run("E1-text", **toys)
@@ -245,7 +247,7 @@ def test_tuned_models_are_compared_at_equal_entropy_and_write(toys, tmp_path, mo
     rows = {(row["measure"], row["arm"]): row for row in found["rows"]}
     assert list(rows["mauve", "emo as emo"]["minus"]) == ["mle as emo", "emo-identity as emo"]
     with pytest.raises(UserError, match="E1 first"):
-        real.run("E1-text", **toys | {"work": str(tmp_path / "other")})
+        real.run("E1-text", **toys | {"runs": str(tmp_path / "other")})
 
 
 def test_plans_print_margins_beside_half_widths(toys, monkeypatch, capsys):
@@ -313,8 +315,7 @@ def test_differences_cover_items_and_seeds():
 
 def test_tau_is_fitted_on_one_half_and_measured_on_the_other(toys):
     """The curves say what a temperature does: those of a model at 0.5 give tau 2."""
-    places = jobs.Places(*(tuning.Path(toys[name]) for name in ("models", "data", "work")))
-    (places.work / "E1").mkdir(parents=True)
+    places = jobs.Places(*map(tuning.Path, toys.values()))
     run = tuning.measure(places, tuning.Tuned("mle", 5e-4, 0, 1))
     forced = tuning.forced_of(run)
     assert tuning.at_entropy(forced, forced, "temperature").value == pytest.approx(1, abs=1e-6)
