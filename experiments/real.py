@@ -27,13 +27,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file
     sys.path[0] = str(ROOT)
 
-from experiments import stationary, tuning, writing
+from experiments import answering, stationary, tuning, writing
 from experiments.jobs import Jobs, Places, make, read
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import exit_on_user_error
 
 RESULTS = ROOT / "experiments" / "results"
-PARTS: dict[str, ModuleType] = {"E0": stationary, "E1": tuning, "E1-text": writing}
+PARTS: dict[str, ModuleType] = {"E0": stationary, "E1": tuning, "E1-text": writing, "E3": answering}
 PLANNED = {part for part, module in PARTS.items() if hasattr(module, "plan")}
 
 
@@ -76,7 +76,7 @@ def check(places: Places, module: ModuleType) -> None:
     """Raises UserError unless the part finds its models and its text."""
     for flag, place, wanted in (
         ("models", places.models, module.MODELS),
-        ("data", places.data, (module.TEXT,)),
+        ("data", places.data, module.TEXT),
     ):
         for name in wanted:
             if not (place / name).exists():

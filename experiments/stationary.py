@@ -25,7 +25,7 @@ from stanford_alpaca.losses.objectives import Objective
 from stanford_alpaca.models.load import ModelSource
 
 MODELS = ("smollm2-135m", "gemma3-270m")
-TEXT = "english.txt.gz"
+TEXT = ("text/english.txt.gz",)
 CONTEXTS, LENGTH, TOP = 100, 64, 500  # tokens of a context, tokens of q
 COSTS = ("cosine", "identity", "shuffled", "centred")
 PRICED = ("emo", "emo2", "mix", "emd")
@@ -49,7 +49,9 @@ def jobs(places: Places) -> Jobs:
         for mode in (*UNPRICED, *PRICED):
             for cost in COSTS if mode in PRICED else ("-",):
                 name = f"{model}-{mode}" + (f"-{cost}" if cost != "-" else "")
-                found[name] = partial(rest, places.models / model, places.data / TEXT, mode, cost)
+                found[name] = partial(
+                    rest, places.models / model, places.data / TEXT[0], mode, cost
+                )
     return found
 
 

@@ -31,7 +31,7 @@ from stanford_alpaca.objective.head import original_weight
 from stanford_alpaca.train import train
 
 MODELS = ("smollm2-135m",)
-TEXT = "wikitext2_valid.txt"
+TEXT = ("text/wikitext2_valid.txt",)
 STEPS, BATCH, LENGTH = 48, 4, 256  # steps, blocks a step, tokens a block: 49,152 tokens
 BLOCK = 128  # tokens of a held-out block
 SEEDS, RATE, SECOND = (0, 1, 2), 5e-4, 1.5e-3
@@ -105,14 +105,13 @@ def measure(places: Places, run: Tuned, most: int | None = None) -> Run:
     count = whole if most is None else min(most, whole)
     examples = examples.select(np.linspace(0, whole - 1, count).round().astype(int))
     forced = teacher_forced(model, tokenizer, examples, cost, 8, 1.0, TEMPERATURES)
-    sums = {name: _rounded(getattr(forced, name)) for name in SUMS}
+    sums = {name: rounded(getattr(forced, name)) for name in SUMS}
     seconds = [round(trained - began), round(time.process_time() - trained)]
     return run._asdict() | {"blocks": whole, "cpu_seconds": seconds} | sums
 
 
 def tune(places: Places, run: Tuned, folder: Path) -> None:
-    """Trains with the package's command, in this process. Signals then work as before."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Trains with the package's command."""
     flags = {
         "model_name_or_path": places.models / MODELS[0],
         "data_path": train_file(places),
@@ -123,9 +122,15 @@ def tune(places: Places, run: Tuned, folder: Path) -> None:
         "learning_rate": run.rate,
         "seed": run.seed,
     }
+    train_here(flags, [*ARMS.get(run.arm, ONCE.get(run.arm, [])), *SHARED])
+
+
+def train_here(flags: dict[str, Any], words: Sequence[str]) -> None:
+    """Trains with the package's command, in this process. Signals then work as before."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     try:
-        train([*given, *ARMS.get(run.arm, ONCE.get(run.arm, [])), *SHARED])
+        train([*given, *words])
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
@@ -147,7 +152,7 @@ def smooth(places: Places, run: Tuned, folder: Path) -> None:
 @lru_cache(maxsize=1)
 def texts(places: Places) -> dict[str, Dataset]:
     """Returns the articles as plain text; every fifth is for the test."""
-    records = load_records(places.data / TEXT, documents="wikitext", detokenize=True)
+    records = load_records(places.data / TEXT[0], documents="wikitext", detokenize=True)
     test = [i for i in range(len(records)) if i % 5 == 4]
     train = [i for i in range(len(records)) if i % 5 != 4]
     return {"train": records.select(train), "test": records.select(test)}
@@ -289,7 +294,7 @@ def plan(runs: list[Run]) -> str:
     return verdicts.planned(halves, MARGINS)
 
 
-def _rounded(values: np.ndarray) -> Any:
+def rounded(values: np.ndarray) -> Any:
     """Returns five significant digits of each number."""
     return np.vectorize(lambda value: float(f"{value:.5g}"))(values).tolist() if values.size else []
 

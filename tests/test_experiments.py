@@ -13,7 +13,18 @@ import pytest
 import torch
 from scipy import stats
 
-from experiments import jobs, oracle, real, stationary, students, tables, tuning, verdicts, writing
+from experiments import (
+    answering,
+    jobs,
+    oracle,
+    real,
+    stationary,
+    students,
+    tables,
+    tuning,
+    verdicts,
+    writing,
+)
 from stanford_alpaca.bench.tables import bold
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.errors import UserError
@@ -27,11 +38,13 @@ WORDS = (
     "president war peace"
 ).split()
 
+QUICK = ("mle", "emo", "emo-identity")  # the arms of the parts at toy size
+
 
 def write_texts(folder):
     rng = random.Random(0)
     lines = [" ".join(rng.choices(WORDS, k=12)) + ".\n" for _ in range(600)]
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with gzip.open(folder / "english.txt.gz", "wt") as file:
         file.writelines(lines)
     (folder / "wikitext2_valid.txt").write_text("".join(lines[:100]))
@@ -151,10 +164,10 @@ def test_real_models_leave_a_file_a_run_and_go_on(tmp_path, monkeypatch, make_mo
     (tmp_path / "models").mkdir()
     for name in stationary.MODELS:
         (tmp_path / "models" / name).symlink_to(root / "data" / "tiny-base")
-    write_texts(tmp_path / "texts")
+    write_texts(tmp_path / "data" / "text")
     arguments = {
         "models": str(tmp_path / "models"),
-        "data": str(tmp_path / "texts"),
+        "data": str(tmp_path / "data"),
         "work": str(tmp_path / "work"),
         "runs": str(tmp_path / "runs"),
     }
@@ -179,12 +192,11 @@ def test_real_models_leave_a_file_a_run_and_go_on(tmp_path, monkeypatch, make_mo
 def toys(tmp_path, monkeypatch, root):
     """Returns the arguments of ``real.run`` for parts at toy size."""
     monkeypatch.setattr(real, "RESULTS", tmp_path / "results")
-    keep = ("mle", "emo", "emo-identity")
-    monkeypatch.setattr(tuning, "ARMS", {name: tuning.ARMS[name] for name in keep})
+    monkeypatch.setattr(tuning, "ARMS", {name: tuning.ARMS[name] for name in QUICK})
     monkeypatch.setattr(tuning, "ONCE", {name: tuning.ONCE[name] for name in ("emd", "smoothing")})
     monkeypatch.setattr(tuning, "CHECKED", ("mle", "emo"))
     monkeypatch.setattr(tuning, "CONTROLS", {"emo": "emo-identity"})
-    monkeypatch.setattr(writing, "PAIRS", [pair for pair in writing.PAIRS if {*pair} <= {*keep}])
+    monkeypatch.setattr(writing, "PAIRS", [pair for pair in writing.PAIRS if {*pair} <= {*QUICK}])
     intervals._counts.cache_clear()
     monkeypatch.setattr(intervals, "RESAMPLES", intervals.AT_ONCE)
     for name, value in {
@@ -201,15 +213,15 @@ def toys(tmp_path, monkeypatch, root):
     (tmp_path / "models").mkdir()
     for name in writing.MODELS:
         (tmp_path / "models" / name).symlink_to(root / "data" / "tiny-base")
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / tuning.TEXT).write_text(
+    (tmp_path / "data" / "text").mkdir(parents=True)
+    (tmp_path / "data" / tuning.TEXT[0]).write_text(
         "".join(
             f" = Article {n} = \n" + " ".join(rng.choices(WORDS, k=60)) + " .\n" for n in range(15)
         )
     )
     yield {
         "models": str(tmp_path / "models"),
-        "data": str(tmp_path / "texts"),
+        "data": str(tmp_path / "data"),
         "work": str(tmp_path / "work"),
         "runs": str(tmp_path / "runs"),
     }
@@ -326,3 +338,85 @@ def test_tau_is_fitted_on_one_half_and_measured_on_the_other(toys):
     nll = tuning.at_best_tau(forced).value
     grid = forced.curve[:, :, 0].sum(0) / forced.tokens.sum()
     assert nll == pytest.approx(grid.min(), abs=0.05)
+
+
+@pytest.fixture
+def questions(toys, tmp_path, monkeypatch):
+    """Returns the arguments of ``real.run`` for E3 at toy size."""
+    rng = random.Random(0)
+    for task, classes in {"trec": 6, "subj": 2}.items():
+        for split, count in (("train", 30), ("test", 9)):
+            file = tmp_path / "data" / "icl" / f"{task}_{split}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            rows = [
+                {"text": " ".join(rng.choices(WORDS, k=5)), "label": i % classes}
+                for i in range(count)
+            ]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sums = tmp_path / "data" / answering.GSM8K
+    sums.parent.mkdir()
+    sums.write_text(
+        json.dumps(
+            [
+                {"instruction": f"Add 1 to {n}.", "input": "", "output": str(n + 1)}
+                for n in range(20)
+            ]
+        )
+    )
+    monkeypatch.setattr(answering, "ARMS", {k: answering.ARMS[k] for k in QUICK})
+    monkeypatch.setattr(answering, "CONTROLS", {"emo": "emo-identity"})
+    monkeypatch.setattr(
+        answering, "MARGINS", {"trec, 4": 2.0, "gsm8k, nll": 0.02, "gsm8k, costly mass": 0.01}
+    )
+    for name, value in {
+        "COUNTS": (4, 8),
+        "SEEN": 8,
+        "BATCH": 4,
+        "TRAINED": 8,
+        "STEP": 4,
+        "HELD_OUT": 6,
+        "PILOT_ITEMS": 5,
+        "SETTINGS": [("trec", 4), ("gsm8k", 8)],
+    }.items():
+        monkeypatch.setattr(answering, name, value)
+    return toys
+
+
+def test_answers_are_compared_by_setting_and_arm(questions, tmp_path):
+    real.run("E3", **questions)
+    found = json.loads((tmp_path / "results" / "real-E3.json").read_text())
+    assert found["items"] == {"trec": 9, "gsm8k": 6}
+    rows = {(row["measure"], row["arm"]): row for row in found["rows"]}
+    assert len(rows) == 3 * 3 and all(row["seeds"] == 3 for row in rows.values())
+    assert list(rows["trec, 4", "emo"]["minus"]) == ["mle", "emo-identity"]
+    assert len({rows["gsm8k, nll", arm]["value"] for arm in QUICK}) == 3  # each trained otherwise
+    kept = tmp_path / "runs" / "E3"
+    runs = [json.loads((kept / f"gsm8k-8-mle-{seed}.json").read_text()) for seed in (0, 1)]
+    assert runs[0]["tokens"] == runs[1]["tokens"] and runs[0]["nll"] != runs[1]["nll"]
+    assert not any((tmp_path / "work" / "E3" / "models").iterdir())
+    (kept / "trec-4-emo-2.json").unlink()  # a seed counts when all arms have it
+    real.run("E3", runs=questions["runs"], finished=True)
+    found = json.loads((tmp_path / "results" / "real-E3.json").read_text())
+    rows = {(row["measure"], row["arm"]): row for row in found["rows"]}
+    assert [rows["trec, 4", arm]["seeds"] for arm in ("mle", "emo")] == [2, 2]
+    assert rows["trec, 4", "mle"]["verdict"] == rows["trec, 4", "emo"]["verdict"] == ""
+
+
+def test_an_answer_is_right_if_it_is_the_class_in_words(questions, tmp_path, monkeypatch):
+    places = jobs.Places(*map(tuning.Path, questions.values()))
+    run = answering.Answered("trec", 4, "mle", 0)
+    data = answering.write_data(places, run, tmp_path / "some")
+    test = json.loads(data["test"].read_text())
+    assert test[1]["output"] == "entity" and test[1]["instruction"].endswith("location or number?")
+    assert len(json.loads(data["train"].read_text())) == 4
+    monkeypatch.setattr(
+        answering, "load_for_generation", lambda source: (torch.nn.Identity(), None)
+    )
+    monkeypatch.setattr(
+        answering,
+        "generate_batch",
+        lambda model, tokenizer, records, *more, **options: [
+            f" {record['output']}\n" if i else "number." for i, record in enumerate(records)
+        ],
+    )
+    assert answering._right(tmp_path, data, None) == {"items": 9, "right": [0] + [1] * 8}
