@@ -12,7 +12,7 @@ from stanford_alpaca.cost import CostRows
 from stanford_alpaca.losses.types import Draws, Head
 
 CHUNK_LOGITS = {"cpu": 3 * 2**23, "cuda": 2**27}  # logits held at a time: 96 and 512 MiB in float32
-SLICE_LOGITS = {"cpu": 2**23, "cuda": 2**25}  # logits that a ``Chunk`` is made for at a time
+SLICE_LOGITS = {"cpu": 2**22, "cuda": 2**25}  # logits that a ``Chunk`` is made for at a time
 COLUMNS = None  # a chunk is sized for as many logits per token as the weight has rows
 # sums below this, relative to the sum of the other tokens, may have lost terms to underflow
 UNDERFLOW = 1e-25
@@ -150,7 +150,7 @@ class Chunk:
         if share is not None:
             table, which = self._unique_costs()
             most = torch.maximum(most, (scale + share * table.amax(1)[which]).abs())
-        bound = (q * (unit * most)[:, None]).amax(0)
+        bound = torch.mul(q, (unit * most)[:, None], out=self._z).amax(0)
         bound.scatter_reduce_(0, self._y.squeeze(1), (unit * g_y).abs(), "amax")
         drawn = draws.draw(bound)
         if drawn is None:
