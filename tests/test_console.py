@@ -205,3 +205,14 @@ def test_a_rank_that_is_no_number_hides_no_error(rank):
 def test_numbers_that_no_memory_holds_are_refused(changes, said):
     with pytest.raises(UserError, match=said):
         generate.generate(generate.Options(checkpoints=("model",), instruction="a", **changes))
+
+
+def test_bars_are_for_terminals(root):
+    """A bar in a pipe or a log file is thousands of lines."""
+    lines = [
+        f"{file.name}: {line.strip()}"
+        for file in sorted((root / "stanford_alpaca").rglob("*.py"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if "tqdm(" in line and "disable=None" not in line
+    ]
+    assert [line.split(":")[0] for line in lines] == ["progress.py"]  # asks for a terminal itself

@@ -106,7 +106,7 @@ def _near(records: Mapping[Place, Asked]) -> list[tuple[Place, Place, float]]:
     index = MinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS)
     shingles = {place: shingles_of(record.text) for place, record in records.items()}
     found = []
-    for place, own in tqdm(shingles.items(), desc="Comparing"):
+    for place, own in tqdm(shingles.items(), desc="Comparing", disable=None):
         sketch = MinHash(num_perm=PERMUTATIONS, seed=SEED)
         sketch.update_batch(shingle.encode() for shingle in own)
         for other in index.query(sketch):

@@ -68,7 +68,7 @@ def read_with(
     head = head_of(model)
     cost.to(model.device).check(len(head.weight))
     found: list[Reading | None] = []
-    for record in tqdm(records, desc="Reading"):
+    for record in tqdm(records, desc="Reading", disable=None):
         try:
             ids, texts = targets_of(encode, dict(record))
         except UserError:  # the template cannot write it; the tables above count such records

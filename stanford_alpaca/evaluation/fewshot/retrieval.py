@@ -5,6 +5,7 @@ similar one comes last.
 """
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -125,7 +126,8 @@ def load_encoder(name: str) -> Featurize:
         ) from None
 
     def features(texts: list[str]) -> np.ndarray:
-        return model.encode(texts, normalize_embeddings=True, show_progress_bar=True)
+        shown = sys.stderr.isatty()
+        return model.encode(texts, normalize_embeddings=True, show_progress_bar=shown)
 
     return lambda train, test: (features(train), features(test))
 
