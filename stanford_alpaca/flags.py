@@ -9,13 +9,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
+import fire
 from fire.decorators import SetParseFns
 from tqdm import tqdm
 
@@ -151,11 +152,7 @@ def command(options: type, run: Callable[[Any], None]) -> Callable[..., None]:
             Parameter("unknown", Parameter.VAR_KEYWORD),
         ]
     )
-    texts = [
-        each
-        for each in known.parameters.values()
-        if each.annotation is str or str in get_args(each.annotation)
-    ]
+    texts = [each for each in known.parameters.values() if _is_text(each)]
 
     def called(*given: Any, **flags: Any) -> None:
         bound = known.bind(*given, **flags).arguments
@@ -177,6 +174,37 @@ def command(options: type, run: Callable[[Any], None]) -> Callable[..., None]:
     called.__doc__ = options.__doc__
     in_place = [str for each in texts if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
     return SetParseFns(*in_place, **{each.name: str for each in texts})(called)
+
+
+def from_command_line(run: Callable[..., None], given: Sequence[str] | None = None) -> None:
+    """Lets fire run a function of ``command`` on the command line, or on other words."""
+    fire.Fire(run, command=join_texts(run, sys.argv[1:] if given is None else given))
+
+
+def join_texts(run: Callable[..., None], words: Sequence[str]) -> list[str]:
+    """Joins a flag of text with a value that begins with a dash, which fire would take for a flag.
+
+    A next word that is a flag of the command stays one: the value is missing then.
+    """
+    known = {"help", *signature(run).parameters}
+    texts = {each.name for each in signature(run).parameters.values() if _is_text(each)}
+    joined: list[str] = []
+    for each in words:
+        last = _flag(joined[-1]) if joined else None
+        if each.startswith("-") and _flag(each.partition("=")[0]) not in known and last in texts:
+            joined[-1] += f"={each}"
+        else:
+            joined.append(each)
+    return joined
+
+
+def _flag(word: str) -> str | None:
+    """Returns the name that ``--a-name`` stands for."""
+    return word[2:].replace("-", "_") if word.startswith("--") else None
+
+
+def _is_text(each: Parameter) -> bool:
+    return each.annotation is str or str in get_args(each.annotation)
 
 
 def _parameter(each: Field) -> Parameter:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import fire
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
@@ -28,6 +27,7 @@ from stanford_alpaca.flags import (
     check_whole,
     command,
     exit_on_user_error,
+    from_command_line,
     part_of,
     words,
 )
@@ -227,7 +227,7 @@ run = command(Options, generate)
 
 def main() -> None:
     """Runs the command."""
-    exit_on_user_error(lambda: fire.Fire(run))
+    exit_on_user_error(lambda: from_command_line(run))
 
 
 if __name__ == "__main__":

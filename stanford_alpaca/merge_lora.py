@@ -9,7 +9,6 @@ before and after.
 from dataclasses import dataclass
 from pathlib import Path
 
-import fire
 from transformers.utils import logging
 
 from stanford_alpaca.console import show
@@ -19,6 +18,7 @@ from stanford_alpaca.flags import (
     check_writable,
     command,
     exit_on_user_error,
+    from_command_line,
     word,
     words,
 )
@@ -73,7 +73,7 @@ run = command(Options, merge_adapter)
 def main() -> None:
     """Runs the command."""
     logging.set_verbosity_error()
-    exit_on_user_error(lambda: fire.Fire(run))
+    exit_on_user_error(lambda: from_command_line(run))
 
 
 if __name__ == "__main__":

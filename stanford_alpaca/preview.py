@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import fire
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +31,14 @@ from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation import data_view
 from stanford_alpaca.evaluation.data_view import Source
 from stanford_alpaca.evaluation.page import render
-from stanford_alpaca.flags import check_whole, command, exit_on_user_error, word, words
+from stanford_alpaca.flags import (
+    check_whole,
+    command,
+    exit_on_user_error,
+    from_command_line,
+    word,
+    words,
+)
 from stanford_alpaca.generation.writers import check_outputs
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
@@ -299,7 +305,7 @@ def budgets_of(statistics: dict[str, Any], max_length: int) -> Table:
 
 def main() -> None:
     """Runs the command."""
-    exit_on_user_error(lambda: fire.Fire(run))
+    exit_on_user_error(lambda: from_command_line(run))
 
 
 if __name__ == "__main__":

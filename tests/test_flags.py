@@ -1,6 +1,7 @@
 """Tests how a command ends."""
 
 import signal
+from dataclasses import dataclass
 
 import pytest
 
@@ -41,3 +42,35 @@ def test_ctrl_c_is_one_line_and_during_imports_none(capsys):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@dataclass
+class Options:
+    """Some flags."""
+
+    flags: str = ""
+    text: str | None = None
+    count: int = 1
+    sure: bool = False
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--flags", "--lora True --steps 2"], Options(flags="--lora True --steps 2")),
+        (["--text", "- a list", "--count", "3"], Options(text="- a list", count=3)),
+        (["--text", "--- what?", "--sure"], Options(text="--- what?", sure=True)),
+        (["--text=-x", "--count", "-1"], Options(text="-x", count=-1)),
+    ],
+)
+def test_a_text_may_begin_with_a_dash(monkeypatch, words, found):
+    got = []
+    monkeypatch.setattr("sys.argv", ["emo", *words])
+    flags.from_command_line(flags.command(Options, got.append))
+    assert got == [found]
+
+
+def test_a_flag_is_no_text_of_the_flag_before_it():
+    run = flags.command(Options, print)
+    for words in (["--text", "--count", "3"], ["--text", "--count=3"], ["--text", "--help"]):
+        assert flags.join_texts(run, words) == words

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fire
-
 from stanford_alpaca.bench.tables import Run, differences_of, means_of, rates_of
 from stanford_alpaca.bench.trials import Pool, Trial, best_rates, run_module, tried
 from stanford_alpaca.checkpoint.manifest import file_sha256, write_whole
@@ -29,6 +27,7 @@ from stanford_alpaca.flags import (
     check_writable,
     command,
     exit_on_user_error,
+    from_command_line,
 )
 from stanford_alpaca.losses.objectives import MODES
 from stanford_alpaca.losses.own import read_loss
@@ -339,7 +338,7 @@ run = command(Options, compare)
 
 def main() -> None:
     """Runs the command."""
-    exit_on_user_error(lambda: fire.Fire(run))
+    exit_on_user_error(lambda: from_command_line(run))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-import fire
-
 from stanford_alpaca.checkpoint.files import check_new, new_file
 from stanford_alpaca.console import show
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.errors import UserError, nearest
-from stanford_alpaca.flags import command, exit_on_user_error, word
+from stanford_alpaca.flags import command, exit_on_user_error, from_command_line, word
 
 
 class Source(NamedTuple):
@@ -93,7 +91,7 @@ def write_json(file: Path, records: list[dict[str, str]]) -> str:
 
 def main() -> None:
     """Runs the command."""
-    exit_on_user_error(lambda: fire.Fire(run))
+    exit_on_user_error(lambda: from_command_line(run))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fire
-
 from stanford_alpaca import __version__
 from stanford_alpaca.checkpoint.files import check_new, write_new
 from stanford_alpaca.console import say, show
@@ -51,6 +49,7 @@ from stanford_alpaca.flags import (
     check_whole,
     command,
     exit_on_user_error,
+    from_command_line,
     word,
 )
 from stanford_alpaca.generation.responses import load_for_generation
@@ -327,7 +326,7 @@ def join_models(words: list[str]) -> list[str]:
 def main() -> None:
     """Runs the command."""
     exit_on_user_error(
-        lambda: fire.Fire(run, command=join_models(sys.argv[1:])),
+        lambda: from_command_line(run, join_models(sys.argv[1:])),
         interrupted="stopped; with --out, predictions.jsonl has the tasks that were done",
     )
 

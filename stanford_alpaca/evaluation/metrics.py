@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fire
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,6 +56,7 @@ from stanford_alpaca.flags import (
     check_whole,
     command,
     exit_on_user_error,
+    from_command_line,
     part_of,
     words,
 )
@@ -460,7 +460,7 @@ run = command(Options, measure)
 
 def main() -> None:
     """Runs the command."""
-    exit_on_user_error(lambda: fire.Fire(run))
+    exit_on_user_error(lambda: from_command_line(run))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import fire
 from datasets import Dataset
 
 from stanford_alpaca import __version__
@@ -35,7 +34,7 @@ from stanford_alpaca.evaluation.page.verdicts import table_of
 from stanford_alpaca.evaluation.response_measures import REFERENCES
 from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.evaluation.tables import short_names
-from stanford_alpaca.flags import check_whole, command, exit_on_user_error, words
+from stanford_alpaca.flags import check_whole, command, exit_on_user_error, from_command_line, words
 from stanford_alpaca.generation.responses import load_for_generation
 from stanford_alpaca.generation.writers import check_outputs
 from stanford_alpaca.models.check import check_model
@@ -316,7 +315,7 @@ def page_data(
 
 def main() -> None:
     """Runs the command."""
-    exit_on_user_error(lambda: fire.Fire(run))
+    exit_on_user_error(lambda: from_command_line(run))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import get_args
 
-import fire
-
 from stanford_alpaca.console import show
 from stanford_alpaca.distributed.engine import ENGINES
 from stanford_alpaca.errors import UserError
@@ -20,6 +18,7 @@ from stanford_alpaca.flags import (
     check_whole,
     command,
     exit_on_user_error,
+    from_command_line,
 )
 from stanford_alpaca.losses.objectives import MODES, Objective
 from stanford_alpaca.models.check import check_model
@@ -278,7 +277,7 @@ run = command(Options, preflight)
 
 def main() -> None:
     """Runs the command."""
-    exit_on_user_error(lambda: fire.Fire(run))
+    exit_on_user_error(lambda: from_command_line(run))
 
 
 if __name__ == "__main__":
