@@ -158,6 +158,7 @@ def plot(rows: Sequence[dict[str, Any]], margins: Mapping[str, float], file: Pat
         panel.axvspan(-margin, margin, color="grey", alpha=0.2)
         panel.axvline(0, color="grey", linewidth=0.8)
         panel.set(title=f"{measure.replace('_', ' ')}, minus mle")
+        panel.locator_params(axis="x", nbins=5)
         panel.set_yticks(range(len(shown)), [row["arm"] for row in shown])
         panel.invert_yaxis()
     for panel in panels[len(margins) :]:
