@@ -1,6 +1,7 @@
 """The loss bench: its rule, what it refuses, and a whole comparison with a loss from a file."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -23,12 +24,22 @@ def trial(loss, rate, nll):
 
 def test_the_least_nll_on_the_development_set_is_chosen():
     trials = [trial("mle", 1e-3, 2.0), trial("mle", 2e-3, 1.0), trial("mle", 4e-3, 3.0)]
-    trials += [trial("emo", 1e-3, 1.5), trial("emo", 2e-3, 1.6), trial("emo", 4e-3, 1.7)]
+    trials += [
+        trial("emo", 5e-4, math.nan),
+        trial("emo", 1e-3, 1.5),
+        trial("emo", 2e-3, 1.6),
+        trial("emo", 4e-3, 1.7),
+    ]
     assert best_rates(trials) == {"mle": 2e-3, "emo": 1e-3}
     assert rates_of(trials)[1:] == [
         ["mle", "0.001: 2.0000", "**0.002: 1.0000**", "0.004: 3.0000"],
-        ["emo", "**0.001: 1.5000!**", "0.002: 1.6000", "0.004: 1.7000"],
+        ["emo", "0.0005: nan", "**0.001: 1.5000**", "0.002: 1.6000", "0.004: 1.7000"],
     ]
+    with pytest.raises(UserError, match="mle: nll on the development set is not finite"):
+        best_rates([trial("mle", 1e-3, math.nan), trial("emo", 1e-3, 1.0)])
+    assert rates_of([trial("mle", 1e-3, 1.0)])[1:] == [["mle", "**0.001: 1.0000**"]]
+    # rates that differ in a late digit are different trials
+    assert Trial("mle", 1e-3, 0).name != Trial("mle", 1.0000001e-3, 0).name
 
 
 def test_differences_are_paired_by_seed():
@@ -71,6 +82,9 @@ def test_each_thread_has_a_device_of_its_own():
 def test_a_failure_is_told_with_its_log(tmp_path):
     with pytest.raises(UserError, match=r"json.tool ended with status \d+ \(.*No such file.*log"):
         run_module(tmp_path / "log.txt", ["json.tool", "none.json"], {})
+    silent = ["timeit", "-n1", "-s", "import os; os._exit(9)"]
+    with pytest.raises(UserError, match=r"timeit ended with status 9 \(it said nothing\)"):
+        run_module(tmp_path / "log.txt", silent, {})
 
 
 @pytest.fixture
@@ -134,6 +148,13 @@ def test_all_get_the_same_trials_and_the_chosen_rates_all_seeds(flags, tmp_path,
     assert len(started) == 8
     with pytest.raises(UserError, match="has another comparison: rates differs"):
         plan_of(Options(**flags | {"rates": "1e-3"}))
+    with open(flags["eval_path"], "a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match="has another comparison: content of eval_path differs"):
+        plan_of(Options(**flags))
+    (tmp_path / "out" / "settings.json").write_text("[1")
+    with pytest.raises(UserError, match=r"settings\.json: cannot be read"):
+        plan_of(Options(**flags))
 
 
 def test_a_comparison_ends_in_a_page_and_goes_on(flags, tmp_path, capsys):
@@ -180,7 +201,13 @@ def test_a_comparison_ends_in_a_page_and_goes_on(flags, tmp_path, capsys):
         ({"rates": "1e-3,x"}, "--rates 1e-3,x: give numbers, with commas"),
         ({"seeds": "0,0"}, "--seeds 0,0: one is there twice"),
         ({"seeds": "-1"}, "--seeds -1: give a whole number from 0 on"),
-        ({"development": 0.9}, "--development 0.9: give a number from 0 to 0.5"),
+        ({"development": 0.9}, "--development 0.9: give a number from 1e-06 to 0.5"),
+        ({"development": 0}, "--development 0: give a number from 1e-06 to 0.5"),
+        ({"development": 0.001}, "--development 0.001 of 48 records is none; give more"),
+        ({"flags": "--x 'a"}, "--flags --x 'a: No closing quotation"),
+        ({"flags": "--max_stepz 3"}, "unknown argument --max_stepz"),
+        ({"data": "{tmp}/none.json"}, "none.json: no such file"),
+        ({"eval_path": "{tmp}/none.json"}, "none.json: no such file"),
         ({"flags": "--seed 3"}, "--flags: --seed is set by the comparison"),
         ({"flags": "--config x"}, "--flags: --config is set by the comparison"),
         ({"out": "{tmp}"}, "is not empty, and no comparison"),

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stanford_alpaca import preview
+from stanford_alpaca import merge_lora, preview
 from stanford_alpaca.cost.build import documents
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.reading import list_data_files, read_file
@@ -180,6 +180,9 @@ def test_every_command_has_the_flag(arguments, root, tmp_path, monkeypatch):
     run("model", max_record_mib=3)
     run("model")
     assert seen == [3, 256]
+    assert "max_record_mib: the most MiB of a record" in run.__doc__
+    with pytest.raises(UserError, match="unknown argument --max_record_mib"):  # reads no data
+        merge_lora.run("model", max_record_mib=3)
     for wrong in (0, -1, 1.5, "x", True):
         with pytest.raises(UserError, match=f"--max_record_mib {wrong}: give a whole number"):
             run("model", max_record_mib=wrong)
