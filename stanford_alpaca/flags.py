@@ -56,8 +56,9 @@ class RecordLimit:
 
 
 RECORD_LIMIT = RecordLimit()
-RECORD_HELP = """    max_record_mib: the most MiB of a record of data, unpacked, 256 by default. A JSON list
-            may have 16 times it.
+RECORD_HELP = """\
+    max_record_mib: the most MiB of a record of data, unpacked, 256 by default. A JSON list may
+            have 16 times it.
     """
 
 

@@ -13,6 +13,7 @@ from stanford_alpaca.bench.tables import differences_of, means_of, rates_of
 from stanford_alpaca.bench.trials import Pool, Trial, best_rates, run_module, tried
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.page import as_block
+from stanford_alpaca.flags import RECORD_LIMIT
 from tests.helpers import refusal
 
 OWN = Path(__file__).parents[1] / "losses" / "own_modes.py"
@@ -127,6 +128,7 @@ def pretended(words, started):
 
 def test_all_get_the_same_trials_and_the_chosen_rates_all_seeds(flags, tmp_path, monkeypatch):
     started = []
+    monkeypatch.setattr(RECORD_LIMIT, "mib", 77)
     monkeypatch.setattr(bench, "run_module", lambda log, words, _: pretended(words, started))
     monkeypatch.setattr(bench.report, "collect", lambda options: {"runs": list(options.runs)})
     compare(Options(**flags))
@@ -134,6 +136,7 @@ def test_all_get_the_same_trials_and_the_chosen_rates_all_seeds(flags, tmp_path,
     assert runs == {"emo-0.001-0", "emo-0.001-1", "mix-0.002-0", "mix-0.002-1"}
     trained = [words for words in started if words[0] == "stanford_alpaca.train"]
     assert len(trained) == 6 and len(started) == 8
+    assert {words[words.index("--max_record_mib") + 1] for words in started} == {"77"}
     for words in trained:  # all but loss, rate, seed and folder is the same
         for flag in ("--loss", "--mode", "--learning_rate", "--seed", "--output_dir"):
             if flag in words:
