@@ -8,6 +8,7 @@ are measured on the held-out data. One page shows the result.
 import json
 import shlex
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -391,9 +392,19 @@ def write(
 run = command(Options, compare)
 
 
+def joined(argv: list[str]) -> list[str]:
+    """Joins --flags and its value, which fire would take for another flag."""
+    words = list(argv)
+    for i, word in enumerate(words[:-1]):
+        if word == "--flags":
+            words[i : i + 2] = [f"--flags={words[i + 1]}"]
+            break
+    return words
+
+
 def main() -> None:
     """Runs the command."""
-    exit_on_user_error(lambda: fire.Fire(run))
+    exit_on_user_error(lambda: fire.Fire(run, command=joined(sys.argv[1:])))
 
 
 if __name__ == "__main__":

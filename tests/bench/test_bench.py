@@ -13,7 +13,7 @@ from stanford_alpaca.bench.tables import differences_of, means_of, rates_of
 from stanford_alpaca.bench.trials import Pool, Trial, best_rates, run_module, tried
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.page import as_block
-from stanford_alpaca.flags import RECORD_LIMIT
+from stanford_alpaca.flags import RECORD_LIMIT, command
 from tests.helpers import refusal
 
 OWN = Path(__file__).parents[1] / "losses" / "own_modes.py"
@@ -72,6 +72,14 @@ def test_a_trial_is_trained_once(tmp_path):
     assert tried(one, tmp_path, train) == first
     assert trained == [tmp_path / "runs" / "emo-adaptive-2e-05-3"]
     assert (first["development_nll"], first["seconds"], first["seed"]) == (1.5, 3.0, 3)
+
+
+def test_flags_of_training_arrive_from_a_command_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "run", command(Options, seen.append))
+    monkeypatch.setattr("sys.argv", ["compare", "--flags", "--max_steps 2 --lora", "--seeds", "7"])
+    bench.main()
+    assert (seen[0].flags, seen[0].seeds) == ("--max_steps 2 --lora", "7")
 
 
 def test_each_thread_has_a_device_of_its_own():
