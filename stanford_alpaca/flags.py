@@ -27,6 +27,7 @@ T = TypeVar("T")
 MOST, MOST_SEED = 2**31 - 1, 2**63 - 1  # of a count, and of a seed
 LONGEST_NAME = 255  # bytes, of a file
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # the disk is full or broken
+DATA = {"data", "data_path", "data_dir", "eval_path", "prompts", "text"}  # flags that name data
 # optional modules -> what is installed
 PIP_NAMES = {
     "deepspeed": "deepspeed",
@@ -56,6 +57,10 @@ class RecordLimit:
 
 
 RECORD_LIMIT = RecordLimit()
+RECORD_HELP = """\
+    max_record_mib: the most MiB of a record of data, unpacked, 256 by default. A JSON list may
+            have 16 times it.
+    """
 
 
 def exit_on_user_error(command: Callable[[], Any], interrupted: str = "stopped") -> Any:
@@ -143,12 +148,16 @@ def command(options: type, run: Callable[[Any], None]) -> Callable[..., None]:
     ``a, b`` as a tuple.
 
     The returned function raises UserError for a flag that is not a field. What the dataclass raises
-    passes through.
+    passes through. A command with one of the flags in ``DATA`` has --max_record_mib, too.
     """
     parameters = [_parameter(each) for each in fields(options)]
+    reads = bool(DATA & {each.name for each in parameters})
+    limit = Parameter(
+        "max_record_mib", Parameter.KEYWORD_ONLY, default=RecordLimit.mib, annotation=int
+    )
     known = Signature(
         [
-            *sorted(parameters, key=lambda each: each.kind),
+            *sorted([*parameters, *[limit][:reads]], key=lambda each: each.kind),
             Parameter("unknown", Parameter.VAR_KEYWORD),
         ]
     )
@@ -157,7 +166,7 @@ def command(options: type, run: Callable[[Any], None]) -> Callable[..., None]:
     def called(*given: Any, **flags: Any) -> None:
         bound = known.bind(*given, **flags).arguments
         unknown = bound.pop("unknown", {})
-        RECORD_LIMIT.set(unknown.pop("max_record_mib", RecordLimit.mib))
+        RECORD_LIMIT.set(bound.pop("max_record_mib", RecordLimit.mib))
         refuse_unknown(unknown, called)
         for each in parameters:
             check_switch(each.name, each.annotation, bound.get(each.name, False))
@@ -171,7 +180,7 @@ def command(options: type, run: Callable[[Any], None]) -> Callable[..., None]:
         )
 
     called.__signature__ = known  # type: ignore[attr-defined]
-    called.__doc__ = options.__doc__
+    called.__doc__ = f"{options.__doc__}{RECORD_HELP if reads else ''}"
     in_place = [str for each in texts if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
     return SetParseFns(*in_place, **{each.name: str for each in texts})(called)
 

@@ -131,6 +131,8 @@ def preview(options: Options) -> None:
     if options.model is None or not paths:
         raise UserError("give a model and --data FILE")
     check_columns(paths, columns)
+    if options.eval_path in paths:
+        raise UserError(f"--eval_path {options.eval_path} is the data itself; give held-out data")
     source = ModelSource(options.model, options.cache_dir, options.trust_remote_code)
     check_model(source, weights=options.transport is not None)
     tokenizer = source.tokenizer()

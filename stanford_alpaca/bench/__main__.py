@@ -15,12 +15,17 @@ from typing import Any
 
 from stanford_alpaca.bench.tables import Run, differences_of, means_of, rates_of
 from stanford_alpaca.bench.trials import Pool, Trial, best_rates, run_module, tried
+from stanford_alpaca.checkpoint.bounded import read_json
 from stanford_alpaca.checkpoint.manifest import file_sha256, write_whole
 from stanford_alpaca.console import align, say, show
-from stanford_alpaca.errors import UserError
+from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.data.sources import identify
+from stanford_alpaca.errors import UserError, first_line
 from stanford_alpaca.evaluation import report
 from stanford_alpaca.evaluation.page import render
+from stanford_alpaca.evaluation.settings import Settings, read_records
 from stanford_alpaca.flags import (
+    RECORD_LIMIT,
     check_number,
     check_packages,
     check_whole,
@@ -34,9 +39,11 @@ from stanford_alpaca.losses.own import read_loss
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.run.legacy_flags import split_flags
-from stanford_alpaca.run.where import Devices, where_to_run
+from stanford_alpaca.run.parse import parse
+from stanford_alpaca.run.where import Devices, Where, where_to_run
 
 MEASURES = ("nll", "emo", "perplexity", "token_accuracy", "exact_match", "rouge_l", "ece")
+LEAST, MOST = 1e-6, 0.5  # of --development
 OURS = {  # flags that the comparison itself sets
     "mode", "loss", "learning_rate", "seed", "output_dir", "data_path", "eval_path",
     "eval_fraction", "resume", "resume_from_checkpoint", "model_name_or_path", "config", "engine",
@@ -109,17 +116,24 @@ def plan_of(options: Options) -> Plan:
         check_number("rates", rate, 1e-12, 1.0)
     for seed in seeds:
         check_whole("seeds", seed, 0)
-    check_number("development", options.development, 0.0, 0.5)
+    check_number("development", options.development, LEAST, MOST)
     for name in ("limit", "processes", "max_new_tokens"):
         check_whole(name, 1 if getattr(options, name) is None else getattr(options, name), 1)
     check_whole("transport_records", options.transport_records, 0)
-    given = {flag.name for flag in split_flags(shlex.split(options.flags))}
+    try:
+        given = {flag.name for flag in split_flags(shlex.split(options.flags))}
+    except ValueError as error:  # a quote is open
+        raise UserError(f"--flags {options.flags}: {first_line(error)}") from None
     for flag in sorted(given & OURS):
         raise UserError(f"--flags: --{flag} is set by the comparison; drop it")
     folder = Path(options.out).expanduser().absolute()
     check_writable("out", folder)
     check_model(ModelSource(str(options.model), remote_code=options.trust_remote_code))
-    return Plan(options, folder, _losses(options, folder), rates, seeds, _devices(options))
+    losses, sources = _losses(options, folder)
+    plan = Plan(options, folder, losses, rates, seeds, _devices(options))
+    _check_data(plan)
+    _check_same(options, folder, sources)
+    return plan
 
 
 def _numbers(name: str, text: str, kind: Any) -> list[Any]:
@@ -132,8 +146,35 @@ def _numbers(name: str, text: str, kind: Any) -> list[Any]:
     return found
 
 
-def _losses(options: Options, folder: Path) -> dict[str, list[str]]:
-    """Returns the flags of each loss. Files are copied, so that all trials train the same."""
+def _check_data(plan: Plan) -> None:
+    """Raises UserError for flags of training that do not exist, and for data of no use."""
+    options = plan.options
+    trial = Trial("", plan.rates[0], plan.seeds[0])
+    run = parse(_flags(plan, trial, plan.folder / "runs" / trial.name, ["--mode", "mle"], {}).flags)
+    records = load_records(
+        str(options.data),
+        run.training.cache_dir,
+        columns=run.data.column_names(),
+        documents=run.data.documents,
+        train_history=run.data.train_history,
+    )
+    if not round(len(records) * options.development):
+        raise UserError(
+            f"--development {options.development} of {len(records)} records is none; give more"
+        )
+    read_records(
+        [str(options.model)],
+        Settings(
+            data=str(options.eval_path),
+            limit=options.limit,
+            max_new_tokens=options.max_new_tokens,
+            trust_remote_code=options.trust_remote_code,
+        ),
+    )
+
+
+def _losses(options: Options, folder: Path) -> tuple[dict[str, list[str]], dict[Path, bytes]]:
+    """Returns the flags of each loss, and the files to copy, so that all trials train the same."""
     found: dict[str, list[str]] = {}
     sources: dict[Path, bytes] = {}
     for asked in str(options.loss).split(","):
@@ -151,17 +192,21 @@ def _losses(options: Options, folder: Path) -> dict[str, list[str]]:
         found[name] = flags
     if len(found) < 2:
         raise UserError(f"--loss {options.loss}: give two losses or more, with commas")
-    _check_same(options, folder, sources)
-    return found
+    return found, sources
 
 
 def _check_same(options: Options, folder: Path, sources: dict[Path, bytes]) -> None:
     """Writes what decides the result into the folder. Raises UserError if it was another there."""
     free = ("processes", "out", "transport_records")
     asked = {name: value for name, value in asdict(options).items() if name not in free}
+    for name in ("data", "eval_path"):
+        asked[f"content of {name}"] = identify(str(getattr(options, name)))
     file = folder / "settings.json"
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            before = dict(read_json(file))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
         changed = [name for name in asked if before.get(name) != asked[name]]
         changed += [
             f"the file of {copy.stem}"
@@ -188,21 +233,29 @@ def _devices(options: Options) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": str(max(1, found.cores // count))}] * count
 
 
-def train(plan: Plan, trial: Trial, environment: dict[str, str], output: Path) -> None:
-    """Trains one trial into a folder."""
+def _flags(
+    plan: Plan, trial: Trial, output: Path, loss: list[str], environment: dict[str, str]
+) -> Where:
+    """Returns the command line of a trial, and where it runs."""
     options = plan.options
     remote = ["--trust_remote_code", "True"] if options.trust_remote_code else []
     flags = [
         *("--model_name_or_path", options.model, "--data_path", options.data),
         *("--output_dir", output, "--learning_rate", trial.learning_rate, "--seed", trial.seed),
         *("--eval_fraction", options.development, "--report_to", "none"),
-        *plan.losses[trial.loss],
+        *("--max_record_mib", RECORD_LIMIT.mib),
+        *loss,
         *remote,
         *shlex.split(options.flags),
     ]
-    where = where_to_run(
+    return where_to_run(
         [str(word) for word in flags], {"NPROC": "1", **environment}, Devices.found(), True
     )
+
+
+def train(plan: Plan, trial: Trial, environment: dict[str, str], output: Path) -> None:
+    """Trains one trial into a folder."""
+    where = _flags(plan, trial, output, plan.losses[trial.loss], environment)
     log = plan.folder / "log.txt"
     run_module(log, ["stanford_alpaca.train", *where.flags], where.environment | environment)
 
@@ -216,6 +269,7 @@ def measure(plan: Plan, seed: int, runs: dict[str, Path], environment: dict[str,
         words: list[object] = ["stanford_alpaca.evaluation.metrics", options.model, *runs.values()]
         words += ["--data", options.eval_path, "--out", out, "--samples", 0]
         words += ["--max_new_tokens", options.max_new_tokens]
+        words += ["--max_record_mib", RECORD_LIMIT.mib]
         words += [] if options.limit is None else ["--limit", options.limit]
         words += ["--trust_remote_code"] if options.trust_remote_code else []
         run_module(plan.folder / "log.txt", words, environment)

@@ -4,6 +4,7 @@ A run is a dict with setting, arm, seed, and measures {name: value}. A table is 
 head first.
 """
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -51,10 +52,10 @@ def rates_of(trials: Iterable[Mapping[str, Any]]) -> Table:
 def bold(nlls: Mapping[float, float]) -> list[str]:
     """Returns nll by learning rate as text, the least in bold.
 
-    A ! marks the least if it belongs to the lowest or highest rate.
+    A ! marks the least if it belongs to the lowest or highest rate of several.
     """
-    best = min(nlls, key=nlls.__getitem__)
-    edge = "!" if best in (min(nlls), max(nlls)) else ""
+    best = min(nlls, key=lambda rate: (math.isnan(nlls[rate]), nlls[rate]))
+    edge = "!" if len(nlls) > 1 and best in (min(nlls), max(nlls)) else ""
     return [
         f"**{rate:g}: {nll:.4f}{edge}**" if rate == best else f"{rate:g}: {nll:.4f}"
         for rate, nll in nlls.items()

@@ -1,6 +1,7 @@
 """Runs trainings in processes of their own, each once, and keeps a small file about each."""
 
 import json
+import math
 import os
 import queue
 import subprocess
@@ -29,7 +30,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return f"{self.loss.replace(', ', '-')}-{self.learning_rate:g}-{self.seed}"
+        return f"{self.loss.replace(', ', '-')}-{self.learning_rate}-{self.seed}"
 
 
 def run_module(log: Path, words: Iterable[object], environment: Mapping[str, str]) -> None:
@@ -39,13 +40,15 @@ def run_module(log: Path, words: Iterable[object], environment: Mapping[str, str
         UserError: it failed.
     """
     command = [sys.executable, "-m", *map(str, words)]
+    start = len(log.read_text("utf-8", "replace")) if log.exists() else 0
     with log.open("a", encoding="utf-8") as stream:
         status = subprocess.run(
             command, env=os.environ | dict(environment), stdout=stream, stderr=stream, check=False
         ).returncode
     if status:
-        last = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-        raise UserError(f"{command[2]} ended with status {status} ({last[-1]}); see {log}")
+        said = log.read_text("utf-8", "replace")[start:].split("\n")
+        last = next((line for line in reversed(said) if line.strip()), "it said nothing")
+        raise UserError(f"{command[2]} ended with status {status} ({last.strip()}); see {log}")
 
 
 def tried(trial: Trial, folder: Path, train: Callable[[Path], None]) -> dict[str, Any]:
@@ -74,10 +77,19 @@ def tried(trial: Trial, folder: Path, train: Callable[[Path], None]) -> dict[str
 
 
 def best_rates(trials: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the learning rate of each loss with the least nll on the development set."""
+    """Returns the learning rate of each loss with the least nll on the development set.
+
+    Raises:
+        UserError: a loss has no finite nll at any rate.
+    """
     by_loss: dict[str, dict[float, float]] = {}
     for found in trials:
-        by_loss.setdefault(found["loss"], {})[found["learning_rate"]] = found["development_nll"]
+        of_loss = by_loss.setdefault(found["loss"], {})
+        if math.isfinite(found["development_nll"]):
+            of_loss[found["learning_rate"]] = found["development_nll"]
+    for loss, found_nll in by_loss.items():
+        if not found_nll:
+            raise UserError(f"{loss}: nll on the development set is not finite at any rate")
     return {loss: min(nll, key=nll.__getitem__) for loss, nll in by_loss.items()}
 
 

@@ -16,9 +16,17 @@ from stanford_alpaca.cost.cooccurrence import TextSettings, count_pairs, embed
 from stanford_alpaca.cost.embedding import CostEmbedding
 from stanford_alpaca.cost.transfer import transfer_rows
 from stanford_alpaca.data.encode import TextEncoder
-from stanford_alpaca.data.reading import DATA_SUFFIXES, kind_of_file, lines_of, open_text, read_file
+from stanford_alpaca.data.reading import (
+    DATA_SUFFIXES,
+    kind_of_file,
+    lines_of,
+    open_text,
+    read_file,
+    too_large,
+)
 from stanford_alpaca.data.records import FORMS, form_of, parse_record
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import RECORD_LIMIT
 from stanford_alpaca.models.load import ModelSource
 
 CHUNK = 1 << 22  # characters that are tokenized and counted at a time
@@ -49,11 +57,22 @@ def documents(file: Path) -> Iterator[str]:
         with open_text(file) as stream:
             for is_text, group in groupby(lines_of(stream, file), _is_text):
                 if is_text and in_paragraphs:
-                    yield "".join(group).strip("\n")
+                    yield _paragraph(group, file).strip("\n")
                 elif is_text:
                     yield from (line.strip("\n") for line in group)
     except UnicodeDecodeError:
         raise UserError(f"{file}: not UTF-8; convert the file to UTF-8") from None
+
+
+def _paragraph(lines: Iterable[str], file: Path) -> str:
+    """Joins lines. Raises UserError if they become larger than a record."""
+    found, size = [], 0
+    for line in lines:
+        found.append(line)
+        size += len(line)
+        if size > RECORD_LIMIT.mib << 20:
+            raise too_large(f"{file}:a paragraph")
+    return "".join(found)
 
 
 def _is_text(line: str) -> bool:

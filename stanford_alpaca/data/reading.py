@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stanford_alpaca.checkpoint.bounded import read_json
+from stanford_alpaca.data.arrow_size import unpacked_sizes
 from stanford_alpaca.data.strict_json import JSON, duplicate
 from stanford_alpaca.errors import UserError, first_line, listed
 from stanford_alpaca.flags import RECORD_LIMIT
@@ -40,6 +41,7 @@ SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 # what may be held at a time, in records of the greatest size: a JSON list, unpacked rows
 LISTS, BATCHES = 16, 4
 ROWS = 1000  # that are unpacked at a time, at most
+REPEATS = re.compile("^dictionary|^run_end_encoded|_view")  # types of Arrow
 
 _states: dict[str, tuple[int, ...]] = {}  # file -> size, time of change and number
 
@@ -51,7 +53,8 @@ def _most() -> int:
     return RECORD_LIMIT.mib << 20
 
 
-def _too_large(where: str) -> UserError:
+def too_large(where: str) -> UserError:
+    """Returns the error for a record that is larger than --max_record_mib."""
     return UserError(
         f"{where}: larger than {RECORD_LIMIT.mib} MiB; is it what it should be? "
         "--max_record_mib raises the limit"
@@ -64,7 +67,7 @@ def lines_of(stream: IO[str], file: Path) -> Iterator[str]:
     while line := stream.readline(most + 1):
         number += 1
         if len(line) > most:
-            raise _too_large(f"{file}:line {number}")
+            raise too_large(f"{file}:line {number}")
         yield line
 
 
@@ -396,7 +399,7 @@ def _csv(file: Path, delimiter: str) -> Iterator[Placed]:
                 yield where, row
         except csv.Error as error:
             if "field limit" in str(error):
-                raise _too_large(f"{file}:line {reader.line_num}") from None
+                raise too_large(f"{file}:line {reader.line_num}") from None
             place = f"line {reader.line_num}" if next(lines, None) is not None else "the end"
             raise UserError(f"{file}: broken CSV at {place}, {error}; is a quote open?") from None
 
@@ -412,7 +415,7 @@ def _parquet(file: Path) -> Iterator[Placed]:
                 )
             for batch in table.iter_batches(batch_size=_rows_at_a_time(table, file)):
                 if batch.nbytes > BATCHES * _most():
-                    raise _too_large(f"{file}:record {number + 1} or one after it")
+                    raise too_large(f"{file}:record {number + 1} or one after it")
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}:record {number}", without_nulls(row)
@@ -430,7 +433,7 @@ def _rows_at_a_time(table: pq.ParquetFile, file: Path) -> int:
     """
     groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
     if any(group.total_byte_size > _most() * max(1, group.num_rows) for group in groups):
-        raise _too_large(f"{file}:a record")
+        raise too_large(f"{file}:a record")
     largest = max((group.total_byte_size for group in groups), default=0)
     return max(1, min(ROWS, BATCHES * _most() // max(1, largest)))
 
@@ -455,10 +458,17 @@ def _without_nulls(value: Any) -> Any:
 def _arrow(file: Path) -> Iterator[Placed]:
     number = 0
     try:
+        with pa.memory_map(str(file)) as source:
+            if any(size > BATCHES * _most() for size in unpacked_sizes(source)):
+                raise too_large(f"{file}:a compressed batch of records")
         with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as table:
+            _check_types(file, table.schema)
             for batch in table:
-                for start in range(0, len(batch), 1000):
-                    for row in batch.slice(start, 1000).to_pylist():
+                batch.validate(full=True)  # a wrong offset would point outside
+                for rows in _slices(batch):
+                    if rows.nbytes > _most():
+                        raise too_large(f"{file}:record {number + 1}")
+                    for row in rows.to_pylist():
                         number += 1
                         yield f"{file}:record {number}", without_nulls(row)
             if source.tell() < source.size():  # zeros in a damaged file end the stream
@@ -470,6 +480,29 @@ def _arrow(file: Path) -> Iterator[Placed]:
         raise UserError(
             f"{file}: broken Arrow, {first_line(error)}; is the file complete?"
         ) from None
+
+
+def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Yields slices of a batch with at most ROWS rows and the size of a record, or a single row."""
+    if len(batch) > 1 and (len(batch) > ROWS or batch.nbytes > _most()):
+        half = len(batch) // 2
+        yield from _slices(batch.slice(0, half))
+        yield from _slices(batch.slice(half))
+    else:
+        yield batch
+
+
+def _check_types(file: Path, schema: pa.Schema) -> None:
+    """Raises UserError for types in which one value may stand for many. ``datasets`` has none."""
+    rest = list(schema)
+    while rest:
+        field = rest.pop()
+        if REPEATS.search(str(field.type).partition("<")[0]):
+            raise UserError(
+                f"{file}: the column {field.name!r} is {field.type}, in which one value may stand "
+                "for many; save it with plain values"
+            )
+        rest += [field.type.field(i) for i in range(field.type.num_fields)]
 
 
 def _bad_byte(file: Path) -> int:

@@ -19,6 +19,7 @@ from stanford_alpaca.data.tokenize import ExampleEncoder
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.page.transport import rounded, view_of
 from stanford_alpaca.evaluation.reading import (
+    LEAST,
     MEANING,
     WORDING,
     Reading,
@@ -195,7 +196,8 @@ def lines_of(found: Found) -> list[str]:
     """Returns what was found, in sentences, each with what to do about it or what it means."""
     rows, (exact, conflicting, near) = found.rows, found.duplicates
     kinds = [row["kind"] for row in rows]
-    suspicious = sum(row["suspicious"] for row in rows)
+    count = f"{sum(row['suspicious'] for row in rows):,} (nll and emo far above those of similar"
+    suspicious = f"{count} prompts)" if len(rows) >= LEAST else f"not among fewer than {LEAST}"
     tokens = sum(row["tokens"] for row in rows)
     lines = [
         f"read {len(rows):,} records, {tokens:,} tokens: "
@@ -203,7 +205,7 @@ def lines_of(found: Found) -> list[str]:
         f"emo {sum(row['emo'] * row['tokens'] for row in rows) / tokens:.4f}",
         f"of the unlikeliest quarter {kinds.count(MEANING):,} are of another meaning, "
         f"{kinds.count(WORDING):,} of another wording than the model expected",
-        f"suspicious labels: {suspicious:,} (nll and emo far above those of similar prompts)",
+        f"suspicious labels: {suspicious}",
         f"records that occur twice: {sum(map(len, exact)):,} in {len(exact):,} groups; "
         f"one question with several answers: {len(conflicting):,}",
     ]

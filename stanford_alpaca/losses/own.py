@@ -6,7 +6,11 @@ autograd. So a token's loss may depend on nothing but its own two numbers.
 """
 
 import math
+import random
+import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +27,14 @@ COPY = "own_loss.py"  # the copy of the file in a run's folder
 NLL = (0.0, 1e-6, 1e-3, 0.1, 0.7, 2.0, 8.0, 30.0, 100.0)  # nats
 # log emo below its greatest value, log(2 (1 - p_y)): all costs lie between 0 and 2
 BELOW = (0.0, 0.7, 3.0, 12.0, 80.0, math.inf)
+SHARED: dict[str, Callable[[], object]] = {  # what the whole process has
+    "PyTorch's default dtype": torch.get_default_dtype,
+    "PyTorch's default device": torch.get_default_device,
+    "PyTorch's number of threads": torch.get_num_threads,
+    "the precision of products": torch.get_float32_matmul_precision,
+    "whether gradients are computed": torch.is_grad_enabled,
+    "the random numbers": lambda: (torch.get_rng_state().numpy().tobytes(), random.getstate()),
+}
 
 
 @dataclass(frozen=True)
@@ -64,13 +76,19 @@ def read_loss(asked: str) -> OwnLoss:
     if not (path.endswith(".py") and name.isidentifier()):
         raise ValueError("give FILE.py:NAME, a file and a function in it; --mode has built-in ones")
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"{path} is no file")  # a pipe would be waited for
         source = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     module = ModuleType(f"own_loss_{sha256(source).hexdigest()[:16]}")
     module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses look there
     try:
-        exec(compile(source, path, "exec"), module.__dict__)
+        with _nothing_shared_changes(path):
+            exec(compile(source, path, "exec"), module.__dict__)
+    except _Changed as error:
+        raise ValueError(str(error)) from None
     except (Exception, SystemExit) as error:
         raise ValueError(f"{path} does not run: {_told(error, path)}") from None
     found = vars(module)
@@ -98,14 +116,20 @@ def try_loss(
 
     Raises:
         ValueError: it is no function, it fails, its losses have another shape or dtype, a loss or a
-            derivative is not finite, nothing has a gradient, a second call differs, or the loss of
-            a token depends on other tokens.
+            derivative is not finite, nothing has a gradient, a second call differs, the loss of a
+            token depends on other tokens, or the function changes its arguments or what the whole
+            process has.
     """
     if not callable(function):
         raise ValueError(f"{name or repr(function)} is no function but {type(function).__name__}")
     called = name or str(getattr(function, "__name__", type(function).__name__))
     probe = _Probe(function, called, path or getattr(_code(function), "co_filename", None))
-    nll, log_emo = _points(device)
+    with _nothing_shared_changes(called):
+        return OwnLoss(function, called, _needs_emo(probe, called, *_points(device)), source)
+
+
+def _needs_emo(probe: "_Probe", called: str, nll: Tensor, log_emo: Tensor) -> bool:
+    """Tries a function and returns whether it reads log emo. Raises ValueError as ``try_loss``."""
     loss, a, b = probe.derivatives(nll, log_emo)
     nowhere = torch.zeros_like(nll, dtype=torch.bool)
     for what, values, wrong in (
@@ -118,11 +142,10 @@ def try_loss(
                 f"{called}: the {what} is {values[row].item():g} where nll is "
                 f"{nll[row].item():g} and log_emo {log_emo[row].item():g}"
             )
-    probe.repeats(nll, log_emo, loss)
+    probe.repeats(nll, log_emo, (loss, a, b))
     if not (a.any() or b.any()):
         raise ValueError(f"{called} has no gradient: its losses change with neither argument")
-    needs_emo = bool(b.any()) or probe.reads_emo(nll, loss)
-    return OwnLoss(function, called, needs_emo, source)
+    return bool(b.any()) or probe.reads_emo(nll, loss)
 
 
 def _points(device: torch.device | str) -> tuple[Tensor, Tensor]:  # [54], [54]
@@ -138,11 +161,14 @@ class _Probe:
         self._function, self._name, self._path = function, name, path
 
     def call(self, nll: Tensor, log_emo: Tensor | None) -> Tensor:
+        given = [(each, each.detach().clone()) for each in (nll, log_emo) if each is not None]
         try:
             loss = self._function(nll, log_emo)
             _check_kind(loss, nll)
         except (Exception, SystemExit) as error:
             raise ValueError(f"{self._name} fails: {_told(error, self._path)}") from None
+        if not all(torch.equal(now.detach(), was) for now, was in given):
+            raise ValueError(f"{self._name} changes its arguments in place; make new tensors")
         return loss
 
     def derivatives(self, nll: Tensor, log_emo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,24 +180,30 @@ class _Probe:
             raise ValueError(f"{self._name} has no gradient: its losses are constants")
         try:
             grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
-        except RuntimeError as error:
-            raise ValueError(f"{self._name} has no gradient: {first_line(error)}") from None
+        except Exception as error:
+            raise ValueError(f"{self._name} has no gradient: {_told(error, self._path)}") from None
         a, b = (torch.zeros_like(nll) if grad is None else grad.detach() for grad in grads)
         return loss.detach(), a, b
 
-    @torch.no_grad()
-    def repeats(self, nll: Tensor, log_emo: Tensor, loss: Tensor) -> None:
-        """Raises ValueError unless other batches of the same tokens have the same losses."""
-        if not torch.equal(self.call(nll, log_emo), loss):
-            raise ValueError(f"{self._name}: a second call returns other losses")
+    def repeats(self, nll: Tensor, log_emo: Tensor, found: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Raises ValueError unless other batches of the same tokens have what was found.
+
+        Args:
+            found: what ``derivatives`` returned.
+        """
+        with torch.no_grad():
+            if not torch.equal(self.call(nll, log_emo), found[0]):
+                raise ValueError(f"{self._name}: a second call returns other losses")
+            self.call(nll[:0], log_emo[:0])
         backwards = torch.arange(len(nll) - 1, -1, -1, device=nll.device)
-        for rows in (backwards, backwards[:7], backwards[:0]):
-            again = self.call(nll[rows], log_emo[rows])
-            if not torch.allclose(again, loss[rows], rtol=1e-4, atol=1e-6):
-                raise ValueError(
-                    f"{self._name}: the loss of a token depends on the tokens beside it, "
-                    "which are others in each chunk"
-                )
+        for rows in (backwards, backwards[:7]):
+            again = self.derivatives(nll[rows], log_emo[rows])
+            for what, one, two in zip(("loss", "gradient", "gradient"), again, found, strict=True):
+                if not torch.allclose(one, two[rows], rtol=1e-4, atol=1e-6):
+                    raise ValueError(
+                        f"{self._name}: the {what} of a token depends on the tokens beside it, "
+                        "which are others in each chunk"
+                    )
 
     @torch.no_grad()
     def reads_emo(self, nll: Tensor, loss: Tensor) -> bool:
@@ -184,15 +216,31 @@ class _Probe:
 
 def _check_kind(loss: Any, nll: Tensor) -> None:
     """Raises ValueError unless these can be the losses of tokens."""
-    if not isinstance(loss, Tensor):
+    if type(loss) is not type(nll):
         raise ValueError(f"it returned {type(loss).__name__}, wanted a tensor of losses [N]")
     if loss.shape != nll.shape:
         raise ValueError(
             f"it returned losses of shape {tuple(loss.shape)} for {len(nll)} tokens, "
             f"wanted {tuple(nll.shape)}: one for each token, not summed"
         )
-    if loss.dtype != nll.dtype:
-        raise ValueError(f"it returned losses in {loss.dtype}, wanted that of nll, {nll.dtype}")
+    for name in ("dtype", "device", "layout"):
+        is_now, wanted = getattr(loss, name), getattr(nll, name)
+        if is_now != wanted:
+            raise ValueError(f"it returned losses in {is_now}, wanted that of nll, {wanted}")
+
+
+class _Changed(ValueError):
+    """Something of the whole process was changed."""
+
+
+@contextmanager
+def _nothing_shared_changes(who: str) -> Iterator[None]:
+    """Raises _Changed if the block changes what the whole process has."""
+    before = {name: read() for name, read in SHARED.items()}
+    yield
+    for name, read in SHARED.items():
+        if read() != before[name]:
+            raise _Changed(f"{who} changes {name}, which the whole run shares; leave that alone")
 
 
 def _is_own(value: Any, module: ModuleType) -> bool:

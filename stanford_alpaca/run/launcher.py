@@ -61,6 +61,8 @@ def report_on(where: Where, output: Path) -> None:
     if os.environ.get("REPORT") != "no" and not report.exists():
         command = [sys.executable, "-m", "stanford_alpaca.evaluation.report"]
         command += [where.value("model_name_or_path"), str(output)]
+        limit = where.value("max_record_mib")
+        command += ["--max_record_mib", limit] if limit else []
         if subprocess.call([*command, "--out", str(report), "--limit", REPORTED]):
             say("report: none could be written")
     say(f"checkpoint: {output}\ntalk to it: emo chat {shlex.quote(str(output))}")

@@ -34,6 +34,7 @@ ASKED = {  # variable of a launcher -> the flag that it holds
     "MODE": "mode",
     "DATA": "data_path",
     "OUTPUT_DIR": "output_dir",
+    "MAX_RECORD_MIB": "max_record_mib",
 }
 KEEP_MEMORY = {  # glibc then keeps the memory of freed tensors, see benchmarks/LOG.md
     "MALLOC_MMAP_THRESHOLD_": "4294967296",

@@ -1,6 +1,7 @@
 """The loss bench: its rule, what it refuses, and a whole comparison with a loss from a file."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from stanford_alpaca.bench.tables import differences_of, means_of, rates_of
 from stanford_alpaca.bench.trials import Pool, Trial, best_rates, run_module, tried
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.page import as_block
+from stanford_alpaca.flags import RECORD_LIMIT, command
 from tests.helpers import refusal
 
 OWN = Path(__file__).parents[1] / "losses" / "own_modes.py"
@@ -23,12 +25,22 @@ def trial(loss, rate, nll):
 
 def test_the_least_nll_on_the_development_set_is_chosen():
     trials = [trial("mle", 1e-3, 2.0), trial("mle", 2e-3, 1.0), trial("mle", 4e-3, 3.0)]
-    trials += [trial("emo", 1e-3, 1.5), trial("emo", 2e-3, 1.6), trial("emo", 4e-3, 1.7)]
+    trials += [
+        trial("emo", 5e-4, math.nan),
+        trial("emo", 1e-3, 1.5),
+        trial("emo", 2e-3, 1.6),
+        trial("emo", 4e-3, 1.7),
+    ]
     assert best_rates(trials) == {"mle": 2e-3, "emo": 1e-3}
     assert rates_of(trials)[1:] == [
         ["mle", "0.001: 2.0000", "**0.002: 1.0000**", "0.004: 3.0000"],
-        ["emo", "**0.001: 1.5000!**", "0.002: 1.6000", "0.004: 1.7000"],
+        ["emo", "0.0005: nan", "**0.001: 1.5000**", "0.002: 1.6000", "0.004: 1.7000"],
     ]
+    with pytest.raises(UserError, match="mle: nll on the development set is not finite"):
+        best_rates([trial("mle", 1e-3, math.nan), trial("emo", 1e-3, 1.0)])
+    assert rates_of([trial("mle", 1e-3, 1.0)])[1:] == [["mle", "**0.001: 1.0000**"]]
+    # rates that differ in a late digit are different trials
+    assert Trial("mle", 1e-3, 0).name != Trial("mle", 1.0000001e-3, 0).name
 
 
 def test_differences_are_paired_by_seed():
@@ -62,6 +74,14 @@ def test_a_trial_is_trained_once(tmp_path):
     assert (first["development_nll"], first["seconds"], first["seed"]) == (1.5, 3.0, 3)
 
 
+def test_flags_of_training_arrive_from_a_command_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "run", command(Options, seen.append))
+    monkeypatch.setattr("sys.argv", ["compare", "--flags", "--max_steps 2 --lora", "--seeds", "7"])
+    bench.main()
+    assert (seen[0].flags, seen[0].seeds) == ("--max_steps 2 --lora", "7")
+
+
 def test_each_thread_has_a_device_of_its_own():
     with Pool([{"GPU": "0"}, {"GPU": "1"}]) as pool:
         waiting = [pool.submit(lambda mine: mine["GPU"]) for _ in range(8)]
@@ -71,6 +91,9 @@ def test_each_thread_has_a_device_of_its_own():
 def test_a_failure_is_told_with_its_log(tmp_path):
     with pytest.raises(UserError, match=r"json.tool ended with status \d+ \(.*No such file.*log"):
         run_module(tmp_path / "log.txt", ["json.tool", "none.json"], {})
+    silent = ["timeit", "-n1", "-s", "import os; os._exit(9)"]
+    with pytest.raises(UserError, match=r"timeit ended with status 9 \(it said nothing\)"):
+        run_module(tmp_path / "log.txt", silent, {})
 
 
 @pytest.fixture
@@ -113,6 +136,7 @@ def pretended(words, started):
 
 def test_all_get_the_same_trials_and_the_chosen_rates_all_seeds(flags, tmp_path, monkeypatch):
     started = []
+    monkeypatch.setattr(RECORD_LIMIT, "mib", 77)
     monkeypatch.setattr(bench, "run_module", lambda log, words, _: pretended(words, started))
     monkeypatch.setattr(bench.report, "collect", lambda options: {"runs": list(options.runs)})
     compare(Options(**flags))
@@ -120,6 +144,7 @@ def test_all_get_the_same_trials_and_the_chosen_rates_all_seeds(flags, tmp_path,
     assert runs == {"emo-0.001-0", "emo-0.001-1", "mix-0.002-0", "mix-0.002-1"}
     trained = [words for words in started if words[0] == "stanford_alpaca.train"]
     assert len(trained) == 6 and len(started) == 8
+    assert {words[words.index("--max_record_mib") + 1] for words in started} == {"77"}
     for words in trained:  # all but loss, rate, seed and folder is the same
         for flag in ("--loss", "--mode", "--learning_rate", "--seed", "--output_dir"):
             if flag in words:
@@ -134,6 +159,13 @@ def test_all_get_the_same_trials_and_the_chosen_rates_all_seeds(flags, tmp_path,
     assert len(started) == 8
     with pytest.raises(UserError, match="has another comparison: rates differs"):
         plan_of(Options(**flags | {"rates": "1e-3"}))
+    with open(flags["eval_path"], "a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match="has another comparison: content of eval_path differs"):
+        plan_of(Options(**flags))
+    (tmp_path / "out" / "settings.json").write_text("[1")
+    with pytest.raises(UserError, match=r"settings\.json: cannot be read"):
+        plan_of(Options(**flags))
 
 
 def test_a_comparison_ends_in_a_page_and_goes_on(flags, tmp_path, capsys):
@@ -180,7 +212,13 @@ def test_a_comparison_ends_in_a_page_and_goes_on(flags, tmp_path, capsys):
         ({"rates": "1e-3,x"}, "--rates 1e-3,x: give numbers, with commas"),
         ({"seeds": "0,0"}, "--seeds 0,0: one is there twice"),
         ({"seeds": "-1"}, "--seeds -1: give a whole number from 0 on"),
-        ({"development": 0.9}, "--development 0.9: give a number from 0 to 0.5"),
+        ({"development": 0.9}, "--development 0.9: give a number from 1e-06 to 0.5"),
+        ({"development": 0}, "--development 0: give a number from 1e-06 to 0.5"),
+        ({"development": 0.001}, "--development 0.001 of 48 records is none; give more"),
+        ({"flags": "--x 'a"}, "--flags --x 'a: No closing quotation"),
+        ({"flags": "--max_stepz 3"}, "unknown argument --max_stepz"),
+        ({"data": "{tmp}/none.json"}, "none.json: no such file"),
+        ({"eval_path": "{tmp}/none.json"}, "none.json: no such file"),
         ({"flags": "--seed 3"}, "--flags: --seed is set by the comparison"),
         ({"flags": "--config x"}, "--flags: --config is set by the comparison"),
         ({"out": "{tmp}"}, "is not empty, and no comparison"),

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stanford_alpaca import preview
+from stanford_alpaca import merge_lora, preview
 from stanford_alpaca.cost.build import documents
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.reading import list_data_files, read_file
@@ -71,6 +71,72 @@ def test_text_for_a_cost_is_bounded_too(tmp_path, one_mib):
     file = write(tmp_path / "a.txt.gz", b"x" * 2 * MIB)
     with pytest.raises(UserError, match=r"a\.txt\.gz:line 1: larger than 1 MiB"):
         list(documents(file))
+    lines = b"one\n\n" + b"two words\n" * (MIB // 8) + b"\nthree\n"
+    write(file, lines)
+    with pytest.raises(UserError, match=r"a\.txt\.gz:a paragraph: larger than 1 MiB"):
+        list(documents(file))
+    RECORD_LIMIT.mib = 2
+    assert [len(text) for text in documents(file)] == [3, 10 * (MIB // 8) - 1, 5]
+
+
+def save_arrow(file: Path, table: pa.Table, compression: str | None = None) -> Path:
+    """Writes one record batch, as ``datasets`` does where nothing is compressed."""
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_stream(str(file), table.schema, options=options) as stream:
+        stream.write_table(table)
+    return file
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_compressed_batches_of_arrow_are_bounded_before_they_are_unpacked(
+    tmp_path, one_mib, compression
+):
+    file = save_arrow(tmp_path / "a.arrow", pa.table({"text": ["x" * MIB] * 64}), compression)
+    assert file.stat().st_size < MIB
+    kept = pa.default_memory_pool().bytes_allocated()
+    records = read_file(file)
+    with pytest.raises(UserError, match=r"a\.arrow:a compressed batch of records: larger than 1 M"):
+        next(records)
+    assert pa.default_memory_pool().bytes_allocated() == kept
+    few = pa.table({"text": ["x" * (MIB - 64)] * 3})
+    assert len(list(read_file(save_arrow(file, few, compression)))) == 3
+
+
+def test_rows_of_arrow_are_bounded(tmp_path, one_mib):
+    few = pa.table({"text": [*["a"] * 2500, "x" * (MIB - 64), *["b" * 900] * 1500]})
+    file = save_arrow(tmp_path / "a.arrow", few)
+    assert [record["text"] for _, record in read_file(file)] == few["text"].to_pylist()
+    save_arrow(file, pa.table({"text": ["a", "b", "x" * 2 * MIB, "c"]}))
+    with pytest.raises(UserError, match=r"a\.arrow:record 3: larger than 1 MiB"):
+        list(read_file(file))
+    RECORD_LIMIT.mib = 3
+    assert len(list(read_file(file))) == 4
+
+
+REPEATED = {
+    "dictionary": pa.array(["x"] * 9).dictionary_encode(),
+    "dictionary in a list": pa.array([["x"] * 9], pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+    "runs": pa.RunEndEncodedArray.from_arrays(pa.array([9]), pa.array(["x"])),
+    "view": pa.array(["x"] * 9, pa.string_view()),
+    "view of lists": pa.array([[1]], pa.list_view(pa.int8())),
+}
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+def test_types_of_arrow_in_which_a_value_stands_for_many_are_refused(tmp_path, kind):
+    file = save_arrow(tmp_path / "a.arrow", pa.table({"text": REPEATED[kind]}))
+    with pytest.raises(UserError, match="in which one value may stand for many"):
+        list(read_file(file))
+
+
+def test_an_arrow_file_whose_offsets_point_outside_is_broken(tmp_path):
+    file = save_arrow(tmp_path / "a.arrow", pa.table({"text": ["a", "b", "c"]}))
+    content = file.read_bytes()
+    offsets = b"".join(n.to_bytes(4, "little") for n in range(4))
+    assert content.count(offsets) == 1
+    file.write_bytes(content.replace(offsets, offsets[:-4] + (10**6).to_bytes(4, "little")))
+    with pytest.raises(UserError, match=r"a\.arrow: broken Arrow"):
+        list(read_file(file))
 
 
 def test_rows_of_parquet_that_repeat_a_value_are_unpacked_a_few_at_a_time(tmp_path, one_mib):
@@ -114,6 +180,9 @@ def test_every_command_has_the_flag(arguments, root, tmp_path, monkeypatch):
     run("model", max_record_mib=3)
     run("model")
     assert seen == [3, 256]
+    assert "max_record_mib: the most MiB of a record" in run.__doc__
+    with pytest.raises(UserError, match="unknown argument --max_record_mib"):  # reads no data
+        merge_lora.run("model", max_record_mib=3)
     for wrong in (0, -1, 1.5, "x", True):
         with pytest.raises(UserError, match=f"--max_record_mib {wrong}: give a whole number"):
             run("model", max_record_mib=wrong)

@@ -137,6 +137,11 @@ def files(root, tmp_path):
     return flags | {"examples": 0, "cache_dir": str(tmp_path / "cache")}
 
 
+def test_labels_of_a_few_records_are_not_called_clean(root, files, capsys):
+    run(str(root / "data" / "tiny-base"), **files, transport=5)
+    assert "suspicious labels: not among fewer than 24\n" in capsys.readouterr().out
+
+
 def test_the_command_prints_and_writes_what_it_found(root, files, tmp_path, capsys, monkeypatch):
     real = data_view.importlib.util.find_spec
     monkeypatch.setattr(
@@ -149,6 +154,7 @@ def test_the_command_prints_and_writes_what_it_found(root, files, tmp_path, caps
     said = capsys.readouterr().out
     assert "read 33 records" in said and data_view.NO_DATASKETCH in said
     assert "3 of 3 held-out records are in another file, too\n" in said
+    assert "suspicious labels: 1 (nll and emo far above those of similar prompts)\n" in said
     found = json.loads((tmp_path / "new" / "f.json").read_text())
     (row,) = [r for r in found["records"] if r["record"] == 21 and "train" in r["source"]]
     assert row["suspicious"] and row["suspicion"] == max(r["suspicion"] for r in found["records"])
@@ -177,6 +183,7 @@ def test_the_command_prints_and_writes_what_it_found(root, files, tmp_path, caps
         ({"json": True}, "--json and --transport exclude each other"),
         ({"out": "{tmp}/train.json"}, "train.json"),
         ({"eval_path": "{tmp}/none.json"}, "none.json"),
+        ({"eval_path": "{tmp}/train.json"}, "train.json is the data itself; give held-out data"),
     ],
 )
 def test_what_cannot_be(root, files, tmp_path, capsys, monkeypatch, changes, message):

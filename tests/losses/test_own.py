@@ -1,5 +1,6 @@
 """A loss of the user's own: what is refused, and what it equals."""
 
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -136,6 +137,37 @@ def test_a_loss_that_reads_emo_needs_costs_and_none_takes_soft_targets():
     assert not try_loss(lambda nll, emo: nll.square()).needs_emo
 
 
+def in_place(nll, log_emo):
+    nll.data.clamp_(max=5)  # behind the back of autograd
+    return nll.square()
+
+
+def seeded(nll, log_emo):
+    torch.manual_seed(26)
+    return nll.square()
+
+
+def neighbours_in_the_gradient(nll, log_emo):
+    mean = nll.mean().square()
+    return nll + mean - mean.detach()
+
+
+class Backwards(torch.autograd.Function):
+    """Fails when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx, nll):
+        return nll.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise KeyError("no")
+
+
+class Strange(torch.Tensor):
+    pass
+
+
 def running_mean(nll, log_emo):
     running_mean.calls += 1
     return nll * running_mean.calls
@@ -166,6 +198,13 @@ running_mean.calls = 0
         (lambda nll, emo: nll - nll.mean(), "depends on the tokens beside it"),
         (lambda nll, emo: nll / nll.max(), "fails: .*|depends on the tokens beside it"),
         (lambda nll, emo: nll.mul_(2), "RuntimeError: .*in-place"),
+        (in_place, "in_place changes its arguments in place"),
+        (seeded, "seeded changes the random numbers, which the whole run shares"),
+        (neighbours_in_the_gradient, "the gradient of a token depends on the tokens beside it"),
+        (lambda nll, emo: Backwards.apply(nll), r"no gradient: KeyError: 'no' \(line \d+\)"),
+        (lambda nll, emo: nll.to_sparse(), "in torch.sparse_coo, wanted that of nll, torch.str"),
+        (lambda nll, emo: torch.empty_like(nll, device="meta"), "losses in meta, wanted that of"),
+        (lambda nll, emo: nll.as_subclass(Strange), "returned Strange, wanted a tensor"),
         (lambda nll, emo: nll * {}["gamma"], r"KeyError: 'gamma' \(line \d+\)"),
         (3, "3 is no function but int"),
     ],
@@ -199,6 +238,7 @@ def test_strange_functions_are_found_on_the_probe(function, message):
             "AttributeError: 'Tensor' object has no attribute 'no' (line 3)",
         ),
         (b"x = '\xff'\n", "own.py:focal", "own.py does not run: SyntaxError: "),
+        ("import torch\ntorch.manual_seed(1)", "own.py:focal", "own.py changes the random numbers"),
     ],
 )
 def test_strange_files_are_told_in_one_line(tmp_path, monkeypatch, source, asked, message):
@@ -208,6 +248,32 @@ def test_strange_files_are_told_in_one_line(tmp_path, monkeypatch, source, asked
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_loss(asked)
     assert "\n" not in str(error.value) and not list(tmp_path.rglob("*.pyc"))
+
+
+def test_a_file_that_changes_the_dtype_of_all_is_refused(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("import torch\ntorch.set_default_dtype(torch.float64)\n")
+    try:
+        with pytest.raises(ValueError, match=r"own\.py changes PyTorch's default dtype"):
+            read_loss(f"{file}:focal")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "own.py")
+    with pytest.raises(ValueError, match=r"own\.py is no file"):
+        read_loss(f"{tmp_path / 'own.py'}:focal")
+
+
+def test_a_dataclass_with_postponed_annotations_is_a_loss(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Power:\n  k: float = 2.0\n"
+        "  def __call__(self, nll, log_emo): return nll**self.k\nsquare = Power()\n"
+    )
+    loss = read_loss(f"{tmp_path / 'own.py'}:square")
+    assert loss(torch.tensor([3.0]), None).tolist() == [9.0] and not loss.needs_emo
 
 
 def test_losses_are_checked_at_every_call():

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -61,6 +62,9 @@ def test_a_report_is_written_once(tmp_path, monkeypatch, capfd, wanted):
     assert "report: none could be written" in said
     module = ["-m", "stanford_alpaca.evaluation.report", "base", str(tmp_path)]
     assert calls[0][1:5] == module and str(tmp_path / "report.html") in calls[0]
+    assert "--max_record_mib" not in calls[0]
+    launcher.report_on(replace(where, flags=[*where.flags, "--max_record_mib", "7"]), tmp_path)
+    assert calls[1][calls[1].index("--max_record_mib") + 1] == "7"
     (tmp_path / "report.html").touch()
     launcher.report_on(where, tmp_path)
-    assert len(calls) == 1
+    assert len(calls) == 2
