@@ -138,10 +138,10 @@ def test_flash_attention_is_told_where_examples_begin(
 
     A function with the same contract replaces FlashAttention, because no GPU is available.
     """
-    process = modeling_flash_attention_utils._lazy_define_process_function(varlen)
-    found = ((None, varlen, None, None, None), (process, None))
+    found = (None, varlen, None, None, None)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
     monkeypatch.setattr(
-        modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *args, **kwargs: found
+        modeling_flash_attention_utils, "_lazy_imports", lambda *args, **kwargs: found
     )
     model = make_model(family, attn_implementation="sdpa", **changes)
     want = step(model, PadCollator(0)(examples))
