@@ -96,7 +96,8 @@ fi
 if [ -n "$REPORT" ] && [ ! -e "$REPORT" ]; then
     "$PYTHON" -m stanford_alpaca.evaluation.report "$MODEL_PATH" "$OUTPUT_DIR" \
         --out "$REPORT" "${ABOUT[@]}" \
-        ${MAX_RECORD_MIB:+--max_record_mib "$MAX_RECORD_MIB"} || echo "report: none could be written"
+        ${MAX_RECORD_MIB:+--max_record_mib "$MAX_RECORD_MIB"} || \
+        echo "report: none could be written"
 fi
 {
     echo "checkpoint: $OUTPUT_DIR"
