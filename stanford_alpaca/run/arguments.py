@@ -346,6 +346,10 @@ class LoraArguments:
         return not self.lora or self.lora_embeddings == "full"
 
 
+# transformers 5.17 has gradient_checkpointing(_kwargs) alone
+OLDER_NAMES = not hasattr(transformers.TrainingArguments, "activation_checkpointing")
+
+
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     engine: str | None = choice(
@@ -397,6 +401,18 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         },
     )
+    if OLDER_NAMES:
+        activation_checkpointing: bool | None = field(
+            default=None,
+            metadata={
+                "help": "Computes activations again in the backward pass, to save memory.",
+                "nargs": "?",
+                "const": True,
+            },
+        )
+        activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+            default=None, metadata={"help": "JSON: how, see transformers' documentation."}
+        )
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
@@ -444,6 +460,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.gradient_accumulation_steps = max(1, self.global_batch // at_once)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
+        if OLDER_NAMES:
+            self._use_older_names()
         super().__post_init__()
         if self.fsdp:
             # Only rank 0 reads the weights, unless --fsdp_config says otherwise.
@@ -452,6 +470,12 @@ class TrainingArguments(transformers.TrainingArguments):
             # Checkpoints to resume from are always sharded. Models for users are always plain.
             if not self.save_only_model:
                 self.fsdp_plugin_args["state_dict_type"] = "SHARDED_STATE_DICT"
+
+    def _use_older_names(self) -> None:
+        for new in ("activation_checkpointing", "activation_checkpointing_kwargs"):
+            old = new.replace("activation", "gradient")
+            setattr(self, old, getattr(self, new) or getattr(self, old))
+            setattr(self, new, getattr(self, old))
 
 
 def defaults(*flags: type) -> dict[str, Any]:

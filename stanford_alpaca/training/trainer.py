@@ -76,6 +76,7 @@ class EmoTrainer(ResumableTrainer):
         )
         self.guard.stop_requested = lambda: bool(self.stop)
         self._steps = 0  # the steps of this call of train()
+        self._skipped = 0  # of these, the steps that changed nothing
         self._tokens: Any = 0  # the targets of these steps, without the first step's
         self._flops: Any = 0.0  # this rank's FLOPs in these steps, without the first step's
         self._packed = isinstance(self.train_dataset, PackedExamples)
@@ -155,7 +156,7 @@ class EmoTrainer(ResumableTrainer):
         self._tr_loss.copy_(self._loss_before)
         self.emo.train_meter.back()
         self._globalstep_last_logged += 1  # the log's means leave out skipped steps
-        self._initial_global_step += 1
+        self._skipped += 1
         return torch.zeros_like(loss)
 
     def _drop_gradients(self) -> None:
@@ -230,6 +231,10 @@ class EmoTrainer(ResumableTrainer):
                     logs["mfu"] = float(self._flops) / self.watch.seconds / self._peak
             if self.guard.skipping:
                 logs.pop("grad_norm", None)
+        if "train_loss" in logs:
+            # transformers 5.17 divides by the steps of all calls, and no release leaves skipped out
+            trained = max(self._steps - self._skipped, 1)
+            logs["train_loss"] = self._total_loss_scalar / trained
         if "loss" in logs or "train_loss" in logs:
             logs |= self.guard.counts()
         super().log(logs, start_time)
