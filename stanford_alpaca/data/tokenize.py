@@ -266,10 +266,19 @@ def tokenize_records(
 
 def stream_records(records: IterableDataset, encode: ExampleEncoder) -> IterableDataset:
     """Tokenizes a stream of records as they are reached. Skips those without a target."""
-    encoded = records.map(
-        encode, batched=True, batch_size=256, remove_columns=records.column_names, features=FEATURES
+
+    def kept(batch: dict[str, list]) -> dict[str, list]:
+        rows = encode(batch)
+        places = [i for i, fate in enumerate(rows["fate"]) if fate == KEPT]
+        return {name: [rows[name][i] for i in places] for name in EXAMPLE}
+
+    return records.map(
+        kept,
+        batched=True,
+        batch_size=256,
+        remove_columns=records.column_names,
+        features=Features({name: FEATURES[name] for name in EXAMPLE}),
     )
-    return encoded.filter(lambda fate: fate == KEPT, input_columns="fate").select_columns(EXAMPLE)
 
 
 def label_spans(
