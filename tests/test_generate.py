@@ -73,6 +73,22 @@ def test_greedy_batches_with_left_padding_equal_one_at_a_time(lively, batch_size
     assert got == want
 
 
+def test_the_output_layer_gets_contiguous_states(lively):
+    """PyTorch copies the weight for each row of others, in bfloat16 on a CPU."""
+    model, tokenizer = lively
+    head, seen = model.get_output_embeddings(), []
+    known = model.generate(torch.tensor([[1, 2, 3]] * 2), max_new_tokens=2, do_sample=False)
+    forward = head.forward
+    head.forward = lambda states: (seen.append(states.is_contiguous()), forward(states))[1]
+    try:
+        generate_batch(model, tokenizer, RECORDS, Sampling(2), batch_size=3)
+    finally:
+        del head.forward
+    assert seen and all(seen)
+    again = model.generate(torch.tensor([[1, 2, 3]] * 2), max_new_tokens=2, do_sample=False)
+    assert again.equal(known) and not head._forward_pre_hooks
+
+
 def test_sampling_repeats_by_seed(base):
     sampled = [
         generate_batch(

@@ -1,5 +1,7 @@
 """Loads a checkpoint and answers prompts in batches."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,21 @@ def no_router_loss(model: PreTrainedModel) -> dict[str, bool]:
         if getattr(model.config, "output_router_logits", False)
         else {}
     )
+
+
+@contextmanager
+def contiguous_before(head: torch.nn.Module) -> Iterator[None]:
+    """Makes the input of the output layer contiguous.
+
+    ``generate`` cuts the last position out of each prompt's hidden states. Without a copy of these
+    few numbers PyTorch multiplies row by row, and in bfloat16 on a CPU it copies the weight for
+    each row.
+    """
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # not inference_mode: weights that ZeRO-3 gathers within it could no longer be trained
@@ -102,13 +119,14 @@ def generate_ids(
             ]
         )
         mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=sampling.config(tokenizer, stops),
-            synced_gpus=synced,
-            **no_router_loss(model),
-        )
+        with contiguous_before(model.get_output_embeddings()):
+            out = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=sampling.config(tokenizer, stops),
+                synced_gpus=synced,
+                **no_router_loss(model),
+            )
         for i, response in zip(rows, out[:, longest:].tolist(), strict=True):
             end = next(
                 (place for place, token_id in enumerate(response) if token_id in stops),
