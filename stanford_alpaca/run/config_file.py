@@ -1,5 +1,6 @@
 """Expands ``--config FILE`` into flags, without importing anything large: launchers wait for it."""
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -10,7 +11,10 @@ from stanford_alpaca.checkpoint.bounded import read_yaml
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.errors import UserError, first_line
 
-CODE = "--loss"  # the flag whose file is run
+CODE = {  # flags with which code of somebody's own runs
+    "loss": "give --loss FILE.py:NAME, too",
+    "trust_remote_code": "give --trust_remote_code, too",
+}
 NAME = re.compile(r"[A-Za-z]\w*")  # of a flag
 OPTION = re.compile(r"\s*(--|-[A-Za-z])")  # the beginning of one on a command line
 
@@ -56,17 +60,19 @@ def _one_objective(values: Mapping[str, Any], argv: list[str]) -> dict[str, Any]
 
 
 def _without_code(name: str, values: Mapping[str, Any], rest: list[str]) -> list[str]:
-    """Returns the whole command line. Raises UserError if the file names a loss, which is code.
+    """Returns the whole command line. Raises UserError if the file lets code of others run.
 
     A file may come from somebody else. Its values become words of a command line, so every word is
     looked at.
     """
     tokens = not_given(values, rest)
-    if any(token.partition("=")[0] == CODE for token in tokens):
-        raise UserError(
-            f"--config {name}: it names a {CODE} of somebody's own, which is code and is not run "
-            f"for a file; read it, then give {CODE} FILE.py:NAME, too"
-        )
+    for token, value in itertools.zip_longest(tokens, tokens[1:]):
+        flag = token.partition("=")[0].removeprefix("--").replace("-", "_")
+        if token.startswith("--") and flag in CODE and str(value).lower() != "false":
+            raise UserError(
+                f"--config {name}: with its --{flag} code of somebody's own runs, which no file "
+                f"may ask for; read that code, then {CODE[flag]}"
+            )
     return tokens + rest
 
 
@@ -78,7 +84,7 @@ def not_given(values: Mapping[str, Any], argv: list[str]) -> list[str]:
     return [
         text
         for flag, value in values.items()
-        if flag not in given
+        if str(flag).replace("-", "_") not in given
         for text in _tokens(str(flag), value)
     ]
 

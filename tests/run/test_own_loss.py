@@ -117,11 +117,19 @@ def test_no_file_of_flags_brings_code(arguments, tmp_path, capsys, monkeypatch):
         status, line = refusal(capsys, monkeypatch, lambda argv=argv: train(argv), tmp_path / "out")
         assert status == 2
         if key == "loss":
-            assert "names a --loss of somebody's own, which is code" in line
+            assert "with its --loss code of somebody's own runs" in line
         if key != "lo-ss":
             with pytest.raises(UserError, match=r"--config .*theirs.yaml: "):
                 where_to_run(argv, {}, Devices(0, False, 2))
     assert not (tmp_path / "ran").exists()
+
+    for name in ("trust_remote_code", "trust-remote-code"):
+        config.write_text(f"{name}: true")
+        with pytest.raises(UserError, match="with its --trust_remote_code code of somebody's own"):
+            parse(["--config", str(config), *arguments()])
+        assert parse(["--config", str(config), "--trust_remote_code", *arguments()])
+        config.write_text(f"{name}: false")
+        assert not parse(["--config", str(config), *arguments()]).model.trust_remote_code
 
     # what the user names themselves is run, whatever the file says
     config.write_text(yaml.safe_dump({"loss": f"{evil}:emo", "mode": "emd"}))
