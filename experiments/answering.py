@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from experiments import tuning, verdicts
 from experiments.jobs import Jobs, Places, Run
@@ -159,10 +158,7 @@ def _recipe() -> dict[str, Any]:
 
 def _right(folder: Path, data: dict[str, Path], most: int | None) -> Run:
     """Answers greedily, in bfloat16 as in training, and returns what is an exact match."""
-    model, tokenizer = load_for_generation(ModelSource(str(folder)))
-    for layer in model.modules():  # in float32; a third of the time
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge()
+    model, tokenizer = tuning.load_merged(ModelSource(str(folder)))
     test = json.loads(data["test"].read_text())
     chosen = [test[i] for i in _spread(len(test), most)]
     answers = generate_batch(

@@ -106,7 +106,7 @@ def write(places: Places, arm: str, other: str, seed: int) -> Run:
 def sampled(places: Places, source: ModelSource, tau: float, seed: int) -> dict[str, Any]:
     """Samples a text after each prefix, and returns its measures."""
     truth = references(places)
-    model, tokenizer = load_for_generation(source)
+    model, tokenizer = tuning.load_merged(source)
     sampling = Sampling(LENGTH, temperature=tau)
     ids = generate_ids(model, tokenizer, truth.prefixes, sampling, batch_size=BATCH, seed=seed)
     after = tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -409,9 +409,7 @@ def test_an_answer_is_right_if_it_is_the_class_in_words(questions, tmp_path, mon
     test = json.loads(data["test"].read_text())
     assert test[1]["output"] == "entity" and test[1]["instruction"].endswith("location or number?")
     assert len(json.loads(data["train"].read_text())) == 4
-    monkeypatch.setattr(
-        answering, "load_for_generation", lambda source: (torch.nn.Identity(), None)
-    )
+    monkeypatch.setattr(tuning, "load_for_generation", lambda source: (torch.nn.Identity(), None))
     monkeypatch.setattr(
         answering,
         "generate_batch",
