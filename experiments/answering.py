@@ -56,7 +56,8 @@ ANSWER, AT_ONCE = 8, 50  # tokens of an answer, prompts of a batch
 TRAINED, STEP, HELD_OUT = 256, 32, 100  # records of GSM8K
 SETTINGS = [(task, count) for task in TASKS for count in COUNTS] + [("gsm8k", TRAINED)]
 MARGINS = {
-    **{f"{task}, {count}": 2.0 for task in TASKS for count in COUNTS},  # exact match, points
+    **{f"trec, {count}": 3.0 for count in COUNTS},  # exact match, points
+    **{f"subj, {count}": 2.0 for count in COUNTS},
     "gsm8k, nll": 0.02,
     "gsm8k, costly mass": 0.01,
 }
