@@ -6,6 +6,7 @@ are measured on the held-out data. One page shows the result.
 """
 
 import json
+import os
 import shlex
 import shutil
 from dataclasses import asdict, dataclass
@@ -226,10 +227,13 @@ def _check_same(options: Options, folder: Path, sources: dict[Path, bytes]) -> N
 
 
 def _devices(options: Options) -> list[dict[str, str]]:
+    """Returns the environment of each process: a GPU of those that are visible, or some cores."""
     found = Devices.found()
     count = options.processes or max(1, found.gpus)
     if found.gpus:
-        return [{"CUDA_VISIBLE_DEVICES": str(i % found.gpus)} for i in range(count)]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found.gpus)))
+        names = [name.strip() for name in visible.split(",")]
+        return [{"CUDA_VISIBLE_DEVICES": names[i % found.gpus]} for i in range(count)]
     return [{"OMP_NUM_THREADS": str(max(1, found.cores // count))}] * count
 
 

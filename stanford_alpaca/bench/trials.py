@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stanford_alpaca.checkpoint.manifest import write_whole
+from stanford_alpaca.checkpoint.manifest import MANIFEST_FILE, write_whole
 from stanford_alpaca.console import show
 from stanford_alpaca.errors import UserError
 
@@ -61,7 +61,7 @@ def tried(trial: Trial, folder: Path, train: Callable[[Path], None]) -> dict[str
     file, run = folder / "trials" / f"{trial.name}.json", folder / "runs" / trial.name
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        if not (run / "eval_results.json").exists():
+        if not (run / MANIFEST_FILE).exists():  # what a training writes last
             show(f"training {run.name}")
             train(run)
         found = json.loads((run / "eval_results.json").read_text())

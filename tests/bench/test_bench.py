@@ -14,6 +14,7 @@ from stanford_alpaca.bench.trials import Pool, Trial, best_rates, run_module, tr
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.page import as_block
 from stanford_alpaca.flags import RECORD_LIMIT, command
+from stanford_alpaca.run.where import Devices
 from tests.helpers import refusal
 
 OWN = Path(__file__).parents[1] / "losses" / "own_modes.py"
@@ -61,16 +62,20 @@ def test_a_trial_is_trained_once(tmp_path):
 
     def train(folder):
         trained.append(folder)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "eval_results.json").write_text('{"eval_nll": 1.5}')
         figures = {"train_runtime": 3.0, "train_peak_memory_mib": 7.0}
         (folder / "train_results.json").write_text(json.dumps(figures))
+        (folder / "manifest.json").write_text("{}")
 
-    one = Trial("emo, adaptive", 2e-5, 3)
+    one, run = Trial("emo, adaptive", 2e-5, 3), tmp_path / "runs" / "emo-adaptive-2e-05-3"
+    run.mkdir(parents=True)
+    (run / "eval_results.json").write_text('{"eval_nll"')  # of one that was killed
     first = tried(one, tmp_path, train)
+    (tmp_path / "trials" / f"{one.name}.json").unlink()
+    assert tried(one, tmp_path, train) == first  # killed after the training
     shutil.rmtree(tmp_path / "runs")  # the small file is enough
-    assert tried(one, tmp_path, train) == first
-    assert trained == [tmp_path / "runs" / "emo-adaptive-2e-05-3"]
+    assert tried(one, tmp_path, train) == first and trained == [run]
     assert (first["development_nll"], first["seconds"], first["seed"]) == (1.5, 3.0, 3)
 
 
@@ -86,6 +91,16 @@ def test_each_thread_has_a_device_of_its_own():
     with Pool([{"GPU": "0"}, {"GPU": "1"}]) as pool:
         waiting = [pool.submit(lambda mine: mine["GPU"]) for _ in range(8)]
         assert {each.result() for each in waiting} <= {"0", "1"}
+
+
+def test_processes_get_the_gpus_that_are_visible(monkeypatch):
+    monkeypatch.setattr(bench.Devices, "found", lambda: Devices(2, True, 8))
+    for visible, given in (("2, 3", ["2", "3", "2"]), ("", ["0", "1", "0"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        found = bench._devices(Options(processes=3))
+        assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == given
+    monkeypatch.setattr(bench.Devices, "found", lambda: Devices(0, False, 8))
+    assert bench._devices(Options(processes=2)) == [{"OMP_NUM_THREADS": "4"}] * 2
 
 
 def test_a_failure_is_told_with_its_log(tmp_path):
