@@ -26,6 +26,7 @@ from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.evaluation.fewshot.tasks import Split, load_task, read_tasks
 from stanford_alpaca.evaluation.intervals import mean_of
 from stanford_alpaca.evaluation.measures.forced import teacher_forced
+from stanford_alpaca.evaluation.measures.temperature import TEMPERATURES
 from stanford_alpaca.evaluation.measures.texts import exact_match
 from stanford_alpaca.evaluation.metrics import make_examples
 from stanford_alpaca.evaluation.settings import Settings
@@ -85,7 +86,8 @@ class Answered(NamedTuple):
 def jobs(places: Places) -> Jobs:
     """Returns the runs of the part by name."""
     runs = [Answered(*of, arm, seed) for of in SETTINGS for seed in SEEDS for arm in ARMS]
-    return {run.name: partial(measure, places, run) for run in runs}
+    found: Jobs = {run.name: partial(measure, places, run) for run in runs}
+    return found | {"base": partial(of_base, places)}
 
 
 def pilots(places: Places) -> Jobs:
@@ -113,6 +115,14 @@ def measure(places: Places, run: Answered, most: int | None = None) -> Run:
     for used in (folder, data["train"].parent):
         shutil.rmtree(used)
     return run._asdict() | {"cpu_seconds": seconds} | of
+
+
+def of_base(places: Places) -> Run:
+    """Returns what is measured of GSM8K's held-out responses before any training."""
+    data = write_data(places, Answered("gsm8k", 0, "base", 0), places.work / "E3" / "base-data")
+    return Answered("gsm8k", 0, "base", 0)._asdict() | _forced(
+        places, places.models / MODELS[0], data["test"], None
+    )
 
 
 def write_data(places: Places, run: Answered, folder: Path) -> dict[str, Path]:
@@ -178,8 +188,8 @@ def _forced(places: Places, folder: Path, test: Path, most: int | None) -> Run:
     records: Dataset = load_records(test)
     chosen = records.select(_spread(len(records), most))
     examples = make_examples(str(folder), chosen, tokenizer, Settings(str(test)))
-    forced = teacher_forced(model, tokenizer, examples, cost, 8)
-    sums = {name: tuning.rounded(getattr(forced, name)) for name in ("tokens", "nll", "costly")}
+    forced = teacher_forced(model, tokenizer, examples, cost, 8, 1.0, TEMPERATURES)
+    sums = {name: tuning.rounded(getattr(forced, name)) for name in tuning.SUMS}
     return {"items": len(records), **sums}
 
 
@@ -187,14 +197,19 @@ def _spread(count: int, most: int | None) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, most or count)).round().astype(int)
 
 
-def values_of(runs: Sequence[Run]) -> dict[str, Values]:
-    """Returns each measure of an arm, a value a seed; of settings without a run there is none."""
+def values_of(runs: Sequence[Run], base: Sequence[Run]) -> dict[str, Values]:
+    """Returns each measure of an arm, a value a seed; of settings without a run there is none.
+
+    ``base`` has the entropies of ``mle`` on GSM8K.
+    """
+    entropies = {run["seed"]: tuning.forced_of(run) for run in base if run["task"] == "gsm8k"}
     found: dict[str, list] = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
         if run["task"] == "gsm8k":
-            tokens, nll, costly = (np.array(run[name]) for name in ("tokens", "nll", "costly"))
-            found.setdefault("gsm8k, nll", []).append(mean_of(nll, tokens))
-            found.setdefault("gsm8k, costly mass", []).append(mean_of(costly, tokens))
+            forced, other = tuning.forced_of(run), entropies[run["seed"]]
+            for name in ("nll", "costly_mass"):
+                value = tuning.at_entropy(forced, other, name)
+                found.setdefault(f"gsm8k, {name.replace('_', ' ')}", []).append(value)
         else:
             right = mean_of(100 * np.array(run["right"]))
             found.setdefault(f"{run['task']}, {run['count']}", []).append(right)
@@ -212,22 +227,41 @@ def complete(runs: Sequence[Run]) -> list[Run]:
 def summary(runs: list[Run]) -> dict[str, Any]:
     """Returns the verdicts of the part; nothing of it is primary."""
     whole = complete(runs)
-    found = {arm: values_of([run for run in whole if run["arm"] == arm]) for arm in ARMS}
+    of_arm = {arm: [run for run in whole if run["arm"] == arm] for arm in ARMS}
+    found = {arm: values_of(each, of_arm["mle"]) for arm, each in of_arm.items()}
     margins = {name: margin for name, margin in MARGINS.items() if name in found["mle"]}
     controls = {arm: ["mle", *([CONTROLS[arm]] if arm in CONTROLS else [])] for arm in ARMS}
     del controls["mle"]
     return {
         "steps": SEEN // BATCH,
         "items": {run["task"]: run["items"] for run in whole},
-        "cpu_minutes": round(sum(sum(run["cpu_seconds"]) for run in runs) / 60),
+        "cpu_minutes": round(sum(sum(run["cpu_seconds"]) for run in whole) / 60),
+        "gsm8k": {
+            arm: _at_tau_1(each)
+            for arm, each in (
+                {"base": [run for run in runs if run["arm"] == "base"]} | of_arm
+            ).items()
+        },
         "margins": margins,
         "rows": verdicts.compare(found, controls, margins),
     }
 
 
+def _at_tau_1(runs: Sequence[Run]) -> dict[str, float]:
+    """Returns nll and entropy on GSM8K before temperatures, as means over the runs."""
+    chosen = [tuning.forced_of(run) for run in runs if run["task"] == "gsm8k"]
+    return {
+        name: round(float(np.mean([of.sum() / one.tokens.sum() for one, of in sums])), 4)
+        for name in ("nll", "entropy")
+        if (sums := [(one, getattr(one, name)) for one in chosen])
+    }
+
+
 def table(found: dict[str, Any]) -> str:
-    """Returns a table a measure."""
-    return verdicts.table(found["rows"], found["margins"])
+    """Returns a table a measure, and one of GSM8K before temperatures."""
+    rows = [[arm, *map(str, of.values())] for arm, of in found["gsm8k"].items() if of]
+    before = verdicts.markdown(["gsm8k at tau 1", "nll", "entropy"], rows)
+    return f"{verdicts.table(found['rows'], found['margins'])}\n\n{before}"
 
 
 def plot(found: dict[str, Any], file: Path) -> None:
@@ -237,7 +271,8 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
 def plan(runs: list[Run]) -> str:
     """Returns each margin beside the half-width over all items that pilots of a seed give."""
-    found = {arm: values_of([run for run in runs if run["arm"] == arm]) for arm in PILOT_ARMS}
+    of_arm = {arm: [run for run in runs if run["arm"] == arm] for arm in PILOT_ARMS}
+    found = {arm: values_of(each, of_arm["mle"]) for arm, each in of_arm.items()}
     share = {run["task"]: len(run.get("right", run.get("nll"))) / run["items"] for run in runs}
     ours, theirs = found["emo"], found["mle"]
     halves = {

@@ -50,9 +50,20 @@ ONCE = {  # one seed, no verdict
     "dft": ["--mode", "dft"],
     "smoothing": [],  # of labels, not by the package
 }
+LATER = ("emo-shuffled",)  # of these, with all seeds; decided after the first verdicts
 CHECKED = ("mle", "emo", "emo2")  # at the second rate, too
 CONTROLS = {"emo": "emo-identity", "emo2": "emo2-identity"}
+MATCHED = ("nll", "emo", "costly_mass")  # measured at the entropy of ``mle``
 MARGINS = {"nll": 0.02, "emo": 0.003, "token_accuracy": 0.5, "nll_at_best_tau": 0.02}
+AFTERWARDS = (  # differences that no rule asked for before the first verdicts
+    ("emo", "mle"),
+    ("emo-identity", "mle"),
+    ("emo2", "mle"),
+    ("emo2-identity", "mle"),
+    ("emo2", "emo"),
+    ("emo-shuffled", "mle"),
+    ("emo", "emo-shuffled"),
+)
 PILOT, PILOT_STEPS, PILOT_BLOCKS = 100, 12, 40  # seed, steps, blocks of what ``plan`` measures
 SHARED = (
     "--lora True --lora_r 16 --lora_alpha 32 --lora_dropout 0 --bf16 True --lr_scheduler_type "
@@ -82,7 +93,8 @@ class Tuned(NamedTuple):
 def jobs(places: Places) -> Jobs:
     """Returns the runs of the part by name."""
     runs = [Tuned(arm, RATE, seed, STEPS) for seed in SEEDS for arm in ARMS]
-    runs += [Tuned(arm, RATE, SEEDS[0], STEPS) for arm in ONCE]
+    once = [(arm, seed) for arm in ONCE for seed in (SEEDS if arm in LATER else SEEDS[:1])]
+    runs += [Tuned(arm, RATE, seed, STEPS) for arm, seed in once]
     runs += [Tuned(arm, SECOND, SEEDS[0], STEPS) for arm in CHECKED]
     return {run.name: partial(measure, places, run) for run in runs}
 
@@ -219,7 +231,7 @@ def values_of(runs: Sequence[Run], base: Sequence[Run]) -> dict[str, Values]:
     ours, theirs = [forced_of(run) for run in runs], [forced_of(run) for run in base]
     pairs = list(zip(ours, theirs, strict=True))
     return {
-        **{name: [at_entropy(a, b, name) for a, b in pairs] for name in ("nll", "emo")},
+        **{name: [at_entropy(a, b, name) for a, b in pairs] for name in MATCHED},
         "token_accuracy": [mean_of(100 * one.correct, one.tokens) for one in ours],
         "nll_at_best_tau": [at_best_tau(one) for one in ours],
         "tau": [at_entropy(a, b, "temperature").value for a, b in pairs],
@@ -251,7 +263,7 @@ def summary(runs: list[Run]) -> dict[str, Any]:
         found[arm] = values_of(each, arms[base][: len(each)])
         if arm != base:
             controls[arm] = [base, *([CONTROLS[arm]] if arm in CONTROLS else [])]
-    known = {arm: of for arm, of in controls.items() if set(of) <= found.keys()}
+    known = {a: of for a, of in controls.items() if a not in LATER and set(of) <= found.keys()}
     rows = verdicts.compare(found, known, MARGINS, "nll")
     more = ("tau", "nll_at_tau_1", "entropy_at_tau_1")
     return {
@@ -263,12 +275,36 @@ def summary(runs: list[Run]) -> dict[str, Any]:
         "margins": MARGINS,
         "arms": {arm: {name: values[name] for name in more} for arm, values in found.items()},
         "rows": rows,
+        "afterwards": afterwards(found),
+    }
+
+
+def afterwards(found: verdicts.Found) -> dict[str, dict[str, list[float | None]]]:
+    """Returns value, ends of the interval and p of each of AFTERWARDS, corrected for nothing."""
+    return {
+        f"{arm} - {other}": {
+            name: verdicts.plain(verdicts.difference(found[arm][name], found[other][name]))
+            for name in (*MATCHED, "token_accuracy")
+        }
+        for arm, other in AFTERWARDS
+        if {arm, other} <= found.keys()
     }
 
 
 def table(found: dict[str, Any]) -> str:
-    """Returns a table a measure, and one of what each arm is before it is brought to an entropy."""
-    return "\n\n".join([verdicts.table(found["rows"], MARGINS), _before(found["arms"])])
+    """Returns a table a measure, one of AFTERWARDS, and one of the arms before they are matched."""
+    head = ["afterwards, without verdict", *MATCHED, "token_accuracy"]
+    rows = [
+        [name, *(verdicts.shown(of[measure]) for measure in head[1:])]
+        for name, of in found["afterwards"].items()
+    ]
+    return "\n\n".join(
+        [
+            verdicts.table(found["rows"], MARGINS),
+            verdicts.markdown([name.replace("_", " ") for name in head], rows),
+            _before(found["arms"]),
+        ]
+    )
 
 
 def _before(arms: dict[str, dict[str, list[float]]]) -> str:

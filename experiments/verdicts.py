@@ -18,6 +18,7 @@ Values = Sequence[Items] | Sequence[float]  # one a seed
 Found = Mapping[str, Mapping[str, Values]]
 LEAST = 3  # seeds that a verdict needs
 NORMAL = stats.norm.ppf(0.975)
+LEAST_P = 0.001  # smaller ones are not to be trusted with few seeds
 
 
 def mean_over(each: Sequence[Items]) -> Items:
@@ -113,7 +114,7 @@ def compare(
                     "arm": arm,
                     "seeds": len(values[measure]),
                     "value": mean(values[measure]),
-                    "minus": {of: _plain(one) for of, one in minus.items()},
+                    "minus": {of: plain(one) for of, one in minus.items()},
                     "verdict": judge([*minus.values()], margins[measure]) if minus else "",
                 }
             )
@@ -129,7 +130,7 @@ def table(rows: Sequence[dict[str, Any]], margins: Mapping[str, float]) -> str:
                 row["arm"],
                 str(row["seeds"]),
                 f"{row['value']:.4f}",
-                *(_shown(row["minus"], place) for place in (0, 1)),
+                *([shown(one) for one in row["minus"].values()] + ["", ""])[:2],
                 row["verdict"],
             ]
             for row in rows
@@ -176,17 +177,18 @@ def planned(halves: Mapping[str, Mapping[str, float]], margins: Mapping[str, flo
     return markdown(["measure", "margin", *halves], rows)
 
 
-def _value(one: Items | float) -> float:
-    return one.value if isinstance(one, Items) else one
-
-
-def _plain(one: Difference) -> list[float | None]:
+def plain(one: Difference) -> list[float | None]:
+    """Returns value, ends of the interval and p, to five digits; None for what is unknown."""
     return [None if np.isnan(value) else float(f"{value:.5g}") for value in one]
 
 
-def _shown(minus: Mapping[str, list[float | None]], place: int) -> str:
-    if place >= len(minus):
-        return ""
-    value, low, high, p = list(minus.values())[place]
-    interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}], p {p:.2g}"
-    return f"{value:+.4f}{interval}"
+def shown(one: Sequence[float | None]) -> str:
+    """Returns a difference for a table."""
+    value, low, high, p = one
+    if low is None or p is None:
+        return f"{value:+.4f}"
+    return f"{value:+.4f} [{low:+.4f}, {high:+.4f}], p {f'{p:.2g}' if p >= LEAST_P else '< .001'}"
+
+
+def _value(one: Items | float) -> float:
+    return one.value if isinstance(one, Items) else one

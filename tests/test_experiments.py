@@ -239,6 +239,7 @@ def test_tuned_models_are_compared_at_equal_entropy_and_write(toys, tmp_path, mo
     assert list(rows["nll", "emo-identity"]["minus"]) == ["mle"]
     assert rows["nll", "emo"]["verdict"] and not rows["nll", "emd"]["verdict"]
     assert rows["nll", "emo, rate 0.0015"]["minus"].keys() == {"mle, rate 0.0015"}
+    assert found["afterwards"]["emo - mle"]["emo"][:3] == rows["emo", "emo"]["minus"]["mle"][:3]
     assert (tmp_path / "results" / "real-E1.png").stat().st_size > 5000
     kept = tmp_path / "runs" / "E1"
     runs = [json.loads((kept / f"{arm}-0.0005-0.json").read_text()) for arm in ("mle", "emo")]
@@ -246,8 +247,9 @@ def test_tuned_models_are_compared_at_equal_entropy_and_write(toys, tmp_path, mo
 
     (kept / "emd-0.0005-0.json").unlink()
     capsys.readouterr()
-    monkeypatch.setattr(tuning, "load_for_generation", None)
-    with locked(kept / "emd-0.0005-0.taken"):  # by another process; this one leaves it alone
+    taken = locked(kept / "emd-0.0005-0.taken")  # by another process; this one leaves it alone
+    with taken, monkeypatch.context() as patch:
+        patch.setattr(tuning, "load_for_generation", None)
         real.run("E1", **toys)
     assert "1 of 13 runs are being made" in capsys.readouterr().out
     real.run("E1", runs=toys["runs"], finished=True)
@@ -390,6 +392,10 @@ def test_answers_are_compared_by_setting_and_arm(questions, tmp_path):
     assert len(rows) == 3 * 3 and all(row["seeds"] == 3 for row in rows.values())
     assert list(rows["trec, 4", "emo"]["minus"]) == ["mle", "emo-identity"]
     assert len({rows["gsm8k, nll", arm]["value"] for arm in QUICK}) == 3  # each trained otherwise
+    before = {arm: found["gsm8k"][arm]["nll"] for arm in ("base", *QUICK)}
+    assert rows["gsm8k, nll", "mle"]["value"] == pytest.approx(before["mle"], abs=1e-3)
+    assert abs(rows["gsm8k, nll", "emo"]["value"] - before["emo"]) > 1e-3  # at mle's entropy
+    assert len({*before.values()}) == 4
     kept = tmp_path / "runs" / "E3"
     runs = [json.loads((kept / f"gsm8k-8-mle-{seed}.json").read_text()) for seed in (0, 1)]
     assert runs[0]["tokens"] == runs[1]["tokens"] and runs[0]["nll"] != runs[1]["nll"]
