@@ -171,12 +171,13 @@ def table(found: dict[str, Any]) -> str:
     """Returns a table with a row for each objective and cost, and columns for each model."""
     head = ["objective", "cost"]
     for model in MODELS:
-        head += [f"{model}: tau", "r²", "TV to q", "TV to q^(1/tau)"]
+        head += [f"{model}: tau", "slope, 1/tau", "r²", "TV to q", "TV to q^(1/tau)"]
     rows: dict[tuple[str, str], list[str]] = {}
     for run in found["runs"]:
         tau = "{:.2f} [{:.2f}, {:.2f}]".format(*run["tau"])
+        slope = f"{run['slope'][0]:.2f}, {1 / run['tau'][0]:.2f}"
         means = (f"{run[name][0]:.3f}" for name in ("r2", "tv", "tv_tau"))
-        rows.setdefault((run["mode"], run["cost"]), []).extend([tau, *means])
+        rows.setdefault((run["mode"], run["cost"]), []).extend([tau, slope, *means])
     return markdown(head, [[f"`{mode}`", cost, *cells] for (mode, cost), cells in rows.items()])
 
 
