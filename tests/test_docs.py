@@ -13,6 +13,7 @@ from stanford_alpaca.data.records import form_of, parse_record
 from stanford_alpaca.data.templates import use_chat_template
 from stanford_alpaca.data.tokenize import ExampleEncoder
 from stanford_alpaca.preview import coloured, pieces_of
+from stanford_alpaca.run.arguments import OLDER_NAMES
 
 # a record and its preview
 SHOWN = re.compile(r"```json ?(\w*)\n(.*?)\n```\n\n```text\n(.*?)\n```", re.S)
@@ -34,6 +35,7 @@ def test_records_are_shown_as_the_preview_shows_them(root, tokenizer):
         assert coloured(pieces_of(row, encode), in_colour=False).plain == shown
 
 
+@pytest.mark.skipif(OLDER_NAMES, reason="the page has the flags of the tested transformers")
 def test_the_page_of_flags_is_what_the_dataclasses_say(root):
     spec = importlib.util.spec_from_file_location("make_flags", root / "docs" / "make_flags.py")
     module = importlib.util.module_from_spec(spec)

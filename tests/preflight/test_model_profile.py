@@ -17,7 +17,11 @@ from stanford_alpaca.preflight.model_profile import (
     profile_model,
     twins_of,
 )
+from stanford_alpaca.run.arguments import OLDER_NAMES
 
+OPT = pytest.mark.skipif(
+    OLDER_NAMES, reason="OPT of transformers 5.17 reads a number of a tensor: preflight refuses it"
+)
 SERVED = ("llama", "qwen3", "gpt2", "gemma2", "opt", "mixtral")
 
 
@@ -79,7 +83,7 @@ def saved_by(model, rows: int, length: int, precision: str) -> int:
         ("llama", "bfloat16"),
         ("gpt2", "autocast"),
         ("gemma2", "bfloat16"),
-        ("opt", "float32"),
+        pytest.param("opt", "float32", marks=OPT),
     ],
 )
 def test_activations_are_those_of_a_real_run(make_model, name, precision):
@@ -95,7 +99,9 @@ def test_activations_are_those_of_a_real_run(make_model, name, precision):
 
 
 @pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])  # gemma2's layers alternate
+@pytest.mark.parametrize(  # gemma2's layers alternate
+    "name", ["llama", "gemma2", pytest.param("opt", marks=OPT)]
+)
 def test_equal_layers_that_do_not_run_are_counted(make_model, name, precision, monkeypatch):
     config = make_model(name, num_hidden_layers=7, layer_types=None).config
     counted = count_activations(config, 24, precision)
