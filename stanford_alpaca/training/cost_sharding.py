@@ -131,8 +131,8 @@ def check_separate(model: PreTrainedModel) -> None:
     # The loss hands over gradients that are already reduced, past FSDP. With a reduce_dtype, FSDP
     # would look for unsharded gradients to accumulate in that precision.
     state = layer._get_fsdp_state()
-    several = hasattr(state, "_fsdp_param_groups")  # torch 2.11 has one
-    for group in state._fsdp_param_groups if several else [state._fsdp_param_group]:
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.11
+    for group in groups:
         group.mp_policy = replace(group.mp_policy, reduce_dtype=None)
         for parameter in group.fsdp_params:
             parameter.mp_policy = replace(parameter.mp_policy, reduce_dtype=None)
