@@ -51,6 +51,8 @@ ARMS = {
     "emo-identity": ["--mode", "emo", "--cost_kind", "identity"],
 }
 CONTROLS = {"emo": "emo-identity", "emo-adaptive": "emo-identity"}
+LIVE = "emo-adaptive"  # the same as ``emo`` where LoRA leaves the output layer as it is
+LOWER, LOWER_ARMS = tuning.OTHERS[0], ("mle", "emo")  # a check, with one seed and few examples
 COUNTS, SEEDS = (100, 400), (0, 1, 2)
 SEEN, BATCH = 400, 10  # examples that a run sees, and of a step: with 100, each is seen four times
 ANSWER, AT_ONCE = 8, 50  # tokens of an answer, prompts of a batch
@@ -72,11 +74,13 @@ class Answered(NamedTuple):
     count: int
     arm: str
     seed: int
+    rate: float = tuning.RATE  # not of GSM8K, which has the recipe's
 
     @property
     def name(self) -> str:
         """The name of its folder and of its file."""
-        return "-".join(map(str, self))
+        rate = () if self.rate == tuning.RATE else (f"{self.rate:g}",)
+        return "-".join(map(str, (*self[:4], *rate)))
 
     def folder(self, places: Places) -> Path:
         """Returns where its model is until it is measured."""
@@ -85,9 +89,15 @@ class Answered(NamedTuple):
 
 def jobs(places: Places) -> Jobs:
     """Returns the runs of the part by name."""
-    runs = [Answered(*of, arm, seed) for of in SETTINGS for seed in SEEDS for arm in ARMS]
+    runs = [Answered(*of, arm, seed) for of in SETTINGS for seed in SEEDS for arm in arms_of(of[0])]
+    runs += [Answered(task, min(COUNTS), a, SEEDS[0], LOWER) for task in TASKS for a in LOWER_ARMS]
     found: Jobs = {run.name: partial(measure, places, run) for run in runs}
     return found | {"base": partial(of_base, places)}
+
+
+def arms_of(task: str) -> list[str]:
+    """Returns the arms of a task."""
+    return [arm for arm in ARMS if task == "gsm8k" or arm != LIVE]
 
 
 def pilots(places: Places) -> Jobs:
@@ -108,7 +118,7 @@ def measure(places: Places, run: Answered, most: int | None = None) -> Run:
         "output_dir": folder,
         "seed": run.seed,
     }
-    tuning.train_here(flags | (_recipe() if reasons else _few()), ARMS[run.arm])
+    tuning.train_here(flags | (_recipe() if reasons else _few(run.rate)), ARMS[run.arm])
     trained = time.process_time()
     of = _forced(places, folder, data["test"], most) if reasons else _right(folder, data, most)
     seconds = [round(trained - began), round(time.process_time() - trained)]
@@ -151,11 +161,11 @@ def _records(task: str, classes: list[str], split: Split) -> list[dict[str, str]
     ]
 
 
-def _few() -> dict[str, Any]:
+def _few(rate: float) -> dict[str, Any]:
     words = tuning.SHARED
     known = {name.removeprefix("--"): value for name, value in zip(*[iter(words)] * 2, strict=True)}
     return known | {
-        "learning_rate": tuning.RATE,
+        "learning_rate": rate,
         "per_device_train_batch_size": BATCH,
         "max_steps": SEEN // BATCH,
     }
@@ -219,9 +229,10 @@ def values_of(runs: Sequence[Run], base: Sequence[Run]) -> dict[str, Values]:
 def complete(runs: Sequence[Run]) -> list[Run]:
     """Returns the runs of each setting and seed of which all arms are finished."""
     arms: dict[tuple, set[str]] = {}
-    for run in runs:
+    usual = [run for run in runs if run.get("rate", tuning.RATE) == tuning.RATE]
+    for run in usual:
         arms.setdefault((run["task"], run["count"], run["seed"]), set()).add(run["arm"])
-    return [r for r in runs if len(arms[r["task"], r["count"], r["seed"]]) == len(ARMS)]
+    return [r for r in usual if arms[r["task"], r["count"], r["seed"]] == {*arms_of(r["task"])}]
 
 
 def summary(runs: list[Run]) -> dict[str, Any]:
@@ -236,6 +247,11 @@ def summary(runs: list[Run]) -> dict[str, Any]:
         "steps": SEEN // BATCH,
         "items": {run["task"]: run["items"] for run in whole},
         "cpu_minutes": round(sum(sum(run["cpu_seconds"]) for run in whole) / 60),
+        "lower_rate": {
+            f"{run['task']}, {run['arm']}": round(100 * float(np.mean(run["right"])), 1)
+            for run in runs
+            if run.get("rate") == LOWER and "right" in run
+        },
         "gsm8k": {
             arm: _at_tau_1(each)
             for arm, each in (
@@ -261,7 +277,10 @@ def table(found: dict[str, Any]) -> str:
     """Returns a table a measure, and one of GSM8K before temperatures."""
     rows = [[arm, *map(str, of.values())] for arm, of in found["gsm8k"].items() if of]
     before = verdicts.markdown(["gsm8k at tau 1", "nll", "entropy"], rows)
-    return f"{verdicts.table(found['rows'], found['margins'])}\n\n{before}"
+    checks = [[name, str(right)] for name, right in found["lower_rate"].items()]
+    head = [f"{min(COUNTS)} examples at rate {LOWER:g}, one seed", "exact match"]
+    tables = [verdicts.table(found["rows"], found["margins"]), before]
+    return "\n\n".join([*tables, verdicts.markdown(head, checks)])
 
 
 def plot(found: dict[str, Any], file: Path) -> None:

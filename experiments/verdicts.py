@@ -94,12 +94,13 @@ def compare(
     margins: Mapping[str, float],  # of all measures
     primary: str | None = None,  # a measure that is not corrected
 ) -> list[dict[str, Any]]:
-    """Returns a row for each measure and arm: its value, its differences and the verdict."""
+    """Returns a row for each measure of an arm: its value, its differences and the verdict."""
     differences = {
         (measure, arm, control): difference(found[arm][measure], found[control][measure])
         for measure in margins
         for arm in found
         for control in controls.get(arm, ())
+        if measure in found[arm]
     }
     known = [k for k, one in differences.items() if k[0] != primary and not np.isnan(one.p)]
     for key, p in zip(known, holm([differences[k].p for k in known]), strict=True):
@@ -107,6 +108,8 @@ def compare(
     rows = []
     for measure in margins:
         for arm, values in found.items():
+            if measure not in values:
+                continue
             minus = {of: differences[measure, arm, of] for of in controls.get(arm, ())}
             rows.append(
                 {
@@ -119,6 +122,30 @@ def compare(
                 }
             )
     return rows
+
+
+def afterwards(
+    found: Found, pairs: Sequence[tuple[str, str]], measures: Sequence[str]
+) -> dict[str, dict[str, list[float | None]]]:
+    """Returns value, ends of the interval and p of differences that no rule asked for.
+
+    They are corrected for nothing, and have no verdict.
+    """
+    return {
+        f"{arm} - {other}": {
+            name: plain(difference(found[arm][name], found[other][name])) for name in measures
+        }
+        for arm, other in pairs
+        if {arm, other} <= found.keys()
+    }
+
+
+def table_afterwards(found: Mapping[str, Mapping[str, list[float | None]]]) -> str:
+    """Returns a table of what ``afterwards`` has found."""
+    measures = list(next(iter(found.values()), {}))
+    head = ["afterwards, without verdict", *(name.replace("_", " ") for name in measures)]
+    rows = [[name, *(shown(of[measure]) for measure in measures)] for name, of in found.items()]
+    return markdown(head, rows)
 
 
 def table(rows: Sequence[dict[str, Any]], margins: Mapping[str, float]) -> str:

@@ -251,7 +251,7 @@ def test_tuned_models_are_compared_at_equal_entropy_and_write(toys, tmp_path, mo
     with taken, monkeypatch.context() as patch:
         patch.setattr(tuning, "load_for_generation", None)
         real.run("E1", **toys)
-    assert "1 of 13 runs are being made" in capsys.readouterr().out
+    assert "1 of 15 runs are being made" in capsys.readouterr().out
     real.run("E1", runs=toys["runs"], finished=True)
     assert "emd" not in json.loads((tmp_path / "results" / "real-E1.json").read_text())["arms"]
 
@@ -379,16 +379,18 @@ def questions(toys, tmp_path, monkeypatch):
         "HELD_OUT": 6,
         "PILOT_ITEMS": 5,
         "SETTINGS": [("trec", 4), ("gsm8k", 8)],
+        "TASKS": {"trec": answering.TASKS["trec"]},
     }.items():
         monkeypatch.setattr(answering, name, value)
     return toys
 
 
-def test_answers_are_compared_by_setting_and_arm(questions, tmp_path):
+def test_answers_are_compared_by_setting_and_arm(questions, tmp_path, monkeypatch):
     real.run("E3", **questions)
     found = json.loads((tmp_path / "results" / "real-E3.json").read_text())
     assert found["items"] == {"trec": 9, "gsm8k": 6}
     rows = {(row["measure"], row["arm"]): row for row in found["rows"]}
+    assert found["lower_rate"].keys() == {"trec, mle", "trec, emo"}
     assert len(rows) == 3 * 3 and all(row["seeds"] == 3 for row in rows.values())
     assert list(rows["trec, 4", "emo"]["minus"]) == ["mle", "emo-identity"]
     assert len({rows["gsm8k, nll", arm]["value"] for arm in QUICK}) == 3  # each trained otherwise
@@ -396,6 +398,11 @@ def test_answers_are_compared_by_setting_and_arm(questions, tmp_path):
     assert rows["gsm8k, nll", "mle"]["value"] == pytest.approx(before["mle"], abs=1e-3)
     assert abs(rows["gsm8k, nll", "emo"]["value"] - before["emo"]) > 1e-3  # at mle's entropy
     assert len({*before.values()}) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "LIVE", "emo")  # it then has runs of GSM8K alone
+        real.run("E3", runs=questions["runs"], finished=True)
+    again = json.loads((tmp_path / "results" / "real-E3.json").read_text())["rows"]
+    assert [row["arm"] for row in again if row["measure"] == "gsm8k, nll"] == list(QUICK)
     kept = tmp_path / "runs" / "E3"
     runs = [json.loads((kept / f"gsm8k-8-mle-{seed}.json").read_text()) for seed in (0, 1)]
     assert runs[0]["tokens"] == runs[1]["tokens"] and runs[0]["nll"] != runs[1]["nll"]
