@@ -89,6 +89,8 @@ SHORT = {
 @pytest.fixture(params=CONFIGS)
 def base(request, root, tmp_path):
     folder, name = tmp_path / "base", request.param
+    if name == "Llama4" and transformers.__version__ == "5.24.0":
+        pytest.skip("transformers 5.24.0 runs no Llama 4: its text part has no image_outputs")
     config = getattr(transformers, f"{name}Config")(**CONFIGS[name])
     getattr(transformers, f"{name}ForConditionalGeneration")(config).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(root / "data" / "tiny-base")
