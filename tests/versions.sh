@@ -26,7 +26,7 @@ import re
 import sys
 import tomllib
 
-EXACT = ("torch", "transformers", "datasets", "peft", "accelerate")  # others: a patch of it
+EXACT = ("torch", "transformers", "datasets", "peft", "accelerate")  # others: any patch release
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 for requirement in project["dependencies"]:
@@ -39,6 +39,6 @@ if sys.argv[1] == "low":
 PYTHON
 install() { "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"; }
 install -r <(grep -v '^trl' "$WORK/requirements.txt")
-install --no-deps -r <(grep '^trl' "$WORK/requirements.txt") # its lower bounds are its own
+install --no-deps -r <(grep '^trl' "$WORK/requirements.txt") # its bounds are higher than ours
 "$PYTHON" -m pip freeze | grep -E '^(torch|transformers|datasets|peft|accelerate|trl|triton)=='
 "$PYTHON" -m pytest -p no:cacheprovider "$@"

@@ -42,14 +42,17 @@ def no_router_loss(model: PreTrainedModel) -> dict[str, bool]:
 
 
 @contextmanager
-def contiguous_before(head: torch.nn.Module) -> Iterator[None]:
+def contiguous_before(head: torch.nn.Module | None) -> Iterator[None]:
     """Makes the input of the output layer contiguous.
 
     ``generate`` cuts the last position out of each prompt's hidden states. Without a copy of these
     few numbers PyTorch multiplies row by row, and in bfloat16 on a CPU it copies the weight for
     each row.
     """
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    if head is None:  # a model of somebody else's code may not name it
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: tuple(arg.contiguous() for arg in args))
     try:
         yield
     finally:

@@ -11,9 +11,9 @@ from stanford_alpaca.checkpoint.bounded import read_yaml
 from stanford_alpaca.checkpoint.run_file import MADE_WITH
 from stanford_alpaca.errors import UserError, first_line
 
-CODE = {  # flags with which code of somebody's own runs
-    "loss": "give --loss FILE.py:NAME, too",
-    "trust_remote_code": "give --trust_remote_code, too",
+CODE = {  # flags that run code of others: how to give them, and values that do not
+    "loss": ("--loss FILE.py:NAME", ()),
+    "trust_remote_code": ("--trust_remote_code", ("False", "false", "no")),
 }
 NAME = re.compile(r"[A-Za-z]\w*")  # of a flag
 OPTION = re.compile(r"\s*(--|-[A-Za-z])")  # the beginning of one on a command line
@@ -68,10 +68,11 @@ def _without_code(name: str, values: Mapping[str, Any], rest: list[str]) -> list
     tokens = not_given(values, rest)
     for token, value in itertools.zip_longest(tokens, tokens[1:]):
         flag = token.partition("=")[0].removeprefix("--").replace("-", "_")
-        if token.startswith("--") and flag in CODE and str(value).lower() != "false":
+        given, harmless = CODE.get(flag, ("", ()))
+        if token.startswith("--") and given and value not in harmless:
             raise UserError(
-                f"--config {name}: with its --{flag} code of somebody's own runs, which no file "
-                f"may ask for; read that code, then {CODE[flag]}"
+                f"--config {name}: its --{flag} runs code of others, which a file may not ask for; "
+                f"read that code, then give {given} on the command line"
             )
     return tokens + rest
 

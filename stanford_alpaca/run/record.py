@@ -283,5 +283,7 @@ def write_run(run: Run, record: dict[str, Any]) -> None:
         copy = COPY if file.name == RUN_FILE else f"{file.stem}-{COPY}"
         more = f" --loss {copy}:{own.name}"
         write_whole(output / copy, own.source)
+    if run.model.trust_remote_code:  # a file of flags may not ask for it
+        more += " --trust_remote_code"
     text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
     write_whole(file, HEADER.format(more) + text)

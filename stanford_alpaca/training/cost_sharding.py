@@ -131,7 +131,9 @@ def check_separate(model: PreTrainedModel) -> None:
     # The loss hands over gradients that are already reduced, past FSDP. With a reduce_dtype, FSDP
     # would look for unsharded gradients to accumulate in that precision.
     state = layer._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.11
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch 2.11 has one
+        groups = filter(None, [state._fsdp_param_group])
     for group in groups:
         group.mp_policy = replace(group.mp_policy, reduce_dtype=None)
         for parameter in group.fsdp_params:

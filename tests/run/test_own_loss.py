@@ -117,7 +117,7 @@ def test_no_file_of_flags_brings_code(arguments, tmp_path, capsys, monkeypatch):
         status, line = refusal(capsys, monkeypatch, lambda argv=argv: train(argv), tmp_path / "out")
         assert status == 2
         if key == "loss":
-            assert "with its --loss code of somebody's own runs" in line
+            assert "its --loss runs code of others" in line
         if key != "lo-ss":
             with pytest.raises(UserError, match=r"--config .*theirs.yaml: "):
                 where_to_run(argv, {}, Devices(0, False, 2))
@@ -125,7 +125,7 @@ def test_no_file_of_flags_brings_code(arguments, tmp_path, capsys, monkeypatch):
 
     for name in ("trust_remote_code", "trust-remote-code"):
         config.write_text(f"{name}: true")
-        with pytest.raises(UserError, match="with its --trust_remote_code code of somebody's own"):
+        with pytest.raises(UserError, match="its --trust_remote_code runs code of others"):
             parse(["--config", str(config), *arguments()])
         assert parse(["--config", str(config), "--trust_remote_code", *arguments()])
         config.write_text(f"{name}: false")
