@@ -74,13 +74,12 @@ class Answered(NamedTuple):
     count: int
     arm: str
     seed: int
-    rate: float = tuning.RATE  # not of GSM8K, which has the recipe's
+    lower: bool = False  # whether it trains at LOWER
 
     @property
     def name(self) -> str:
         """The name of its folder and of its file."""
-        rate = () if self.rate == tuning.RATE else (f"{self.rate:g}",)
-        return "-".join(map(str, (*self[:4], *rate)))
+        return "-".join(map(str, self[:4])) + ("-lower" if self.lower else "")
 
     def folder(self, places: Places) -> Path:
         """Returns where its model is until it is measured."""
@@ -90,7 +89,7 @@ class Answered(NamedTuple):
 def jobs(places: Places) -> Jobs:
     """Returns the runs of the part by name."""
     runs = [Answered(*of, arm, seed) for of in SETTINGS for seed in SEEDS for arm in arms_of(of[0])]
-    runs += [Answered(task, min(COUNTS), a, SEEDS[0], LOWER) for task in TASKS for a in LOWER_ARMS]
+    runs += [Answered(task, min(COUNTS), a, SEEDS[0], True) for task in TASKS for a in LOWER_ARMS]
     found: Jobs = {run.name: partial(measure, places, run) for run in runs}
     return found | {"base": partial(of_base, places)}
 
@@ -118,7 +117,7 @@ def measure(places: Places, run: Answered, most: int | None = None) -> Run:
         "output_dir": folder,
         "seed": run.seed,
     }
-    tuning.train_here(flags | (_recipe() if reasons else _few(run.rate)), ARMS[run.arm])
+    tuning.train_here(flags | (_recipe() if reasons else _few(run.lower)), ARMS[run.arm])
     trained = time.process_time()
     of = _forced(places, folder, data["test"], most) if reasons else _right(folder, data, most)
     seconds = [round(trained - began), round(time.process_time() - trained)]
@@ -161,11 +160,11 @@ def _records(task: str, classes: list[str], split: Split) -> list[dict[str, str]
     ]
 
 
-def _few(rate: float) -> dict[str, Any]:
+def _few(lower: bool) -> dict[str, Any]:
     words = tuning.SHARED
     known = {name.removeprefix("--"): value for name, value in zip(*[iter(words)] * 2, strict=True)}
     return known | {
-        "learning_rate": rate,
+        "learning_rate": LOWER if lower else tuning.RATE,
         "per_device_train_batch_size": BATCH,
         "max_steps": SEEN // BATCH,
     }
@@ -229,7 +228,7 @@ def values_of(runs: Sequence[Run], base: Sequence[Run]) -> dict[str, Values]:
 def complete(runs: Sequence[Run]) -> list[Run]:
     """Returns the runs of each setting and seed of which all arms are finished."""
     arms: dict[tuple, set[str]] = {}
-    usual = [run for run in runs if run.get("rate", tuning.RATE) == tuning.RATE]
+    usual = [run for run in runs if not run["lower"]]
     for run in usual:
         arms.setdefault((run["task"], run["count"], run["seed"]), set()).add(run["arm"])
     return [r for r in usual if arms[r["task"], r["count"], r["seed"]] == {*arms_of(r["task"])}]
@@ -250,7 +249,7 @@ def summary(runs: list[Run]) -> dict[str, Any]:
         "lower_rate": {
             f"{run['task']}, {run['arm']}": round(100 * float(np.mean(run["right"])), 1)
             for run in runs
-            if run.get("rate") == LOWER and "right" in run
+            if run["lower"]
         },
         "gsm8k": {
             arm: _at_tau_1(each)
