@@ -171,6 +171,8 @@ def compiled(text: str) -> Template:
         template = _compiled(text)
     except RecursionError:
         raise TemplateError("nested too deep") from None
+    except (SyntaxError, ValueError, MemoryError) as error:  # of the Python that Jinja writes
+        raise TemplateError(first_line(error)) from None
     template.environment.ranged = 0  # type: ignore[attr-defined]
     return template
 

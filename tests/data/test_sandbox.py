@@ -77,6 +77,10 @@ WILD = {
     "{{": "no Jinja",
     "{% if %}": "no Jinja",
     "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "no Jinja",
+    "{% break %}": "'break' outside loop",  # Jinja takes it, Python does not
+    "{{ f(a=1, a=2) }}": "keyword argument repeated",
+    "{% for a in b %}" * 30 + "{% endfor %}" * 30: "too many statically nested blocks",
+    "{{ " + "9" * 5000 + " }}": "4300 digits",
     5: "a template is text, not 5",
     "": None,
     None: "a template is text, not None",

@@ -51,7 +51,8 @@ TEMPLATE_PIECES = [
     "{{ 1/0 }}", "{{ messages.x.y }}", "{{ raise_exception('no') }}", "{% if", "%}", "{{", "}}",
     "{% set messages = 5 %}", "{{ '\\ud800' }}", "{{ namespace(x=1) }}", "{{ ''.__class__ }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages }}", "|center(10**9)",
-    "{#", "~", "+", "%",
+    "{#", "~", "+", "%", "{% break %}", "{{ " + "9" * 5000 + " }}", "{{ " + "(" * 99,
+    "{% for a in b %}" * 20, "{% endfor %}" * 20, "{{ f(a=1, a=2) }}",
 ]  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def _break_json(rng: random.Random, place: Path) -> None:
         return
     try:
         settings = json.loads(file.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     if not isinstance(settings, dict) or not settings or len(file.read_bytes()) > 2**20:
         return
