@@ -67,6 +67,17 @@ def test_export_makes_of_shards_what_save_pretrained_makes(make_model, tmp_path,
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_shards_that_python_3_13_wrote_are_read(make_model, tmp_path):
+    metadata = (
+        write_shards(make_model("llama"), tmp_path / "checkpoint-1") / fsdp.MODEL / ".metadata"
+    )
+    content = pickle.dumps(pickle.loads(metadata.read_bytes()), protocol=2)
+    there = content.replace(b"cpathlib\nPosixPath\n", b"cpathlib._local\nPosixPath\n")
+    assert b"pathlib._local" in there
+    metadata.write_bytes(there)
+    assert "all keys are there" in export(tmp_path / "checkpoint-1", tmp_path / "out")
+
+
 def test_nothing_in_fsdp_shards_is_run(make_model, tmp_path):
     model, made = make_model("llama"), tmp_path / "made"
     metadata = write_shards(model, tmp_path / "checkpoint-1") / fsdp.MODEL / ".metadata"

@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from stanford_alpaca.losses.objectives import MODES
 from stanford_alpaca.losses.own import read_loss
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
+from stanford_alpaca.run.config_file import with_config
 from stanford_alpaca.run.legacy_flags import split_flags
 from stanford_alpaca.run.parse import parse
 from stanford_alpaca.run.where import Devices, Where, where_to_run
@@ -47,7 +48,7 @@ MEASURES = ("nll", "emo", "perplexity", "token_accuracy", "exact_match", "rouge_
 LEAST, MOST = 1e-6, 0.5  # of --development
 OURS = {  # flags that the comparison itself sets
     "mode", "loss", "learning_rate", "seed", "output_dir", "data_path", "eval_path",
-    "eval_fraction", "resume", "resume_from_checkpoint", "model_name_or_path", "config", "engine",
+    "eval_fraction", "resume", "resume_from_checkpoint", "model_name_or_path", "engine",
     "fsdp", "deepspeed", "report_to", "save_only_model",
 }  # fmt: skip
 
@@ -69,7 +70,8 @@ class Options:
         limit: measures on the first records of eval_path only.
         max_new_tokens: of responses.
         transport_records: records of the page's transport view.
-        flags: further flags of training for all, in quotes. Without any, the published recipe.
+        flags: further flags of training for all, in quotes, also of a YAML file by --config.
+            Without any, the published recipe.
         processes: trainings at a time. By default one for each GPU, or one.
         trust_remote_code: runs the code that comes with the model.
     """
@@ -122,11 +124,12 @@ def plan_of(options: Options) -> Plan:
         check_whole(name, 1 if getattr(options, name) is None else getattr(options, name), 1)
     check_whole("transport_records", options.transport_records, 0)
     try:
-        given = {flag.name for flag in split_flags(shlex.split(options.flags))}
+        words, _ = with_config(shlex.split(options.flags))
     except ValueError as error:  # a quote is open
         raise UserError(f"--flags {options.flags}: {first_line(error)}") from None
-    for flag in sorted(given & OURS):
+    for flag in sorted({flag.name for flag in split_flags(words)} & OURS):
         raise UserError(f"--flags: --{flag} is set by the comparison; drop it")
+    options = replace(options, flags=shlex.join(words))
     folder = Path(options.out).expanduser().absolute()
     check_writable("out", folder)
     check_model(ModelSource(str(options.model), remote_code=options.trust_remote_code))

@@ -63,6 +63,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Builds the dataclasses that describe a checkpoint, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 names it
         if (module, name) in ALLOWED or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):

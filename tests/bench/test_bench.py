@@ -172,6 +172,13 @@ def test_all_get_the_same_trials_and_the_chosen_rates_all_seeds(flags, tmp_path,
     shutil.rmtree(tmp_path / "out" / "runs" / "mix-0.002-1")
     compare(Options(**flags))  # nothing is started again
     assert len(started) == 8
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("max_steps: 2\nglobal_batch: 8\nsave_strategy: 'no'\n")
+    named = flags | {"flags": f"--config {recipe}"}
+    assert plan_of(Options(**named)).options.flags == flags["flags"]
+    recipe.write_text("max_steps: 3\n")  # what a file says counts, not its name
+    with pytest.raises(UserError, match="has another comparison: flags differs"):
+        plan_of(Options(**named))
     with pytest.raises(UserError, match="has another comparison: rates differs"):
         plan_of(Options(**flags | {"rates": "1e-3"}))
     with open(flags["eval_path"], "a") as file:
@@ -235,7 +242,8 @@ def test_a_comparison_ends_in_a_page_and_goes_on(flags, tmp_path, capsys):
         ({"data": "{tmp}/none.json"}, "none.json: no such file"),
         ({"eval_path": "{tmp}/none.json"}, "none.json: no such file"),
         ({"flags": "--seed 3"}, "--flags: --seed is set by the comparison"),
-        ({"flags": "--config x"}, "--flags: --config is set by the comparison"),
+        ({"flags": "--config {tmp}/none.yaml"}, "none.yaml: cannot be read"),
+        ({"flags": "--config {tmp}/recipe.yaml"}, "--flags: --mode is set by the comparison"),
         ({"out": "{tmp}"}, "is not empty, and no comparison"),
         ({"model": "{tmp}/none"}, "none"),
     ],
@@ -243,6 +251,7 @@ def test_a_comparison_ends_in_a_page_and_goes_on(flags, tmp_path, capsys):
 def test_what_cannot_be_is_told_before_a_step(
     flags, tmp_path, capsys, monkeypatch, changes, message
 ):
+    (tmp_path / "recipe.yaml").write_text("max_steps: 2\nmode: emo\n")
     changed = flags | changes
     given = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in changed.items()}
     status, line = refusal(capsys, monkeypatch, lambda: run(**given), tmp_path)
