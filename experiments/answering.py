@@ -23,6 +23,7 @@ from experiments.jobs import Jobs, Places, Run
 from experiments.verdicts import Values
 from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
+from stanford_alpaca.errors import UserError
 from stanford_alpaca.evaluation.fewshot.tasks import Split, load_task, read_tasks
 from stanford_alpaca.evaluation.intervals import mean_of
 from stanford_alpaca.evaluation.measures.forced import teacher_forced
@@ -237,6 +238,8 @@ def complete(runs: Sequence[Run]) -> list[Run]:
 def summary(runs: list[Run]) -> dict[str, Any]:
     """Returns the verdicts of the part; nothing of it is primary."""
     whole = complete(runs)
+    if not whole:
+        raise UserError("no task of E3 has a seed of which all arms are finished")
     of_arm = {arm: [run for run in whole if run["arm"] == arm] for arm in ARMS}
     found = {arm: values_of(each, of_arm["mle"]) for arm, each in of_arm.items()}
     margins = {name: margin for name, margin in MARGINS.items() if name in found["mle"]}

@@ -56,16 +56,17 @@ def run(
     module = PARTS[part]
     inputs = (Path(models).expanduser(), Path(data).expanduser())
     places = Places(*inputs, (ROOT / work).resolve(), (ROOT / runs).resolve())
-    if not finished:
-        check(places, module)
     folder = places.runs / part
-    folder.mkdir(parents=True, exist_ok=True)
     jobs: Jobs = module.pilots(places) if plan else module.jobs(places)
     if not finished:
+        check(places, module)
+        folder.mkdir(parents=True, exist_ok=True)
         make(jobs, folder)
     found = read(jobs, folder)
     if len(found) < len(jobs) and not finished:
         print(f"{len(jobs) - len(found)} of {len(jobs)} runs are being made by other processes")
+    elif not found:
+        raise UserError(f"--finished: {folder} has no run of part {part}")
     elif plan:
         print(module.plan(found))
     else:

@@ -413,6 +413,13 @@ def test_answers_are_compared_by_setting_and_arm(questions, tmp_path, monkeypatc
     rows = {(row["measure"], row["arm"]): row for row in found["rows"]}
     assert [rows["trec, 4", arm]["seeds"] for arm in ("mle", "emo")] == [2, 2]
     assert rows["trec, 4", "mle"]["verdict"] == rows["trec, 4", "emo"]["verdict"] == ""
+    for file in kept.glob("*-emo-identity-*.json"):
+        file.unlink()
+    with pytest.raises(UserError, match="no task of E3 has a seed of which all arms are finished"):
+        real.run("E3", runs=questions["runs"], finished=True)
+    with pytest.raises(UserError, match="E3 has no run of part E3"):
+        real.run("E3", runs=str(tmp_path / "none"), finished=True)
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_answer_is_right_if_it_is_the_class_in_words(questions, tmp_path, monkeypatch):
