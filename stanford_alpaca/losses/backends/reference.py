@@ -49,6 +49,7 @@ def token_stats(
     if cost is None:
         return TokenStats(nll, None)
 
+    z = z - z.detach().amax(1, keepdim=True)  # exp(z - logsumexp) is as exact as z is small
     costs = cost.costs(targets, z.shape[1], rest).to(z.dtype)  # [N, V]
     costly = (costs > 0) & (z != -torch.inf)  # NaN stays NaN
     free = ~costly.any(dim=1)  # no token with a cost has any probability

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stanford_alpaca import linear_emo_loss
@@ -249,6 +249,19 @@ def test_costs_that_begin_far_below_the_logits_that_cost_nothing(backend):
     soft=st.booleans(),
     masked=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 10**6),
+)
+# the softmax of logits of 8,192 in the reference
+@example(
+    n=3,
+    vocab=6,
+    width=1,
+    scale=4096,
+    dtype=torch.float64,
+    mode="emo",
+    kind="cosine",
+    soft=False,
+    masked=0.0,
+    seed=1,
 )
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_random_problems(backend, n, vocab, width, scale, dtype, mode, kind, soft, masked, seed):
