@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from stanford_alpaca import generate
-from stanford_alpaca.console import printable, show, storable
+from stanford_alpaca.console import SECRET_SETTING, printable, show, storable
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import exit_on_user_error
 
@@ -60,6 +60,11 @@ def test_control_characters_do_not_reach_the_terminal(capsys, control):
 def test_what_looks_like_a_secret_is_neither_shown_nor_stored(text, shown):
     assert printable(text) == shown
     assert storable({"a": [text, 1], text: {"b": text}}) == {"a": [shown, 1], shown: {"b": shown}}
+
+
+@pytest.mark.parametrize("name", ["token", "API_KEY", "client_secret", "password"])
+def test_a_setting_of_that_name_is_a_secret(name):
+    assert SECRET_SETTING.findall(f'{{"a": "b", "{name}": "made-up", "keys": "c"}}') == ["made-up"]
 
 
 def test_what_is_printed_as_json_stays_json():
