@@ -4,6 +4,7 @@ Batching and padding change nothing, and a seed repeats its samples. Bad input e
 before anything is written.
 """
 
+import gzip
 import json
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from transformers import AutoTokenizer
 
 from stanford_alpaca.data.prompts import format_prompt
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import RECORD_LIMIT
 from stanford_alpaca.generate import main, run
+from stanford_alpaca.generation.prompts import read_prompts
 from stanford_alpaca.generation.responses import generate_batch, load_for_generation
 from stanford_alpaca.generation.sampling import Sampling
 from stanford_alpaca.models.load import ModelSource
@@ -340,11 +343,29 @@ def test_a_mixture_that_trains_with_its_routers_loss_generates(root, make_model)
     assert texts == generate_batch(model, tokenizer, records, Sampling(5)) and all(texts)
 
 
+def test_prompts_may_be_gzipped_and_are_bounded(tmp_path, monkeypatch):
+    file = tmp_path / "p.txt.gz"
+    content = gzip.compress("Add é.\n\n Say hi. \n".encode())
+    file.write_bytes(content)
+    read = [record["instruction"] for record in read_prompts(str(file), None, None)]
+    assert read == ["Add é.", "Say hi."]
+    for broken in (content[:-9], content[:-6] + b"abcdef", b"plain"):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match=r"p\.txt\.gz: cannot be read"):
+            read_prompts(str(file), None, None)
+    monkeypatch.setattr(RECORD_LIMIT, "mib", 1)
+    for name in ("p.txt.gz", "p.jsonl.gz"):  # each line is small, all of them are not
+        line = "a" * 1000 if "txt" in name else json.dumps({"text": "a" * 1000})
+        (tmp_path / name).write_bytes(gzip.compress(f"{line}\n".encode() * 1100))
+        with pytest.raises(UserError, match="all of it: larger than 1 MiB"):
+            read_prompts(str(tmp_path / name), None, None)
+
+
 def test_a_text_is_continued_and_an_empty_prompt_is_refused(base, folder, tmp_path, capsys):
     from copy import deepcopy
 
     from stanford_alpaca.data.tokenize import PromptEncoder
-    from stanford_alpaca.generation.prompts import encode_prompts, read_prompts
+    from stanford_alpaca.generation.prompts import encode_prompts
 
     model, tokenizer = base
     (tmp_path / "p.JSONL").write_text(json.dumps({"text": "A robin is"}))

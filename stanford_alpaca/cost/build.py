@@ -22,6 +22,7 @@ from stanford_alpaca.data.reading import (
     lines_of,
     open_text,
     read_file,
+    readable,
     too_large,
 )
 from stanford_alpaca.data.records import FORMS, form_of, parse_record
@@ -50,7 +51,7 @@ def documents(file: Path) -> Iterator[str]:
             )
             yield "\n".join(text for text in texts if text)
         return
-    try:
+    with readable(file):
         with open_text(file) as stream:
             lines = lines_of(stream, file)
             in_paragraphs = sum(is_text for is_text, _ in groupby(lines, _is_text)) > 1
@@ -60,8 +61,6 @@ def documents(file: Path) -> Iterator[str]:
                     yield _paragraph(group, file).strip("\n")
                 elif is_text:
                     yield from (line.strip("\n") for line in group)
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: not UTF-8; convert the file to UTF-8") from None
 
 
 def _paragraph(lines: Iterable[str], file: Path) -> str:

@@ -10,6 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
@@ -220,6 +221,20 @@ def _saved_files(folder: Path) -> list[Path]:
     return files
 
 
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Raises UserError where a file cannot be read, is broken gzip, or is not UTF-8."""
+    try:
+        try:
+            yield
+        except UnicodeDecodeError:  # looking for the byte reads the file anew, which may fail too
+            raise UserError(
+                f"{file}: byte {_bad_byte(file)} is not UTF-8; convert the file to UTF-8"
+            ) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
+
+
 def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
     """Yields the values of one file, one record at a time. A line of a text file is a record.
 
@@ -229,7 +244,7 @@ def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
         UserError: the file cannot be read, or a record in it is broken.
     """
     kind = kind_of_file(file)
-    try:
+    with readable(file):
         if kind == ".parquet":
             yield from _parquet(file)
         elif kind == ARROW:
@@ -251,12 +266,6 @@ def read_file(file: Path, whole_lists: bool = True) -> Iterator[Placed]:
             yield from _json_list(file)
         else:
             yield from _json_lines(file)
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{file}: byte {_bad_byte(file)} is not UTF-8; convert the file to UTF-8"
-        ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
 
 
 def _has_nul(file: Path) -> bool:

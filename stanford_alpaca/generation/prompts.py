@@ -1,18 +1,26 @@
 """Reads prompts from a file or the command line, and encodes them as the model was trained."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from stanford_alpaca.checkpoint.bounded import read_text
 from stanford_alpaca.console import say
-from stanford_alpaca.data.reading import DATA_SUFFIXES, read_file
+from stanford_alpaca.data.reading import (
+    DATA_SUFFIXES,
+    kind_of_file,
+    lines_of,
+    open_text,
+    read_file,
+    readable,
+    too_large,
+)
 from stanford_alpaca.data.records import parse_record
 from stanford_alpaca.data.templates import IN_WORDS
 from stanford_alpaca.data.tokenize import PromptEncoder
-from stanford_alpaca.errors import UserError, first_line
+from stanford_alpaca.errors import UserError
+from stanford_alpaca.flags import RECORD_LIMIT
 from stanford_alpaca.models.load import ModelSource
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
@@ -103,30 +111,31 @@ def read_prompts(
             f"--prompts {file}: pickles are never opened; give text, an instruction a line, or "
             f"{', '.join(DATA_SUFFIXES)}"
         )
-    if file.suffix.lower() in DATA_SUFFIXES:
-        records = []
-        for where, record in read_file(file):
-            asked = parse_record(record, where, columns, needs_output=False)
-            # the model continues running text
-            records.append(
-                {"prompt": asked["text"], "completion": ""} if "text" in asked else asked
-            )
-            if isinstance(record, dict) and isinstance(record.get("dataset"), str):
-                records[-1]["dataset"] = record["dataset"]
-    else:
-        try:
-            lines = read_text(file, encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{file}: byte {error.start} is not UTF-8; convert the file to UTF-8"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"--prompts {file}: cannot be read ({first_line(error)})") from None
-        records = [
-            {"instruction": line.strip(), "input": "", "output": ""}
-            for line in lines
-            if line.strip()
-        ]
+    records, size = [], 0
+    for record in _records(file, columns):
+        records.append(record)
+        size += sum(map(len, map(str, record.values())))
+        if size > RECORD_LIMIT.mib << 20:
+            raise too_large(f"--prompts {file}: all of it")
     if not records:
         raise UserError(f"--prompts {file}: there is no prompt in it")
     return records
+
+
+def _records(file: Path, columns: Mapping[str, str] | None) -> Iterator[dict[str, str]]:
+    if kind_of_file(file) not in DATA_SUFFIXES:
+        for line in filter(str.strip, _lines(file)):
+            yield {"instruction": line.strip(), "input": "", "output": ""}
+        return
+    for where, record in read_file(file):
+        asked = parse_record(record, where, columns, needs_output=False)
+        # the model continues running text
+        asked = {"prompt": asked["text"], "completion": ""} if "text" in asked else asked
+        if isinstance(record, dict) and isinstance(record.get("dataset"), str):
+            asked["dataset"] = record["dataset"]
+        yield asked
+
+
+def _lines(file: Path) -> Iterator[str]:
+    with readable(file), open_text(file) as stream:
+        yield from lines_of(stream, file)

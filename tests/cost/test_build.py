@@ -3,6 +3,7 @@
 Training accepts its file.
 """
 
+import gzip
 import json
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def files(root, tmp_path, story, monkeypatch):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "short.txt").write_text("the cat")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"word " * 99)[:-9])
     (tmp_path / "broken.json").write_text('[{"text": ')
     (tmp_path / "odd.json").write_text('[{"text": "fine"}, {"body": "not"}]')
     (tmp_path / "number.json").write_text('[{"instruction": "a", "output": 3}]')
@@ -190,7 +192,8 @@ def test_a_head_is_copied_with_its_padding(base, make_model, tmp_path, capsys):
         ({"text": "none.txt"}, "--text none.txt: no such file"),
         ({"text": "empty.txt"}, "--text empty.txt: there is no text"),
         ({"text": "short.txt"}, "--width 128: the text has . tokens"),
-        ({"text": "latin.txt"}, "latin.txt: not UTF-8"),
+        ({"text": "latin.txt"}, "latin.txt: byte 3 is not UTF-8"),
+        ({"text": "cut.txt.gz"}, "cut.txt.gz: cannot be read"),
         ({"text": "broken.json"}, "broken JSON"),
         ({"text": "odd.json"}, "odd.json:record 2: no field 'instruction'"),
         ({"text": "number.json"}, "number.json:record 1: 'output' is a number"),

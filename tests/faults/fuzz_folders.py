@@ -21,10 +21,12 @@ from safetensors.torch import load_file, save_file
 
 from stanford_alpaca.checkpoint.run_file import read_run
 from stanford_alpaca.cost import CostEmbedding
+from stanford_alpaca.cost.build import documents
 from stanford_alpaca.data.chat import ChatTemplate
 from stanford_alpaca.data.encode import TextEncoder
 from stanford_alpaca.data.reading import list_data_files, read_file
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.generation.prompts import read_prompts
 from stanford_alpaca.models.check import check_model
 from stanford_alpaca.models.load import ModelSource
 from stanford_alpaca.run.config_file import with_config
@@ -93,7 +95,14 @@ def fuzz_archive(rng: random.Random, folder: Path) -> Case:
     content = packed(content)
     for _ in range(rng.choice([0, 1, 2])):
         content = rng.choice(BYTES)(rng, content)
-    names = ["a.jsonl.gz"] * 5 + ["a.json.gz", "a.csv.gz", "a.parquet", "a.safetensors", "a.zip"]
+    names = ["a.jsonl.gz"] * 5 + [
+        "a.txt.gz",
+        "a.json.gz",
+        "a.csv.gz",
+        "a.parquet",
+        "a.safetensors",
+        "a.zip",
+    ]
     name = rng.choice(names)
     file = folder / name
     file.write_bytes(content)
@@ -109,6 +118,8 @@ def fuzz_archive(rng: random.Random, folder: Path) -> Case:
         else:
             for each in list_data_files(file):
                 list(read_file(each))
+            list(documents(file))
+            read_prompts(str(file), None, None)
 
     return case
 
