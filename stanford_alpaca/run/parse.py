@@ -93,6 +93,11 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
             check_path(flag.name, "" if value.startswith("{") else value)
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
     parser = _Parser(FLAGS, allow_abbrev=False)
+    options = [option for action in parser._actions for option in action.option_strings]
+    names = {option.lstrip("-").replace("-", "_") for option in options}
+    for flag in split_flags(argv):  # before what is missing, which may be there by another name
+        if flag.name not in names:
+            raise _unknown(flag.tokens[0], options)
     try:
         parts = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         model, data, objective, lora, training, unknown = parts
@@ -103,14 +108,7 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(str(error)) from None
     if unknown:
-        known = [
-            "--config",
-            *(option for action in parser._actions for option in action.option_strings),
-        ]
-        name = unknown[0].split("=")[0]
-        hint = FOREIGN.get(name.lstrip("-").replace("-", "_"))
-        said = f"; did you mean {hint}?" if hint else nearest(name, known)
-        raise UserError(f"unknown argument {name}{said}")
+        raise _unknown(unknown[0], options)
     own = {f.name for cls in FLAGS for f in dataclasses.fields(cls)} - {
         f.name for f in dataclasses.fields(transformers.TrainingArguments)
     }
@@ -134,6 +132,13 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
         and not (name == "mode" and objective.loss is not None)
     }
     return Run(model, data, objective, lora, training, flags, made_with, notes)
+
+
+def _unknown(token: str, options: list[str]) -> UserError:
+    name = token.split("=")[0]
+    hint = FOREIGN.get(name.lstrip("-").replace("-", "_"))
+    said = f"; did you mean {hint}?" if hint else nearest(name, ["--config", *options])
+    return UserError(f"unknown argument {name}{said}")
 
 
 def _of_another_mode(recipe: Mapping[str, Any], argv: list[str]) -> Mapping[str, Any]:

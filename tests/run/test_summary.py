@@ -38,3 +38,5 @@ def test_few_steps_are_said(arguments, capsys):
 def test_what_others_call_it_is_understood(arguments, theirs, ours):
     with pytest.raises(UserError, match=f"unknown argument {theirs}; did you mean {ours}"):
         parse([*arguments(), theirs, "x"])
+    with pytest.raises(UserError, match=f"unknown argument {theirs}; did you mean {ours}"):
+        parse([theirs, "x"])  # and that is said before what is missing
