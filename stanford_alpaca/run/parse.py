@@ -94,9 +94,9 @@ def parse(argv: list[str], recipe: Mapping[str, Any] | None = None) -> Run:
     argv, notes = translate(argv, has_tf32=is_torch_tf32_available())
     parser = _Parser(FLAGS, allow_abbrev=False)
     options = [option for action in parser._actions for option in action.option_strings]
-    names = {option.lstrip("-").replace("-", "_") for option in options}
+    taken = {option.lstrip("-").replace("-", "_") for option in options}
     for flag in split_flags(argv):  # before what is missing, which may be there by another name
-        if flag.name not in names:
+        if flag.name not in taken:
             raise _unknown(flag.tokens[0], options)
     try:
         parts = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
