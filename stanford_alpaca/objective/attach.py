@@ -46,6 +46,9 @@ from stanford_alpaca.objective.meter import Meter
 from stanford_alpaca.objective.probing import probe_inputs, probing
 from stanford_alpaca.objective.teacher import Teacher
 
+# parts of a model's outputs; the cache has another name from transformers 5.24 on
+PASSED_ON = ("past_key_values", "cache", "hidden_states", "attentions")
+
 
 @dataclass
 class _Outputs(CausalLMOutputWithPast):
@@ -178,9 +181,7 @@ class AttachedObjective:
         )
         counted = None if weights is None else weights[targets != -100]
         (self.train_meter if learning else self.eval_meter).add(stats, self.objective, counted)
-        parts = {
-            name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")
-        }
+        parts = {name: value for name, value in outputs.items() if name in PASSED_ON}
         if own is None:
             return _Outputs(loss=loss, **parts)
         tokens = stats.nll.shape[0]
