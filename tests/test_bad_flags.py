@@ -105,7 +105,12 @@ class Payload:
             "--gradient_accumulation_steps 0",
         ),
         ({"gradient_accumulation_steps": 3}, [], "asks for --gradient_accumulation_steps 4"),
-        ({"global_batch": 10}, [], "--global_batch 10 is no multiple of 4"),
+        (
+            {"global_batch": 10},
+            [],
+            "--global_batch 10 is no multiple of 4, the examples of 1 process.es. with 4 each; "
+            "--per_device_train_batch_size 2 fits",
+        ),
         ({"bf16": True}, ["--fp16"], "fp16.*bf16"),
         ({"model_max_length": 4096}, [], "more than the model's 1024 positions; give"),
         ({"model_max_length": 16}, [], "no example has a token to train on"),

@@ -542,11 +542,13 @@ def check_batches(training: TrainingArguments) -> None:
             "or set CUDA_VISIBLE_DEVICES to one"
         )
     if training.global_batch is not None:
-        per_step = training.train_batch_size * training.world_size
-        if training.global_batch < 1 or training.global_batch % per_step:
+        size, ranks = training.train_batch_size, training.world_size
+        if training.global_batch < 1 or training.global_batch % (size * ranks):
+            fits = [n for n in range(1, size) if training.global_batch % (n * ranks) == 0]
+            advice = f"; --per_device_train_batch_size {fits[-1]} fits" if fits else ""
             raise UserError(
-                f"--global_batch {training.global_batch} is no multiple of {per_step} "
-                f"({training.world_size} processes of {training.train_batch_size})"
+                f"--global_batch {training.global_batch} is no multiple of {size * ranks}, the "
+                f"examples of {ranks} process(es) with {size} each{advice}"
             )
         accumulation = accumulation_of(training)
         if training.gradient_accumulation_steps not in (1, accumulation):
