@@ -1,9 +1,11 @@
-"""Takes pictures of a report for the README.
+"""Takes pictures of pages for the documentation.
 
-Usage: ``python -m tests.evaluation.screenshots REPORT FOLDER``
+Usage: ``python -m tests.evaluation.screenshots REPORT FOLDER``, or with the page of ``emo compare``
+``python -m tests.evaluation.screenshots PAGE FOLDER NAME``
 
-They show the transport view of the first run: light, dark, and on a phone. The script needs
-chromium, Playwright and Pillow.
+Those of a report show the transport view of the first run: light, dark, and on a phone. With a name
+they show the beginning of the page, on a desktop and on a phone. The script needs chromium,
+Playwright and Pillow.
 """
 
 import io
@@ -23,13 +25,21 @@ PICTURES = {  # name: scheme, width, height, device pixels per CSS pixel
 }
 
 
-def main(report: Path, folder: Path) -> None:
+def main(report: Path, folder: Path, prefix: str = "") -> None:
     """Takes the pictures, and makes the folder if it is missing."""
+    wanted = (
+        {
+            f"{prefix}.png": ("light", 1280, 1240, 1.5),
+            f"{prefix}-phone.png": ("light", 360, 740, 2),
+        }
+        if prefix
+        else PICTURES
+    )
     folder.mkdir(parents=True, exist_ok=True)
     path = next(filter(None, map(shutil.which, NAMES)))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        for name, (scheme, width, height, scale) in PICTURES.items():
+        for name, (scheme, width, height, scale) in wanted.items():
             page = browser.new_page(
                 color_scheme=scheme,
                 viewport={"width": width, "height": height},
@@ -37,9 +47,11 @@ def main(report: Path, folder: Path) -> None:
                 reduced_motion="reduce",
             )
             page.goto(report.resolve().as_uri())
-            page.locator('input[name="transport-run"]').first.check(force=True)
-            start = "#transport-title" if width > 900 else ".record"
-            page.evaluate(f"document.querySelector('{start}').scrollIntoView(); scrollBy(0, -30)")
+            if not prefix:
+                page.locator('input[name="transport-run"]').first.check(force=True)
+                start = "#transport-title" if width > 900 else ".record"
+                scroll = f"document.querySelector('{start}').scrollIntoView(); scrollBy(0, -30)"
+                page.evaluate(scroll)
             picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
             picture.quantize(
                 256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE
@@ -48,4 +60,4 @@ def main(report: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
