@@ -276,13 +276,14 @@ def _at_tau_1(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Returns a table a measure, and one of GSM8K before temperatures."""
+    """Returns a table a measure, and those of GSM8K before temperatures and of the lower rate."""
     rows = [[arm, *map(str, of.values())] for arm, of in found["gsm8k"].items() if of]
-    before = verdicts.markdown(["gsm8k at tau 1", "nll", "entropy"], rows)
     checks = [[name, str(right)] for name, right in found["lower_rate"].items()]
     head = [f"{min(COUNTS)} examples at rate {LOWER:g}, one seed", "exact match"]
-    tables = [verdicts.table(found["rows"], found["margins"]), before]
-    return "\n\n".join([*tables, verdicts.markdown(head, checks)])
+    tables = [verdicts.table(found["rows"], found["margins"])]
+    tables += [verdicts.markdown(["gsm8k at tau 1", "nll", "entropy"], rows)] if rows else []
+    tables += [verdicts.markdown(head, checks)] if checks else []
+    return "\n\n".join(tables)
 
 
 def plot(found: dict[str, Any], file: Path) -> None:
