@@ -557,3 +557,12 @@ def test_secrets_are_in_no_file_and_no_line(arguments, tmp_path, monkeypatch, ca
     for secret in (token, key, pasted, os.environ["HF_TOKEN"], *hidden):
         assert secret not in printed
         assert not [file for file in files if secret.encode() in file.read_bytes()]
+
+
+def test_a_secret_in_the_name_of_data_is_in_no_file(arguments, tmp_path):
+    token = "hf_abcdefghijklmnopqrstuvwxyz0123"
+    data = shutil.copy(tmp_path / "train.json", tmp_path / f"of-{token}.json")
+    train(arguments(data_path=data, max_steps=1))
+    assert "| of-***.json |" in (tmp_path / "out" / "README.md").read_text()
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert not [file for file in files if token.encode() in file.read_bytes()]

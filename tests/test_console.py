@@ -17,9 +17,8 @@ from stanford_alpaca.console import SECRET_SETTING, printable, show, storable
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.flags import exit_on_user_error
 
-HOSTILE = [
-    chr(code) for code in (*range(32), *range(127, 160), 0x202E, 0x2066) if code not in (9, 10)
-]
+DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+HOSTILE = [chr(code) for code in (*range(32), *range(127, 160), *DIRECTIONS) if code not in (9, 10)]
 
 
 def python(code: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess:
@@ -60,6 +59,13 @@ def test_control_characters_do_not_reach_the_terminal(capsys, control):
 def test_what_looks_like_a_secret_is_neither_shown_nor_stored(text, shown):
     assert printable(text) == shown
     assert storable({"a": [text, 1], text: {"b": text}}) == {"a": [shown, 1], shown: {"b": shown}}
+
+
+@pytest.mark.parametrize(
+    "text", ["github_pat_11ABCDEFG0_abcdefghij", *(f"gh{c}_{'a' * 24}" for c in "pousr")]
+)
+def test_every_kind_of_github_token_is_hidden(text):
+    assert printable(text) == "***"
 
 
 @pytest.mark.parametrize("name", ["token", "API_KEY", "client_secret", "password"])

@@ -151,3 +151,22 @@ def test_all_that_is_said_names_the_output_folder_that_is_given(root, tmp_path, 
     assert "stanford_alpaca.train]" in trained and f"[{folder}/report.html]" in report
     assert checkpoint == f"checkpoint: {folder}"
     assert shlex.split(talk)[-2] == folder
+
+
+def test_the_flag_of_the_output_folder_wins_over_the_environment(root, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/bash\ncase "$*" in *stanford_alpaca.train*|*evaluation.report*) '
+        f'printf \'[%s] \' "$@"; echo ;; *) exec {shlex.quote(sys.executable)} "$@" ;; esac\n'
+    )
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "NPROC": "1", "OUTPUT_DIR": "elsewhere"}
+    done = subprocess.run(
+        ["bash", str(root / "train_emo.sh"), "model", "emo", "--output_dir", "one"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "elsewhere" not in done.stdout and "checkpoint: one\n" in done.stdout

@@ -41,6 +41,7 @@ WHOLE_OBJECT = 2**26  # bytes to read of a file that may be one object over seve
 SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 # what may be held at a time, in records of the greatest size: a JSON list, unpacked rows
 LISTS, BATCHES = 16, 4
+OFFSETS = 2**10  # bytes that a row of Arrow may have beside its values
 ROWS = 1000  # that are unpacked at a time, at most
 REPEATS = re.compile("^dictionary|^run_end_encoded|_view")  # types of Arrow
 
@@ -425,6 +426,10 @@ def _parquet(file: Path) -> Iterator[Placed]:
             for batch in table.iter_batches(batch_size=_rows_at_a_time(table, file)):
                 if batch.nbytes > BATCHES * _most():
                     raise too_large(f"{file}:record {number + 1} or one after it")
+                most = _most() + OFFSETS
+                for place in range(batch.num_rows if batch.nbytes > most else 0):
+                    if batch.slice(place, 1).nbytes > most:
+                        raise too_large(f"{file}:record {number + place + 1}")
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}:record {number}", without_nulls(row)

@@ -1,6 +1,7 @@
 """Settings and records of strangers: bounded, with every error in one line."""
 
 import os
+import tracemalloc
 
 import pytest
 
@@ -115,3 +116,15 @@ def test_numbers_and_words_of_a_config_stay_values(tmp_path):
     (tmp_path / "a.yaml").write_text("learning-rate: -1e-3\ndata_path: [a-b.json, -1]\nseed: 3\n")
     argv, _ = with_config(["--config", str(tmp_path / "a.yaml"), "--seed", "4"])
     assert argv == ["--learning-rate", "-1e-3", "--data_path", "a-b.json", "-1", "--seed", "4"]
+
+
+def test_no_more_of_a_file_is_read_than_it_may_hold(tmp_path):
+    (tmp_path / "run.yaml").touch()
+    os.truncate(tmp_path / "run.yaml", 2**26)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="it has more than 1 MiB"):
+            read_yaml(tmp_path / "run.yaml")
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from stanford_alpaca import merge_lora, preview
 from stanford_alpaca.cost.build import documents
@@ -267,3 +269,23 @@ def test_a_line_of_gigabytes_takes_bounded_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "a.jsonl:line 1: larger than 256 MiB" in done.stderr.splitlines()[-1]
     assert resource.getrlimit(resource.RLIMIT_AS)[0] != 5 * 2**30
+
+
+@pytest.mark.parametrize("place", ["../outside.arrow", "/outside.arrow"])
+def test_a_saved_set_names_no_file_outside_of_it(tmp_path, place):
+    Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
+    shutil.copy(tmp_path / "saved" / "data-00000-of-00001.arrow", tmp_path / "outside.arrow")
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    state["_data_files"] = [{"filename": place if place[0] == "." else f"{tmp_path}{place}"}]
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"without its file outside\.arrow"):
+        list_data_files(tmp_path / "saved")
+
+
+def test_a_row_of_parquet_is_bounded_and_named(tmp_path, monkeypatch):
+    rows = [{"text": "a" * (3 * MIB if number == 20 else 1)} for number in range(22)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", use_dictionary=False)
+    assert len(list(read_file(tmp_path / "a.parquet"))) == 22
+    monkeypatch.setattr(RECORD_LIMIT, "mib", 1)
+    with pytest.raises(UserError, match="record 21: larger than 1 MiB"):
+        list(read_file(tmp_path / "a.parquet"))

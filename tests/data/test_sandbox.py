@@ -14,6 +14,7 @@ from stanford_alpaca.data.templates import use_chat_template
 from stanford_alpaca.errors import UserError
 from stanford_alpaca.run.data import load_data
 from stanford_alpaca.run.parse import parse
+from tests.faults.fuzz import outcome
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 DOUBLED = (
@@ -39,6 +40,7 @@ GREEDY = {
     "{{ '%*d' % (10**10, 1) }}": "a value of ",
     "{{ '%10000000000d' | format(1) }}": "a width of more than 7 digits",
     "{{ '{:>10000000000}'.format(1) }}": "a width of more than 7 digits",
+    "{{ '{:>{w}}'.format(1, w=10**10) }}": "a value of ",
     "{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}": "a value of ",
     "{{ ('a' * 10**6) | replace('a', 'b' * 10**6) }}": "a value of ",
     "{{ (['a' * 10**6] * 10**6) | join }}": "a value of ",
@@ -129,3 +131,10 @@ def test_a_template_that_is_given_is_tried_too(tokenizer, tmp_path):
     (tmp_path / "a.jinja").write_text("{{ 'a' ")
     with pytest.raises(UserError, match=r"--chat_template .*a.jinja: .* no Jinja"):
         use_chat_template(tokenizer, str(tmp_path / "a.jinja"))
+
+
+def test_a_template_that_does_not_end_never_runs_in_the_command(tokenizer, monkeypatch):
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
+    text = "{% for a in 'a' * 9999 %}" * 4 + "{% endfor %}" * 4
+    encoder = TextEncoder.of(tokenizer)
+    assert outcome(lambda: ChatTemplate(text, tokenizer, encoder), limit=30) == "refused"

@@ -18,6 +18,7 @@ from stanford_alpaca.cost import CostEmbedding
 from stanford_alpaca.data.formats import load_records
 from stanford_alpaca.data.tokenize import tokenize_records
 from stanford_alpaca.errors import UserError
+from stanford_alpaca.evaluation import metrics
 from stanford_alpaca.evaluation.comparison import Margins, compare, tell_unknown, with_intervals
 from stanford_alpaca.evaluation.intervals import Items, Replicates, mean_of
 from stanford_alpaca.evaluation.measures.energy import Clouds
@@ -578,3 +579,17 @@ def test_an_oracle_in_the_command(base, other, tmp_path, data, make_model):
     tokenizer.save_pretrained(tmp_path / "foreign")
     with pytest.raises(UserError, match="has another vocabulary than the --oracle"):
         run(base, data=str(data), oracle=str(tmp_path / "foreign"))
+
+
+def test_metrics_are_not_left_without_their_samples(tmp_path, monkeypatch):
+    def evaluate(*args):
+        out.mkdir()
+        (out / "samples.jsonl").write_text("theirs")  # somebody else's, meanwhile
+        return {}, []
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(metrics, "read_records", lambda *args: None)
+    monkeypatch.setattr(metrics, "evaluate", evaluate)
+    with pytest.raises(UserError, match=r"samples\.jsonl: appeared while"):
+        metrics.measure(metrics.Options(checkpoints=("a",), data="b", out=str(out)))
+    assert [file.name for file in out.iterdir()] == ["samples.jsonl"]

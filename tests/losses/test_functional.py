@@ -207,6 +207,10 @@ def test_triton_is_refused_where_it_cannot_serve(batch, monkeypatch):
         ({"targets": torch.zeros(3, 7)}, r"targets are integers, not torch\.float32"),
         ({"targets": torch.ones(3, 7, dtype=torch.bool)}, r"targets are integers, not torch\.bool"),
         (
+            {"targets": torch.zeros(3, 7, dtype=torch.complex64)},
+            r"targets are integers, not torch\.complex64",
+        ),
+        (
             {"hidden": torch.zeros(3, 7, 10, dtype=torch.complex64)},
             r"floating-point numbers, not torch\.complex64",
         ),

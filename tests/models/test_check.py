@@ -94,3 +94,34 @@ def test_settings_that_are_nested_too_deep_are_one_line(folder, name):
     with pytest.raises(UserError) as refused:
         check_model(ModelSource(str(folder)), or_adapter=True)
     assert "\n" not in str(refused.value)
+
+
+def adapter_of(folder, tmp_path):
+    """Returns an adapter of a base, as far as it is looked at before its weights."""
+    (tmp_path / "adapter").mkdir()
+    settings = {"base_model_name_or_path": str(folder), "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    return ModelSource(str(tmp_path / "adapter"))
+
+
+def test_the_base_of_an_adapter_is_looked_at_too(folder, tmp_path):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "weights.bin"}}')
+    with pytest.raises(UserError, match=r"the base of .*names weights\.bin"):
+        check_model(adapter_of(folder, tmp_path), or_adapter=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "a.pt", "a.model", "a.gguf", "a.py", "a.txt"]
+)
+def test_a_pipe_of_any_kind_that_loaders_read_is_named(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=rf"{name}: a folder, a pipe, a device or a link"):
+        check_model(ModelSource(str(folder)))
+
+
+def test_a_pipe_in_the_place_of_an_adapter_is_not_waited_for(folder, tmp_path):
+    source = adapter_of(folder, tmp_path)
+    os.mkfifo(tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: a folder, a pipe"):
+        check_model(source, or_adapter=True)

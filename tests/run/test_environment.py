@@ -133,3 +133,11 @@ def test_a_launcher_may_say_what_there_is_nothing_else_than(monkeypatch):
         UserError, match="ACCELERATE_USE_CPU=True in the environment would change the training"
     ):
         check_environment({"ACCELERATE_USE_CPU": "True"})
+
+
+@pytest.mark.parametrize(
+    "name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"]
+)
+def test_a_number_of_a_launcher_that_is_none_is_one_line(name):
+    with pytest.raises(UserError, match=f"^{name}=abc in the environment is no number"):
+        check_environment({name: "abc"})

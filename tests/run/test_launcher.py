@@ -68,3 +68,13 @@ def test_a_report_is_written_once(tmp_path, monkeypatch, capfd, wanted):
     (tmp_path / "report.html").touch()
     launcher.report_on(where, tmp_path)
     assert len(calls) == 2
+
+
+def test_what_comes_after_a_training_is_of_its_output_folder(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(launcher, "wait_for", lambda *_: 0)
+    monkeypatch.setattr(launcher, "report_on", lambda _, output: said.append(output))
+    flags = ["--model_name_or_path", "base", "--output_dir", str(tmp_path / "one")]
+    with pytest.raises(SystemExit) as end:
+        launcher.run("stanford_alpaca.train", flags, reported=True)
+    assert end.value.code == 0 and said == [tmp_path / "one"]

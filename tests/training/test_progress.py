@@ -77,3 +77,30 @@ def test_every_column_holds_its_widest_value():
 @pytest.mark.parametrize(("seconds", "said"), [(12.4, "12 s"), (600, "10 min"), (9000, "2.5 h")])
 def test_durations(seconds, said):
     assert in_words(seconds) == said
+
+
+PRINTS = """import sys
+def loss(nll, log_emo):
+    print("a line of a user", flush=True)
+    print("a line of a user", file=sys.stderr, flush=True)
+    return nll
+"""
+
+
+@pytest.mark.parametrize("shell", ["> /dev/full", "2> /dev/full"])
+def test_what_others_print_ends_no_training(arguments, tmp_path, shell):
+    (tmp_path / "own.py").write_text(PRINTS)
+    argv = arguments("--loss", f"{tmp_path}/own.py:loss", max_steps=2)
+    place = argv.index("--mode")
+    del argv[place : place + 2]
+    command = [sys.executable, "-m", "stanford_alpaca.train", *argv]
+    ended = subprocess.run(["bash", "-c", f'"$@" {shell}', "-", *command], timeout=300)
+    assert ended.returncode == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_line_above_the_bar_is_printable_too():
+    progress, written = Progress("mle"), []
+    progress._bar = SimpleNamespace(write=written.append)
+    progress._say("a\x1b[2Jb https://me:pass@hub")
+    assert written == ["a\\u001b[2Jb https://***@hub"]
