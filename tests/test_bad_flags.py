@@ -111,6 +111,11 @@ class Payload:
             "--global_batch 10 is no multiple of 4, the examples of 1 process.es. with 4 each; "
             "--per_device_train_batch_size 2 fits",
         ),
+        (
+            {"global_batch": 10, "per_device_train_batch_size": 2**31 - 1},
+            [],
+            "--per_device_train_batch_size 1 fits",
+        ),
         ({"bf16": True}, ["--fp16"], "fp16.*bf16"),
         ({"model_max_length": 4096}, [], "more than the model's 1024 positions; give"),
         ({"model_max_length": 16}, [], "no example has a token to train on"),

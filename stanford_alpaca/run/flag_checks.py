@@ -544,8 +544,9 @@ def check_batches(training: TrainingArguments) -> None:
     if training.global_batch is not None:
         size, ranks = training.train_batch_size, training.world_size
         if training.global_batch < 1 or training.global_batch % (size * ranks):
-            fits = [n for n in range(1, size) if training.global_batch % (n * ranks) == 0]
-            advice = f"; --per_device_train_batch_size {fits[-1]} fits" if fits else ""
+            rows, left = divmod(training.global_batch, ranks)
+            fits = f"; --per_device_train_batch_size {math.gcd(rows, size)} fits"
+            advice = "" if left or rows < 1 else fits
             raise UserError(
                 f"--global_batch {training.global_batch} is no multiple of {size * ranks}, the "
                 f"examples of {ranks} process(es) with {size} each{advice}"
